@@ -1,0 +1,173 @@
+package limiter
+
+import (
+	"fmt"
+	"math/bits"
+	"time"
+)
+
+// The ranges that NewBucket accepts.
+const (
+	MaxTokens = 1_000_000_000            // of a rate and of a burst
+	MinPeriod = time.Microsecond         // of a rate; periods are whole microseconds
+	MaxPeriod = 366 * 24 * time.Hour     // of a rate
+	MaxFill   = 36525 * 24 * time.Hour   // 100 years, from empty to full
+	Never     = time.Duration(1<<63 - 1) // the wait for more tokens than the bucket can ever hold
+)
+
+// minPeriod is the least p that a Bucket is computed with: 1/p token is the grain of its arithmetic. When a
+// limit's rate changes, the part of a token that a bucket holds is converted to the new grain and rounded down,
+// which then costs a client at most a millionth of a token.
+const minPeriod = 1_000_000
+
+// Bucket is the shape of a token bucket: how many tokens it holds at most and how fast it refills. It is a
+// comparable value; equal rates (60/m and 1/s) make equal Buckets. The zero value is not a bucket.
+//
+// The rate is n tokens each p microseconds: the tokens and the period as given, divided by their greatest common
+// divisor, then both multiplied until p is at least minPeriod. So n is at most 1e15 and p at most 3.2e13 (2^45).
+type Bucket struct {
+	n, p  int64
+	burst int64
+}
+
+// NewBucket returns a bucket of burst tokens that refills by tokens each period. It reports which of its arguments
+// is out of range: tokens and burst 1 to MaxTokens, period MinPeriod to MaxPeriod in whole microseconds, and
+// at most MaxFill from empty to full.
+func NewBucket(tokens int64, period time.Duration, burst int64) (Bucket, error) {
+	switch {
+	case tokens < 1 || tokens > MaxTokens:
+		return Bucket{}, fmt.Errorf("a rate is 1 to %d tokens a period, not %d", MaxTokens, tokens)
+	case period < MinPeriod || period > MaxPeriod:
+		return Bucket{}, fmt.Errorf("a rate's period is 1us to 366 days, not %v", period)
+	case period%time.Microsecond != 0:
+		return Bucket{}, fmt.Errorf("a rate's period is in whole microseconds, not %v", period)
+	case burst < 1 || burst > MaxTokens:
+		return Bucket{}, fmt.Errorf("a burst is 1 to %d tokens, not %d", MaxTokens, burst)
+	}
+	n, p := tokens, period.Microseconds()
+	d := gcd(n, p)
+	n, p = n/d, p/d
+	if p < minPeriod {
+		k := (minPeriod + p - 1) / p
+		n, p = n*k, p*k
+	}
+	b := Bucket{n: n, p: p, burst: burst}
+	// The product passes 2^64 long after it passes MaxFill, so compare it as a float.
+	if float64(burst)*float64(p)/float64(n) > float64(MaxFill.Microseconds()) {
+		return Bucket{}, fmt.Errorf("a burst of %d at %d tokens each %v takes longer than 100 years to fill", burst, tokens, period)
+	}
+	return b, nil
+}
+
+func gcd(a, b int64) int64 {
+	for b != 0 {
+		a, b = b, a%b
+	}
+	return a
+}
+
+// Burst is the most tokens that the bucket holds.
+func (b Bucket) Burst() int64 { return b.burst }
+
+// FillTime is how long the bucket takes from empty to full, rounded up to a microsecond.
+func (b Bucket) FillTime() time.Duration { return b.wait(level{}, b.burst) }
+
+// level is what a bucket holds: whole tokens and, of one more, frac p-ths (0 ≤ frac < p of the Bucket that it is
+// a level of). A full bucket has tokens == burst and frac == 0.
+type level struct {
+	tokens, frac int64
+}
+
+// full is the level that a bucket starts with.
+func (b Bucket) full() level { return level{tokens: b.burst} }
+
+// state is what a store keeps of a bucket: the level that it had at an instant, in microseconds of the store's
+// clock, and the shape that it had then. An absent bucket is a full one.
+type state struct {
+	shape Bucket
+	level level
+	at    int64
+}
+
+// draw is all the maths of a take: from what was stored, the limit's shape, and the instant of the take, to what the
+// bucket holds then, before anything is taken. It does no I/O and knows no clock; the Lua script does the same to
+// the digit, and a test holds the two together.
+//
+// The bucket refills in its stored shape up to now, so that a changed limit finds the tokens that were there, at
+// most its own burst; from then on the new shape counts. moved says that the answer depends on something
+// that a denied take must store too: the clock went back (the bucket must refill from the new now on, or it
+// would stand still until the clock has caught up), or the shape changed (a raised rate must count from now on, and
+// not after the next grant).
+func draw(s state, b Bucket, now int64) (l level, moved bool) {
+	l = s.level
+	if now < s.at {
+		moved = true
+	} else {
+		l = s.shape.refill(l, now-s.at)
+	}
+	if s.shape != b {
+		l, moved = b.convert(l, s.shape), true
+	}
+	return l, moved
+}
+
+// refill returns l after elapsed microseconds (at least 0).
+//
+// Exact: with elapsed = a·p + r (r < p), the tokens that arrive are a·n + r·n/p. Where a·n reaches the room that is
+// left, the bucket is full. Else a·n < 1e9, and r·n < 2^45 · 1e15 < 2^95 is taken in 128 bits. The quotient is
+// below n ≤ 1e15 and the remainder below p, so all sums stay below 2^63 (in Lua: below 2^53; see take.lua).
+func (b Bucket) refill(l level, elapsed int64) level {
+	room := b.burst - l.tokens
+	a, r := elapsed/b.p, elapsed%b.p
+	if hi, lo := bits.Mul64(uint64(a), uint64(b.n)); hi != 0 || lo >= uint64(room) {
+		return b.full()
+	}
+	hi, lo := bits.Mul64(uint64(r), uint64(b.n))
+	q, frac := bits.Div64(hi, lo, uint64(b.p)) // q < n, so hi < p
+	tokens := a*b.n + int64(q)
+	l.frac += int64(frac)
+	if l.frac >= b.p {
+		l.frac -= b.p
+		tokens++
+	}
+	if tokens >= room {
+		return b.full()
+	}
+	l.tokens += tokens
+	return l
+}
+
+// convert returns l, a level of the shape from, as a level of b: at most b's burst, and rounded down.
+func (b Bucket) convert(l level, from Bucket) level {
+	if l.tokens >= b.burst {
+		return b.full()
+	}
+	hi, lo := bits.Mul64(uint64(l.frac), uint64(b.p))
+	frac, _ := bits.Div64(hi, lo, uint64(from.p)) // frac < from.p, so the quotient is below b.p
+	l.frac = int64(frac)
+	return l
+}
+
+// wait is how long a bucket at level l takes until it holds want tokens, rounded up to a microsecond: 0 where it
+// does already, Never where it cannot.
+func (b Bucket) wait(l level, want int64) time.Duration {
+	switch {
+	case want <= l.tokens:
+		return 0
+	case want > b.burst:
+		return Never
+	}
+	// ceil(((want − tokens)·p − frac) / n). At most MaxFill, so the quotient fits.
+	hi, lo := bits.Mul64(uint64(want-l.tokens), uint64(b.p))
+	lo, borrow := bits.Sub64(lo, uint64(l.frac), 0)
+	hi -= borrow
+	q, rem := bits.Div64(hi, lo, uint64(b.n))
+	if rem != 0 {
+		q++
+	}
+	return time.Duration(q) * time.Microsecond
+}
+
+// ttlSlack is how long a store keeps a bucket after it is full again: long enough that no rounding, and no lag between
+// the two clocks that Redis reads for TIME and for expiry, ends a bucket that is not full.
+const ttlSlack = 5 * time.Second
