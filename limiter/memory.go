@@ -1,0 +1,240 @@
+package limiter
+
+import (
+	"context"
+	"hash/maphash"
+	"math"
+	"runtime/debug"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"go.uber.org/zap"
+)
+
+const (
+	maxBuckets = 1_000_000
+	// bytesPerBucket is what a bucket in process takes, measured with keys of 60 bytes and rounded up.
+	bytesPerBucket = 256
+	// sweepEvery is how often the janitor looks for full buckets. A sweep over a million takes some 50 ms of one core, and holds
+	// no lock for longer than a fraction of a millisecond.
+	sweepEvery = 5 * time.Second
+	// shards is how many locks the buckets are under.
+	shards = 256
+)
+
+// Memory is the Store that keeps its buckets in this process: no other sidecar sees them, and they end with it. It is safe for
+// concurrent use.
+//
+// It is bounded: past MaxBuckets (NewMemory) the new keys of a limit share one overflow bucket, as no bucket that is
+// not full is ever dropped. Run sweeps the ones that are full, which cannot be told from absent ones.
+type Memory struct {
+	seed     maphash.Seed
+	shards   [shards]shard
+	overflow shard        // by domain and limit; locked after any other shard
+	entries  atomic.Int64 // buckets in shards
+	max      int64
+	now      func() int64 // microseconds; a clock that no step of the machine's changes
+	log      *zap.Logger
+
+	sweeps, swept prometheus.Counter
+	shared        prometheus.Counter
+	sharedBefore  atomic.Int64 // takes from overflow buckets since the last sweep
+}
+
+type shard struct {
+	mu      sync.Mutex
+	buckets map[string]state
+	_       [48]byte // a cache line of its own
+}
+
+var _ Store = (*Memory)(nil)
+
+// MaxBuckets is how many buckets a process keeps: a million, or fewer where a quarter of GOMEMLIMIT holds fewer.
+func MaxBuckets() int64 {
+	limit := debug.SetMemoryLimit(-1) // asks, and changes nothing
+	if limit == math.MaxInt64 {
+		return maxBuckets
+	}
+	return max(1, min(maxBuckets, limit/4/bytesPerBucket))
+}
+
+// NewMemory returns an empty store of at most most buckets (at least 1; see MaxBuckets). A nil log logs nothing.
+func NewMemory(most int64, log *zap.Logger, metrics prometheus.Registerer) *Memory {
+	start := time.Now()
+	return newMemory(most, func() int64 { return time.Since(start).Microseconds() }, log, metrics)
+}
+
+func newMemory(most int64, now func() int64, log *zap.Logger, metrics prometheus.Registerer) *Memory {
+	if log == nil {
+		log = zap.NewNop()
+	}
+	table := prometheus.Labels{"table": "buckets"}
+	m := &Memory{
+		seed: maphash.MakeSeed(),
+		max:  most,
+		now:  now,
+		log:  log,
+		sweeps: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "sluice_janitor_sweeps_total", Help: "Sweeps over what is kept in process.", ConstLabels: table,
+		}),
+		swept: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "sluice_janitor_swept_total", Help: "Entries that a sweep dropped, such as buckets that were full again.", ConstLabels: table,
+		}),
+		shared: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "sluice_overflow_takes_total",
+			Help: "Takes from a bucket that a limit's new keys share, as the table of buckets is full.",
+		}),
+	}
+	for i := range m.shards {
+		m.shards[i].buckets = make(map[string]state)
+	}
+	m.overflow.buckets = make(map[string]state)
+	metrics.MustRegister(m.sweeps, m.swept, m.shared, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "sluice_janitor_entries", Help: "Entries kept in process.", ConstLabels: table,
+	}, func() float64 { return float64(m.entries.Load()) }))
+	return m
+}
+
+// Take is Store's. It waits for nothing but its turn, so it looks at no deadline.
+func (m *Memory) Take(_ context.Context, charges []Charge, verdicts []Verdict) {
+	var few [8]slot
+	slots := few[:0]
+	for i := range charges {
+		h := m.shardOf(charges[i].Key)
+		slots = append(slots, slot{shard: &m.shards[h], index: h, key: charges[i].Key})
+	}
+	unlock := m.lock(slots)
+	now := m.now()
+
+	all, shared := true, false
+	for i := range charges {
+		c, s := &charges[i], &slots[i]
+		stored, ok := s.shard.buckets[s.key]
+		if !ok && m.entries.Add(1) > m.max {
+			m.entries.Add(-1)
+			if !shared {
+				m.overflow.mu.Lock()
+				shared = true
+			}
+			s.shard, s.key = &m.overflow, c.Limit.Domain+":"+c.Limit.Name
+			stored, ok = s.shard.buckets[s.key]
+			m.shared.Inc()
+			m.sharedBefore.Add(1)
+		} else {
+			s.reserved = !ok
+		}
+		if ok {
+			s.before, s.moved = draw(stored, c.Bucket, now)
+		} else {
+			s.before = c.Bucket.full()
+		}
+		if !c.Limit.Shadow && s.before.tokens < c.Cost {
+			all = false
+		}
+	}
+	for i := range charges {
+		c, s := &charges[i], &slots[i]
+		var taken int64
+		if s.before.tokens >= c.Cost && (all || c.Limit.Shadow) {
+			taken = c.Cost
+		}
+		if taken > 0 || s.moved {
+			s.shard.buckets[s.key] = state{
+				shape: c.Bucket,
+				level: level{tokens: s.before.tokens - taken, frac: s.before.frac},
+				at:    now,
+			}
+		} else if s.reserved {
+			m.entries.Add(-1) // nothing was taken from a full bucket: it stays absent
+		}
+		verdicts[i] = c.Bucket.verdict(s.before, c.Cost, taken, MemorySource)
+	}
+	if shared {
+		m.overflow.mu.Unlock()
+	}
+	unlock()
+}
+
+func (m *Memory) shardOf(key string) int { return int(maphash.String(m.seed, key) % shards) }
+
+// slot is where one charge's bucket is, and what it holds.
+type slot struct {
+	shard    *shard
+	index    int
+	key      string
+	before   level
+	moved    bool // the state has to be stored even if nothing is taken
+	reserved bool // the key is new, and counted in entries already
+}
+
+// lock locks the shards of slots, each once and in the order of their indexes, so that no two takes wait for each other. It returns
+// what unlocks them.
+func (m *Memory) lock(slots []slot) (unlock func()) {
+	if len(slots) == 1 {
+		slots[0].shard.mu.Lock()
+		return slots[0].shard.mu.Unlock
+	}
+	indexes := make([]int, len(slots))
+	for i := range slots {
+		indexes[i] = slots[i].index
+	}
+	slices.Sort(indexes)
+	indexes = slices.Compact(indexes)
+	for _, i := range indexes {
+		m.shards[i].mu.Lock()
+	}
+	return func() {
+		for _, i := range indexes {
+			m.shards[i].mu.Unlock()
+		}
+	}
+}
+
+// Run sweeps every few seconds until ctx ends.
+func (m *Memory) Run(ctx context.Context) {
+	tick := time.NewTicker(sweepEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			m.sweep()
+		}
+	}
+}
+
+// sweep drops the buckets that are full.
+func (m *Memory) sweep() {
+	var swept int
+	for i := range m.shards {
+		n := m.shards[i].sweep(m.now)
+		m.entries.Add(int64(-n))
+		swept += n
+	}
+	m.overflow.sweep(m.now)
+	m.sweeps.Inc()
+	m.swept.Add(float64(swept))
+	if n := m.sharedBefore.Swap(0); n > 0 {
+		m.log.Warn("the table of buckets is full: new keys of a limit share one bucket", zap.Int64("buckets", m.max), zap.Int64("takes", n))
+	}
+}
+
+func (s *shard) sweep(now func() int64) (swept int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	at := now()
+	for key, stored := range s.buckets {
+		if l, _ := draw(stored, stored.shape, at); l.tokens == stored.shape.burst {
+			delete(s.buckets, key)
+			swept++
+		}
+	}
+	if swept > 0 && len(s.buckets) == 0 {
+		s.buckets = make(map[string]state) // a map that was large keeps its memory
+	}
+	return swept
+}
