@@ -1,0 +1,364 @@
+package limiter
+
+import (
+	"context"
+	"crypto/sha1"
+	_ "embed"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net"
+	"net/url"
+	"strings"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/redis/go-redis/v9"
+	"github.com/redis/go-redis/v9/logging"
+	"github.com/redis/go-redis/v9/maintnotifications"
+	"go.uber.org/zap"
+)
+
+// RedisOptions say which Redis, and how long a take may last.
+type RedisOptions struct {
+	URL      string        // redis://, rediss:// or unix://
+	Username string        // over the URL's, unless empty
+	Password string        // over the URL's, unless empty
+	Timeout  time.Duration // of one take, the wait for a connection and its dial included; above 0
+}
+
+// Validate reports what is wrong with the options. Its error holds no password.
+func (o RedisOptions) Validate() error {
+	_, err := o.client()
+	return err
+}
+
+const urlForms = "allowed are redis://[user:password@]host:port[/database], the same with rediss://, and unix:///path/to/socket[?db=database]"
+
+// poolSize is how many connections a sidecar has at most. Each carries one take at a time, so that at a round trip
+// of 1 ms they carry 32,000 takes a second.
+const poolSize = 32
+
+func (o RedisOptions) client() (*redis.Options, error) {
+	if o.Timeout <= 0 {
+		return nil, fmt.Errorf("the timeout %v is not above 0", o.Timeout)
+	}
+	u, err := url.Parse(o.URL)
+	if err != nil { // url.Error repeats the URL, and so its password
+		return nil, fmt.Errorf("not a URL; %s", urlForms)
+	}
+	q := u.Query()
+	if u.Scheme == "unix" {
+		q.Del("db")
+		if u.Path == "" {
+			return nil, fmt.Errorf("a URL without the socket's path; %s", urlForms)
+		}
+	} else if u.Host == "" {
+		return nil, fmt.Errorf("a URL without a host; %s", urlForms)
+	}
+	if len(q) > 0 {
+		return nil, fmt.Errorf("a URL with parameters; %s", urlForms)
+	}
+	c, err := redis.ParseURL(o.URL)
+	if err != nil {
+		return nil, fmt.Errorf("%s; %s", strings.TrimPrefix(err.Error(), "redis: "), urlForms)
+	}
+	if c.DB < 0 {
+		return nil, fmt.Errorf("the database %d is not 0 or above; %s", c.DB, urlForms)
+	}
+	if o.Username != "" {
+		c.Username = o.Username
+	}
+	if o.Password != "" {
+		c.Password = o.Password
+	}
+
+	// A take is never sent again by the library: see once, too.
+	c.MaxRetries = -1
+	c.DialerRetries = 1
+	// The caller's context bounds everything; these hold where the library dials outside of one.
+	c.ContextTimeoutEnabled = true
+	c.DialTimeout, c.ReadTimeout, c.WriteTimeout, c.PoolTimeout = o.Timeout, o.Timeout, o.Timeout, o.Timeout
+	// Without a cap on its active connections the pool dials one for each caller that waits for a slow Redis.
+	c.PoolSize, c.MaxActiveConns = poolSize, poolSize
+	c.PipelinePoolSize = -1 // no pipelines, so no pool for them
+	// A take is some 200 bytes; the default of 32 kB each way would be 2 MiB a sidecar.
+	c.ReadBufferSize, c.WriteBufferSize = 4096, 4096
+	// Each of these is a round trip of a new connection, on the time of the take that waits for it.
+	c.DisableIdentity = true
+	c.MaintNotificationsConfig = &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
+	return c, nil
+}
+
+// The library writes lines of its own to stderr, one for each dial that failed. All that it says there it returns too.
+func init() { logging.Disable() }
+
+//go:embed take.lua
+var takeLua string
+
+// serverClock is the script's last line: take is a function of the instant, and this asks Redis for it, once.
+const serverClock = "local t = redis.call('TIME') return take(t[1] * 1000000 + t[2])\n"
+
+// Redis is the Store that all sidecars share. It is safe for concurrent use.
+type Redis struct {
+	client  *redis.Client
+	timeout time.Duration
+	script  string
+	sha     string
+	log     *zap.Logger
+	seconds prometheus.Histogram
+	errors  map[ErrorKind]prometheus.Counter
+}
+
+var _ Store = (*Redis)(nil)
+
+// NewRedis returns a store on the Redis that o names, without asking it anything yet. A nil log logs nothing. Close it
+// after use.
+func NewRedis(o RedisOptions, log *zap.Logger, metrics prometheus.Registerer) (*Redis, error) {
+	return newRedis(o, serverClock, log, metrics)
+}
+
+// newRedis has the script's last line from its caller: tests pass the instant themselves.
+func newRedis(o RedisOptions, clock string, log *zap.Logger, metrics prometheus.Registerer) (*Redis, error) {
+	c, err := o.client()
+	if err != nil {
+		return nil, err
+	}
+	if log == nil {
+		log = zap.NewNop()
+	}
+	r := &Redis{
+		client:  redis.NewClient(c),
+		timeout: o.Timeout,
+		script:  takeLua + clock,
+		log:     log,
+		seconds: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name:    "sluice_store_seconds",
+			Help:    "How long Redis took to answer a take, in seconds, failed ones included.",
+			Buckets: []float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1},
+		}),
+		errors: make(map[ErrorKind]prometheus.Counter, len(ErrorKinds)),
+	}
+	sum := sha1.Sum([]byte(r.script))
+	r.sha = hex.EncodeToString(sum[:])
+	vec := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "sluice_store_errors_total",
+		Help: "Takes that Redis did not answer for, and stored states that made no sense, by kind.",
+	}, []string{"kind"})
+	for _, k := range ErrorKinds {
+		r.errors[k] = vec.WithLabelValues(string(k))
+	}
+	metrics.MustRegister(r.seconds, vec)
+	return r, nil
+}
+
+// Close ends all connections.
+func (r *Redis) Close() error { return r.client.Close() }
+
+// Ping asks whether Redis answers, by the deadline of ctx. Its error is a *StoreError.
+func (r *Redis) Ping(ctx context.Context) error {
+	if err := r.client.Ping(ctx).Err(); err != nil {
+		return storeError(err)
+	}
+	return nil
+}
+
+// once is a command that the library never sends twice, whatever its retry settings, on any kind of client: Redis may have
+// executed a script whose answer was late or was cut off.
+type once struct{ *redis.StringCmd }
+
+// NoRetry is what the library asks.
+func (once) NoRetry() bool { return true }
+
+// deadlineMargin is what a take leaves of its caller's time for the answer's own way.
+const deadlineMargin = 5 * time.Millisecond
+
+// Take is Store's, in one round trip. It ends within the store's timeout, and deadlineMargin before the
+// caller's deadline.
+func (r *Redis) Take(ctx context.Context, charges []Charge, verdicts []Verdict) {
+	start := time.Now()
+	deadline := start.Add(r.timeout)
+	if d, ok := ctx.Deadline(); ok && d.Add(-deadlineMargin).Before(deadline) {
+		deadline = d.Add(-deadlineMargin)
+	}
+	ctx, cancel := context.WithDeadline(ctx, deadline)
+	reply, err := r.run(ctx, "evalsha", r.sha, charges)
+	if redis.HasErrorPrefix(err, "NOSCRIPT") {
+		// The script was flushed, or Redis is a new one: nothing was executed. EVAL executes and loads it, so that
+		// this ends however often somebody flushes.
+		reply, err = r.run(ctx, "eval", r.script, charges)
+	}
+	cancel()
+	if err == nil {
+		err = r.read(reply, charges, verdicts)
+	}
+	r.seconds.Observe(time.Since(start).Seconds())
+	if err != nil {
+		failed := storeError(err)
+		r.errors[failed.Kind].Inc()
+		failAll(verdicts, failed)
+	}
+}
+
+// chargeSize is the length of one packed argument of the script, CHARGE_SIZE there.
+const chargeSize = 22
+
+// run sends the script, by its hash or its text, and returns the reply.
+func (r *Redis) run(ctx context.Context, command, script string, charges []Charge) (string, error) {
+	args := make([]any, 3, 3+2*len(charges))
+	args[0], args[1], args[2] = command, script, len(charges)
+	for i := range charges {
+		args = append(args, charges[i].Key)
+	}
+	packed := make([]byte, 0, chargeSize*len(charges))
+	for i := range charges {
+		packed = appendCharge(packed, &charges[i])
+		args = append(args, packed[i*chargeSize:])
+	}
+	cmd := once{redis.NewStringCmd(ctx, args...)}
+	if err := r.client.Process(ctx, cmd); err != nil {
+		return "", err
+	}
+	return cmd.Val(), nil
+}
+
+// What holds the other charges of a request back, as the script has it.
+const (
+	holdAlways = iota // a denial, or trouble
+	holdDenial        // a denial only: trouble lets the request pass
+	holdNever         // nothing: a shadow charge
+)
+
+func appendCharge(b []byte, c *Charge) []byte {
+	hold := byte(holdAlways)
+	switch {
+	case c.Limit.Shadow:
+		hold = holdNever
+	case c.Limit.OnFailure == Allow:
+		hold = holdDenial
+	}
+	var eight [8]byte
+	binary.BigEndian.PutUint64(eight[:], uint64(c.Bucket.n))
+	b = append(b, eight[1:]...)
+	binary.BigEndian.PutUint64(eight[:], uint64(c.Bucket.p))
+	b = append(b, eight[2:]...)
+	b = binary.BigEndian.AppendUint32(b, uint32(c.Bucket.burst))
+	// Every cost above the burst is as far out of reach as the least of them.
+	b = binary.BigEndian.AppendUint32(b, uint32(min(c.Cost, c.Bucket.burst+1)))
+	return append(b, hold)
+}
+
+// The flags of the reply.
+const (
+	flagAllowed  = 1 << iota // the bucket held the cost
+	flagTaken                // it was taken
+	flagNonsense             // what was stored made no sense, and counts as empty
+	flagTrouble              // no verdict
+)
+
+var errReply = errors.New("the script's reply is cut or is not its own")
+
+// read fills verdicts from the script's reply.
+func (r *Redis) read(reply string, charges []Charge, verdicts []Verdict) error {
+	for i := range charges {
+		if len(reply) < 2 {
+			return errReply
+		}
+		flags := reply[0]
+		if flags&flagTrouble != 0 {
+			end := 2 + int(reply[1])
+			if len(reply) < end {
+				return errReply
+			}
+			code := reply[2:end]
+			verdicts[i] = Verdict{Err: r.trouble(code)}
+			reply = reply[end:]
+			continue
+		}
+		if len(reply) < 11 {
+			return errReply
+		}
+		before := level{
+			tokens: int64(bigEndian(reply[1:5])),
+			frac:   int64(bigEndian(reply[5:11])),
+		}
+		reply = reply[11:]
+		b := charges[i].Bucket
+		if before.tokens > b.burst || before.frac >= b.p {
+			return errReply
+		}
+		var taken int64
+		if flags&flagTaken != 0 {
+			taken = charges[i].Cost
+		}
+		if flags&flagNonsense != 0 {
+			r.errors[KindState].Inc()
+			r.log.Warn("a bucket's stored state made no sense: it is empty from now on", zap.String("limit", charges[i].Limit.Name),
+				zap.String("domain", charges[i].Limit.Domain))
+		}
+		verdicts[i] = b.verdict(before, charges[i].Cost, taken, RedisSource)
+	}
+	if reply != "" {
+		return errReply
+	}
+	return nil
+}
+
+// trouble is one bucket's error, by the code that Redis or the script gave for it.
+func (r *Redis) trouble(code string) *StoreError {
+	e := &StoreError{Kind: kindOfCode(code), Err: fmt.Errorf("one bucket's: %s", code)}
+	if code == "NEWER" {
+		e.Err = errors.New("one bucket's: stored by a newer version")
+	}
+	r.errors[e.Kind].Inc()
+	return e
+}
+
+func bigEndian(s string) (v uint64) {
+	for i := range len(s) {
+		v = v<<8 | uint64(s[i])
+	}
+	return v
+}
+
+// storeError says of what kind an error of the library is.
+func storeError(err error) *StoreError {
+	var network net.Error
+	var answer redis.Error
+	kind := KindOther
+	switch {
+	case errors.Is(err, errReply):
+		kind = KindScript
+	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, redis.ErrPoolTimeout), errors.Is(err, redis.ErrPoolExhausted):
+		kind = KindTimeout
+	case errors.Is(err, context.Canceled): // the caller is gone; nothing is wrong with Redis
+	case errors.As(err, &network) && network.Timeout():
+		kind = KindTimeout
+	case errors.As(err, &answer):
+		code, _, _ := strings.Cut(answer.Error(), " ")
+		kind = kindOfCode(code)
+	default: // EOF, reset, refused, TLS, closed: all that is not an answer
+		kind = KindConnection
+	}
+	return &StoreError{Kind: kind, Err: err}
+}
+
+// kindOfCode is the kind of an error that Redis answered, by its first word.
+func kindOfCode(code string) ErrorKind {
+	switch strings.TrimSuffix(code, ":") {
+	case "NOAUTH", "WRONGPASS", "NOPERM":
+		return KindAuth
+	case "READONLY", "NOREPLICAS", "MISCONF", "MASTERDOWN":
+		return KindReadOnly
+	case "OOM":
+		return KindOOM
+	case "LOADING":
+		return KindLoading
+	case "NEWER":
+		return KindState
+	case "ERR", "SLUICE", "NOSCRIPT", "BUSY", "UNKILLABLE":
+		return KindScript
+	}
+	return KindOther
+}

@@ -1,0 +1,475 @@
+package limiter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+	"github.com/redis/go-redis/v9"
+
+	"github.com/sluiceproxy/sluice/limiter/redistest"
+)
+
+// scripts is how many scripts the server has executed since its start, by what it counts itself.
+func scripts(t testing.TB, s *redistest.Server) (executed int) {
+	t.Helper()
+	stats := s.Info("commandstats")
+	for _, command := range []string{"cmdstat_evalsha", "cmdstat_eval"} {
+		// calls=3,usec=100,usec_per_call=33.3,rejected_calls=0,failed_calls=1: a call that failed changed nothing here.
+		fields := map[string]int{}
+		for f := range strings.SplitSeq(stats[command], ",") {
+			name, value, _ := strings.Cut(f, "=")
+			fields[name], _ = strconv.Atoi(value)
+		}
+		executed += fields["calls"] - fields["failed_calls"]
+	}
+	return executed
+}
+
+func TestRedisSurvivesFlushedScripts(t *testing.T) {
+	server := redistest.Start(t)
+	r := newTestRedis(t, server, serverClock)
+	client := server.Client()
+	const callers, takes = 16, 300
+	a := charge(bucket(t, 1, day, callers*takes+1), "a") // no token comes back meanwhile
+
+	done := make(chan struct{})
+	flushes := make(chan int)
+	go func() {
+		n := 0
+		tick := time.NewTicker(2 * time.Millisecond)
+		defer tick.Stop()
+		for {
+			select {
+			case <-done:
+				flushes <- n
+				return
+			case <-tick.C:
+				if err := client.ScriptFlush(context.Background()).Err(); err != nil {
+					t.Error(err)
+				}
+				n++
+			}
+		}
+	}()
+	var wg sync.WaitGroup
+	for range callers {
+		wg.Go(func() {
+			verdicts := make([]Verdict, 1)
+			for range takes {
+				if r.Take(t.Context(), []Charge{a}, verdicts); !verdicts[0].Allowed {
+					t.Errorf("%+v", verdicts[0])
+				}
+			}
+		})
+	}
+	wg.Wait()
+	close(done)
+	if n := <-flushes; n == 0 {
+		t.Error("no flush fell into the load")
+	}
+	taker{t, r}.want("ok 1", a.costs(0)) // each take was charged once
+	if n := scripts(t, server); n != callers*takes+1 {
+		t.Errorf("%d scripts were executed for %d takes", n, callers*takes+1)
+	}
+}
+
+// A Redis that does not answer costs a caller the store's time budget and no more, and what it then executes late it executes once.
+func TestFrozenRedis(t *testing.T) {
+	const budget = 100 * time.Millisecond
+	server := redistest.Start(t)
+	r, err := NewRedis(RedisOptions{URL: server.URL(), Timeout: budget}, nil, prometheus.NewRegistry())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = r.Close() }()
+	a := charge(bucket(t, 1, day, 1000), "a")
+	warm := make([]Verdict, 1)
+	if r.Take(t.Context(), []Charge{a}, warm); !warm[0].Allowed {
+		t.Fatalf("%+v", warm[0])
+	}
+
+	server.Freeze()
+	const callers, takes = 50, 4
+	var slowest atomic.Int64
+	var wg sync.WaitGroup
+	for range callers {
+		wg.Go(func() {
+			verdicts := make([]Verdict, 1)
+			for range takes {
+				start := time.Now()
+				r.Take(t.Context(), []Charge{a}, verdicts)
+				took := int64(time.Since(start))
+				for old := slowest.Load(); took > old && !slowest.CompareAndSwap(old, took); old = slowest.Load() {
+				}
+				if KindOf(verdicts[0].Err) != KindTimeout {
+					t.Errorf("%+v", verdicts[0])
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if d := time.Duration(slowest.Load()); d > budget+50*time.Millisecond {
+		t.Errorf("a take lasted %v of a budget of %v", d, budget)
+	}
+	server.Thaw()
+
+	v := waitForAnswer(t, r, a.costs(0))
+	executed := scripts(t, server)
+	if executed > callers*takes+10 || int64(executed) < 1000-v.Remaining {
+		t.Errorf("%d scripts were executed for %d takes, and %d tokens are gone", executed, callers*takes, 1000-v.Remaining)
+	}
+	if v.Remaining < 1000-1-callers*takes {
+		t.Errorf("%d tokens are left after %d takes", v.Remaining, callers*takes)
+	}
+}
+
+// waitForAnswer takes until Redis answers, for at most 2 s.
+func waitForAnswer(t *testing.T, r *Redis, c Charge) Verdict {
+	t.Helper()
+	verdicts := make([]Verdict, 1)
+	for deadline := time.Now().Add(2 * time.Second); time.Now().Before(deadline); {
+		if r.Take(t.Context(), []Charge{c}, verdicts); verdicts[0].Err == nil {
+			return verdicts[0]
+		}
+	}
+	t.Fatalf("no answer within 2 s: %v", verdicts[0].Err)
+	return Verdict{}
+}
+
+func TestRestartedRedis(t *testing.T) {
+	server := redistest.Start(t)
+	r := newTestRedis(t, server, serverClock)
+	a := charge(bucket(t, 1, day, 10), "a")
+	k := taker{t, r}
+	k.want("ok 3", a.costs(7))
+	server.Kill()
+	verdicts := make([]Verdict, 1)
+	for range 3 {
+		if r.Take(t.Context(), []Charge{a}, verdicts); KindOf(verdicts[0].Err) != KindConnection {
+			t.Errorf("%+v", verdicts[0])
+		}
+	}
+	server.Restart() // without persistence: what it knew is gone
+	if v := waitForAnswer(t, r, a); v.Remaining != 9 {
+		t.Errorf("%+v", v)
+	}
+}
+
+func TestCallersDeadline(t *testing.T) {
+	server := redistest.Start(t)
+	r := newTestRedis(t, server, serverClock) // its own budget is a minute
+	a := charge(bucket(t, 1, day, 10), "a")
+	verdicts := make([]Verdict, 1)
+
+	server.Freeze()
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	r.Take(ctx, []Charge{a}, verdicts)
+	if err := ctx.Err(); err != nil {
+		t.Errorf("the take was not over by its caller's deadline")
+	}
+	if KindOf(verdicts[0].Err) != KindTimeout {
+		t.Errorf("%+v", verdicts[0])
+	}
+	server.Thaw()
+
+	// What is over before it was sent is not sent.
+	before := scripts(t, server)
+	gone, cancel := context.WithCancel(t.Context())
+	cancel()
+	for range 10 {
+		if r.Take(gone, []Charge{a}, verdicts); !errors.Is(verdicts[0].Err, context.Canceled) {
+			t.Errorf("%+v", verdicts[0])
+		}
+	}
+	if after := scripts(t, server); after > before+1 { // the one of the frozen server may come late
+		t.Errorf("%d scripts of a caller who was gone", after-before)
+	}
+}
+
+// One bucket's trouble stays its own.
+func TestStoredTrouble(t *testing.T) {
+	server := redistest.Start(t)
+	client := server.Client()
+	registry := prometheus.NewRegistry()
+	r, err := NewRedis(RedisOptions{URL: server.URL(), Timeout: time.Minute}, nil, registry)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = r.Close() }()
+	ctx := t.Context()
+	b := bucket(t, 1, day, 5)
+	good, bad := charge(b, "good"), charge(b, "bad")
+	k := taker{t, r}
+
+	valid := func() string {
+		k.want("ok 4", charge(b, "valid"))
+		s, err := client.GetDel(ctx, charge(b, "valid").Key).Result()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}()
+	set := func(value string) func() {
+		return func() {
+			if err := client.Set(ctx, bad.Key, value, 0).Err(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	patch := func(at int, bytes string) func() { return set(valid[:at] + bytes + valid[at+len(bytes):]) }
+	for name, poison := range map[string]func(){
+		"a list":              func() { client.RPush(ctx, bad.Key, "x") },
+		"a hash":              func() { client.HSet(ctx, bad.Key, "x", "y") },
+		"empty":               set(""),
+		"text":                set("one hundred tokens"),
+		"cut":                 set(valid[:36]),
+		"too long":            set(valid + "\x00"),
+		"version 0":           patch(2, "\x00"),
+		"more than its burst": patch(3, "\x00\x00\x00\x06"),
+		"a full one and more": patch(3, "\x00\x00\x00\x05\x00\x00\x00\x00\x00\x01"),
+		"a part above one":    patch(7, "\xff\xff\xff\xff\xff\xff"),
+		"a time after time":   patch(13, "\xff\xff\xff\xff\xff\xff\xff"),
+		"no burst":            patch(20, "\x00\x00\x00\x00"),
+		"no rate":             patch(24, "\x00\x00\x00\x00\x00\x00\x00"),
+		"a rate too fast":     patch(24, "\xff\xff\xff\xff\xff\xff\xff"),
+		"no period":           patch(31, "\x00\x00\x00\x00\x00\x00"),
+		"a period too long":   patch(31, "\xff\xff\xff\xff\xff\xff"),
+	} {
+		t.Run(name, func(t *testing.T) {
+			client.Del(ctx, bad.Key, good.Key)
+			poison()
+			before := testutil.ToFloat64(r.errors[KindState])
+			// Empty as of now; the other one's token stays as the request was denied, and is taken when it is alone.
+			k := taker{t, r}
+			v := k.take(good, bad)
+			if v[1].Allowed || v[1].Remaining != 0 || v[1].RetryAfter > day || v[1].RetryAfter < day-time.Minute || v[0].Remaining != 5 {
+				t.Errorf("%+v", v)
+			}
+			if got := testutil.ToFloat64(r.errors[KindState]) - before; got != 1 {
+				t.Errorf("reported %v times", got)
+			}
+			k.want("ok 4", good)
+			if ttl := client.PTTL(ctx, bad.Key).Val(); ttl < 5*day || ttl > 5*day+time.Minute {
+				t.Errorf("TTL %v", ttl)
+			}
+			k.want("ok 0", bad.costs(0)) // it makes sense now
+			if got := testutil.ToFloat64(r.errors[KindState]) - before; got != 1 {
+				t.Errorf("reported %v times", got)
+			}
+		})
+	}
+
+	t.Run("a newer version is no empty bucket but a failure", func(t *testing.T) {
+		for _, tt := range []struct {
+			mode   FailureMode
+			shadow bool
+			left   int64 // in the other bucket
+		}{
+			{Deny, false, 5}, {Delegate, false, 5}, {Allow, false, 4}, {Deny, true, 4},
+		} {
+			client.Del(ctx, good.Key)
+			newer := valid[:2] + "\x02 whatever it may look like"
+			set(newer)()
+			c := bad
+			c.Limit = &Limit{Domain: "test", Name: "bad", OnFailure: tt.mode, Shadow: tt.shadow}
+			verdicts := make([]Verdict, 2)
+			r.Take(ctx, []Charge{c, good}, verdicts)
+			if KindOf(verdicts[0].Err) != KindState || !verdicts[1].Allowed || verdicts[1].Remaining != tt.left {
+				t.Errorf("%+v: %+v", tt, verdicts)
+			}
+			if got := client.Get(ctx, bad.Key).Val(); got != newer {
+				t.Errorf("overwritten by %q", got)
+			}
+		}
+	})
+}
+
+func TestRedisRefuses(t *testing.T) {
+	ctx := t.Context()
+	for _, tt := range []struct {
+		name  string
+		args  []string
+		setup func(t *testing.T, c *redis.Client) error
+		user  string
+		want  ErrorKind
+	}{
+		{name: "wrong password", args: []string{"--requirepass", "secret-of-redis"}, want: KindAuth},
+		{name: "no right to the keys", user: "guest", want: KindAuth, setup: func(t *testing.T, c *redis.Client) error {
+			return c.Do(ctx, "ACL", "SETUSER", "guest", "on", ">pw", "~other:*", "+@all").Err()
+		}},
+		{name: "no right to scripts", user: "guest", want: KindAuth, setup: func(t *testing.T, c *redis.Client) error {
+			return c.Do(ctx, "ACL", "SETUSER", "guest", "on", ">pw", "~*", "+@all", "-@scripting").Err()
+		}},
+		{name: "no right to write within scripts", user: "guest", want: KindAuth, setup: func(t *testing.T, c *redis.Client) error {
+			return c.Do(ctx, "ACL", "SETUSER", "guest", "on", ">pw", "~*", "+@all", "-set").Err()
+		}},
+		{name: "no right to read within scripts", user: "guest", want: KindAuth, setup: func(t *testing.T, c *redis.Client) error {
+			return c.Do(ctx, "ACL", "SETUSER", "guest", "on", ">pw", "~*", "+@all", "-get").Err()
+		}},
+		{name: "a replica", want: KindReadOnly, setup: func(t *testing.T, c *redis.Client) error {
+			return c.Do(ctx, "REPLICAOF", "127.0.0.1", "1").Err()
+		}},
+		{name: "too few replicas", want: KindReadOnly, setup: func(t *testing.T, c *redis.Client) error {
+			return c.ConfigSet(ctx, "min-replicas-to-write", "1").Err()
+		}},
+		{name: "out of memory", want: KindOOM, setup: func(t *testing.T, c *redis.Client) error {
+			return c.ConfigSet(ctx, "maxmemory", "1").Err()
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			server := redistest.Start(t, tt.args...)
+			if tt.setup != nil {
+				if err := tt.setup(t, server.Client()); err != nil {
+					t.Fatal(err)
+				}
+			}
+			o := RedisOptions{URL: server.URL(), Timeout: time.Minute}
+			if tt.user != "" {
+				o.Username, o.Password = tt.user, "pw"
+			}
+			r, err := NewRedis(o, nil, prometheus.NewRegistry())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = r.Close() }()
+			verdicts := make([]Verdict, 1)
+			r.Take(ctx, []Charge{charge(bucket(t, 1, day, 5), "a")}, verdicts)
+			if got := KindOf(verdicts[0].Err); got != tt.want || verdicts[0].Allowed {
+				t.Errorf("%s (%v), want %s", got, verdicts[0].Err, tt.want)
+			}
+			if got := testutil.ToFloat64(r.errors[tt.want]); got != 1 {
+				t.Errorf("counted %v times", got)
+			}
+		})
+	}
+}
+
+// The script checks its arguments before it reads anything.
+func TestScriptArguments(t *testing.T) {
+	server := redistest.Start(t)
+	client := server.Client()
+	c := charge(bucket(t, 1, time.Second, 5), "a")
+	good := string(appendCharge(nil, &c))
+	patch := func(at int, bytes string) string { return good[:at] + bytes + good[at+len(bytes):] }
+	for name, args := range map[string][]any{
+		"none":             {},
+		"too few":          {good},
+		"too many":         {good, good, good},
+		"cut":              {good, good[:21]},
+		"empty":            {good, ""},
+		"no rate":          {good, patch(0, "\x00\x00\x00\x00\x00\x00\x00")},
+		"rate too fast":    {good, patch(0, "\xff\xff\xff\xff\xff\xff\xff")},
+		"no period":        {good, patch(7, "\x00\x00\x00\x00\x00\x00")},
+		"period too long":  {good, patch(7, "\xff\xff\xff\xff\xff\xff")},
+		"no burst":         {good, patch(13, "\x00\x00\x00\x00")},
+		"burst too large":  {good, patch(13, "\xff\xff\xff\xff")},
+		"hold unheard of":  {good, patch(21, "\x03")},
+		"hold far outside": {good, patch(21, "\xff")},
+	} {
+		err := client.Eval(t.Context(), takeLua+serverClock, []string{"a", "b"}, args...).Err()
+		if err == nil || !strings.HasPrefix(err.Error(), "SLUICE ") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if keys := client.Keys(t.Context(), "*").Val(); len(keys) != 0 {
+		t.Errorf("written: %q", keys)
+	}
+	if err := client.Eval(t.Context(), takeLua+serverClock, []string{"a", "b"}, good, good).Err(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestReplyOfAnother(t *testing.T) {
+	r, err := NewRedis(RedisOptions{URL: "redis://127.0.0.1:1", Timeout: time.Second}, nil, prometheus.NewRegistry())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = r.Close() }()
+	c := []Charge{charge(bucket(t, 1, time.Second, 5), "a")}
+	good := "\x03\x00\x00\x00\x05\x00\x00\x00\x00\x00\x00"
+	for _, reply := range []string{
+		"", "\x03", good[:10], good + "\x00", good + good, "\x08", "\x08\x05NEWE", "\x08\x05NEWERx", "OK",
+		"\x03\x00\x00\x00\x06\x00\x00\x00\x00\x00\x00", "\x03\x00\x00\x00\x05\xff\xff\xff\xff\xff\xff",
+	} {
+		if err := r.read(reply, c, make([]Verdict, 1)); !errors.Is(err, errReply) {
+			t.Errorf("%q: %v", reply, err)
+		}
+	}
+	if err := r.read(good, c, make([]Verdict, 1)); err != nil {
+		t.Error(err)
+	}
+	if KindOf(storeError(errReply)) != KindScript {
+		t.Error("of another kind")
+	}
+}
+
+func TestRedisOptions(t *testing.T) {
+	for _, url := range []string{
+		"redis://127.0.0.1:6379", "redis://127.0.0.1:6379/0", "redis://redis/3", "rediss://u:p@[::1]:6380/1", "unix:///run/redis.sock",
+		"unix:///run/redis.sock?db=2", "redis://:p@h",
+	} {
+		if err := (RedisOptions{URL: url, Timeout: time.Second}).Validate(); err != nil {
+			t.Errorf("%s: %v", url, err)
+		}
+	}
+	for url, want := range map[string]string{
+		"":                                "a URL without a host",
+		"127.0.0.1:6379":                  "not a URL",
+		"redis:6379":                      "a URL without a host",
+		"http://:s3cret@h":                "invalid URL scheme: http",
+		"redis://:s3cret@h/x":             `invalid database number: "x"`,
+		"redis://:s3cret@h/-1":            "the database -1 is not 0 or above",
+		"redis://:s3cret@h/1/2":           "invalid URL path: /1/2",
+		"redis://:s3cret@h?max_retries=3": "a URL with parameters",
+		"redis://:s3cret@h:port":          "not a URL",
+		"redis://h\x7f:s3cret@":           "not a URL",
+		"unix://":                         "a URL without the socket's path",
+	} {
+		err := (RedisOptions{URL: url, Timeout: time.Second}).Validate()
+		if err == nil || !strings.HasPrefix(err.Error(), want) || !strings.HasSuffix(err.Error(), urlForms) {
+			t.Errorf("%q: %v", url, err)
+		} else if strings.Contains(err.Error(), "s3cret") {
+			t.Errorf("tells the password: %v", err)
+		}
+	}
+	if err := (RedisOptions{URL: "redis://h"}).Validate(); err == nil || err.Error() != "the timeout 0s is not above 0" {
+		t.Error(err)
+	}
+}
+
+// A bucket takes at most 250 bytes of Redis, with a domain, a limit and a key of ordinary length.
+func TestRedisMemory(t *testing.T) {
+	server := redistest.Start(t)
+	r := newTestRedis(t, server, serverClock)
+	used := func() int {
+		n, err := strconv.Atoi(server.Info("memory")["used_memory"])
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	b := bucket(t, 1, day, 5)
+	limit := &Limit{Domain: "shop", Name: "per-client"}
+	taker{t, r}.take(charge(b, "warm"))
+	before := used()
+	const keys = 20_000
+	for i := range keys {
+		c := Charge{Limit: limit, Bucket: b, Key: fmt.Sprintf("sluice:shop:per-client:{=13.198.51.%03d.%03d}", i/256, i%256), Cost: 1}
+		taker{t, r}.take(c)
+	}
+	a := (used() - before) / keys
+	t.Logf("%d bytes a bucket", a)
+	if a > 250 {
+		t.Errorf("%d bytes a bucket", a)
+	}
+}

@@ -1,0 +1,168 @@
+// Package redistest runs real Redis servers for tests.
+package redistest
+
+import (
+	"bufio"
+	"context"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+)
+
+// startWithin bounds how long a server may take to start or to end.
+const startWithin = 20 * time.Second
+
+// Server is a redis-server on a unix socket, without persistence unless it was started with arguments that say so.
+// Its methods fail the test that started it. They are not for concurrent use.
+type Server struct {
+	t    testing.TB
+	dir  string
+	args []string
+	cmd  *exec.Cmd
+	done chan struct{} // closed when cmd has ended
+}
+
+// Start starts a server, waits until it answers, and stops it when the test ends. args are redis-server's own, such as
+// "--maxmemory", "1mb". Where there is no redis-server the test fails: a skip would hide that nothing was tested.
+func Start(t testing.TB, args ...string) *Server {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "redistest") // not t.TempDir: a socket's path is at most 107 bytes
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &Server{t: t, dir: dir, args: args}
+	t.Cleanup(func() {
+		s.Kill()
+		_ = os.RemoveAll(dir)
+	})
+	s.Restart()
+	return s
+}
+
+// URL is what a client dials. It stays the same over restarts.
+func (s *Server) URL() string { return "unix://" + s.socket() }
+
+func (s *Server) socket() string { return filepath.Join(s.dir, "redis.sock") }
+
+// Client returns a client of the server's, closed when the test ends.
+func (s *Server) Client() *redis.Client {
+	c := redis.NewClient(&redis.Options{Network: "unix", Addr: s.socket(), MaxRetries: -1})
+	s.t.Cleanup(func() { _ = c.Close() })
+	return c
+}
+
+// Restart starts the server, which must not run, and waits until it takes connections. What it kept on disk it has again.
+func (s *Server) Restart() {
+	s.t.Helper()
+	args := append([]string{"--port", "0", "--unixsocket", s.socket(), "--dir", s.dir, "--save", ""}, s.args...)
+	s.cmd = exec.Command("redis-server", args...)
+	s.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	out, err := s.cmd.StdoutPipe()
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	if err := s.cmd.Start(); err != nil {
+		s.t.Fatalf("%v: these tests need a real redis-server on PATH (README, Development)", err)
+	}
+	ready := make(chan string, 1)
+	s.done = make(chan struct{})
+	go func(cmd *exec.Cmd, done chan struct{}) {
+		defer close(done)
+		lines := bufio.NewScanner(out)
+		var log strings.Builder
+		for lines.Scan() {
+			log.WriteString(lines.Text() + "\n")
+			if strings.Contains(lines.Text(), "eady to accept connections") {
+				ready <- ""
+				break
+			}
+		}
+		_, _ = io.Copy(io.Discard, out)
+		_ = cmd.Wait()
+		select {
+		case ready <- log.String():
+		default:
+		}
+	}(s.cmd, s.done)
+	select {
+	case failure := <-ready:
+		if failure != "" {
+			s.t.Fatalf("redis-server %v did not start:\n%s", s.args, failure)
+		}
+	case <-time.After(startWithin):
+		s.t.Fatalf("redis-server %v did not start within %v", s.args, startWithin)
+	}
+}
+
+// Kill ends the server at once, as a crash does. It may have ended already.
+func (s *Server) Kill() { s.end(syscall.SIGKILL) }
+
+// Shutdown ends the server as an operator does.
+func (s *Server) Shutdown() { s.end(syscall.SIGTERM) }
+
+func (s *Server) end(sig syscall.Signal) {
+	if s.cmd == nil || s.cmd.Process == nil {
+		return
+	}
+	_ = s.cmd.Process.Signal(sig) // it may have ended by itself
+	select {
+	case <-s.done:
+	case <-time.After(startWithin):
+		s.t.Errorf("redis-server did not end within %v of %v", startWithin, sig)
+	}
+	s.cmd = nil
+}
+
+// Freeze stops the server in its tracks: connections stay, and nothing answers.
+func (s *Server) Freeze() { s.signal(syscall.SIGSTOP) }
+
+// Thaw lets a frozen server go on.
+func (s *Server) Thaw() { s.signal(syscall.SIGCONT) }
+
+func (s *Server) signal(sig syscall.Signal) {
+	s.t.Helper()
+	if err := s.cmd.Process.Signal(sig); err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+// CPU is how much processor time the server has used so far, in user and system mode.
+func (s *Server) CPU() time.Duration {
+	s.t.Helper()
+	info := s.Info("cpu")
+	return seconds(s.t, info["used_cpu_user"]) + seconds(s.t, info["used_cpu_sys"])
+}
+
+func seconds(t testing.TB, text string) time.Duration {
+	t.Helper()
+	d, err := time.ParseDuration(text + "s")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+// Info is a section of INFO, by field.
+func (s *Server) Info(section string) map[string]string {
+	s.t.Helper()
+	c := redis.NewClient(&redis.Options{Network: "unix", Addr: s.socket(), MaxRetries: -1})
+	defer func() { _ = c.Close() }()
+	text, err := c.Info(context.Background(), section).Result()
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	fields := make(map[string]string)
+	for line := range strings.Lines(text) {
+		if name, value, ok := strings.Cut(strings.TrimSpace(line), ":"); ok {
+			fields[name] = value
+		}
+	}
+	return fields
+}
