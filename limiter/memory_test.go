@@ -61,7 +61,9 @@ func TestMemoryIsBounded(t *testing.T) {
 	k := taker{t, m}
 	b := bucket(t, 1, time.Hour, 2)
 	limit, other := &Limit{Domain: "d", Name: "one"}, &Limit{Domain: "d", Name: "two"}
-	of := func(l *Limit, key int) Charge { return Charge{Limit: l, Bucket: b, Key: fmt.Sprint(l.Name, key), Cost: 1} }
+	of := func(l *Limit, key int) Charge {
+		return Charge{Limit: l, Bucket: b, Key: fmt.Sprint(l.Name, key), Cost: 1}
+	}
 
 	k.want("ok 1, ok 1, ok 1", of(limit, 1), of(limit, 2), of(limit, 3))
 	k.want("ok 1", of(limit, 4)) // the shared one
