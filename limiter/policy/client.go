@@ -1,0 +1,90 @@
+package policy
+
+import (
+	"net/netip"
+	"strings"
+)
+
+// clientIP says which address is the client's.
+type clientIP struct {
+	xffFromRight int    // the Nth address from the right of X-Forwarded-For; 0: not by it
+	header       string // or the address in this header; empty: not by one
+	networks     []netip.Prefix
+	principals   []principalPattern
+	anyone       bool // neither networks nor principals are given: every peer is believed
+}
+
+// of returns the client's address: the peer's, unless the config takes it from a header and believes this peer. It is invalid where
+// not even the peer is known.
+func (c *clientIP) of(r *Request) netip.Addr {
+	peer := parseAddr(r.Source.Address)
+	if c.xffFromRight == 0 && c.header == "" || !c.believes(peer, r.Source.Principal) {
+		return peer
+	}
+	var said netip.Addr
+	if c.header != "" {
+		said = parseAddr(r.Headers[c.header])
+	} else {
+		said = parseAddr(fromRight(r.Headers["x-forwarded-for"], c.xffFromRight))
+	}
+	if !said.IsValid() {
+		return peer
+	}
+	return said
+}
+
+func (c *clientIP) believes(peer netip.Addr, principal string) bool {
+	return c.anyone || peer.IsValid() && anyOf(c.networks, peer, netip.Prefix.Contains) || anyOf(c.principals, principal, principalPattern.matches)
+}
+
+// fromRight is the nth of a list's elements from its right end, or empty.
+func fromRight(list string, n int) string {
+	for ; n > 1; n-- {
+		i := strings.LastIndexByte(list, ',')
+		if i < 0 {
+			return ""
+		}
+		list = list[:i]
+	}
+	return strings.TrimSpace(list[strings.LastIndexByte(list, ',')+1:])
+}
+
+// parseAddr reads an address as proxies write it: bare, in brackets, with a port. All spellings of one address give one: without
+// a zone, and IPv4 in IPv6 as IPv4. What is no address gives the invalid one.
+func parseAddr(s string) netip.Addr {
+	s = strings.TrimSpace(s)
+	a, err := netip.ParseAddr(strings.TrimSuffix(strings.TrimPrefix(s, "["), "]"))
+	if err != nil {
+		ap, err := netip.ParseAddrPort(s)
+		if err != nil {
+			return netip.Addr{}
+		}
+		a = ap.Addr()
+	}
+	return a.Unmap().WithZone("")
+}
+
+// network is the address, or for IPv6 its /64: who has one address of it has them all.
+func network(a netip.Addr) string {
+	if !a.IsValid() {
+		return ""
+	}
+	if a.Is4() {
+		return a.String()
+	}
+	p, err := a.Prefix(64)
+	if err != nil {
+		return "" // an IPv6 address has a /64
+	}
+	return p.String()
+}
+
+func addressText(a netip.Addr) string {
+	if !a.IsValid() {
+		return ""
+	}
+	return a.String()
+}
+
+// bareAddress is an address in its one spelling, or empty.
+func bareAddress(s string) string { return addressText(parseAddr(s)) }

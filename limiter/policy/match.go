@@ -1,0 +1,152 @@
+package policy
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"strings"
+)
+
+// match says which requests a limit applies to: all that is given must hold, and within one, any.
+type match struct {
+	hosts      []string // in lower case; *.example.com is one label or more before it
+	methods    []string
+	paths      []pathPattern
+	clients    []netip.Prefix
+	principals []principalPattern
+}
+
+// subject is a request as matches and keys see it: what is worked out from it is worked out once.
+type subject struct {
+	*Request
+	host   string // normalised
+	sent   string // the path without its query
+	normal string // its normal form
+	query  string
+	client netip.Addr // invalid where it is unknown
+}
+
+func newSubject(r *Request, ids *clientIP) subject {
+	s := subject{Request: r, host: normalHost(r.Host), client: ids.of(r)}
+	s.sent, s.query, _ = strings.Cut(r.Path, "?")
+	s.normal = normalPath(s.sent)
+	return s
+}
+
+func (m *match) applies(s *subject) bool {
+	return (len(m.hosts) == 0 || anyOf(m.hosts, s.host, hostMatches)) &&
+		(len(m.methods) == 0 || anyOf(m.methods, s.Method, methodMatches)) &&
+		(len(m.paths) == 0 || m.path(s.sent) || s.normal != s.sent && m.path(s.normal)) &&
+		(len(m.clients) == 0 || s.client.IsValid() && anyOf(m.clients, s.client, netip.Prefix.Contains)) &&
+		(len(m.principals) == 0 || anyOf(m.principals, s.Source.Principal, principalPattern.matches))
+}
+
+func (m *match) path(path string) bool {
+	return anyOf(m.paths, path, pathPattern.matches)
+}
+
+func anyOf[P, V any](patterns []P, v V, matches func(P, V) bool) bool {
+	for _, p := range patterns {
+		if matches(p, v) {
+			return true
+		}
+	}
+	return false
+}
+
+func hostMatches(pattern, host string) bool {
+	if suffix, ok := strings.CutPrefix(pattern, "*"); ok {
+		return len(host) > len(suffix) && strings.HasSuffix(host, suffix)
+	}
+	return pattern == host
+}
+
+func methodMatches(pattern, method string) bool {
+	return pattern == method || pattern == "GET" && method == "HEAD"
+}
+
+// normalHost is a host in lower case, without its port and a final dot.
+func normalHost(host string) string {
+	if h, _, err := net.SplitHostPort(host); err == nil {
+		host = h
+	}
+	host = strings.TrimSuffix(strings.TrimSuffix(strings.TrimPrefix(host, "["), "]"), ".")
+	return strings.ToLower(host)
+}
+
+func parseHost(s string) (string, error) {
+	const allowed = "allowed are names such as api.example.com and *.example.com, without a port"
+	host := strings.TrimPrefix(s, "*.")
+	if host == "" || strings.ContainsAny(host, "*/ ") || host != strings.TrimSuffix(host, ".") {
+		return "", fmt.Errorf("%q is no host; %s", s, allowed)
+	}
+	if _, err := netip.ParseAddr(strings.Trim(host, "[]")); err != nil && strings.Contains(host, ":") {
+		return "", fmt.Errorf("%q has a port; %s", s, allowed)
+	}
+	if host != s {
+		return "*." + strings.ToLower(host), nil
+	}
+	return normalHost(s), nil
+}
+
+func parseMethod(s string) (string, error) {
+	for i := 0; i < len(s); i++ {
+		if c := s[i]; (c < 'A' || c > 'Z') && c != '-' && c != '_' {
+			return "", fmt.Errorf("%q is no method; allowed are upper-case names such as GET, which includes HEAD, and POST", s)
+		}
+	}
+	if s == "" {
+		return "", fmt.Errorf("empty; allowed are upper-case names such as GET, which includes HEAD, and POST")
+	}
+	return s, nil
+}
+
+// parsePrefix reads a network, or an address as the network of it alone.
+func parsePrefix(s string) (netip.Prefix, error) {
+	const allowed = "allowed are networks such as 10.0.0.0/8 and 2001:db8::/32, and addresses"
+	p, err := netip.ParsePrefix(s)
+	if err != nil {
+		a, err := netip.ParseAddr(s)
+		if err != nil || a.Zone() != "" {
+			return netip.Prefix{}, fmt.Errorf("%q is no network; %s", s, allowed)
+		}
+		a = a.Unmap()
+		return netip.PrefixFrom(a, a.BitLen()), nil
+	}
+	if p.Addr().Is4In6() {
+		return netip.Prefix{}, fmt.Errorf("%q is IPv4 in IPv6; write the IPv4 network", s)
+	}
+	if p.Masked() != p {
+		return netip.Prefix{}, fmt.Errorf("%q has bits outside of its mask; write %v", s, p.Masked())
+	}
+	return p, nil
+}
+
+// principalPattern is a SPIFFE ID or another URI; a * in it is any text.
+type principalPattern []string // what stands between the *s
+
+func parsePrincipal(s string) (principalPattern, error) {
+	if !strings.Contains(s, "://") {
+		return nil, fmt.Errorf("%q is no principal; allowed are URIs such as spiffe://cluster.local/ns/web/sa/shop, with * for any text", s)
+	}
+	return strings.Split(s, "*"), nil
+}
+
+func (p principalPattern) matches(principal string) bool {
+	if len(p) == 1 {
+		return principal == p[0]
+	}
+	first, last := p[0], p[len(p)-1]
+	if len(principal) < len(first)+len(last) || !strings.HasPrefix(principal, first) || !strings.HasSuffix(principal, last) {
+		return false
+	}
+	between := principal[len(first) : len(principal)-len(last)]
+	for _, part := range p[1 : len(p)-1] {
+		i := strings.Index(between, part)
+		if i < 0 {
+			return false
+		}
+		between = between[i+len(part):]
+	}
+	return true
+}

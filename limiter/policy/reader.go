@@ -1,0 +1,358 @@
+package policy
+
+import (
+	"errors"
+	"fmt"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/goccy/go-yaml"
+	"github.com/goccy/go-yaml/ast"
+	"github.com/goccy/go-yaml/parser"
+	"github.com/goccy/go-yaml/token"
+)
+
+// The bounds of a config file. A thousand limits take some 200 kB.
+const (
+	maxFile  = 1 << 20 // bytes
+	maxDepth = 64      // of brackets, or of dashes on a line, in each other
+)
+
+// reader reads a config's YAML strictly, and goes on after a mistake to find them all.
+type reader struct {
+	file     string
+	getenv   func(string) (string, bool)
+	mistakes Mistakes
+}
+
+// node is one value of the config, and where it stands.
+type node struct {
+	ast.Node
+	field string // such as limits[2].rate
+}
+
+// at notes a mistake at a token.
+func (r *reader) at(t *token.Token, field, format string, args ...any) {
+	m := Mistake{File: r.file, Field: field, Message: fmt.Sprintf(format, args...)}
+	if t != nil && t.Position != nil {
+		m.Line, m.Column = t.Position.Line, t.Position.Column
+	}
+	r.mistakes = append(r.mistakes, m)
+}
+
+func (r *reader) wrong(n node, format string, args ...any) {
+	r.at(start(n.Node), n.field, format, args...)
+}
+
+// start is a value's first token.
+func start(n ast.Node) *token.Token {
+	switch n := n.(type) {
+	case nil:
+		return nil
+	case *ast.MappingNode:
+		if !n.IsFlowStyle && len(n.Values) > 0 {
+			return n.Values[0].Key.GetToken()
+		}
+	case *ast.MappingValueNode:
+		return n.Key.GetToken()
+	}
+	return n.GetToken()
+}
+
+// document parses the one document of a config. Without any it returns nil.
+func (r *reader) document(text []byte) *node {
+	if len(text) > maxFile {
+		r.at(nil, "", "the file has %d bytes; allowed are %d", len(text), maxFile)
+		return nil
+	}
+	if line, column := tooDeep(text); line > 0 {
+		r.mistakes = append(r.mistakes, Mistake{File: r.file, Line: line, Column: column,
+			Message: fmt.Sprintf("more than %d levels of nesting", maxDepth)})
+		return nil
+	}
+	file, err := parser.ParseBytes(text, 0, parser.AllowDuplicateMapKey())
+	if err != nil {
+		var syntax yaml.Error
+		if errors.As(err, &syntax) {
+			r.at(syntax.GetToken(), "", "%s", syntax.GetMessage())
+		} else {
+			r.at(nil, "", "%v", err)
+		}
+		return nil
+	}
+	var root *node
+	for _, d := range file.Docs {
+		if d.Body == nil {
+			continue
+		}
+		if root != nil {
+			r.at(start(d.Body), "", "a second document; allowed is one")
+			break
+		}
+		root = &node{Node: d.Body}
+	}
+	return root
+}
+
+// tooDeep finds where brackets or dashes nest deeper than in any config, before a parser that recurses sees them. It looks at no quotes:
+// what stands in them is rarely deeper than maxDepth, either.
+func tooDeep(text []byte) (line, column int) {
+	line, depth, dashes, atStart := 1, 0, 0, true
+	for _, c := range text {
+		column++
+		switch {
+		case c == '\n':
+			line, column, dashes, atStart = line+1, 0, 0, true
+		case c == '[' || c == '{':
+			depth++
+		case c == ']' || c == '}':
+			depth = max(0, depth-1)
+		case atStart && (c == '-' || c == '?'):
+			dashes++
+		}
+		atStart = atStart && (c == '\n' || c == ' ' || c == '\t' || c == '-' || c == '?')
+		if depth > maxDepth || dashes > maxDepth {
+			return line, column
+		}
+	}
+	return 0, 0
+}
+
+// mapping reads a value's fields, each by its own reader. What is no mapping, a field that is not among them, and one that is there twice are
+// mistakes. It reports whether n is a mapping at all.
+func (r *reader) mapping(n node, fields map[string]func(node)) bool {
+	values, ok := entries(n.Node)
+	if !ok {
+		r.wrong(n, "%s; wanted is a mapping with %s", describe(n.Node), list(fields))
+		return false
+	}
+	seen := make(map[string]bool)
+	for _, v := range values {
+		key, ok := v.Key.(*ast.StringNode)
+		if !ok {
+			r.at(v.Key.GetToken(), n.field, "%s as a field's name; allowed are %s", describe(v.Key), list(fields))
+			continue
+		}
+		value := node{v.Value, join(n.field, key.Value)}
+		read, known := fields[key.Value]
+		switch {
+		case !known:
+			r.at(key.GetToken(), value.field, "unknown field; allowed are %s", list(fields))
+		case seen[key.Value]:
+			r.at(key.GetToken(), value.field, "given twice")
+		default:
+			seen[key.Value] = true
+			if r.plain(value) {
+				read(value)
+			}
+		}
+	}
+	return true
+}
+
+func join(field, name string) string {
+	if field == "" {
+		return name
+	}
+	return field + "." + name
+}
+
+func list(fields map[string]func(node)) string {
+	names := make([]string, 0, len(fields))
+	for name := range fields {
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	return strings.Join(names, ", ")
+}
+
+// entries are a mapping's. goccy/go-yaml has another type for one with a single entry.
+func entries(n ast.Node) ([]*ast.MappingValueNode, bool) {
+	switch n := n.(type) {
+	case *ast.MappingNode:
+		return n.Values, true
+	case *ast.MappingValueNode:
+		return []*ast.MappingValueNode{n}, true
+	}
+	return nil, false
+}
+
+// plain reports whether a value is there and is made of nothing that a config has no use for; else it notes the mistake.
+func (r *reader) plain(n node) bool {
+	switch v := n.Node.(type) {
+	case nil, *ast.NullNode:
+		r.at(nullToken(n.Node), n.field, "no value; leave the field out, or give it one")
+	case *ast.TagNode:
+		r.wrong(n, "a value that begins with ! is a YAML tag, which is not allowed; quote the expression")
+	case *ast.AnchorNode, *ast.AliasNode, *ast.MergeKeyNode:
+		r.wrong(n, "anchors, aliases and merges are not allowed; write the value out")
+	case *ast.StringNode, *ast.LiteralNode, *ast.IntegerNode, *ast.FloatNode, *ast.BoolNode, *ast.MappingNode, *ast.MappingValueNode, *ast.SequenceNode:
+		return true
+	default:
+		r.wrong(n, "%v is not allowed here", v.Type())
+	}
+	return false
+}
+
+func nullToken(n ast.Node) *token.Token {
+	if n == nil {
+		return nil
+	}
+	return n.GetToken()
+}
+
+// describe says what a value is.
+func describe(n ast.Node) string {
+	switch n := n.(type) {
+	case *ast.MappingNode, *ast.MappingValueNode:
+		return "a mapping"
+	case *ast.SequenceNode:
+		return "a list"
+	case *ast.IntegerNode, *ast.FloatNode, *ast.InfinityNode, *ast.NanNode:
+		return "the number " + n.GetToken().Value
+	case *ast.BoolNode:
+		return "the boolean " + n.GetToken().Value
+	case *ast.StringNode:
+		return fmt.Sprintf("the text %q", n.Value)
+	case *ast.LiteralNode:
+		return "a text"
+	}
+	return "no plain value"
+}
+
+// each reads a list's values, or the one value that stands for a list of it.
+func (r *reader) each(n node, read func(node)) {
+	values, ok := n.Node.(*ast.SequenceNode)
+	if !ok {
+		read(n)
+		return
+	}
+	for i, v := range values.Values {
+		if item := (node{v, fmt.Sprintf("%s[%d]", n.field, i)}); r.plain(item) {
+			read(item)
+		}
+	}
+}
+
+// texts reads a list of texts, each checked by parse. An empty list is a mistake: it would say "none", where leaving
+// the field out says "all".
+func texts[T any](r *reader, n node, into *[]T, parse func(string) (T, error)) {
+	values, ok := n.Node.(*ast.SequenceNode)
+	if !ok {
+		r.wrong(n, "%s; wanted is a list", describe(n.Node))
+		return
+	}
+	if len(values.Values) == 0 {
+		r.wrong(n, "an empty list; leave the field out, or give it values")
+		return
+	}
+	r.each(n, func(n node) {
+		if s, ok := r.text(n); ok {
+			if v, err := parse(s); err != nil {
+				r.wrong(n, "%v", err)
+			} else {
+				*into = append(*into, v)
+			}
+		}
+	})
+}
+
+// text reads a text, with the environment's values put in.
+func (r *reader) text(n node) (string, bool) {
+	switch v := n.Node.(type) {
+	case *ast.StringNode:
+		return r.expand(n, v.Value)
+	case *ast.LiteralNode:
+		return r.expand(n, v.Value.Value)
+	}
+	r.wrong(n, "%s; wanted is a text: quote it", describe(n.Node))
+	return "", false
+}
+
+// scalar reads a text or a number as text.
+func (r *reader) scalar(n node) (string, bool) {
+	switch n.Node.(type) {
+	case *ast.IntegerNode, *ast.FloatNode:
+		return n.GetToken().Value, true
+	case *ast.StringNode, *ast.LiteralNode:
+		return r.text(n)
+	}
+	r.wrong(n, "%s; wanted is a number", describe(n.Node))
+	return "", false
+}
+
+var variable = regexp.MustCompile(`\$\$\{|\$\{([^}]*)\}?`)
+
+var variableName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
+
+// expand puts environment variables into a scalar: ${NAME}, ${NAME:-default}; $${ is a literal ${.
+func (r *reader) expand(n node, s string) (string, bool) {
+	if !strings.Contains(s, "${") {
+		return s, true
+	}
+	good := true
+	s = variable.ReplaceAllStringFunc(s, func(found string) string {
+		if found == "$${" {
+			return "${"
+		}
+		name, fallback, has := strings.Cut(strings.TrimSuffix(found[2:], "}"), ":-")
+		if !strings.HasSuffix(found, "}") || !variableName.MatchString(name) {
+			r.wrong(n, "%q is no variable; allowed are ${NAME} and ${NAME:-default}, and $${ for a literal ${", found)
+			good = false
+			return ""
+		}
+		if v, ok := r.getenv(name); ok {
+			return v
+		}
+		if !has {
+			r.wrong(n, "the environment variable %s is not set; ${%s:-default} gives it a default", name, name)
+			good = false
+		}
+		return fallback
+	})
+	return s, good
+}
+
+// oneOf reads a text that is one of a few.
+func (r *reader) oneOf(n node, into *string, allowed ...string) {
+	s, ok := r.text(n)
+	if !ok {
+		return
+	}
+	if !slices.Contains(allowed, s) {
+		r.wrong(n, "%q; allowed are %s", s, strings.Join(allowed, ", "))
+		return
+	}
+	*into = s
+}
+
+// whole reads a whole number in a range.
+func (r *reader) whole(n node, into *int64, from, to int64) {
+	s, ok := r.scalar(n)
+	if !ok {
+		return
+	}
+	v, err := strconv.ParseInt(s, 10, 64)
+	if err != nil || v < from || v > to {
+		r.wrong(n, "%s; allowed are whole numbers from %d to %d", s, from, to)
+		return
+	}
+	*into = v
+}
+
+// duration reads a Go duration in a range.
+func (r *reader) duration(n node, into *time.Duration, from, to time.Duration) {
+	s, ok := r.text(n)
+	if !ok {
+		return
+	}
+	d, err := time.ParseDuration(s)
+	if err != nil || d < from || d > to {
+		r.wrong(n, "%q; allowed are durations such as 100ms, 1.5s and 2m, from %v to %v", s, from, to)
+		return
+	}
+	*into = d
+}
