@@ -1,0 +1,179 @@
+package authz
+
+import (
+	"errors"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+	"google.golang.org/protobuf/types/known/structpb"
+
+	"github.com/sluiceproxy/sluice/limiter"
+	"github.com/sluiceproxy/sluice/limiter/policy"
+)
+
+// report is where checks become metrics and log lines. Labels hold names from the config only, and nothing that a client sent is
+// logged but a request id of harmless form. It is safe for concurrent use.
+type report struct {
+	log *zap.Logger
+	// seldom logs at most one line a second of each message, for what comes with every request while it lasts.
+	seldom *zap.Logger
+
+	checks   map[limiter.Outcome]prometheus.Counter
+	seconds  prometheus.Histogram
+	panics   prometheus.Counter
+	mistakes *prometheus.CounterVec
+	limits   map[*limiter.Limit]*limitReport
+
+	mu   sync.Mutex
+	told map[string]bool // the mistakes of the config that were logged; as many as it has expressions at most
+}
+
+// limitReport is what is kept ready for one limit.
+type limitReport struct {
+	name                         *structpb.Value
+	allowed, limited, rejections prometheus.Counter
+	taken                        prometheus.Counter
+	ratio                        prometheus.Observer
+}
+
+func newReport(limits []*limiter.Limit, log *zap.Logger, metrics prometheus.Registerer) *report {
+	checks := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "sluice_checks_total", Help: "Checks, by how they ended.",
+	}, []string{"decision"})
+	decisions := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "sluice_limit_decisions_total", Help: "Each limit's own verdicts, also where another limit denied.",
+	}, []string{"limit", "decision"})
+	rejections := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "sluice_rejections_total", Help: "Requests that an enforced limit denied.",
+	}, []string{"limit"})
+	taken := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "sluice_tokens_taken_total", Help: "Tokens that were taken.",
+	}, []string{"limit"})
+	ratio := prometheus.NewHistogramVec(prometheus.HistogramOpts{
+		Name: "sluice_tokens_remaining_ratio", Help: "The part of the burst that a check left, 0 to 1.",
+		Buckets: []float64{0, .05, .1, .25, .5, .75, .9, 1},
+	}, []string{"limit"})
+	r := &report{
+		log: log,
+		seldom: log.WithOptions(zap.WrapCore(func(c zapcore.Core) zapcore.Core {
+			return zapcore.NewSamplerWithOptions(c, time.Second, 1, 0)
+		})),
+		checks: make(map[limiter.Outcome]prometheus.Counter),
+		seconds: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name: "sluice_check_seconds", Help: "How long checks took, in seconds, the store's part included.",
+			Buckets: []float64{.00005, .0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1},
+		}),
+		panics: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "sluice_panics_total", Help: "Checks that a mistake in sluice itself ended; each was refused.",
+		}),
+		mistakes: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "sluice_config_mistakes_total", Help: "Checks that showed a mistake of the config; each was refused.",
+		}, []string{"limit", "field"}),
+		limits: make(map[*limiter.Limit]*limitReport),
+		told:   make(map[string]bool),
+	}
+	for _, o := range limiter.Outcomes {
+		r.checks[o] = checks.WithLabelValues(o.String())
+	}
+	for _, l := range limits {
+		limited := "limited"
+		if l.Shadow {
+			limited = "shadow_limited"
+		}
+		r.limits[l] = &limitReport{
+			name:    structpb.NewStringValue(l.Name),
+			allowed: decisions.WithLabelValues(l.Name, "allowed"),
+			limited: decisions.WithLabelValues(l.Name, limited),
+			taken:   taken.WithLabelValues(l.Name),
+			ratio:   ratio.WithLabelValues(l.Name),
+		}
+		if !l.Shadow {
+			r.limits[l].rejections = rejections.WithLabelValues(l.Name)
+		}
+	}
+	metrics.MustRegister(checks, decisions, rejections, taken, ratio, r.seconds, r.panics, r.mistakes)
+	return r
+}
+
+func (r *report) of(l *limiter.Limit) *limitReport { return r.limits[l] }
+
+// checked counts a check, and logs what an operator should see of it.
+func (r *report) checked(v *verdict, took time.Duration) {
+	d := &v.decision
+	r.checks[d.Outcome].Inc()
+	r.seconds.Observe(took.Seconds())
+	for i := range d.Charges {
+		r.charged(&d.Charges[i], &d.Verdicts[i], manners[d.Outcome] == pass)
+	}
+	switch d.Outcome {
+	case limiter.Limited:
+		if e := r.log.Check(zap.DebugLevel, "limited"); e != nil {
+			e.Write(append(fields(&d.Charges[d.Telling], v), zap.Int64("remaining", d.Verdicts[d.Telling].Remaining),
+				zap.Duration("retry_after", d.Verdicts[d.Telling].RetryAfter))...)
+		}
+	case limiter.Invalid:
+		r.invalid(v.invalid)
+	}
+}
+
+func (r *report) charged(c *limiter.Charge, v *limiter.Verdict, passed bool) {
+	if v.Err != nil {
+		if e := r.seldom.Check(zap.WarnLevel, "the store does not answer: "+string(limiter.KindOf(v.Err))); e != nil {
+			e.Write(zap.String("limit", c.Limit.Name), zap.String("domain", c.Limit.Domain), zap.Error(v.Err))
+		}
+		return
+	}
+	l := r.of(c.Limit)
+	l.ratio.Observe(float64(v.Remaining) / float64(c.Bucket.Burst()))
+	if !v.Allowed {
+		l.limited.Inc()
+		if l.rejections != nil {
+			l.rejections.Inc()
+		}
+		return
+	}
+	l.allowed.Inc()
+	if passed || c.Limit.Shadow {
+		l.taken.Add(float64(c.Cost))
+	}
+}
+
+// fields are a log line's about a charge.
+func fields(c *limiter.Charge, v *verdict) []zap.Field {
+	// The part of the key in braces: hashed, or escaped where it is an address or the like.
+	_, key, _ := strings.Cut(c.Key, "{")
+	all := []zap.Field{
+		zap.Stringer("decision", v.decision.Outcome), zap.String("limit", c.Limit.Name), zap.String("domain", c.Limit.Domain),
+		zap.String("key_hash", strings.TrimSuffix(key, "}")), zap.Int64("cost", c.Cost),
+	}
+	if id := requestID(v.request); id != "" {
+		all = append(all, zap.String("request_id", id))
+	}
+	return all
+}
+
+// invalid counts a mistake of the config each time, and logs it once. A check without HTTP in it is Envoy's config's.
+func (r *report) invalid(err error) {
+	limit, field := "", ""
+	var rule *policy.RuleError
+	if errors.As(err, &rule) {
+		limit, field = rule.Limit, rule.Field
+	}
+	r.mistakes.WithLabelValues(limit, field).Inc()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if at := limit + "\n" + field; !r.told[at] {
+		r.told[at] = true
+		r.log.Error("a mistake of the config: such requests are refused (said once)", zap.String("limit", limit), zap.String("field", field), zap.Error(err))
+	}
+}
+
+// panicked counts and logs a panic. What the panic says may hold what a client sent, so only its type is logged, and where it was.
+func (r *report) panicked(kind string, stack []byte) {
+	r.panics.Inc()
+	r.seldom.Error("a check panicked", zap.String("panic", kind), zap.ByteString("stack", stack))
+}

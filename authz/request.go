@@ -1,0 +1,99 @@
+package authz
+
+import (
+	"errors"
+	"strconv"
+	"strings"
+
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
+
+	"github.com/sluiceproxy/sluice/limiter/policy"
+)
+
+// errNoHTTP is of a check that no HTTP request can have led to.
+var errNoHTTP = errors.New("the check holds no HTTP request; is the filter an HTTP filter?")
+
+// read is what the policy sees of a check. What is missing at any level is empty there; only a check without an HTTP request is
+// an error.
+func read(check *authv3.CheckRequest) (*policy.Request, error) {
+	attributes := check.GetAttributes()
+	http := attributes.GetRequest().GetHttp()
+	if http == nil {
+		return nil, errNoHTTP
+	}
+	r := &policy.Request{
+		Method:      http.GetMethod(),
+		Scheme:      http.GetScheme(),
+		Host:        http.GetHost(),
+		Path:        http.GetPath(),
+		Protocol:    http.GetProtocol(),
+		Headers:     headers(http),
+		Source:      peer(attributes.GetSource()),
+		Destination: peer(attributes.GetDestination()),
+		Context:     attributes.GetContextExtensions(),
+		Metadata:    attributes.GetMetadataContext().GetFilterMetadata(),
+		Time:        attributes.GetRequest().GetTime().AsTime(),
+		Size:        -1,
+	}
+	// Envoy's own size is 0 for a request whose body it has not read.
+	if n, err := strconv.ParseInt(r.Headers["content-length"], 10, 64); err == nil && n >= 0 {
+		r.Size = n
+	}
+	return r, nil
+}
+
+// headers are a check's: Envoy puts them into headers, or with encode_raw_headers into header_map, there with their duplicates and
+// bytes as sent. Both come out the same: names in lower case, a header that was sent twice as one, joined by ",".
+func headers(http *authv3.AttributeContext_HttpRequest) map[string]string {
+	raw := http.GetHeaderMap().GetHeaders()
+	if len(raw) == 0 {
+		return http.GetHeaders() // in this form already
+	}
+	all := make(map[string]string, len(raw)+len(http.GetHeaders()))
+	for k, v := range http.GetHeaders() {
+		all[strings.ToLower(k)] = v
+	}
+	seen := make(map[string]bool, len(raw))
+	for _, h := range raw {
+		name, value := strings.ToLower(h.GetKey()), h.GetValue()
+		if value == "" {
+			value = string(h.GetRawValue())
+		}
+		if seen[name] {
+			value = all[name] + "," + value
+		}
+		all[name], seen[name] = value, true
+	}
+	return all
+}
+
+// peer is one end of a connection. A pipe has no address.
+func peer(p *authv3.AttributeContext_Peer) policy.Peer {
+	out := policy.Peer{Principal: p.GetPrincipal()}
+	if a, ok := p.GetAddress().GetAddress().(*corev3.Address_SocketAddress); ok {
+		out.Address, out.Port = a.SocketAddress.GetAddress(), a.SocketAddress.GetPortValue()
+	}
+	return out
+}
+
+// isGRPC reports whether a request is a gRPC call. gRPC-Web is plain HTTP to Envoy.
+func isGRPC(r *policy.Request) bool {
+	rest, ok := strings.CutPrefix(r.Headers["content-type"], "application/grpc")
+	return ok && (rest == "" || rest[0] == '+' || rest[0] == ';')
+}
+
+// requestID is the request's id for the log, or empty where what the client sent is not an ordinary one.
+func requestID(r *policy.Request) string {
+	id := r.Headers["x-request-id"]
+	if len(id) > 64 {
+		return ""
+	}
+	for i := 0; i < len(id); i++ {
+		c := id[i]
+		if (c < '0' || c > '9') && (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && c != '-' {
+			return ""
+		}
+	}
+	return id
+}

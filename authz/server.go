@@ -1,0 +1,130 @@
+// Package authz speaks Envoy's ext_authz: a CheckRequest comes in, the policy and the limiter decide, and a CheckResponse goes out. It is the
+// only place that knows those messages.
+package authz
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"runtime/debug"
+	"time"
+
+	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
+	"github.com/prometheus/client_golang/prometheus"
+	"go.uber.org/zap"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
+	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/reflection"
+
+	"github.com/sluiceproxy/sluice/limiter"
+	"github.com/sluiceproxy/sluice/limiter/policy"
+)
+
+// The bounds of what a connection may send. Envoy's headers are at most 60 kB by default, and some more in a check.
+const (
+	maxMessage = 1 << 20  // bytes of a check
+	maxHeaders = 16 << 10 // bytes of the gRPC call's own headers
+	maxStreams = 4096     // checks at once on one connection; Envoy then opens another
+)
+
+// streamWorkers is how many goroutines take checks as they come, so that a check rarely needs one of its own, whose stack would have to
+// grow first. More are started when all are busy.
+const streamWorkers = 8
+
+// Options are what a Server is made of. All but Log are required.
+type Options struct {
+	Config  *policy.Config
+	Store   limiter.Store
+	Log     *zap.Logger // nil logs nothing
+	Metrics prometheus.Registerer
+}
+
+// Server answers Envoy's checks. It is safe for concurrent use.
+type Server struct {
+	authv3.UnimplementedAuthorizationServer
+
+	config *policy.Config
+	store  limiter.Store
+	report *report
+	health *health.Server
+	jitter func() int // seconds, 1 to 10, that a client is told to wait where the store failed
+}
+
+// New returns a server that answers by the config and the store.
+func New(o Options) *Server {
+	log := o.Log
+	if log == nil {
+		log = zap.NewNop()
+	}
+	return &Server{
+		config: o.Config,
+		store:  o.Store,
+		report: newReport(o.Config.Limits(), log, o.Metrics),
+		health: health.NewServer(),
+		// Spread, so that clients do not all come back at once.
+		jitter: func() int { return 1 + rand.IntN(10) },
+	}
+}
+
+// GRPC returns a gRPC server with the checks, health and reflection on it. Its health is SERVING.
+func (s *Server) GRPC() *grpc.Server {
+	g := grpc.NewServer(
+		grpc.MaxRecvMsgSize(maxMessage),
+		grpc.MaxHeaderListSize(maxHeaders),
+		grpc.MaxConcurrentStreams(maxStreams),
+		grpc.NumStreamWorkers(streamWorkers),
+		// Envoy's keepalive pings are at intervals that grpc-go would by default answer by closing the connection.
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
+	)
+	authv3.RegisterAuthorizationServer(g, s)
+	healthv1.RegisterHealthServer(g, s.health)
+	reflection.Register(g)
+	for _, service := range []string{"", authv3.Authorization_ServiceDesc.ServiceName} {
+		s.health.SetServingStatus(service, healthv1.HealthCheckResponse_SERVING)
+	}
+	return g
+}
+
+// Drain makes health say NOT_SERVING for good. Checks are still answered.
+func (s *Server) Drain() { s.health.Shutdown() }
+
+// Check answers one check: never an error but where a limit leaves its failures to Envoy, and never a panic.
+func (s *Server) Check(ctx context.Context, check *authv3.CheckRequest) (response *authv3.CheckResponse, err error) {
+	began := time.Now()
+	v := verdict{}
+	defer func() {
+		if p := recover(); p != nil {
+			v = verdict{request: v.request, decision: limiter.Decision{Outcome: limiter.FailedClosed, Telling: -1}}
+			s.report.panicked(fmt.Sprintf("%T", p), debug.Stack())
+			response, err = s.answer(&v)
+		}
+		s.report.checked(&v, time.Since(began))
+	}()
+	s.decide(ctx, check, &v)
+	return s.answer(&v)
+}
+
+// verdict is all that is known of a check when it is answered.
+type verdict struct {
+	request  *policy.Request // nil where the check held none
+	decision limiter.Decision
+	invalid  error // why the outcome is Invalid
+}
+
+func (s *Server) decide(ctx context.Context, check *authv3.CheckRequest, v *verdict) {
+	v.decision = limiter.Decision{Outcome: limiter.Invalid, Telling: -1}
+	request, err := read(check)
+	if err != nil {
+		v.invalid = err
+		return
+	}
+	v.request = request
+	draw, err := s.config.Draw(request)
+	if err != nil {
+		v.invalid = err
+		return
+	}
+	v.decision = limiter.Decide(ctx, s.store, draw.Charges)
+}
