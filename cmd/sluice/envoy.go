@@ -1,0 +1,39 @@
+package main
+
+import (
+	"fmt"
+
+	"github.com/spf13/cobra"
+
+	"github.com/sluiceproxy/sluice/envoy"
+)
+
+func (p *program) envoyCommand() *cobra.Command {
+	var config string
+	c := &cobra.Command{
+		Use:   "envoy [plain]",
+		Short: "Print the Envoy config that asks sluice",
+		Long: `Print a complete Envoy bootstrap with sluice in its filter chain, for a listener on port 8080 and an upstream on
+127.0.0.1:8081. Run it with: envoy -c <(sluice envoy plain)`,
+		ValidArgs: []string{"plain"},
+		Args:      cobra.MatchAll(cobra.MaximumNArgs(1), cobra.OnlyValidArgs),
+		RunE: func(*cobra.Command, []string) error {
+			o := envoy.Options{}
+			if config != "" {
+				cfg, err := p.load(config)
+				if err != nil {
+					return err
+				}
+				o.Sluice = cfg.Listen.GRPC
+			}
+			bootstrap, err := envoy.Plain(o)
+			if err != nil {
+				return fmt.Errorf("%s: listen.grpc: %w", config, err)
+			}
+			_, err = p.stdout.Write(bootstrap)
+			return err
+		},
+	}
+	c.Flags().StringVar(&config, "config", "", "sluice's config `file`, whose listen.grpc is where Envoy asks")
+	return c
+}

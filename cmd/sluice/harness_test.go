@@ -1,0 +1,152 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// execEnv makes this test binary be sluice itself, so that tests run the real program as the processes that users run, with
+// -race where the tests have it.
+const execEnv = "SLUICE_TEST_EXEC"
+
+func TestMain(m *testing.M) {
+	switch os.Getenv(execEnv) {
+	case "sluice":
+		main() // ends the process
+	case "constant":
+		constantServer()
+		return
+	}
+	os.Exit(m.Run())
+}
+
+// within bounds every wait of these tests. It is never slept.
+const within = 30 * time.Second
+
+// process is a running sluice.
+type process struct {
+	t    testing.TB
+	cmd  *exec.Cmd
+	done chan struct{} // closed when it has ended
+
+	grpc, metrics, admin string // its addresses, as its log says
+
+	mu  sync.Mutex
+	log []string // its lines on stderr
+}
+
+// start runs sluice with args and further environment ("NAME=value"), and does not wait for it.
+func start(t testing.TB, mode string, env []string, args ...string) *process {
+	t.Helper()
+	p := &process{t: t, cmd: exec.Command(os.Args[0], args...), done: make(chan struct{})}
+	p.cmd.Env = append(os.Environ(), execEnv+"="+mode)
+	p.cmd.Env = append(p.cmd.Env, env...)
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	return p
+}
+
+// startSluice runs `sluice run` with args on free ports, waits until it serves, and stops it when the test ends, which fails the
+// test if it does not end well.
+func startSluice(t testing.TB, args ...string) *process {
+	t.Helper()
+	args = append([]string{"run", "--metrics", "127.0.0.1:0", "--admin", "127.0.0.1:0"}, args...)
+	if !strings.Contains(strings.Join(args, " "), "--grpc") {
+		args = append(args, "--grpc", "127.0.0.1:0")
+	}
+	p := start(t, "sluice", nil, args...)
+	stderr, err := p.cmd.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	serving := make(chan bool, 1)
+	go func() {
+		defer close(p.done)
+		lines := bufio.NewScanner(stderr)
+		lines.Buffer(nil, 1<<20)
+		for lines.Scan() {
+			p.mu.Lock()
+			p.log = append(p.log, lines.Text())
+			p.mu.Unlock()
+			var line struct{ Msg, Grpc, Metrics, Admin string }
+			if json.Unmarshal(lines.Bytes(), &line) == nil && line.Msg == "serving" {
+				p.grpc, p.metrics, p.admin = line.Grpc, line.Metrics, line.Admin
+				serving <- true
+			}
+		}
+		_, _ = io.Copy(io.Discard, stderr)
+		_ = p.cmd.Wait()
+	}()
+	t.Cleanup(func() {
+		if p.stop() != 0 {
+			t.Errorf("sluice ended with status %d:\n%s", p.cmd.ProcessState.ExitCode(), p.logged())
+		}
+	})
+	select {
+	case <-serving:
+	case <-p.done:
+		t.Fatalf("sluice %v ended:\n%s", args, p.logged())
+	case <-time.After(within):
+		t.Fatalf("sluice %v does not serve:\n%s", args, p.logged())
+	}
+	return p
+}
+
+func (p *process) logged() string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return strings.Join(p.log, "\n")
+}
+
+// stop tells the process to end, as Kubernetes does, and returns its exit status. It may have ended before.
+func (p *process) stop() int {
+	p.t.Helper()
+	_ = p.cmd.Process.Signal(syscall.SIGTERM)
+	select {
+	case <-p.done:
+	case <-time.After(within):
+		_ = p.cmd.Process.Signal(syscall.SIGQUIT) // its goroutines' stacks say why
+		<-p.done
+		p.t.Errorf("sluice did not end within %v of SIGTERM:\n%s", within, p.logged())
+	}
+	return p.cmd.ProcessState.ExitCode()
+}
+
+// sluice runs a command to its end and returns its exit status and what it printed.
+func sluice(t testing.TB, env []string, args ...string) (status int, stdout, stderr string) {
+	t.Helper()
+	p := start(t, "sluice", env, args...)
+	var out, errs bytes.Buffer
+	p.cmd.Stdout, p.cmd.Stderr = &out, &errs
+	if err := p.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	late := time.AfterFunc(within, func() { _ = p.cmd.Process.Kill() })
+	_ = p.cmd.Wait()
+	if !late.Stop() {
+		t.Fatalf("sluice %v did not end within %v\n%s%s", args, within, out.String(), errs.String())
+	}
+	return p.cmd.ProcessState.ExitCode(), out.String(), errs.String()
+}
+
+// file writes a file into the test's directory and returns its path.
+func file(t testing.TB, name, text string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), name)
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}

@@ -1,0 +1,109 @@
+package main
+
+import (
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+)
+
+func TestListenUnix(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "s.sock")
+	addr := "unix://" + path
+	first, err := listen(addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o666 {
+		t.Errorf("%v, %v", info.Mode(), err)
+	}
+	if _, err := listen(addr); err == nil || err.Error() != "listen unix "+path+": address already in use" {
+		t.Errorf("a live one: %v", err)
+	}
+
+	// The first ends after the second has taken its place, as in a restart.
+	if err := first.Close(); err != nil {
+		t.Fatal(err)
+	}
+	second, err := listen(addr)
+	if err != nil {
+		t.Fatalf("a stale one: %v", err)
+	}
+	defer func() { _ = second.Close() }()
+	_ = first.Close()
+	go func() { // somebody who answers
+		for c, err := second.Accept(); err == nil; c, err = second.Accept() {
+			_ = c.Close()
+		}
+	}()
+	c, err := net.Dial("unix", path)
+	if err != nil {
+		t.Fatalf("the first took the second's socket with it: %v", err)
+	}
+	_ = c.Close()
+
+	file := filepath.Join(dir, "file")
+	if err := os.WriteFile(file, []byte("precious"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := listen("unix://" + file); err == nil || err.Error() != file+" is there and is no socket" {
+		t.Errorf("a file: %v", err)
+	}
+	if b, err := os.ReadFile(file); err != nil || string(b) != "precious" {
+		t.Errorf("the file is %q, %v", b, err)
+	}
+	if _, err := listen("unix://" + filepath.Join(dir, "no", "s.sock")); err == nil || !strings.Contains(err.Error(), "no such file or directory") {
+		t.Errorf("no directory: %v", err)
+	}
+}
+
+// Of many that start at once on a stale socket one gets it, and keeps it.
+func TestListenUnixAtOnce(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s.sock")
+	stale, err := listen("unix://" + path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = stale.Close()
+	var wg sync.WaitGroup
+	var mu sync.Mutex
+	var got []net.Listener
+	for range 20 {
+		wg.Go(func() {
+			if l, err := listen("unix://" + path); err == nil {
+				mu.Lock()
+				defer mu.Unlock()
+				got = append(got, l)
+			}
+		})
+	}
+	wg.Wait()
+	if len(got) != 1 {
+		t.Errorf("%d listen", len(got))
+	}
+	for _, l := range got {
+		_ = l.Close()
+	}
+}
+
+func TestListenErrors(t *testing.T) {
+	l, err := listen("127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = l.Close() }()
+	for addr, want := range map[string]string{
+		l.Addr().String():  "listen tcp " + l.Addr().String() + ": address already in use",
+		"9001":             `"9001": allowed are host:port and unix:///absolute/path`,
+		"127.0.0.1:":       `"127.0.0.1:": allowed are host:port and unix:///absolute/path`,
+		"unix://s.sock":    `"unix://s.sock": allowed are host:port and unix:///absolute/path`,
+		"127.0.0.1:999999": "listen tcp: address 999999: invalid port",
+	} {
+		if _, err := listen(addr); err == nil || err.Error() != want {
+			t.Errorf("%s: %v, want %s", addr, err, want)
+		}
+	}
+}

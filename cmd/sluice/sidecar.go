@@ -1,0 +1,218 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/http/pprof"
+	"sync/atomic"
+	"time"
+
+	group "github.com/oklog/run"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"go.uber.org/zap"
+
+	"github.com/sluiceproxy/sluice/authz"
+	"github.com/sluiceproxy/sluice/limiter"
+	"github.com/sluiceproxy/sluice/limiter/policy"
+)
+
+// sidecar is sluice itself, from a config that was read to its last answer.
+type sidecar struct {
+	cfg    *policy.Config
+	log    *zap.Logger
+	check  *authz.Server
+	memory *limiter.Memory // nil where the buckets are in Redis
+	redis  *limiter.Redis  // nil where they are in this process
+
+	grpc, metrics, admin net.Listener
+	registry             *prometheus.Registry
+
+	answered atomic.Bool // the store has answered once, or need not have
+	draining atomic.Bool
+}
+
+// newSidecar binds all listeners, so that what can fail at the start has failed when it returns. What it returns must serve, which
+// closes it.
+func newSidecar(cfg *policy.Config, log *zap.Logger) (*sidecar, error) {
+	s := &sidecar{cfg: cfg, log: log, registry: prometheus.NewRegistry()}
+	s.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	var store limiter.Store
+	if cfg.Redis != nil {
+		redis, err := limiter.NewRedis(*cfg.Redis, log, s.registry)
+		if err != nil {
+			return nil, fmt.Errorf("store.redis: %w", err)
+		}
+		s.redis, store = redis, redis
+	} else {
+		s.memory = limiter.NewMemory(limiter.MaxBuckets(), log, s.registry)
+		store = s.memory
+	}
+	s.answered.Store(s.redis == nil || !cfg.FailsClosed())
+	s.check = authz.New(authz.Options{Config: cfg, Store: store, Log: log, Metrics: s.registry})
+
+	var err error
+	for _, l := range []struct {
+		field, addr string
+		to          *net.Listener
+	}{
+		{"listen.grpc", cfg.Listen.GRPC, &s.grpc},
+		{"listen.metrics", cfg.Listen.Metrics, &s.metrics},
+		{"listen.admin", cfg.Listen.Admin, &s.admin},
+	} {
+		if *l.to, err = listen(l.addr); err != nil {
+			s.close()
+			return nil, fmt.Errorf("%s: %w", l.field, err)
+		}
+	}
+	return s, nil
+}
+
+func (s *sidecar) close() {
+	for _, l := range []net.Listener{s.grpc, s.metrics, s.admin} {
+		if l != nil {
+			_ = l.Close()
+		}
+	}
+	if s.redis != nil {
+		_ = s.redis.Close()
+	}
+}
+
+// serve answers until ctx ends, and then drains: health and /readyz say that no more should come, what is in flight is answered, for
+// at most the config's grace. It returns nil after a drain, and an error where a listener broke.
+func (s *sidecar) serve(ctx context.Context) error {
+	defer s.close()
+	background, cancel := context.WithCancel(context.Background())
+	defer cancel()
+
+	// The first to end ends all, in this order: gRPC drains while /readyz and /metrics still answer.
+	var all group.Group
+	stopped := make(chan struct{})
+	all.Add(func() error {
+		select {
+		case <-ctx.Done():
+			s.log.Info("draining", zap.Duration("grace", s.cfg.Grace))
+		case <-stopped:
+		}
+		return nil
+	}, func(error) { close(stopped) })
+	server := s.check.GRPC()
+	all.Add(func() error { return server.Serve(s.grpc) }, func(error) {
+		s.draining.Store(true)
+		s.check.Drain()
+		s.stopGracefully(server)
+	})
+	s.addHTTP(&all, s.metrics, s.metricsHandler())
+	s.addHTTP(&all, s.admin, adminHandler())
+	if s.memory != nil {
+		all.Add(func() error { s.memory.Run(background); return nil }, func(error) { cancel() })
+	}
+	if !s.answered.Load() {
+		all.Add(func() error { s.awaitStore(background); <-background.Done(); return nil }, func(error) { cancel() })
+	}
+	store := "in process"
+	if s.redis != nil {
+		store = "redis"
+	}
+	s.log.Info("serving", zap.String("version", buildVersion()), zap.String("domain", s.cfg.Domain), zap.String("store", store),
+		zap.Stringer("grpc", s.grpc.Addr()), zap.Stringer("metrics", s.metrics.Addr()), zap.Stringer("admin", s.admin.Addr()))
+	err := all.Run()
+	s.log.Info("stopped", zap.Error(err))
+	return err
+}
+
+// stopper is what stopGracefully needs of a gRPC server.
+type stopper interface {
+	GracefulStop()
+	Stop()
+}
+
+func (s *sidecar) stopGracefully(server stopper) {
+	over := time.AfterFunc(s.cfg.Grace, func() {
+		s.log.Warn("the grace is over: what is still in flight is cut", zap.Duration("grace", s.cfg.Grace))
+		server.Stop()
+	})
+	server.GracefulStop()
+	over.Stop()
+}
+
+// addHTTP adds an HTTP server on l to the group.
+func (s *sidecar) addHTTP(all *group.Group, l net.Listener, h http.Handler) {
+	server := &http.Server{
+		Handler:           h,
+		ReadHeaderTimeout: 5 * time.Second,
+		MaxHeaderBytes:    16 << 10,
+		ErrorLog:          zap.NewStdLog(s.log),
+	}
+	all.Add(func() error {
+		if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+			return err
+		}
+		return nil
+	}, func(error) { _ = server.Close() })
+}
+
+func (s *sidecar) metricsHandler() http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", promhttp.HandlerFor(s.registry, promhttp.HandlerOpts{ErrorLog: zap.NewStdLog(s.log)}))
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { sayStatus(w, http.StatusOK, "ok") })
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
+		switch {
+		case s.draining.Load():
+			sayStatus(w, http.StatusServiceUnavailable, "draining")
+		case !s.answered.Load():
+			sayStatus(w, http.StatusServiceUnavailable, "waiting for Redis's first answer")
+		default:
+			sayStatus(w, http.StatusOK, "ok")
+		}
+	})
+	return mux
+}
+
+func sayStatus(w http.ResponseWriter, status int, text string) {
+	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+	w.WriteHeader(status)
+	_, _ = fmt.Fprintln(w, text)
+}
+
+// adminHandler serves what only the pod's own people may see.
+func adminHandler() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /debug/pprof/", pprof.Index)
+	mux.HandleFunc("GET /debug/pprof/cmdline", pprof.Cmdline)
+	mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
+	mux.HandleFunc("GET /debug/pprof/symbol", pprof.Symbol)
+	mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
+	return mux
+}
+
+// awaitStore asks Redis until it has answered once: a sidecar that would refuse everything is not ready. Later outages
+// never take it out of service, which would help nobody.
+func (s *sidecar) awaitStore(ctx context.Context) {
+	const every = 250 * time.Millisecond
+	tick := time.NewTicker(every)
+	defer tick.Stop()
+	for said := false; ; said = true {
+		ask, cancel := context.WithTimeout(ctx, max(every, s.cfg.Redis.Timeout))
+		err := s.redis.Ping(ask)
+		cancel()
+		if err == nil {
+			s.answered.Store(true)
+			s.log.Info("redis answers: ready")
+			return
+		}
+		if !said && ctx.Err() == nil {
+			s.log.Warn("not ready until Redis answers", zap.Error(err))
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
+}

@@ -1,0 +1,64 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+
+	"github.com/spf13/cobra"
+
+	"github.com/sluiceproxy/sluice/limiter/policy"
+)
+
+func (p *program) validateCommand() *cobra.Command {
+	var output string
+	c := &cobra.Command{
+		Use:   "validate FILE...",
+		Short: "Say every mistake in configs, and where it is",
+		Args:  cobra.MinimumNArgs(1),
+		RunE: func(_ *cobra.Command, files []string) error {
+			if output != "text" && output != "json" {
+				return usageError{fmt.Errorf("-o %q: allowed are text and json", output)}
+			}
+			return p.validate(files, output == "json")
+		},
+	}
+	c.Flags().StringVarP(&output, "output", "o", "text", "`format` of the result: text or json")
+	return c
+}
+
+func (p *program) validate(files []string, asJSON bool) error {
+	all := policy.Mistakes{} // an empty list in JSON, not null
+	for _, file := range files {
+		_, err := policy.Load(file, p.getenv)
+		var mistakes policy.Mistakes
+		if err != nil && !errors.As(err, &mistakes) {
+			return err
+		}
+		all = append(all, mistakes...)
+		if asJSON {
+			continue
+		}
+		if len(mistakes) == 0 {
+			if _, err := fmt.Fprintf(p.stdout, "%s: ok\n", file); err != nil {
+				return err
+			}
+		}
+		for _, m := range mistakes {
+			if _, err := fmt.Fprintln(p.stdout, m); err != nil {
+				return err
+			}
+		}
+	}
+	if asJSON {
+		e := json.NewEncoder(p.stdout)
+		e.SetIndent("", "  ")
+		if err := e.Encode(all); err != nil {
+			return err
+		}
+	}
+	if len(all) > 0 {
+		return errNo
+	}
+	return nil
+}
