@@ -142,7 +142,7 @@ func (f *configFile) wrongExpression(n node, e expressionError) {
 
 // readRate reads tokens/period: 10/s, 5000/24h, 3/250ms.
 func (f *configFile) readRate(n node, d *draft) {
-	s, ok := f.text(n)
+	s, ok := f.scalar(n) // a number lacks its period, and is told so
 	if !ok {
 		return
 	}

@@ -103,7 +103,7 @@ func parsePath(s string) (pathPattern, error) {
 		case strings.ContainsAny(segment, "{}*"):
 			return pathPattern{}, fmt.Errorf("%q: the segment %q is not a name, {x}, or ** at the end; %s", s, segment, allowed)
 		case segment == "" || "/"+segment != normalPath("/"+segment):
-			return pathPattern{}, fmt.Errorf("%q is not a path's normal form, so that no request could match it: write %q", s, normalPath(s))
+			return pathPattern{}, fmt.Errorf("%q is not in its normal form, which requests are matched in: write %q", s, normalPath(s))
 		default:
 			p.segments = append(p.segments, segment)
 		}

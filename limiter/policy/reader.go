@@ -272,7 +272,7 @@ func (r *reader) text(n node) (string, bool) {
 	return "", false
 }
 
-// scalar reads a text or a number as text.
+// scalar reads a text or a number, as text.
 func (r *reader) scalar(n node) (string, bool) {
 	switch n.Node.(type) {
 	case *ast.IntegerNode, *ast.FloatNode:
@@ -280,7 +280,7 @@ func (r *reader) scalar(n node) (string, bool) {
 	case *ast.StringNode, *ast.LiteralNode:
 		return r.text(n)
 	}
-	r.wrong(n, "%s; wanted is a number", describe(n.Node))
+	r.wrong(n, "%s; wanted is a number or a text", describe(n.Node))
 	return "", false
 }
 
@@ -345,7 +345,7 @@ func (r *reader) whole(n node, into *int64, from, to int64) {
 
 // duration reads a Go duration in a range.
 func (r *reader) duration(n node, into *time.Duration, from, to time.Duration) {
-	s, ok := r.text(n)
+	s, ok := r.scalar(n) // a number lacks its unit, and is told so
 	if !ok {
 		return
 	}

@@ -1,0 +1,91 @@
+package main
+
+import (
+	"go/parser"
+	"go/token"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+const module = "github.com/sluiceproxy/sluice"
+
+// arrows are what each room may import of the others: a request goes from authz to policy to limiter, and nothing goes back.
+var arrows = map[string][]string{
+	"limiter":           {},
+	"limiter/redistest": {},
+	"limiter/policy":    {"limiter"},
+	"authz":             {"limiter", "limiter/policy"},
+	"envoy":             {"limiter/policy"},
+	"k8s":               {},
+	"cmd/sluice":        {"authz", "envoy", "k8s", "limiter", "limiter/policy"},
+}
+
+// testArrows are what a room's tests may import besides.
+var testArrows = []string{"limiter/redistest"}
+
+// extAuthz are the messages that only authz knows, and the tests that speak to it.
+const extAuthz = "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
+
+func TestArrows(t *testing.T) {
+	root := filepath.Join("..", "..")
+	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() && strings.HasPrefix(d.Name(), ".") && path != root {
+			return fs.SkipDir
+		}
+		if filepath.Ext(path) != ".go" {
+			return nil
+		}
+		rel, err := filepath.Rel(root, path)
+		if err != nil {
+			return err
+		}
+		room, isTest := filepath.ToSlash(filepath.Dir(rel)), strings.HasSuffix(path, "_test.go")
+		allowed, ok := arrows[room]
+		if !ok {
+			t.Errorf("%s: no such room: %s", rel, room)
+			return nil
+		}
+		f, err := parser.ParseFile(token.NewFileSet(), path, nil, parser.ImportsOnly)
+		if err != nil {
+			return err
+		}
+		for _, i := range f.Imports {
+			name, err := strconv.Unquote(i.Path.Value)
+			if err != nil {
+				return err
+			}
+			if name == extAuthz && room != "authz" && !isTest {
+				t.Errorf("%s imports %s", rel, name)
+			}
+			if ours, ok := strings.CutPrefix(name, module+"/"); ok && !slices.Contains(allowed, ours) && !(isTest && slices.Contains(testArrows, ours)) {
+				t.Errorf("%s imports %s; allowed are %v", rel, ours, allowed)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// The top level holds the rooms, and what tools look for there.
+func TestTopLevel(t *testing.T) {
+	allowed := []string{
+		"cmd", "authz", "limiter", "envoy", "k8s", "Dockerfile", "go.mod", "go.sum", "README.md", "LICENSE",
+		".ci", ".dockerignore", ".git", ".gitignore", ".golangci.yml",
+	}
+	entries, err := os.ReadDir(filepath.Join("..", ".."))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		if !slices.Contains(allowed, e.Name()) {
+			t.Errorf("%s stands on the top level", e.Name())
+		}
+	}
+}

@@ -1,0 +1,248 @@
+package policy
+
+import (
+	"encoding/json"
+	"flag"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/sluiceproxy/sluice/limiter"
+)
+
+var update = flag.Bool("update", false, "write what is wrong with testdata/bad anew; look at the diff")
+
+// env is an environment of a few variables.
+func env(vars ...string) func(string) (string, bool) {
+	return func(name string) (string, bool) {
+		for i := 0; i < len(vars); i += 2 {
+			if vars[i] == name {
+				return vars[i+1], true
+			}
+		}
+		return "", false
+	}
+}
+
+// parse is a config that must be good.
+func parse(t testing.TB, text string) *Config {
+	t.Helper()
+	c, err := Parse("test.yaml", []byte(text), env())
+	if err != nil {
+		t.Fatalf("%v\n%s", err, text)
+	}
+	return c
+}
+
+func TestGoodFiles(t *testing.T) {
+	files, err := filepath.Glob("testdata/good/*.yaml")
+	if err != nil || len(files) == 0 {
+		t.Fatal(files, err)
+	}
+	for _, file := range files {
+		if _, err := Load(file, env()); err != nil {
+			t.Errorf("%v", err)
+		}
+	}
+}
+
+// Each bad file ends in comments that say what is wrong with it, in full and in order.
+func TestBadFiles(t *testing.T) {
+	files, err := filepath.Glob("testdata/bad/*.yaml")
+	if err != nil || len(files) == 0 {
+		t.Fatal(files, err)
+	}
+	const mark = "#! "
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var body, want strings.Builder
+		for line := range strings.Lines(string(text)) {
+			if said, ok := strings.CutPrefix(line, mark); ok {
+				want.WriteString(said)
+			} else {
+				body.WriteString(line)
+			}
+		}
+		_, err = Parse(file, []byte(body.String()), env("SHOP", "shop", "EMPTY", ""))
+		if err == nil {
+			t.Errorf("%s: no mistake", file)
+			continue
+		}
+		got := strings.ReplaceAll(err.Error()+"\n", file+":", "")
+		if *update {
+			for line := range strings.Lines(got) {
+				body.WriteString(mark + line)
+			}
+			if err := os.WriteFile(file, []byte(body.String()), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		} else if got != want.String() {
+			t.Errorf("%s says\n%swant\n%s", file, got, want.String())
+		}
+		if strings.Contains(got, "hunter2") {
+			t.Errorf("%s tells a secret", file)
+		}
+		for _, m := range err.(Mistakes) {
+			if m.Line < 1 || m.Column < 1 || m.Message == "" {
+				t.Errorf("%s: without its place: %+v", file, m)
+			}
+		}
+	}
+}
+
+func TestDefaults(t *testing.T) {
+	for _, file := range []string{"", "testdata/good/empty.yaml", "testdata/good/comment.yaml"} {
+		c, err := Load(file, env())
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := fmt.Sprintf("%s %+v %v %d %+v %v %s %v", c.Domain, c.Listen, c.Redis, c.FailureStatus, c.Headers, c.Grace, c.LogLevel, c.FailsClosed())
+		want := "default {GRPC:127.0.0.1:9001 Admin:127.0.0.1:9002 Metrics:127.0.0.1:9003} <nil> 503 {XRateLimit:true RetryAfter:true RateLimit:false} 10s info false"
+		if got != want {
+			t.Errorf("%q:\n%s\n%s", file, got, want)
+		}
+	}
+}
+
+func TestEverything(t *testing.T) {
+	c, err := Load("testdata/good/everything.yaml", env())
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := fmt.Sprintf("%s %+v %+v %d %+v %v %s %v", c.Domain, c.Listen, *c.Redis, c.FailureStatus, c.Headers, c.Grace, c.LogLevel, c.FailsClosed())
+	want := "shop/checkout {GRPC:unix:///run/sluice/authz.sock Admin:127.0.0.1:19002 Metrics:0.0.0.0:9003} " +
+		"{URL:redis://127.0.0.1:6379/0 Username:sluice Password:hunter2 Timeout:80ms} 502 " +
+		"{XRateLimit:false RetryAfter:false RateLimit:true} 3s debug false"
+	if got != want {
+		t.Errorf("\n%s\n%s", got, want)
+	}
+	limits := c.Limits()
+	if got, want := *limits[0], (limiter.Limit{Domain: "shop/checkout", Name: "per-client", OnFailure: limiter.Allow}); got != want {
+		t.Errorf("%+v, want %+v", got, want)
+	}
+	if got, want := *limits[1], (limiter.Limit{Domain: "shop", Name: "orders", Shadow: true, OnFailure: limiter.Delegate}); got != want {
+		t.Errorf("%+v, want %+v", got, want)
+	}
+}
+
+func TestFailsClosed(t *testing.T) {
+	for text, want := range map[string]bool{
+		"":                               false,
+		"limits: [{name: a, rate: 1/s}]": true,
+		"limits: [{name: a, rate: 1/s, on_failure: allow}]":                     false,
+		"limits: [{name: a, rate: 1/s, mode: shadow}]":                          false,
+		"{mode: shadow, limits: [{name: a, rate: 1/s}]}":                        false,
+		"{on_failure: allow, limits: [{name: a, rate: 1/s}]}":                   false,
+		"{on_failure: allow, limits: [{name: a, rate: 1/s, on_failure: deny}]}": true,
+	} {
+		if got := parse(t, text).FailsClosed(); got != want {
+			t.Errorf("%s: %v", text, got)
+		}
+	}
+}
+
+func TestOverrides(t *testing.T) {
+	text := []byte("{domain: file, listen: {grpc: \"127.0.0.1:1\"}, store: {redis: {url: \"redis://file\", timeout: 7ms}}}")
+	c, err := Parse("f", text, env(),
+		Override{Field: "domain", Value: "environment", From: "SLUICE_DOMAIN"},
+		Override{Field: "domain", Value: "flag", From: "--domain"},
+		Override{Field: "listen.grpc", Value: "127.0.0.1:2", From: "demo", Weak: true},
+		Override{Field: "listen.admin", Value: "127.0.0.1:3", From: "demo", Weak: true},
+		Override{Field: "store.redis.url", Value: "redis://flag", From: "--redis"},
+		Override{Field: "grace", Value: "1m", From: "--grace"},
+	)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.Domain != "flag" || c.Listen.GRPC != "127.0.0.1:1" || c.Listen.Admin != "127.0.0.1:3" || c.Grace != time.Minute ||
+		c.Redis.URL != "redis://flag" || c.Redis.Timeout != 7*time.Millisecond {
+		t.Errorf("%+v %+v", c, c.Redis)
+	}
+
+	_, err = Parse("f", nil, env(),
+		Override{Field: "listen.grpc", Value: "nowhere", From: "--grpc"},
+		Override{Field: "grace", Value: "soon", From: "SLUICE_GRACE"},
+		Override{Field: "log_level", Value: "loud", From: "--log-level"},
+		Override{Field: "domain", Value: "a b", From: "--domain"},
+		Override{Field: "store.redis.url", Value: "http://:hunter2@h", From: "--redis"},
+		Override{Field: "colour", Value: "red", From: "--colour"},
+	)
+	want := `--grpc: listen.grpc: "nowhere"; allowed are host:port and unix:///absolute/path
+SLUICE_GRACE: grace: "soon"; allowed are durations such as 500ms and 10s, from 0s to 1h0m0s
+--log-level: log_level: "loud"; allowed are debug, info, warn, error
+--domain: domain: "a b"; allowed are 1 to 253 of letters, digits and . _ / -
+--redis: store.redis.url: invalid URL scheme: http; allowed are redis://[user:password@]host:port[/database], the same with rediss://, and unix:///path/to/socket[?db=database]
+--colour: colour: no such setting`
+	if err == nil || err.Error() != want {
+		t.Errorf("%v\nwant\n%s", err, want)
+	}
+}
+
+func TestLoadErrors(t *testing.T) {
+	for file, want := range map[string]string{
+		"no/such/file.yaml": "no/such/file.yaml: no such file or directory",
+		"testdata":          "testdata: is a directory",
+	} {
+		if _, err := Load(file, env()); err == nil || err.Error() != want {
+			t.Errorf("%v, want %s", err, want)
+		}
+	}
+	if _, err := Parse("f", make([]byte, maxFile+1), env()); err == nil || err.Error() != "f: the file has 1048577 bytes; allowed are 1048576" {
+		t.Error(err)
+	}
+}
+
+func TestMistakeAsJSON(t *testing.T) {
+	_, err := Parse("f.yaml", []byte("domain: a b\n"), env())
+	got, jsonErr := json.Marshal(err)
+	if want := `[{"file":"f.yaml","line":1,"column":9,"field":"domain","message":"\"a b\"; allowed are 1 to 253 of letters, digits and . _ / -"}]`; jsonErr != nil || string(got) != want {
+		t.Errorf("%s, %v", got, jsonErr)
+	}
+}
+
+// The environment's values are put in after the file is parsed: they can be any text, and make no structure.
+func TestEnvironment(t *testing.T) {
+	c, err := Parse("f", []byte(`
+key_secret: ${SECRET}
+failure_status: ${STATUS:-502}
+limits:
+  - name: ${NAME}
+    rate: ${RATE:-5}/s
+    key: '"$${" + request.headers["${HEADER}"]'
+`), env("SECRET", "a: [b", "NAME", "orders", "HEADER", "x-key"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if string(c.hasher.secret) != "a: [b" || c.FailureStatus != 502 || c.Limits()[0].Name != "orders" || c.limits[0].bucket.Burst() != 5 {
+		t.Errorf("%+v %+v", c, c.limits[0])
+	}
+	if v, err := c.limits[0].key[0].text(&subject{Request: &Request{Headers: map[string]string{"x-key": "k"}}}); v != "${k" || err != nil {
+		t.Errorf("%q, %v", v, err)
+	}
+	if _, err := Parse("f", []byte("limits: ${LIMITS}\n"), env("LIMITS", "[{name: a, rate: 1/s}]")); err == nil {
+		t.Error("a variable made structure")
+	}
+}
+
+// configs are all files of testdata, as seeds.
+func configs(t testing.TB) (texts [][]byte) {
+	t.Helper()
+	files, err := filepath.Glob("testdata/*/*.yaml")
+	if err != nil || len(files) == 0 {
+		t.Fatal(files, err)
+	}
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		texts = append(texts, text)
+	}
+	return texts
+}
