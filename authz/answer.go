@@ -109,12 +109,13 @@ func (s *Server) denied(v *verdict, code codes.Code, headers []*corev3.HeaderVal
 	response := &authv3.DeniedHttpResponse{Status: &typev3.HttpStatus{Code: typev3.StatusCode(p.status)}}
 	if v.request != nil && isGRPC(v.request) {
 		// Without it Envoy makes every denial UNAVAILABLE, which clients and proxies retry. The body becomes grpc-message.
-		response.Headers = append(headers, header("grpc-status", strconv.Itoa(int(code))))
+		headers = append(headers, header("grpc-status", strconv.Itoa(int(code))))
 		response.Body = p.detail
 	} else {
-		response.Headers = append(headers, header("content-type", "application/problem+json"))
+		headers = append(headers, header("content-type", "application/problem+json"))
 		response.Body = p.json()
 	}
+	response.Headers = headers
 	return &authv3.CheckResponse{
 		Status:          &statuspb.Status{Code: int32(code)},
 		HttpResponse:    &authv3.CheckResponse_DeniedResponse{DeniedResponse: response},

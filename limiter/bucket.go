@@ -167,7 +167,3 @@ func (b Bucket) wait(l level, want int64) time.Duration {
 	}
 	return time.Duration(q) * time.Microsecond
 }
-
-// ttlSlack is how long a store keeps a bucket after it is full again: long enough that no rounding, and no lag between
-// the two clocks that Redis reads for TIME and for expiry, ends a bucket that is not full.
-const ttlSlack = 5 * time.Second

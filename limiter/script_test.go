@@ -3,6 +3,7 @@ package limiter
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"flag"
 	"fmt"
 	"strconv"
@@ -128,7 +129,7 @@ func TestScriptAgreesWithDraw(t *testing.T) {
 				kept, ok := m.shards[m.shardOf(c.Key)].buckets[c.Key]
 				raw, err := client.Get(ctx, c.Key).Result()
 				if !ok {
-					if err != redis.Nil {
+					if !errors.Is(err, redis.Nil) {
 						t.Fatalf("Redis has %q (%v) where nothing had to be stored", raw, err)
 					}
 					continue

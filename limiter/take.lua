@@ -21,7 +21,9 @@ local STATE, STATE_SIZE = '>c2BI4I6I7I4I7I6', 37
 local CHARGE, CHARGE_SIZE = '>I7I6I4I4B', 22
 
 local MAX_N, MIN_P, MAX_P, MAX_TOKENS, MAX_TIME = 1e15, 1e6, 31622400000000, 1e9, 2^53
-local SLACK = 5000 -- milliseconds that a bucket is kept after it is full again
+-- Milliseconds that a bucket is kept after it is full again: no rounding, and no lag between the clocks that Redis has for TIME and for
+-- expiry, may end one that is not full.
+local SLACK = 5000
 
 -- muldiv returns floor(x*y/d) and the remainder, for x < d. Where x*y is below 2^53 plain division is exact: the quotient
 -- is k - j/d for an integer k, at least 1/d below k, and a double rounds it up to k only where k*d > 2^53.

@@ -2,6 +2,7 @@ package policy
 
 import (
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"os"
@@ -88,7 +89,7 @@ func TestBadFiles(t *testing.T) {
 		if strings.Contains(got, "hunter2") {
 			t.Errorf("%s tells a secret", file)
 		}
-		for _, m := range err.(Mistakes) {
+		for _, m := range mistakes(t, err) {
 			if m.Line < 1 || m.Column < 1 || m.Message == "" {
 				t.Errorf("%s: without its place: %+v", file, m)
 			}
@@ -228,6 +229,16 @@ limits:
 	if _, err := Parse("f", []byte("limits: ${LIMITS}\n"), env("LIMITS", "[{name: a, rate: 1/s}]")); err == nil {
 		t.Error("a variable made structure")
 	}
+}
+
+// mistakes are an error's, which has to be made of them.
+func mistakes(t testing.TB, err error) Mistakes {
+	t.Helper()
+	var m Mistakes
+	if !errors.As(err, &m) {
+		t.Fatalf("no mistakes: %v", err)
+	}
+	return m
 }
 
 // configs are all files of testdata, as seeds.

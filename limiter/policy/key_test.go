@@ -172,7 +172,7 @@ func FuzzParse(f *testing.F) {
 	f.Fuzz(func(t *testing.T, text []byte) {
 		c, err := Parse("fuzz.yaml", text, env())
 		if err != nil {
-			for _, m := range err.(Mistakes) {
+			for _, m := range mistakes(t, err) {
 				if m.Message == "" {
 					t.Fatalf("%+v", m)
 				}

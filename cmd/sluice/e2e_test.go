@@ -1,0 +1,226 @@
+package main
+
+import (
+	"bufio"
+	"fmt"
+	"net"
+	"net/http"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/status"
+
+	"github.com/sluiceproxy/sluice/limiter/redistest"
+)
+
+// about are the headers of an answer that speak of limits, sorted.
+func about(h http.Header) string {
+	var all []string
+	for name, values := range h {
+		name = strings.ToLower(name)
+		if strings.Contains(name, "ratelimit") || name == "retry-after" {
+			for _, v := range values {
+				all = append(all, name+"="+v)
+			}
+		}
+	}
+	slices.Sort(all)
+	return strings.Join(all, " ")
+}
+
+// What clients and upstreams say about limits ends at Envoy, and what sluice says arrives, on every kind of answer.
+func TestHeadersThroughEnvoy(t *testing.T) {
+	const limits = `
+limits:
+  - {name: per-client, key: client.ip, rate: 1/d, burst: 100, match: {paths: ["/limited/**", /missing, /moved, /busy, /socket]}}
+  - {name: would-deny, rate: 1/d, burst: 1, mode: shadow, match: {paths: [/limited/shadowed]}}
+  - {name: strict, rate: 1/d, burst: 1, match: {paths: [/limited/strict, "/grpc.health.v1.Health/Check"]}}
+`
+	up := startUpstream(t)
+	p := startSluice(t, "--config", file(t, "sluice.yaml", limits))
+	addr := startEnvoy(t, p.grpc, up.Listener.Addr().String())
+	c := client(t)
+	left := 100
+	told := func() string {
+		left--
+		return fmt.Sprintf("x-ratelimit-limit=100 x-ratelimit-remaining=%d x-ratelimit-reset=%d", left, (100-left)*86400)
+	}
+	for _, tt := range []struct {
+		path   string
+		status int
+		also   string // besides sluice's own
+	}{
+		{"/limited/a", 200, ""},
+		{"/missing", 404, ""},
+		{"/moved", 302, ""},
+		{"/busy", 503, "retry-after=120 "},
+	} {
+		r, _ := fetch(t, c, "http://"+addr+tt.path, "x-ratelimit-limit", "forged", "X-RateLimit-Foo", "forged", "RateLimit", "forged",
+			"RateLimit-Policy", "forged", "x-sluice-shadow", "forged", "X-Sluice-Other", "forged", "x-envoy-ratelimited", "forged", "x-mine", "kept")
+		if got, want := about(r.Header), tt.also+told(); r.StatusCode != tt.status || got != want {
+			t.Errorf("%s: %d %s, want %d %s", tt.path, r.StatusCode, got, tt.status, want)
+		}
+		for name := range up.got() {
+			if n := strings.ToLower(name); strings.Contains(n, "ratelimit") || strings.Contains(n, "sluice") {
+				t.Errorf("%s: the client's %s came through", tt.path, name)
+			}
+		}
+		if up.got().Get("X-Mine") != "kept" {
+			t.Errorf("%s: x-mine did not come through", tt.path)
+		}
+	}
+
+	t.Run("no limit applies", func(t *testing.T) {
+		if r, body := fetch(t, c, "http://"+addr+"/free"); r.StatusCode != 200 || about(r.Header) != "" || body != "hello" {
+			t.Errorf("%d %s", r.StatusCode, about(r.Header))
+		}
+	})
+	t.Run("websocket", func(t *testing.T) {
+		conn, err := net.Dial("tcp", addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = conn.Close() }()
+		if _, err := fmt.Fprint(conn, "GET /socket HTTP/1.1\r\nHost: h\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"); err != nil {
+			t.Fatal(err)
+		}
+		in := bufio.NewReader(conn)
+		r, err := http.ReadResponse(in, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = r.Body.Close() }()
+		if got, want := about(r.Header), told(); r.StatusCode != 101 || got != want {
+			t.Errorf("%d %s, want %s", r.StatusCode, got, want)
+		}
+		if _, err := fmt.Fprint(conn, "hello\n"); err != nil {
+			t.Fatal(err)
+		}
+		if line, err := in.ReadString('\n'); err != nil || line != "you said hello\n" {
+			t.Errorf("%q, %v", line, err)
+		}
+	})
+	t.Run("a shadow limit", func(t *testing.T) {
+		for i, want := range []string{"", "would-deny"} {
+			r, _ := fetch(t, c, "http://"+addr+"/limited/shadowed", "x-sluice-shadow", "forged")
+			if got := strings.Join(up.got().Values("X-Sluice-Shadow"), "|"); r.StatusCode != 200 || got != want || about(r.Header) != told() {
+				t.Errorf("request %d: %d, x-sluice-shadow %q, want %q; %s", i, r.StatusCode, got, want, about(r.Header))
+			}
+		}
+	})
+	t.Run("limited", func(t *testing.T) {
+		fetch(t, c, "http://"+addr+"/limited/strict")
+		left--
+		r, body := fetch(t, c, "http://"+addr+"/limited/strict")
+		if got, want := about(r.Header), "retry-after=86400 x-envoy-ratelimited=true x-ratelimit-limit=1 x-ratelimit-remaining=0 x-ratelimit-reset=86400"; r.StatusCode != 429 || got != want {
+			t.Errorf("%d %s, want %s", r.StatusCode, got, want)
+		}
+		if want := `{"title":"Too Many Requests","status":429,"detail":"The limit strict allows this request in 86400 s.","limit":"strict","retry_after":86400}`; body != want ||
+			r.Header.Get("Content-Type") != "application/problem+json" {
+			t.Errorf("%s %s", r.Header.Get("Content-Type"), body)
+		}
+	})
+	t.Run("gRPC", func(t *testing.T) {
+		// The bucket is empty by now.
+		_, err := grpc_health_v1.NewHealthClient(dial(t, addr)).Check(t.Context(), &grpc_health_v1.HealthCheckRequest{})
+		if status.Code(err) != codes.ResourceExhausted || status.Convert(err).Message() != "The limit strict allows this request in 86400 s." {
+			t.Errorf("%v", err)
+		}
+		_, metrics := get(t, "http://"+p.metrics+"/metrics")
+		if want := `sluice_rejections_total{limit="strict"} 2`; !strings.Contains(metrics, want) {
+			t.Errorf("no %s: the call was checked more than once", want)
+		}
+	})
+	t.Run("no upstream", func(t *testing.T) {
+		up.Close()
+		if r, _ := fetch(t, c, "http://"+addr+"/limited/a"); r.StatusCode != 503 || about(r.Header) != told() {
+			t.Errorf("%d %s", r.StatusCode, about(r.Header))
+		}
+	})
+}
+
+// However a path is spelled, a real Envoy lets no spelling of it slip past its limit, with its own normalisation and without.
+func TestPathVariantsThroughEnvoy(t *testing.T) {
+	up := startUpstream(t)
+	p := startSluice(t, "--config", file(t, "sluice.yaml", `
+limits:
+  - {name: orders, rate: 1/d, burst: 1000, match: {hosts: [shop.example.com], paths: [/v1/orders]}}
+`))
+	for name, change := range map[string][]func(string) string{
+		"as shipped": nil,
+		"without normalisation": {func(s string) string {
+			return strings.NewReplacer("normalize_path: true", "normalize_path: false", "merge_slashes: true", "merge_slashes: false").Replace(s)
+		}},
+	} {
+		addr := startEnvoy(t, p.grpc, up.Listener.Addr().String(), change...)
+		for _, target := range []string{
+			"/v1/orders", "//v1/orders", "/v1//orders", "/./v1/orders", "/v1/x/../orders", "/%76%31/orders", "/v1/%6frders", "/v1/orders/",
+			"/v1%2forders", "/%2e/v1/orders", "/v1/%2e%2e/v1/orders", "/v1\\orders", "/v1%5corders", "/v1/orders;v=1", "/v1;a=b/orders",
+			"/v1/orders?", "/v1/orders?x=/../..", "/v1/orders/?x", "/v1/orders#x", "http://shop.example.com/v1/orders",
+		} {
+			for _, host := range []string{"shop.example.com", "SHOP.Example.com", "shop.example.com:80"} {
+				r := rawGet(t, addr, host, target)
+				if limited := r.Header.Get("X-Ratelimit-Limit") == "1000"; !limited && r.StatusCode < 400 {
+					t.Errorf("%s: %s%s slips past its limit: %d", name, host, target, r.StatusCode)
+				}
+			}
+		}
+		if r := rawGet(t, addr, "shop.example.com", "/v1/other"); r.StatusCode != 200 || about(r.Header) != "" {
+			t.Errorf("%s: another path: %d %s", name, r.StatusCode, about(r.Header))
+		}
+	}
+}
+
+// A sidecar that is restarted three times under load loses no request, and lets none pass unmetered.
+func TestRestartLosesNothing(t *testing.T) {
+	const requests, burst = 200, 1000
+	redis := redistest.Start(t)
+	up := startUpstream(t)
+	socket := "unix://" + filepath.Join(t.TempDir(), "s.sock")
+	config := file(t, "sluice.yaml", fmt.Sprintf("limits: [{name: all, rate: 1/d, burst: %d}]\n", burst))
+	begin := func() *process {
+		return startSluice(t, "--grpc", socket, "--redis", redis.URL(), "--config", config)
+	}
+	p := begin()
+	addr := startEnvoy(t, socket, up.Listener.Addr().String())
+	c := client(t)
+
+	var sent atomic.Int64
+	restart := make(chan bool, 3)
+	var wg sync.WaitGroup
+	tick := time.NewTicker(5 * time.Millisecond) // so that requests fall into all of a restart
+	defer tick.Stop()
+	for range 4 {
+		wg.Go(func() {
+			for n := sent.Add(1); n <= requests; n = sent.Add(1) {
+				if n%50 == 0 && n < requests {
+					restart <- true
+				}
+				<-tick.C
+				if r, body := fetch(t, c, "http://"+addr+"/"); r.StatusCode != 200 || about(r.Header) == "" {
+					t.Errorf("request %d: %d %s %s", n, r.StatusCode, about(r.Header), body)
+				}
+			}
+		})
+	}
+	for range 3 {
+		<-restart
+		if status := p.stop(); status != 0 {
+			t.Errorf("sluice ended with %d", status)
+		}
+		p = begin()
+	}
+	wg.Wait()
+	r, _ := fetch(t, c, "http://"+addr+"/")
+	if got, want := r.Header.Get("X-Ratelimit-Remaining"), strconv.Itoa(burst-requests-1); got != want {
+		t.Errorf("%s tokens are left after %d requests, want %s", got, requests+1, want)
+	}
+}
