@@ -49,7 +49,8 @@ type process struct {
 func start(t testing.TB, mode string, env []string, args ...string) *process {
 	t.Helper()
 	p := &process{t: t, cmd: exec.Command(os.Args[0], args...), done: make(chan struct{})}
-	p.cmd.Env = append(os.Environ(), execEnv+"="+mode)
+	// With -race a process sleeps a second before it ends, unless it is told not to.
+	p.cmd.Env = append(os.Environ(), execEnv+"="+mode, "GORACE=atexit_sleep_ms=0")
 	p.cmd.Env = append(p.cmd.Env, env...)
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	return p

