@@ -80,7 +80,7 @@ func (s *Server) deny(v *verdict) *authv3.CheckResponse {
 	if told.RetryAfter == limiter.Never {
 		p.detail = "The limit " + charge.Limit.Name + " never allows this request."
 	} else {
-		p.retryAfter = max(1, seconds(told.RetryAfter))
+		p.retryAfter = seconds(told.RetryAfter) // rounded up, so at least 1
 		p.detail = "The limit " + charge.Limit.Name + " allows this request in " + strconv.FormatInt(p.retryAfter, 10) + " s."
 	}
 	headers := s.limitHeaders(d, []*corev3.HeaderValueOption{header("x-envoy-ratelimited", "true")})
@@ -261,7 +261,7 @@ func (s *Server) metadata(v *verdict, shadows []string) *structpb.Struct {
 		fields["cost"] = structpb.NewNumberValue(float64(charge.Cost))
 		fields["source"] = sourceValues[told.Source]
 		if d.Outcome == limiter.Limited && told.RetryAfter != limiter.Never {
-			fields["retry_after"] = structpb.NewNumberValue(float64(max(1, seconds(told.RetryAfter))))
+			fields["retry_after"] = structpb.NewNumberValue(float64(seconds(told.RetryAfter)))
 		}
 	} else {
 		fields["limit"], fields["remaining"], fields["cost"], fields["source"] = noText, zero, zero, sourceValues[limiter.NoSource]

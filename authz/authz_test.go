@@ -91,6 +91,7 @@ func spell(r *authv3.CheckResponse, err error) string {
 	say := func(what string, headers []*corev3.HeaderValueOption) {
 		for _, h := range headers {
 			fmt.Fprintf(&b, "%s %s: %s", what, h.GetHeader().GetKey(), h.GetHeader().GetValue())
+			//nolint:staticcheck // the deprecated field is over append_action in Envoy, so it must not be there
 			if h.GetAppendAction() != corev3.HeaderValueOption_OVERWRITE_IF_EXISTS_OR_ADD || h.GetAppend() != nil || h.GetHeader().GetRawValue() != nil {
 				b.WriteString(" (not overwriting)")
 			}
@@ -401,6 +402,27 @@ error a mistake of the config: such requests are refused (said once)`; got != wa
 	}
 	if got := fmt.Sprint(logs.All()[0].ContextMap()); got != "map[cost:1 decision:limited domain:default key_hash:- limit:a remaining:0 request_id:id-1 retry_after:1s]" {
 		t.Error(got)
+	}
+}
+
+// Where another limit denies, or a store fails, a limit that allows has taken nothing.
+func TestTokensOfARefusedRequest(t *testing.T) {
+	const config = "limits: [{name: a, rate: 100/s}, {name: b, rate: 10/s}]"
+	s, registry, _ := newServer(t, config, nil)
+	for _, verdicts := range []said{{ok(50, 1, 1), no(0, time.Second, time.Second, 1)}, {ok(50, 1, 1), failed}} {
+		s.store = verdicts
+		if r, err := s.Check(t.Context(), checkOf()); err != nil || r.GetDeniedResponse() == nil {
+			t.Errorf("%v, %v", r, err)
+		}
+	}
+	want := `
+# HELP sluice_tokens_taken_total Tokens that were taken.
+# TYPE sluice_tokens_taken_total counter
+sluice_tokens_taken_total{limit="a"} 0
+sluice_tokens_taken_total{limit="b"} 0
+`
+	if err := testutil.GatherAndCompare(registry, strings.NewReader(want), "sluice_tokens_taken_total"); err != nil {
+		t.Error(err)
 	}
 }
 

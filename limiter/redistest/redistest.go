@@ -1,3 +1,5 @@
+//go:build linux
+
 // Package redistest runs real Redis servers for tests.
 package redistest
 
