@@ -217,7 +217,7 @@ func (f *configFile) readOnFailure(n node, into *string) {
 var failureModes = map[string]limiter.FailureMode{"deny": limiter.Deny, "allow": limiter.Allow, "delegate": limiter.Delegate}
 
 func (f *configFile) readRedis(n node) {
-	f.redis, f.redisAt = true, n
+	f.redisAt = n
 	var passwords []node
 	password := func(read func(node) (string, bool)) func(node) {
 		return func(n node) {
@@ -230,7 +230,7 @@ func (f *configFile) readRedis(n node) {
 			}
 		}
 	}
-	f.mapping(n, map[string]func(node){
+	f.redis = f.mapping(n, map[string]func(node){
 		"url": func(n node) {
 			f.redisAt = n
 			f.redisURL, _ = f.text(n)

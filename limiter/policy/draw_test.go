@@ -149,6 +149,11 @@ func TestDraw(t *testing.T) {
 		{`limits: [{name: a, rate: 1/s, key: 'request.headers["a"] == "x"'}, {name: b, rate: 1/s, key: 'request.headers["a"] != "x"'}, {name: c, rate: 1/s, key: '"a" in request.headers'}]`, [][2]string{
 			{"GET h/ with a=x", "a #(true), b #(false), c #(true)"},
 		}},
+		{`limits: [{name: a, rate: 1/s, key: 'request.headers["a"] != null'}, {name: b, rate: 1/s, key: 'request.headers[?"a"]'}]`, [][2]string{
+			{"GET h/ with a=x", "a #(true), b #(x)"},
+			{"GET h/ with a=", "a #(false), b ~11.203.0.113.7"},
+			{"GET h/", "a #(false), b ~11.203.0.113.7"},
+		}},
 		{`limits: [{name: a, rate: 1/s, key: 'metadata.filter_metadata["envoy.filters.http.jwt_authn"].payload.sub'}]`, [][2]string{
 			{"GET h/", "a ~11.203.0.113.7"},
 		}},

@@ -120,16 +120,23 @@ func compile(text string) (*expression, []expressionError) {
 	return e, nil
 }
 
-// checkHeaderNames finds headers that no request can have: Envoy's are in lower case.
+// checkHeaderNames finds headers that no request can have, since Envoy's are in lower case, and questions about them that have one
+// answer only.
 func checkHeaderNames(tree *ast.AST) (found []expressionError) {
 	ast.PreOrderVisit(tree.Expr(), ast.NewExprVisitor(func(e ast.Expr) {
-		name, ok := headerName(tree, e)
-		if !ok || name == strings.ToLower(name) {
-			return
+		wrong := func(format string, args ...any) {
+			at := tree.SourceInfo().GetStartLocation(e.ID())
+			found = append(found, expressionError{at.Line(), at.Column() + 1, fmt.Sprintf(format, args...)})
 		}
-		at := tree.SourceInfo().GetStartLocation(e.ID())
-		found = append(found, expressionError{at.Line(), at.Column() + 1,
-			fmt.Sprintf("the header %q is not in lower case: write %q", name, strings.ToLower(name))})
+		name, ok := headerName(tree, e)
+		switch {
+		case !ok:
+		case name != strings.ToLower(name):
+			wrong("the header %q is not in lower case: write %q", name, strings.ToLower(name))
+		case e.Kind() == ast.SelectKind && e.AsSelect().IsTestOnly():
+			// An absent header is null, which CEL takes for a value that is there.
+			wrong("has() is true for every header: write request.headers[%q] != null", name)
+		}
 	}))
 	return found
 }

@@ -204,20 +204,18 @@ func nullToken(n ast.Node) *token.Token {
 	return n.GetToken()
 }
 
-// describe says what a value is.
+// describe says what a value is, and not which: it may be a secret in the wrong place.
 func describe(n ast.Node) string {
-	switch n := n.(type) {
+	switch n.(type) {
 	case *ast.MappingNode, *ast.MappingValueNode:
 		return "a mapping"
 	case *ast.SequenceNode:
 		return "a list"
 	case *ast.IntegerNode, *ast.FloatNode, *ast.InfinityNode, *ast.NanNode:
-		return "the number " + n.GetToken().Value
+		return "a number"
 	case *ast.BoolNode:
-		return "the boolean " + n.GetToken().Value
-	case *ast.StringNode:
-		return fmt.Sprintf("the text %q", n.Value)
-	case *ast.LiteralNode:
+		return "a boolean"
+	case *ast.StringNode, *ast.LiteralNode:
 		return "a text"
 	}
 	return "no plain value"
