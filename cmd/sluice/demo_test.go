@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/sluiceproxy/sluice/envoy"
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
@@ -29,6 +30,9 @@ func freePort(t testing.TB) int {
 
 // As the README has it: five pass, the sixth is limited, after retry-after one passes again, and Ctrl-C leaves nothing behind.
 func TestDemo(t *testing.T) {
+	if _, err := envoy.Binary(t.Context(), func(s string) { t.Log(s) }); err != nil { // before the demo has to say so
+		t.Fatal(err)
+	}
 	for name, args := range map[string][]string{
 		"in process": nil,
 		"on Redis":   {"--redis", redistest.Start(t).URL()},
@@ -61,7 +65,7 @@ func TestDemo(t *testing.T) {
 			}()
 			select {
 			case <-ready:
-			case <-time.After(4 * within): // Envoy may have to be installed first
+			case <-time.After(within):
 				t.Fatalf("the demo is not ready:\n%s", stderr.String())
 			}
 
