@@ -33,8 +33,12 @@ const extAuthz = "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
 
 func TestArrows(t *testing.T) {
 	root := filepath.Join("..", "..")
+	seen := map[string]bool{}
 	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
-		if err != nil || d.IsDir() && strings.HasPrefix(d.Name(), ".") && path != root {
+		if err != nil {
+			return err
+		}
+		if d.IsDir() && strings.HasPrefix(d.Name(), ".") && path != root {
 			return fs.SkipDir
 		}
 		if filepath.Ext(path) != ".go" {
@@ -50,6 +54,7 @@ func TestArrows(t *testing.T) {
 			t.Errorf("%s: no such room: %s", rel, room)
 			return nil
 		}
+		seen[room] = true
 		f, err := parser.ParseFile(token.NewFileSet(), path, nil, parser.ImportsOnly)
 		if err != nil {
 			return err
@@ -70,6 +75,9 @@ func TestArrows(t *testing.T) {
 	})
 	if err != nil {
 		t.Fatal(err)
+	}
+	if !seen["authz"] || !seen["limiter/policy"] {
+		t.Errorf("the rooms are not where this test looks: %v", seen)
 	}
 }
 
