@@ -476,11 +476,21 @@ const connectFailures = "cluster.sluice.upstream_cx_connect_fail"
 // counter is the value of one of Envoy's counters.
 func counter(t *testing.T, p *Process, name string) (n int) {
 	t.Helper()
+	text := page(t, p, "/stats?filter=^"+name+"$")
+	if _, err := fmt.Sscanf(text, name+": %d", &n); err != nil && text != "" { // what was never counted is not there
+		t.Fatalf("%q, %v", text, err)
+	}
+	return n
+}
+
+// page is what a path of Envoy's admin page says.
+func page(t *testing.T, p *Process, path string) string {
+	t.Helper()
 	admin, err := p.Admin()
 	if err != nil {
 		t.Fatal(err)
 	}
-	r, err := http.Get("http://" + admin + "/stats?filter=^" + name + "$")
+	r, err := http.Get("http://" + admin + path)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -489,8 +499,16 @@ func counter(t *testing.T, p *Process, name string) (n int) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := fmt.Sscanf(string(body), name+": %d", &n); err != nil && len(body) > 0 { // what was never counted is not there
-		t.Fatalf("%q, %v", body, err)
+	return string(body)
+}
+
+// What a name stands for is looked for in IPv4 first, where sluice and most upstreams listen.
+func TestChainNames(t *testing.T) {
+	p, _ := startEnvoy(t, Options{Upstream: "localhost:8081", Sluice: "localhost:9001"}, "")
+	clusters := page(t, p, "/clusters")
+	for _, want := range []string{"upstream::127.0.0.1:8081::", "sluice::127.0.0.1:9001::"} {
+		if !strings.Contains(clusters, want) {
+			t.Errorf("no %s in:\n%s", want, clusters)
+		}
 	}
-	return n
 }
