@@ -354,6 +354,32 @@ func TestRedisRefuses(t *testing.T) {
 	}
 }
 
+func TestPing(t *testing.T) {
+	server := redistest.Start(t)
+	r := newTestRedis(t, server, serverClock)
+	if err := r.Ping(t.Context()); err != nil {
+		t.Error(err)
+	}
+	// A user with no more rights than takes need.
+	if err := server.Client().Do(t.Context(), "ACL", "SETUSER", "least", "on", ">pw", "resetkeys", "~sluice:*", "-@all",
+		"+evalsha", "+eval", "+get", "+set", "+time", "+hello").Err(); err != nil {
+		t.Fatal(err)
+	}
+	least, err := NewRedis(RedisOptions{URL: server.URL(), Username: "least", Password: "pw", Timeout: time.Minute}, nil, prometheus.NewRegistry())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = least.Close() }()
+	if err := least.Ping(t.Context()); err != nil {
+		t.Error(err)
+	}
+	taker{t, least}.want("ok 4", charge(bucket(t, 1, day, 5), "a"))
+	server.Kill()
+	if err := r.Ping(t.Context()); KindOf(err) != KindConnection {
+		t.Error(err)
+	}
+}
+
 // The script checks its arguments before it reads anything.
 func TestScriptArguments(t *testing.T) {
 	server := redistest.Start(t)

