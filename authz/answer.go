@@ -65,7 +65,7 @@ func (s *Server) pass(v *verdict) *authv3.CheckResponse {
 			}
 		}
 	}
-	ok.ResponseHeadersToAdd = s.limitHeaders(&v.decision, nil)
+	ok.ResponseHeadersToAdd = limitHeaders(v, nil)
 	return &authv3.CheckResponse{
 		Status:          &statuspb.Status{},
 		HttpResponse:    &authv3.CheckResponse_OkResponse{OkResponse: ok},
@@ -83,8 +83,8 @@ func (s *Server) deny(v *verdict) *authv3.CheckResponse {
 		p.retryAfter = seconds(told.RetryAfter) // rounded up, so at least 1
 		p.detail = "The limit " + charge.Limit.Name + " allows this request in " + strconv.FormatInt(p.retryAfter, 10) + " s."
 	}
-	headers := s.limitHeaders(d, []*corev3.HeaderValueOption{header("x-envoy-ratelimited", "true")})
-	if p.retryAfter > 0 && s.config.Headers.RetryAfter {
+	headers := limitHeaders(v, []*corev3.HeaderValueOption{header("x-envoy-ratelimited", "true")})
+	if p.retryAfter > 0 && v.config.Headers.RetryAfter {
 		headers = append(headers, header("retry-after", strconv.FormatInt(p.retryAfter, 10)))
 	}
 	return s.denied(v, codes.ResourceExhausted, headers, p)
@@ -92,13 +92,13 @@ func (s *Server) deny(v *verdict) *authv3.CheckResponse {
 
 func (s *Server) refuse(v *verdict) *authv3.CheckResponse {
 	p := problem{
-		status:     s.config.FailureStatus,
+		status:     v.config.FailureStatus,
 		title:      "Rate Limiter Unavailable",
 		detail:     "The rate limiter could not decide about this request.",
 		retryAfter: int64(s.jitter()),
 	}
 	var headers []*corev3.HeaderValueOption
-	if s.config.Headers.RetryAfter {
+	if v.config.Headers.RetryAfter {
 		headers = append(headers, header("retry-after", strconv.FormatInt(p.retryAfter, 10)))
 	}
 	return s.denied(v, codes.Unavailable, headers, p)
@@ -148,18 +148,19 @@ func (p *problem) json() string {
 }
 
 // limitHeaders appends the headers that tell a client its limits.
-func (s *Server) limitHeaders(d *limiter.Decision, headers []*corev3.HeaderValueOption) []*corev3.HeaderValueOption {
+func limitHeaders(v *verdict, headers []*corev3.HeaderValueOption) []*corev3.HeaderValueOption {
+	d := &v.decision
 	if d.Telling < 0 {
 		return headers
 	}
-	if s.config.Headers.XRateLimit {
-		c, v := &d.Charges[d.Telling], &d.Verdicts[d.Telling]
+	if v.config.Headers.XRateLimit {
+		c, told := &d.Charges[d.Telling], &d.Verdicts[d.Telling]
 		headers = append(headers,
 			header("x-ratelimit-limit", strconv.FormatInt(c.Bucket.Burst(), 10)),
-			header("x-ratelimit-remaining", strconv.FormatInt(v.Remaining, 10)),
-			header("x-ratelimit-reset", strconv.FormatInt(seconds(v.FullAfter), 10)))
+			header("x-ratelimit-remaining", strconv.FormatInt(told.Remaining, 10)),
+			header("x-ratelimit-reset", strconv.FormatInt(seconds(told.FullAfter), 10)))
 	}
-	if s.config.Headers.RateLimit {
+	if v.config.Headers.RateLimit {
 		policies, limits := ietfFields(d)
 		headers = append(headers, header("ratelimit-policy", policies), header("ratelimit", limits))
 	}
@@ -256,7 +257,9 @@ func (s *Server) metadata(v *verdict, shadows []string) *structpb.Struct {
 	fields["decision"] = outcomeValues[d.Outcome]
 	if d.Telling >= 0 {
 		charge, told := &d.Charges[d.Telling], &d.Verdicts[d.Telling]
-		fields["limit"] = s.report.of(charge.Limit).name
+		if fields["limit"] = s.report.of(charge.Limit).name; fields["limit"] == nil {
+			fields["limit"] = structpb.NewStringValue(charge.Limit.Name)
+		}
 		fields["remaining"] = structpb.NewNumberValue(float64(told.Remaining))
 		fields["cost"] = structpb.NewNumberValue(float64(charge.Cost))
 		fields["source"] = sourceValues[told.Source]

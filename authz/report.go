@@ -2,8 +2,10 @@ package authz
 
 import (
 	"errors"
+	"maps"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -26,21 +28,39 @@ type report struct {
 	seconds  prometheus.Histogram
 	panics   prometheus.Counter
 	mistakes *prometheus.CounterVec
-	limits   map[*limiter.Limit]*limitReport
 
-	mu   sync.Mutex
-	told map[string]bool // the mistakes of the config that were logged; as many as it has expressions at most
+	decisions, rejections, taken *prometheus.CounterVec
+	ratio                        *prometheus.HistogramVec
+
+	// limits are the limits that are known, replaced whole where one comes.
+	limits atomic.Pointer[map[limitName]*limitReport]
+
+	mu   sync.Mutex      // of what follows, and of replacing limits
+	told map[string]bool // the mistakes of the config in force that were logged
+}
+
+// The bounds of what is kept by name. Names are the config's and Envoy's routes', which change.
+const (
+	maxLimits = 20_000
+	maxTold   = 10_000
+	others    = "_other" // the name of all limits past the bound, which no limit can have
+)
+
+// limitName is what a limit's metrics are known by.
+type limitName struct {
+	name   string
+	shadow bool
 }
 
 // limitReport is what is kept ready for one limit.
 type limitReport struct {
-	name                         *structpb.Value
-	allowed, limited, rejections prometheus.Counter
+	name                         *structpb.Value    // nil: of many
+	allowed, limited, rejections prometheus.Counter // rejections: nil where it is a shadow limit
 	taken                        prometheus.Counter
 	ratio                        prometheus.Observer
 }
 
-func newReport(limits []*limiter.Limit, log *zap.Logger, metrics prometheus.Registerer) *report {
+func newReport(log *zap.Logger, metrics prometheus.Registerer) *report {
 	checks := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "sluice_checks_total", Help: "Checks, by how they ended.",
 	}, []string{"decision"})
@@ -58,7 +78,11 @@ func newReport(limits []*limiter.Limit, log *zap.Logger, metrics prometheus.Regi
 		Buckets: []float64{0, .05, .1, .25, .5, .75, .9, 1},
 	}, []string{"limit"})
 	r := &report{
-		log: log,
+		log:        log,
+		decisions:  decisions,
+		rejections: rejections,
+		taken:      taken,
+		ratio:      ratio,
 		seldom: log.WithOptions(zap.WrapCore(func(c zapcore.Core) zapcore.Core {
 			return zapcore.NewSamplerWithOptions(c, time.Second, 1, 0)
 		})),
@@ -71,35 +95,73 @@ func newReport(limits []*limiter.Limit, log *zap.Logger, metrics prometheus.Regi
 			Name: "sluice_panics_total", Help: "Checks that a mistake in sluice itself ended; each was refused.",
 		}),
 		mistakes: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "sluice_config_mistakes_total", Help: "Checks that showed a mistake of the config; each was refused.",
+			Name: "sluice_config_mistakes_total", Help: "Checks that showed a mistake of the config; such are refused, but for a shadow limit's.",
 		}, []string{"limit", "field"}),
-		limits: make(map[*limiter.Limit]*limitReport),
-		told:   make(map[string]bool),
+		told: make(map[string]bool),
 	}
 	for _, o := range limiter.Outcomes {
 		r.checks[o] = checks.WithLabelValues(o.String())
 	}
-	for _, l := range limits {
-		limited := "limited"
-		if l.Shadow {
-			limited = "shadow_limited"
-		}
-		r.limits[l] = &limitReport{
-			name:    structpb.NewStringValue(l.Name),
-			allowed: decisions.WithLabelValues(l.Name, "allowed"),
-			limited: decisions.WithLabelValues(l.Name, limited),
-			taken:   taken.WithLabelValues(l.Name),
-			ratio:   ratio.WithLabelValues(l.Name),
-		}
-		if !l.Shadow {
-			r.limits[l].rejections = rejections.WithLabelValues(l.Name)
-		}
-	}
+	r.limits.Store(&map[limitName]*limitReport{})
 	metrics.MustRegister(checks, decisions, rejections, taken, ratio, r.seconds, r.panics, r.mistakes)
 	return r
 }
 
-func (r *report) of(l *limiter.Limit) *limitReport { return r.limits[l] }
+// use makes a config's limits known, so that their metrics are there before the first check, and forgets which mistakes were told.
+func (r *report) use(limits []*limiter.Limit) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.add(limits...)
+	clear(r.told)
+}
+
+// add makes limits known. The caller holds mu.
+func (r *report) add(limits ...*limiter.Limit) {
+	all := maps.Clone(*r.limits.Load())
+	for _, l := range limits {
+		at := limitName{l.Name, l.Shadow}
+		if all[at] != nil {
+			continue
+		}
+		name, limited := l.Name, "limited"
+		if len(all) >= maxLimits {
+			name = others
+		}
+		if l.Shadow {
+			limited = "shadow_limited"
+		}
+		known := &limitReport{
+			name:    structpb.NewStringValue(l.Name),
+			allowed: r.decisions.WithLabelValues(name, "allowed"),
+			limited: r.decisions.WithLabelValues(name, limited),
+			taken:   r.taken.WithLabelValues(name),
+			ratio:   r.ratio.WithLabelValues(name),
+		}
+		if !l.Shadow {
+			known.rejections = r.rejections.WithLabelValues(name)
+		}
+		if name == others {
+			known.name = nil
+			at = limitName{others, l.Shadow}
+		}
+		all[at] = known
+	}
+	r.limits.Store(&all)
+}
+
+// of is a limit's report. Those of a route's limits come with the first check that has them.
+func (r *report) of(l *limiter.Limit) *limitReport {
+	if known := (*r.limits.Load())[limitName{l.Name, l.Shadow}]; known != nil {
+		return known
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.add(l)
+	if known := (*r.limits.Load())[limitName{l.Name, l.Shadow}]; known != nil {
+		return known
+	}
+	return (*r.limits.Load())[limitName{others, l.Shadow}]
+}
 
 // checked counts a check, and logs what an operator should see of it.
 func (r *report) checked(v *verdict, took time.Duration) {
@@ -109,14 +171,17 @@ func (r *report) checked(v *verdict, took time.Duration) {
 	for i := range d.Charges {
 		r.charged(&d.Charges[i], &d.Verdicts[i], manners[d.Outcome] == pass)
 	}
-	switch d.Outcome {
-	case limiter.Limited:
+	for _, l := range v.unlimited {
+		r.of(l).allowed.Inc()
+	}
+	for _, m := range v.mistakes {
+		r.mistaken(m)
+	}
+	if d.Outcome == limiter.Limited {
 		if e := r.log.Check(zap.DebugLevel, "limited"); e != nil {
 			e.Write(append(fields(&d.Charges[d.Telling], v), zap.Int64("remaining", d.Verdicts[d.Telling].Remaining),
 				zap.Duration("retry_after", d.Verdicts[d.Telling].RetryAfter))...)
 		}
-	case limiter.Invalid:
-		r.invalid(v.invalid)
 	}
 }
 
@@ -156,19 +221,29 @@ func fields(c *limiter.Charge, v *verdict) []zap.Field {
 	return all
 }
 
-// invalid counts a mistake of the config each time, and logs it once. A check without HTTP in it is Envoy's config's.
-func (r *report) invalid(err error) {
-	limit, field := "", ""
+// mistaken counts a mistake of the config each time, and logs it once. A check without HTTP in it is Envoy's config's.
+func (r *report) mistaken(err error) {
+	limit, field, effect := "", "", "such requests are refused"
 	var rule *policy.RuleError
 	if errors.As(err, &rule) {
 		limit, field = rule.Limit, rule.Field
+		if rule.Shadow {
+			effect = "the limit is a shadow, so such requests are not held against it"
+		}
 	}
-	r.mistakes.WithLabelValues(limit, field).Inc()
 	r.mu.Lock()
-	defer r.mu.Unlock()
-	if at := limit + "\n" + field; !r.told[at] {
+	at := limit + "\n" + field
+	known := r.told[at]
+	if !known && len(r.told) >= maxTold {
+		limit, known = others, true // the limits of Envoy's routes have any number of names
+	}
+	if !known {
 		r.told[at] = true
-		r.log.Error("a mistake of the config: such requests are refused (said once)", zap.String("limit", limit), zap.String("field", field), zap.Error(err))
+	}
+	r.mu.Unlock()
+	r.mistakes.WithLabelValues(limit, field).Inc()
+	if !known {
+		r.log.Error("a mistake of the config: "+effect+" (said once)", zap.String("limit", limit), zap.String("field", field), zap.Error(err))
 	}
 }
 

@@ -2,11 +2,12 @@ package authz
 
 import (
 	"errors"
-	"strconv"
+	"fmt"
 	"strings"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
+	"google.golang.org/protobuf/encoding/protojson"
 
 	"github.com/sluiceproxy/sluice/limiter/policy"
 )
@@ -34,13 +35,17 @@ func read(check *authv3.CheckRequest) (*policy.Request, error) {
 		Context:     attributes.GetContextExtensions(),
 		Metadata:    attributes.GetMetadataContext().GetFilterMetadata(),
 		Time:        attributes.GetRequest().GetTime().AsTime(),
-		Size:        -1,
-	}
-	// Envoy's own size is 0 for a request whose body it has not read.
-	if n, err := strconv.ParseInt(r.Headers["content-length"], 10, 64); err == nil && n >= 0 {
-		r.Size = n
 	}
 	return r, nil
+}
+
+// ParseRequest reads a CheckRequest in protobuf's JSON, as Envoy logs it at debug level, for who asks what would become of it.
+func ParseRequest(text []byte) (*policy.Request, error) {
+	var check authv3.CheckRequest
+	if err := protojson.Unmarshal(text, &check); err != nil {
+		return nil, fmt.Errorf("not a CheckRequest in JSON: %w", err)
+	}
+	return read(&check)
 }
 
 // headers are a check's: Envoy puts them into headers, or with encode_raw_headers into header_map, there with their duplicates and

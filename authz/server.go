@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"runtime/debug"
+	"sync/atomic"
 	"time"
 
 	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
@@ -45,7 +46,7 @@ type Options struct {
 type Server struct {
 	authv3.UnimplementedAuthorizationServer
 
-	config *policy.Config
+	config atomic.Pointer[policy.Config]
 	store  limiter.Store
 	report *report
 	health *health.Server
@@ -58,14 +59,21 @@ func New(o Options) *Server {
 	if log == nil {
 		log = zap.NewNop()
 	}
-	return &Server{
-		config: o.Config,
+	s := &Server{
 		store:  o.Store,
-		report: newReport(o.Config.Limits(), log, o.Metrics),
+		report: newReport(log, o.Metrics),
 		health: health.NewServer(),
 		// Spread, so that clients do not all come back at once.
 		jitter: func() int { return 1 + rand.IntN(10) },
 	}
+	s.Use(o.Config)
+	return s
+}
+
+// Use makes the server answer by another config from the next check on. A check that is under way ends by the one that it began with.
+func (s *Server) Use(config *policy.Config) {
+	s.report.use(config.Limits())
+	s.config.Store(config)
 }
 
 // GRPC returns a gRPC server with the checks, health and reflection on it. Its health is SERVING.
@@ -93,10 +101,10 @@ func (s *Server) Drain() { s.health.Shutdown() }
 // Check answers one check: never an error but where a limit leaves its failures to Envoy, and never a panic.
 func (s *Server) Check(ctx context.Context, check *authv3.CheckRequest) (response *authv3.CheckResponse, err error) {
 	began := time.Now()
-	v := verdict{}
+	v := verdict{config: s.config.Load()}
 	defer func() {
 		if p := recover(); p != nil {
-			v = verdict{request: v.request, decision: limiter.Decision{Outcome: limiter.FailedClosed, Telling: -1}}
+			v = verdict{config: v.config, request: v.request, decision: limiter.Decision{Outcome: limiter.FailedClosed, Telling: -1}}
 			s.report.panicked(fmt.Sprintf("%T", p), debug.Stack())
 			response, err = s.answer(&v)
 		}
@@ -108,23 +116,35 @@ func (s *Server) Check(ctx context.Context, check *authv3.CheckRequest) (respons
 
 // verdict is all that is known of a check when it is answered.
 type verdict struct {
-	request  *policy.Request // nil where the check held none
-	decision limiter.Decision
-	invalid  error // why the outcome is Invalid
+	config    *policy.Config  // by which it is answered, whatever comes after
+	request   *policy.Request // nil where the check held none
+	decision  limiter.Decision
+	unlimited []*limiter.Limit // that apply, and have no bucket
+	mistakes  []error          // of the config, that the check shows
 }
 
 func (s *Server) decide(ctx context.Context, check *authv3.CheckRequest, v *verdict) {
 	v.decision = limiter.Decision{Outcome: limiter.Invalid, Telling: -1}
 	request, err := read(check)
 	if err != nil {
-		v.invalid = err
+		v.mistakes = []error{err}
 		return
 	}
 	v.request = request
-	draw, err := s.config.Draw(request)
-	if err != nil {
-		v.invalid = err
+	draw := v.config.Draw(request)
+	for _, m := range draw.Mistakes {
+		v.mistakes = append(v.mistakes, m)
+	}
+	switch {
+	case draw.Invalid:
+		return
+	case draw.Exempt:
+		v.decision.Outcome = limiter.Exempt
 		return
 	}
+	v.unlimited = draw.Unlimited
 	v.decision = limiter.Decide(ctx, s.store, draw.Charges)
+	if v.decision.Outcome == limiter.Unmatched && len(draw.Unlimited) > 0 {
+		v.decision.Outcome = limiter.Allowed
+	}
 }

@@ -25,12 +25,14 @@ type Options struct {
 	Upstream string // where requests go, host:port; default 127.0.0.1:8081
 	Sluice   string // sluice's gRPC address, host:port or unix:///path; default 127.0.0.1:9001
 	Admin    string // where Envoy's own admin page listens, as Listener; by default nowhere, since it obeys everybody
+	// Limits are the names of the config's limits, which the bootstrap then shows how to choose from on a route.
+	Limits []string
 }
 
 //go:embed plain.yaml.tmpl
 var plainTemplate string
 
-var plain = template.Must(template.New("plain").Parse(plainTemplate))
+var plain = template.Must(template.New("plain").Funcs(template.FuncMap{"join": strings.Join}).Parse(plainTemplate))
 
 // endpoint is an address as the template writes it: host and port, or path. All texts are quoted for YAML.
 type endpoint struct {
@@ -42,7 +44,11 @@ type endpoint struct {
 // Plain returns a complete bootstrap, in YAML with comments, for Envoy 1.40 or newer. It reports an address that Envoy could not
 // use.
 func Plain(o Options) ([]byte, error) {
-	var data struct{ Listener, Upstream, Sluice, Admin *endpoint }
+	var data struct {
+		Listener, Upstream, Sluice, Admin *endpoint
+		Limits                            []string
+	}
+	data.Limits = o.Limits[:min(len(o.Limits), 8)] // it is an example
 	for _, a := range []struct {
 		name, addr, otherwise string
 		parse                 func(string) (*endpoint, error)

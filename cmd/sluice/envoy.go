@@ -40,6 +40,9 @@ func (p *program) envoyCommand() *cobra.Command {
 					return err
 				}
 				o.Sluice = reachable(cfg.Listen.GRPC)
+				for _, l := range cfg.Limits() {
+					o.Limits = append(o.Limits, l.Name)
+				}
 			}
 			bootstrap, err := envoy.Plain(o)
 			if err != nil {
@@ -49,6 +52,6 @@ func (p *program) envoyCommand() *cobra.Command {
 			return err
 		},
 	}
-	c.Flags().StringVar(&config, "config", "", "sluice's config `file`, whose listen.grpc is where Envoy asks")
+	c.Flags().StringVar(&config, "config", "", "sluice's config `file`, whose listen.grpc is where Envoy asks, and whose limits a route can choose from")
 	return c
 }

@@ -10,11 +10,11 @@ import (
 	"golang.org/x/term"
 )
 
-// newLog logs to w: lines for people where w is a terminal, else JSON. level is debug, info, warn or error.
-func newLog(w io.Writer, level string) (*zap.Logger, error) {
-	at, err := zapcore.ParseLevel(level)
+// newLog logs to w: lines for people where w is a terminal, else JSON. level is debug, info, warn or error, and may change later.
+func newLog(w io.Writer, level string) (*zap.Logger, zap.AtomicLevel, error) {
+	at, err := zap.ParseAtomicLevel(level)
 	if err != nil {
-		return nil, fmt.Errorf("log level %q: allowed are debug, info, warn, error", level)
+		return nil, at, fmt.Errorf("log level %q: allowed are debug, info, warn, error", level)
 	}
 	c := zap.NewProductionEncoderConfig()
 	c.EncodeTime = zapcore.RFC3339NanoTimeEncoder
@@ -24,5 +24,5 @@ func newLog(w io.Writer, level string) (*zap.Logger, error) {
 		c.EncodeLevel = zapcore.CapitalColorLevelEncoder
 		encoder = zapcore.NewConsoleEncoder(c)
 	}
-	return zap.New(zapcore.NewCore(encoder, zapcore.Lock(zapcore.AddSync(w)), at)), nil
+	return zap.New(zapcore.NewCore(encoder, zapcore.Lock(zapcore.AddSync(w)), at)), at, nil
 }

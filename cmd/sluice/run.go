@@ -32,11 +32,14 @@ func (p *program) runCommand() *cobra.Command {
 		Short: "Run the sidecar",
 		Long: `Run the sidecar until SIGTERM or SIGINT; it then answers what is in flight and ends.
 
-A flag is over its environment variable, which is over the config file. Without a config there are no limits, and
-the buckets are in this process.`,
+A flag is over its environment variable, which is over the config file. Without a config every limit comes from Envoy's filter chain,
+and the buckets are in this process.
+
+The config's files are watched, and reread on SIGHUP: a new config takes the place of the old one whole or, where it has a mistake, not
+at all. listen and store take a restart.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
-			return p.runSidecar(c.Context(), config, p.overrides(c.Flags()))
+			return p.runSidecar(c.Context(), config, p.settings(c.Flags()))
 		},
 	}
 	c.Flags().StringVar(&config, "config", "", "`file` with the limits (default $SLUICE_CONFIG)")
@@ -46,45 +49,40 @@ the buckets are in this process.`,
 	return c
 }
 
-// overrides are the settings that the environment and then the flags make.
-func (p *program) overrides(flags *pflag.FlagSet) []policy.Override {
-	var o []policy.Override
+// settings are what the environment and then the flags say; flags may be nil.
+func (p *program) settings(flags *pflag.FlagSet) []policy.Setting {
+	var all []policy.Setting
 	for _, s := range settings {
 		if v, ok := p.getenv(s.env); ok && v != "" {
-			o = append(o, policy.Override{Field: s.field, Value: v, From: s.env})
+			all = append(all, policy.Setting{Field: s.field, Value: v, From: s.env})
 		}
+	}
+	if flags == nil {
+		return all
 	}
 	for _, s := range settings {
 		if f := flags.Lookup(s.flag); f.Changed {
-			o = append(o, policy.Override{Field: s.field, Value: f.Value.String(), From: "--" + s.flag})
+			all = append(all, policy.Setting{Field: s.field, Value: f.Value.String(), From: "--" + s.flag})
 		}
 	}
-	return o
+	return all
 }
 
-func (p *program) runSidecar(ctx context.Context, config string, overrides []policy.Override) error {
+func (p *program) runSidecar(ctx context.Context, config string, settings []policy.Setting) error {
 	if config == "" {
 		config, _ = p.getenv("SLUICE_CONFIG")
 	}
-	cfg, err := p.load(config, overrides...)
-	if err != nil {
-		return err
-	}
-	log, err := newLog(p.stderr, cfg.LogLevel)
-	if err != nil {
-		return err
-	}
 	tuneGC(p.getenv)
-	s, err := newSidecar(cfg, log)
+	s, err := newSidecar(p.configFile(config, settings), p.stderr)
 	if err != nil {
-		return err
+		return p.sayMistakes(err)
 	}
 	return s.serve(ctx)
 }
 
 // load reads a config, and says every mistake in it on a line of its own.
-func (p *program) load(file string, overrides ...policy.Override) (*policy.Config, error) {
-	cfg, err := policy.Load(file, p.getenv, overrides...)
+func (p *program) load(file string, settings ...policy.Setting) (*policy.Config, error) {
+	cfg, _, err := policy.Load(file, p.getenv, settings...)
 	return cfg, p.sayMistakes(err)
 }
 

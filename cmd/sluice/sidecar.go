@@ -4,10 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/http/pprof"
+	"os"
+	"os/signal"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	group "github.com/oklog/run"
@@ -15,6 +19,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
 
 	"github.com/sluiceproxy/sluice/authz"
 	"github.com/sluiceproxy/sluice/limiter"
@@ -23,8 +28,10 @@ import (
 
 // sidecar is sluice itself, from a config that was read to its last answer.
 type sidecar struct {
-	cfg    *policy.Config
+	cfg    atomic.Pointer[policy.Config] // in force
 	log    *zap.Logger
+	level  zap.AtomicLevel // of the log
+	reload *reloader
 	check  *authz.Server
 	memory *limiter.Memory // nil where the buckets are in Redis
 	redis  *limiter.Redis  // nil where they are in this process
@@ -36,11 +43,21 @@ type sidecar struct {
 	draining atomic.Bool
 }
 
-// newSidecar binds all listeners, so that what can fail at the start has failed when it returns. What it returns must serve, which
-// closes it.
-func newSidecar(cfg *policy.Config, log *zap.Logger) (*sidecar, error) {
-	s := &sidecar{cfg: cfg, log: log, registry: prometheus.NewRegistry()}
+// newSidecar reads the config and binds all listeners, so that what can fail at the start has failed when it returns. What it returns
+// must serve, which closes it.
+func newSidecar(source configSource, stderr io.Writer) (*sidecar, error) {
+	cfg, inputs, err := source.load()
+	if err != nil {
+		return nil, err
+	}
+	log, level, err := newLog(stderr, cfg.LogLevel)
+	if err != nil {
+		return nil, err
+	}
+	s := &sidecar{log: log, level: level, registry: prometheus.NewRegistry()}
+	s.cfg.Store(cfg)
 	s.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	s.reload = newReloader(source, cfg, inputs, s.use, log, s.registry)
 	var store limiter.Store
 	if cfg.Redis != nil {
 		redis, err := limiter.NewRedis(*cfg.Redis, log, s.registry)
@@ -55,7 +72,6 @@ func newSidecar(cfg *policy.Config, log *zap.Logger) (*sidecar, error) {
 	s.answered.Store(s.redis == nil || !cfg.FailsClosed())
 	s.check = authz.New(authz.Options{Config: cfg, Store: store, Log: log, Metrics: s.registry})
 
-	var err error
 	for _, l := range []struct {
 		field, addr string
 		to          *net.Listener
@@ -70,6 +86,26 @@ func newSidecar(cfg *policy.Config, log *zap.Logger) (*sidecar, error) {
 		}
 	}
 	return s, nil
+}
+
+// use puts another config in force, unless it says what only a restart can bring about.
+func (s *sidecar) use(cfg *policy.Config) error {
+	if err := cfg.Replaces(s.cfg.Load(), s.reload.source.file); err != nil {
+		return err
+	}
+	level, err := zapcore.ParseLevel(cfg.LogLevel)
+	if err != nil {
+		return err
+	}
+	if s.redis != nil {
+		if err := s.redis.UseLogin(*cfg.Redis); err != nil {
+			return fmt.Errorf("store.redis: %w", err)
+		}
+	}
+	s.level.SetLevel(level)
+	s.cfg.Store(cfg)
+	s.check.Use(cfg)
+	return nil
 }
 
 func (s *sidecar) close() {
@@ -96,7 +132,7 @@ func (s *sidecar) serve(ctx context.Context) error {
 	all.Add(func() error {
 		select {
 		case <-ctx.Done():
-			s.log.Info("draining", zap.Duration("grace", s.cfg.Grace))
+			s.log.Info("draining", zap.Duration("grace", s.cfg.Load().Grace))
 		case <-stopped:
 		}
 		return nil
@@ -112,6 +148,10 @@ func (s *sidecar) serve(ctx context.Context) error {
 	if s.memory != nil {
 		all.Add(func() error { s.memory.Run(background); return nil }, func(error) { cancel() })
 	}
+	hangup := make(chan os.Signal, 1)
+	signal.Notify(hangup, syscall.SIGHUP)
+	defer signal.Stop(hangup)
+	all.Add(func() error { s.reload.run(background, hangup); return nil }, func(error) { cancel() })
 	if !s.answered.Load() {
 		all.Add(func() error { s.awaitStore(background); <-background.Done(); return nil }, func(error) { cancel() })
 	}
@@ -119,7 +159,7 @@ func (s *sidecar) serve(ctx context.Context) error {
 	if s.redis != nil {
 		store = "redis"
 	}
-	s.log.Info("serving", zap.String("version", buildVersion()), zap.String("domain", s.cfg.Domain), zap.String("store", store),
+	s.log.Info("serving", zap.String("version", buildVersion()), zap.String("domain", s.cfg.Load().Domain), zap.String("store", store),
 		zap.Stringer("grpc", s.grpc.Addr()), zap.Stringer("metrics", s.metrics.Addr()), zap.Stringer("admin", s.admin.Addr()))
 	err := all.Run()
 	s.log.Info("stopped", zap.Error(err))
@@ -133,8 +173,9 @@ type stopper interface {
 }
 
 func (s *sidecar) stopGracefully(server stopper) {
-	over := time.AfterFunc(s.cfg.Grace, func() {
-		s.log.Warn("the grace is over: what is still in flight is cut", zap.Duration("grace", s.cfg.Grace))
+	grace := s.cfg.Load().Grace
+	over := time.AfterFunc(grace, func() {
+		s.log.Warn("the grace is over: what is still in flight is cut", zap.Duration("grace", grace))
 		server.Stop()
 	})
 	server.GracefulStop()
@@ -198,7 +239,7 @@ func (s *sidecar) awaitStore(ctx context.Context) {
 	tick := time.NewTicker(every)
 	defer tick.Stop()
 	for said := false; ; said = true {
-		ask, cancel := context.WithTimeout(ctx, max(every, s.cfg.Redis.Timeout))
+		ask, cancel := context.WithTimeout(ctx, max(every, s.cfg.Load().Redis.Timeout))
 		err := s.redis.Ping(ask)
 		cancel()
 		if err == nil {

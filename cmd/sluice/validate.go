@@ -17,20 +17,41 @@ func (p *program) validateCommand() *cobra.Command {
 		Short: "Say every mistake in configs, and where it is",
 		Args:  cobra.MinimumNArgs(1),
 		RunE: func(_ *cobra.Command, files []string) error {
-			if output != "text" && output != "json" {
-				return usageError{fmt.Errorf("-o %q: allowed are text and json", output)}
+			asJSON, err := isJSON(output)
+			if err != nil {
+				return err
 			}
-			return p.validate(files, output == "json")
+			return p.validate(files, asJSON)
 		},
 	}
-	c.Flags().StringVarP(&output, "output", "o", "text", "`format` of the result: text or json")
+	outputFlag(c, &output)
 	return c
+}
+
+// outputFlag adds -o to a command whose result a script may want to read.
+func outputFlag(c *cobra.Command, output *string) {
+	c.Flags().StringVarP(output, "output", "o", "text", "`format` of the result: text or json")
+}
+
+func isJSON(output string) (bool, error) {
+	if output != "text" && output != "json" {
+		return false, usageError{fmt.Errorf("-o %q: allowed are text and json", output)}
+	}
+	return output == "json", nil
+}
+
+// printJSON prints a result for scripts.
+func (p *program) printJSON(v any) error {
+	e := json.NewEncoder(p.stdout)
+	e.SetEscapeHTML(false)
+	e.SetIndent("", "  ")
+	return e.Encode(v)
 }
 
 func (p *program) validate(files []string, asJSON bool) error {
 	all := policy.Mistakes{} // an empty list in JSON, not null
 	for _, file := range files {
-		_, err := policy.Load(file, p.getenv)
+		_, _, err := policy.Load(file, p.getenv)
 		var mistakes policy.Mistakes
 		if err != nil && !errors.As(err, &mistakes) {
 			return err
@@ -51,9 +72,7 @@ func (p *program) validate(files []string, asJSON bool) error {
 		}
 	}
 	if asJSON {
-		e := json.NewEncoder(p.stdout)
-		e.SetIndent("", "  ")
-		if err := e.Encode(all); err != nil {
+		if err := p.printJSON(all); err != nil {
 			return err
 		}
 	}

@@ -3,8 +3,13 @@
 package policy
 
 import (
+	"cmp"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
+	"hash"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -18,7 +23,7 @@ import (
 	"github.com/sluiceproxy/sluice/limiter"
 )
 
-// Config is a config that was read, checked and compiled. It is not changed any more, and safe for concurrent use.
+// Config is a config that was read, checked and compiled. It is safe for concurrent use.
 type Config struct {
 	Domain        string
 	Listen        Listen
@@ -28,9 +33,17 @@ type Config struct {
 	Grace         time.Duration // for what is in flight at the end; 0 or more
 	LogLevel      string        // debug, info, warn or error
 
-	limits []*rule
-	client clientIP
-	hasher hasher
+	// Hash is the config's text and that of its overrides_files, in a form that names it: 16 hex digits.
+	Hash string
+
+	rules     []*rule
+	index     *index         // of the rules' matches
+	byName    map[string]int // the rules
+	exempt    *index
+	client    clientIP
+	hasher    hasher
+	inherited limitReader // what a route's limit has of the file
+	routes    routeTable
 }
 
 // Listen is where the sidecar listens: host:port each, or for GRPC also unix:///path.
@@ -49,8 +62,8 @@ type Headers struct {
 
 // Limits are the file's, in its order.
 func (c *Config) Limits() []*limiter.Limit {
-	limits := make([]*limiter.Limit, len(c.limits))
-	for i, l := range c.limits {
+	limits := make([]*limiter.Limit, len(c.rules))
+	for i, l := range c.rules {
 		limits[i] = l.limit
 	}
 	return limits
@@ -58,39 +71,113 @@ func (c *Config) Limits() []*limiter.Limit {
 
 // FailsClosed reports whether an enforced limit of the file refuses requests while the store does not answer.
 func (c *Config) FailsClosed() bool {
-	return slices.ContainsFunc(c.limits, func(l *rule) bool {
+	return slices.ContainsFunc(c.rules, func(l *rule) bool {
 		return !l.limit.Shadow && l.limit.OnFailure == limiter.Deny
 	})
 }
 
-// Load reads a config file; "" is a file that says nothing. overrides are over what it says, the later ones over the earlier. getenv is
-// what ${NAME} in it looks up. The error is a Mistakes, with every mistake in it.
-func Load(file string, getenv func(string) (string, bool), overrides ...Override) (*Config, error) {
-	if file == "" {
-		return Parse("", nil, getenv, overrides...)
+// Replaces reports why c cannot take the place of old while the sidecar runs: what listens, and the store, are for its whole life. The
+// error is a Mistakes.
+func (c *Config) Replaces(old *Config, file string) error {
+	var m Mistakes
+	refuse := func(field string, changed bool) {
+		if changed {
+			m = append(m, Mistake{File: file, Field: field, Message: "changed, which takes a restart"})
+		}
 	}
-	text, err := os.ReadFile(file)
+	refuse("listen.grpc", c.Listen.GRPC != old.Listen.GRPC)
+	refuse("listen.admin", c.Listen.Admin != old.Listen.Admin)
+	refuse("listen.metrics", c.Listen.Metrics != old.Listen.Metrics)
+	refuse("store.redis", (c.Redis == nil) != (old.Redis == nil))
+	if c.Redis != nil && old.Redis != nil {
+		refuse("store.redis.url", c.Redis.URL != old.Redis.URL)
+		refuse("store.redis.timeout", c.Redis.Timeout != old.Redis.Timeout)
+		refuse("store.redis.key_prefix", c.inherited.keyPrefix != old.inherited.keyPrefix)
+	}
+	if m == nil {
+		return nil
+	}
+	return m
+}
+
+// Load reads a config file; "" is a file that says nothing. settings are over what it says, the later ones over the earlier. getenv is
+// what ${NAME} in it looks up. The error is a Mistakes, with every mistake in it; the Inputs are good also then.
+func Load(file string, getenv func(string) (string, bool), settings ...Setting) (*Config, Inputs, error) {
+	in := newInputs()
+	if file == "" {
+		c, err := readConfig("", nil, getenv, settings, in)
+		return c, in.done(), err
+	}
+	text, err := in.read(file)
 	if err != nil {
 		var path *os.PathError
 		if errors.As(err, &path) {
 			err = path.Err
 		}
-		return nil, Mistakes{{File: file, Message: err.Error()}}
+		return nil, in.done(), Mistakes{{File: file, Message: err.Error()}}
 	}
-	return Parse(file, text, getenv, overrides...)
+	_, _ = in.said.Write(text)
+	c, err := readConfig(file, text, getenv, settings, in)
+	made := in.done()
+	made.Blank = strings.TrimSpace(string(text)) == ""
+	return c, made, err
 }
 
 // Parse is Load for a text that is already there. name is what mistakes call it; the files that it names are relative to name's
 // directory.
-func Parse(name string, text []byte, getenv func(string) (string, bool), overrides ...Override) (*Config, error) {
+func Parse(name string, text []byte, getenv func(string) (string, bool), settings ...Setting) (*Config, error) {
+	return readConfig(name, text, getenv, settings, newInputs())
+}
+
+// Inputs are what a config was read from, or could not be read from.
+type Inputs struct {
+	// Paths are the files, and the directories in which there may come more: where one changes, the config may.
+	Paths []string
+	// Hash is of the contents of all files: where it is the same, so is the config. It is a secret if a file holds one.
+	Hash [sha256.Size]byte
+	// Blank says that the config file holds nothing at all.
+	Blank bool
+}
+
+// inputs are Inputs that grow.
+type inputs struct {
+	paths []string
+	all   hash.Hash // of all contents
+	said  hash.Hash // of those that hold no secrets in files of their own
+}
+
+func newInputs() *inputs { return &inputs{all: sha256.New(), said: sha256.New()} }
+
+func (in *inputs) add(path string) { in.paths = append(in.paths, path) }
+
+// read reads a file.
+func (in *inputs) read(file string) ([]byte, error) {
+	in.add(file)
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return nil, err
+	}
+	_, _ = fmt.Fprintf(in.all, "%s %d ", file, len(text))
+	_, _ = in.all.Write(text)
+	return text, nil
+}
+
+// reading notes what is read of a file that holds no secret.
+func (in *inputs) reading(file string, r io.Reader) io.Reader {
+	in.add(file)
+	return io.TeeReader(r, io.MultiWriter(in.all, in.said))
+}
+
+func (in *inputs) done() Inputs {
+	slices.Sort(in.paths)
+	return Inputs{Paths: slices.Compact(in.paths), Hash: [sha256.Size]byte(in.all.Sum(nil))}
+}
+
+func readConfig(name string, text []byte, getenv func(string) (string, bool), settings []Setting, in *inputs) (*Config, error) {
 	f := configFile{
-		reader:    reader{file: name, getenv: getenv},
-		overrides: overrides,
-		domain:    "default",
-		keyPrefix: "sluice",
-		mode:      "enforce",
-		onFailure: "deny",
-		timeout:   100 * time.Millisecond,
+		limitReader: newLimitReader(reader{file: name, getenv: getenv}),
+		settings:    settings,
+		timeout:     100 * time.Millisecond,
 		config: Config{
 			Listen:        Listen{GRPC: "127.0.0.1:9001", Admin: "127.0.0.1:9002", Metrics: "127.0.0.1:9003"},
 			FailureStatus: 503,
@@ -100,18 +187,30 @@ func Parse(name string, text []byte, getenv func(string) (string, bool), overrid
 			client:        clientIP{anyone: true},
 		},
 	}
-	f.override(true)
+	f.inputs = in
+	f.set(true)
 	if root := f.document(text); root != nil {
 		f.readFile(*root)
 	}
-	f.override(false)
+	f.set(false)
 	c := f.compile()
 	if len(f.mistakes) > 0 {
-		slices.SortStableFunc(f.mistakes, func(a, b Mistake) int {
-			if a.Line != b.Line {
-				return a.Line - b.Line
+		// What is without a line comes first, and the files that the config names last.
+		part := func(m Mistake) int {
+			switch {
+			case m.Line == 0:
+				return 0
+			case m.File == name:
+				return 1
 			}
-			return a.Column - b.Column
+			return 2
+		}
+		slices.SortStableFunc(f.mistakes, func(a, b Mistake) int {
+			file := 0
+			if part(a) == 2 && part(b) == 2 {
+				file = cmp.Compare(a.File, b.File)
+			}
+			return cmp.Or(part(a)-part(b), file, a.Line-b.Line, a.Column-b.Column)
 		})
 		return nil, f.mistakes
 	}
@@ -120,16 +219,16 @@ func Parse(name string, text []byte, getenv func(string) (string, bool), overrid
 
 // configFile is a config on its way from text to Config.
 type configFile struct {
-	reader
-	overrides []Override
-	config    Config
+	limitReader
+	settings []Setting
+	config   Config
 
-	domain, keyPrefix, mode, onFailure string
-	redis                              bool
-	redisAt                            node
-	redisURL, username, password       string
-	timeout                            time.Duration
-	drafts                             []*draft
+	redis                        bool
+	redisAt                      node
+	redisURL, username, password string
+	timeout                      time.Duration
+	drafts                       []*draft
+	exempt                       []*match
 }
 
 var (
@@ -161,21 +260,6 @@ func checkTCP(s, also string) error {
 	return fmt.Errorf("%q; allowed are host:port%s", s, also)
 }
 
-// checked reads a text that check accepts.
-func (f *configFile) checked(into *string, check func(string) error) func(node) {
-	return func(n node) {
-		s, ok := f.text(n)
-		if !ok {
-			return
-		}
-		if err := check(s); err != nil {
-			f.wrong(n, "%v", err)
-			return
-		}
-		*into = s
-	}
-}
-
 func tcp(s string) error { return checkTCP(s, "") }
 
 func (f *configFile) readFile(root node) {
@@ -205,16 +289,53 @@ func (f *configFile) readFile(root node) {
 		"key_secret_file": func(n node) { f.readSecret(n, f.secretFile) },
 		"headers":         f.readHeaders,
 		"client_ip":       f.readClientIP,
+		"exempt":          f.readExempt,
 		"limits":          f.readLimits,
 	})
 }
 
-// readOnFailure reads a failure mode.
-func (f *configFile) readOnFailure(n node, into *string) {
-	f.oneOf(n, into, "deny", "allow", "delegate")
+func (f *configFile) readLimits(n node) {
+	if !f.isList(n, "limits", maxLimits) {
+		return
+	}
+	f.each(n, func(n node) {
+		if d := f.readLimit(n, ""); d != nil {
+			f.drafts = append(f.drafts, d)
+		}
+	})
 }
 
-var failureModes = map[string]limiter.FailureMode{"deny": limiter.Deny, "allow": limiter.Allow, "delegate": limiter.Delegate}
+func (f *configFile) readExempt(n node) {
+	if !f.isList(n, "exemptions such as {match: {paths: [/healthz]}}", maxLimits) {
+		return
+	}
+	f.each(n, func(n node) {
+		m, before := &match{}, len(f.mistakes)
+		isMapping := f.mapping(n, map[string]func(node){"match": func(n node) { f.readMatch(n, m) }})
+		if len(f.mistakes) > before || !isMapping {
+			return
+		}
+		if m.isEmpty() {
+			f.wrong(n, "without a match, which would exempt every request")
+			return
+		}
+		f.exempt = append(f.exempt, m)
+	})
+}
+
+// isList reports whether a value is a list of at most so many, and notes it where it is not.
+func (f *configFile) isList(n node, of string, most int) bool {
+	values, ok := n.Node.(*ast.SequenceNode)
+	switch {
+	case !ok:
+		f.wrong(n, "%s; wanted is a list of %s", describe(n.Node), of)
+	case len(values.Values) > most:
+		f.wrong(n, "a list of %d; allowed are %d", len(values.Values), most)
+	default:
+		return true
+	}
+	return false
+}
 
 func (f *configFile) readRedis(n node) {
 	f.redisAt = n
@@ -249,10 +370,8 @@ func (f *configFile) secretFile(n node) (string, bool) {
 	if !ok {
 		return "", false
 	}
-	if !filepath.IsAbs(name) {
-		name = filepath.Join(filepath.Dir(f.file), name)
-	}
-	text, err := os.ReadFile(name)
+	name = f.path(name)
+	text, err := f.inputs.read(name)
 	if err != nil {
 		f.wrong(n, "%v", err)
 		return "", false
@@ -339,10 +458,10 @@ func (f *configFile) readClientIP(n node) {
 	}
 }
 
-// override puts the overrides in: the weak ones before the file is read, the others over what it says.
-func (f *configFile) override(weak bool) {
+// set puts the settings in: the weak ones before the file is read, the others over what it says.
+func (f *configFile) set(weak bool) {
 	c := &f.config
-	for _, o := range f.overrides {
+	for _, o := range f.settings {
 		if o.Weak != weak {
 			continue
 		}
@@ -397,15 +516,23 @@ func (f *configFile) compile() *Config {
 		}
 		c.Redis = &o
 	}
-	names := make(map[string]bool)
+	c.byName = make(map[string]int)
+	var matches []*match
 	for _, d := range f.drafts {
-		if l := f.compileLimit(d); l != nil {
-			if names[l.limit.Name] {
-				f.wrong(d.nameAt, "a second limit %q; names are unique", l.limit.Name)
-			}
-			names[l.limit.Name] = true
-			c.limits = append(c.limits, l)
+		l := f.rule(d)
+		if l == nil {
+			continue
 		}
+		if _, twice := c.byName[l.limit.Name]; twice {
+			f.wrong(d.nameAt, "a second limit %q; names are unique", l.limit.Name)
+		}
+		c.byName[l.limit.Name] = len(c.rules)
+		c.rules = append(c.rules, l)
+		matches = append(matches, &l.match)
 	}
+	c.index, c.exempt = newIndex(matches), newIndex(f.exempt)
+	c.inherited = f.limitReader
+	c.inherited.inputs, c.inherited.expressions, c.inherited.tiers, c.inherited.mistakes = nil, nil, nil, nil
+	c.Hash = hex.EncodeToString(f.inputs.said.Sum(nil)[:8])
 	return c
 }

@@ -44,7 +44,7 @@ func TestGoodFiles(t *testing.T) {
 		t.Fatal(files, err)
 	}
 	for _, file := range files {
-		if _, err := Load(file, env()); err != nil {
+		if _, _, err := Load(file, env()); err != nil {
 			t.Errorf("%v", err)
 		}
 	}
@@ -99,7 +99,7 @@ func TestBadFiles(t *testing.T) {
 
 func TestDefaults(t *testing.T) {
 	for _, file := range []string{"", "testdata/good/empty.yaml", "testdata/good/comment.yaml"} {
-		c, err := Load(file, env())
+		c, _, err := Load(file, env())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -112,7 +112,7 @@ func TestDefaults(t *testing.T) {
 }
 
 func TestEverything(t *testing.T) {
-	c, err := Load("testdata/good/everything.yaml", env())
+	c, _, err := Load("testdata/good/everything.yaml", env())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -151,12 +151,12 @@ func TestFailsClosed(t *testing.T) {
 func TestOverrides(t *testing.T) {
 	text := []byte("{domain: file, listen: {grpc: \"127.0.0.1:1\"}, store: {redis: {url: \"redis://file\", timeout: 7ms}}}")
 	c, err := Parse("f", text, env(),
-		Override{Field: "domain", Value: "environment", From: "SLUICE_DOMAIN"},
-		Override{Field: "domain", Value: "flag", From: "--domain"},
-		Override{Field: "listen.grpc", Value: "127.0.0.1:2", From: "demo", Weak: true},
-		Override{Field: "listen.admin", Value: "127.0.0.1:3", From: "demo", Weak: true},
-		Override{Field: "store.redis.url", Value: "redis://flag", From: "--redis"},
-		Override{Field: "grace", Value: "1m", From: "--grace"},
+		Setting{Field: "domain", Value: "environment", From: "SLUICE_DOMAIN"},
+		Setting{Field: "domain", Value: "flag", From: "--domain"},
+		Setting{Field: "listen.grpc", Value: "127.0.0.1:2", From: "demo", Weak: true},
+		Setting{Field: "listen.admin", Value: "127.0.0.1:3", From: "demo", Weak: true},
+		Setting{Field: "store.redis.url", Value: "redis://flag", From: "--redis"},
+		Setting{Field: "grace", Value: "1m", From: "--grace"},
 	)
 	if err != nil {
 		t.Fatal(err)
@@ -167,12 +167,12 @@ func TestOverrides(t *testing.T) {
 	}
 
 	_, err = Parse("f", nil, env(),
-		Override{Field: "listen.grpc", Value: "nowhere", From: "--grpc"},
-		Override{Field: "grace", Value: "soon", From: "SLUICE_GRACE"},
-		Override{Field: "log_level", Value: "loud", From: "--log-level"},
-		Override{Field: "domain", Value: "a b", From: "--domain"},
-		Override{Field: "store.redis.url", Value: "http://:hunter2@h", From: "--redis"},
-		Override{Field: "colour", Value: "red", From: "--colour"},
+		Setting{Field: "listen.grpc", Value: "nowhere", From: "--grpc"},
+		Setting{Field: "grace", Value: "soon", From: "SLUICE_GRACE"},
+		Setting{Field: "log_level", Value: "loud", From: "--log-level"},
+		Setting{Field: "domain", Value: "a b", From: "--domain"},
+		Setting{Field: "store.redis.url", Value: "http://:hunter2@h", From: "--redis"},
+		Setting{Field: "colour", Value: "red", From: "--colour"},
 	)
 	want := `--grpc: listen.grpc: "nowhere"; allowed are host:port and unix:///absolute/path
 SLUICE_GRACE: grace: "soon"; allowed are durations such as 500ms and 10s, from 0s to 1h0m0s
@@ -190,7 +190,7 @@ func TestLoadErrors(t *testing.T) {
 		"no/such/file.yaml": "no/such/file.yaml: no such file or directory",
 		"testdata":          "testdata: is a directory",
 	} {
-		if _, err := Load(file, env()); err == nil || err.Error() != want {
+		if _, _, err := Load(file, env()); err == nil || err.Error() != want {
 			t.Errorf("%v, want %s", err, want)
 		}
 	}
@@ -220,10 +220,10 @@ limits:
 	if err != nil {
 		t.Fatal(err)
 	}
-	if string(c.hasher.secret) != "a: [b" || c.FailureStatus != 502 || c.Limits()[0].Name != "orders" || c.limits[0].bucket.Burst() != 5 {
-		t.Errorf("%+v %+v", c, c.limits[0])
+	if string(c.hasher.secret) != "a: [b" || c.FailureStatus != 502 || c.Limits()[0].Name != "orders" || c.rules[0].tier.bucket.Burst() != 5 {
+		t.Errorf("%+v %+v", c, c.rules[0])
 	}
-	if v, err := c.limits[0].key[0].text(&subject{Request: &Request{Headers: map[string]string{"x-key": "k"}}}); v != "${k" || err != nil {
+	if v, err := c.rules[0].key[0].part(&subject{Request: &Request{Headers: map[string]string{"x-key": "k"}}}); v != "${k" || err != nil {
 		t.Errorf("%q, %v", v, err)
 	}
 	if _, err := Parse("f", []byte("limits: ${LIMITS}\n"), env("LIMITS", "[{name: a, rate: 1/s}]")); err == nil {

@@ -13,50 +13,46 @@ import (
 	"cel.dev/cel-go/common/operators"
 	"cel.dev/cel-go/common/types"
 	"cel.dev/cel-go/common/types/ref"
-	"cel.dev/cel-go/common/types/traits"
 	"cel.dev/cel-go/ext"
+
+	"github.com/sluiceproxy/sluice/limiter"
 )
 
 const (
-	maxExpression = 4096   // characters
+	maxExpression = 4096   // bytes
 	maxEvaluation = 10_000 // CEL's units of cost; a comparison of two short strings is some 2
 )
 
-// attribute is one name that expressions know, by Envoy's names for what it knows of a request.
-type attribute struct {
-	kind *cel.Type
-	// open says that what it holds is an address, a name or the like, which may stand in a key as it is. The rest (headers, claims,
-	// context, queries) may hold secrets, and is hashed.
-	open bool
-	of   func(*subject) any
+// purpose is what an expression is for.
+type purpose uint8
+
+const (
+	forKey  purpose = iota // a text, a number or a boolean
+	forWhen                // a boolean
+	forCost                // a number
+)
+
+// wanted says what an expression's value has to be.
+func (p purpose) wanted() string {
+	return [...]string{"a key's part is a text, a number or a boolean", "when is a boolean", "a cost is a number"}[p]
 }
 
-var attributes = map[string]attribute{
-	"request.path":             {cel.StringType, false, func(s *subject) any { return s.Path }}, // with its query
-	"request.url_path":         {cel.StringType, true, func(s *subject) any { return s.sent }},
-	"request.query":            {cel.StringType, false, func(s *subject) any { return s.query }},
-	"request.host":             {cel.StringType, true, func(s *subject) any { return s.host }},
-	"request.scheme":           {cel.StringType, true, func(s *subject) any { return s.Scheme }},
-	"request.method":           {cel.StringType, true, func(s *subject) any { return s.Method }},
-	"request.protocol":         {cel.StringType, true, func(s *subject) any { return s.Protocol }},
-	"request.id":               {cel.StringType, false, func(s *subject) any { return s.Headers["x-request-id"] }},
-	"request.size":             {cel.IntType, true, func(s *subject) any { return s.Size }},
-	"request.time":             {cel.TimestampType, true, func(s *subject) any { return s.Time }},
-	"request.headers":          {textMap, false, func(s *subject) any { return presentIn(s.Headers) }},
-	"source.address":           {cel.StringType, true, func(s *subject) any { return bareAddress(s.Source.Address) }},
-	"source.port":              {cel.IntType, true, func(s *subject) any { return int64(s.Source.Port) }},
-	"source.principal":         {cel.StringType, true, func(s *subject) any { return s.Source.Principal }},
-	"destination.address":      {cel.StringType, true, func(s *subject) any { return bareAddress(s.Destination.Address) }},
-	"destination.port":         {cel.IntType, true, func(s *subject) any { return int64(s.Destination.Port) }},
-	"destination.principal":    {cel.StringType, true, func(s *subject) any { return s.Destination.Principal }},
-	"metadata.filter_metadata": {cel.MapType(cel.StringType, cel.DynType), false, func(s *subject) any { return s.Metadata }},
-	"context":                  {textMap, false, func(s *subject) any { return presentIn(s.Context) }},
-	"client.ip":                {cel.StringType, true, func(s *subject) any { return addressText(s.client) }},
-	"client.network":           {cel.StringType, true, func(s *subject) any { return network(s.client) }},
+// accepts reports whether a value of a type that the check found may do; one of unknown type is seen at run time.
+func (p purpose) accepts(out *cel.Type) bool {
+	switch out.Kind() {
+	case types.DynKind:
+		return true
+	case types.OpaqueKind:
+		return out.TypeName() == "optional_type" && (len(out.Parameters()) == 0 || p.accepts(out.Parameters()[0]))
+	case types.StringKind:
+		return p == forKey
+	case types.BoolKind:
+		return p != forCost
+	case types.IntKind, types.UintKind, types.DoubleKind:
+		return p != forWhen
+	}
+	return false
 }
-
-// textMap is a map whose absent entries are null.
-var textMap = cel.MapType(cel.StringType, cel.NullableType(cel.StringType))
 
 // environment is what expressions are checked against. It is made once: that takes milliseconds.
 var environment = sync.OnceValues(func() (*cel.Env, error) {
@@ -69,11 +65,15 @@ var environment = sync.OnceValues(func() (*cel.Env, error) {
 	return cel.NewEnv(options...)
 })
 
-// expression is a compiled one.
+// expression is a compiled one. It is safe for concurrent use.
 type expression struct {
+	text    string
 	program cel.Program
-	open    bool // its value may stand in a key as it is
-	// direct reads the value of an expression that is just an attribute or a header, without CEL's machinery.
+	// open says that its value may stand in a key as it is.
+	open bool
+	// constant says that its value is the same for every request.
+	constant bool
+	// direct reads the value of an expression that is just an attribute or a header, without CEL's machinery; else nil.
 	direct func(*subject) string
 }
 
@@ -83,11 +83,17 @@ type expressionError struct {
 	message      string
 }
 
-// compile reads an expression whose value is to be a text, a number or a boolean.
-func compile(text string) (*expression, []expressionError) {
+// compile reads an expression.
+func compile(text string, p purpose) (*expression, []expressionError) {
+	wrong := func(format string, args ...any) (*expression, []expressionError) {
+		return nil, []expressionError{{message: fmt.Sprintf(format, args...)}}
+	}
+	if len(text) > maxExpression {
+		return wrong("an expression of %d bytes; allowed are %d", len(text), maxExpression)
+	}
 	env, err := environment()
 	if err != nil {
-		return nil, []expressionError{{message: err.Error()}}
+		return wrong("%v", err)
 	}
 	checked, issues := env.Compile(text)
 	if issues.Err() != nil {
@@ -101,74 +107,79 @@ func compile(text string) (*expression, []expressionError) {
 	if found := checkHeaderNames(native); found != nil {
 		return nil, found
 	}
-	switch out := checked.OutputType(); {
-	case out.Kind() == types.DynKind, out.Kind() == types.StringKind, out.Kind() == types.IntKind, out.Kind() == types.UintKind,
-		out.Kind() == types.DoubleKind, out.Kind() == types.BoolKind, out.IsExactType(cel.OptionalType(cel.DynType)), out.TypeName() == "optional_type":
-	default:
-		return nil, []expressionError{{message: fmt.Sprintf("a key is a text, a number or a boolean, and this is %v", out)}}
+	if out := checked.OutputType(); !p.accepts(out) {
+		return wrong("%s, and this is %v", p.wanted(), out)
 	}
-	program, err := env.Program(checked, cel.CostLimit(maxEvaluation), cel.EvalOptions(cel.OptOptimize))
+	program, err := env.Program(checked, cel.CostLimit(maxEvaluation), cel.EvalOptions(cel.OptOptimize), cel.CustomDecoratorV2(absentIsNull))
 	if err != nil {
-		return nil, []expressionError{{message: err.Error()}}
+		return wrong("%v", err)
 	}
-	e := &expression{program: program, open: true, direct: directRead(native)}
+	e := &expression{text: text, program: program, open: true, constant: true}
+	if p == forKey {
+		e.direct = directRead(native)
+	}
 	for _, r := range native.ReferenceMap() {
-		if a, ok := attributes[r.Name]; ok && !a.open {
-			e.open = e.direct != nil && r.Name == "request.path" // whole: appendOpen sees whether it has a query
+		if a, ok := attributes[r.Name]; ok {
+			e.constant = false
+			if !a.open {
+				e.open = e.direct != nil && r.Name == "request.path" // whole: appendOpen sees whether it has a query
+			}
 		}
 	}
 	return e, nil
 }
 
-// checkHeaderNames finds headers that no request can have, since Envoy's are in lower case, and questions about them that have one
-// answer only.
+// checkHeaderNames finds headers that no request can have, since Envoy's are in lower case.
 func checkHeaderNames(tree *ast.AST) (found []expressionError) {
 	ast.PreOrderVisit(tree.Expr(), ast.NewExprVisitor(func(e ast.Expr) {
-		wrong := func(format string, args ...any) {
+		if name, ok := headerName(tree, e); ok && name != strings.ToLower(name) {
 			at := tree.SourceInfo().GetStartLocation(e.ID())
-			found = append(found, expressionError{at.Line(), at.Column() + 1, fmt.Sprintf(format, args...)})
-		}
-		name, ok := headerName(tree, e)
-		switch {
-		case !ok:
-		case name != strings.ToLower(name):
-			wrong("the header %q is not in lower case: write %q", name, strings.ToLower(name))
-		case e.Kind() == ast.SelectKind && e.AsSelect().IsTestOnly():
-			// An absent header is null, which CEL takes for a value that is there.
-			wrong("has() is true for every header: write request.headers[%q] != null", name)
+			found = append(found, expressionError{at.Line(), at.Column() + 1,
+				fmt.Sprintf("the header %q is not in lower case: write %q", name, strings.ToLower(name))})
 		}
 	}))
 	return found
 }
 
-// headerName is the name in request.headers["name"] and request.headers.name.
+// headerName is the name in request.headers["name"], request.headers.name, and "name" in request.headers.
 func headerName(tree *ast.AST, e ast.Expr) (string, bool) {
-	isHeaders := func(e ast.Expr) bool {
-		r := tree.ReferenceMap()[e.ID()]
-		return r != nil && r.Name == "request.headers"
-	}
+	headers, name := e, e
 	switch e.Kind() {
 	case ast.SelectKind:
-		return e.AsSelect().FieldName(), isHeaders(e.AsSelect().Operand())
+		return e.AsSelect().FieldName(), isHeaders(tree, e.AsSelect().Operand())
 	case ast.CallKind:
 		call := e.AsCall()
-		if f := call.FunctionName(); (f == operators.Index || f == operators.OptIndex) && len(call.Args()) == 2 &&
-			call.Args()[1].Kind() == ast.LiteralKind && isHeaders(call.Args()[0]) {
-			name, ok := call.Args()[1].AsLiteral().Value().(string)
-			return name, ok
+		if len(call.Args()) != 2 {
+			return "", false
+		}
+		switch call.FunctionName() {
+		case operators.Index, operators.OptIndex, operators.OptSelect:
+			headers, name = call.Args()[0], call.Args()[1]
+		case operators.In:
+			name, headers = call.Args()[0], call.Args()[1]
 		}
 	}
-	return "", false
+	if name.Kind() != ast.LiteralKind || !isHeaders(tree, headers) {
+		return "", false
+	}
+	text, ok := name.AsLiteral().Value().(string)
+	return text, ok
+}
+
+func isHeaders(tree *ast.AST, e ast.Expr) bool {
+	r := tree.ReferenceMap()[e.ID()]
+	return r != nil && r.Name == "request.headers"
 }
 
 // directRead is the read of an expression that is nothing but a text attribute or a header, else nil. TestDirectReads holds it to
 // what CEL says.
 func directRead(tree *ast.AST) func(*subject) string {
-	if name, ok := headerName(tree, tree.Expr()); ok && (tree.Expr().Kind() == ast.SelectKind && !tree.Expr().AsSelect().IsTestOnly() ||
-		tree.Expr().Kind() == ast.CallKind && tree.Expr().AsCall().FunctionName() == operators.Index) {
+	e := tree.Expr()
+	if name, ok := headerName(tree, e); ok && (e.Kind() == ast.SelectKind && !e.AsSelect().IsTestOnly() ||
+		e.Kind() == ast.CallKind && e.AsCall().FunctionName() == operators.Index) {
 		return func(s *subject) string { return s.Headers[name] }
 	}
-	r := tree.ReferenceMap()[tree.Expr().ID()]
+	r := tree.ReferenceMap()[e.ID()]
 	if r == nil {
 		return nil
 	}
@@ -179,27 +190,53 @@ func directRead(tree *ast.AST) func(*subject) string {
 	return func(s *subject) string { return a.of(s).(string) }
 }
 
-// text is the expression's value as a key's part. Absent values, null and the empty text among them, are "".
-func (e *expression) text(s *subject) (string, error) {
+// eval is the expression's value; nil where it is absent. The error says nothing of what the client sent.
+func (e *expression) eval(s *subject) (ref.Val, error) {
+	s.misses = 0
+	v, _, err := e.program.Eval(s)
+	if err != nil {
+		if s.misses > 0 && isMiss(err) {
+			return nil, nil
+		}
+		return nil, failure(err)
+	}
+	for {
+		o, ok := v.(*types.Optional)
+		switch {
+		case !ok:
+			if v == types.NullValue {
+				return nil, nil
+			}
+			return v, nil
+		case !o.HasValue():
+			return nil, nil
+		}
+		v = o.GetValue()
+	}
+}
+
+// failure is an evaluation's error without its words for values, which a client may have sent.
+func failure(err error) error {
+	for _, known := range []string{
+		"no such key", "no such overload", "index out of bounds", "division by zero", "modulus by zero", "integer overflow", "unsigned integer overflow",
+		"type conversion error", "operation cancelled: actual cost limit exceeded",
+	} {
+		if strings.HasPrefix(err.Error(), known) {
+			return errors.New("the expression fails: " + known)
+		}
+	}
+	return errors.New("the expression fails")
+}
+
+// part is the expression's value as a key's part; "" where it is absent or empty.
+func (e *expression) part(s *subject) (string, error) {
 	if e.direct != nil {
 		return e.direct(s), nil
 	}
-	v, _, err := e.program.Eval(activation{s})
-	if err != nil {
-		if isAbsence(err) {
-			return "", nil
-		}
-		return "", errors.New("the expression fails") // CEL's own words may hold what the client sent
+	v, err := e.eval(s)
+	if err != nil || v == nil {
+		return "", err
 	}
-	return textOf(v)
-}
-
-// isAbsence reports whether an evaluation failed as something that it reads is not there.
-func isAbsence(err error) bool {
-	return strings.HasPrefix(err.Error(), "no such key") || strings.HasPrefix(err.Error(), "no such overload")
-}
-
-func textOf(v ref.Val) (string, error) {
 	switch v := v.(type) {
 	case types.String:
 		return string(v), nil
@@ -214,57 +251,44 @@ func textOf(v ref.Val) (string, error) {
 		return strconv.FormatFloat(float64(v), 'f', -1, 64), nil
 	case types.Bool:
 		return strconv.FormatBool(bool(v)), nil
-	case types.Null:
-		return "", nil
-	case *types.Optional:
-		if !v.HasValue() {
-			return "", nil
-		}
-		return textOf(v.GetValue())
 	}
-	return "", fmt.Errorf("a key is a text, a number or a boolean, and this is %v", v.Type())
+	return "", fmt.Errorf("%s, and this is %v", forKey.wanted(), v.Type())
 }
 
-// activation gives CEL the attributes that it asks for.
-type activation struct{ s *subject }
-
-func (a activation) ResolveName(name string) (any, bool) {
-	known, ok := attributes[name]
+// holds is the expression's value as a condition; known is false where it is absent.
+func (e *expression) holds(s *subject) (holds, known bool, err error) {
+	v, err := e.eval(s)
+	if err != nil || v == nil {
+		return false, false, err
+	}
+	b, ok := v.(types.Bool)
 	if !ok {
-		return nil, false
+		return false, false, fmt.Errorf("%s, and this is %v", forWhen.wanted(), v.Type())
 	}
-	return known.of(a.s), true
+	return bool(b), true, nil
 }
 
-func (activation) Parent() cel.Activation { return nil }
-
-// present is a map of texts in which a missing or empty entry is null.
-type present struct{ traits.Mapper }
-
-func presentIn(m map[string]string) present {
-	return present{types.NewStringStringMap(types.DefaultTypeAdapter, m)}
+// tokens is the expression's value as a cost, 1 where it is absent. What is above all bursts is the least such.
+func (e *expression) tokens(s *subject) (int64, error) {
+	v, err := e.eval(s)
+	if err != nil || v == nil {
+		return 1, err
+	}
+	switch v := v.(type) {
+	case types.Int:
+		return wholeCost(float64(v)) // inexact only where it is above all bursts
+	case types.Uint:
+		return wholeCost(float64(v))
+	case types.Double:
+		return wholeCost(float64(v))
+	}
+	return 0, fmt.Errorf("%s, and this is %v", forCost.wanted(), v.Type())
 }
 
-func (p present) Find(key ref.Val) (ref.Val, bool) {
-	v, ok := p.Mapper.Find(key)
-	if v != nil && types.IsUnknownOrError(v) {
-		return v, false
+// wholeCost is a cost in whole tokens: a fraction is rounded up.
+func wholeCost(f float64) (int64, error) {
+	if math.IsNaN(f) || f < 0 {
+		return 0, errors.New("a cost is 0 or more, and this is less or no number")
 	}
-	if !ok || v.Equal(types.String("")) == types.True {
-		return types.NullValue, true
-	}
-	return v, true
-}
-
-func (p present) Get(key ref.Val) ref.Val {
-	v, _ := p.Find(key)
-	return v
-}
-
-func (p present) Contains(key ref.Val) ref.Val {
-	v, _ := p.Find(key)
-	if types.IsUnknownOrError(v) {
-		return v
-	}
-	return types.Bool(v != types.NullValue)
+	return int64(min(math.Ceil(f), limiter.MaxTokens+1)), nil
 }

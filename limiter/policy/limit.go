@@ -1,7 +1,9 @@
 package policy
 
 import (
+	"cmp"
 	"fmt"
+	"math"
 	"strconv"
 	"strings"
 	"time"
@@ -11,24 +13,79 @@ import (
 	"github.com/sluiceproxy/sluice/limiter"
 )
 
-// The bounds of what one limit may be made of.
+// The bounds of what one config may be made of.
 const (
 	maxLimits   = 10_000
 	maxKeyParts = 8
 )
 
+// rule is a compiled limit. It is not changed any more.
+type rule struct {
+	limit     *limiter.Limit
+	tier      *tier
+	match     match
+	when      *expression // nil: always
+	key       []*expression
+	absent    absence
+	cost      cost
+	group     string // empty: none
+	overrides *overrides
+	prefix    string // of its keys, up to and with the brace
+	only      string // the whole key of its one bucket, where it has no key
+}
+
+// tier is a rate and a burst, as the config writes them and as a bucket. Limits and overrides that say the same share one.
+type tier struct {
+	rate      string
+	bucket    limiter.Bucket // none where unlimited
+	unlimited bool
+}
+
+// cost is what a request costs.
+type cost struct {
+	constant   int64       // where there is no expression
+	expression *expression // or nil
+}
+
+// limitReader reads limits: the file's, and those of Envoy's filter chain.
+type limitReader struct {
+	reader
+	inputs *inputs // where the files that a limit names are noted; nil where a limit may name none
+
+	domain, keyPrefix, mode, onFailure string // what holds for a limit that says nothing else
+	expressions                        map[[2]string]*expression
+	tiers                              map[[2]string]*tier
+}
+
+func newLimitReader(r reader) limitReader {
+	return limitReader{
+		reader:      r,
+		domain:      "default",
+		keyPrefix:   "sluice",
+		mode:        "enforce",
+		onFailure:   "deny",
+		expressions: make(map[[2]string]*expression),
+		tiers:       make(map[[2]string]*tier),
+	}
+}
+
 // draft is a limit as it was read, before what the whole file says is known.
 type draft struct {
-	name           string
-	nameAt         node
-	match          match
-	key            []*expression
-	absent         absence
-	rate, burst    node
-	domain         string // empty: the file's
-	mode, failure  string // empty: the file's
-	tokens, bucket int64
-	period         time.Duration
+	name            string
+	nameAt          node
+	match           match
+	when            *expression
+	key             []*expression
+	absent          absence
+	cost            cost
+	costAt          node
+	group           string
+	rate, burst     node
+	tier            *tier
+	domain          string // empty: the file's
+	mode, onFailure string // empty: the file's
+	overrides       node
+	files           []node
 }
 
 // absence says what becomes of a limit that has a part of its key absent.
@@ -41,62 +98,71 @@ const (
 	absentDeny                  // the request is denied
 )
 
-func (f *configFile) readLimits(n node) {
-	values, ok := n.Node.(*ast.SequenceNode)
-	if !ok {
-		f.wrong(n, "%s; wanted is a list of limits", describe(n.Node))
-		return
-	}
-	if len(values.Values) > maxLimits {
-		f.wrong(n, "%d limits; allowed are %d", len(values.Values), maxLimits)
-		return
-	}
-	f.each(n, f.readLimit)
-}
-
-func (f *configFile) readLimit(n node) {
-	d := &draft{}
+// readLimit reads one limit. Where its name is known already it may not have another. It returns nil where it noted a mistake.
+func (f *limitReader) readLimit(n node, name string) *draft {
+	d := &draft{name: name, cost: cost{constant: 1}}
 	bad := len(f.mistakes)
-	isMapping := f.mapping(n, map[string]func(node){
-		"name": func(n node) {
-			d.nameAt = n
-			f.checked(&d.name, func(s string) error {
-				if !nameOf.MatchString(s) {
-					return fmt.Errorf("%q; allowed are 1 to 63 of a-z, 0-9 and -", s)
-				}
-				return nil
-			})(n)
-		},
+	fields := map[string]func(node){
 		"match": func(n node) { f.readMatch(n, &d.match) },
+		"when":  func(n node) { d.when = f.expression(n, forWhen) },
 		"key":   func(n node) { f.readKey(n, &d.key) },
 		"absent": func(n node) {
 			var s string
 			f.oneOf(n, &s, "client", "share", "skip", "deny")
 			d.absent = map[string]absence{"client": absentClient, "share": absentShare, "skip": absentSkip, "deny": absentDeny}[s]
 		},
-		"rate":       func(n node) { d.rate = n; f.readRate(n, d) },
-		"burst":      func(n node) { d.burst = n; f.whole(n, &d.bucket, 1, limiter.MaxTokens) },
+		"rate":       func(n node) { d.rate = n },
+		"burst":      func(n node) { d.burst = n },
+		"cost":       func(n node) { d.costAt = n; f.readCost(n, &d.cost) },
+		"group":      f.checked(&d.group, checkName),
 		"domain":     f.checked(&d.domain, checkDomain),
 		"mode":       func(n node) { f.oneOf(n, &d.mode, "enforce", "shadow") },
-		"on_failure": func(n node) { f.readOnFailure(n, &d.failure) },
-	})
-	if !isMapping {
-		return
+		"on_failure": func(n node) { f.readOnFailure(n, &d.onFailure) },
+		"overrides":  func(n node) { d.overrides = n },
 	}
-	for _, required := range []struct {
-		field string
-		at    node
-	}{{"name", d.nameAt}, {"rate", d.rate}} {
-		if required.at.Node == nil && len(f.mistakes) == bad {
-			f.wrong(node{n.Node, join(n.field, required.field)}, "missing; a limit has a name and a rate")
-		}
+	if name == "" {
+		fields["name"] = func(n node) { d.nameAt = n; f.checked(&d.name, checkName)(n) }
 	}
-	if len(f.mistakes) == bad {
-		f.drafts = append(f.drafts, d)
+	if f.inputs != nil {
+		fields["overrides_file"] = func(n node) { f.each(n, func(n node) { d.files = append(d.files, n) }) }
 	}
+	if !f.mapping(n, fields) {
+		return nil
+	}
+	clean := len(f.mistakes) == bad // else what seems to be missing may be what is wrong
+	if clean && d.name == "" {
+		f.wrong(node{n.Node, join(n.field, "name")}, "missing; a limit has a name and a rate")
+	}
+	switch {
+	case d.rate.Node != nil:
+		d.tier = f.readTier(d.rate, d.burst)
+	case clean:
+		f.wrong(node{n.Node, join(n.field, "rate")}, "missing; a limit has a name and a rate")
+	}
+	if t := d.tier; t != nil && !t.unlimited && d.cost.expression == nil && d.cost.constant > t.bucket.Burst() {
+		f.wrong(d.costAt, "%d is above the burst of %d, which would never allow it", d.cost.constant, t.bucket.Burst())
+	}
+	if len(f.mistakes) > bad {
+		return nil
+	}
+	return d
 }
 
-func (f *configFile) readMatch(n node, m *match) {
+func checkName(s string) error {
+	if !nameOf.MatchString(s) {
+		return fmt.Errorf("%q; allowed are 1 to 63 of a-z, 0-9 and -", s)
+	}
+	return nil
+}
+
+// readOnFailure reads a failure mode.
+func (f *limitReader) readOnFailure(n node, into *string) {
+	f.oneOf(n, into, "deny", "allow", "delegate")
+}
+
+var failureModes = map[string]limiter.FailureMode{"deny": limiter.Deny, "allow": limiter.Allow, "delegate": limiter.Delegate}
+
+func (f *limitReader) readMatch(n node, m *match) {
 	r := &f.reader
 	f.mapping(n, map[string]func(node){
 		"hosts":      func(n node) { texts(r, n, &m.hosts, parseHost) },
@@ -107,17 +173,9 @@ func (f *configFile) readMatch(n node, m *match) {
 	})
 }
 
-func (f *configFile) readKey(n node, into *[]*expression) {
+func (f *limitReader) readKey(n node, into *[]*expression) {
 	f.each(n, func(n node) {
-		text, ok := f.text(n)
-		if !ok {
-			return
-		}
-		e, mistakes := compile(text)
-		for _, m := range mistakes {
-			f.wrongExpression(n, m)
-		}
-		if e != nil {
+		if e := f.expression(n, forKey); e != nil {
 			*into = append(*into, e)
 		}
 	})
@@ -126,9 +184,33 @@ func (f *configFile) readKey(n node, into *[]*expression) {
 	}
 }
 
+// expression reads a CEL expression; nil where it noted a mistake. Most of a file's limits say the same, which is compiled once.
+func (f *limitReader) expression(n node, p purpose) *expression {
+	var text string
+	if b, isBool := n.Node.(*ast.BoolNode); isBool && p == forWhen {
+		text = strconv.FormatBool(b.Value)
+	} else if s, ok := f.text(n); ok {
+		text = s
+	} else {
+		return nil
+	}
+	id := [2]string{text, p.wanted()}
+	if e := f.expressions[id]; e != nil {
+		return e
+	}
+	e, mistakes := compile(text, p)
+	for _, m := range mistakes {
+		f.wrongExpression(n, m)
+	}
+	if e != nil {
+		f.expressions[id] = e
+	}
+	return e
+}
+
 // wrongExpression notes a mistake within an expression: at its own place where the expression stands in the file as it is, else at
 // the value's.
-func (f *configFile) wrongExpression(n node, e expressionError) {
+func (f *limitReader) wrongExpression(n node, e expressionError) {
 	t := n.GetToken()
 	m := Mistake{File: f.file, Field: n.field, Message: e.message, Line: t.Position.Line, Column: t.Position.Column}
 	if s, ok := n.Node.(*ast.StringNode); ok && e.line == 1 && strings.Contains(t.Origin, s.Value) {
@@ -140,20 +222,101 @@ func (f *configFile) wrongExpression(n node, e expressionError) {
 	f.mistakes = append(f.mistakes, m)
 }
 
-// readRate reads tokens/period: 10/s, 5000/24h, 3/250ms.
-func (f *configFile) readRate(n node, d *draft) {
-	s, ok := f.scalar(n) // a number lacks its period, and is told so
-	if !ok {
+// readCost reads a number, or an expression. One that says the same of every request is a number, too.
+func (f *limitReader) readCost(n node, into *cost) {
+	switch n.Node.(type) {
+	case *ast.IntegerNode, *ast.FloatNode:
+		s, _ := f.scalar(n)
+		v, err := strconv.ParseFloat(strings.ReplaceAll(s, "_", ""), 64)
+		if err != nil || math.IsInf(v, 0) {
+			f.wrong(n, "%s; allowed are numbers from 0 on, and CEL", s)
+			return
+		}
+		if into.constant, err = wholeCost(v); err != nil {
+			f.wrong(n, "%v", err)
+		}
+		return
+	}
+	e := f.expression(n, forCost)
+	if e == nil {
+		return
+	}
+	if !e.constant {
+		into.expression = e
 		return
 	}
 	var err error
-	if d.tokens, d.period, err = parseRate(s); err != nil {
+	if into.constant, err = e.tokens(&subject{Request: &Request{}}); err != nil {
 		f.wrong(n, "%v", err)
 	}
 }
 
+// readTier reads a rate and a burst, whose node may be nil.
+func (f *limitReader) readTier(rate, burst node) *tier {
+	text, ok := f.scalar(rate) // a number lacks its period, and is told so
+	if !ok {
+		return nil
+	}
+	most, at := "", rate
+	if burst.Node != nil {
+		var v int64
+		before := len(f.mistakes)
+		if f.whole(burst, &v, 1, limiter.MaxTokens); len(f.mistakes) > before {
+			return nil
+		}
+		most, at = strconv.FormatInt(v, 10), burst
+	}
+	if _, _, err := parseRate(text); err != nil {
+		at = rate
+	}
+	t, err := f.tierOf(text, most)
+	if err != nil {
+		f.wrong(at, "%v", err)
+		return nil
+	}
+	return t
+}
+
+// unlimited is the rate of no bucket at all.
+const unlimited = "unlimited"
+
+// tierOf makes a tier of a rate and a burst as they are written; an empty burst is the rate's tokens.
+func (f *limitReader) tierOf(rate, burst string) (*tier, error) {
+	id := [2]string{rate, burst}
+	if t := f.tiers[id]; t != nil {
+		return t, nil
+	}
+	tokens, period, err := parseRate(rate)
+	if err != nil {
+		return nil, err
+	}
+	t := &tier{rate: rate}
+	switch {
+	case period == 0 && burst != "":
+		return nil, fmt.Errorf("a burst of %s with the rate unlimited, which has no bucket", burst)
+	case period == 0:
+		t.unlimited = true
+	default:
+		size := tokens
+		if burst != "" {
+			if size, err = strconv.ParseInt(burst, 10, 64); err != nil {
+				return nil, fmt.Errorf("%q; allowed are bursts from 1 to %d", burst, limiter.MaxTokens)
+			}
+		}
+		if t.bucket, err = limiter.NewBucket(tokens, period, size); err != nil {
+			return nil, err
+		}
+	}
+	f.tiers[id] = t
+	return t, nil
+}
+
+// parseRate reads tokens/period: 10/s, 5000/24h, 3/250ms; or unlimited, whose period is 0.
 func parseRate(s string) (tokens int64, period time.Duration, err error) {
-	const allowed = "allowed are tokens/period such as 10/s, 100/m, 5000/24h and 3/250ms: a period is s, m, h, d or a Go duration"
+	const allowed = "allowed are tokens/period such as 10/s, 100/m, 5000/24h and 3/250ms: a period is s, m, h, d or a Go duration; or unlimited"
+	if s == unlimited {
+		return 0, 0, nil
+	}
 	count, every, ok := strings.Cut(s, "/")
 	tokens, err = strconv.ParseInt(count, 10, 64)
 	if !ok || err != nil || strings.HasPrefix(count, "+") {
@@ -179,102 +342,31 @@ func parseRate(s string) (tokens int64, period time.Duration, err error) {
 	return tokens, period, nil
 }
 
-// rule is a compiled limit.
-type rule struct {
-	limit  *limiter.Limit
-	bucket limiter.Bucket
-	match  match
-	key    []*expression
-	absent absence
-	prefix string // of its keys, up to and with the brace
-}
-
-// compileLimit makes the rule of a draft, or notes why it cannot.
-func (f *configFile) compileLimit(d *draft) *rule {
-	burst, at := d.bucket, d.burst
-	if at.Node == nil {
-		burst, at = d.tokens, d.rate
-	}
-	bucket, err := limiter.NewBucket(d.tokens, d.period, burst)
-	if err != nil {
-		f.wrong(at, "%v", err)
+// rule makes the rule of a draft, once all that a limit inherits is known; nil where its overrides are wrong.
+func (f *limitReader) rule(d *draft) *rule {
+	before := len(f.mistakes)
+	o := f.readOverrides(d)
+	if len(f.mistakes) > before {
 		return nil
 	}
 	l := &limiter.Limit{
-		Domain:    orElse(d.domain, f.domain),
+		Domain:    cmp.Or(d.domain, f.domain),
 		Name:      d.name,
 		Shadow:    f.mode == "shadow" || d.mode == "shadow",
-		OnFailure: failureModes[orElse(d.failure, f.onFailure)],
+		OnFailure: failureModes[cmp.Or(d.onFailure, f.onFailure)],
 	}
+	prefix := f.keyPrefix + ":" + l.Domain + ":" + l.Name + ":{"
 	return &rule{
-		limit:  l,
-		bucket: bucket,
-		match:  d.match,
-		key:    d.key,
-		absent: d.absent,
-		prefix: f.keyPrefix + ":" + l.Domain + ":" + l.Name + ":{",
+		limit:     l,
+		tier:      d.tier,
+		match:     d.match,
+		when:      d.when,
+		key:       d.key,
+		absent:    d.absent,
+		cost:      d.cost,
+		group:     d.group,
+		overrides: o,
+		prefix:    prefix,
+		only:      prefix + noKey + "}",
 	}
-}
-
-func orElse(s, otherwise string) string {
-	if s == "" {
-		return otherwise
-	}
-	return s
-}
-
-// Draw is what a request owes.
-type Draw struct {
-	Charges []limiter.Charge // one for each limit that applies, in the file's order
-}
-
-// Draw says what a request owes. Its error is a *RuleError.
-func (c *Config) Draw(r *Request) (Draw, error) {
-	s := newSubject(r, &c.client)
-	var d Draw
-	for _, l := range c.limits {
-		if !l.match.applies(&s) {
-			continue
-		}
-		charge, applies, err := l.charge(&s, &c.hasher)
-		if err != nil {
-			return Draw{}, &RuleError{Limit: l.limit.Name, Field: "key", Err: err}
-		}
-		if applies {
-			d.Charges = append(d.Charges, charge)
-		}
-	}
-	return d, nil
-}
-
-// charge makes what a request owes a limit that matches it.
-func (l *rule) charge(s *subject, h *hasher) (c limiter.Charge, applies bool, err error) {
-	c = limiter.Charge{Limit: l.limit, Bucket: l.bucket, Cost: 1}
-	var few [256]byte
-	key := append(few[:0], l.prefix...)
-	if len(l.key) == 0 {
-		key = append(key, noKey...)
-	}
-	for _, e := range l.key {
-		value, err := e.text(s)
-		switch {
-		case err != nil:
-			return c, false, err
-		case value != "" && e.open:
-			key = h.appendOpen(key, value)
-		case value != "":
-			key = h.appendHash(key, value)
-		case l.absent == absentSkip:
-			return c, false, nil
-		case l.absent == absentClient:
-			key = h.appendAbsent(key, network(s.client))
-		default:
-			key = h.appendAbsent(key, "")
-		}
-		if value == "" && l.absent == absentDeny {
-			c.Cost = l.bucket.Burst() + 1 // denied for ever, and so without retry-after, by a bucket that stays full
-		}
-	}
-	c.Key = string(append(key, '}'))
-	return c, true, nil
 }

@@ -16,7 +16,7 @@ type match struct {
 	principals []principalPattern
 }
 
-// subject is a request as matches and keys see it: what is worked out from it is worked out once.
+// subject is a request as matches and expressions see it: what is worked out from it is worked out once. It is for one goroutine.
 type subject struct {
 	*Request
 	host   string // normalised
@@ -24,25 +24,59 @@ type subject struct {
 	normal string // its normal form
 	query  string
 	client netip.Addr // invalid where it is unknown
+	misses int        // how often the expression under way asked for what is absent
 }
 
-func newSubject(r *Request, ids *clientIP) subject {
-	s := subject{Request: r, host: normalHost(r.Host), client: ids.of(r)}
+func newSubject(r *Request, ids *clientIP) *subject {
+	s := &subject{Request: r, host: normalHost(r.Host), client: ids.of(r)}
 	s.sent, s.query, _ = strings.Cut(r.Path, "?")
 	s.normal = normalPath(s.sent)
 	return s
 }
 
-func (m *match) applies(s *subject) bool {
-	return (len(m.hosts) == 0 || anyOf(m.hosts, s.host, hostMatches)) &&
-		(len(m.methods) == 0 || anyOf(m.methods, s.Method, methodMatches)) &&
-		(len(m.paths) == 0 || m.path(s.sent) || s.normal != s.sent && m.path(s.normal)) &&
-		(len(m.clients) == 0 || s.client.IsValid() && anyOf(m.clients, s.client, netip.Prefix.Contains)) &&
-		(len(m.principals) == 0 || anyOf(m.principals, s.Source.Principal, principalPattern.matches))
+// reading says which of a path's two readings has to match.
+type reading uint8
+
+const (
+	eitherReading reading = iota // a limit's: no spelling slips past it
+	bothReadings                 // an exemption's: no spelling slips into it
+)
+
+// mismatch is the first of the match's fields that does not hold, or empty.
+func (m *match) mismatch(s *subject, r reading) string {
+	switch {
+	case len(m.hosts) > 0 && !anyOf(m.hosts, s.host, hostMatches):
+		return "hosts"
+	case len(m.methods) > 0 && !anyOf(m.methods, s.Method, methodMatches):
+		return "methods"
+	case len(m.paths) > 0 && !m.path(s, r):
+		return "paths"
+	}
+	return m.whoMismatches(s)
 }
 
-func (m *match) path(path string) bool {
-	return anyOf(m.paths, path, pathPattern.matches)
+// whoMismatches is mismatch for what an index does not answer.
+func (m *match) whoMismatches(s *subject) string {
+	switch {
+	case len(m.clients) > 0 && (!s.client.IsValid() || !anyOf(m.clients, s.client, netip.Prefix.Contains)):
+		return "clients"
+	case len(m.principals) > 0 && !anyOf(m.principals, s.Source.Principal, principalPattern.matches):
+		return "principals"
+	}
+	return ""
+}
+
+func (m *match) path(s *subject, r reading) bool {
+	sent := anyOf(m.paths, s.sent, pathPattern.matches)
+	if s.normal == s.sent || sent == (r == eitherReading) {
+		return sent
+	}
+	return anyOf(m.paths, s.normal, pathPattern.matches)
+}
+
+// isEmpty reports whether the match holds for every request.
+func (m *match) isEmpty() bool {
+	return len(m.hosts)+len(m.methods)+len(m.paths)+len(m.clients)+len(m.principals) == 0
 }
 
 func anyOf[P, V any](patterns []P, v V, matches func(P, V) bool) bool {

@@ -39,8 +39,8 @@ func (m Mistakes) Error() string {
 	return strings.Join(lines, "\n")
 }
 
-// Override is a value from elsewhere that is over the file's, unless it is Weak.
-type Override struct {
+// Setting is a value from a flag or the environment that is over the file's, unless it is Weak.
+type Setting struct {
 	Field string // listen.grpc, listen.admin, listen.metrics, domain, store.redis.url, grace or log_level
 	Value string
 	From  string // who says so, as a mistake shall name it: --grpc, SLUICE_GRPC
@@ -51,10 +51,19 @@ type Override struct {
 // RuleError is a mistake of the config that only a request can show, such as an expression that fails. It says nothing of what
 // the client sent.
 type RuleError struct {
-	Limit string
-	Field string // of the limit
+	Limit string // empty: of no one limit
+	Field string // of the limit; or context_extensions, for what Envoy's route says
 	Err   error
+	// Shadow says that the limit only decides and counts, and so does its mistake.
+	Shadow bool
 }
 
-func (e *RuleError) Error() string { return fmt.Sprintf("limit %s: %s: %v", e.Limit, e.Field, e.Err) }
+func (e *RuleError) Error() string {
+	if e.Limit == "" {
+		return fmt.Sprintf("%s: %v", e.Field, e.Err)
+	}
+	return fmt.Sprintf("limit %s: %s: %v", e.Limit, e.Field, e.Err)
+}
+
+// Unwrap returns Err.
 func (e *RuleError) Unwrap() error { return e.Err }

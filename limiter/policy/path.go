@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"bytes"
 	"fmt"
 	"strings"
 )
@@ -32,7 +33,7 @@ func normalPath(path string) string {
 		switch segment {
 		case "", ".":
 		case "..":
-			normal = normal[:max(0, strings.LastIndexByte(string(normal), '/'))]
+			normal = normal[:max(0, bytes.LastIndexByte(normal, '/'))]
 		default:
 			normal = append(append(normal, '/'), segment...)
 		}

@@ -3,6 +3,7 @@ package policy
 import (
 	"errors"
 	"fmt"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
@@ -24,7 +25,7 @@ const (
 // reader reads a config's YAML strictly, and goes on after a mistake to find them all.
 type reader struct {
 	file     string
-	getenv   func(string) (string, bool)
+	getenv   func(string) (string, bool) // nil: no variables
 	mistakes Mistakes
 }
 
@@ -291,6 +292,10 @@ func (r *reader) expand(n node, s string) (string, bool) {
 	if !strings.Contains(s, "${") {
 		return s, true
 	}
+	if r.getenv == nil {
+		r.wrong(n, "${...} stands for a variable in the config file only")
+		return "", false
+	}
 	good := true
 	s = variable.ReplaceAllStringFunc(s, func(found string) string {
 		if found == "$${" {
@@ -312,6 +317,21 @@ func (r *reader) expand(n node, s string) (string, bool) {
 		return fallback
 	})
 	return s, good
+}
+
+// checked reads a text that check accepts.
+func (r *reader) checked(into *string, check func(string) error) func(node) {
+	return func(n node) {
+		s, ok := r.text(n)
+		if !ok {
+			return
+		}
+		if err := check(s); err != nil {
+			r.wrong(n, "%v", err)
+			return
+		}
+		*into = s
+	}
 }
 
 // oneOf reads a text that is one of a few.
@@ -353,4 +373,12 @@ func (r *reader) duration(n node, into *time.Duration, from, to time.Duration) {
 		return
 	}
 	*into = d
+}
+
+// path is a file's that the config names: relative to the config.
+func (r *reader) path(name string) string {
+	if filepath.IsAbs(name) {
+		return name
+	}
+	return filepath.Join(filepath.Dir(r.file), name)
 }

@@ -14,7 +14,6 @@ type Request struct {
 	Host     string // as sent: with its port, in its case
 	Path     string // as sent: not decoded, with its query
 	Protocol string // "HTTP/1.1", "HTTP/2", ...
-	Size     int64  // of the body by Content-Length; -1 where unknown
 	Time     time.Time
 
 	// Headers holds each header once: names in lower case, the values of one that was sent several times joined

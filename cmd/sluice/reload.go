@@ -1,0 +1,251 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/fsnotify/fsnotify"
+	"github.com/prometheus/client_golang/prometheus"
+	"go.uber.org/zap"
+
+	"github.com/sluiceproxy/sluice/limiter/policy"
+)
+
+// configSource is where a config comes from, again and again.
+type configSource struct {
+	file string // as mistakes name it
+	load func() (*policy.Config, policy.Inputs, error)
+}
+
+// configFile is the source of a file, empty for none.
+func (p *program) configFile(file string, settings []policy.Setting) configSource {
+	return configSource{file, func() (*policy.Config, policy.Inputs, error) { return policy.Load(file, p.getenv, settings...) }}
+}
+
+const (
+	// settle is how long the files must be left alone before they are read: editors and copies write in steps.
+	settle = 50 * time.Millisecond
+	// patience is how long changes may go on before the files are read all the same.
+	patience = time.Second
+	// recheck is how often the files are looked at although nobody said that they changed: not every file system says.
+	recheck = 10 * time.Second
+)
+
+// reloader keeps a running sidecar by its files: a new config takes the place of the old one whole, or not at all.
+type reloader struct {
+	source configSource
+	use    func(*policy.Config) error // refuses what cannot be changed while running
+	log    *zap.Logger
+
+	inputs policy.Inputs // of the last attempt, good or bad
+	state  string        // of the files, as stat sees them, at the last attempt
+
+	reloads *prometheus.CounterVec
+	info    *prometheus.GaugeVec
+}
+
+func newReloader(source configSource, cfg *policy.Config, inputs policy.Inputs, use func(*policy.Config) error, log *zap.Logger, metrics prometheus.Registerer) *reloader {
+	r := &reloader{
+		source: source,
+		use:    use,
+		log:    log,
+		inputs: inputs,
+		reloads: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "sluice_config_reloads_total", Help: "New configs, by whether they are in force.",
+		}, []string{"result"}),
+		info: prometheus.NewGaugeVec(prometheus.GaugeOpts{
+			Name: "sluice_config_info", Help: "1, with the hash of the config that is in force.",
+		}, []string{"hash"}),
+	}
+	r.reloads.WithLabelValues("success")
+	r.reloads.WithLabelValues("failure")
+	r.info.WithLabelValues(cfg.Hash).Set(1)
+	metrics.MustRegister(r.reloads, r.info)
+	return r
+}
+
+// run reloads when the files change, and when hangup says so, until ctx ends.
+func (r *reloader) run(ctx context.Context, hangup <-chan os.Signal) {
+	var events chan fsnotify.Event
+	var watchErrors chan error
+	watcher, err := fsnotify.NewWatcher()
+	if err != nil {
+		r.log.Warn("the config's files are not watched, only looked at now and then", zap.Duration("every", recheck), zap.Error(err))
+	} else {
+		defer func() { _ = watcher.Close() }()
+		events, watchErrors = watcher.Events, watcher.Errors
+		r.watch(watcher)
+	}
+	tick := time.NewTicker(recheck)
+	defer tick.Stop()
+	quiet := time.NewTimer(0) // the files may have changed since they were read
+	defer quiet.Stop()
+	var since time.Time // the first of the changes that go on; zero: none do
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-hangup:
+			r.reload(true)
+			since = time.Time{}
+		case <-tick.C:
+			r.reload(false)
+		case <-events:
+			r.changed(quiet, &since)
+			continue // what is watched changes with what is read
+		case err := <-watchErrors: // some events may be lost
+			r.log.Warn("watching the config's files", zap.Error(err))
+			r.changed(quiet, &since)
+			continue
+		case <-quiet.C:
+			since = time.Time{}
+			if !r.reload(false) {
+				r.changed(quiet, &since)
+			}
+		}
+		if watcher != nil {
+			r.watch(watcher)
+		}
+	}
+}
+
+// changed puts the reading of changed files off until they are left alone, but not for ever.
+func (r *reloader) changed(quiet *time.Timer, since *time.Time) {
+	if since.IsZero() {
+		*since = time.Now()
+	}
+	if time.Since(*since) < patience {
+		quiet.Reset(settle)
+	}
+}
+
+// reload reads the files if they changed since they were read last, or in any case, and puts what they say in force if it is good. It
+// reports false where the files change while they are read, so that they have to be read again.
+func (r *reloader) reload(inAnyCase bool) bool {
+	before := stateOf(r.inputs.Paths)
+	if before == r.state && !inAnyCase {
+		return true
+	}
+	cfg, inputs, err := r.source.load()
+	if !slices.Equal(inputs.Paths, r.inputs.Paths) { // there are other files now: what were they like before?
+		before = stateOf(inputs.Paths)
+		cfg, inputs, err = r.source.load()
+	}
+	after := stateOf(inputs.Paths)
+	same := inputs.Hash == r.inputs.Hash
+	r.inputs, r.state = inputs, after
+	if after != before {
+		r.inputs.Hash, r.state = [len(inputs.Hash)]byte{}, ""
+		return false
+	}
+	if same && !inAnyCase {
+		return true
+	}
+	if inputs.Blank && err == nil {
+		err = policy.Mistakes{{File: r.source.file, Message: "the file is empty, as one that is being written; to mean no limits, write limits: []"}}
+	}
+	if err == nil {
+		err = r.use(cfg)
+	}
+	if err != nil {
+		r.reloads.WithLabelValues("failure").Inc()
+		r.log.Error("the new config is not in force, the old one stays", mistakesOf(err))
+		return true
+	}
+	r.reloads.WithLabelValues("success").Inc()
+	r.info.Reset()
+	r.info.WithLabelValues(cfg.Hash).Set(1)
+	r.log.Info("a new config is in force", zap.String("hash", cfg.Hash), zap.Int("limits", len(cfg.Limits())))
+	return true
+}
+
+// mistakesOf is an error for the log, a mistake each.
+func mistakesOf(err error) zap.Field {
+	var mistakes policy.Mistakes
+	if !errors.As(err, &mistakes) {
+		return zap.Error(err)
+	}
+	const most = 20
+	lines := make([]string, 0, min(len(mistakes), most+1))
+	for i, m := range mistakes {
+		if i == most {
+			lines = append(lines, fmt.Sprintf("and %d more", len(mistakes)-most))
+			break
+		}
+		lines = append(lines, m.String())
+	}
+	return zap.Strings("mistakes", lines)
+}
+
+// stateOf tells whether files changed: where they really are, their sizes and when they were written.
+func stateOf(paths []string) string {
+	var b strings.Builder
+	for _, path := range paths {
+		really, err := filepath.EvalSymlinks(path)
+		if err != nil {
+			fmt.Fprintf(&b, "%s: %v\n", path, err)
+			continue
+		}
+		if info, err := os.Stat(really); err != nil {
+			fmt.Fprintf(&b, "%s: %v\n", path, err)
+		} else {
+			fmt.Fprintf(&b, "%s %d %d\n", really, info.Size(), info.ModTime().UnixNano())
+		}
+	}
+	return b.String()
+}
+
+// watch has the watcher watch the directories in which something may change what the inputs are.
+func (r *reloader) watch(w *fsnotify.Watcher) {
+	wanted := make(map[string]bool)
+	for _, path := range r.inputs.Paths {
+		addDirectories(wanted, path)
+	}
+	for _, dir := range w.WatchList() {
+		if !wanted[dir] {
+			_ = w.Remove(dir) // it may be gone
+		}
+	}
+	for dir := range wanted {
+		if err := w.Add(dir); err != nil { // one that was replaced is another, and has to be added again
+			r.log.Debug("a directory is not watched", zap.String("directory", dir), zap.Error(err))
+		}
+	}
+}
+
+// addDirectories adds the directories in which an entry of a path stands that may come, go or be replaced: the file's own and, where a
+// part of the path is a symbolic link, as in a volume of Kubernetes, the link's and its target's.
+func addDirectories(to map[string]bool, path string) {
+	path, err := filepath.Abs(path)
+	if err != nil {
+		return
+	}
+	if info, err := os.Stat(path); err == nil && info.IsDir() {
+		to[path] = true
+	}
+	dir := filepath.Dir(path)
+	for !exists(dir) && dir != filepath.Dir(dir) {
+		dir = filepath.Dir(dir) // where it may come back
+	}
+	to[dir] = true
+	for p := path; p != filepath.Dir(p); p = filepath.Dir(p) {
+		if info, err := os.Lstat(p); err != nil || info.Mode()&os.ModeSymlink == 0 {
+			continue
+		}
+		to[filepath.Dir(p)] = true
+		if target, err := filepath.EvalSymlinks(p); err == nil {
+			to[filepath.Dir(target)] = true
+		}
+	}
+}
+
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
+}

@@ -1,0 +1,22 @@
+package main
+
+import (
+	"github.com/spf13/cobra"
+
+	"github.com/sluiceproxy/sluice/limiter/policy"
+)
+
+func (p *program) schemaCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "schema",
+		Short: "Print the config's JSON Schema, for editors",
+		Long: `Print the config's JSON Schema, for editors: with the YAML language server, put this on the config's first line:
+
+  # yaml-language-server: $schema=sluice.schema.json`,
+		Args: cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			_, err := p.stdout.Write(policy.Schema)
+			return err
+		},
+	}
+}

@@ -1,0 +1,97 @@
+package limiter
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+)
+
+// Looking returns a Store on the same buckets whose Take says what a take would be answered and takes nothing: it only reads. It
+// needs the rights to TIME and GET, and is for people who ask, not for requests.
+func (r *Redis) Looking() Store { return looking{r} }
+
+type looking struct{ redis *Redis }
+
+func (l looking) Take(ctx context.Context, charges []Charge, verdicts []Verdict) {
+	ctx, cancel := context.WithTimeout(ctx, l.redis.timeout)
+	defer cancel()
+	ask := l.redis.client.Pipeline()
+	clock := ask.Time(ctx)
+	stored := make([]*redis.StringCmd, len(charges))
+	for i := range charges {
+		stored[i] = ask.Get(ctx, charges[i].Key)
+	}
+	_, _ = ask.Exec(ctx) // each command has its own error
+	now, err := clock.Result()
+	if err != nil {
+		failAll(verdicts, storeError(err))
+		return
+	}
+	for i := range charges {
+		b := charges[i].Bucket
+		at, err := look(stored[i], b, now)
+		if err != nil {
+			verdicts[i] = Verdict{Err: err}
+			continue
+		}
+		verdicts[i] = b.verdict(at, charges[i].Cost, 0, RedisSource)
+	}
+}
+
+// look is what a bucket holds by the answer to its GET, as the script would find it. Its error is a *StoreError.
+func look(stored *redis.StringCmd, b Bucket, now time.Time) (level, error) {
+	raw, err := stored.Result()
+	switch {
+	case errors.Is(err, redis.Nil):
+		return b.full(), nil
+	case err != nil && strings.HasPrefix(err.Error(), "WRONGTYPE"):
+		return level{}, nil
+	case err != nil:
+		return level{}, storeError(err)
+	}
+	s, err := parseState(raw)
+	if errors.Is(err, errNewer) {
+		return level{}, &StoreError{Kind: KindState, Err: err}
+	}
+	if err == nil {
+		at, _ := draw(s, b, now.UnixMicro())
+		return at, nil
+	}
+	return level{}, nil // what makes no sense counts as empty
+}
+
+const (
+	stateMagic   = "\xb5\x08"
+	stateVersion = 1
+	stateSize    = 37
+)
+
+var (
+	errNewer    = errors.New("stored by a newer version")
+	errNonsense = errors.New("what is stored makes no sense")
+)
+
+// parseState reads what the script has stored: STATE there.
+func parseState(raw string) (state, error) {
+	if len(raw) > len(stateMagic) && strings.HasPrefix(raw, stateMagic) && raw[len(stateMagic)] > stateVersion {
+		return state{}, errNewer
+	}
+	if len(raw) != stateSize || !strings.HasPrefix(raw, stateMagic) || raw[len(stateMagic)] != stateVersion {
+		return state{}, errNonsense
+	}
+	field := func(from, to int) int64 { return int64(bigEndian(raw[from:to])) }
+	s := state{
+		level: level{tokens: field(3, 7), frac: field(7, 13)},
+		at:    field(13, 20),
+		shape: Bucket{burst: field(20, 24), n: field(24, 31), p: field(31, 37)},
+	}
+	b := s.shape
+	if b.burst < 1 || b.burst > MaxTokens || b.n < 1 || b.n > MaxTokens*minPeriod || b.p < minPeriod || b.p > MaxPeriod.Microseconds() ||
+		s.level.tokens > b.burst || s.level.frac >= b.p || s.level.tokens == b.burst && s.level.frac > 0 || s.at >= 1<<53 {
+		return state{}, errNonsense
+	}
+	return s, nil
+}

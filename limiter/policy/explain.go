@@ -1,0 +1,171 @@
+package policy
+
+import (
+	"fmt"
+	"strings"
+	"unicode/utf8"
+
+	"github.com/sluiceproxy/sluice/limiter"
+)
+
+// Explanation says what a request draws, and why.
+type Explanation struct {
+	Draw Draw
+	// Exempt says which exemption holds; empty where none does.
+	Exempt string
+	// Limits are all of the file's, in its order, and then the route's own.
+	Limits []Explained
+}
+
+// Explained is one limit of an Explanation.
+type Explained struct {
+	Limit   *limiter.Limit
+	Applies bool
+	Reason  string // a sentence; what the client sent stands in it quoted and shortened, and no header's value
+	Rate    string // as the config writes it, of an override where one holds
+	Burst   int64  // 0 where the rate is unlimited, so that there is no bucket
+	Charge  int    // its index in Draw.Charges; -1 where there is none
+	Key     string // of the bucket, as it stands in Redis between its braces; empty where there is no charge
+}
+
+// Explain says what Draw does with a request, and why.
+func (c *Config) Explain(r *Request) Explanation {
+	s := newSubject(r, &c.client)
+	x := Explanation{}
+	for i := range c.exempt.find(s, bothReadings) {
+		x.Exempt = fmt.Sprintf("exempt[%d] holds", i)
+		x.Draw.Exempt = true
+		break
+	}
+	d := drawing{subject: s, hasher: &c.hasher}
+	on := c.route(s.Context)
+	d.wrong(on.mistakes...)
+	look := func(l *rule) finding {
+		if field := l.match.mismatch(s, eitherReading); field != "" {
+			return finding{kind: foundMismatch, field: field}
+		}
+		return d.consider(l)
+	}
+	add := func(l *rule, f finding) {
+		if x.Draw.Exempt {
+			f = finding{kind: foundExempt}
+		}
+		tier := l.tier
+		if f.applies {
+			tier = f.tier
+		}
+		e := Explained{Limit: l.limit, Applies: f.applies, Reason: c.reason(s, l, f), Rate: tier.rate, Burst: tier.bucket.Burst(), Charge: -1}
+		if f.applies && !tier.unlimited {
+			e.Charge = len(d.Charges) - 1
+			e.Key = strings.TrimSuffix(strings.TrimPrefix(f.key, l.prefix), "}")
+		}
+		x.Limits = append(x.Limits, e)
+	}
+	for i, l := range c.rules {
+		replaced := on.replacing(i)
+		switch {
+		case replaced != nil && replaced.rule == nil:
+			add(l, finding{kind: foundOff})
+		case replaced != nil:
+			add(l, finding{kind: foundReplaced})
+		case on.omits(i):
+			add(l, finding{kind: foundUnlisted})
+		default:
+			add(l, look(l))
+		}
+	}
+	for _, e := range on.limits {
+		if e.rule != nil {
+			add(e.rule, look(e.rule))
+		}
+	}
+	if !x.Draw.Exempt {
+		x.Draw = d.Draw
+	}
+	return x
+}
+
+// reason puts a finding into words.
+func (c *Config) reason(s *subject, l *rule, f finding) string {
+	switch f.kind {
+	case foundExempt:
+		return "the request is exempt"
+	case foundMismatch:
+		return l.match.why(s, f.field)
+	case foundWhenFalse:
+		return "when is false: " + l.when.text
+	case foundSkipped:
+		return fmt.Sprintf("its key's %s is absent, and absent: skip", l.partName(f.part))
+	case foundGroupTaken:
+		return fmt.Sprintf("%s comes first in the group %s", f.other.limit.Name, l.group)
+	case foundOff:
+		return fmt.Sprintf("the route turns it off: %s%s", routeLimit, l.limit.Name)
+	case foundReplaced:
+		return fmt.Sprintf("the route's %s%s replaces it", routeLimit, l.limit.Name)
+	case foundUnlisted:
+		return "the route's sluice.limits does not name it"
+	case foundMistake:
+		return fmt.Sprintf("a mistake of the config: %s: %v", f.err.Field, f.err.Err)
+	}
+	reason := "it is for every request"
+	if !l.match.isEmpty() || l.when != nil {
+		reason = "it matches"
+	}
+	if f.whenIs {
+		reason += "; when is absent, and then it applies"
+	}
+	switch f.kind {
+	case foundOverridden:
+		reason += "; its rate is that of " + l.overrides.place(f.sum)
+	case foundPartAbsent:
+		reason += fmt.Sprintf("; its key's %s is absent: ", l.partName(f.part)) + map[absence]string{
+			absentClient: "the client's network takes its place",
+			absentShare:  "all such requests share a bucket",
+			absentDeny:   "the request is denied",
+		}[l.absent]
+	}
+	return reason
+}
+
+// partName is a part of a key, for people.
+func (l *rule) partName(i int) string { return "part " + l.key[i].text }
+
+// why says why a field of the match does not hold.
+func (m *match) why(s *subject, field string) string {
+	switch field {
+	case "hosts":
+		return fmt.Sprintf("the host %s is none of match.hosts", quoted(s.host))
+	case "methods":
+		return fmt.Sprintf("the method %s is none of match.methods", quoted(s.Method))
+	case "paths":
+		if s.normal != s.sent {
+			return fmt.Sprintf("the path %s, and its normal form %s, is none of match.paths", quoted(s.sent), quoted(s.normal))
+		}
+		return fmt.Sprintf("the path %s is none of match.paths", quoted(s.sent))
+	case "clients":
+		if !s.client.IsValid() {
+			return "the client's address is not known, so that match.clients cannot hold"
+		}
+		return fmt.Sprintf("the client %v is in none of match.clients", s.client)
+	}
+	if s.Source.Principal == "" {
+		return "the peer has no principal, so that match.principals cannot hold"
+	}
+	return fmt.Sprintf("the principal %s is none of match.principals", quoted(s.Source.Principal))
+}
+
+// quoted is what a client sent, in quotes, escaped, and at most some 100 bytes of it.
+func quoted(sent string) string {
+	const most = 100
+	if len(sent) <= most {
+		return fmt.Sprintf("%+q", sent)
+	}
+	end := most
+	for end > 0 && !utf8.RuneStart(sent[end]) {
+		end--
+	}
+	return fmt.Sprintf("%+q...", sent[:end])
+}
+
+// Client is the address that the config takes for the request's client; empty where it is not known.
+func (c *Config) Client(r *Request) string { return addressText(c.client.of(r)) }

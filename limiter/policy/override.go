@@ -1,0 +1,279 @@
+package policy
+
+import (
+	"crypto/sha256"
+	"encoding/csv"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/goccy/go-yaml/ast"
+)
+
+// The bounds of what overrides_file names, over all files of a limit.
+const (
+	maxOverrideBytes = 256 << 20
+	maxOverrides     = 1_000_000
+)
+
+// overrides are the rates of those keys of a limit that have another than the limit's own. Keys are looked up by their digest, in
+// constant time, and are not kept. Inline rows are over those of files.
+type overrides struct {
+	inline, file map[digest]override
+	files        []string // their names, for people
+}
+
+// override is the rate of one key.
+type override struct {
+	tier *tier
+	file int32 // index of overrides.files
+	row  int32 // in a file its line, inline its index
+}
+
+// digest is what the parts of a key are looked up by: SHA-256 of each part's SHA-256, or of one part alone that.
+type digest [sha256.Size]byte
+
+func digestOf(parts []digest) digest {
+	if len(parts) == 1 {
+		return parts[0]
+	}
+	h := sha256.New()
+	for i := range parts {
+		h.Write(parts[i][:])
+	}
+	var d digest
+	h.Sum(d[:0])
+	return d
+}
+
+// digestOfPart is a part's as it is written: in clear, or as sha256: and the digest in hex.
+func digestOfPart(part string) (digest, error) {
+	text, ok := strings.CutPrefix(part, "sha256:")
+	if !ok {
+		if part == "" {
+			return digest{}, errors.New("an empty part of a key, which no request has: it is absent there")
+		}
+		return sha256.Sum256([]byte(part)), nil
+	}
+	var d digest
+	if n, err := hex.Decode(d[:], []byte(text[:min(len(text), 2*len(d))])); err != nil || n != len(d) || len(text) != 2*len(d) {
+		return digest{}, fmt.Errorf("sha256: with %d characters behind it; wanted are 64 hex digits", len(text))
+	}
+	return d, nil
+}
+
+// find is the override of the key with a digest, if it has one.
+func (o *overrides) find(d digest) (override, bool) {
+	if row, ok := o.inline[d]; ok {
+		return row, true
+	}
+	row, ok := o.file[d]
+	return row, ok
+}
+
+// place says where an override stands.
+func (o *overrides) place(d digest) string {
+	row, isInline := o.inline[d]
+	inFile, isInFile := o.file[d]
+	line := ""
+	if isInFile {
+		line = fmt.Sprintf("%s:%d", o.files[inFile.file], inFile.row)
+	}
+	switch {
+	case isInline && isInFile:
+		return fmt.Sprintf("overrides[%d], which is over %s", row.row, line)
+	case isInline:
+		return fmt.Sprintf("overrides[%d]", row.row)
+	}
+	return line
+}
+
+// readOverrides reads the overrides of a limit whose own fields are read.
+func (f *limitReader) readOverrides(d *draft) *overrides {
+	if d.overrides.Node == nil && len(d.files) == 0 {
+		return nil
+	}
+	if len(d.key) == 0 {
+		at := d.overrides
+		if at.Node == nil {
+			at = d.files[0]
+		}
+		f.wrong(at, "the limit has no key, so that it has one bucket, whose rate is the limit's")
+		return nil
+	}
+	o := &overrides{inline: make(map[digest]override), file: make(map[digest]override)}
+	if d.overrides.Node != nil {
+		f.readInline(d, o)
+	}
+	bytes := int64(0)
+	for _, n := range d.files {
+		pattern, ok := f.text(n)
+		if !ok {
+			continue
+		}
+		for _, name := range f.glob(n, pattern) {
+			f.readOverridesFile(n, d, o, name, &bytes)
+		}
+	}
+	return o
+}
+
+func (f *limitReader) readInline(d *draft, o *overrides) {
+	if _, ok := d.overrides.Node.(*ast.SequenceNode); !ok {
+		f.wrong(d.overrides, "%s; wanted is a list of overrides such as {key: gold, rate: 100/m}", describe(d.overrides.Node))
+		return
+	}
+	index := -1
+	f.each(d.overrides, func(n node) {
+		index++
+		var key, rate, burst node
+		isMapping := f.mapping(n, map[string]func(node){
+			"key":   func(n node) { key = n },
+			"rate":  func(n node) { rate = n },
+			"burst": func(n node) { burst = n },
+		})
+		if !isMapping {
+			return
+		}
+		if key.Node == nil || rate.Node == nil {
+			f.wrong(n, "an override has a key and a rate")
+			return
+		}
+		var parts []string
+		good := true
+		f.each(key, func(n node) {
+			s, ok := f.scalar(n)
+			good = good && ok
+			parts = append(parts, s)
+		})
+		tier := f.readTier(rate, burst)
+		if !good || tier == nil {
+			return
+		}
+		f.addOverride(o.inline, d, parts, override{tier: tier, row: int32(index)}, func(_ int, format string, args ...any) {
+			f.wrong(key, format, args...)
+		})
+	})
+}
+
+// glob is the files that a pattern names. There may be none yet, as for nginx's include; a name without a pattern has to be there.
+func (f *limitReader) glob(n node, pattern string) []string {
+	if f.inputs == nil {
+		f.wrong(n, "no file is read for a route; allowed is overrides")
+		return nil
+	}
+	path := f.path(pattern)
+	f.inputs.add(filepath.Dir(path))
+	if !strings.ContainsAny(pattern, `*?[`) {
+		return []string{path}
+	}
+	names, err := filepath.Glob(path)
+	if err != nil {
+		f.wrong(n, "%q is no pattern of names: %v", pattern, err)
+	}
+	slices.Sort(names)
+	return names
+}
+
+// readOverridesFile reads a CSV file: a header row, then a row for each key: its parts, a rate, a burst.
+func (f *limitReader) readOverridesFile(n node, d *draft, o *overrides, name string, bytes *int64) {
+	file, err := os.Open(name)
+	if err != nil {
+		f.wrong(n, "%v", err)
+		return
+	}
+	defer func() { _ = file.Close() }()
+	limit := &io.LimitedReader{R: f.inputs.reading(name, file), N: maxOverrideBytes - *bytes + 1}
+	defer func() { *bytes = maxOverrideBytes - limit.N + 1 }()
+	rows := csv.NewReader(limit)
+	rows.ReuseRecord = true
+	rows.FieldsPerRecord = -1
+	o.files = append(o.files, name)
+	number := int32(len(o.files) - 1)
+
+	before := len(f.mistakes)
+	wrong := func(line, column int, format string, args ...any) {
+		f.mistakes = append(f.mistakes, Mistake{File: name, Line: line, Column: column, Field: n.field, Message: fmt.Sprintf(format, args...)})
+	}
+	const mostMistakes = 100 // of one file: a wrong column makes every row one
+	header := true
+	for len(f.mistakes)-before < mostMistakes {
+		row, err := rows.Read()
+		var syntax *csv.ParseError
+		switch {
+		case errors.Is(err, io.EOF):
+			if header {
+				wrong(1, 1, "an empty file; wanted is a header row, such as key,rate,burst")
+			}
+			return
+		case errors.As(err, &syntax):
+			wrong(syntax.Line, syntax.Column, "%v", syntax.Err)
+			return
+		case err != nil:
+			f.wrong(n, "%v", err)
+			return
+		case limit.N <= 0:
+			f.wrong(n, "more than %d bytes of overrides", maxOverrideBytes)
+			return
+		}
+		line, _ := rows.FieldPos(0)
+		parts := len(d.key)
+		if header {
+			header = false
+			if len(row) != parts+2 || strings.TrimSpace(row[parts]) != "rate" || strings.TrimSpace(row[parts+1]) != "burst" {
+				wrong(line, 1, "the header row has %d columns; wanted are %d for the key's parts, then rate and burst", len(row), parts)
+				return
+			}
+			continue
+		}
+		if len(row) != parts+2 {
+			wrong(line, 1, "%d columns; wanted are %d for the key's parts, then rate and burst", len(row), parts)
+			continue
+		}
+		if len(o.file) >= maxOverrides {
+			wrong(line, 1, "more than %d rows", maxOverrides)
+			return
+		}
+		tier, err := f.tierOf(strings.TrimSpace(row[parts]), strings.TrimSpace(row[parts+1]))
+		if err != nil {
+			_, column := rows.FieldPos(parts)
+			wrong(line, column, "%v", err)
+			continue
+		}
+		f.addOverride(o.file, d, row[:parts], override{tier: tier, file: number, row: int32(line)}, func(part int, format string, args ...any) {
+			_, column := rows.FieldPos(part)
+			wrong(line, column, format, args...)
+		})
+	}
+}
+
+// addOverride adds a row to a table, or says what is wrong with it, and with which of its parts.
+func (f *limitReader) addOverride(table map[digest]override, d *draft, parts []string, row override, wrong func(part int, format string, args ...any)) {
+	if len(parts) != len(d.key) {
+		wrong(0, "%d parts; the limit's key has %d", len(parts), len(d.key))
+		return
+	}
+	var few [maxKeyParts]digest
+	for i, part := range parts {
+		var err error
+		if few[i], err = digestOfPart(part); err != nil {
+			wrong(i, "%v", err)
+			return
+		}
+	}
+	if t := row.tier; d.cost.expression == nil && !t.unlimited && d.cost.constant > t.bucket.Burst() {
+		wrong(0, "a burst of %d is below the limit's cost of %d, which it would never allow", t.bucket.Burst(), d.cost.constant)
+		return
+	}
+	sum := digestOf(few[:len(parts)])
+	if _, twice := table[sum]; twice {
+		wrong(0, "a second override of the same key")
+		return
+	}
+	table[sum] = row
+}

@@ -1,0 +1,169 @@
+package policy
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+)
+
+// What Envoy's filter chain says in context_extensions: limits of a route's own, and which of the file's are considered on it.
+const (
+	routePrefix = "sluice."
+	routeLimit  = "sluice.limit." // and the limit's name
+	routeLimits = "sluice.limits"
+)
+
+// The bounds of what is kept of them. No client can set them, but Envoy's config changes.
+const (
+	maxRouteTexts = 4096
+	maxRouteText  = 8192 // bytes of one
+)
+
+// route is what a request's route says.
+type route struct {
+	only     *routeEntry   // which of the file's limits are considered; nil: all
+	limits   []*routeEntry // its own, by name
+	mistakes []*RuleError
+}
+
+// routeEntry is one of context_extensions, as it was understood.
+type routeEntry struct {
+	rule     *rule // the route's own limit; nil: off
+	replaces int   // the file's limit of that name, or -1
+	listed   set   // of the file's limits
+	mistake  *RuleError
+}
+
+// considers reports whether the file's limit i is considered on the route.
+func (r *route) considers(i int) bool {
+	return !r.omits(i) && r.replacing(i) == nil
+}
+
+// omits reports whether the route lists others of the file's limits.
+func (r *route) omits(i int) bool {
+	return r.only != nil && r.only.listed[i>>6]&(1<<(i&63)) == 0
+}
+
+// replacing is the route's entry by the name of the file's limit i, or nil.
+func (r *route) replacing(i int) *routeEntry {
+	for _, e := range r.limits {
+		if e.replaces == i {
+			return e
+		}
+	}
+	return nil
+}
+
+// route reads what a request's route says.
+func (c *Config) route(context map[string]string) (on route) {
+	var keys []string
+	for key := range context {
+		if strings.HasPrefix(key, routePrefix) {
+			keys = append(keys, key)
+		}
+	}
+	slices.Sort(keys)
+	for _, key := range keys {
+		e := c.routes.entry(c, routeText{key, context[key]})
+		switch {
+		case e.mistake != nil:
+			on.mistakes = append(on.mistakes, e.mistake)
+		case key == routeLimits:
+			on.only = e
+		default:
+			on.limits = append(on.limits, e)
+		}
+	}
+	return on
+}
+
+// routeText is one of context_extensions as Envoy sends it.
+type routeText struct{ key, value string }
+
+// routeTable keeps what was understood of context_extensions, so that each is parsed once. It is safe for concurrent use.
+type routeTable struct {
+	mu      sync.RWMutex
+	entries map[routeText]*routeEntry
+}
+
+func (t *routeTable) entry(c *Config, text routeText) *routeEntry {
+	t.mu.RLock()
+	e := t.entries[text]
+	t.mu.RUnlock()
+	if e != nil {
+		return e
+	}
+	e = c.readRoute(text)
+	if len(text.key)+len(text.value) > maxRouteText {
+		return e // a mistake, and not kept
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if len(t.entries) >= maxRouteTexts {
+		t.entries = nil // what is in use comes back
+	}
+	if t.entries == nil {
+		t.entries = make(map[routeText]*routeEntry)
+	}
+	t.entries[text] = e
+	return e
+}
+
+// readRoute understands one of context_extensions.
+func (c *Config) readRoute(text routeText) *routeEntry {
+	wrong := func(limit string, err error) *routeEntry {
+		return &routeEntry{mistake: &RuleError{Limit: limit, Field: "context_extensions", Err: err, Shadow: c.inherited.mode == "shadow"}}
+	}
+	name, isLimit := strings.CutPrefix(text.key, routeLimit)
+	switch {
+	case len(text.key)+len(text.value) > maxRouteText:
+		return wrong("", fmt.Errorf("%d bytes under a key that begins with sluice.; allowed are %d", len(text.value), maxRouteText))
+	case text.key == routeLimits:
+		return c.readListed(text.value, wrong)
+	case !isLimit:
+		return wrong("", fmt.Errorf("the key %q; allowed are sluice.limits and sluice.limit.<name>", text.key))
+	}
+	if err := checkName(name); err != nil {
+		return wrong("", fmt.Errorf("%s: the name %w", routeLimit, err))
+	}
+	e := &routeEntry{replaces: -1}
+	if i, ok := c.byName[name]; ok {
+		e.replaces = i
+	}
+	if text.value == "off" {
+		return e
+	}
+	f := c.inherited
+	f.reader = reader{file: text.key}
+	f.expressions, f.tiers = make(map[[2]string]*expression), make(map[[2]string]*tier)
+	root := f.document([]byte(text.value))
+	if root == nil {
+		if len(f.mistakes) == 0 {
+			return wrong(name, errors.New(`empty; wanted is a limit such as {rate: 10/m, key: client.network}, or "off"`))
+		}
+		return wrong(name, f.mistakes)
+	}
+	if d := f.readLimit(*root, name); d != nil {
+		e.rule = f.rule(d)
+	}
+	if len(f.mistakes) > 0 {
+		return wrong(name, f.mistakes)
+	}
+	return e
+}
+
+// readListed reads the value of sluice.limits.
+func (c *Config) readListed(value string, wrong func(string, error) *routeEntry) *routeEntry {
+	e := &routeEntry{listed: make(set, (len(c.rules)+63)/64)}
+	for name := range strings.SplitSeq(value, ",") {
+		name = strings.TrimSpace(name)
+		i, ok := c.byName[name]
+		if !ok {
+			return wrong("", fmt.Errorf("sluice.limits: the config has no limit %q", name))
+		}
+		e.listed[i>>6] |= 1 << (i & 63)
+	}
+	return e
+}
