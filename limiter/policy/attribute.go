@@ -131,17 +131,56 @@ func (p presentMap) Contains(key ref.Val) ref.Val {
 	return types.Bool(ok)
 }
 
-// absentIsNull makes == and != take what is absent for null. It is an interpreter.InterpretableDecoratorV2.
-func absentIsNull(i interpreter.InterpretableV2) (interpreter.InterpretableV2, error) {
+// decorate changes what CEL does in two places. It is an interpreter.InterpretableDecoratorV2.
+func decorate(i interpreter.InterpretableV2) (interpreter.InterpretableV2, error) {
 	call, ok := i.(interpreter.InterpretableCall)
-	if !ok || call.Function() != operators.Equals && call.Function() != operators.NotEquals {
+	if !ok {
 		return i, nil
 	}
 	args := call.Args()
-	return &equality{call, args[0], args[1], call.Function() == operators.NotEquals}, nil
+	switch call.Function() {
+	case operators.Equals, operators.NotEquals:
+		return &equality{call, args[0], args[1], call.Function() == operators.NotEquals}, nil
+	case "replace", "join":
+		return &bounded{call, args}, nil
+	}
+	return i, nil
 }
 
-// equality is == or !=.
+// bounded is a call whose result may be the product of its arguments' lengths, which a client may choose, and which CEL's own cost sees
+// when it is too late.
+type bounded struct {
+	interpreter.InterpretableCall
+	args []interpreter.InterpretableV2
+}
+
+const maxProduct = 1 << 20 // bytes
+
+// Exec is CEL's.
+func (b *bounded) Exec(frame *interpreter.ExecutionFrame) ref.Val {
+	size := 1
+	for _, arg := range b.args {
+		switch v := arg.Exec(frame).(type) {
+		case types.String:
+			size *= len(v) + 1
+		case traits.Lister:
+			if n, ok := v.Size().(types.Int); ok {
+				size *= int(n) + 1
+			}
+		}
+		if size > maxProduct {
+			return types.NewErr("a text grows too large")
+		}
+	}
+	return b.InterpretableCall.Exec(frame)
+}
+
+// Eval is CEL's.
+func (b *bounded) Eval(a interpreter.Activation) ref.Val {
+	return interpreter.EvalActivation(a, b.Exec)
+}
+
+// equality is == or !=, which take what is absent for null.
 type equality struct {
 	interpreter.InterpretableCall
 	left, right interpreter.InterpretableV2

@@ -148,7 +148,7 @@ func TestFailsClosed(t *testing.T) {
 	}
 }
 
-func TestOverrides(t *testing.T) {
+func TestSettings(t *testing.T) {
 	text := []byte("{domain: file, listen: {grpc: \"127.0.0.1:1\"}, store: {redis: {url: \"redis://file\", timeout: 7ms}}}")
 	c, err := Parse("f", text, env(),
 		Setting{Field: "domain", Value: "environment", From: "SLUICE_DOMAIN"},

@@ -110,6 +110,9 @@ func (d *drawing) consider(l *rule) finding {
 	case f.tier.unlimited:
 		d.Unlimited = append(d.Unlimited, l.limit)
 	default:
+		if d.Charges == nil {
+			d.Charges = make([]limiter.Charge, 0, 4) // most requests owe so few
+		}
 		d.Charges = append(d.Charges, limiter.Charge{Limit: l.limit, Bucket: f.tier.bucket, Key: f.key, Cost: f.cost})
 	}
 	if f.applies && l.group != "" {

@@ -110,7 +110,7 @@ func compile(text string, p purpose) (*expression, []expressionError) {
 	if out := checked.OutputType(); !p.accepts(out) {
 		return wrong("%s, and this is %v", p.wanted(), out)
 	}
-	program, err := env.Program(checked, cel.CostLimit(maxEvaluation), cel.EvalOptions(cel.OptOptimize), cel.CustomDecoratorV2(absentIsNull))
+	program, err := env.Program(checked, cel.CostLimit(maxEvaluation), cel.EvalOptions(cel.OptOptimize), cel.CustomDecoratorV2(decorate))
 	if err != nil {
 		return wrong("%v", err)
 	}
@@ -219,7 +219,7 @@ func (e *expression) eval(s *subject) (ref.Val, error) {
 func failure(err error) error {
 	for _, known := range []string{
 		"no such key", "no such overload", "index out of bounds", "division by zero", "modulus by zero", "integer overflow", "unsigned integer overflow",
-		"type conversion error", "operation cancelled: actual cost limit exceeded",
+		"type conversion error", "operation cancelled: actual cost limit exceeded", "a text grows too large",
 	} {
 		if strings.HasPrefix(err.Error(), known) {
 			return errors.New("the expression fails: " + known)

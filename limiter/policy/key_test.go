@@ -203,33 +203,3 @@ func FuzzParseAddr(f *testing.F) {
 		}
 	})
 }
-
-// BenchmarkDraw is what a request costs before a store is asked:
-//
-//	go test ./limiter/policy -run '^$' -bench Draw
-func BenchmarkDraw(b *testing.B) {
-	many := "limits:\n"
-	for i := range 97 {
-		many += fmt.Sprintf("  - {name: other-%d, rate: 1/s, match: {hosts: [\"h%d\"], paths: [\"/x/{y}\"]}}\n", i, i)
-	}
-	many += "  - {name: a, rate: 1/s, key: client.ip}\n  - {name: b, rate: 1/s, key: 'request.headers[\"x-api-key\"]'}\n" +
-		"  - {name: c, rate: 1/s, match: {paths: [\"/v1/**\"]}}\n"
-	for name, config := range map[string]string{
-		"by-network": "limits: [{name: a, rate: 1/s, key: client.network}]",
-		"by-header":  `limits: [{name: a, rate: 1/s, key: 'request.headers["x-api-key"]'}]`,
-		"by-cel":     `limits: [{name: a, rate: 1/s, key: 'request.headers["x-api-key"].lowerAscii()'}]`,
-		"3-of-100":   many,
-	} {
-		b.Run(name, func(b *testing.B) {
-			c := parse(b, config)
-			r := request(b, "GET shop.example.com/v1/orders?page=2 with x-api-key=k")
-			if got := drawn(b, c, "GET shop.example.com/v1/orders?page=2 with x-api-key=k"); got == "" {
-				b.Fatal(got)
-			}
-			b.ReportAllocs()
-			for b.Loop() {
-				c.Draw(r)
-			}
-		})
-	}
-}

@@ -147,7 +147,7 @@ func (f *limitReader) readInline(d *draft, o *overrides) {
 		var parts []string
 		good := true
 		f.each(key, func(n node) {
-			s, ok := f.scalar(n)
+			s, ok := f.readPart(n)
 			good = good && ok
 			parts = append(parts, s)
 		})
@@ -159,6 +159,18 @@ func (f *limitReader) readInline(d *draft, o *overrides) {
 			f.wrong(key, format, args...)
 		})
 	})
+}
+
+// readPart reads a part of an override's key. An unquoted sha256:2c26... within brackets is a text in YAML, and a mapping for
+// goccy/go-yaml.
+func (f *limitReader) readPart(n node) (string, bool) {
+	if entries, ok := entries(n.Node); ok && len(entries) == 1 && entries[0].Key.GetToken().Value == "sha256" {
+		switch v := entries[0].Value.(type) {
+		case *ast.StringNode, *ast.IntegerNode, *ast.FloatNode:
+			return "sha256:" + v.GetToken().Value, true
+		}
+	}
+	return f.scalar(n)
 }
 
 // glob is the files that a pattern names. There may be none yet, as for nginx's include; a name without a pattern has to be there.

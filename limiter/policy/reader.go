@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"path/filepath"
@@ -18,8 +19,12 @@ import (
 
 // The bounds of a config file. A thousand limits take some 200 kB.
 const (
-	maxFile  = 1 << 20 // bytes
-	maxDepth = 64      // of brackets, or of dashes on a line, in each other
+	maxFile     = 1 << 20 // bytes
+	maxDepth    = 64      // of brackets, or of dashes on a line, in each other
+	maxFields   = 1000    // of one mapping
+	maxValues   = 20_000  // of one list
+	maxText     = 8192    // bytes of one text
+	maxMistakes = 1000    // that are told
 )
 
 // reader reads a config's YAML strictly, and goes on after a mistake to find them all.
@@ -37,6 +42,9 @@ type node struct {
 
 // at notes a mistake at a token.
 func (r *reader) at(t *token.Token, field, format string, args ...any) {
+	if len(r.mistakes) >= maxMistakes {
+		return
+	}
 	m := Mistake{File: r.file, Field: field, Message: fmt.Sprintf(format, args...)}
 	if t != nil && t.Position != nil {
 		m.Line, m.Column = t.Position.Line, t.Position.Column
@@ -69,9 +77,8 @@ func (r *reader) document(text []byte) *node {
 		r.at(nil, "", "the file has %d bytes; allowed are %d", len(text), maxFile)
 		return nil
 	}
-	if line, column := tooDeep(text); line > 0 {
-		r.mistakes = append(r.mistakes, Mistake{File: r.file, Line: line, Column: column,
-			Message: fmt.Sprintf("more than %d levels of nesting", maxDepth)})
+	if line, column, message := outgrown(text); message != "" {
+		r.mistakes = append(r.mistakes, Mistake{File: r.file, Line: line, Column: column, Message: message})
 		return nil
 	}
 	file, err := parser.ParseBytes(text, 0, parser.AllowDuplicateMapKey())
@@ -98,28 +105,105 @@ func (r *reader) document(text []byte) *node {
 	return root
 }
 
-// tooDeep finds where brackets or dashes nest deeper than in any config, before a parser that recurses sees them. It looks at no quotes:
-// what stands in them is rarely deeper than maxDepth, either.
-func tooDeep(text []byte) (line, column int) {
-	line, depth, dashes, atStart := 1, 0, 0, true
-	for _, c := range text {
-		column++
-		switch {
-		case c == '\n':
-			line, column, dashes, atStart = line+1, 0, 0, true
-		case c == '[' || c == '{':
-			depth++
-		case c == ']' || c == '}':
-			depth = max(0, depth-1)
-		case atStart && (c == '-' || c == '?'):
-			dashes++
+// outgrown finds where a text is larger than any config, before a parser that recurses, and takes quadratic time for some of it, sees it:
+// too many levels, fields of one mapping, or values of one list. It looks at no quotes, and so may count what stands in them; what
+// does is rarely that many, either.
+func outgrown(text []byte) (line, column int, message string) {
+	var flow []bracket  // that are open
+	var block []outline // the block mappings and lists that are open, by their columns
+	for number, rest := 1, text; len(rest) > 0; number++ {
+		var row []byte
+		row, rest, _ = bytes.Cut(rest, []byte{'\n'})
+		if len(flow) == 0 {
+			if column, message = outgrownBlock(row, &block); message != "" {
+				return number, column, message
+			}
 		}
-		atStart = atStart && (c == '\n' || c == ' ' || c == '\t' || c == '-' || c == '?')
-		if depth > maxDepth || dashes > maxDepth {
-			return line, column
+		since := 0 // the last character that is not of a plain text
+		for i, c := range row {
+			if i-since > 2*maxText {
+				return number, since + 1, fmt.Sprintf("a text of more than %d bytes; allowed are %d", 2*maxText, maxText)
+			}
+			if strings.IndexByte("[]{},:'\"", c) >= 0 {
+				since = i
+			}
+			switch c {
+			case '[', '{':
+				flow = append(flow, bracket{open: c})
+				if len(flow) > maxDepth {
+					return number, i + 1, tooDeep
+				}
+			case ']', '}':
+				flow = flow[:max(0, len(flow)-1)]
+			case ',':
+				if len(flow) == 0 {
+					continue
+				}
+				in := &flow[len(flow)-1]
+				if in.commas++; in.open == '{' && in.commas > maxFields {
+					return number, i + 1, tooManyFields
+				} else if in.commas > maxValues {
+					return number, i + 1, tooManyValues
+				}
+			}
 		}
 	}
-	return 0, 0
+	return 0, 0, ""
+}
+
+var (
+	tooDeep       = fmt.Sprintf("more than %d levels of nesting", maxDepth)
+	tooManyFields = fmt.Sprintf("more than %d fields in one mapping", maxFields)
+	tooManyValues = fmt.Sprintf("more than %d values in one list", maxValues)
+)
+
+// bracket is a flow mapping or list.
+type bracket struct {
+	open   byte
+	commas int
+}
+
+// outline is a block mapping or list that begins at a column.
+type outline struct{ column, entries int }
+
+// outgrownBlock counts what one line adds to block mappings and lists.
+func outgrownBlock(row []byte, block *[]outline) (column int, message string) {
+	add := func(column, most int, message string) string {
+		open := *block
+		for len(open) > 0 && open[len(open)-1].column > column {
+			open = open[:len(open)-1]
+		}
+		if len(open) == 0 || open[len(open)-1].column < column {
+			open = append(open, outline{column: column})
+		}
+		*block = open
+		last := &open[len(open)-1]
+		if last.entries++; last.entries > most {
+			return message
+		}
+		return ""
+	}
+	column, dashes := 0, 0
+	for ; column < len(row); column++ {
+		switch c := row[column]; {
+		case c == ' ' || c == '\t':
+		case (c == '-' || c == '?') && (column+1 == len(row) || row[column+1] == ' '):
+			if dashes++; dashes > maxDepth {
+				return column + 1, tooDeep
+			}
+			if m := add(column, maxValues, tooManyValues); m != "" {
+				return column + 1, m
+			}
+		case c == '#':
+			return 0, ""
+		default:
+			if content := row[column:]; bytes.Contains(content, []byte(": ")) || bytes.HasSuffix(bytes.TrimSpace(content), []byte(":")) {
+				return column + 1, add(column, maxFields, tooManyFields)
+			}
+			return 0, ""
+		}
+	}
+	return 0, ""
 }
 
 // mapping reads a value's fields, each by its own reader. What is no mapping, a field that is not among them, and one that is there twice are
@@ -261,14 +345,21 @@ func texts[T any](r *reader, n node, into *[]T, parse func(string) (T, error)) {
 
 // text reads a text, with the environment's values put in.
 func (r *reader) text(n node) (string, bool) {
+	s := ""
 	switch v := n.Node.(type) {
 	case *ast.StringNode:
-		return r.expand(n, v.Value)
+		s = v.Value
 	case *ast.LiteralNode:
-		return r.expand(n, v.Value.Value)
+		s = v.Value.Value
+	default:
+		r.wrong(n, "%s; wanted is a text: quote it", describe(n.Node))
+		return "", false
 	}
-	r.wrong(n, "%s; wanted is a text: quote it", describe(n.Node))
-	return "", false
+	if len(s) > maxText {
+		r.wrong(n, "a text of %d bytes; allowed are %d", len(s), maxText)
+		return "", false
+	}
+	return r.expand(n, s)
 }
 
 // scalar reads a text or a number, as text.

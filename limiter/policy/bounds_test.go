@@ -1,0 +1,185 @@
+package policy
+
+import (
+	"fmt"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+)
+
+// What is too large, too deep or made to grow ends in an error within a tenth of a second and 50 MB.
+func TestConfigBombs(t *testing.T) {
+	expression := func(text string) string {
+		return "limits: [{name: a, rate: 1/s, when: '" + text + "'}]\n"
+	}
+	aliases := "a: &a [x, x, x, x, x, x, x, x, x]\n"
+	for c := 'b'; c < 'k'; c++ {
+		aliases += fmt.Sprintf("%c: &%c [*%c, *%c, *%c, *%c, *%c, *%c, *%c, *%c, *%c]\n", c, c, c-1, c-1, c-1, c-1, c-1, c-1, c-1, c-1, c-1)
+	}
+	for name, text := range map[string]string{
+		"aliases":                aliases,
+		"brackets":               strings.Repeat("[", 1<<20),
+		"braces":                 strings.Repeat("{a: ", 1<<17),
+		"dashes":                 strings.Repeat("- ", 1<<19),
+		"indentation":            deep(2000),
+		"too large":              strings.Repeat("#", 1<<20+1),
+		"a megabyte of one":      "domain: " + strings.Repeat("x", 1<<20-100),
+		"a megabyte of fields":   strings.Repeat("x: 1\n", 1<<17),
+		"the same field":         strings.Repeat("domain: a\n", 1<<16),
+		"a megabyte expression":  expression(strings.Repeat("x", 1<<20-100)),
+		"brackets within":        expression(strings.Repeat("(", 2000) + strings.Repeat(")", 2000)),
+		"a long sum":             expression(strings.Repeat("1+", 2000) + "1 == 2"),
+		"a megabyte of maps":     "limits:\n" + strings.Repeat("- x: 1\n", 1<<17),
+		"a line of fields":       "{" + strings.Repeat("x: 1,", 1<<17) + "}",
+		"a line of values":       "domain: [" + strings.Repeat("x,", 1<<18) + "]",
+		"a list of lines":        "domain:\n" + strings.Repeat("- x\n", 1<<18-10),
+		"quoted fields":          strings.Repeat("\"x\": 1\n", 1<<16),
+		"questions":              strings.Repeat("? x\n: y\n", 1<<16),
+		"a mixed expression":     expression(strings.Repeat("request.headers[\"a\"] == 1 || ", 1<<15-100)),
+		"a large pattern":        expression(`request.host.matches("((((((((a{100}){100}){100}){100}){100}){100}){100}){100})")`),
+		"patterns in patterns":   expression(`request.host.matches("(((a*)*)*)*(((b+)+)+)+{1000}{1000}")`),
+		"lists in lists":         expression(strings.Repeat("[", 500) + strings.Repeat("]", 500)),
+		"macros in macros":       expression(strings.Repeat("[1].all(x, ", 100) + "true" + strings.Repeat(")", 100)),
+		"too many limits":        "limits:\n" + strings.Repeat("- {}\n", maxLimits+1),
+		"too many parts":         "limits: [{name: a, rate: 1/s, key: [" + strings.Repeat("'1',", 1000) + "]}]",
+		"variables in variables": "domain: " + strings.Repeat("${A:-", 1000) + strings.Repeat("}", 1000) + "\n",
+	} {
+		var before, after runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&before)
+		began := time.Now()
+		_, err := Parse("bomb.yaml", []byte(text), env())
+		took := time.Since(began)
+		runtime.ReadMemStats(&after)
+		if err == nil {
+			t.Errorf("%s: no error", name)
+			continue
+		}
+		for again := 0; took > bombTime && again < 4; again++ { // a busy machine may be slow once
+			began = time.Now()
+			_, _ = Parse("bomb.yaml", []byte(text), env())
+			took = time.Since(began)
+		}
+		if allocated := after.TotalAlloc - before.TotalAlloc; took > bombTime || allocated > 50<<20 {
+			t.Errorf("%s: %v, %d MB: %.200s", name, took, allocated>>20, err)
+		} else {
+			t.Logf("%s: %v, %d kB: %.100s", name, took, allocated>>10, err)
+		}
+	}
+}
+
+// deep is n mappings in each other.
+func deep(n int) string {
+	var b strings.Builder
+	for i := range n {
+		if b.Len() > 1<<20-n {
+			break
+		}
+		b.WriteString(strings.Repeat(" ", i) + "a:\n")
+	}
+	return b.String()
+}
+
+// What looks as if it could take for ever when it is evaluated does not: CEL's patterns take linear time, and the rest is bounded by its
+// cost.
+func TestEvaluationIsBounded(t *testing.T) {
+	long := strings.Repeat("a", 60_000)
+	for _, text := range []string{
+		`request.headers["a"].matches("(a*)*b")`,
+		`request.headers["a"].matches("(a|aa)+$")`,
+		`request.headers["a"].split("").all(x, request.headers["a"].split("").all(y, x == y))`,
+		`request.headers["a"].split("").join(request.headers["a"]).size() > 1`,
+		`request.path.split("").join(request.path).size() > 1`,
+		`request.headers["a"].replace("a", request.headers["a"]).size() > 1`,
+		`request.headers["a"].split("").map(x, request.headers["a"]).size() > 1`,
+		`[1, 2, 3, 4, 5, 6, 7, 8, 9].all(a, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(b, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(c, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(d, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(e, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(f, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(g, a + b + c + d + e + f + g > 0)))))))`,
+		`(request.headers["a"] + request.headers["a"] + request.headers["a"]).size() > request.headers["a"].lowerAscii().reverse().size()`,
+	} {
+		c := parse(t, "limits: [{name: a, rate: 1/s, when: '"+text+"'}]")
+		r := &Request{Path: long, Headers: map[string]string{"a": long}}
+		var took time.Duration
+		for range 5 {
+			began := time.Now()
+			c.Draw(r)
+			if took = time.Since(began); took < bombTime {
+				break
+			}
+		}
+		if took > bombTime {
+			t.Errorf("%s: %v", text, took)
+		} else {
+			t.Logf("%v: %s", took, text)
+		}
+	}
+}
+
+// A route's texts are parsed once, and few enough are kept.
+func TestRouteTable(t *testing.T) {
+	c := parse(t, "limits: [{name: a, rate: 1/s}]")
+	one := &Request{Context: map[string]string{"sluice.limit.b": "{rate: 5/m, when: 'request.headers.x == \"y\"'}"}}
+	c.Draw(one)
+	first := c.routes.entry(c, routeText{"sluice.limit.b", one.Context["sluice.limit.b"]})
+	if second := c.routes.entry(c, routeText{"sluice.limit.b", one.Context["sluice.limit.b"]}); first.rule == nil || first != second {
+		t.Errorf("parsed twice: %p, %p", first, second)
+	}
+	for i := range maxRouteTexts + 10 {
+		c.Draw(&Request{Context: map[string]string{fmt.Sprintf("sluice.limit.l%d", i): "off"}})
+	}
+	if n := len(c.routes.entries); n > maxRouteTexts || n < 1 {
+		t.Errorf("%d are kept", n)
+	}
+	before := len(c.routes.entries)
+	d := c.Draw(&Request{Context: map[string]string{"sluice.limit.b": strings.Repeat(" ", maxRouteText)}})
+	if !d.Invalid || d.Mistakes[0].Error() != "context_extensions: 8192 bytes under a key that begins with sluice.; allowed are 8192" && len(c.routes.entries) != before {
+		t.Errorf("%+v", d)
+	}
+	d = c.Draw(&Request{Context: map[string]string{"sluice.limit.b": "{rate: 5/m, overrides_file: x.csv}"}})
+	if !d.Invalid || !strings.Contains(d.Mistakes[0].Error(), "overrides_file: unknown field") {
+		t.Errorf("%+v", d)
+	}
+}
+
+// FuzzExpression compiles any text for all purposes, and evaluates what is one: nothing panics, and no error tells what a client sent.
+func FuzzExpression(f *testing.F) {
+	for _, seed := range []string{
+		`request.headers["a"] == "x"`, `request.headers["a"].startsWith("x") ? 1 : 2`, `has(context.x) && context.x in ["a"]`,
+		`metadata.filter_metadata["jwt"].payload.n * 2.5`, `request.path.split("/")[1]`, `[1, 2].map(x, x * request.size)`,
+		`request.headers[?"a"].orValue("z")`, `string(request.time)`, `{"a": 1}[request.headers.b]`, `dyn(null) == context.y`,
+		`request.headers.all(k, request.headers[k] != "")`, `optional.none()`, `type(request.size)`, `b"x" == b"y"`, `1/0`, `"a".matches("(")`,
+	} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		const secret = "s3cr3t-v4lue"
+		if strings.Contains(text, secret) {
+			return
+		}
+		r := request(t, "POST h.example.com/a/b?q="+secret+" with a="+secret+" context x="+secret+` claim n="`+secret+`"`)
+		for _, p := range []purpose{forKey, forWhen, forCost} {
+			e, mistakes := compile(text, p)
+			if (e == nil) == (mistakes == nil) {
+				t.Fatalf("%q: %v and %v", text, e, mistakes)
+			}
+			if e == nil {
+				continue
+			}
+			s := newSubject(r, &clientIP{})
+			var err error
+			switch p {
+			case forKey:
+				_, err = e.part(s)
+			case forWhen:
+				_, _, err = e.holds(s)
+			case forCost:
+				var tokens int64
+				if tokens, err = e.tokens(s); err == nil && tokens < 0 {
+					t.Fatalf("%q costs %d", text, tokens)
+				}
+			}
+			if err != nil && strings.Contains(err.Error(), secret) {
+				t.Fatalf("%q: %v", text, err)
+			}
+		}
+	})
+}

@@ -1,0 +1,10 @@
+//go:build !race
+
+package policy
+
+import "time"
+
+const (
+	raceAllocations = 0
+	bombTime        = 100 * time.Millisecond
+)

@@ -1,0 +1,200 @@
+package policy
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// directory writes files, given as name, text, name, text, and returns the path of the first.
+func directory(t testing.TB, files ...string) string {
+	t.Helper()
+	dir := t.TempDir()
+	for i := 0; i < len(files); i += 2 {
+		path := filepath.Join(dir, files[i])
+		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(files[i+1]), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return filepath.Join(dir, files[0])
+}
+
+// inHex is a part of a key as a row may give it without saying it.
+func inHex(part string) string {
+	sum := sha256.Sum256([]byte(part))
+	return "sha256:" + hex.EncodeToString(sum[:])
+}
+
+func TestOverrideFiles(t *testing.T) {
+	file := directory(t, "sluice.yaml", `
+key_secret: pepper
+limits:
+  - name: a
+    key: [request.headers.k, request.method]
+    rate: 60/m
+    overrides_file: tenants/*.csv
+    overrides:
+      - {key: [both, GET], rate: 7/m}
+`,
+		"tenants/a.csv", "api key,method,rate,burst\n\"gold, \"\"our best\"\"\",GET,600/m,100\n"+inHex("secret")+",GET,1000/h,\nboth,GET,8/m,\n",
+		"tenants/b.csv", "\ufeffkey,method,rate,burst\r\n\r\nfree,"+strings.ToUpper(inHex("GET")[7:])+",1/s,1\r\nfree,"+inHex("GET")+",unlimited,\r\n\u00e9 ,GET,2/s,\r\n",
+		"tenants/c.txt", "not read")
+	c, inputs, err := Load(file, env())
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := filepath.Dir(file)
+	for _, tt := range []struct{ key, rate, reason string }{
+		{`gold, "our best"`, "600/m", "it is for every request; its rate is that of " + dir + "/tenants/a.csv:2"},
+		{"secret", "1000/h", "it is for every request; its rate is that of " + dir + "/tenants/a.csv:3"},
+		{"both", "7/m", "it is for every request; its rate is that of overrides[0], which is over " + dir + "/tenants/a.csv:4"},
+		{"free", "unlimited", "it is for every request; its rate is that of " + dir + "/tenants/b.csv:4"},
+		{"\u00e9 ", "2/s", "it is for every request; its rate is that of " + dir + "/tenants/b.csv:5"},
+		{"\u00e9", "60/m", "it is for every request"},
+		{"gold", "60/m", "it is for every request"},
+	} {
+		r := request(t, "GET h/")
+		r.Headers["k"] = tt.key
+		if l := c.Explain(r).Limits[0]; l.Rate != tt.rate || l.Reason != tt.reason {
+			t.Errorf("%s: %s, %s; want %s, %s", tt.key, l.Rate, l.Reason, tt.rate, tt.reason)
+		}
+	}
+	want := []string{file, dir + "/tenants", dir + "/tenants/a.csv", dir + "/tenants/b.csv"}
+	if fmt.Sprint(inputs.Paths) != fmt.Sprint(want) {
+		t.Errorf("read from %v, want %v", inputs.Paths, want)
+	}
+}
+
+// A wrong row says where it stands and what is allowed, and nothing of a key.
+func TestOverrideMistakes(t *testing.T) {
+	const rate = "allowed are tokens/period such as 10/s, 100/m, 5000/24h and 3/250ms: a period is s, m, h, d or a Go duration; or unlimited"
+	for _, tt := range []struct {
+		config string // of the limit a, besides its name
+		csv    string
+		want   string // a line each; DIR stands for the directory
+	}{
+		{"key: request.method, rate: 9/s, cost: 3", `key,rate,burst
+GET,ten,
+GET,10/s,0
+PUT,10/s,x
+PUT,unlimited,5
+POST,10/s
+,10/s,
+sha256:12,1/s,
+hunter2,1/s,
+POST,10/s,
+"POST",11/s,
+` + inHex("POST") + `,12/s,
+`, `DIR/o.csv:2:5: limits[0].overrides_file: "ten"; ` + rate + `
+DIR/o.csv:3:5: limits[0].overrides_file: a burst is 1 to 1000000000 tokens, not 0
+DIR/o.csv:4:5: limits[0].overrides_file: "x"; allowed are bursts from 1 to 1000000000
+DIR/o.csv:5:5: limits[0].overrides_file: a burst of 5 with the rate unlimited, which has no bucket
+DIR/o.csv:6:1: limits[0].overrides_file: 2 columns; wanted are 1 for the key's parts, then rate and burst
+DIR/o.csv:7:1: limits[0].overrides_file: an empty part of a key, which no request has: it is absent there
+DIR/o.csv:8:1: limits[0].overrides_file: sha256: with 2 characters behind it; wanted are 64 hex digits
+DIR/o.csv:9:1: limits[0].overrides_file: a burst of 1 is below the limit's cost of 3, which it would never allow
+DIR/o.csv:11:1: limits[0].overrides_file: a second override of the same key
+DIR/o.csv:12:1: limits[0].overrides_file: a second override of the same key`},
+		{"key: request.method, rate: 9/s", "GET,10/s,\n", `DIR/o.csv:1:1: limits[0].overrides_file: the header row has 3 columns; wanted are 1 for the key's parts, then rate and burst`},
+		{"key: [request.method, request.host], rate: 9/s", "key,rate,burst\n", `DIR/o.csv:1:1: limits[0].overrides_file: the header row has 3 columns; wanted are 2 for the key's parts, then rate and burst`},
+		{"key: request.method, rate: 9/s", "", `DIR/o.csv:1:1: limits[0].overrides_file: an empty file; wanted is a header row, such as key,rate,burst`},
+		{"key: request.method, rate: 9/s", "key,rate,burst\nGET,1/s,\nPU\"T,1/s,\n", `DIR/o.csv:3:3: limits[0].overrides_file: bare " in non-quoted-field`},
+		{"rate: 9/s", "key,rate,burst\n", `DIR/sluice.yaml:1:47: limits[0].overrides_file: the limit has no key, so that it has one bucket, whose rate is the limit's`},
+	} {
+		file := directory(t, "sluice.yaml", "limits: [{name: a, "+tt.config+", overrides_file: o.csv}]\n", "o.csv", tt.csv)
+		_, _, err := Load(file, env())
+		if err == nil {
+			t.Errorf("%s: no mistake", tt.csv)
+		} else if got, want := err.Error(), strings.ReplaceAll(tt.want, "DIR", filepath.Dir(file)); got != want {
+			t.Errorf("%s\n got %s\nwant %s", tt.csv, got, want)
+		}
+	}
+	file := directory(t, "sluice.yaml", "limits: [{name: a, key: request.method, rate: 9/s, overrides_file: none.csv}, {name: b, key: request.method, rate: 9/s, overrides_file: '[.csv'}]\n")
+	_, _, err := Load(file, env())
+	want := file + ":1:68: limits[0].overrides_file: open " + filepath.Dir(file) + "/none.csv: no such file or directory\n" +
+		file + ":1:137: limits[1].overrides_file: \"[.csv\" is no pattern of names: syntax error in pattern"
+	if err == nil || err.Error() != want {
+		t.Errorf("%v\nwant\n%s", err, want)
+	}
+}
+
+// manyOverrides is a config whose limit has n overrides in a file.
+func manyOverrides(t testing.TB, n int) string {
+	var b strings.Builder
+	b.WriteString("key,rate,burst\n")
+	for i := range n {
+		fmt.Fprintf(&b, "tenant-%d,%d/m,%d\n", i, i%50+1, i%100+1)
+	}
+	return directory(t, "sluice.yaml", "limits: [{name: a, key: request.headers.k, rate: 5/s, overrides_file: t.csv}]\n", "t.csv", b.String())
+}
+
+func TestOverridesAreReadQuickly(t *testing.T) {
+	file := manyOverrides(t, 100_000)
+	var took time.Duration
+	for range 5 { // a busy machine may be slow once
+		began := time.Now()
+		c, _, err := Load(file, env())
+		took = time.Since(began)
+		if err != nil || len(c.rules[0].overrides.file) != 100_000 {
+			t.Fatal(err)
+		}
+		if took < time.Second {
+			t.Logf("100,000 rows in %v", took)
+			return
+		}
+	}
+	t.Errorf("100,000 rows took %v", took)
+}
+
+// BenchmarkOverrides is a request to a limit with few overrides and with many:
+//
+//	go test ./limiter/policy -run '^$' -bench Overrides
+func BenchmarkOverrides(b *testing.B) {
+	for _, n := range []int{10, 100_000} {
+		b.Run(fmt.Sprint(n), func(b *testing.B) {
+			c, _, err := Load(manyOverrides(b, n), env())
+			if err != nil {
+				b.Fatal(err)
+			}
+			r := request(b, fmt.Sprintf("GET h/ with k=tenant-%d", n-1))
+			if d := c.Draw(r); d.Charges[0].Bucket.Burst() != int64((n-1)%100+1) {
+				b.Fatal(d)
+			}
+			b.ReportAllocs()
+			for b.Loop() {
+				c.Draw(r)
+			}
+		})
+	}
+}
+
+// However YAML is written, a digest is a digest.
+func TestDigestsInYAML(t *testing.T) {
+	for _, part := range []string{"gold", "7", "a", "silver", "x1"} {
+		for _, key := range []string{"%s", "[%s]", `"%s"`, `["%s"]`, "\n          - %s", "\n          %s"} {
+			for _, form := range []string{"[{key: KEY, rate: 1/s}]", "\n      - key: KEY\n        rate: 1/s"} {
+				if strings.Contains(key, "\n") && strings.HasPrefix(form, "[") {
+					continue
+				}
+				text := "limits:\n  - name: a\n    rate: 5/s\n    key: request.headers.k\n    overrides: " +
+					strings.ReplaceAll(form, "KEY", fmt.Sprintf(key, inHex(part))) + "\n"
+				c, err := Parse("f", []byte(text), env())
+				if err != nil {
+					t.Errorf("%v\n%s", err, text)
+					continue
+				}
+				if l := c.Explain(request(t, "GET h/ with k="+part)).Limits[0]; l.Rate != "1/s" {
+					t.Errorf("%s: not overridden\n%s", part, text)
+				}
+			}
+		}
+	}
+}

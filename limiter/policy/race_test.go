@@ -1,0 +1,12 @@
+//go:build race
+
+package policy
+
+import "time"
+
+const (
+	// raceAllocations is what a sync.Pool costs with -race, which drops what is put into one now and then.
+	raceAllocations = 2
+	// bombTime is how long a bad config may take.
+	bombTime = time.Second
+)
