@@ -33,6 +33,20 @@ func TestMain(m *testing.M) {
 // within bounds every wait of these tests. It is never slept.
 const within = 30 * time.Second
 
+// await waits until something is so that nobody says, looking every few milliseconds.
+func await(t testing.TB, is func() bool) {
+	t.Helper()
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for late := time.After(within); !is(); {
+		select {
+		case <-tick.C:
+		case <-late:
+			t.Fatalf("not within %v", within)
+		}
+	}
+}
+
 // process is a running sluice.
 type process struct {
 	t    testing.TB

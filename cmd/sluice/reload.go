@@ -84,44 +84,46 @@ func (r *reloader) run(ctx context.Context, hangup <-chan os.Signal) {
 	}
 	tick := time.NewTicker(recheck)
 	defer tick.Stop()
-	quiet := time.NewTimer(0) // the files may have changed since they were read
+	quiet := time.NewTimer(settle) // the files may have changed since they were read
 	defer quiet.Stop()
-	var since time.Time // the first of the changes that go on; zero: none do
+	since := time.Now() // when the changes began that go on; zero: none do
 	for {
+		done := true
 		select {
 		case <-ctx.Done():
 			return
 		case <-hangup:
-			r.reload(true)
-			since = time.Time{}
+			done = r.reload(true)
 		case <-tick.C:
-			r.reload(false)
+			done = r.reload(false)
 		case <-events:
-			r.changed(quiet, &since)
-			continue // what is watched changes with what is read
+			done = false
 		case err := <-watchErrors: // some events may be lost
 			r.log.Warn("watching the config's files", zap.Error(err))
-			r.changed(quiet, &since)
-			continue
+			done = false
 		case <-quiet.C:
-			since = time.Time{}
-			if !r.reload(false) {
-				r.changed(quiet, &since)
+			if !since.IsZero() && time.Since(since) < patience && writtenAfter(r.inputs.Paths, time.Now().Add(-settle)) {
+				done = false
+			} else {
+				done = r.reload(false)
 			}
 		}
-		if watcher != nil {
-			r.watch(watcher)
+		// What changed before its directory was watched was seen by nobody, so that it is looked at again.
+		if done && watcher != nil && r.watch(watcher) {
+			done = false
 		}
-	}
-}
-
-// changed puts the reading of changed files off until they are left alone, but not for ever.
-func (r *reloader) changed(quiet *time.Timer, since *time.Time) {
-	if since.IsZero() {
-		*since = time.Now()
-	}
-	if time.Since(*since) < patience {
-		quiet.Reset(settle)
+		switch {
+		case done:
+			since = time.Time{}
+		case since.IsZero():
+			since = time.Now()
+			quiet.Reset(settle)
+		case time.Since(since) < patience:
+			quiet.Reset(settle)
+		default: // the changes go on for too long: the timer is left to end
+			since = time.Now()
+			quiet.Reset(0)
+		}
 	}
 }
 
@@ -201,22 +203,36 @@ func stateOf(paths []string) string {
 	return b.String()
 }
 
-// watch has the watcher watch the directories in which something may change what the inputs are.
-func (r *reloader) watch(w *fsnotify.Watcher) {
+// writtenAfter reports whether a file was written after an instant, by the file system's clock.
+func writtenAfter(paths []string, instant time.Time) bool {
+	for _, path := range paths {
+		if info, err := os.Stat(path); err == nil && !info.IsDir() && info.ModTime().After(instant) && info.ModTime().Before(time.Now()) {
+			return true
+		}
+	}
+	return false
+}
+
+// watch has the watcher watch the directories in which something may change what the inputs are. It reports whether there are new ones.
+func (r *reloader) watch(w *fsnotify.Watcher) (added bool) {
 	wanted := make(map[string]bool)
 	for _, path := range r.inputs.Paths {
 		addDirectories(wanted, path)
 	}
+	watched := make(map[string]bool)
 	for _, dir := range w.WatchList() {
-		if !wanted[dir] {
+		if watched[dir] = true; !wanted[dir] {
 			_ = w.Remove(dir) // it may be gone
 		}
 	}
 	for dir := range wanted {
 		if err := w.Add(dir); err != nil { // one that was replaced is another, and has to be added again
 			r.log.Debug("a directory is not watched", zap.String("directory", dir), zap.Error(err))
+		} else {
+			added = added || !watched[dir]
 		}
 	}
+	return added
 }
 
 // addDirectories adds the directories in which an entry of a path stands that may come, go or be replaced: the file's own and, where a

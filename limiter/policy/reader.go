@@ -345,7 +345,7 @@ func texts[T any](r *reader, n node, into *[]T, parse func(string) (T, error)) {
 
 // text reads a text, with the environment's values put in.
 func (r *reader) text(n node) (string, bool) {
-	s := ""
+	var s string
 	switch v := n.Node.(type) {
 	case *ast.StringNode:
 		s = v.Value
