@@ -88,7 +88,7 @@ func (r *reloader) run(ctx context.Context, hangup <-chan os.Signal) {
 	defer quiet.Stop()
 	since := time.Now() // when the changes began that go on; zero: none do
 	for {
-		done := true
+		var done bool
 		select {
 		case <-ctx.Done():
 			return
