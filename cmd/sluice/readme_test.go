@@ -1,6 +1,8 @@
 package main
 
 import (
+	"encoding/json"
+	"fmt"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -8,6 +10,9 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/goccy/go-yaml"
+
+	"github.com/sluiceproxy/sluice/limiter/policy"
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
@@ -30,26 +35,72 @@ func unique(text, pattern string) []string {
 	return slices.Compact(found)
 }
 
-// The README's config is a good one, also with what stands in comments there.
-func TestREADMEConfig(t *testing.T) {
+// readmeConfig is the README's reference of the config.
+func readmeConfig(t *testing.T) string {
+	t.Helper()
 	_, rest, _ := strings.Cut(readme(t), "## The config")
 	_, rest, _ = strings.Cut(rest, "```yaml\n")
 	config, _, _ := strings.Cut(rest, "```")
+	return config
+}
+
+// The README's config is a good one, also with what stands in comments there.
+func TestREADMEConfig(t *testing.T) {
+	config := readmeConfig(t)
 	for _, text := range []string{config, strings.Replace(strings.Replace(config, "  xff_from_right: 1 ", "  # ", 1), "# header:", "header:", 1)} {
 		if status, stdout, stderr := sluice(t, nil, "validate", file(t, "sluice.yaml", text)); status != 0 {
 			t.Errorf("%s%s", stdout, stderr)
 		}
 	}
-	// A config without the file's own values is the same as the README's defaults; what validate knows, the README has.
-	_, stdout, _ := sluice(t, nil, "validate", file(t, "sluice.yaml", "?: 1\nlimits: [{?: 1, match: {?: 1}}]\nlisten: {?: 1}\nstore: {redis: {?: 1}}\nclient_ip: {?: 1}\n"))
-	fields := unique(strings.Join(unique(stdout, `allowed are ([a-z_, ]+)\n`), ", ")+", ", `([a-z_]+), `)
-	if len(fields) < 30 {
-		t.Errorf("only %d fields: %v\n%s", len(fields), fields, stdout)
+}
+
+// The README's reference has the schema's fields, with the schema's defaults, and none besides. The schema is held to the program by
+// the policy's tests.
+func TestREADMEReference(t *testing.T) {
+	config := readmeConfig(t)
+	var schema, values map[string]any
+	if err := json.Unmarshal(policy.Schema, &schema); err != nil {
+		t.Fatal(err)
 	}
-	for _, f := range fields {
-		if !regexp.MustCompile(`\b` + f + `\b`).MatchString(config) {
-			t.Errorf("the README's config does not have the field %s", f)
+	if err := yaml.Unmarshal([]byte(config), &values); err != nil {
+		t.Fatal(err)
+	}
+	fields, defaults := 0, 0
+	// walk compares what the schema says of a value with the value, of which a list's first and last stand for all.
+	var walk func(path string, s map[string]any, value any)
+	walk = func(path string, s map[string]any, value any) {
+		if r, ok := s["$ref"].(string); ok {
+			s = schema["$defs"].(map[string]any)[filepath.Base(r)].(map[string]any)
 		}
+		if items, ok := s["items"].(map[string]any); ok {
+			if list, ok := value.([]any); ok {
+				value = list[len(list)-1]
+			}
+			walk(path+"[]", items, value)
+		}
+		if all, ok := s["allOf"].([]any); ok {
+			walk(path, all[0].(map[string]any), value)
+		}
+		properties, _ := s["properties"].(map[string]any)
+		mapping, _ := value.(map[string]any)
+		for name, p := range properties {
+			fields++
+			at := strings.TrimPrefix(path+"."+name, ".")
+			v, given := mapping[name]
+			if !given && !regexp.MustCompile(`(?m)^.*#.*\b`+name+`\b`).MatchString(config) && !regexp.MustCompile(`\b`+name+`:`).MatchString(config) {
+				t.Errorf("the README's reference does not have %s", at)
+			}
+			if d, ok := p.(map[string]any)["default"]; ok && given && at != "domain" && at != "limits[].cost" {
+				if defaults++; fmt.Sprint(d) != fmt.Sprint(v) {
+					t.Errorf("%s: the README says %v, the schema %v", at, v, d)
+				}
+			}
+			walk(at, p.(map[string]any), v)
+		}
+	}
+	walk("", schema, values)
+	if fields < 50 || defaults < 10 {
+		t.Errorf("only %d fields and %d defaults were looked at", fields, defaults)
 	}
 }
 
