@@ -51,7 +51,7 @@ var failed = limiter.Verdict{Err: &limiter.StoreError{Kind: limiter.KindTimeout,
 // newServer is a server on a config and a store, and what it counts and logs.
 func newServer(t testing.TB, config string, store limiter.Store) (*Server, *prometheus.Registry, *observer.ObservedLogs) {
 	t.Helper()
-	c, err := policy.Parse("test.yaml", []byte(config), func(string) (string, bool) { return "", false })
+	c, err := policy.Parse("test.yaml", []byte(config), noEnv)
 	if err != nil {
 		t.Fatal(err)
 	}

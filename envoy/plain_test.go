@@ -37,10 +37,21 @@ func TestPlainIsAccepted(t *testing.T) {
 		"IPv6":         {Listener: "[::]:8443", Upstream: "[::1]:1", Sluice: "[::1]:9001", Admin: "[::1]:0"},
 		"longest path": {Sluice: "unix://" + socket(107)},
 		"odd but good": {Sluice: `unix:///run/a "quoted": {path}#x`},
+		"limits":       {Limits: []string{"per-client", "orders"}},
+		"many limits":  {Limits: strings.Split(strings.Repeat("l,", 99)+"l", ",")},
 	} {
 		bootstrap, err := Plain(o)
 		if err != nil {
 			t.Fatal(err)
+		}
+		// What a route may say stands in comments: it is accepted, too.
+		before, comment, ok := strings.Cut(string(bootstrap), "                # typed_per_filter_config:\n")
+		if !ok {
+			t.Fatal("the bootstrap does not show what a route may say")
+		}
+		bootstrap = []byte(before + "                typed_per_filter_config:\n" + strings.ReplaceAll(comment, "                #   ", "                  "))
+		if o.Limits != nil && !strings.Contains(string(bootstrap), "\n                        sluice.limits: \""+o.Limits[0]+",") {
+			t.Errorf("%s: a route's choice of limits is not shown:\n%s", name, bootstrap)
 		}
 		file := filepath.Join(t.TempDir(), "envoy.yaml")
 		if err := os.WriteFile(file, bootstrap, 0o600); err != nil {

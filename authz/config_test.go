@@ -1,0 +1,170 @@
+package authz
+
+import (
+	"fmt"
+	"net/http/httptest"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/sluiceproxy/sluice/limiter"
+	"github.com/sluiceproxy/sluice/limiter/policy"
+)
+
+// What the config makes of a request besides charges: exemptions, limits without buckets, mistakes, and what its route says.
+func TestCheckByConfig(t *testing.T) {
+	const refused = `status 14
+deny 503
+client retry-after: 7
+client content-type: application/problem+json
+body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter could not decide about this request.","retry_after":7}
+metadata cost=0 decision="invalid" limit="" remaining=0 shadow=[] source="none"
+`
+	const allowed = `status 0
+allow
+client x-ratelimit-limit: 9
+client x-ratelimit-remaining: 5
+client x-ratelimit-reset: 1
+metadata cost=1 decision="allowed" limit="b" remaining=5 shadow=[] source="redis"
+`
+	nothing := func(decision string) string {
+		return "status 0\nallow\nmetadata cost=0 decision=\"" + decision + "\" limit=\"\" remaining=0 shadow=[] source=\"none\"\n"
+	}
+	five := said{ok(5, time.Second, 1)}
+	for _, tt := range []struct {
+		name, config string
+		store        limiter.Store
+		context      string // key=value
+		want         string
+		counted      string // a metric and its value, but for the prefix sluice_
+		logged       string // the last line
+	}{
+		{"exempt", "{exempt: [{match: {paths: [/]}}], limits: [{name: a, rate: 1/s}]}", panics{}, "", nothing("exempt"), `checks_total{decision="exempt"} 1`, ""},
+		{"exempt, whatever its route says", "{exempt: [{match: {paths: [/]}}]}", panics{}, "sluice.limit.a={}", nothing("exempt"), `checks_total{decision="exempt"} 1`, ""},
+		{"unlimited", "limits: [{name: a, rate: unlimited}]", panics{}, "", nothing("allowed"), `limit_decisions_total{decision="allowed",limit="a"} 1`, ""},
+		{"unlimited beside a limit", "limits: [{name: a, rate: unlimited}, {name: b, rate: 9/s}]", five, "", allowed, `limit_decisions_total{decision="allowed",limit="a"} 1`, ""},
+		{"a limit's mistake", `limits: [{name: a, rate: 9/s, cost: 'int(request.path)'}, {name: b, rate: 9/s}]`, panics{}, "", refused,
+			`config_mistakes_total{field="cost",limit="a"} 1`, "a mistake of the config: such requests are refused (said once)"},
+		{"a mistake, whatever on_failure says", `{on_failure: allow, limits: [{name: a, rate: 9/s, cost: 'int(request.path)'}]}`, panics{}, "", refused, `checks_total{decision="invalid"} 1`,
+			"a mistake of the config: such requests are refused (said once)"},
+		{"a shadow limit's mistake", `limits: [{name: a, mode: shadow, rate: 9/s, cost: 'int(request.path)'}, {name: b, rate: 9/s}]`, five, "", allowed,
+			`config_mistakes_total{field="cost",limit="a"} 1`, "a mistake of the config: the limit is a shadow, so such requests are not held against it (said once)"},
+		{"a route's limit", "", five, "sluice.limit.b={rate: 9/s}", allowed, `limit_decisions_total{decision="allowed",limit="b"} 1`, ""},
+		{"a route's mistake", "limits: [{name: b, rate: 9/s}]", panics{}, "sluice.limit.a={rate: 9}", refused, `config_mistakes_total{field="context_extensions",limit="a"} 1`,
+			"a mistake of the config: such requests are refused (said once)"},
+		{"a key that there is not", "limits: [{name: b, rate: 9/s}]", panics{}, "sluice.limit=a", refused, `config_mistakes_total{field="context_extensions",limit=""} 1`,
+			"a mistake of the config: such requests are refused (said once)"},
+		{"a route's mistake in the shadow", "{mode: shadow, limits: [{name: c, rate: 9/s}]}", said{ok(5, 1, 1)}, "sluice.limit.a={rate: 9}", nothing("allowed"),
+			`config_mistakes_total{field="context_extensions",limit="a"} 1`, "a mistake of the config: the limit is a shadow, so such requests are not held against it (said once)"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s, registry, logs := newServer(t, tt.config, tt.store)
+			check := checkOf()
+			if key, value, ok := strings.Cut(tt.context, "="); ok {
+				check.Attributes.ContextExtensions = map[string]string{key: value}
+			}
+			if got := spell(s.Check(t.Context(), check)); got != tt.want {
+				t.Errorf("got %s\nwant %s", got, tt.want)
+			}
+			if !counts(t, registry, "sluice_"+tt.counted) {
+				t.Errorf("no %s", tt.counted)
+			}
+			last := ""
+			if all := logs.All(); len(all) > 0 {
+				last = all[len(all)-1].Message
+			}
+			if last != tt.logged {
+				t.Errorf("logged %q, want %q", last, tt.logged)
+			}
+		})
+	}
+}
+
+// counts reports whether /metrics has a line.
+func counts(t *testing.T, registry *prometheus.Registry, line string) bool {
+	t.Helper()
+	recorder := httptest.NewRecorder()
+	promhttp.HandlerFor(registry, promhttp.HandlerOpts{}).ServeHTTP(recorder, httptest.NewRequest("GET", "/metrics", nil))
+	return strings.Contains(recorder.Body.String(), line+"\n")
+}
+
+// Another config is in force from the next check on, and each check is answered by one.
+func TestUse(t *testing.T) {
+	version := func(n int) *policy.Config {
+		c, err := policy.Parse("test.yaml", fmt.Appendf(nil, "{failure_status: %d, headers: [retry-after], limits: [{name: l%[1]d, rate: 1/s, key: client.ip}]}", n), noEnv)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	configs := []*policy.Config{version(501), version(502)}
+	s, registry, _ := newServer(t, "", said{failed})
+	s.Use(configs[0])
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			for range 500 {
+				r, err := s.Check(t.Context(), checkOf())
+				if code := int(r.GetDeniedResponse().GetStatus().GetCode()); err != nil || code != 501 && code != 502 {
+					t.Errorf("%d, %v", code, err)
+				}
+			}
+		})
+	}
+	for i := range 500 {
+		s.Use(configs[i%2])
+	}
+	wg.Wait()
+	if r, _ := s.Check(t.Context(), checkOf()); r.GetDeniedResponse().GetStatus().GetCode() != 502 {
+		t.Errorf("%v", r)
+	}
+	for _, want := range []string{`sluice_rejections_total{limit="l501"} 0`, `sluice_rejections_total{limit="l502"} 0`} {
+		if !counts(t, registry, want) {
+			t.Errorf("no %s", want)
+		}
+	}
+}
+
+// The limits of Envoy's routes may have any names; so many are counted by theirs, and the others together.
+func TestNamesAreBounded(t *testing.T) {
+	s, registry, _ := newServer(t, "", nil)
+	var many []*limiter.Limit
+	for i := range maxLimits {
+		many = append(many, &limiter.Limit{Name: fmt.Sprint("l", i)})
+	}
+	s.report.use(many)
+	for i := range 3 {
+		for _, shadow := range []bool{false, true} {
+			s.report.charged(&limiter.Charge{Limit: &limiter.Limit{Name: fmt.Sprint("late-", i), Shadow: shadow}, Bucket: bucketOf(t), Cost: 1}, &limiter.Verdict{}, true)
+		}
+	}
+	for _, want := range []string{`sluice_rejections_total{limit="_other"} 3`, `sluice_limit_decisions_total{decision="shadow_limited",limit="_other"} 3`} {
+		if !counts(t, registry, want) {
+			t.Errorf("no %s", want)
+		}
+	}
+	if n := len(*s.report.limits.Load()); n != maxLimits+2 {
+		t.Errorf("%d names", n)
+	}
+	for i := range maxTold + 10 {
+		s.report.mistaken(&policy.RuleError{Limit: fmt.Sprint("late-", i), Field: "cost", Err: errNoHTTP})
+	}
+	if !counts(t, registry, `sluice_config_mistakes_total{field="cost",limit="_other"} 10`) || len(s.report.told) != maxTold {
+		t.Errorf("%d mistakes told", len(s.report.told))
+	}
+}
+
+func bucketOf(t *testing.T) limiter.Bucket {
+	t.Helper()
+	b, err := limiter.NewBucket(1, time.Second, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func noEnv(string) (string, bool) { return "", false }
