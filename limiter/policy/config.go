@@ -36,14 +36,15 @@ type Config struct {
 	// Hash is the config's text and that of its overrides_files, in a form that names it: 16 hex digits.
 	Hash string
 
-	rules     []*rule
-	index     *index         // of the rules' matches
-	byName    map[string]int // the rules
-	exempt    *index
-	client    clientIP
-	hasher    hasher
-	inherited limitReader // what a route's limit has of the file
-	routes    routeTable
+	rules        []*rule
+	index        *index         // of the rules' matches
+	byName       map[string]int // the rules
+	exempt       *index
+	client       clientIP
+	hasher       hasher
+	passwordFile bool        // Redis's password is that of a file
+	inherited    limitReader // what a route's limit has of the file
+	routes       routeTable
 }
 
 // Listen is where the sidecar listens: host:port each, or for GRPC also unix:///path.
@@ -90,6 +91,9 @@ func (c *Config) Replaces(old *Config, file string) error {
 	refuse("listen.metrics", c.Listen.Metrics != old.Listen.Metrics)
 	refuse("store.redis", (c.Redis == nil) != (old.Redis == nil))
 	if c.Redis != nil && old.Redis != nil {
+		refuse("store.redis.username", c.Redis.Username != old.Redis.Username)
+		// A file with the password is there to change while the sidecar runs.
+		refuse("store.redis.password", c.Redis.Password != old.Redis.Password && (!c.passwordFile || !old.passwordFile))
 		refuse("store.redis.url", c.Redis.URL != old.Redis.URL)
 		refuse("store.redis.timeout", c.Redis.Timeout != old.Redis.Timeout)
 		refuse("store.redis.key_prefix", c.inherited.keyPrefix != old.inherited.keyPrefix)
@@ -349,6 +353,7 @@ func (f *configFile) readRedis(n node) {
 			if s, ok := read(n); ok {
 				f.password = s
 			}
+			f.config.passwordFile = strings.HasSuffix(n.field, "_file")
 		}
 	}
 	f.redis = f.mapping(n, map[string]func(node){

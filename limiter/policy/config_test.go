@@ -257,3 +257,36 @@ func configs(t testing.TB) (texts [][]byte) {
 	}
 	return texts
 }
+
+// What listens, and the store, are for a sidecar's whole life; a password in a file of its own is not.
+func TestReplaces(t *testing.T) {
+	load := func(text, secret string) *Config {
+		t.Helper()
+		c, _, err := Load(directory(t, "sluice.yaml", text, "secret", secret), env())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	for _, tt := range []struct{ old, new, want string }{
+		{"", "", ""},
+		{"domain: a", "{domain: b, mode: shadow, limits: [{name: a, rate: 1/s}], key_secret: x, headers: [], grace: 1s}", ""},
+		{"", "listen: {grpc: '127.0.0.1:1', admin: '127.0.0.1:2', metrics: '127.0.0.1:3'}", "f: listen.grpc: changed, which takes a restart\nf: listen.admin: changed, which takes a restart\nf: listen.metrics: changed, which takes a restart"},
+		{"", "store: {redis: {url: 'redis://h'}}", "f: store.redis: changed, which takes a restart"},
+		{"store: {redis: {url: 'redis://h'}}", "", "f: store.redis: changed, which takes a restart"},
+		{"store: {redis: {url: 'redis://h'}}", "store: {redis: {url: 'redis://i', timeout: 1s, key_prefix: p}}",
+			"f: store.redis.url: changed, which takes a restart\nf: store.redis.timeout: changed, which takes a restart\nf: store.redis.key_prefix: changed, which takes a restart"},
+		{"store: {redis: {url: 'redis://h', username: a, password: x}}", "store: {redis: {url: 'redis://h', username: b, password: y}}",
+			"f: store.redis.username: changed, which takes a restart\nf: store.redis.password: changed, which takes a restart"},
+		{"store: {redis: {url: 'redis://h', password_file: secret}}", "store: {redis: {url: 'redis://h', password_file: secret}}", ""},
+		{"store: {redis: {url: 'redis://h', password: x}}", "store: {redis: {url: 'redis://h', password_file: secret}}", "f: store.redis.password: changed, which takes a restart"},
+	} {
+		got := ""
+		if err := load(tt.new, "two").Replaces(load(tt.old, "one"), "f"); err != nil {
+			got = err.Error()
+		}
+		if got != tt.want {
+			t.Errorf("%s\n%s\n got %s\nwant %s", tt.old, tt.new, got, tt.want)
+		}
+	}
+}

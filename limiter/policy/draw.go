@@ -154,7 +154,7 @@ func (d *drawing) judge(l *rule) finding {
 			return mistake("cost", err)
 		}
 	}
-	if f.kind == foundPartAbsent && l.absent == absentDeny && !f.tier.unlimited {
+	if f.kind == foundPartAbsent && l.absent == absentDeny {
 		f.cost = f.tier.bucket.Burst() + 1 // denied for ever, and so without retry-after, by a bucket that stays full
 	}
 	return f

@@ -394,7 +394,7 @@ func TestDraw(t *testing.T) {
 		}},
 
 		// unlimited
-		{`limits: [{name: a, rate: unlimited, match: {clients: [10.0.0.0/8]}}, {name: b, rate: unlimited, key: request.headers.k, absent: deny, cost: 5}]`, [][]string{
+		{`limits: [{name: a, rate: unlimited, match: {clients: [10.0.0.0/8]}}, {name: b, rate: unlimited, key: request.headers.k, absent: share, cost: 5}]`, [][]string{
 			{"GET h/", "b unlimited"},
 			{"GET h/ from 10.1.1.1", "a unlimited, b unlimited", "a: it matches"},
 		}},

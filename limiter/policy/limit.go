@@ -139,7 +139,9 @@ func (f *limitReader) readLimit(n node, name string) *draft {
 	case clean:
 		f.wrong(node{n.Node, join(n.field, "rate")}, "missing; a limit has a name and a rate")
 	}
-	if t := d.tier; t != nil && !t.unlimited && d.cost.expression == nil && d.cost.constant > t.bucket.Burst() {
+	if t := d.tier; t != nil && t.unlimited && d.absent == absentDeny {
+		f.wrong(d.rate, "unlimited, with absent: deny, which takes a bucket; give it a rate that nobody reaches")
+	} else if t != nil && !t.unlimited && d.cost.expression == nil && d.cost.constant > t.bucket.Burst() {
 		f.wrong(d.costAt, "%d is above the burst of %d, which would never allow it", d.cost.constant, t.bucket.Burst())
 	}
 	if len(f.mistakes) > bad {
