@@ -16,9 +16,34 @@ func (r *Redis) Looking() Store { return looking{r} }
 type looking struct{ redis *Redis }
 
 func (l looking) Take(ctx context.Context, charges []Charge, verdicts []Verdict) {
-	ctx, cancel := context.WithTimeout(ctx, l.redis.timeout)
+	l.redis.look(ctx, charges, verdicts, make([]bool, len(charges)))
+}
+
+// Get says what a bucket holds now, and whether it is stored at all: an absent bucket is a full one. The charge's cost is of no
+// meaning. Its error is a *StoreError.
+func (r *Redis) Get(ctx context.Context, c Charge) (v Verdict, exists bool, err error) {
+	c.Cost = 0
+	verdicts, stored := make([]Verdict, 1), make([]bool, 1)
+	r.look(ctx, []Charge{c}, verdicts, stored)
+	return verdicts[0], stored[0], verdicts[0].Err
+}
+
+// Reset makes a bucket full, by removing it. It reports whether there was one. It needs the right to DEL. Its error is a *StoreError.
+func (r *Redis) Reset(ctx context.Context, key string) (existed bool, err error) {
+	ctx, cancel := context.WithTimeout(ctx, r.timeout)
 	defer cancel()
-	ask := l.redis.client.Pipeline()
+	n, err := r.client.Del(ctx, key).Result()
+	if err != nil {
+		return false, storeError(err)
+	}
+	return n > 0, nil
+}
+
+// look reads charges' buckets, and says which are stored.
+func (r *Redis) look(ctx context.Context, charges []Charge, verdicts []Verdict, exists []bool) {
+	ctx, cancel := context.WithTimeout(ctx, r.timeout)
+	defer cancel()
+	ask := r.client.Pipeline()
 	clock := ask.Time(ctx)
 	stored := make([]*redis.StringCmd, len(charges))
 	for i := range charges {
@@ -32,7 +57,8 @@ func (l looking) Take(ctx context.Context, charges []Charge, verdicts []Verdict)
 	}
 	for i := range charges {
 		b := charges[i].Bucket
-		at, err := look(stored[i], b, now)
+		exists[i] = !errors.Is(stored[i].Err(), redis.Nil)
+		at, err := levelOf(stored[i], b, now)
 		if err != nil {
 			verdicts[i] = Verdict{Err: err}
 			continue
@@ -41,8 +67,8 @@ func (l looking) Take(ctx context.Context, charges []Charge, verdicts []Verdict)
 	}
 }
 
-// look is what a bucket holds by the answer to its GET, as the script would find it. Its error is a *StoreError.
-func look(stored *redis.StringCmd, b Bucket, now time.Time) (level, error) {
+// levelOf is what a bucket holds by the answer to its GET, as the script would find it. Its error is a *StoreError.
+func levelOf(stored *redis.StringCmd, b Bucket, now time.Time) (level, error) {
 	raw, err := stored.Result()
 	switch {
 	case errors.Is(err, redis.Nil):

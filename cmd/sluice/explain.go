@@ -238,12 +238,9 @@ func foresee(ctx context.Context, cfg *policy.Config, draw policy.Draw) (d limit
 	}
 	var store limiter.Store = limiter.NewMemory(1000, nil, prometheus.NewRegistry())
 	if cfg.Redis != nil {
-		// A person waits longer than a request, and from farther away.
-		o := *cfg.Redis
-		o.Timeout = max(o.Timeout, 2*time.Second)
-		redis, err := limiter.NewRedis(o, nil, prometheus.NewRegistry())
+		redis, err := openRedis(cfg)
 		if err != nil {
-			return d, fmt.Errorf("store.redis: %w", err)
+			return d, err
 		}
 		defer func() { _ = redis.Close() }()
 		store = redis.Looking()

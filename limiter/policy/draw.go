@@ -160,6 +160,14 @@ func (d *drawing) judge(l *rule) finding {
 	return f
 }
 
+// appendPart appends a part of the limit's key that is there.
+func (l *rule) appendPart(key []byte, i int, value string, h *hasher) []byte {
+	if l.key[i].open {
+		return h.appendOpen(key, value)
+	}
+	return h.appendHash(key, value)
+}
+
 // makeKey makes the key of a limit that has one, and finds the key's override.
 func (d *drawing) makeKey(l *rule, f *finding) error {
 	var few [256]byte
@@ -174,11 +182,7 @@ func (d *drawing) makeKey(l *rule, f *finding) error {
 			if l.overrides != nil {
 				digests[i] = sha256.Sum256([]byte(value))
 			}
-			if e.open {
-				key = d.hasher.appendOpen(key, value)
-			} else {
-				key = d.hasher.appendHash(key, value)
-			}
+			key = l.appendPart(key, i, value, d.hasher)
 			continue
 		}
 		if f.kind != foundPartAbsent {

@@ -1,0 +1,85 @@
+package main
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/sluiceproxy/sluice/limiter/redistest"
+)
+
+func TestBucket(t *testing.T) {
+	redis := redistest.Start(t)
+	config := file(t, "sluice.yaml", explained+"store: {redis: {url: '"+redis.URL()+"', timeout: 20s}}\n")
+	p := startSluice(t, "--config", config)
+	conn := dial(t, p.grpc)
+	request := checkRequest("203.0.113.7", "POST", "/v1/orders", map[string]string{"x-api-key": "k"})
+	key := "#43." + hashOf("k") + "=4.POST"
+	ask := func(want string, args ...string) {
+		t.Helper()
+		if status, stdout, stderr := sluice(t, nil, append([]string{"bucket"}, args...)...); status != 0 || stdout != want || stderr != "" {
+			t.Errorf("%v: %d %s%s\nwant %s", args, status, stdout, stderr, want)
+		}
+	}
+	of := []string{"--config", config, "--limit", "orders", "--key", "k", "--key", "POST"}
+	get, reset := append([]string{"get"}, of...), append([]string{"reset"}, of...)
+	ask("orders {"+key+"}: 7 of 7 tokens, refilled at 60/d, full\n", get...)
+	if got := check(t, conn, request); got != "ok" {
+		t.Fatal(got)
+	}
+	ask("orders {"+key+"}: 2 of 7 tokens, refilled at 60/d, full in 7200 s\n", get...)
+	ask(`{
+  "limit": "orders",
+  "key": "`+key+`",
+  "exists": true,
+  "tokens": 2,
+  "burst": 7,
+  "rate": "60/d",
+  "reset": 7200
+}
+`, append(get, "-o", "json")...)
+	if got := check(t, conn, request); got != "429" {
+		t.Error(got)
+	}
+	ask("orders {"+key+"}: 7 of 7 tokens, refilled at 60/d, full\n", reset...)
+	ask(`{
+  "limit": "orders",
+  "key": "`+key+`",
+  "exists": false,
+  "tokens": 7,
+  "burst": 7,
+  "rate": "60/d",
+  "reset": 0
+}
+`, append(reset, "-o", "json")...)
+	if got := check(t, conn, request); got != "ok" {
+		t.Errorf("after a reset: %s", got)
+	}
+	ask("orders {#43."+hashOf("gold")+"=4.POST}: 100 of 100 tokens, refilled at 1/d, full\n", "get", "--config", config, "--limit", "orders", "--key", "gold", "--key", "POST")
+	ask("fallback {-}: 1 of 1 tokens, refilled at 1/d, full\n", "get", "--config", config, "--limit", "fallback")
+
+	alone := file(t, "alone.yaml", explained)
+	for _, tt := range []struct {
+		args   string
+		status int
+		want   string
+	}{
+		{"", 2, "sluice: a command is missing: get or reset\nSee 'sluice bucket --help'.\n"},
+		{"look", 2, "sluice: unknown command \"look\" for \"sluice bucket\"\nSee 'sluice bucket --help'.\n"},
+		{"get", 2, "sluice: --limit is missing: the name of a limit\nSee 'sluice bucket get --help'.\n"},
+		{"get --config CONFIG --limit none", 1, "sluice: the config has no limit \"none\"; there are per-client, orders, fallback, watched, inside\n"},
+		{"get --config CONFIG --limit orders --key k", 1, "sluice: 1 parts of a key; the limit orders has 2\n"},
+		{"get --config CONFIG --limit orders --key k --key=", 1, "sluice: an empty part of a key, which no request has: it is absent there\n"},
+		{"get --config CONFIG --limit inside", 1, "sluice: the limit inside is unlimited for this key, and so has no bucket\n"},
+		{"get --config ALONE --limit fallback", 1, "sluice: the config has no Redis: the buckets are in the sidecar's own process, where no other can look\n"},
+		{"reset --config ALONE --limit fallback", 1, "sluice: the config has no Redis: the buckets are in the sidecar's own process, where no other can look\n"},
+	} {
+		args := append([]string{"bucket"}, strings.Fields(strings.NewReplacer("CONFIG", config, "ALONE", alone).Replace(tt.args))...)
+		if status, stdout, stderr := sluice(t, nil, args...); status != tt.status || stdout != "" || stderr != tt.want {
+			t.Errorf("%v: %d %s%s\nwant %d %s", args, status, stdout, stderr, tt.status, tt.want)
+		}
+	}
+	redis.Kill()
+	if status, _, stderr := sluice(t, nil, append([]string{"bucket"}, get...)...); status != 1 || !strings.HasPrefix(stderr, "sluice: store: connection: ") {
+		t.Errorf("%d %s", status, stderr)
+	}
+}
