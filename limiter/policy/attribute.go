@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"errors"
 	"strconv"
 	"strings"
 
@@ -32,15 +33,15 @@ var attributes = map[string]attribute{
 	"request.id":               {cel.StringType, false, func(s *subject) any { return s.Headers["x-request-id"] }},
 	"request.size":             {cel.IntType, true, (*subject).size},
 	"request.time":             {cel.TimestampType, true, func(s *subject) any { return s.Time }},
-	"request.headers":          {textMap, false, func(s *subject) any { return s.present(s.Headers) }},
+	"request.headers":          {textMap, false, func(s *subject) any { return present(s.Headers) }},
 	"source.address":           {cel.StringType, true, func(s *subject) any { return bareAddress(s.Source.Address) }},
 	"source.port":              {cel.IntType, true, func(s *subject) any { return int64(s.Source.Port) }},
 	"source.principal":         {cel.StringType, true, func(s *subject) any { return s.Source.Principal }},
 	"destination.address":      {cel.StringType, true, func(s *subject) any { return bareAddress(s.Destination.Address) }},
 	"destination.port":         {cel.IntType, true, func(s *subject) any { return int64(s.Destination.Port) }},
 	"destination.principal":    {cel.StringType, true, func(s *subject) any { return s.Destination.Principal }},
-	"metadata.filter_metadata": {cel.MapType(cel.StringType, cel.DynType), false, func(s *subject) any { return s.present(s.Metadata) }},
-	"context":                  {textMap, false, func(s *subject) any { return s.present(s.Context) }},
+	"metadata.filter_metadata": {cel.MapType(cel.StringType, cel.DynType), false, func(s *subject) any { return present(s.Metadata) }},
+	"context":                  {textMap, false, func(s *subject) any { return present(s.Context) }},
 	"client.ip":                {cel.StringType, true, func(s *subject) any { return addressText(s.client) }},
 	"client.network":           {cel.StringType, true, func(s *subject) any { return network(s.client) }},
 }
@@ -48,15 +49,13 @@ var attributes = map[string]attribute{
 // textMap is a map of texts that may be compared with null, which is what an absent entry is.
 var textMap = cel.MapType(cel.StringType, cel.NullableType(cel.StringType))
 
-// subjectName is what an expression's own machinery finds the subject by. No expression can say it.
-const subjectName = "@subject"
-
 // ResolveName gives CEL the attributes that it asks for.
 func (s *subject) ResolveName(name string) (any, bool) {
-	if a, ok := attributes[name]; ok {
-		return a.of(s), true
+	a, ok := attributes[name]
+	if !ok {
+		return nil, false
 	}
-	return s, name == subjectName
+	return a.of(s), true
 }
 
 // Parent is CEL's; there is none.
@@ -66,121 +65,167 @@ func (*subject) Parent() cel.Activation { return nil }
 func (s *subject) size() any {
 	n, err := strconv.ParseInt(s.Headers["content-length"], 10, 64)
 	if err != nil || n < 0 {
-		s.misses++
-		return types.NewErr(miss + ": content-length")
+		return absent
 	}
 	return n
 }
 
-// How absence works. In CEL a map's missing entry is an error, which every operator passes on but for &&, || and ?:, where the other
-// operand may decide. So an expression that uses what is absent ends in that error, which eval tells from mistakes: the maps of a
-// request count what was missed in them. has(), in and optional syntax ask without using, as they do on every map. What is left is
-// that for == and != the absent is null.
+// How absence works. What is not there is an error of its own kind, which every operator of CEL passes on but for &&, || and ?:, where the
+// other operand may decide. So an expression that uses what is absent ends in that error. has(), in and [?...] ask without using,
+// and for == and != what is absent is null.
 
-// miss is how CEL's error for a missing entry begins.
-const miss = "no such key"
+// errAbsent is what is absent. No text of a client's makes an error that is this one.
+var errAbsent = errors.New("absent")
 
-func isMiss(err error) bool { return strings.HasPrefix(err.Error(), miss) }
+// absent is errAbsent as CEL hands it on.
+var absent = types.WrapErr(errAbsent)
 
-// presentMap is a map of a request's, in which an empty or null entry is a missing one.
-type presentMap struct {
-	traits.Mapper
-	s *subject
-}
-
-// present is one of the request's maps as expressions see it.
-func (s *subject) present(m any) ref.Val {
-	v := types.DefaultTypeAdapter.NativeToValue(m)
-	if m, ok := v.(traits.Mapper); ok {
-		return presentMap{m, s}
+func isAbsent(v any) bool {
+	err, _ := v.(error)
+	for ; err != nil; err = errors.Unwrap(err) {
+		if err == errAbsent { //nolint:errorlint // CEL's errors are equal to all of the same text, so they are compared one by one
+			return true
+		}
 	}
-	return v
+	return false
 }
 
-// Find is CEL's: what is under a key, and whether anything is.
-func (p presentMap) Find(key ref.Val) (ref.Val, bool) {
+// present is one of the request's values as expressions see it: in maps an empty or null entry is absent.
+func present(v any) ref.Val {
+	switch v := types.DefaultTypeAdapter.NativeToValue(v).(type) {
+	case presentMap, presentList:
+		return v
+	case traits.Mapper:
+		return presentMap{v}
+	case traits.Lister:
+		return presentList{v}
+	default:
+		return v
+	}
+}
+
+type presentMap struct{ traits.Mapper }
+
+// find is what is under a key, and whether anything is.
+func (p presentMap) find(key ref.Val) (ref.Val, bool) {
 	v, ok := p.Mapper.Find(key)
-	if v != nil && types.IsUnknownOrError(v) {
+	if v != nil && types.IsUnknownOrError(v) || !ok || v == types.NullValue || v == types.String("") {
 		return v, false
 	}
-	if !ok || v == types.NullValue || v == types.String("") {
-		p.s.misses++
-		return nil, false
-	}
-	if m, ok := v.(traits.Mapper); ok {
-		v = presentMap{m, p.s} // the claims within claims
-	}
-	return v, true
+	return present(v), true
 }
 
-// Get is CEL's: what is under a key, or the error of a missing one.
-func (p presentMap) Get(key ref.Val) ref.Val {
-	v, ok := p.Find(key)
-	if !ok && v == nil {
-		return types.NewErr(miss)
+// Find is CEL's: what is under a key. Of what is not there CEL would make an error that looks like a mistake's.
+func (p presentMap) Find(key ref.Val) (ref.Val, bool) {
+	v, ok := p.find(key)
+	if !ok && (v == nil || !types.IsUnknownOrError(v)) {
+		return absent, false
 	}
+	return v, ok
+}
+
+// Get is CEL's: what is under a key.
+func (p presentMap) Get(key ref.Val) ref.Val {
+	v, _ := p.Find(key)
 	return v
 }
 
 // Contains is CEL's `in`.
 func (p presentMap) Contains(key ref.Val) ref.Val {
-	v, ok := p.Find(key)
-	if !ok && v != nil {
+	v, ok := p.find(key)
+	if !ok && v != nil && types.IsUnknownOrError(v) {
 		return v
 	}
 	return types.Bool(ok)
 }
 
-// decorate changes what CEL does in two places. It is an interpreter.InterpretableDecoratorV2.
-func decorate(i interpreter.InterpretableV2) (interpreter.InterpretableV2, error) {
-	call, ok := i.(interpreter.InterpretableCall)
-	if !ok {
+// keys are those of what is there.
+func (p presentMap) keys() traits.Lister {
+	var keys []ref.Val
+	for i := p.Mapper.Iterator(); i.HasNext() == types.True; {
+		key := i.Next()
+		if _, ok := p.find(key); ok {
+			keys = append(keys, key)
+		}
+	}
+	return types.DefaultTypeAdapter.NativeToValue(keys).(traits.Lister)
+}
+
+// Iterator is CEL's: over the keys.
+func (p presentMap) Iterator() traits.Iterator { return p.keys().Iterator() }
+
+// Size is CEL's.
+func (p presentMap) Size() ref.Val { return p.keys().Size() }
+
+// presentList is a list within a map.
+type presentList struct{ traits.Lister }
+
+// Get is CEL's.
+func (p presentList) Get(index ref.Val) ref.Val { return present(p.Lister.Get(index)) }
+
+// Iterator is CEL's.
+func (p presentList) Iterator() traits.Iterator { return presentIterator{p.Lister.Iterator()} }
+
+type presentIterator struct{ traits.Iterator }
+
+// Next is CEL's.
+func (p presentIterator) Next() ref.Val { return present(p.Iterator.Next()) }
+
+// decorator changes what CEL does in a few places. asks are the expressions that are has().
+func decorator(asks map[int64]bool) interpreter.InterpretableDecoratorV2 {
+	return func(i interpreter.InterpretableV2) (interpreter.InterpretableV2, error) {
+		if _, done := i.(lookup); done {
+			return i, nil
+		}
+		if a, ok := i.(interpreter.InterpretableAttribute); ok {
+			return lookup{a, asks[i.ID()]}, nil
+		}
+		call, ok := i.(interpreter.InterpretableCall)
+		if !ok {
+			return i, nil
+		}
+		switch args := call.Args(); call.Function() {
+		case operators.Equals, operators.NotEquals:
+			return &equality{call, args[0], args[1], call.Function() == operators.NotEquals}, nil
+		case "replace", "join":
+			return &bounded{call, args}, nil
+		case "string":
+			return &printed{call, args[0]}, nil
+		}
 		return i, nil
 	}
-	args := call.Args()
-	switch call.Function() {
-	case operators.Equals, operators.NotEquals:
-		return &equality{call, args[0], args[1], call.Function() == operators.NotEquals}, nil
-	case "replace", "join":
-		return &bounded{call, args}, nil
-	}
-	return i, nil
 }
 
-// bounded is a call whose result may be the product of its arguments' lengths, which a client may choose, and which CEL's own cost sees
-// when it is too late.
-type bounded struct {
-	interpreter.InterpretableCall
-	args []interpreter.InterpretableV2
+// lookup is the reading of an attribute, with what is selected of it.
+type lookup struct {
+	interpreter.InterpretableAttribute
+	asks bool // has(): whether it is there
 }
-
-const maxProduct = 1 << 20 // bytes
 
 // Exec is CEL's.
-func (b *bounded) Exec(frame *interpreter.ExecutionFrame) ref.Val {
-	size := 1
-	for _, arg := range b.args {
-		switch v := arg.Exec(frame).(type) {
-		case types.String:
-			size *= len(v) + 1
-		case traits.Lister:
-			if n, ok := v.Size().(types.Int); ok {
-				size *= int(n) + 1
+func (l lookup) Exec(frame *interpreter.ExecutionFrame) ref.Val {
+	v := l.InterpretableAttribute.Exec(frame)
+	if !isAbsent(v) {
+		return v
+	}
+	if l.asks {
+		return types.False
+	}
+	if a, ok := l.Attr().(interpreter.NamespacedAttribute); ok {
+		for _, q := range a.Qualifiers() {
+			if q.IsOptional() {
+				return types.OptionalNone
 			}
 		}
-		if size > maxProduct {
-			return types.NewErr("a text grows too large")
-		}
 	}
-	return b.InterpretableCall.Exec(frame)
+	return v
 }
 
 // Eval is CEL's.
-func (b *bounded) Eval(a interpreter.Activation) ref.Val {
-	return interpreter.EvalActivation(a, b.Exec)
-}
+func (l lookup) Eval(a interpreter.Activation) ref.Val { return interpreter.EvalActivation(a, l.Exec) }
 
-// equality is == or !=, which take what is absent for null.
+// equality is == or !=, for which what is read and is absent is null. An operand that uses what is absent is absent, and so is the
+// comparison.
 type equality struct {
 	interpreter.InterpretableCall
 	left, right interpreter.InterpretableV2
@@ -205,17 +250,122 @@ func (e *equality) Eval(a interpreter.Activation) ref.Val {
 	return interpreter.EvalActivation(a, e.Exec)
 }
 
-// nullable is an operand's value, null where it is absent.
+// nullable is an operand's value, null where it is a reading of what is absent.
 func nullable(operand interpreter.InterpretableV2, frame *interpreter.ExecutionFrame) ref.Val {
-	found, _ := frame.ResolveName(subjectName)
-	s, ok := found.(*subject)
-	if !ok {
-		return operand.Exec(frame)
-	}
-	before := s.misses
 	v := operand.Exec(frame)
-	if err, ok := v.(*types.Err); ok && s.misses > before && isMiss(err) {
-		return types.NullValue
+	if l, ok := operand.(lookup); ok && isAbsent(v) {
+		if _, ofVariable := l.Attr().(interpreter.NamespacedAttribute); ofVariable {
+			return types.NullValue
+		}
 	}
 	return v
+}
+
+// bounded is replace or join, whose result may be the product of texts that a client chooses, while CEL's own cost sees it when it is
+// too late.
+type bounded struct {
+	interpreter.InterpretableCall
+	args []interpreter.InterpretableV2
+}
+
+const maxGrown = 256 << 10 // bytes of a text that is made of others
+
+// Exec is CEL's.
+func (b *bounded) Exec(frame *interpreter.ExecutionFrame) ref.Val {
+	args := make([]ref.Val, len(b.args))
+	for i, arg := range b.args {
+		if args[i] = arg.Exec(frame); types.IsUnknownOrError(args[i]) {
+			return args[i]
+		}
+	}
+	if b.Function() == "join" {
+		return joined(args)
+	}
+	return replaced(args)
+}
+
+// Eval is CEL's.
+func (b *bounded) Eval(a interpreter.Activation) ref.Val {
+	return interpreter.EvalActivation(a, b.Exec)
+}
+
+var (
+	errGrown    = types.NewErr("a text grows too large")
+	errOverload = types.NewErr("no such overload")
+)
+
+// replaced is text.replace(old, new) and text.replace(old, new, times).
+func replaced(args []ref.Val) ref.Val {
+	text, ok1 := args[0].(types.String)
+	old, ok2 := args[1].(types.String)
+	by, ok3 := args[2].(types.String)
+	if !ok1 || !ok2 || !ok3 {
+		return errOverload
+	}
+	times := -1
+	if len(args) == 4 {
+		n, ok := args[3].(types.Int)
+		if !ok {
+			return errOverload
+		}
+		times = int(min(n, maxGrown))
+	}
+	found := strings.Count(string(text), string(old))
+	if times >= 0 {
+		found = min(found, times)
+	}
+	if len(text)+found*max(0, len(by)-len(old)) > maxGrown {
+		return errGrown
+	}
+	return types.String(strings.Replace(string(text), string(old), string(by), times))
+}
+
+// joined is texts.join() and texts.join(between).
+func joined(args []ref.Val) ref.Val {
+	texts, ok := args[0].(traits.Lister)
+	between := types.String("")
+	if ok && len(args) == 2 {
+		between, ok = args[1].(types.String)
+	}
+	if !ok {
+		return errOverload
+	}
+	var b strings.Builder
+	for i, first := texts.Iterator(), true; i.HasNext() == types.True; first = false {
+		text, ok := i.Next().(types.String)
+		if !ok {
+			return errOverload
+		}
+		if b.Len()+len(between)+len(text) > maxGrown {
+			return errGrown
+		}
+		if !first {
+			b.WriteString(string(between))
+		}
+		b.WriteString(string(text))
+	}
+	return types.String(b.String())
+}
+
+// printed is string(), which prints numbers without an exponent.
+type printed struct {
+	interpreter.InterpretableCall
+	arg interpreter.InterpretableV2
+}
+
+// Exec is CEL's.
+func (p *printed) Exec(frame *interpreter.ExecutionFrame) ref.Val {
+	v := p.arg.Exec(frame)
+	if types.IsUnknownOrError(v) {
+		return v
+	}
+	if f, ok := v.(types.Double); ok {
+		return types.String(strconv.FormatFloat(float64(f), 'f', -1, 64))
+	}
+	return v.ConvertToType(types.StringType)
+}
+
+// Eval is CEL's.
+func (p *printed) Eval(a interpreter.Activation) ref.Val {
+	return interpreter.EvalActivation(a, p.Exec)
 }

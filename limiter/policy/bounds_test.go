@@ -35,6 +35,12 @@ func TestConfigBombs(t *testing.T) {
 		"a line of values":       "domain: [" + strings.Repeat("x,", 1<<18) + "]",
 		"a list of lines":        "domain:\n" + strings.Repeat("- x\n", 1<<18-10),
 		"quoted fields":          strings.Repeat("\"x\": 1\n", 1<<16),
+		"a bracket in a comment": "# [\n" + strings.Repeat("x: 1\n", 1<<17),
+		"a bracket in quotes":    "x: '['\n" + strings.Repeat("x: 1\n", 1<<17),
+		"an open quote":          "x: \"[\n" + strings.Repeat("x: 1\n", 1<<17),
+		"comments in brackets":   strings.Repeat("[ # ]\n", 1<<16),
+		"wrong expressions":      wrongExpressions(2000),
+		"one wrong expression":   "limits:\n" + strings.Repeat("- {name: a, rate: 1/s, when: x == 1}\n", 2000),
 		"questions":              strings.Repeat("? x\n: y\n", 1<<16),
 		"a mixed expression":     expression(strings.Repeat("request.headers[\"a\"] == 1 || ", 1<<15-100)),
 		"a large pattern":        expression(`request.host.matches("((((((((a{100}){100}){100}){100}){100}){100}){100}){100})")`),
@@ -69,6 +75,45 @@ func TestConfigBombs(t *testing.T) {
 	}
 }
 
+func wrongExpressions(n int) string {
+	var b strings.Builder
+	b.WriteString("limits:\n")
+	for i := range n {
+		fmt.Fprintf(&b, "- {name: l%d, rate: 1/s, when: x%d == 1}\n", i, i)
+	}
+	return b.String()
+}
+
+// What looks large, and is not, is read.
+func TestNotOutgrown(t *testing.T) {
+	for name, text := range map[string]string{
+		"brackets in quotes": "limits:\n" + strings.Repeat("  - {name: NAME, rate: 1/s, key: 'request.path.split(\"{\")[0]'}\n", 200),
+		"in plain texts":     "limits:\n" + strings.Repeat("  - name: NAME\n    rate: 1/s\n    when: request.path.contains(\"[\") # a { in a comment, don't mind\n", 200),
+		"block lists":        "limits:\n" + strings.Repeat("  - name: NAME\n    rate: 1/s\n    match:\n      hosts:\n        - a.example.com\n        - b.example.com\n", 5000),
+		"JSON on many lines": "{\"limits\": [\n" + strings.Repeat("  {\n    \"name\": \"NAME\",\n    \"rate\": \"1/s\"\n  },\n", 5000) + "  {\"name\": \"last\", \"rate\": \"1/s\"}\n]}\n",
+		"JSON on one":        "{\"limits\": [" + strings.Repeat("{\"name\": \"NAME\", \"rate\": \"1/s\"},", 5000) + "{\"name\": \"last\", \"rate\": \"1/s\"}]}\n",
+		"many addresses":     "exempt:\n  - match:\n      clients:\n" + strings.Repeat("        - 10.0.0.1\n", 15_000),
+	} {
+		n := 0
+		for strings.Contains(text, "NAME") && n < 200 {
+			text = strings.Replace(text, "NAME", fmt.Sprintf("l%d", n), 1)
+			n++
+		}
+		text, same := strings.ReplaceAll(text, "NAME", "same"), 0
+		_, err := Parse("f", []byte(text), env())
+		if err != nil {
+			for _, m := range mistakes(t, err) {
+				if strings.HasPrefix(m.Message, "a second limit") { // which says that it was read
+					same++
+				} else {
+					t.Errorf("%s: %v", name, m)
+				}
+			}
+		}
+		t.Logf("%s: %d bytes, %d names twice", name, len(text), same)
+	}
+}
+
 // deep is n mappings in each other.
 func deep(n int) string {
 	var b strings.Builder
@@ -93,7 +138,7 @@ func TestEvaluationIsBounded(t *testing.T) {
 		`request.path.split("").join(request.path).size() > 1`,
 		`request.headers["a"].replace("a", request.headers["a"]).size() > 1`,
 		`request.headers["a"].split("").map(x, request.headers["a"]).size() > 1`,
-		`[1, 2, 3, 4, 5, 6, 7, 8, 9].all(a, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(b, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(c, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(d, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(e, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(f, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(g, a + b + c + d + e + f + g > 0)))))))`,
+		`[1, 2, 3, 4, 5, 6, 7, 8, 9].all(a, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(b, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(c, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(d, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(e, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(f, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(g, a + b + c + d + e + f + g + request.path.size() > 0)))))))`,
 		`(request.headers["a"] + request.headers["a"] + request.headers["a"]).size() > request.headers["a"].lowerAscii().reverse().size()`,
 	} {
 		c := parse(t, "limits: [{name: a, rate: 1/s, when: '"+text+"'}]")

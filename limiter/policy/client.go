@@ -15,22 +15,20 @@ type clientIP struct {
 }
 
 // of returns the client's address: the peer's, unless the config takes it from a header and believes this peer. It is invalid where
-// not even the peer is known.
-func (c *clientIP) of(r *Request) netip.Addr {
+// not even the peer is known, and not sure where the header says something that is no address.
+func (c *clientIP) of(r *Request) (client netip.Addr, isSure bool) {
 	peer := parseAddr(r.Source.Address)
 	if c.xffFromRight == 0 && c.header == "" || !c.believes(peer, r.Source.Principal) {
-		return peer
+		return peer, true
 	}
-	var said netip.Addr
-	if c.header != "" {
-		said = parseAddr(r.Headers[c.header])
-	} else {
-		said = parseAddr(fromRight(r.Headers["x-forwarded-for"], c.xffFromRight))
+	said := r.Headers[c.header]
+	if c.header == "" {
+		said = fromRight(r.Headers["x-forwarded-for"], c.xffFromRight)
 	}
-	if !said.IsValid() {
-		return peer
+	if a := parseAddr(said); a.IsValid() {
+		return a, true
 	}
-	return said
+	return peer, said == ""
 }
 
 func (c *clientIP) believes(peer netip.Addr, principal string) bool {

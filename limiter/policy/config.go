@@ -3,6 +3,7 @@
 package policy
 
 import (
+	"bytes"
 	"cmp"
 	"crypto/sha256"
 	"encoding/hex"
@@ -121,6 +122,7 @@ func Load(file string, getenv func(string) (string, bool), settings ...Setting) 
 		return nil, in.done(), Mistakes{{File: file, Message: err.Error()}}
 	}
 	_, _ = in.said.Write(text)
+	text = bytes.TrimPrefix(text, []byte("\xef\xbb\xbf")) // the mark that some editors begin a file with
 	c, err := readConfig(file, text, getenv, settings, in)
 	made := in.done()
 	made.Blank = strings.TrimSpace(string(text)) == ""
@@ -166,10 +168,12 @@ func (in *inputs) read(file string) ([]byte, error) {
 	return text, nil
 }
 
-// reading notes what is read of a file that holds no secret.
+// reading notes what is read of a file that holds no secret. Nothing else may be read meanwhile.
 func (in *inputs) reading(file string, r io.Reader) io.Reader {
 	in.add(file)
-	return io.TeeReader(r, io.MultiWriter(in.all, in.said))
+	both := io.MultiWriter(in.all, in.said)
+	_, _ = fmt.Fprintf(both, "\x00%q\x00", file) // what follows has no such name in it, or is no CSV
+	return io.TeeReader(r, both)
 }
 
 func (in *inputs) done() Inputs {
@@ -303,7 +307,7 @@ func (f *configFile) readLimits(n node) {
 		return
 	}
 	f.each(n, func(n node) {
-		if d := f.readLimit(n, ""); d != nil {
+		if d := new(draft); f.readLimit(n, d) {
 			f.drafts = append(f.drafts, d)
 		}
 	})

@@ -23,19 +23,19 @@ type Draw struct {
 // Draw says what a request owes.
 func (c *Config) Draw(r *Request) Draw {
 	s := newSubject(r, &c.client)
-	for range c.exempt.find(s, bothReadings) {
+	for range c.exempt.find(s, allReadings) {
 		return Draw{Exempt: true}
 	}
 	d := drawing{subject: s, hasher: &c.hasher}
 	on := c.route(s.Context)
 	d.wrong(on.mistakes...)
-	for i := range c.index.find(s, eitherReading) {
+	for i := range c.index.find(s, anyReading) {
 		if on.considers(i) {
 			d.consider(c.rules[i])
 		}
 	}
 	for _, e := range on.limits {
-		if e.rule != nil && e.rule.match.mismatch(s, eitherReading) == "" {
+		if e.rule != nil && e.rule.match.mismatch(s, anyReading) == "" {
 			d.consider(e.rule)
 		}
 	}

@@ -282,7 +282,7 @@ func TestDraw(t *testing.T) {
 			{"GET h/ with a=1 with b=1", "not-nil -, same -"},
 		}},
 		{`limits: [{name: in, rate: 1/s, when: 'request.headers["a"] in ["x", "y"]'}, {name: starts, rate: 1/s, when: 'request.headers["a"].startsWith("x")'}, {name: not, rate: 1/s, when: '!(request.headers["a"] in ["x"])'}, {name: plus, rate: 1/s, when: 'request.headers["a"] + "" == "x"'}, {name: size, rate: 1/s, when: 'size(request.headers["a"]) > 3'}]`, [][]string{
-			{"GET h/", "in -, starts -, not -, size -", "in: it matches; when is absent, and then it applies", `plus: when is false: request.headers["a"] + "" == "x"`},
+			{"GET h/", "in -, starts -, not -, plus -, size -", "in: it matches; when is absent, and then it applies", "plus: it matches; when is absent, and then it applies"},
 			{"GET h/ with a=x", "in -, starts -, plus -"},
 			{"GET h/ with a=z", "not -"},
 			{"GET h/ with a=zzzz", "not -, size -"},
@@ -338,6 +338,44 @@ func TestDraw(t *testing.T) {
 			{"GET h/ with a=x", "a -, b -"},
 			{"GET h/", "a -, b -"},
 			{"GET h/ with a=y", "limit a: when: the expression fails: no such key, b -"},
+		}},
+
+		// null is what is read and is absent; what is made of it is absent.
+		{`limits: [{name: lower, rate: 1/s, when: 'request.headers["a"].lowerAscii() == "on"'}, {name: not, rate: 1/s, when: 'request.headers["a"].startsWith("x") == false'}, {name: list, rate: 1/s, when: '[request.headers["a"]] == ["x"]'}, {name: int, rate: 1/s, when: 'int(request.headers["a"]) != 3'}]`, [][]string{
+			{"GET h/", "lower -, not -, list -, int -"},
+			{"GET h/ with a=3", "not -"},
+		}},
+		// A mistake is one, whatever else is absent.
+		{`limits: [{name: a, rate: 99/s, cost: 'request.headers["bulk"] == "1" ? 10 : {"gold": 1, "free": 50}[request.headers["plan"]]'}]`, [][]string{
+			{"GET h/ with plan=free", "a - costs 50"},
+			{"GET h/", "a -"},
+			{"GET h/ with plan=bulk", "limit a: cost: the expression fails: no such key"},
+			{"GET h/ with plan=zzz with bulk=0", "limit a: cost: the expression fails: no such key"},
+			{"GET h/ with plan=zzz with bulk=1", "a - costs 10"},
+		}},
+		{`limits: [{name: a, rate: 9/s, absent: skip, key: 'request.headers[?"x-tenant"].hasValue() ? request.headers["x-tenant"] : {"gold": "g"}[request.headers["plan"]]'}, {name: b, rate: 9/s, when: '(has(request.headers.z) ? "q" : {"gold": "g"}[request.headers["plan"]]) == "g"'}]`, [][]string{
+			{"GET h/ with plan=gold", "a #(g), b -"},
+			{"GET h/ with plan=zzz", "limit a: key: the expression fails: no such key, limit b: when: the expression fails: no such key"},
+			{"GET h/", "b -"},
+		}},
+		// Claims within lists, and what is there to go through.
+		{`limits: [{name: any, rate: 1/s, when: 'metadata.filter_metadata.jwt.payload.orgs.exists(o, o.plan == "gold")'}, {name: first, rate: 1/s, absent: skip, key: 'metadata.filter_metadata.jwt.payload.orgs[0].id'}, {name: through, rate: 1/s, when: 'request.headers.exists(k, k == "a")'}, {name: none, rate: 1/s, when: 'request.headers.size() == 0 && metadata.filter_metadata.size() == 0'}]`, [][]string{
+			{`GET h/ claim orgs=[{"id":"x","plan":"gold"}]`, "any -, first #(x)"},
+			{`GET h/ claim orgs=[{"id":"","plan":null}]`, ""},
+			{"GET h/ with a=", "any -, none -"},
+			{"GET h/ with a=1", "any -, through -"},
+		}},
+		{`limits: [{name: whole, rate: 1/s, key: '"u:" + string(metadata.filter_metadata.jwt.payload.id)'}, {name: deep, rate: 1/s, when: has(metadata.filter_metadata.jwt.payload.org.id)}]`, [][]string{
+			{"GET h/ claim id=1234567", "whole #(u:1234567)"},
+			{"GET h/ claim id=1.5 claim org.id=1", "whole #(u:1.5), deep -"},
+			{`GET h/ claim id=""`, "whole ~11.203.0.113.7"},
+		}},
+		{`limits: [{name: a, rate: 1/s, key: 'request.host.replace("a", "b").replace("b", "c").replace("c", "d").replace("d", "e").replace("e", "f").replace("f", "g").replace("g", "h").replace("h", "i").replace("i", "j", 1)'}, {name: b, rate: 1/s, key: 'request.url_path.split("/").join("-")'}, {name: c, rate: 1/s, key: '["", "x"].join("+") + ["y"].join()'}]`, [][]string{
+			{"GET aha/x/y", "a =3.jii, b =4.-x-y, c =3.+xy"},
+		}},
+		{`limits: [{name: a, rate: 1/s, when: 'context[?"tier"] == optional.of("x")'}, {name: b, rate: 1/s, when: 'context.?tier.orValue("none") == "none"'}, {name: c, rate: 1/s, when: 'metadata.filter_metadata.?jwt.payload.?plan.orValue("none") == "none"'}]`, [][]string{
+			{"GET h/", "b -, c -"},
+			{`GET h/ context tier=x claim plan="p"`, "a -"},
 		}},
 
 		// cost
@@ -400,7 +438,7 @@ func TestDraw(t *testing.T) {
 		}},
 
 		// exempt: only if both readings of the path are.
-		{`{exempt: [{match: {paths: [/healthz, "/public/**"]}}, {match: {clients: [10.1.0.0/16], principals: ["spiffe://c/ns/ops/*"]}}, {match: {hosts: [free.example.com], methods: [GET]}}], limits: [{name: a, rate: 1/s}]}`, [][]string{
+		{`{exempt: [{match: {paths: [/healthz, "/public/**"]}}, {match: {clients: [10.1.0.0/16], principals: ["spiffe://c/ns/ops/*"]}}, {match: {hosts: [free.example.com, kelvin.example.com], methods: [GET]}}], limits: [{name: a, rate: 1/s}]}`, [][]string{
 			{"GET h/healthz", "exempt", "a: the request is exempt"},
 			{"GET h/healthz?x=1", "exempt"},
 			{"GET h/healthz/", "a -"},
@@ -418,6 +456,37 @@ func TestDraw(t *testing.T) {
 			{"GET h/x from 10.2.2.3 by spiffe://c/ns/ops/sa/x", "a -"},
 			{"HEAD FREE.example.com:80/x", "exempt"},
 			{"POST free.example.com/x", "a -"},
+			// A server that resolves dots before it decodes serves /v1/orders.
+			{"GET h/public/a%2fb%2fc/../../v1/orders", "a -"},
+			{"GET h/public/a;%2fb%2fc/../../v1/orders", "a -"},
+			{"GET h/public/a%5cb%5cc/../../v1/orders", "a -"},
+			{"GET h/public/a%20b", "exempt"},
+			// What Envoy's own routes do not take for that host.
+			{"GET [free.example.com]/x", "a -"},
+			{"GET [free.example.com/x", "a -"},
+			{"GET free.example.com]:80/x", "a -"},
+			{"GET free.example.com:x/x", "a -"},
+			{"GET free.example.com./x", "a -"},
+			{"GET \u212aelvin.example.com/x", "a -"},
+		}},
+
+		// Nobody is exempt for the address of a proxy that should have said another.
+		{"{client_ip: {header: x-real-ip}, exempt: [{match: {clients: [10.0.0.0/8]}}], limits: [{name: a, key: client.ip, rate: 1/s}]}", [][]string{
+			{"GET h/ from 10.0.0.1 with x-real-ip=10.0.0.2", "exempt"},
+			{"GET h/ from 10.0.0.1", "exempt"},
+			{"GET h/ from 10.0.0.1 with x-real-ip=junk", "a =8.10.0.0.1"},
+			{"GET h/ from 10.0.0.1 with x-real-ip=9.9.9.9,8.8.8.8", "a =8.10.0.0.1"},
+		}},
+		{"{client_ip: {xff_from_right: 2}, exempt: [{match: {clients: [10.0.0.0/8]}}], limits: [{name: a, key: client.ip, rate: 1/s}]}", [][]string{
+			{"GET h/ from 10.0.0.1 with x-forwarded-for=junk,9.9.9.9", "a =8.10.0.0.1"},
+			{"GET h/ from 10.0.0.1 with x-forwarded-for=9.9.9.9", "exempt"},
+		}},
+		{`limits: [{name: a, rate: 1/s, match: {paths: [/v1/orders]}}, {name: b, rate: 1/s, match: {hosts: ["[::1]", 10.0.0.1, h_1.example.com]}}]`, [][]string{
+			{"GET h/x%2fy/../v1/orders", "a -"},
+			{"GET [::1]:80/", "b -"},
+			{"GET [0:0::1]/", ""},
+			{"GET 10.0.0.1:80/", "b -"},
+			{"GET H_1.example.com.:80/", "b -"},
 		}},
 
 		// overrides
@@ -580,7 +649,7 @@ func TestClientIP(t *testing.T) {
 	} {
 		c := parse(t, section.config)
 		for _, row := range section.rows {
-			if got := addressText(c.client.of(request(t, row[0]))); got != row[1] {
+			if got := c.Client(request(t, row[0])); got != row[1] {
 				t.Errorf("%s\n%s: %q, want %q", section.config, row[0], got, row[1])
 			}
 		}

@@ -32,7 +32,7 @@ type Explained struct {
 func (c *Config) Explain(r *Request) Explanation {
 	s := newSubject(r, &c.client)
 	x := Explanation{}
-	for i := range c.exempt.find(s, bothReadings) {
+	for i := range c.exempt.find(s, allReadings) {
 		x.Exempt = fmt.Sprintf("exempt[%d] holds", i)
 		x.Draw.Exempt = true
 		break
@@ -41,7 +41,7 @@ func (c *Config) Explain(r *Request) Explanation {
 	on := c.route(s.Context)
 	d.wrong(on.mistakes...)
 	look := func(l *rule) finding {
-		if field := l.match.mismatch(s, eitherReading); field != "" {
+		if field := l.match.mismatch(s, anyReading); field != "" {
 			return finding{kind: foundMismatch, field: field}
 		}
 		return d.consider(l)
@@ -138,8 +138,8 @@ func (m *match) why(s *subject, field string) string {
 	case "methods":
 		return fmt.Sprintf("the method %s is none of match.methods", quoted(s.Method))
 	case "paths":
-		if s.normal != s.sent {
-			return fmt.Sprintf("the path %s, and its normal form %s, is none of match.paths", quoted(s.sent), quoted(s.normal))
+		if len(s.readings) > 1 {
+			return fmt.Sprintf("the path %s, and its normal form %s, is none of match.paths", quoted(s.sent), quoted(s.readings[1]))
 		}
 		return fmt.Sprintf("the path %s is none of match.paths", quoted(s.sent))
 	case "clients":
@@ -168,4 +168,7 @@ func quoted(sent string) string {
 }
 
 // Client is the address that the config takes for the request's client; empty where it is not known.
-func (c *Config) Client(r *Request) string { return addressText(c.client.of(r)) }
+func (c *Config) Client(r *Request) string {
+	client, _ := c.client.of(r)
+	return addressText(client)
+}

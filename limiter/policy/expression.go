@@ -110,7 +110,13 @@ func compile(text string, p purpose) (*expression, []expressionError) {
 	if out := checked.OutputType(); !p.accepts(out) {
 		return wrong("%s, and this is %v", p.wanted(), out)
 	}
-	program, err := env.Program(checked, cel.CostLimit(maxEvaluation), cel.EvalOptions(cel.OptOptimize), cel.CustomDecoratorV2(decorate))
+	asks := make(map[int64]bool)
+	ast.PreOrderVisit(native.Expr(), ast.NewExprVisitor(func(e ast.Expr) {
+		if e.Kind() == ast.SelectKind && e.AsSelect().IsTestOnly() {
+			asks[e.ID()] = true
+		}
+	}))
+	program, err := env.Program(checked, cel.CostLimit(maxEvaluation), cel.EvalOptions(cel.OptOptimize), cel.CustomDecoratorV2(decorator(asks)))
 	if err != nil {
 		return wrong("%v", err)
 	}
@@ -192,10 +198,9 @@ func directRead(tree *ast.AST) func(*subject) string {
 
 // eval is the expression's value; nil where it is absent. The error says nothing of what the client sent.
 func (e *expression) eval(s *subject) (ref.Val, error) {
-	s.misses = 0
 	v, _, err := e.program.Eval(s)
 	if err != nil {
-		if s.misses > 0 && isMiss(err) {
+		if isAbsent(err) {
 			return nil, nil
 		}
 		return nil, failure(err)

@@ -149,10 +149,11 @@ func (x *index) find(s *subject, r reading) iter.Seq[int] {
 
 		clear(found)
 		x.anyHost.addTo(found)
-		x.hosts[s.host].addTo(found)
-		for i := max(1, len(s.host)-x.longestDomain-1); i < len(s.host); i++ {
-			if s.host[i] == '.' {
-				x.domains[s.host[i+1:]].addTo(found)
+		host := s.hostOf(r)
+		x.hosts[host].addTo(found)
+		for i := max(1, len(host)-x.longestDomain-1); i < len(host); i++ {
+			if host[i] == '.' {
+				x.domains[host[i+1:]].addTo(found)
 			}
 		}
 
@@ -163,20 +164,19 @@ func (x *index) find(s *subject, r reading) iter.Seq[int] {
 
 		clear(also)
 		x.anyPath.addTo(also)
-		x.paths.find(strings.TrimPrefix(s.sent, "/"), also)
-		if s.normal != s.sent {
-			if r == bothReadings {
+		for i, path := range s.readings {
+			if i > 0 && r == allReadings {
 				found.intersect(also)
 				clear(also)
 				x.anyPath.addTo(also)
 			}
-			x.paths.find(strings.TrimPrefix(s.normal, "/"), also)
+			x.paths.find(strings.TrimPrefix(path, "/"), also)
 		}
 		found.intersect(also)
 
 		for i, w := range found {
 			for ; w != 0; w &= w - 1 {
-				if n := i<<6 + bits.TrailingZeros64(w); x.matches[n].whoMismatches(s) == "" && !yield(n) {
+				if n := i<<6 + bits.TrailingZeros64(w); x.matches[n].whoMismatches(s, r) == "" && !yield(n) {
 					return
 				}
 			}

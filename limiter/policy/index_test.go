@@ -68,7 +68,7 @@ func TestIndex(t *testing.T) {
 				Path:   strings.Join(rapid.SliceOfN(rapid.SampledFrom([]string{"/", "a", "b", "c", "/a", "/b", "..", "%2f", "%61", ";x", "?q", "d"}), 0, 9).Draw(t, "path"), ""),
 				Source: Peer{Address: rapid.SampledFrom([]string{"10.1.1.1", "203.0.113.7", "::2", ""}).Draw(t, "source")},
 			}, &ids)
-			for _, r := range []reading{eitherReading, bothReadings} {
+			for _, r := range []reading{anyReading, allReadings} {
 				var want []int
 				for i, m := range all {
 					if m.mismatch(s, r) == "" {
@@ -94,7 +94,7 @@ func TestIndexIsBounded(t *testing.T) {
 	s := newSubject(&Request{Host: strings.Repeat(".", 60_000) + "a.example.com", Path: strings.Repeat("/a", 30_000) + strings.Repeat("/..", 100)}, &clientIP{})
 	if got := testing.Benchmark(func(b *testing.B) {
 		for b.Loop() {
-			if n := len(slices.Collect(x.find(s, eitherReading))); n != 1 {
+			if n := len(slices.Collect(x.find(s, anyReading))); n != 1 {
 				b.Fatal(n)
 			}
 		}

@@ -2,6 +2,7 @@ package policy
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"math"
 	"strconv"
@@ -98,9 +99,10 @@ const (
 	absentDeny                  // the request is denied
 )
 
-// readLimit reads one limit. Where its name is known already it may not have another. It returns nil where it noted a mistake.
-func (f *limitReader) readLimit(n node, name string) *draft {
-	d := &draft{name: name, cost: cost{constant: 1}}
+// readLimit reads one limit into a draft. Where its name is known already it may not have another. It reports false where it noted a mistake;
+// what it understood is in the draft all the same.
+func (f *limitReader) readLimit(n node, d *draft) bool {
+	d.cost.constant = 1
 	bad := len(f.mistakes)
 	fields := map[string]func(node){
 		"match": func(n node) { f.readMatch(n, &d.match) },
@@ -120,14 +122,14 @@ func (f *limitReader) readLimit(n node, name string) *draft {
 		"on_failure": func(n node) { f.readOnFailure(n, &d.onFailure) },
 		"overrides":  func(n node) { d.overrides = n },
 	}
-	if name == "" {
+	if d.name == "" {
 		fields["name"] = func(n node) { d.nameAt = n; f.checked(&d.name, checkName)(n) }
 	}
 	if f.inputs != nil {
 		fields["overrides_file"] = func(n node) { f.each(n, func(n node) { d.files = append(d.files, n) }) }
 	}
 	if !f.mapping(n, fields) {
-		return nil
+		return false
 	}
 	clean := len(f.mistakes) == bad // else what seems to be missing may be what is wrong
 	if clean && d.name == "" {
@@ -144,10 +146,7 @@ func (f *limitReader) readLimit(n node, name string) *draft {
 	} else if t != nil && !t.unlimited && d.cost.expression == nil && d.cost.constant > t.bucket.Burst() {
 		f.wrong(d.costAt, "%d is above the burst of %d, which would never allow it", d.cost.constant, t.bucket.Burst())
 	}
-	if len(f.mistakes) > bad {
-		return nil
-	}
-	return d
+	return len(f.mistakes) == bad
 }
 
 func checkName(s string) error {
@@ -197,17 +196,62 @@ func (f *limitReader) expression(n node, p purpose) *expression {
 		return nil
 	}
 	id := [2]string{text, p.wanted()}
-	if e := f.expressions[id]; e != nil {
-		return e
+	e, known := f.expressions[id]
+	if !known {
+		if len(f.mistakes) >= maxMistakes {
+			return nil // it would not be told
+		}
+		e = f.compile(n, text, p)
+		f.expressions[id] = e
+	} else if e == nil {
+		f.wrong(n, "the same mistake as in the same expression before")
 	}
+	return e
+}
+
+// compile compiles an expression, and tries one whose value is always the same.
+func (f *limitReader) compile(n node, text string, p purpose) *expression {
 	e, mistakes := compile(text, p)
 	for _, m := range mistakes {
 		f.wrongExpression(n, m)
 	}
-	if e != nil {
-		f.expressions[id] = e
+	if e == nil {
+		return nil
+	}
+	if written := f.written(n); written != "" {
+		e.text = written
+	}
+	if !e.constant {
+		return e
+	}
+	nobody, err := &subject{Request: &Request{}}, error(nil)
+	switch p {
+	case forKey:
+		var part string
+		if part, err = e.part(nobody); err == nil && part == "" {
+			err = errors.New("always absent; without a key there is one bucket for all")
+		}
+	case forWhen:
+		_, _, err = e.holds(nobody)
+	case forCost:
+		_, err = e.tokens(nobody)
+	}
+	if err != nil {
+		f.wrong(n, "%v", err)
+		return nil
 	}
 	return e
+}
+
+// written is a text as it stands in the file, with the names of variables and not their values.
+func (f *limitReader) written(n node) string {
+	switch v := n.Node.(type) {
+	case *ast.StringNode:
+		return v.Value
+	case *ast.LiteralNode:
+		return v.Value.Value
+	}
+	return ""
 }
 
 // wrongExpression notes a mistake within an expression: at its own place where the expression stands in the file as it is, else at
@@ -215,13 +259,15 @@ func (f *limitReader) expression(n node, p purpose) *expression {
 func (f *limitReader) wrongExpression(n node, e expressionError) {
 	t := n.GetToken()
 	m := Mistake{File: f.file, Field: n.field, Message: e.message, Line: t.Position.Line, Column: t.Position.Column}
-	if s, ok := n.Node.(*ast.StringNode); ok && e.line == 1 && strings.Contains(t.Origin, s.Value) {
+	if strings.Contains(f.written(n), "${") { // CEL's words may be a part of a variable's value
+		m.Message = "not a good expression with its variables put in"
+	} else if s, ok := n.Node.(*ast.StringNode); ok && e.line == 1 && strings.Contains(t.Origin, s.Value) {
 		m.Column += e.column - 1
 		if strings.HasPrefix(strings.TrimSpace(t.Origin), "'") || strings.HasPrefix(strings.TrimSpace(t.Origin), `"`) {
 			m.Column++
 		}
 	}
-	f.mistakes = append(f.mistakes, m)
+	f.add(m)
 }
 
 // readCost reads a number, or an expression. One that says the same of every request is a number, too.
@@ -247,10 +293,7 @@ func (f *limitReader) readCost(n node, into *cost) {
 		into.expression = e
 		return
 	}
-	var err error
-	if into.constant, err = e.tokens(&subject{Request: &Request{}}); err != nil {
-		f.wrong(n, "%v", err)
-	}
+	into.constant, _ = e.tokens(&subject{Request: &Request{}}) // it was tried
 }
 
 // readTier reads a rate and a burst, whose node may be nil.
@@ -301,7 +344,7 @@ func (f *limitReader) tierOf(rate, burst string) (*tier, error) {
 	default:
 		size := tokens
 		if burst != "" {
-			if size, err = strconv.ParseInt(burst, 10, 64); err != nil {
+			if size, err = strconv.ParseInt(burst, 10, 64); err != nil || burst[0] == '+' {
 				return nil, fmt.Errorf("%q; allowed are bursts from 1 to %d", burst, limiter.MaxTokens)
 			}
 		}

@@ -2,8 +2,8 @@ package policy
 
 import (
 	"fmt"
-	"net"
 	"net/netip"
+	"regexp"
 	"strings"
 )
 
@@ -19,46 +19,59 @@ type match struct {
 // subject is a request as matches and expressions see it: what is worked out from it is worked out once. It is for one goroutine.
 type subject struct {
 	*Request
-	host   string // normalised
-	sent   string // the path without its query
-	normal string // its normal form
-	query  string
-	client netip.Addr // invalid where it is unknown
-	misses int        // how often the expression under way asked for what is absent
+	host      string   // normalised
+	exactHost string   // the same, but for a final dot, which Envoy's own matching keeps
+	sent      string   // the path without its query
+	readings  []string // of the path: as sent, and those that differ from that
+	query     string
+	client    netip.Addr // invalid where it is unknown
+	isSure    bool       // the client's address is not the peer's for want of a better one
+
+	few [3]string
 }
 
 func newSubject(r *Request, ids *clientIP) *subject {
-	s := &subject{Request: r, host: normalHost(r.Host), client: ids.of(r)}
+	s := &subject{Request: r, exactHost: normalHost(r.Host)}
+	s.host = strings.TrimSuffix(s.exactHost, ".")
+	s.client, s.isSure = ids.of(r)
 	s.sent, s.query, _ = strings.Cut(r.Path, "?")
-	s.normal = normalPath(s.sent)
+	s.readings = appendReadings(s.few[:0], s.sent)
 	return s
 }
 
-// reading says which of a path's two readings has to match.
+// reading says which of a path's readings have to match.
 type reading uint8
 
 const (
-	eitherReading reading = iota // a limit's: no spelling slips past it
-	bothReadings                 // an exemption's: no spelling slips into it
+	anyReading  reading = iota // a limit's: no spelling slips past it
+	allReadings                // an exemption's: no spelling slips into it
 )
+
+// hostOf is the host that a match sees. An exemption's is the one that Envoy's own routes see.
+func (s *subject) hostOf(r reading) string {
+	if r == allReadings {
+		return s.exactHost
+	}
+	return s.host
+}
 
 // mismatch is the first of the match's fields that does not hold, or empty.
 func (m *match) mismatch(s *subject, r reading) string {
 	switch {
-	case len(m.hosts) > 0 && !anyOf(m.hosts, s.host, hostMatches):
+	case len(m.hosts) > 0 && !anyOf(m.hosts, s.hostOf(r), hostMatches):
 		return "hosts"
 	case len(m.methods) > 0 && !anyOf(m.methods, s.Method, methodMatches):
 		return "methods"
 	case len(m.paths) > 0 && !m.path(s, r):
 		return "paths"
 	}
-	return m.whoMismatches(s)
+	return m.whoMismatches(s, r)
 }
 
-// whoMismatches is mismatch for what an index does not answer.
-func (m *match) whoMismatches(s *subject) string {
+// whoMismatches is mismatch for what an index does not answer. Nobody is exempt for the address of a peer that should have said another.
+func (m *match) whoMismatches(s *subject, r reading) string {
 	switch {
-	case len(m.clients) > 0 && (!s.client.IsValid() || !anyOf(m.clients, s.client, netip.Prefix.Contains)):
+	case len(m.clients) > 0 && (!s.client.IsValid() || r == allReadings && !s.isSure || !anyOf(m.clients, s.client, netip.Prefix.Contains)):
 		return "clients"
 	case len(m.principals) > 0 && !anyOf(m.principals, s.Source.Principal, principalPattern.matches):
 		return "principals"
@@ -67,11 +80,12 @@ func (m *match) whoMismatches(s *subject) string {
 }
 
 func (m *match) path(s *subject, r reading) bool {
-	sent := anyOf(m.paths, s.sent, pathPattern.matches)
-	if s.normal == s.sent || sent == (r == eitherReading) {
-		return sent
+	for _, path := range s.readings {
+		if anyOf(m.paths, path, pathPattern.matches) == (r == anyReading) {
+			return r == anyReading
+		}
 	}
-	return anyOf(m.paths, s.normal, pathPattern.matches)
+	return r == allReadings
 }
 
 // isEmpty reports whether the match holds for every request.
@@ -99,28 +113,59 @@ func methodMatches(pattern, method string) bool {
 	return pattern == method || pattern == "GET" && method == "HEAD"
 }
 
-// normalHost is a host in lower case, without its port and a final dot.
+// normalHost is a host in lower case, without its port. What is no host stays what it is.
 func normalHost(host string) string {
-	if h, _, err := net.SplitHostPort(host); err == nil {
-		host = h
+	if i := strings.LastIndexByte(host, ':'); i >= 0 && isDigits(host[i+1:]) && (strings.IndexByte(host, ':') == i || host[i-1] == ']') {
+		host = host[:i]
 	}
-	host = strings.TrimSuffix(strings.TrimSuffix(strings.TrimPrefix(host, "["), "]"), ".")
-	return strings.ToLower(host)
+	if inner, ok := strings.CutPrefix(host, "["); ok {
+		if a, err := netip.ParseAddr(strings.TrimSuffix(inner, "]")); err == nil && a.Is6() && strings.HasSuffix(inner, "]") {
+			host = inner[:len(inner)-1]
+		}
+	}
+	for i := 0; i < len(host); i++ {
+		if c := host[i]; 'A' <= c && c <= 'Z' {
+			return lowerASCII(host)
+		}
+	}
+	return host
 }
 
+// lowerASCII lowers nothing else: hosts that differ in other letters are others.
+func lowerASCII(s string) string {
+	b := []byte(s)
+	for i, c := range b {
+		if 'A' <= c && c <= 'Z' {
+			b[i] = c + 'a' - 'A'
+		}
+	}
+	return string(b)
+}
+
+func isDigits(s string) bool {
+	for i := 0; i < len(s); i++ {
+		if s[i] < '0' || s[i] > '9' {
+			return false
+		}
+	}
+	return s != ""
+}
+
+var hostOfName = regexp.MustCompile(`^[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?$`)
+
 func parseHost(s string) (string, error) {
-	const allowed = "allowed are names such as api.example.com and *.example.com, without a port"
-	host := strings.TrimPrefix(s, "*.")
-	if host == "" || strings.ContainsAny(host, "*/ ") || host != strings.TrimSuffix(host, ".") {
+	const allowed = "allowed are names such as api.example.com and *.example.com, and addresses, without a port"
+	name, isWild := strings.CutPrefix(s, "*.")
+	if a, err := netip.ParseAddr(strings.TrimSuffix(strings.TrimPrefix(s, "["), "]")); err == nil {
+		return a.String(), nil
+	}
+	if !hostOfName.MatchString(name) || strings.Contains(name, "..") {
 		return "", fmt.Errorf("%q is no host; %s", s, allowed)
 	}
-	if _, err := netip.ParseAddr(strings.Trim(host, "[]")); err != nil && strings.Contains(host, ":") {
-		return "", fmt.Errorf("%q has a port; %s", s, allowed)
+	if isWild {
+		return "*." + lowerASCII(name), nil
 	}
-	if host != s {
-		return "*." + strings.ToLower(host), nil
-	}
-	return normalHost(s), nil
+	return lowerASCII(name), nil
 }
 
 func parseMethod(s string) (string, error) {

@@ -173,23 +173,70 @@ func (f *limitReader) readPart(n node) (string, bool) {
 	return f.scalar(n)
 }
 
-// glob is the files that a pattern names. There may be none yet, as for nginx's include; a name without a pattern has to be there.
+// glob is the files that a pattern names. There may be none yet, as for nginx's include; a name without a pattern has to be there. The
+// directories in which one may come are noted.
 func (f *limitReader) glob(n node, pattern string) []string {
 	if f.inputs == nil {
 		f.wrong(n, "no file is read for a route; allowed is overrides")
 		return nil
 	}
-	path := f.path(pattern)
-	f.inputs.add(filepath.Dir(path))
-	if !strings.ContainsAny(pattern, `*?[`) {
+	if !isPattern(pattern) {
+		path := f.path(pattern)
+		f.inputs.add(filepath.Dir(path))
 		return []string{path}
 	}
-	names, err := filepath.Glob(path)
+	written := pattern
+	if !filepath.IsAbs(pattern) { // the config's own directory is no pattern
+		pattern = filepath.Join(escapeMeta(filepath.Dir(f.file)), pattern)
+	}
+	names, err := filepath.Glob(pattern)
 	if err != nil {
-		f.wrong(n, "%q is no pattern of names: %v", pattern, err)
+		f.wrong(n, "%q is no pattern of names: %v", written, err)
+		return nil
+	}
+	dir := filepath.Dir(pattern)
+	for ; isPattern(dir); dir = filepath.Dir(dir) {
+		in, _ := filepath.Glob(dir) // a good pattern, as the whole is one
+		for _, d := range in {
+			f.inputs.add(d)
+		}
+	}
+	dir = unescapeMeta(dir)
+	f.inputs.add(dir)
+	if _, err := os.ReadDir(dir); err != nil && !errors.Is(err, os.ErrNotExist) {
+		f.wrong(n, "%v", err)
 	}
 	slices.Sort(names)
 	return names
+}
+
+// isPattern reports whether a name stands for any but itself.
+func isPattern(name string) bool {
+	for i := 0; i < len(name); i++ {
+		switch name[i] {
+		case '\\':
+			i++
+		case '*', '?', '[':
+			return true
+		}
+	}
+	return false
+}
+
+// escapeMeta makes a path the pattern of itself alone.
+func escapeMeta(path string) string {
+	return strings.NewReplacer(`\`, `\\`, `*`, `\*`, `?`, `\?`, `[`, `\[`).Replace(path)
+}
+
+func unescapeMeta(pattern string) string {
+	var b strings.Builder
+	for i := 0; i < len(pattern); i++ {
+		if pattern[i] == '\\' && i+1 < len(pattern) {
+			i++
+		}
+		b.WriteByte(pattern[i])
+	}
+	return b.String()
 }
 
 // readOverridesFile reads a CSV file: a header row, then a row for each key: its parts, a rate, a burst.
@@ -210,7 +257,7 @@ func (f *limitReader) readOverridesFile(n node, d *draft, o *overrides, name str
 
 	before := len(f.mistakes)
 	wrong := func(line, column int, format string, args ...any) {
-		f.mistakes = append(f.mistakes, Mistake{File: name, Line: line, Column: column, Field: n.field, Message: fmt.Sprintf(format, args...)})
+		f.add(Mistake{File: name, Line: line, Column: column, Field: n.field, Message: fmt.Sprintf(format, args...)})
 	}
 	const mostMistakes = 100 // of one file: a wrong column makes every row one
 	header := true

@@ -198,3 +198,94 @@ func TestDigestsInYAML(t *testing.T) {
 		}
 	}
 }
+
+// Where a pattern's files may come from is known, and the config's own directory is no pattern.
+func TestPatterns(t *testing.T) {
+	base := filepath.Join(t.TempDir(), "[x]*?")
+	for _, name := range []string{"a/one.csv", "b/two.csv", "b/three.txt"} {
+		path := filepath.Join(base, "t", name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte("key,rate,burst\n"+name+",1/s,\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for pattern, want := range map[string]string{
+		"t/*/*.csv":     "2 overrides from t t/a t/a/one.csv t/b t/b/two.csv",
+		"t/a/*.csv":     "1 overrides from t/a t/a/one.csv",
+		"t/?/two.csv":   "1 overrides from t t/a t/b t/b/two.csv",
+		"none/*/*.csv":  "0 overrides from none",
+		"*.csv":         "0 overrides from .",
+		"../*/t/a/*csv": "1 overrides from .. . t t/a t/a/one.csv",
+		"t/b/two.csv":   "1 overrides from t/b t/b/two.csv",
+	} {
+		config := filepath.Join(base, "sluice.yaml")
+		if err := os.WriteFile(config, []byte("limits: [{name: a, rate: 1/s, key: request.headers.k, overrides_file: '"+pattern+"'}]\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		c, inputs, err := Load(config, env())
+		if err != nil {
+			t.Errorf("%s: %v", pattern, err)
+			continue
+		}
+		got := fmt.Sprintf("%d overrides from", len(c.rules[0].overrides.file))
+		for _, path := range inputs.Paths {
+			if path == config {
+				continue
+			}
+			rel, err := filepath.Rel(base, path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got += " " + rel
+		}
+		if got != want {
+			t.Errorf("%s\n got %s\nwant %s", pattern, got, want)
+		}
+	}
+}
+
+// A file that moves from one limit to another makes another config.
+func TestInputsTellFilesApart(t *testing.T) {
+	const config = "limits: [{name: a, rate: 1/s, key: request.method, overrides_file: 'a/*.csv'}, {name: b, rate: 1/s, key: request.method, overrides_file: 'b/*.csv'}]\n"
+	const rows = "key,rate,burst\nGET,1/s,\n"
+	dir := filepath.Dir(directory(t, "sluice.yaml", config, "a/x.csv", rows, "b/none", ""))
+	load := func() Inputs {
+		_, in, err := Load(filepath.Join(dir, "sluice.yaml"), env())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return in
+	}
+	before := load()
+	if err := os.Rename(filepath.Join(dir, "a/x.csv"), filepath.Join(dir, "b/x.csv")); err != nil {
+		t.Fatal(err)
+	}
+	if after := load(); after.Hash == before.Hash {
+		t.Error("the same hash")
+	}
+}
+
+// What a variable stands for may be a secret: neither a mistake nor an explanation tells it.
+func TestVariablesAreNotTold(t *testing.T) {
+	vars := env("TOKEN", "hunter2-the-secret", "SHORT", "x1")
+	for _, text := range []string{
+		"mode: ${TOKEN}", "domain: '${TOKEN}!'", "grace: ${TOKEN}", "listen: {grpc: '${TOKEN}'}", "limits: [{name: a, rate: '${TOKEN}'}]", "domain: '${1X:-hunter2-the-secret}'",
+		"limits:\n  - {name: a, rate: 1/s, when: 'request.method == ${TOKEN}'}", "limits: [{name: a, rate: 1/s, match: {hosts: ['${TOKEN}!']}}]", "failure_status: '${TOKEN}'",
+		"limits: [{name: '${TOKEN}_', rate: 1/s}]", "store: {redis: {url: '${TOKEN}'}}",
+	} {
+		if _, err := Parse("f", []byte(text), vars); err == nil || strings.Contains(err.Error(), "hunter2") {
+			t.Errorf("%s: %v", text, err)
+		}
+	}
+	c, err := Parse("f", []byte(`limits: [{name: a, rate: 1/s, when: 'request.headers.k != "${TOKEN}"', key: '["${TOKEN}"][request.size]', absent: skip}]`), vars)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, line := range []string{"GET h/ with k=hunter2-the-secret", "GET h/", "GET h/ with content-length=5"} {
+		if x := fmt.Sprintf("%+v", c.Explain(request(t, line)).Limits[0]); strings.Contains(x, "hunter2") {
+			t.Errorf("%s: %s", line, x)
+		}
+	}
+}

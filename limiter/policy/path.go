@@ -44,6 +44,36 @@ func normalPath(path string) string {
 	return string(normal)
 }
 
+// appendReadings appends the readings of a path without its query: as it was sent, its normal form, and the one of a server that
+// resolves dot segments before it decodes, where these differ.
+func appendReadings(readings []string, sent string) []string {
+	readings = append(readings, sent)
+	if normal := normalPath(sent); normal != sent {
+		readings = append(readings, normal)
+		if strings.ContainsAny(sent, "%\\") && strings.Contains(sent, "/.") {
+			if late := normalPath(withoutDots(sent)); late != normal && late != sent {
+				readings = append(readings, late)
+			}
+		}
+	}
+	return readings
+}
+
+// withoutDots resolves the dot segments of a path as it was sent, by RFC 3986, section 5.2.4.
+func withoutDots(path string) string {
+	var out []byte
+	for segment := range strings.SplitSeq(strings.TrimPrefix(path, "/"), "/") {
+		switch name, _, _ := strings.Cut(segment, ";"); name {
+		case ".":
+		case "..":
+			out = out[:max(0, bytes.LastIndexByte(out, '/'))]
+		default:
+			out = append(append(out, '/'), segment...)
+		}
+	}
+	return string(out)
+}
+
 // isNormal reports whether a path is surely its own normal form. Most are, and then nothing is allocated.
 func isNormal(path string) bool {
 	if path == "" || path[0] != '/' || len(path) > 1 && path[len(path)-1] == '/' {

@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/goccy/go-yaml"
 	"github.com/goccy/go-yaml/ast"
@@ -24,7 +25,7 @@ const (
 	maxFields   = 1000    // of one mapping
 	maxValues   = 20_000  // of one list
 	maxText     = 8192    // bytes of one text
-	maxMistakes = 1000    // that are told
+	maxMistakes = 200     // that are told
 )
 
 // reader reads a config's YAML strictly, and goes on after a mistake to find them all.
@@ -32,6 +33,9 @@ type reader struct {
 	file     string
 	getenv   func(string) (string, bool) // nil: no variables
 	mistakes Mistakes
+	// variables are the names of those whose values stand in the config, by their values; short ones are left out, as they are in
+	// any text.
+	variables map[string]string
 }
 
 // node is one value of the config, and where it stands.
@@ -42,12 +46,20 @@ type node struct {
 
 // at notes a mistake at a token.
 func (r *reader) at(t *token.Token, field, format string, args ...any) {
-	if len(r.mistakes) >= maxMistakes {
-		return
-	}
 	m := Mistake{File: r.file, Field: field, Message: fmt.Sprintf(format, args...)}
 	if t != nil && t.Position != nil {
 		m.Line, m.Column = t.Position.Line, t.Position.Column
+	}
+	r.add(m)
+}
+
+// add notes a mistake. What a variable stands for may be a secret, so its name is told in its place.
+func (r *reader) add(m Mistake) {
+	if len(r.mistakes) >= maxMistakes {
+		return
+	}
+	for value, name := range r.variables {
+		m.Message = strings.ReplaceAll(m.Message, value, "${"+name+"}")
 	}
 	r.mistakes = append(r.mistakes, m)
 }
@@ -106,28 +118,32 @@ func (r *reader) document(text []byte) *node {
 }
 
 // outgrown finds where a text is larger than any config, before a parser that recurses, and takes quadratic time for some of it, sees it:
-// too many levels, fields of one mapping, or values of one list. It looks at no quotes, and so may count what stands in them; what
-// does is rarely that many, either.
+// too many levels, fields of one mapping, or values of one list. It knows YAML roughly, and counts rather too much than too little:
+// quotes count as such where they end on their line.
 func outgrown(text []byte) (line, column int, message string) {
 	var flow []bracket  // that are open
 	var block []outline // the block mappings and lists that are open, by their columns
 	for number, rest := 1, text; len(rest) > 0; number++ {
 		var row []byte
 		row, rest, _ = bytes.Cut(rest, []byte{'\n'})
-		if len(flow) == 0 {
-			if column, message = outgrownBlock(row, &block); message != "" {
-				return number, column, message
-			}
+		row = withoutComment(row)
+		if column, message = outgrownBlock(row, &block); message != "" {
+			return number, column, message
 		}
 		since := 0 // the last character that is not of a plain text
-		for i, c := range row {
+		for i := 0; i < len(row); i++ {
 			if i-since > 2*maxText {
 				return number, since + 1, fmt.Sprintf("a text of more than %d bytes; allowed are %d", 2*maxText, maxText)
 			}
+			c := row[i]
 			if strings.IndexByte("[]{},:'\"", c) >= 0 {
 				since = i
 			}
 			switch c {
+			case '\'', '"':
+				if end := closing(row, i); end-i <= maxText {
+					i, since = end, end
+				}
 			case '[', '{':
 				flow = append(flow, bracket{open: c})
 				if len(flow) > maxDepth {
@@ -149,6 +165,35 @@ func outgrown(text []byte) (line, column int, message string) {
 		}
 	}
 	return 0, 0, ""
+}
+
+// closing is where the quote at i ends on its line; i where it does not, or where it opens nothing, as in don't.
+func closing(row []byte, i int) int {
+	if i > 0 && (isDigits(string(row[i-1:i])) || unicode.IsLetter(rune(row[i-1]))) {
+		return i
+	}
+	for j := i + 1; j < len(row); j++ {
+		switch {
+		case row[j] == '\\' && row[i] == '"':
+			j++
+		case row[j] == row[i]:
+			return j
+		}
+	}
+	return i
+}
+
+// withoutComment is a line up to its comment, which begins at a # that is first or behind a space, and not within quotes.
+func withoutComment(row []byte) []byte {
+	for i := 0; i < len(row); i++ {
+		switch c := row[i]; {
+		case c == '\'' || c == '"':
+			i = closing(row, i)
+		case c == '#' && (i == 0 || row[i-1] == ' ' || row[i-1] == '\t'):
+			return row[:i]
+		}
+	}
+	return row
 }
 
 var (
@@ -194,10 +239,12 @@ func outgrownBlock(row []byte, block *[]outline) (column int, message string) {
 			if m := add(column, maxValues, tooManyValues); m != "" {
 				return column + 1, m
 			}
-		case c == '#':
-			return 0, ""
 		default:
-			if content := row[column:]; bytes.Contains(content, []byte(": ")) || bytes.HasSuffix(bytes.TrimSpace(content), []byte(":")) {
+			content := bytes.TrimSpace(row[column:])
+			switch {
+			case c == '[' || c == '{':
+				return column + 1, add(column, maxValues, tooManyValues)
+			case bytes.Contains(content, []byte(": ")) || bytes.HasSuffix(content, []byte(":")):
 				return column + 1, add(column, maxFields, tooManyFields)
 			}
 			return 0, ""
@@ -393,12 +440,23 @@ func (r *reader) expand(n node, s string) (string, bool) {
 			return "${"
 		}
 		name, fallback, has := strings.Cut(strings.TrimSuffix(found[2:], "}"), ":-")
-		if !strings.HasSuffix(found, "}") || !variableName.MatchString(name) {
-			r.wrong(n, "%q is no variable; allowed are ${NAME} and ${NAME:-default}, and $${ for a literal ${", found)
+		if !strings.HasSuffix(found, "}") {
+			r.wrong(n, "a variable without its closing brace; allowed are ${NAME} and ${NAME:-default}, and $${ for a literal ${")
+			good = false
+			return ""
+		}
+		if !variableName.MatchString(name) {
+			r.wrong(n, "%q is no variable's name; allowed are ${NAME} and ${NAME:-default}, and $${ for a literal ${", name)
 			good = false
 			return ""
 		}
 		if v, ok := r.getenv(name); ok {
+			if len(v) > 2 {
+				if r.variables == nil {
+					r.variables = make(map[string]string)
+				}
+				r.variables[v] = name
+			}
 			return v
 		}
 		if !has {

@@ -15,10 +15,11 @@ const (
 	routeLimits = "sluice.limits"
 )
 
-// The bounds of what is kept of them. No client can set them, but Envoy's config changes.
+// The bounds of what is kept of them. No client can set them, but Envoy's config changes. A compiled text takes some ten times its size.
 const (
 	maxRouteTexts = 4096
-	maxRouteText  = 8192 // bytes of one
+	maxRouteText  = 8192    // bytes of one
+	maxRouteBytes = 2 << 20 // of all
 )
 
 // route is what a request's route says.
@@ -86,6 +87,7 @@ type routeText struct{ key, value string }
 type routeTable struct {
 	mu      sync.RWMutex
 	entries map[routeText]*routeEntry
+	bytes   int // of the texts
 }
 
 func (t *routeTable) entry(c *Config, text routeText) *routeEntry {
@@ -101,13 +103,22 @@ func (t *routeTable) entry(c *Config, text routeText) *routeEntry {
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if len(t.entries) >= maxRouteTexts {
-		t.entries = nil // what is in use comes back
+	if known := t.entries[text]; known != nil {
+		return known // somebody else was quicker
 	}
 	if t.entries == nil {
 		t.entries = make(map[routeText]*routeEntry)
 	}
+	size := len(text.key) + len(text.value)
+	for old := range t.entries { // any one; what is in use comes back
+		if len(t.entries) < maxRouteTexts && t.bytes+size <= maxRouteBytes {
+			break
+		}
+		delete(t.entries, old)
+		t.bytes -= len(old.key) + len(old.value)
+	}
 	t.entries[text] = e
+	t.bytes += size
 	return e
 }
 
@@ -145,11 +156,14 @@ func (c *Config) readRoute(text routeText) *routeEntry {
 		}
 		return wrong(name, f.mistakes)
 	}
-	if d := f.readLimit(*root, name); d != nil {
+	d := &draft{name: name}
+	if f.readLimit(*root, d) {
 		e.rule = f.rule(d)
 	}
 	if len(f.mistakes) > 0 {
-		return wrong(name, f.mistakes)
+		e := wrong(name, f.mistakes)
+		e.mistake.Shadow = e.mistake.Shadow || d.mode == "shadow"
+		return e
 	}
 	return e
 }
