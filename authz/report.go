@@ -107,12 +107,30 @@ func newReport(log *zap.Logger, metrics prometheus.Registerer) *report {
 	return r
 }
 
-// use makes a config's limits known, so that their metrics are there before the first check, and forgets which mistakes were told.
+// use makes a config's limits known, so that their metrics are there before the first check, and forgets all that only earlier configs
+// had. The limits of Envoy's routes come again with their next check.
 func (r *report) use(limits []*limiter.Limit) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	keep := make(map[string]bool, len(limits))
+	for _, l := range limits {
+		keep[l.Name] = true
+	}
+	known := maps.Clone(*r.limits.Load())
+	for at := range known {
+		if keep[at.name] {
+			continue
+		}
+		delete(known, at)
+		r.decisions.DeletePartialMatch(prometheus.Labels{"limit": at.name})
+		for _, v := range []interface{ DeleteLabelValues(...string) bool }{r.rejections, r.taken, r.ratio} {
+			v.DeleteLabelValues(at.name)
+		}
+	}
+	r.limits.Store(&known)
 	r.add(limits...)
 	clear(r.told)
+	r.mistakes.Reset()
 }
 
 // add makes limits known. The caller holds mu.
@@ -156,6 +174,10 @@ func (r *report) of(l *limiter.Limit) *limitReport {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	all := *r.limits.Load()
+	if other := all[limitName{others, l.Shadow}]; other != nil && len(all) >= maxLimits {
+		return other
+	}
 	r.add(l)
 	if known := (*r.limits.Load())[limitName{l.Name, l.Shadow}]; known != nil {
 		return known

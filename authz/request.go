@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"time"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
@@ -45,7 +46,19 @@ func ParseRequest(text []byte) (*policy.Request, error) {
 	if err := protojson.Unmarshal(text, &check); err != nil {
 		return nil, fmt.Errorf("not a CheckRequest in JSON: %w", err)
 	}
-	return read(&check)
+	r, err := read(&check)
+	if err != nil {
+		return nil, err
+	}
+	names := r.Headers
+	r.Headers = make(map[string]string, len(names))
+	for name, value := range names {
+		r.Headers[strings.ToLower(name)] = value // as Envoy writes them, who else may not
+	}
+	if check.GetAttributes().GetRequest().GetTime() == nil {
+		r.Time = time.Now()
+	}
+	return r, nil
 }
 
 // headers are a check's: Envoy puts them into headers, or with encode_raw_headers into header_map, there with their duplicates and

@@ -37,6 +37,16 @@ type Charge struct {
 	Bucket Bucket // the bucket's shape; a key may have another than its limit's other keys
 	Key    string // the bucket's whole key, as it stands in Redis
 	Cost   int64  // in tokens, at least 0; 0 looks without taking, more than the burst is always denied
+	// Refused says that it is denied whatever the bucket holds, and for ever.
+	Refused bool
+}
+
+// needs is how many tokens the bucket has to hold, at most one more than it can.
+func (c *Charge) needs() int64 {
+	if c.Refused {
+		return c.Bucket.burst + 1
+	}
+	return min(c.Cost, c.Bucket.burst+1)
 }
 
 // Source says who decided about a bucket.

@@ -49,8 +49,11 @@ func (r *Redis) look(ctx context.Context, charges []Charge, verdicts []Verdict, 
 	for i := range charges {
 		stored[i] = ask.Get(ctx, charges[i].Key)
 	}
-	_, _ = ask.Exec(ctx) // each command has its own error
+	_, execErr := ask.Exec(ctx) // each command has its own error too, but for one that ended the connection's beginning
 	now, err := clock.Result()
+	if err == nil && now.IsZero() {
+		err = execErr
+	}
 	if err != nil {
 		failAll(verdicts, storeError(err))
 		return
@@ -63,7 +66,7 @@ func (r *Redis) look(ctx context.Context, charges []Charge, verdicts []Verdict, 
 			verdicts[i] = Verdict{Err: err}
 			continue
 		}
-		verdicts[i] = b.verdict(at, charges[i].Cost, 0, RedisSource)
+		verdicts[i] = b.verdict(at, charges[i].needs(), 0, RedisSource)
 	}
 }
 

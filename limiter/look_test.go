@@ -83,6 +83,25 @@ func TestLooking(t *testing.T) {
 		t.Errorf("%+v", verdicts)
 	}
 
+	// A connection that cannot even begin is no empty bucket.
+	if err := client.ConfigSet(ctx, "requirepass", "secret").Err(); err != nil {
+		t.Fatal(err)
+	}
+	stranger, err := NewRedis(RedisOptions{URL: server.URL(), Password: "wrong", Timeout: time.Minute}, nil, prometheus.NewRegistry())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = stranger.Close() }()
+	stranger.Looking().Take(ctx, []Charge{a, b}, verdicts)
+	for _, v := range verdicts {
+		if KindOf(v.Err) != KindAuth {
+			t.Errorf("%+v", v)
+		}
+	}
+	if _, _, err := stranger.Get(ctx, a); KindOf(err) != KindAuth {
+		t.Errorf("%v", err)
+	}
+
 	server.Kill()
 	r.Looking().Take(ctx, []Charge{a, b}, verdicts)
 	for _, v := range verdicts {

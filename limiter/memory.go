@@ -131,14 +131,14 @@ func (m *Memory) Take(_ context.Context, charges []Charge, verdicts []Verdict) {
 		} else {
 			s.before = c.Bucket.full()
 		}
-		if !c.Limit.Shadow && s.before.tokens < c.Cost {
+		if !c.Limit.Shadow && s.before.tokens < c.needs() {
 			all = false
 		}
 	}
 	for i := range charges {
 		c, s := &charges[i], &slots[i]
 		var taken int64
-		if s.before.tokens >= c.Cost && (all || c.Limit.Shadow) {
+		if s.before.tokens >= c.needs() && (all || c.Limit.Shadow) {
 			taken = c.Cost
 		}
 		if taken > 0 || s.moved {
@@ -150,7 +150,7 @@ func (m *Memory) Take(_ context.Context, charges []Charge, verdicts []Verdict) {
 		} else if s.reserved {
 			m.entries.Add(-1) // nothing was taken from a full bucket: it stays absent
 		}
-		verdicts[i] = c.Bucket.verdict(s.before, c.Cost, taken, MemorySource)
+		verdicts[i] = c.Bucket.verdict(s.before, c.needs(), taken, MemorySource)
 	}
 	if shared {
 		m.overflow.mu.Unlock()

@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"net/url"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -17,80 +16,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/redis/go-redis/v9"
 	"github.com/redis/go-redis/v9/logging"
-	"github.com/redis/go-redis/v9/maintnotifications"
 	"go.uber.org/zap"
 )
-
-// RedisOptions say which Redis, and how long a take may last.
-type RedisOptions struct {
-	URL      string        // redis://, rediss:// or unix://
-	Username string        // over the URL's, unless empty
-	Password string        // over the URL's, unless empty
-	Timeout  time.Duration // of one take, the wait for a connection and its dial included; above 0
-}
-
-// Validate reports what is wrong with the options. Its error holds no password.
-func (o RedisOptions) Validate() error {
-	_, err := o.client()
-	return err
-}
-
-const urlForms = "allowed are redis://[user:password@]host:port[/database], the same with rediss://, and unix:///path/to/socket[?db=database]"
-
-// poolSize is how many connections a sidecar has at most. Each carries one take at a time, so that at a round trip
-// of 1 ms they carry 32,000 takes a second.
-const poolSize = 32
-
-func (o RedisOptions) client() (*redis.Options, error) {
-	if o.Timeout <= 0 {
-		return nil, fmt.Errorf("the timeout %v is not above 0", o.Timeout)
-	}
-	u, err := url.Parse(o.URL)
-	if err != nil { // url.Error repeats the URL, and so its password
-		return nil, fmt.Errorf("not a URL; %s", urlForms)
-	}
-	q := u.Query()
-	if u.Scheme == "unix" {
-		q.Del("db")
-		if u.Path == "" {
-			return nil, fmt.Errorf("a URL without the socket's path; %s", urlForms)
-		}
-	} else if u.Host == "" {
-		return nil, fmt.Errorf("a URL without a host; %s", urlForms)
-	}
-	if len(q) > 0 {
-		return nil, fmt.Errorf("a URL with parameters; %s", urlForms)
-	}
-	c, err := redis.ParseURL(o.URL)
-	if err != nil {
-		return nil, fmt.Errorf("%s; %s", strings.TrimPrefix(err.Error(), "redis: "), urlForms)
-	}
-	if c.DB < 0 {
-		return nil, fmt.Errorf("the database %d is not 0 or above; %s", c.DB, urlForms)
-	}
-	if o.Username != "" {
-		c.Username = o.Username
-	}
-	if o.Password != "" {
-		c.Password = o.Password
-	}
-
-	// A take is never sent again by the library: see once, too.
-	c.MaxRetries = -1
-	c.DialerRetries = 1
-	// The caller's context bounds everything; these hold where the library dials outside of one.
-	c.ContextTimeoutEnabled = true
-	c.DialTimeout, c.ReadTimeout, c.WriteTimeout, c.PoolTimeout = o.Timeout, o.Timeout, o.Timeout, o.Timeout
-	// Without a cap on its active connections the pool dials one for each caller that waits for a slow Redis.
-	c.PoolSize, c.MaxActiveConns = poolSize, poolSize
-	c.PipelinePoolSize = -1 // no pipelines, so no pool for them
-	// A take is some 200 bytes; the default of 32 kB each way would be 2 MiB a sidecar.
-	c.ReadBufferSize, c.WriteBufferSize = 4096, 4096
-	// Each of these is a round trip of a new connection, on the time of the take that waits for it.
-	c.DisableIdentity = true
-	c.MaintNotificationsConfig = &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
-	return c, nil
-}
 
 // The library writes lines of its own to stderr, one for each dial that failed. All that it says there it returns too.
 func init() { logging.Disable() }
@@ -103,7 +30,8 @@ const serverClock = "local t = redis.call('TIME') return take(t[1] * 1000000 + t
 
 // Redis is the Store that all sidecars share. It is safe for concurrent use.
 type Redis struct {
-	client  *redis.Client
+	client  redis.UniversalClient
+	cluster *redis.ClusterClient         // the client, where it is a cluster's; else nil
 	login   atomic.Pointer[RedisOptions] // whose username and password new connections use
 	timeout time.Duration
 	script  string
@@ -123,7 +51,7 @@ func NewRedis(o RedisOptions, log *zap.Logger, metrics prometheus.Registerer) (*
 
 // newRedis has the script's last line from its caller: tests pass the instant themselves.
 func newRedis(o RedisOptions, clock string, log *zap.Logger, metrics prometheus.Registerer) (*Redis, error) {
-	c, err := o.client()
+	c, err := o.universal()
 	if err != nil {
 		return nil, err
 	}
@@ -148,7 +76,8 @@ func newRedis(o RedisOptions, clock string, log *zap.Logger, metrics prometheus.
 		login := r.login.Load()
 		return login.Username, login.Password, nil
 	}
-	r.client = redis.NewClient(c)
+	r.client = o.open(c)
+	r.cluster, _ = r.client.(*redis.ClusterClient)
 	sum := sha1.Sum([]byte(r.script))
 	r.sha = hex.EncodeToString(sum[:])
 	vec := prometheus.NewCounterVec(prometheus.CounterOpts{
@@ -165,7 +94,7 @@ func newRedis(o RedisOptions, clock string, log *zap.Logger, metrics prometheus.
 // UseLogin takes the username and the password of o for all connections from now on, so that a password can change without a
 // restart. The rest of o is of no meaning; it reports where o is not valid.
 func (r *Redis) UseLogin(o RedisOptions) error {
-	c, err := o.client()
+	c, err := o.universal()
 	if err != nil {
 		return err
 	}
@@ -266,7 +195,7 @@ func appendCharge(b []byte, c *Charge) []byte {
 	b = append(b, eight[2:]...)
 	b = binary.BigEndian.AppendUint32(b, uint32(c.Bucket.burst))
 	// Every cost above the burst is as far out of reach as the least of them.
-	b = binary.BigEndian.AppendUint32(b, uint32(min(c.Cost, c.Bucket.burst+1)))
+	b = binary.BigEndian.AppendUint32(b, uint32(c.needs()))
 	return append(b, hold)
 }
 
@@ -318,7 +247,7 @@ func (r *Redis) read(reply string, charges []Charge, verdicts []Verdict) error {
 			r.log.Warn("a bucket's stored state made no sense: it is empty from now on", zap.String("limit", charges[i].Limit.Name),
 				zap.String("domain", charges[i].Limit.Domain))
 		}
-		verdicts[i] = b.verdict(before, charges[i].Cost, taken, RedisSource)
+		verdicts[i] = b.verdict(before, charges[i].needs(), taken, RedisSource)
 	}
 	if reply != "" {
 		return errReply

@@ -35,7 +35,7 @@ func (p *program) envoyCommand() *cobra.Command {
 		RunE: func(*cobra.Command, []string) error {
 			o := envoy.Options{}
 			if config != "" {
-				cfg, err := p.load(config)
+				cfg, err := p.load(config, p.settings(nil)...)
 				if err != nil {
 					return err
 				}

@@ -120,6 +120,11 @@ func (a *asked) request(flags *pflag.FlagSet) (*policy.Request, error) {
 	if err != nil {
 		return nil, err
 	}
+	for name, value := range map[string]string{":method": r.Method, ":path": r.Path, ":authority": r.Host, ":scheme": r.Scheme} {
+		if value != "" {
+			r.Headers[name] = value // as Envoy has them among the headers
+		}
+	}
 	if r.Context == nil {
 		r.Context = make(map[string]string)
 	}
@@ -162,6 +167,8 @@ type explainedLimit struct {
 	Burst      *int64  `json:"burst"`
 	Remaining  *int64  `json:"remaining"`
 	RetryAfter *int64  `json:"retry_after"`
+
+	refused bool // for ever
 }
 
 func (p *program) explain(ctx context.Context, cfg *policy.Config, request *policy.Request, asJSON bool) error {
@@ -200,7 +207,8 @@ func (p *program) explain(ctx context.Context, cfg *policy.Config, request *poli
 			if verdict.Err == nil && cfg.Redis != nil {
 				out.Remaining = &verdict.Remaining
 			}
-			if verdict.Err == nil && !verdict.Allowed && verdict.RetryAfter != limiter.Never {
+			out.refused = verdict.Err == nil && verdict.RetryAfter == limiter.Never
+			if verdict.Err == nil && !verdict.Allowed && !out.refused {
 				wait := int64((verdict.RetryAfter + time.Second - 1) / time.Second)
 				out.RetryAfter = &wait
 			}
@@ -303,7 +311,7 @@ func (e *explanation) verdict() string {
 		case !l.Applies || l.Mode == "shadow" || l.Cost == nil:
 		case l.RetryAfter != nil:
 			by = append(by, fmt.Sprintf("%s for %d s", l.Name, *l.RetryAfter))
-		case *l.Cost > *l.Burst:
+		case l.refused:
 			by = append(by, l.Name+" for ever")
 		}
 	}

@@ -28,6 +28,19 @@ func (p *program) configFile(file string, settings []policy.Setting) configSourc
 	return configSource{file, func() (*policy.Config, policy.Inputs, error) { return policy.Load(file, p.getenv, settings...) }}
 }
 
+// loadWhole is load for the first time, when nobody knows yet which files there are: until two readings in a row are the same, so
+// that what is read is no mixture of two versions.
+func (c configSource) loadWhole() (*policy.Config, policy.Inputs, error) {
+	cfg, inputs, err := c.load()
+	for range 5 {
+		before := inputs.Hash
+		if cfg, inputs, err = c.load(); inputs.Hash == before {
+			break
+		}
+	}
+	return cfg, inputs, err
+}
+
 const (
 	// settle is how long the files must be left alone before they are read: editors and copies write in steps.
 	settle = 50 * time.Millisecond
@@ -45,6 +58,9 @@ type reloader struct {
 
 	inputs policy.Inputs // of the last attempt, good or bad
 	state  string        // of the files, as stat sees them, at the last attempt
+	// watched are the directories that are watched, and names are what concerns the inputs in them; one that ends in /* is all of
+	// a directory.
+	watched, names map[string]bool
 
 	reloads *prometheus.CounterVec
 	info    *prometheus.GaugeVec
@@ -95,17 +111,19 @@ func (r *reloader) run(ctx context.Context, hangup <-chan os.Signal) {
 		case <-hangup:
 			done = r.reload(true)
 		case <-tick.C:
-			done = r.reload(false)
-		case <-events:
-			done = false
+			done = stateOf(r.inputs.Paths) == r.state
+		case e := <-events:
+			if !r.concerns(e.Name) {
+				continue
+			}
+			r.state = "" // whatever the file's size and time say
 		case err := <-watchErrors: // some events may be lost
 			r.log.Warn("watching the config's files", zap.Error(err))
-			done = false
 		case <-quiet.C:
-			if !since.IsZero() && time.Since(since) < patience && writtenAfter(r.inputs.Paths, time.Now().Add(-settle)) {
-				done = false
-			} else {
-				done = r.reload(false)
+			overdue := time.Since(since) >= patience
+			done = (overdue || !writtenAfter(r.inputs.Paths, time.Now().Add(-settle))) && r.reload(false)
+			if !done && overdue {
+				since = time.Now()
 			}
 		}
 		// What changed before its directory was watched was seen by nobody, so that it is looked at again.
@@ -120,11 +138,15 @@ func (r *reloader) run(ctx context.Context, hangup <-chan os.Signal) {
 			quiet.Reset(settle)
 		case time.Since(since) < patience:
 			quiet.Reset(settle)
-		default: // the changes go on for too long: the timer is left to end
-			since = time.Now()
+		default: // the changes go on for too long
 			quiet.Reset(0)
 		}
 	}
+}
+
+// concerns reports whether a change of a name may change what the inputs are.
+func (r *reloader) concerns(name string) bool {
+	return r.names[name] || r.names[filepath.Dir(name)+"/*"]
 }
 
 // reload reads the files if they changed since they were read last, or in any case, and puts what they say in force if it is good. It
@@ -216,48 +238,56 @@ func writtenAfter(paths []string, instant time.Time) bool {
 // watch has the watcher watch the directories in which something may change what the inputs are. It reports whether there are new ones.
 func (r *reloader) watch(w *fsnotify.Watcher) (added bool) {
 	wanted := make(map[string]bool)
+	r.names = make(map[string]bool)
 	for _, path := range r.inputs.Paths {
-		addDirectories(wanted, path)
+		if path, err := filepath.Abs(path); err == nil {
+			addWatched(wanted, r.names, path, maxLinks)
+		}
 	}
-	watched := make(map[string]bool)
-	for _, dir := range w.WatchList() {
-		if watched[dir] = true; !wanted[dir] {
+	for dir := range r.watched {
+		if !wanted[dir] {
 			_ = w.Remove(dir) // it may be gone
 		}
 	}
 	for dir := range wanted {
 		if err := w.Add(dir); err != nil { // one that was replaced is another, and has to be added again
 			r.log.Debug("a directory is not watched", zap.String("directory", dir), zap.Error(err))
-		} else {
-			added = added || !watched[dir]
+			delete(wanted, dir)
+		} else if !r.watched[dir] {
+			added = true
 		}
 	}
+	r.watched = wanted
 	return added
 }
 
-// addDirectories adds the directories in which an entry of a path stands that may come, go or be replaced: the file's own and, where a
-// part of the path is a symbolic link, as in a volume of Kubernetes, the link's and its target's.
-func addDirectories(to map[string]bool, path string) {
-	path, err := filepath.Abs(path)
-	if err != nil {
-		return
-	}
+// maxLinks is how many symbolic links of a path are followed, as the kernel does.
+const maxLinks = 40
+
+// addWatched adds, for an absolute path, the directories in which a part of it stands that may come, go or be replaced, and those parts:
+// the file, what is missing of its directory, and each symbolic link on the way, as in a volume of Kubernetes, with what it leads to.
+func addWatched(dirs, names map[string]bool, path string, links int) {
 	if info, err := os.Stat(path); err == nil && info.IsDir() {
-		to[path] = true
+		dirs[path], names[path+"/*"] = true, true
 	}
+	names[path] = true
 	dir := filepath.Dir(path)
 	for !exists(dir) && dir != filepath.Dir(dir) {
-		dir = filepath.Dir(dir) // where it may come back
+		names[dir] = true // where it may come back
+		dir = filepath.Dir(dir)
 	}
-	to[dir] = true
-	for p := path; p != filepath.Dir(p); p = filepath.Dir(p) {
-		if info, err := os.Lstat(p); err != nil || info.Mode()&os.ModeSymlink == 0 {
-			continue
+	dirs[dir] = true
+	for p := path; p != filepath.Dir(p) && links > 0; p = filepath.Dir(p) {
+		target, err := os.Readlink(p)
+		if err != nil {
+			continue // no link
 		}
-		to[filepath.Dir(p)] = true
-		if target, err := filepath.EvalSymlinks(p); err == nil {
-			to[filepath.Dir(target)] = true
+		if !filepath.IsAbs(target) {
+			target = filepath.Join(filepath.Dir(p), target)
 		}
+		dirs[filepath.Dir(p)], names[p] = true, true
+		links--
+		addWatched(dirs, names, filepath.Join(target, strings.TrimPrefix(path, p)), links)
 	}
 }
 

@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/fsnotify/fsnotify"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	"go.uber.org/zap"
@@ -355,5 +356,117 @@ func TestReloadKeepsBuckets(t *testing.T) {
 	_, metrics := get(t, "http://"+p.metrics+"/metrics")
 	if n := strings.Count(metrics, "sluice_config_info{hash="); n != 1 {
 		t.Errorf("%d hashes", n)
+	}
+}
+
+// What is easily missed: a file that moves between patterns, one that is emptied and then gone, links to what is gone and comes back, new
+// contents that look like the old to stat, and a chain of links.
+func TestReloadMissesNothing(t *testing.T) {
+	path := file(t, "sluice.yaml", `
+limits:
+  - {name: gold, rate: 1/s, key: request.method, overrides_file: "gold/*.csv"}
+  - {name: silver, rate: 1/s, key: request.method, overrides_file: "silver/*.csv"}
+`)
+	dir := filepath.Dir(path)
+	for _, d := range []string{"gold", "silver", "elsewhere"} {
+		if err := os.Mkdir(filepath.Join(dir, d), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	at := func(name string) string { return filepath.Join(dir, name) }
+	if err := os.WriteFile(at("silver/a.csv"), []byte("key,rate,burst\nGET,5/s,\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r := startReloading(t, path)
+	const inForce = "in force: gold silver"
+	r.do(os.Rename(at("silver/a.csv"), at("gold/a.csv")))
+	r.want(inForce)
+
+	r.write("gold/a.csv", "")
+	r.want("refused: [DIR/gold/a.csv:1:1: limits[0].overrides_file: an empty file; wanted is a header row, such as key,rate,burst]")
+	r.do(os.Remove(at("gold/a.csv")))
+	r.want(inForce)
+	r.write("silver/b.csv", "")
+	r.want("refused: [DIR/silver/b.csv:1:1: limits[1].overrides_file: an empty file; wanted is a header row, such as key,rate,burst]")
+	r.do(os.Remove(at("silver/b.csv")))
+	r.want(inForce)
+
+	r.write("elsewhere/c", "key,rate,burst\nGET,6/s,\n")
+	r.do(os.Symlink("../elsewhere/c", at("gold/c.csv")))
+	r.want(inForce)
+	r.do(os.Remove(at("elsewhere/c")))
+	r.want("refused: [DIR/sluice.yaml:3:66: limits[0].overrides_file: open DIR/gold/c.csv: no such file or directory]")
+	r.write("elsewhere/c", "key,rate,burst\nGET,7/s,\n")
+	r.want(inForce)
+
+	info, err := os.Stat(at("elsewhere/c"))
+	r.do(err)
+	r.write("elsewhere/d", "key,rate,burst\nGET,8/s,\n")
+	r.do(os.Chtimes(at("elsewhere/d"), info.ModTime(), info.ModTime()))
+	r.do(os.Rename(at("elsewhere/d"), at("elsewhere/c")))
+	r.want(inForce)
+	r.counted(6, 3)
+}
+
+func TestReloadThroughLinks(t *testing.T) {
+	dir := t.TempDir()
+	r := &reloading{t: t}
+	at := func(name string) string { return filepath.Join(dir, name) }
+	for _, release := range []string{"1", "2", "3"} {
+		r.do(os.MkdirAll(at("releases/"+release), 0o700))
+		r.do(os.WriteFile(at("releases/"+release+"/real.yaml"), []byte(limit("release-"+release)), 0o600))
+		r.do(os.Symlink("real.yaml", at("releases/"+release+"/sluice.yaml")))
+	}
+	r.do(os.Mkdir(at("base"), 0o700))
+	r.do(os.Symlink(at("releases/1"), at("base/current")))
+	r.do(os.Mkdir(at("etc"), 0o700))
+	r.do(os.Symlink("../base/current/sluice.yaml", at("etc/sluice.yaml")))
+	r = startReloading(t, at("etc/sluice.yaml"))
+	for _, release := range []string{"2", "3"} {
+		r.do(os.Symlink(at("releases/"+release), at("base/next")))
+		r.do(os.Rename(at("base/next"), at("base/current")))
+		r.want("in force: release-" + release)
+	}
+	r.do(os.WriteFile(at("releases/3/real.yaml"), []byte(limit("in-place")), 0o600))
+	r.want("in force: in-place")
+	r.counted(3, 0)
+}
+
+// One directory by two names is watched once, and then there is rest.
+func TestWatchRests(t *testing.T) {
+	dir := t.TempDir()
+	r := &reloading{t: t}
+	r.do(os.Mkdir(filepath.Join(dir, "conf"), 0o700))
+	r.do(os.WriteFile(filepath.Join(dir, "conf/real.yaml"), []byte(limit("a")), 0o600))
+	r.do(os.Symlink("real.yaml", filepath.Join(dir, "conf/sluice.yaml")))
+	r.do(os.Symlink(dir, filepath.Join(dir, "link")))
+	w, err := fsnotify.NewWatcher()
+	r.do(err)
+	defer func() { _ = w.Close() }()
+	reloader := &reloader{log: zap.NewNop(), inputs: policy.Inputs{Paths: []string{filepath.Join(dir, "link/conf/sluice.yaml")}}}
+	if !reloader.watch(w) {
+		t.Error("nothing is watched")
+	}
+	if reloader.watch(w) {
+		t.Error("there is always more to watch")
+	}
+}
+
+// A file that never stops changing is read after a while all the same.
+func TestReloadHasPatience(t *testing.T) {
+	r := startReloading(t, file(t, "sluice.yaml", limit("a")))
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	began := time.Now()
+	for i := 0; len(r.done) == 0; i++ {
+		<-tick.C
+		r.write("sluice.yaml.new", limit(fmt.Sprint("b", i)))
+		r.do(os.Rename(r.file+".new", r.file))
+		if time.Since(began) > within {
+			t.Fatal("never")
+		}
+	}
+	if took := time.Since(began); took > 4*patience {
+		t.Errorf("read after %v", took)
 	}
 }

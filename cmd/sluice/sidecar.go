@@ -32,6 +32,7 @@ type sidecar struct {
 	log    *zap.Logger
 	level  zap.AtomicLevel // of the log
 	reload *reloader
+	hangup chan os.Signal // SIGHUP: reload
 	check  *authz.Server
 	memory *limiter.Memory // nil where the buckets are in Redis
 	redis  *limiter.Redis  // nil where they are in this process
@@ -46,7 +47,9 @@ type sidecar struct {
 // newSidecar reads the config and binds all listeners, so that what can fail at the start has failed when it returns. What it returns
 // must serve, which closes it.
 func newSidecar(source configSource, stderr io.Writer) (*sidecar, error) {
-	cfg, inputs, err := source.load()
+	hangup := make(chan os.Signal, 1)
+	signal.Notify(hangup, syscall.SIGHUP) // before anything that takes long: by default it would end the process
+	cfg, inputs, err := source.loadWhole()
 	if err != nil {
 		return nil, err
 	}
@@ -54,7 +57,7 @@ func newSidecar(source configSource, stderr io.Writer) (*sidecar, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &sidecar{log: log, level: level, registry: prometheus.NewRegistry()}
+	s := &sidecar{log: log, level: level, hangup: hangup, registry: prometheus.NewRegistry()}
 	s.cfg.Store(cfg)
 	s.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	s.reload = newReloader(source, cfg, inputs, s.use, log, s.registry)
@@ -103,12 +106,16 @@ func (s *sidecar) use(cfg *policy.Config) error {
 		}
 	}
 	s.level.SetLevel(level)
+	if !cfg.FailsClosed() {
+		s.answered.Store(true) // nothing waits for Redis any more
+	}
 	s.cfg.Store(cfg)
 	s.check.Use(cfg)
 	return nil
 }
 
 func (s *sidecar) close() {
+	signal.Stop(s.hangup)
 	for _, l := range []net.Listener{s.grpc, s.metrics, s.admin} {
 		if l != nil {
 			_ = l.Close()
@@ -148,10 +155,7 @@ func (s *sidecar) serve(ctx context.Context) error {
 	if s.memory != nil {
 		all.Add(func() error { s.memory.Run(background); return nil }, func(error) { cancel() })
 	}
-	hangup := make(chan os.Signal, 1)
-	signal.Notify(hangup, syscall.SIGHUP)
-	defer signal.Stop(hangup)
-	all.Add(func() error { s.reload.run(background, hangup); return nil }, func(error) { cancel() })
+	all.Add(func() error { s.reload.run(background, s.hangup); return nil }, func(error) { cancel() })
 	if !s.answered.Load() {
 		all.Add(func() error { s.awaitStore(background); <-background.Done(); return nil }, func(error) { cancel() })
 	}

@@ -51,7 +51,7 @@ func (p *program) printJSON(v any) error {
 func (p *program) validate(files []string, asJSON bool) error {
 	all := policy.Mistakes{} // an empty list in JSON, not null
 	for _, file := range files {
-		_, _, err := policy.Load(file, p.getenv)
+		_, _, err := policy.Load(file, p.getenv, p.settings(nil)...)
 		var mistakes policy.Mistakes
 		if err != nil && !errors.As(err, &mistakes) {
 			return err

@@ -96,6 +96,10 @@ func (c *Config) Replaces(old *Config, file string) error {
 		// A file with the password is there to change while the sidecar runs.
 		refuse("store.redis.password", c.Redis.Password != old.Redis.Password && (!c.passwordFile || !old.passwordFile))
 		refuse("store.redis.url", c.Redis.URL != old.Redis.URL)
+		refuse("store.redis.mode", c.Redis.Mode != old.Redis.Mode)
+		refuse("store.redis.addresses", !slices.Equal(c.Redis.Addresses, old.Redis.Addresses))
+		refuse("store.redis.master", c.Redis.Master != old.Redis.Master)
+		refuse("store.redis.tls", (c.Redis.TLS == nil) != (old.Redis.TLS == nil) || c.Redis.TLS != nil && *c.Redis.TLS != *old.Redis.TLS)
 		refuse("store.redis.timeout", c.Redis.Timeout != old.Redis.Timeout)
 		refuse("store.redis.key_prefix", c.inherited.keyPrefix != old.inherited.keyPrefix)
 	}
@@ -113,7 +117,7 @@ func Load(file string, getenv func(string) (string, bool), settings ...Setting) 
 		c, err := readConfig("", nil, getenv, settings, in)
 		return c, in.done(), err
 	}
-	text, err := in.read(file)
+	text, err := in.read(file, maxFile)
 	if err != nil {
 		var path *os.PathError
 		if errors.As(err, &path) {
@@ -156,13 +160,20 @@ func newInputs() *inputs { return &inputs{all: sha256.New(), said: sha256.New()}
 
 func (in *inputs) add(path string) { in.paths = append(in.paths, path) }
 
-// read reads a file.
-func (in *inputs) read(file string) ([]byte, error) {
+// failed notes a file that could not be read: it is another config once it can be.
+func (in *inputs) failed(file string, err error) {
 	in.add(file)
-	text, err := os.ReadFile(file)
+	_, _ = fmt.Fprintf(in.all, "\x00%q\x01%v\x00", file, err)
+}
+
+// read reads a file, of which most bytes are allowed; of a longer one it returns the first, and one more.
+func (in *inputs) read(file string, most int) ([]byte, error) {
+	text, err := readAtMost(file, most+1)
 	if err != nil {
+		in.failed(file, err)
 		return nil, err
 	}
+	in.add(file)
 	_, _ = fmt.Fprintf(in.all, "%s %d ", file, len(text))
 	_, _ = in.all.Write(text)
 	return text, nil
@@ -176,6 +187,15 @@ func (in *inputs) reading(file string, r io.Reader) io.Reader {
 	return io.TeeReader(r, both)
 }
 
+func readAtMost(file string, most int) ([]byte, error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = f.Close() }()
+	return io.ReadAll(io.LimitReader(f, int64(most)))
+}
+
 func (in *inputs) done() Inputs {
 	slices.Sort(in.paths)
 	return Inputs{Paths: slices.Compact(in.paths), Hash: [sha256.Size]byte(in.all.Sum(nil))}
@@ -185,7 +205,7 @@ func readConfig(name string, text []byte, getenv func(string) (string, bool), se
 	f := configFile{
 		limitReader: newLimitReader(reader{file: name, getenv: getenv}),
 		settings:    settings,
-		timeout:     100 * time.Millisecond,
+		store:       limiter.RedisOptions{Timeout: 100 * time.Millisecond},
 		config: Config{
 			Listen:        Listen{GRPC: "127.0.0.1:9001", Admin: "127.0.0.1:9002", Metrics: "127.0.0.1:9003"},
 			FailureStatus: 503,
@@ -231,12 +251,11 @@ type configFile struct {
 	settings []Setting
 	config   Config
 
-	redis                        bool
-	redisAt                      node
-	redisURL, username, password string
-	timeout                      time.Duration
-	drafts                       []*draft
-	exempt                       []*match
+	redis   bool
+	redisAt node
+	store   limiter.RedisOptions
+	drafts  []*draft
+	exempt  []*match
 }
 
 var (
@@ -355,7 +374,7 @@ func (f *configFile) readRedis(n node) {
 				return
 			}
 			if s, ok := read(n); ok {
-				f.password = s
+				f.store.Password = s
 			}
 			f.config.passwordFile = strings.HasSuffix(n.field, "_file")
 		}
@@ -363,13 +382,41 @@ func (f *configFile) readRedis(n node) {
 	f.redis = f.mapping(n, map[string]func(node){
 		"url": func(n node) {
 			f.redisAt = n
-			f.redisURL, _ = f.text(n)
+			f.store.URL, _ = f.text(n)
 		},
-		"username":      func(n node) { f.username, _ = f.text(n) },
+		"mode": func(n node) {
+			var s string
+			f.oneOf(n, &s, string(limiter.Single), string(limiter.Cluster), string(limiter.Sentinel))
+			f.store.Mode = limiter.RedisMode(s)
+		},
+		"addresses": func(n node) {
+			texts(&f.reader, n, &f.store.Addresses, func(s string) (string, error) { return s, tcp(s) })
+		},
+		"master":        func(n node) { f.store.Master, _ = f.text(n) },
+		"tls":           f.readTLS,
+		"username":      func(n node) { f.store.Username, _ = f.text(n) },
 		"password":      password(f.text),
 		"password_file": password(f.secretFile),
 		"key_prefix":    f.checked(&f.keyPrefix, checkDomain),
-		"timeout":       func(n node) { f.duration(n, &f.timeout, time.Millisecond, time.Minute) },
+		"timeout":       func(n node) { f.duration(n, &f.store.Timeout, time.Millisecond, time.Minute) },
+	})
+}
+
+// readTLS reads how servers are known. The files are read when it is used.
+func (f *configFile) readTLS(n node) {
+	f.store.TLS = &limiter.TLS{}
+	file := func(into *string) func(node) {
+		return func(n node) {
+			if s, ok := f.text(n); ok {
+				*into = f.path(s)
+			}
+		}
+	}
+	f.mapping(n, map[string]func(node){
+		"ca_file":     file(&f.store.TLS.CAFile),
+		"cert_file":   file(&f.store.TLS.CertFile),
+		"key_file":    file(&f.store.TLS.KeyFile),
+		"server_name": func(n node) { f.store.TLS.ServerName, _ = f.text(n) },
 	})
 }
 
@@ -380,14 +427,14 @@ func (f *configFile) secretFile(n node) (string, bool) {
 		return "", false
 	}
 	name = f.path(name)
-	text, err := f.inputs.read(name)
+	text, err := f.inputs.read(name, maxSecret)
 	if err != nil {
 		f.wrong(n, "%v", err)
 		return "", false
 	}
 	secret := strings.TrimRight(string(text), "\r\n")
-	if secret == "" || len(secret) > 4096 {
-		f.wrong(n, "%s holds %d bytes; allowed are 1 to 4096", name, len(secret))
+	if secret == "" || len(secret) > maxSecret {
+		f.wrong(n, "%s holds %d bytes or more; allowed are 1 to %d", name, len(secret), maxSecret)
 		return "", false
 	}
 	return secret, true
@@ -485,9 +532,9 @@ func (f *configFile) set(weak bool) {
 		case "domain":
 			f.domain, err = o.Value, checkDomain(o.Value)
 		case "store.redis.url":
-			f.redis, f.redisURL = true, o.Value
+			f.redis, f.store.URL = true, o.Value
 			f.redisAt = node{}
-			err = f.redisOptions().Validate()
+			err = f.store.Validate()
 		case "grace":
 			c.Grace, err = time.ParseDuration(o.Value)
 			if err != nil || c.Grace < 0 || c.Grace > time.Hour {
@@ -506,22 +553,14 @@ func (f *configFile) set(weak bool) {
 	}
 }
 
-func (f *configFile) redisOptions() limiter.RedisOptions {
-	return limiter.RedisOptions{URL: f.redisURL, Username: f.username, Password: f.password, Timeout: f.timeout}
-}
-
 // compile makes the Config of what was read.
 func (f *configFile) compile() *Config {
 	c := &f.config
 	c.Domain = f.domain
 	if f.redis {
-		o := f.redisOptions()
+		o := f.store
 		if err := o.Validate(); err != nil && f.redisAt.Node != nil {
-			at := f.redisAt
-			if !strings.HasSuffix(at.field, ".url") {
-				at.field += ".url"
-			}
-			f.wrong(at, "%v", err)
+			f.wrong(f.redisAt, "%v", err)
 		}
 		c.Redis = &o
 	}

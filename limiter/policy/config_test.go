@@ -118,7 +118,7 @@ func TestEverything(t *testing.T) {
 	}
 	got := fmt.Sprintf("%s %+v %+v %d %+v %v %s %v", c.Domain, c.Listen, *c.Redis, c.FailureStatus, c.Headers, c.Grace, c.LogLevel, c.FailsClosed())
 	want := "shop/checkout {GRPC:unix:///run/sluice/authz.sock Admin:127.0.0.1:19002 Metrics:0.0.0.0:9003} " +
-		"{URL:redis://127.0.0.1:6379/0 Username:sluice Password:hunter2 Timeout:80ms} 502 " +
+		"{Mode: URL:redis://127.0.0.1:6379/0 Addresses:[] Master: Username:sluice Password:hunter2 TLS:<nil> Timeout:80ms} 502 " +
 		"{XRateLimit:false RetryAfter:false RateLimit:true} 3s debug false"
 	if got != want {
 		t.Errorf("\n%s\n%s", got, want)
@@ -194,7 +194,7 @@ func TestLoadErrors(t *testing.T) {
 			t.Errorf("%v, want %s", err, want)
 		}
 	}
-	if _, err := Parse("f", make([]byte, maxFile+1), env()); err == nil || err.Error() != "f: the file has 1048577 bytes; allowed are 1048576" {
+	if _, err := Parse("f", make([]byte, maxFile+1), env()); err == nil || err.Error() != "f: the file has more than the 1048576 bytes that are allowed" {
 		t.Error(err)
 	}
 }

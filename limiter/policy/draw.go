@@ -70,6 +70,7 @@ type finding struct {
 	sum     digest // of an override's key
 	key     string // whole; empty where unlimited
 	cost    int64
+	refused bool // as a part of the key is absent
 }
 
 // absentWhen says that a limit applies as its when is absent.
@@ -113,7 +114,7 @@ func (d *drawing) consider(l *rule) finding {
 		if d.Charges == nil {
 			d.Charges = make([]limiter.Charge, 0, 4) // most requests owe so few
 		}
-		d.Charges = append(d.Charges, limiter.Charge{Limit: l.limit, Bucket: f.tier.bucket, Key: f.key, Cost: f.cost})
+		d.Charges = append(d.Charges, limiter.Charge{Limit: l.limit, Bucket: f.tier.bucket, Key: f.key, Cost: f.cost, Refused: f.refused})
 	}
 	if f.applies && l.group != "" {
 		d.groups = append(d.groups, l)
@@ -154,9 +155,7 @@ func (d *drawing) judge(l *rule) finding {
 			return mistake("cost", err)
 		}
 	}
-	if f.kind == foundPartAbsent && l.absent == absentDeny {
-		f.cost = f.tier.bucket.Burst() + 1 // denied for ever, and so without retry-after, by a bucket that stays full
-	}
+	f.refused = f.kind == foundPartAbsent && l.absent == absentDeny
 	return f
 }
 

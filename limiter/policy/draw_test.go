@@ -93,6 +93,9 @@ func drawn(t testing.TB, c *Config, line string) string {
 			t.Errorf("%s: the key %q does not begin with %q or not end with }", line, charge.Key, prefix)
 		}
 		s := charge.Limit.Name + " " + strings.TrimSuffix(key, "}")
+		if charge.Refused {
+			s += " refused"
+		}
 		if charge.Cost != 1 {
 			s += fmt.Sprint(" costs ", charge.Cost)
 		}
@@ -155,7 +158,7 @@ func TestDraw(t *testing.T) {
 			{"GET h/ with x-api-key=k", "a #(k), b -"},
 		}},
 		{`limits: [{name: a, rate: 7/s, absent: deny, key: 'request.headers["x-api-key"]'}]`, [][]string{
-			{"GET h/", "a ~0. costs 8"},
+			{"GET h/", "a ~0. refused"},
 			{"GET h/ with x-api-key=k", "a #(k)"},
 		}},
 		{`limits: [{name: a, rate: 1/s, key: [request.method, request.host, request.url_path]}]`, [][]string{
@@ -407,13 +410,13 @@ func TestDraw(t *testing.T) {
 		{`limits: [{name: a, rate: 9/s, absent: client, key: ['metadata.filter_metadata.jwt.payload.org.id', 'context.team']}, {name: b, rate: 9/s, absent: share, key: ['metadata.filter_metadata.jwt.payload.org.id', 'context.team']}, {name: c, rate: 9/s, absent: skip, key: ['metadata.filter_metadata.jwt.payload.org.id', 'context.team']}, {name: d, rate: 9/s, absent: deny, key: ['metadata.filter_metadata.jwt.payload.org.id', 'context.team']}]`, [][]string{
 			{`GET h/ claim org.id="x" context team=y`, "a #(x)#(y), b #(x)#(y), c #(x)#(y), d #(x)#(y)"},
 			{`GET h/ claim org.id=7 context team=y`, "a #(7)#(y), b #(7)#(y), c #(7)#(y), d #(7)#(y)"},
-			{`GET h/ claim org.id="x"`, "a #(x)~11.203.0.113.7, b #(x)~0., d #(x)~0. costs 10",
+			{`GET h/ claim org.id="x"`, "a #(x)~11.203.0.113.7, b #(x)~0., d #(x)~0. refused",
 				"a: it is for every request; its key's part context.team is absent: the client's network takes its place",
 				"b: it is for every request; its key's part context.team is absent: all such requests share a bucket",
 				"c: its key's part context.team is absent, and absent: skip",
 				"d: it is for every request; its key's part context.team is absent: the request is denied"},
-			{`GET h/ claim org.id=null context team=y`, "a ~11.203.0.113.7#(y), b ~0.#(y), d ~0.#(y) costs 10"},
-			{`GET h/ context team=`, "a ~11.203.0.113.7~11.203.0.113.7, b ~0.~0., d ~0.~0. costs 10"},
+			{`GET h/ claim org.id=null context team=y`, "a ~11.203.0.113.7#(y), b ~0.#(y), d ~0.#(y) refused"},
+			{`GET h/ context team=`, "a ~11.203.0.113.7~11.203.0.113.7, b ~0.~0., d ~0.~0. refused"},
 		}},
 		{`limits: [{name: a, rate: 9/s, key: request.size}, {name: b, rate: 9/s, key: source.principal}, {name: c, rate: 9/s, key: 'request.headers[?"a"].optMap(v, v + "!")'}, {name: d, rate: 9/s, key: request.host}]`, [][]string{
 			{"GET /", "a ~11.203.0.113.7, b ~11.203.0.113.7, c ~11.203.0.113.7, d ~11.203.0.113.7"},

@@ -243,6 +243,7 @@ func unescapeMeta(pattern string) string {
 func (f *limitReader) readOverridesFile(n node, d *draft, o *overrides, name string, bytes *int64) {
 	file, err := os.Open(name)
 	if err != nil {
+		f.inputs.failed(name, err)
 		f.wrong(n, "%v", err)
 		return
 	}

@@ -25,6 +25,7 @@ const (
 	maxFields   = 1000    // of one mapping
 	maxValues   = 20_000  // of one list
 	maxText     = 8192    // bytes of one text
+	maxSecret   = 4096    // bytes of a secret's file
 	maxMistakes = 200     // that are told
 )
 
@@ -86,7 +87,7 @@ func start(n ast.Node) *token.Token {
 // document parses the one document of a config. Without any it returns nil.
 func (r *reader) document(text []byte) *node {
 	if len(text) > maxFile {
-		r.at(nil, "", "the file has %d bytes; allowed are %d", len(text), maxFile)
+		r.at(nil, "", "the file has more than the %d bytes that are allowed", maxFile)
 		return nil
 	}
 	if line, column, message := outgrown(text); message != "" {
