@@ -25,8 +25,20 @@ func init() { logging.Disable() }
 //go:embed take.lua
 var takeLua string
 
-// serverClock is the script's last line: take is a function of the instant, and this asks Redis for it, once.
-const serverClock = "local t = redis.call('TIME') return take(t[1] * 1000000 + t[2])\n"
+// serverClock is the script's last line: what it does is a function of the instant, and this asks Redis for it, once. %s is take or
+// give.
+const serverClock = "local t = redis.call('TIME') return %s(t[1] * 1000000 + t[2])\n"
+
+// script is a text that Redis runs, and knows by its hash.
+type script struct{ text, sha string }
+
+// newScript has the function of take.lua that is called, and the last line that calls it.
+func newScript(function, clock string) script {
+	s := script{text: takeLua + fmt.Sprintf(clock, function)}
+	sum := sha1.Sum([]byte(s.text))
+	s.sha = hex.EncodeToString(sum[:])
+	return s
+}
 
 // Redis is the Store that all sidecars share. It is safe for concurrent use.
 type Redis struct {
@@ -34,8 +46,8 @@ type Redis struct {
 	cluster *redis.ClusterClient         // the client, where it is a cluster's; else nil
 	login   atomic.Pointer[RedisOptions] // whose username and password new connections use
 	timeout time.Duration
-	script  string
-	sha     string
+	take    script
+	give    script
 	log     *zap.Logger
 	seconds prometheus.Histogram
 	errors  map[ErrorKind]prometheus.Counter
@@ -60,7 +72,8 @@ func newRedis(o RedisOptions, clock string, log *zap.Logger, metrics prometheus.
 	}
 	r := &Redis{
 		timeout: o.Timeout,
-		script:  takeLua + clock,
+		take:    newScript("take", clock),
+		give:    newScript("give", clock),
 		log:     log,
 		seconds: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name:    "sluice_store_seconds",
@@ -78,8 +91,6 @@ func newRedis(o RedisOptions, clock string, log *zap.Logger, metrics prometheus.
 	}
 	r.client = o.open(c)
 	r.cluster, _ = r.client.(*redis.ClusterClient)
-	sum := sha1.Sum([]byte(r.script))
-	r.sha = hex.EncodeToString(sum[:])
 	vec := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "sluice_store_errors_total",
 		Help: "Takes that Redis did not answer for, and stored states that made no sense, by kind.",
@@ -124,8 +135,8 @@ func (once) NoRetry() bool { return true }
 // deadlineMargin is what a take leaves of its caller's time for the answer's own way.
 const deadlineMargin = 5 * time.Millisecond
 
-// Take is Store's, in one round trip. It ends within the store's timeout, and deadlineMargin before the
-// caller's deadline.
+// Take is Store's, in one round trip; on a cluster in one for each hash slot, all at once. It ends within the store's timeout, and
+// deadlineMargin before the caller's deadline.
 func (r *Redis) Take(ctx context.Context, charges []Charge, verdicts []Verdict) {
 	start := time.Now()
 	deadline := start.Add(r.timeout)
@@ -133,17 +144,32 @@ func (r *Redis) Take(ctx context.Context, charges []Charge, verdicts []Verdict) 
 		deadline = d.Add(-deadlineMargin)
 	}
 	ctx, cancel := context.WithDeadline(ctx, deadline)
-	reply, err := r.run(ctx, "evalsha", r.sha, charges)
-	if redis.HasErrorPrefix(err, "NOSCRIPT") {
-		// The script was flushed, or Redis is a new one: nothing was executed. EVAL executes and loads it, so that
-		// this ends however often somebody flushes.
-		reply, err = r.run(ctx, "eval", r.script, charges)
-	}
-	cancel()
-	if err == nil {
-		err = r.read(reply, charges, verdicts)
+	defer cancel()
+	if r.cluster == nil || len(charges) == 1 || oneSlot(charges) {
+		r.takeSlot(ctx, charges, verdicts, nil)
+	} else {
+		r.takeSlots(ctx, charges, verdicts)
 	}
 	r.seconds.Observe(time.Since(start).Seconds())
+}
+
+// taken is what becomes known of a take besides its verdict: whether tokens were taken, when by the node's clock, and of what.
+type taken struct {
+	is     bool
+	at     int64 // microseconds
+	before level
+}
+
+// takeSlot takes from buckets of one slot. takes may be nil.
+func (r *Redis) takeSlot(ctx context.Context, charges []Charge, verdicts []Verdict, takes []taken) {
+	packed := make([]byte, 0, chargeSize*len(charges))
+	for i := range charges {
+		packed = appendCharge(packed, &charges[i])
+	}
+	reply, err := r.run(ctx, r.client, &r.take, charges, packed)
+	if err == nil {
+		err = r.read(reply, charges, verdicts, takes)
+	}
 	if err != nil {
 		failed := storeError(err)
 		r.errors[failed.Kind].Inc()
@@ -154,20 +180,32 @@ func (r *Redis) Take(ctx context.Context, charges []Charge, verdicts []Verdict) 
 // chargeSize is the length of one packed argument of the script, CHARGE_SIZE there.
 const chargeSize = 22
 
-// run sends the script, by its hash or its text, and returns the reply.
-func (r *Redis) run(ctx context.Context, command, script string, charges []Charge) (string, error) {
+// processor is a client, or one of a cluster's nodes.
+type processor interface {
+	Process(ctx context.Context, cmd redis.Cmder) error
+}
+
+// run sends a script for charges, with arguments of equal length that are packed one after another, and returns the reply.
+func (r *Redis) run(ctx context.Context, to processor, s *script, charges []Charge, packed []byte) (string, error) {
+	size := len(packed) / len(charges)
 	args := make([]any, 3, 3+2*len(charges))
-	args[0], args[1], args[2] = command, script, len(charges)
+	args[0], args[1], args[2] = "evalsha", s.sha, len(charges)
 	for i := range charges {
 		args = append(args, charges[i].Key)
 	}
-	packed := make([]byte, 0, chargeSize*len(charges))
 	for i := range charges {
-		packed = appendCharge(packed, &charges[i])
-		args = append(args, packed[i*chargeSize:])
+		args = append(args, packed[i*size:(i+1)*size])
 	}
 	cmd := once{redis.NewStringCmd(ctx, args...)}
-	if err := r.client.Process(ctx, cmd); err != nil {
+	err := to.Process(ctx, cmd)
+	if redis.HasErrorPrefix(err, "NOSCRIPT") {
+		// The script was flushed, or Redis is a new one: nothing was executed. EVAL executes and loads it, so that
+		// this ends however often somebody flushes.
+		args[0], args[1] = "eval", s.text
+		cmd = once{redis.NewStringCmd(ctx, args...)}
+		err = to.Process(ctx, cmd)
+	}
+	if err != nil {
 		return "", err
 	}
 	return cmd.Val(), nil
@@ -188,15 +226,26 @@ func appendCharge(b []byte, c *Charge) []byte {
 	case c.Limit.OnFailure == Allow:
 		hold = holdDenial
 	}
-	var eight [8]byte
-	binary.BigEndian.PutUint64(eight[:], uint64(c.Bucket.n))
-	b = append(b, eight[1:]...)
-	binary.BigEndian.PutUint64(eight[:], uint64(c.Bucket.p))
-	b = append(b, eight[2:]...)
-	b = binary.BigEndian.AppendUint32(b, uint32(c.Bucket.burst))
+	b = appendShape(b, c.Bucket)
 	// Every cost above the burst is as far out of reach as the least of them.
 	b = binary.BigEndian.AppendUint32(b, uint32(c.needs()))
 	return append(b, hold)
+}
+
+// appendShape appends what the script has of a bucket.
+func appendShape(b []byte, shape Bucket) []byte {
+	b = append56(b, uint64(shape.n))
+	var eight [8]byte
+	binary.BigEndian.PutUint64(eight[:], uint64(shape.p))
+	b = append(b, eight[2:]...)
+	return binary.BigEndian.AppendUint32(b, uint32(shape.burst))
+}
+
+// append56 appends a number below 2^56.
+func append56(b []byte, v uint64) []byte {
+	var eight [8]byte
+	binary.BigEndian.PutUint64(eight[:], v)
+	return append(b, eight[1:]...)
 }
 
 // The flags of the reply.
@@ -209,8 +258,13 @@ const (
 
 var errReply = errors.New("the script's reply is cut or is not its own")
 
-// read fills verdicts from the script's reply.
-func (r *Redis) read(reply string, charges []Charge, verdicts []Verdict) error {
+// read fills verdicts, and takes unless it is nil, from the script's reply.
+func (r *Redis) read(reply string, charges []Charge, verdicts []Verdict, takes []taken) error {
+	if len(reply) < 7 {
+		return errReply
+	}
+	at := int64(bigEndian(reply[:7]))
+	reply = reply[7:]
 	for i := range charges {
 		if len(reply) < 2 {
 			return errReply
@@ -238,16 +292,19 @@ func (r *Redis) read(reply string, charges []Charge, verdicts []Verdict) error {
 		if before.tokens > b.burst || before.frac >= b.p {
 			return errReply
 		}
-		var taken int64
+		var cost int64
 		if flags&flagTaken != 0 {
-			taken = charges[i].Cost
+			cost = charges[i].Cost
+			if takes != nil {
+				takes[i] = taken{true, at, before}
+			}
 		}
 		if flags&flagNonsense != 0 {
 			r.errors[KindState].Inc()
 			r.log.Warn("a bucket's stored state made no sense: it is empty from now on", zap.String("limit", charges[i].Limit.Name),
 				zap.String("domain", charges[i].Limit.Domain))
 		}
-		verdicts[i] = b.verdict(before, charges[i].needs(), taken, RedisSource)
+		verdicts[i] = b.verdict(before, charges[i].needs(), cost, RedisSource)
 	}
 	if reply != "" {
 		return errReply

@@ -402,7 +402,7 @@ func TestScriptArguments(t *testing.T) {
 		"hold unheard of":  {good, patch(21, "\x03")},
 		"hold far outside": {good, patch(21, "\xff")},
 	} {
-		err := client.Eval(t.Context(), takeLua+serverClock, []string{"a", "b"}, args...).Err()
+		err := client.Eval(t.Context(), newScript("take", serverClock).text, []string{"a", "b"}, args...).Err()
 		if err == nil || !strings.HasPrefix(err.Error(), "SLUICE ") {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -410,7 +410,7 @@ func TestScriptArguments(t *testing.T) {
 	if keys := client.Keys(t.Context(), "*").Val(); len(keys) != 0 {
 		t.Errorf("written: %q", keys)
 	}
-	if err := client.Eval(t.Context(), takeLua+serverClock, []string{"a", "b"}, good, good).Err(); err != nil {
+	if err := client.Eval(t.Context(), newScript("take", serverClock).text, []string{"a", "b"}, good, good).Err(); err != nil {
 		t.Error(err)
 	}
 }
@@ -422,16 +422,17 @@ func TestReplyOfAnother(t *testing.T) {
 	}
 	defer func() { _ = r.Close() }()
 	c := []Charge{charge(bucket(t, 1, time.Second, 5), "a")}
-	good := "\x03\x00\x00\x00\x05\x00\x00\x00\x00\x00\x00"
+	const at = "\x00\x00\x00\x00\x00\x00\x01"
+	good := at + "\x03\x00\x00\x00\x05\x00\x00\x00\x00\x00\x00"
 	for _, reply := range []string{
-		"", "\x03", good[:10], good + "\x00", good + good, "\x08", "\x08\x05NEWE", "\x08\x05NEWERx", "OK",
-		"\x03\x00\x00\x00\x06\x00\x00\x00\x00\x00\x00", "\x03\x00\x00\x00\x05\xff\xff\xff\xff\xff\xff",
+		"", at, at[:6], at + "\x03", good[:17], good + "\x00", good + good, at + "\x08", at + "\x08\x05NEWE", at + "\x08\x05NEWERx", "OK",
+		at + "\x03\x00\x00\x00\x06\x00\x00\x00\x00\x00\x00", at + "\x03\x00\x00\x00\x05\xff\xff\xff\xff\xff\xff",
 	} {
-		if err := r.read(reply, c, make([]Verdict, 1)); !errors.Is(err, errReply) {
+		if err := r.read(reply, c, make([]Verdict, 1), nil); !errors.Is(err, errReply) {
 			t.Errorf("%q: %v", reply, err)
 		}
 	}
-	if err := r.read(good, c, make([]Verdict, 1)); err != nil {
+	if err := r.read(good, c, make([]Verdict, 1), nil); err != nil {
 		t.Error(err)
 	}
 	if KindOf(storeError(errReply)) != KindScript {

@@ -17,7 +17,7 @@ import (
 )
 
 // keyClock is a last line for the script that takes the instant from a key, for tests that set it.
-const keyClock = "return take(tonumber(redis.call('GET', 'clock')))\n"
+const keyClock = "return %s(tonumber(redis.call('GET', 'clock')))\n"
 
 // testClock is a clock in microseconds that tests set; a Redis store with keyClock and a Memory with now both go by it.
 type testClock struct {

@@ -7,7 +7,7 @@
 -- KEYS are the buckets. ARGV has one packed string for each: the limit's rate (n tokens each p microseconds) and burst,
 -- the cost in tokens, and what holds the others back: 0 a denial or trouble of this bucket, 1 a denial only,
 -- 2 nothing (a shadow limit, which is taken by itself).
--- The reply is one string, for each bucket in turn: one byte of flags (1 allowed, 2 taken, 4 what was stored
+-- The reply is one string: the instant (7 bytes), and for each bucket in turn one byte of flags (1 allowed, 2 taken, 4 what was stored
 -- made no sense, 8 trouble); then the tokens before the take, whole (4 bytes) and p-ths of one (6 bytes),
 -- or the trouble's code (one byte of length, then the text).
 --
@@ -19,6 +19,8 @@ local MAGIC, VERSION = '\181\8', 1
 -- ordinary length Redis still keeps in one allocation. Whatever a later version changes, magic and version stay.
 local STATE, STATE_SIZE = '>c2BI4I6I7I4I7I6', 37
 local CHARGE, CHARGE_SIZE = '>I7I6I4I4B', 22
+-- What is given back: as a charge, with the instant of the take in the place of what holds others back.
+local GIFT, GIFT_SIZE = '>I7I6I4I4I7', 28
 
 local MAX_N, MIN_P, MAX_P, MAX_TOKENS, MAX_TIME = 1e15, 1e6, 31622400000000, 1e9, 2^53
 -- Milliseconds that a bucket is kept after it is full again: no rounding, and no lag between the clocks that Redis has for TIME and for
@@ -104,6 +106,13 @@ local function code(err)
   return string.sub(string.match(err, '^%S*'), 1, 255)
 end
 
+-- store writes a bucket: one SET, which sets its value and its end together. It returns Redis's answer.
+local function store(key, tokens, frac, now, burst, n, p)
+  -- A float's error in the microseconds until the bucket is full is far below the slack.
+  local full = math.ceil(((burst - tokens) * p - frac) / n / 1000)
+  return redis.pcall('SET', key, struct.pack(STATE, MAGIC, VERSION, tokens, frac, now, burst, n, p), 'PX', string.format('%.0f', full + SLACK))
+end
+
 local function take(now)
   -- Check every argument before anything is read.
   local count = #KEYS
@@ -164,10 +173,7 @@ local function take(now)
         flags[i] = flags[i] + 2
       end
       if left < tokens[i] or moved[i] then
-        -- A float's error in the microseconds until the bucket is full is far below the slack.
-        local full = math.ceil(((burst - left) * p - frac) / n / 1000)
-        local done = redis.pcall('SET', KEYS[i], struct.pack(STATE, MAGIC, VERSION, left, frac, now, burst, n, p),
-          'PX', string.format('%.0f', full + SLACK))
+        local done = store(KEYS[i], left, frac, now, burst, n, p)
         if done.err then -- the buckets before it stay charged: tokens lost, never given
           trouble[i] = code(done.err)
         end
@@ -179,6 +185,46 @@ local function take(now)
       reply[i] = struct.pack('>BI4I6', flags[i], tokens[i], fracs[i])
     end
   end
-  return table.concat(reply)
+  return struct.pack('>I7', now) .. table.concat(reply)
+end
+
+-- give puts back what a request took from these buckets and then did not need, as another node's bucket denied it. Put back whole it
+-- would break the bound: meanwhile the bucket refilled, and had it been full it would have lost what came. So what refilled since the
+-- take is kept back; where the clock went back, all of it. An absent bucket is full.
+local function give(now)
+  if #ARGV ~= #KEYS then
+    return redis.error_reply('SLUICE one argument for each key')
+  end
+  for i = 1, #KEYS do
+    if #ARGV[i] ~= GIFT_SIZE then
+      return redis.error_reply('SLUICE an argument is not ' .. GIFT_SIZE .. ' bytes')
+    end
+    local n, p, burst, cost, at = struct.unpack(GIFT, ARGV[i])
+    if not shape_ok(burst, n, p) or cost > burst then
+      return redis.error_reply('SLUICE an argument is out of range')
+    end
+    if now >= at then
+      local tokens, frac = refill(0, 0, now - at, cost, n, p) -- of the cost, what refilled since
+      tokens, frac = cost - tokens, -frac
+      if frac < 0 then
+        tokens, frac = tokens - 1, frac + p
+      end
+      local raw = redis.pcall('GET', KEYS[i])
+      if (tokens > 0 or frac > 0) and type(raw) == 'string' then
+        local held, part, _, nonsense = level(raw, now, burst, n, p)
+        if held and not nonsense then
+          tokens, frac = held + tokens, part + frac
+          if frac >= p then
+            tokens, frac = tokens + 1, frac - p
+          end
+          if tokens >= burst then
+            tokens, frac = burst, 0
+          end
+          store(KEYS[i], tokens, frac, now, burst, n, p)
+        end
+      end
+    end
+  end
+  return ''
 end
 

@@ -7,9 +7,11 @@ import (
 	"bufio"
 	"context"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -167,4 +169,76 @@ func (s *Server) Info(section string) map[string]string {
 		}
 	}
 	return fields
+}
+
+// Node is a server of a Cluster.
+type Node struct {
+	*Server
+	Addr string // host:port
+}
+
+// StartCluster starts a Redis Cluster of so many masters on free ports, each with its part of the slots.
+func StartCluster(t testing.TB, masters int, args ...string) []*Node {
+	t.Helper()
+	var nodes []*Node
+	for range masters {
+		port := FreePort(t)
+		s := Start(t, append([]string{"--port", port, "--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--bind", "127.0.0.1"}, args...)...)
+		nodes = append(nodes, &Node{s, "127.0.0.1:" + port})
+	}
+	ctx := context.Background()
+	const slots = 16384
+	for i, n := range nodes {
+		c := n.Client()
+		must(t, c.ClusterAddSlotsRange(ctx, i*slots/masters, (i+1)*slots/masters-1).Err())
+		must(t, c.Do(ctx, "CONFIG", "SET", "cluster-announce-ip", "127.0.0.1").Err())
+		for _, other := range nodes {
+			host, port, _ := strings.Cut(other.Addr, ":")
+			must(t, c.ClusterMeet(ctx, host, port).Err())
+		}
+	}
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for late := time.After(startWithin); ; {
+		ready := true
+		for _, n := range nodes {
+			info := n.Client().ClusterInfo(ctx).Val()
+			ready = ready && strings.Contains(info, "cluster_state:ok") && strings.Contains(info, "cluster_known_nodes:"+strconv.Itoa(masters))
+		}
+		if ready {
+			return nodes
+		}
+		select {
+		case <-tick.C:
+		case <-late:
+			t.Fatalf("the cluster is not ready within %v", startWithin)
+		}
+	}
+}
+
+// FreePort is a TCP port that nobody listens on, and where the one 10000 above is free, too, as a cluster's bus wants.
+func FreePort(t testing.TB) string {
+	t.Helper()
+	for range 100 {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		must(t, err)
+		port := l.Addr().(*net.TCPAddr).Port
+		must(t, l.Close())
+		if port+10_000 > 65535 {
+			continue
+		}
+		if bus, err := net.Listen("tcp", "127.0.0.1:"+strconv.Itoa(port+10_000)); err == nil {
+			must(t, bus.Close())
+			return strconv.Itoa(port)
+		}
+	}
+	t.Fatal("no free port")
+	return ""
+}
+
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
 }

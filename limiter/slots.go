@@ -1,0 +1,113 @@
+package limiter
+
+import (
+	"context"
+	"encoding/binary"
+	"strings"
+	"sync"
+
+	"github.com/redis/go-redis/v9"
+)
+
+// A Redis Cluster runs a script on the keys of one hash slot only, also where one node has several slots. So the buckets of a request are
+// taken from slot by slot, all at once, each slot's all or none. Where one then denies, what the others took is given back (give in
+// take.lua says how much), so that the request draws from all of its buckets or from none, but for what refilled meanwhile.
+
+// hashTag is what decides about a key's slot: its part in braces.
+func hashTag(key string) string {
+	_, tag, _ := strings.Cut(key, "{")
+	tag, _, _ = strings.Cut(tag, "}")
+	return tag
+}
+
+func oneSlot(charges []Charge) bool {
+	for i := range charges[1:] {
+		if hashTag(charges[1+i].Key) != hashTag(charges[0].Key) {
+			return false
+		}
+	}
+	return true
+}
+
+// slotTake is the part of a take that is in one slot.
+type slotTake struct {
+	indexes  []int // of the request's charges
+	charges  []Charge
+	verdicts []Verdict
+	takes    []taken
+	node     *redis.Client // that had the slot before the take; nil where it is not known
+}
+
+func (r *Redis) takeSlots(ctx context.Context, charges []Charge, verdicts []Verdict) {
+	bySlot := make(map[string]*slotTake)
+	var all []*slotTake
+	for i := range charges {
+		tag := hashTag(charges[i].Key)
+		s := bySlot[tag]
+		if s == nil {
+			s = &slotTake{}
+			bySlot[tag], all = s, append(all, s)
+		}
+		s.indexes, s.charges = append(s.indexes, i), append(s.charges, charges[i])
+	}
+	var wg sync.WaitGroup
+	for _, s := range all {
+		s.verdicts, s.takes = make([]Verdict, len(s.charges)), make([]taken, len(s.charges))
+		wg.Go(func() {
+			// Not through the cluster's client: what is given back must go to the node that took it, and to no other.
+			var err error
+			if s.node, err = r.cluster.MasterForKey(ctx, s.charges[0].Key); err != nil {
+				s.node = nil
+			}
+			r.takeSlot(ctx, s.charges, s.verdicts, s.takes)
+		})
+	}
+	wg.Wait()
+	isHeld := false
+	for _, s := range all {
+		for i, at := range s.indexes {
+			verdicts[at] = s.verdicts[i]
+			isHeld = isHeld || holds(&s.charges[i], &s.verdicts[i])
+		}
+	}
+	if !isHeld {
+		return
+	}
+	for _, s := range all {
+		wg.Go(func() { r.giveBack(ctx, s) })
+		for i, at := range s.indexes {
+			if c := &s.charges[i]; s.takes[i].is && !c.Limit.Shadow {
+				verdicts[at] = c.Bucket.verdict(s.takes[i].before, c.needs(), 0, RedisSource)
+			}
+		}
+	}
+	wg.Wait()
+}
+
+// holds reports whether a charge's verdict holds its request's other charges back.
+func holds(c *Charge, v *Verdict) bool {
+	return !c.Limit.Shadow && (v.Err != nil && c.Limit.OnFailure != Allow || v.Err == nil && !v.Allowed)
+}
+
+// giveBack gives back what a slot's charges took. It is sent once, to the node that had the slot: where the slot has moved, or the node is
+// no master any more, nothing is given, and what was taken is lost.
+func (r *Redis) giveBack(ctx context.Context, s *slotTake) {
+	var charges []Charge
+	var packed []byte
+	for i := range s.charges {
+		c := &s.charges[i]
+		if !s.takes[i].is || c.Limit.Shadow || c.Cost == 0 {
+			continue
+		}
+		packed = appendShape(packed, c.Bucket)
+		packed = binary.BigEndian.AppendUint32(packed, uint32(c.Cost))
+		packed = append56(packed, uint64(s.takes[i].at))
+		charges = append(charges, *c)
+	}
+	if len(charges) == 0 || s.node == nil {
+		return
+	}
+	if _, err := r.run(ctx, s.node, &r.give, charges, packed); err != nil {
+		r.errors[storeError(err).Kind].Inc()
+	}
+}

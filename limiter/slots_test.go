@@ -1,0 +1,328 @@
+package limiter
+
+import (
+	"context"
+
+	"math/rand/v2"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/redis/go-redis/v9"
+	"pgregory.net/rapid"
+
+	"github.com/sluiceproxy/sluice/limiter/redistest"
+)
+
+// gift is what give in take.lua gives back of a cost, some microseconds after the take: what did not refill meanwhile.
+func gift(b Bucket, cost, elapsed int64) level {
+	if elapsed < 0 {
+		return level{}
+	}
+	came := Bucket{n: b.n, p: b.p, burst: cost}.refill(level{}, elapsed)
+	back := level{tokens: cost - came.tokens, frac: -came.frac}
+	if back.frac < 0 {
+		back.tokens, back.frac = back.tokens-1, back.frac+b.p
+	}
+	return back
+}
+
+// given is a bucket's level with a gift.
+func given(b Bucket, l, back level) level {
+	l.tokens, l.frac = l.tokens+back.tokens, l.frac+back.frac
+	if l.frac >= b.p {
+		l.tokens, l.frac = l.tokens+1, l.frac-b.p
+	}
+	if l.tokens >= b.burst {
+		return b.full()
+	}
+	return l
+}
+
+// The script gives back what gift says, to the digit, and where something is stored only.
+func TestScriptAgreesWithGift(t *testing.T) {
+	setRapidChecks(t, 2000)
+	server := redistest.Start(t)
+	client := server.Client()
+	clock := &testClock{t: t, client: client}
+	r := newTestRedis(t, server, keyClock)
+	ctx := context.Background()
+	gifts := 0
+	rapid.Check(t, func(t *rapid.T) {
+		clock.set(begin)
+		b := anyBucket().Draw(t, "bucket")
+		c := charge(b, "g")
+		c.Cost = rapid.Int64Range(1, b.burst).Draw(t, "cost")
+		verdicts, takes := make([]Verdict, 1), make([]taken, 1)
+		first := charge(b, "g")
+		first.Cost = rapid.Int64Range(0, b.burst-c.Cost).Draw(t, "before")
+		r.takeSlot(ctx, []Charge{first}, verdicts, nil)
+		r.takeSlot(ctx, []Charge{c}, verdicts, takes)
+		if !takes[0].is {
+			t.Fatalf("not taken: %+v", verdicts[0])
+		}
+		elapsed := rapid.OneOf(rapid.Int64Range(-1000, 5_000_000), rapid.Int64Range(0, day.Microseconds())).Draw(t, "elapsed")
+		clock.set(begin + elapsed)
+		stored := client.Get(ctx, c.Key).Val()
+		want, _ := draw(decode(t, stored), b, begin+elapsed)
+		want = given(b, want, gift(b, c.Cost, elapsed))
+		s := &slotTake{charges: []Charge{c}, verdicts: verdicts, takes: takes, node: client}
+		r.giveBack(ctx, s)
+		if back := gift(b, c.Cost, elapsed); back == (level{}) {
+			if got := client.Get(ctx, c.Key).Val(); got != stored {
+				t.Fatalf("nothing to give, and the state changed")
+			}
+		} else if got, err := client.Get(ctx, c.Key).Result(); err == nil {
+			gifts++
+			if s := decode(t, got); s.level != want || s.at != begin+elapsed {
+				t.Fatalf("%+v at %d, want %+v at %d", s.level, s.at, want, begin+elapsed)
+			}
+			if ttl := client.PTTL(ctx, c.Key).Val(); ttl < time.Second {
+				t.Fatalf("ends in %v", ttl)
+			}
+		}
+		if err := client.Del(ctx, c.Key).Err(); err != nil {
+			t.Fatal(err)
+		}
+		r.giveBack(ctx, s)
+		if client.Exists(ctx, c.Key).Val() != 0 {
+			t.Fatal("an absent bucket, which is full, was given something")
+		}
+	})
+	if gifts < 500 {
+		t.Errorf("only %d gifts", gifts)
+	}
+}
+
+// Giving back keeps the bound: over any interval, what was granted and kept is at most burst + rate·t, however takes and gifts fall.
+// Giving the whole cost back does not, which shows that the test can tell.
+func TestGiftsKeepTheBound(t *testing.T) {
+	broken := map[string]int{}
+	const runs = 1000
+	for name, back := range map[string]func(b Bucket, cost, elapsed int64) level{
+		"gift":           gift,
+		"the whole cost": func(_ Bucket, cost, _ int64) level { return level{tokens: cost} },
+	} {
+		random := rand.New(rand.NewPCG(7, 7))
+		for range runs {
+			b, err := NewBucket(1+random.Int64N(5), time.Second, 1+random.Int64N(8))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !boundHolds(b, random, back) {
+				broken[name]++
+			}
+		}
+	}
+	if broken["gift"] != 0 || broken["the whole cost"] < runs/10 {
+		t.Errorf("runs in which the bound broke, of %d: %v", runs, broken)
+	}
+	t.Logf("runs in which the bound broke, of %d: %v", runs, broken)
+}
+
+// boundHolds plays takes of which some are given back later, and looks at every window.
+func boundHolds(b Bucket, random *rand.Rand, back func(Bucket, int64, int64) level) bool {
+	type event struct{ at, cost int64 }
+	var kept []event
+	var pending []event
+	s := state{shape: b, level: b.full()}
+	now := int64(0)
+	for range 60 {
+		now += random.Int64N(700_000)
+		l, _ := draw(s, b, now)
+		if len(pending) > 0 && random.IntN(2) == 0 {
+			p := pending[0]
+			pending = pending[1:]
+			s = state{shape: b, level: given(b, l, back(b, p.cost, now-p.at)), at: now}
+			continue
+		}
+		cost := 1 + random.Int64N(b.burst)
+		if l.tokens < cost {
+			continue
+		}
+		l.tokens -= cost
+		s = state{shape: b, level: l, at: now}
+		if random.IntN(2) == 0 {
+			pending = append(pending, event{now, cost})
+		} else {
+			kept = append(kept, event{now, cost})
+		}
+	}
+	for i := range kept {
+		sum := int64(0)
+		for j := i; j < len(kept); j++ {
+			sum += kept[j].cost
+			if float64(sum) > float64(b.burst)+float64(kept[j].at-kept[i].at)*float64(b.n)/float64(b.p)+1e-6 {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+// newClusterStore is a store on a cluster.
+func newClusterStore(t *testing.T, nodes []*redistest.Node) *Redis {
+	t.Helper()
+	r, err := NewRedis(RedisOptions{Mode: Cluster, Addresses: []string{nodes[0].Addr}, Timeout: time.Minute}, nil, prometheus.NewRegistry())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = r.Close() })
+	return r
+}
+
+// keyed is a charge whose bucket has a key, which decides on its slot.
+func keyed(b Bucket, limit, key string) Charge {
+	c := charge(b, limit)
+	c.Key = "sluice:test:" + limit + ":{" + key + "}"
+	return c
+}
+
+// On a cluster a request draws from all of its buckets or from none, in whatever slots they are.
+func TestCluster(t *testing.T) {
+	nodes := redistest.StartCluster(t, 3)
+	r := newClusterStore(t, nodes)
+	k := taker{t, r}
+	slow := bucket(t, 1, day, 1000)
+	a, b, c := keyed(slow, "a", "one"), keyed(slow, "b", "two"), keyed(bucket(t, 1, day, 1), "c", "three")
+	same := keyed(slow, "same", "one")
+	k.want("ok 999, ok 999", a, same) // one slot: one script
+	k.want("ok 998, ok 999", a, b)
+	k.want("ok 997, ok 998, ok 0", a, b, c)
+	for range 200 {
+		for i, v := range k.take(a, b, c) {
+			if want := int64([]int{997, 998, 0}[i]); v.Remaining != want || v.Allowed != (i < 2) {
+				t.Fatalf("%d: %+v", i, v)
+			}
+		}
+	}
+	k.want("ok 996, ok 997", a, b)
+	shadow := keyed(slow, "shadow", "four").shadow()
+	if v := k.take(c, shadow); v[0].Allowed || !v[1].Allowed || v[1].Remaining != 999 {
+		t.Errorf("%+v", v)
+	}
+
+	// 64 callers: each bucket gives what it has, and no more.
+	d, e := keyed(bucket(t, 1, day, 700), "d", "five"), keyed(bucket(t, 1, day, 500), "e", "six")
+	var both, onlyD atomic.Int64
+	var wg sync.WaitGroup
+	for range 64 {
+		wg.Go(func() {
+			verdicts := make([]Verdict, 2)
+			for range 15 {
+				if r.Take(t.Context(), []Charge{d, e}, verdicts); verdicts[0].Allowed && verdicts[1].Allowed {
+					both.Add(1)
+				}
+				if r.Take(t.Context(), []Charge{d}, verdicts[:1]); verdicts[0].Allowed {
+					onlyD.Add(1)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if both.Load() > 500 || both.Load()+onlyD.Load() > 700 || both.Load()+onlyD.Load() < 690 {
+		t.Errorf("%d took from both and %d from the first, of 700 and 500", both.Load(), onlyD.Load())
+	}
+
+	// Who looks sees the same.
+	looking := taker{t, r.Looking()}
+	for i, v := range looking.take(a, b, c) {
+		if want := int64([]int{996, 997, 0}[i]); v.Remaining != want {
+			t.Errorf("%d: %+v", i, v)
+		}
+	}
+}
+
+// ownerOf is the address of the node that has a slot, as a node knows it.
+func ownerOf(c *redis.Client, slot int) string {
+	for _, s := range c.ClusterSlots(context.Background()).Val() {
+		if s.Start <= slot && slot <= s.End && len(s.Nodes) > 0 {
+			return s.Nodes[0].Addr
+		}
+	}
+	return ""
+}
+
+// A slot that moves back and forth under load: every script is executed once, and hardly any take fails.
+func TestClusterMigration(t *testing.T) {
+	nodes := redistest.StartCluster(t, 2)
+	r := newClusterStore(t, nodes)
+	ctx := context.Background()
+	const takes, callers = 4000, 8
+	c := keyed(bucket(t, 1, day, takes+1), "a", "moving")
+	slot := nodes[0].Client().ClusterKeySlot(ctx, c.Key).Val()
+	ids := make([]string, 2)
+	clients := make([]*redis.Client, 2)
+	for i, n := range nodes {
+		clients[i] = n.Client()
+		ids[i] = clients[i].Do(ctx, "CLUSTER", "MYID").Val().(string)
+	}
+	at := 0
+	if slot >= 8192 {
+		at = 1
+	}
+	done := make(chan struct{})
+	moves := 0
+	var mover sync.WaitGroup
+	mover.Go(func() {
+		for {
+			select {
+			case <-done:
+				return
+			default:
+			}
+			to := 1 - at
+			do := func(i int, args ...any) {
+				if err := clients[i].Do(ctx, args...).Err(); err != nil {
+					t.Errorf("%v: %v", args, err)
+				}
+			}
+			do(to, "CLUSTER", "SETSLOT", slot, "IMPORTING", ids[at])
+			do(at, "CLUSTER", "SETSLOT", slot, "MIGRATING", ids[to])
+			host, port, _ := strings.Cut(nodes[to].Addr, ":")
+			do(at, "MIGRATE", host, port, c.Key, 0, 5000)
+			do(to, "CLUSTER", "SETSLOT", slot, "NODE", ids[to])
+			do(at, "CLUSTER", "SETSLOT", slot, "NODE", ids[to])
+			at = to
+			moves++
+			// As an operator's tools do: the next move begins when all nodes know of this one.
+			for i := 0; i < len(clients); {
+				if ownerOf(clients[i], int(slot)) == nodes[to].Addr {
+					i++
+				}
+			}
+		}
+	})
+	var allowed, failed atomic.Int64
+	var wg sync.WaitGroup
+	for range callers {
+		wg.Go(func() {
+			verdicts := make([]Verdict, 1)
+			for range takes / callers {
+				switch r.Take(ctx, []Charge{c}, verdicts); {
+				case verdicts[0].Err != nil:
+					failed.Add(1)
+				case verdicts[0].Allowed:
+					allowed.Add(1)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	close(done)
+	mover.Wait()
+	verdicts := make([]Verdict, 1)
+	c.Cost = 0
+	r.Take(ctx, []Charge{c}, verdicts)
+	left := verdicts[0].Remaining
+	t.Logf("%d takes over %d moves of the slot: %d failed, %d tokens of %d left", takes, moves, failed.Load(), left, takes+1)
+	if verdicts[0].Err != nil || takes+1-left < allowed.Load() || takes+1-left > allowed.Load()+failed.Load() {
+		t.Errorf("%d allowed and %d failed, but %d taken (%v)", allowed.Load(), failed.Load(), takes+1-left, verdicts[0].Err)
+	}
+	if moves < 10 || failed.Load() > takes/100 {
+		t.Errorf("%d of %d takes failed over %d moves", failed.Load(), takes, moves)
+	}
+}
