@@ -4,14 +4,12 @@ import (
 	"context"
 
 	"math/rand/v2"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/redis/go-redis/v9"
 	"pgregory.net/rapid"
 
 	"github.com/sluiceproxy/sluice/limiter/redistest"
@@ -233,96 +231,5 @@ func TestCluster(t *testing.T) {
 		if want := int64([]int{996, 997, 0}[i]); v.Remaining != want {
 			t.Errorf("%d: %+v", i, v)
 		}
-	}
-}
-
-// ownerOf is the address of the node that has a slot, as a node knows it.
-func ownerOf(c *redis.Client, slot int) string {
-	for _, s := range c.ClusterSlots(context.Background()).Val() {
-		if s.Start <= slot && slot <= s.End && len(s.Nodes) > 0 {
-			return s.Nodes[0].Addr
-		}
-	}
-	return ""
-}
-
-// A slot that moves back and forth under load: every script is executed once, and hardly any take fails.
-func TestClusterMigration(t *testing.T) {
-	nodes := redistest.StartCluster(t, 2)
-	r := newClusterStore(t, nodes)
-	ctx := context.Background()
-	const takes, callers = 4000, 8
-	c := keyed(bucket(t, 1, day, takes+1), "a", "moving")
-	slot := nodes[0].Client().ClusterKeySlot(ctx, c.Key).Val()
-	ids := make([]string, 2)
-	clients := make([]*redis.Client, 2)
-	for i, n := range nodes {
-		clients[i] = n.Client()
-		ids[i] = clients[i].Do(ctx, "CLUSTER", "MYID").Val().(string)
-	}
-	at := 0
-	if slot >= 8192 {
-		at = 1
-	}
-	done := make(chan struct{})
-	moves := 0
-	var mover sync.WaitGroup
-	mover.Go(func() {
-		for {
-			select {
-			case <-done:
-				return
-			default:
-			}
-			to := 1 - at
-			do := func(i int, args ...any) {
-				if err := clients[i].Do(ctx, args...).Err(); err != nil {
-					t.Errorf("%v: %v", args, err)
-				}
-			}
-			do(to, "CLUSTER", "SETSLOT", slot, "IMPORTING", ids[at])
-			do(at, "CLUSTER", "SETSLOT", slot, "MIGRATING", ids[to])
-			host, port, _ := strings.Cut(nodes[to].Addr, ":")
-			do(at, "MIGRATE", host, port, c.Key, 0, 5000)
-			do(to, "CLUSTER", "SETSLOT", slot, "NODE", ids[to])
-			do(at, "CLUSTER", "SETSLOT", slot, "NODE", ids[to])
-			at = to
-			moves++
-			// As an operator's tools do: the next move begins when all nodes know of this one.
-			for i := 0; i < len(clients); {
-				if ownerOf(clients[i], int(slot)) == nodes[to].Addr {
-					i++
-				}
-			}
-		}
-	})
-	var allowed, failed atomic.Int64
-	var wg sync.WaitGroup
-	for range callers {
-		wg.Go(func() {
-			verdicts := make([]Verdict, 1)
-			for range takes / callers {
-				switch r.Take(ctx, []Charge{c}, verdicts); {
-				case verdicts[0].Err != nil:
-					failed.Add(1)
-				case verdicts[0].Allowed:
-					allowed.Add(1)
-				}
-			}
-		})
-	}
-	wg.Wait()
-	close(done)
-	mover.Wait()
-	verdicts := make([]Verdict, 1)
-	c.Cost = 0
-	r.Take(ctx, []Charge{c}, verdicts)
-	left := verdicts[0].Remaining
-	t.Logf("%d takes over %d moves of the slot: %d failed, %d tokens of %d left", takes, moves, failed.Load(), left, takes+1)
-	if verdicts[0].Err != nil || takes+1-left < allowed.Load() || takes+1-left > allowed.Load()+failed.Load() {
-		t.Errorf("%d allowed and %d failed, but %d taken (%v)", allowed.Load(), failed.Load(), takes+1-left, verdicts[0].Err)
-	}
-	if moves < 10 || failed.Load() > takes/100 {
-		t.Errorf("%d of %d takes failed over %d moves", failed.Load(), takes, moves)
 	}
 }

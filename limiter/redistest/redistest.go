@@ -190,9 +190,11 @@ func StartCluster(t testing.TB, masters int, args ...string) []*Node {
 	const slots = 16384
 	for i, n := range nodes {
 		c := n.Client()
+		// Each its own epoch, or news of who has which slot would contradict each other.
+		must(t, c.Do(ctx, "CLUSTER", "SET-CONFIG-EPOCH", i+1).Err())
 		must(t, c.ClusterAddSlotsRange(ctx, i*slots/masters, (i+1)*slots/masters-1).Err())
 		must(t, c.Do(ctx, "CONFIG", "SET", "cluster-announce-ip", "127.0.0.1").Err())
-		for _, other := range nodes {
+		for _, other := range nodes[:i] {
 			host, port, _ := strings.Cut(other.Addr, ":")
 			must(t, c.ClusterMeet(ctx, host, port).Err())
 		}
