@@ -1,0 +1,228 @@
+package limiter
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"math/big"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/redis/go-redis/v9"
+
+	"github.com/sluiceproxy/sluice/limiter/redistest"
+)
+
+// authority makes certificates.
+type authority struct {
+	t    *testing.T
+	cert *x509.Certificate
+	key  *ecdsa.PrivateKey
+	pem  []byte
+}
+
+func newAuthority(t *testing.T, name string) *authority {
+	t.Helper()
+	a := &authority{t: t}
+	a.cert, a.key, a.pem, _ = a.make(name, nil)
+	return a
+}
+
+// make makes a certificate; without a parent it is its own authority.
+func (a *authority) make(name string, parent *authority) (cert *x509.Certificate, key *ecdsa.PrivateKey, certPEM, keyPEM []byte) {
+	a.t.Helper()
+	must := func(err error) {
+		if err != nil {
+			a.t.Fatal(err)
+		}
+	}
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	must(err)
+	serial, err := rand.Int(rand.Reader, big.NewInt(1<<62))
+	must(err)
+	template := &x509.Certificate{
+		SerialNumber: serial, Subject: pkix.Name{CommonName: name}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		IsCA: parent == nil, BasicConstraintsValid: true, DNSNames: []string{"redis.test"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+		KeyUsage: x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+	}
+	signer, signerKey := template, key
+	if parent != nil {
+		signer, signerKey = parent.cert, parent.key
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, signer, &key.PublicKey, signerKey)
+	must(err)
+	cert, err = x509.ParseCertificate(der)
+	must(err)
+	keyDER, err := x509.MarshalECPrivateKey(key)
+	must(err)
+	return cert, key, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: keyDER})
+}
+
+// write writes the authority's certificate, and one that it has made, into a directory.
+func (a *authority) write(dir, name string) {
+	a.t.Helper()
+	_, _, cert, key := a.make(name, a)
+	for file, text := range map[string][]byte{"ca.pem": a.pem, name + ".pem": cert, name + ".key": key} {
+		if err := os.WriteFile(filepath.Join(dir, file), text, 0o600); err != nil {
+			a.t.Fatal(err)
+		}
+	}
+}
+
+// TLS with certificates on both sides; the files are replaced while the store is in use.
+func TestTLS(t *testing.T) {
+	servers, clients := t.TempDir(), t.TempDir()
+	first := newAuthority(t, "first")
+	first.write(servers, "server")
+	first.write(clients, "client")
+	port := redistest.FreePort(t)
+	server := redistest.Start(t, "--tls-port", port, "--tls-cert-file", servers+"/server.pem", "--tls-key-file", servers+"/server.key",
+		"--tls-ca-cert-file", servers+"/ca.pem", "--tls-auth-clients", "yes", "--bind", "127.0.0.1")
+	open := func(o RedisOptions) *Redis {
+		t.Helper()
+		r, err := NewRedis(o, nil, prometheus.NewRegistry())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = r.Close() })
+		return r
+	}
+	o := RedisOptions{URL: "rediss://127.0.0.1:" + port, Timeout: 10 * time.Second, TLS: &TLS{
+		CAFile: clients + "/ca.pem", CertFile: clients + "/client.pem", KeyFile: clients + "/client.key",
+	}}
+	r := open(o)
+	k := taker{t, r}
+	a := charge(bucket(t, 1, day, 10), "a")
+	k.want("ok 9", a)
+	named := o
+	named.TLS = &TLS{CAFile: o.TLS.CAFile, CertFile: o.TLS.CertFile, KeyFile: o.TLS.KeyFile, ServerName: "redis.test"}
+	taker{t, open(named)}.want("ok 8", a)
+
+	verdicts := make([]Verdict, 1)
+	refused := func(what string, change func(*TLS)) {
+		t.Helper()
+		bad, files := o, *o.TLS
+		change(&files)
+		bad.TLS = &files
+		open(bad).Take(context.Background(), []Charge{a}, verdicts)
+		if KindOf(verdicts[0].Err) != KindConnection {
+			t.Errorf("%s: %+v", what, verdicts[0])
+		}
+	}
+	refused("another name", func(f *TLS) { f.ServerName = "other.test" })
+	refused("no certificate of one's own", func(f *TLS) { f.CertFile, f.KeyFile = "", "" })
+	refused("the system's roots", func(f *TLS) { f.CAFile = "" })
+
+	// Another authority on both sides: the store in use goes on.
+	second := newAuthority(t, "second")
+	second.write(servers, "server")
+	second.write(clients, "client")
+	server.Shutdown()
+	server.Restart()
+	for try := 0; ; try++ { // the connections that were open are gone
+		if r.Take(context.Background(), []Charge{a}, verdicts); verdicts[0].Err == nil {
+			break
+		}
+		if try > poolSize {
+			t.Fatal(verdicts[0].Err)
+		}
+	}
+	if err := os.WriteFile(clients+"/client.key", []byte("nonsense"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := NewRedis(o, nil, prometheus.NewRegistry()); err == nil || !strings.HasPrefix(err.Error(), "cert_file and key_file: ") {
+		t.Errorf("%v", err)
+	}
+}
+
+// Through sentinels to the master, also after another has become that.
+func TestSentinel(t *testing.T) {
+	ports := []string{redistest.FreePort(t), redistest.FreePort(t), redistest.FreePort(t)}
+	master := redistest.Start(t, "--port", ports[0], "--bind", "127.0.0.1")
+	replica := redistest.Start(t, "--port", ports[1], "--bind", "127.0.0.1", "--replicaof", "127.0.0.1", ports[0])
+	config := filepath.Join(t.TempDir(), "sentinel.conf")
+	text := "port " + ports[2] + "\nbind 127.0.0.1\nsentinel monitor mymaster 127.0.0.1 " + ports[0] + " 1\nsentinel down-after-milliseconds mymaster 60000\n"
+	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("redis-server", config, "--sentinel")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
+	sentinel := redis.NewSentinelClient(&redis.Options{Addr: "127.0.0.1:" + ports[2], MaxRetries: -1})
+	defer func() { _ = sentinel.Close() }()
+	ctx := context.Background()
+	await := func(what string, is func() bool) {
+		t.Helper()
+		tick := time.NewTicker(10 * time.Millisecond)
+		defer tick.Stop()
+		for late := time.After(30 * time.Second); !is(); {
+			select {
+			case <-tick.C:
+			case <-late:
+				t.Fatalf("not within 30 s: %s", what)
+			}
+		}
+	}
+	await("the sentinel knows the replica", func() bool {
+		replicas, err := sentinel.Replicas(ctx, "mymaster").Result()
+		return err == nil && len(replicas) == 1 && replicas[0]["master-link-status"] == "ok"
+	})
+	r, err := NewRedis(RedisOptions{Mode: Sentinel, Addresses: []string{"127.0.0.1:" + ports[2]}, Master: "mymaster", Timeout: 10 * time.Second}, nil, prometheus.NewRegistry())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = r.Close() }()
+	a := charge(bucket(t, 1, day, 1000), "a")
+	taker{t, r}.want("ok 999", a)
+	if n := master.Client().Exists(ctx, a.Key).Val(); n != 1 {
+		t.Error("the master has no bucket")
+	}
+	if err := sentinel.Failover(ctx, "mymaster").Err(); err != nil {
+		t.Fatal(err)
+	}
+	await("the replica is the master", func() bool { return strings.Contains(replica.Client().Info(ctx, "replication").Val(), "role:master") })
+	await("takes go to it", func() bool {
+		verdicts := make([]Verdict, 1)
+		before := replica.Client().Get(ctx, a.Key).Val()
+		r.Take(ctx, []Charge{a}, verdicts)
+		return verdicts[0].Err == nil && verdicts[0].Allowed && replica.Client().Get(ctx, a.Key).Val() != before
+	})
+}
+
+func TestModesAreChecked(t *testing.T) {
+	for want, o := range map[string]RedisOptions{
+		`the mode "ring"; allowed are single, cluster, sentinel`:                                                   {Mode: "ring", URL: "redis://h"},
+		"no addresses of the cluster; wanted is a list of host:port":                                               {Mode: Cluster},
+		"the database 2 of a cluster, which has only 0":                                                            {Mode: Cluster, URL: "redis://h/2"},
+		"a unix socket for a cluster; allowed are redis:// and rediss://":                                          {Mode: Cluster, URL: "unix:///x"},
+		`the address "h"; allowed are host:port`:                                                                   {Mode: Cluster, Addresses: []string{"h"}},
+		"sentinels without a master: its name is missing":                                                          {Mode: Sentinel, Addresses: []string{"h:1"}},
+		"a master's name without sentinels; it is for the mode sentinel":                                           {URL: "redis://h", Master: "m"},
+		"addresses of a single Redis; its URL says where it is, and addresses are for a cluster and for sentinels": {URL: "redis://h", Addresses: []string{"h:1"}},
+		"one of cert_file and key_file; wanted are both or none":                                                   {URL: "redis://h", TLS: &TLS{CertFile: "x"}},
+		"ca_file: open none.pem: no such file or directory":                                                        {URL: "redis://h", TLS: &TLS{CAFile: "none.pem"}},
+		"ca_file: connect_test.go holds no certificate in PEM":                                                     {URL: "redis://h", TLS: &TLS{CAFile: "connect_test.go"}},
+	} {
+		o.Timeout = time.Second
+		if err := o.Validate(); err == nil || err.Error() != want {
+			t.Errorf("%v\nwant %s", err, want)
+		}
+	}
+}
