@@ -71,6 +71,9 @@ func (c *Config) Limits() []*limiter.Limit {
 	return limits
 }
 
+// KeyPrefix is what all keys in Redis begin with, before the domain.
+func (c *Config) KeyPrefix() string { return c.inherited.keyPrefix }
+
 // FailsClosed reports whether an enforced limit of the file refuses requests while the store does not answer.
 func (c *Config) FailsClosed() bool {
 	return slices.ContainsFunc(c.rules, func(l *rule) bool {

@@ -1,0 +1,80 @@
+package main
+
+import (
+	"encoding/json"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/sluiceproxy/sluice/limiter/redistest"
+)
+
+func TestDoctor(t *testing.T) {
+	good := redistest.Start(t, "--appendonly", "yes")
+	careless := redistest.Start(t, "--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru")
+	port := redistest.FreePort(t)
+	master := redistest.Start(t, "--port", port, "--bind", "127.0.0.1")
+	replica := redistest.Start(t, "--replicaof", "127.0.0.1", port)
+	for user, rights := range map[string][]any{
+		"least": {"on", ">pw", "~sluice:*", "+evalsha", "+eval", "+time", "+get", "+set"},
+		"less":  {"on", ">pw", "~sluice:*", "+evalsha", "+eval", "+time", "+get"},
+	} {
+		if err := good.Client().Do(t.Context(), append([]any{"ACL", "SETUSER", user, "reset"}, rights...)...).Err(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	dead := redistest.Start(t)
+	url := dead.URL()
+	dead.Kill()
+	config := func(url, more string) string {
+		return file(t, "sluice.yaml", "store: {redis: {url: '"+url+"', timeout: 5s"+more+"}}\n")
+	}
+	for _, tt := range []struct {
+		name, config string
+		args         string
+		status       int
+		want         []string // lines, or what they begin with
+	}{
+		{"good", config(good.URL(), ""), "--envoy-timeout 10s", 0, []string{
+			"ok    config        0 limits\n", "ok    reachable ", "ok    round trip ", "ok    timeouts ", "ok    script ", "ok    clock ", "ok    version ", "ok    eviction ", "ok    persistence   appendonly, appendfsync everysec\n", "ok    replication   no replicas\n",
+		}},
+		{"slower than Envoy", config(good.URL(), ""), "", 0, []string{"warn  timeouts      the store's timeout of 5s is not below Envoy's 200ms\n                    → keep store.redis.timeout below"}},
+		{"careless", config(careless.URL(), ""), "", 0, []string{
+			"warn  eviction      maxmemory-policy is allkeys-lru, with maxmemory 104857600\n                    → maxmemory-policy noeviction", "warn  persistence   none\n",
+		}},
+		{"a master without a safeguard", config("redis://127.0.0.1:"+port, ""), "", 0, []string{"warn  replication   1 replicas, and min-replicas-to-write 0\n"}},
+		{"a replica", config(replica.URL(), ""), "", 1, []string{"fail  script ", "→ point store.redis at the master, and see that it may write", "fail  replication   this Redis is a slave\n"}},
+		{"least rights", config(good.URL(), ", username: least, password: pw"), "", 0, []string{"ok    script ", "warn  version       not known: store: auth: NOPERM", "warn  settings "}},
+		{"less", config(good.URL(), ", username: less, password: pw"), "", 1, []string{"fail  script ", "→ ACL SETUSER <user> on ~sluice:default:* +evalsha +eval +time +get +set\n"}},
+		{"a wrong password", config(good.URL(), ", username: least, password: wrong"), "", 1, []string{"fail  reachable     store: auth: WRONGPASS", "→ look at username and password"}},
+		{"nobody there", config(url, ""), "", 1, []string{"fail  reachable     store: connection: ", "→ look at store.redis.url"}},
+		{"in process", file(t, "sluice.yaml", "{}\n"), "", 0, []string{"warn  store         in process"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			status, stdout, stderr := sluice(t, nil, append([]string{"doctor", "--config", tt.config}, strings.Fields(tt.args)...)...)
+			if status != tt.status || stderr != "" {
+				t.Errorf("status %d, want %d; %s", status, tt.status, stderr)
+			}
+			for _, want := range tt.want {
+				if !strings.Contains(stdout, want) {
+					t.Errorf("no %q in\n%s", want, stdout)
+				}
+			}
+			status, stdout, _ = sluice(t, nil, "doctor", "--config", tt.config, "-o", "json")
+			var d diagnosis
+			if err := json.Unmarshal([]byte(stdout), &d); err != nil || len(d.Checks) < 2 || d.Checks[0].Status == "" || status != tt.status {
+				t.Errorf("%d %v %s", status, err, stdout)
+			}
+		})
+	}
+	for _, s := range []*redistest.Server{good, careless, master} {
+		for _, key := range s.Client().Keys(t.Context(), "*").Val() {
+			if ttl := s.Client().PTTL(t.Context(), key).Val(); key != "sluice:default:doctor:{-}" || ttl <= 0 || ttl > 6*time.Second {
+				t.Errorf("doctor has left %s for %v", key, ttl)
+			}
+		}
+	}
+	if status, _, stderr := sluice(t, nil, "doctor", "--envoy-timeout", "0s"); status != 2 || !strings.Contains(stderr, "--envoy-timeout 0s: allowed are durations above 0") {
+		t.Errorf("%d %s", status, stderr)
+	}
+}

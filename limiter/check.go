@@ -1,0 +1,191 @@
+package limiter
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// Finding is what Check found about one thing.
+type Finding struct {
+	Name   string
+	Status FindingStatus
+	Detail string // what is so; it holds no secret
+	Fix    string // what to do; empty where all is well
+}
+
+// FindingStatus says how bad it is.
+type FindingStatus string
+
+// The statuses.
+const (
+	OK   FindingStatus = "ok"
+	Warn FindingStatus = "warn" // takes work, and something may be lost
+	Fail FindingStatus = "fail" // takes do not work
+)
+
+// Check looks at a Redis for what goes wrong in practice. It takes once from a bucket of its own under the prefix, doctor, which Redis
+// drops after 5 s. callerTimeout is how long the proxy waits for an answer, 0 where that is not known.
+func (r *Redis) Check(ctx context.Context, prefix string, callerTimeout time.Duration) []Finding {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	var all []Finding
+	say := func(name string, status FindingStatus, fix, format string, args ...any) {
+		all = append(all, Finding{Name: name, Status: status, Detail: fmt.Sprintf(format, args...), Fix: fix})
+	}
+
+	// Whether it answers at all, and in what time: the first round trips make the connection.
+	if err := r.Ping(ctx); err != nil {
+		fix := "look at store.redis.url, at the network between, and whether Redis runs"
+		if KindOf(err) == KindAuth {
+			fix = "look at username and password, and at ACL LIST in Redis"
+		}
+		say("reachable", Fail, fix, "%v", err)
+		return all
+	}
+	say("reachable", OK, "", "Redis answers")
+	slowest := time.Duration(0)
+	var times []time.Duration
+	for range 20 {
+		began := time.Now()
+		if err := r.client.Time(ctx).Err(); err != nil {
+			say("rights", Fail, "ACL SETUSER: +time", "TIME: %v", storeError(err))
+			return all
+		}
+		times = append(times, time.Since(began))
+		slowest = max(slowest, times[len(times)-1])
+	}
+	slices.Sort(times)
+	median := times[len(times)/2]
+	switch {
+	case slowest > r.timeout:
+		say("round trip", Fail, "bring Redis nearer, or raise store.redis.timeout", "median %v, slowest %v: above the timeout of %v", median, slowest, r.timeout)
+	case 3*median > r.timeout:
+		say("round trip", Warn, "bring Redis nearer, or raise store.redis.timeout", "median %v, slowest %v: the timeout of %v leaves no room", median, slowest, r.timeout)
+	default:
+		say("round trip", OK, "", "median %v, slowest %v, the timeout is %v", median, slowest, r.timeout)
+	}
+	if callerTimeout > 0 {
+		if r.timeout+deadlineMargin > callerTimeout {
+			say("timeouts", Warn, "keep store.redis.timeout below the timeout of Envoy's ext_authz filter, or it is Envoy that decides about failures",
+				"the store's timeout of %v is not below Envoy's %v", r.timeout, callerTimeout)
+		} else {
+			say("timeouts", OK, "", "the store's timeout of %v is below Envoy's %v", r.timeout, callerTimeout)
+		}
+	}
+
+	r.checkScript(ctx, prefix, say)
+	r.checkClock(ctx, say)
+	r.checkServer(ctx, say)
+	return all
+}
+
+type sayFinding func(name string, status FindingStatus, fix, format string, args ...any)
+
+// checkScript runs the script as a take does.
+func (r *Redis) checkScript(ctx context.Context, prefix string, say sayFinding) {
+	b, err := NewBucket(1000, time.Second, 1000)
+	if err != nil {
+		say("script", Fail, "", "%v", err)
+		return
+	}
+	c := []Charge{{Limit: &Limit{Name: "doctor"}, Bucket: b, Key: prefix + ":doctor:{-}", Cost: 1}}
+	verdicts := make([]Verdict, 1)
+	r.Take(ctx, c, verdicts)
+	switch err := verdicts[0].Err; {
+	case err == nil:
+		say("script", OK, "", "the script runs")
+	case KindOf(err) == KindAuth:
+		say("script", Fail, fmt.Sprintf("ACL SETUSER <user> on ~%s:* +evalsha +eval +time +get +set", prefix), "%v", err)
+	case KindOf(err) == KindReadOnly:
+		say("script", Fail, "point store.redis at the master, and see that it may write (min-replicas-to-write, a failed save)", "%v", err)
+	case KindOf(err) == KindOOM:
+		say("script", Fail, "raise maxmemory", "%v", err)
+	default:
+		say("script", Fail, "", "%v", err)
+	}
+}
+
+// checkClock compares Redis's clock with this machine's. It decides nothing, but who reads both logs wonders.
+func (r *Redis) checkClock(ctx context.Context, say sayFinding) {
+	before := time.Now()
+	there, err := r.client.Time(ctx).Result()
+	if err != nil {
+		return // it was said
+	}
+	distance := there.Sub(before.Add(time.Since(before) / 2)).Round(time.Millisecond)
+	if distance > time.Second || distance < -time.Second {
+		say("clock", Warn, "have both machines keep their time (NTP): Redis's clock decides, and a step forward grants up to a burst", "Redis's clock is %v from this machine's", distance)
+		return
+	}
+	say("clock", OK, "", "Redis's clock is %v from this machine's", distance)
+}
+
+// checkServer looks at how Redis is set up. Many users may not ask that.
+func (r *Redis) checkServer(ctx context.Context, say sayFinding) {
+	if info, err := r.client.Info(ctx, "server").Result(); err != nil {
+		say("version", Warn, "ask as a user with +info", "not known: %v", storeError(err))
+	} else if version := field(info, "redis_version"); !newEnough(version) {
+		say("version", Fail, "7.0 or newer", "Redis %s", version)
+	} else {
+		say("version", OK, "", "Redis %s", version)
+	}
+	settings := map[string]string{}
+	for _, name := range []string{"maxmemory", "maxmemory-policy", "appendonly", "appendfsync", "save", "min-replicas-to-write"} {
+		values, err := r.client.ConfigGet(ctx, name).Result()
+		if err != nil {
+			say("settings", Warn, "ask as a user with +config|get, or see that maxmemory-policy is noeviction and appendonly is yes", "not known: %v", storeError(err))
+			return
+		}
+		settings[name] = values[name]
+	}
+	if policy := settings["maxmemory-policy"]; settings["maxmemory"] != "0" && policy != "noeviction" {
+		say("eviction", Warn, "maxmemory-policy noeviction: an evicted bucket is a full one", "maxmemory-policy is %s, with maxmemory %s", policy, settings["maxmemory"])
+	} else {
+		say("eviction", OK, "", "nothing is evicted")
+	}
+	switch {
+	case settings["appendonly"] == "yes":
+		say("persistence", OK, "", "appendonly, appendfsync %s", settings["appendfsync"])
+	case settings["save"] != "":
+		say("persistence", Warn, "appendonly yes, appendfsync everysec: a restart then loses two seconds at most", "snapshots only (save %s): a restart grants what was taken since the last", settings["save"])
+	default:
+		say("persistence", Warn, "appendonly yes, appendfsync everysec: else a restart grants one burst of each bucket", "none")
+	}
+	if r.cluster != nil {
+		return // each of its nodes has its own
+	}
+	replication, err := r.client.Info(ctx, "replication").Result()
+	if err != nil {
+		return // as version, above
+	}
+	switch replicas, _ := strconv.Atoi(field(replication, "connected_slaves")); {
+	case field(replication, "role") != "master":
+		say("replication", Fail, "point store.redis at the master", "this Redis is a %s", field(replication, "role"))
+	case replicas == 0:
+		say("replication", OK, "", "no replicas")
+	case settings["min-replicas-to-write"] == "0":
+		say("replication", Warn, "min-replicas-to-write 1: else an old master goes on granting beside the new one after a failover", "%d replicas, and min-replicas-to-write 0", replicas)
+	default:
+		say("replication", OK, "", "%d replicas, min-replicas-to-write %s", replicas, settings["min-replicas-to-write"])
+	}
+}
+
+// field is a line's value in INFO.
+func field(info, name string) string {
+	for line := range strings.Lines(info) {
+		if value, ok := strings.CutPrefix(line, name+":"); ok {
+			return strings.TrimSpace(value)
+		}
+	}
+	return ""
+}
+
+func newEnough(version string) bool {
+	major, _, _ := strings.Cut(version, ".")
+	n, err := strconv.Atoi(major)
+	return err == nil && n >= 7
+}
