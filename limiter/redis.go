@@ -42,15 +42,16 @@ func newScript(function, clock string) script {
 
 // Redis is the Store that all sidecars share. It is safe for concurrent use.
 type Redis struct {
-	client  redis.UniversalClient
-	cluster *redis.ClusterClient         // the client, where it is a cluster's; else nil
-	login   atomic.Pointer[RedisOptions] // whose username and password new connections use
-	timeout time.Duration
-	take    script
-	give    script
-	log     *zap.Logger
-	seconds prometheus.Histogram
-	errors  map[ErrorKind]prometheus.Counter
+	client   redis.UniversalClient
+	cluster  *redis.ClusterClient         // the client, where it is a cluster's; else nil
+	login    atomic.Pointer[RedisOptions] // whose username and password new connections use
+	timeout  time.Duration
+	take     script
+	give     script
+	log      *zap.Logger
+	seconds  prometheus.Histogram
+	errors   map[ErrorKind]prometheus.Counter
+	breakers *breakers
 }
 
 var _ Store = (*Redis)(nil)
@@ -82,6 +83,7 @@ func newRedis(o RedisOptions, clock string, log *zap.Logger, metrics prometheus.
 		}),
 		errors: make(map[ErrorKind]prometheus.Counter, len(ErrorKinds)),
 	}
+	r.breakers = newBreakers(metrics)
 	if err := r.UseLogin(o); err != nil {
 		return nil, err
 	}
@@ -166,15 +168,28 @@ func (r *Redis) takeSlot(ctx context.Context, charges []Charge, verdicts []Verdi
 	for i := range charges {
 		packed = appendCharge(packed, &charges[i])
 	}
-	reply, err := r.run(ctx, r.client, &r.take, charges, packed)
-	if err == nil {
-		err = r.read(reply, charges, verdicts, takes)
-	}
-	if err != nil {
-		failed := storeError(err)
+	if failed := r.breakers.of(r.nodeOf(ctx, charges[0].Key)).run(ctx, r.timeout, func() error {
+		reply, err := r.run(ctx, r.client, &r.take, charges, packed)
+		if err == nil {
+			err = r.read(reply, charges, verdicts, takes)
+		}
+		return err
+	}); failed != nil {
 		r.errors[failed.Kind].Inc()
 		failAll(verdicts, failed)
 	}
+}
+
+// nodeOf is the address of the node that a key is on, empty where there is one only, or where nobody knows.
+func (r *Redis) nodeOf(ctx context.Context, key string) string {
+	if r.cluster == nil {
+		return ""
+	}
+	node, err := r.cluster.MasterForKey(ctx, key)
+	if err != nil {
+		return ""
+	}
+	return node.Options().Addr
 }
 
 // chargeSize is the length of one packed argument of the script, CHARGE_SIZE there.

@@ -1,0 +1,92 @@
+package limiter
+
+import (
+	"context"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"github.com/sluiceproxy/sluice/limiter/redistest"
+)
+
+// A node that does not answer costs a few takes their time, and the others nothing; one that is back is found soon.
+func TestBreaker(t *testing.T) {
+	const budget = 100 * time.Millisecond
+	server := redistest.Start(t)
+	r, err := NewRedis(RedisOptions{URL: server.URL(), Timeout: budget}, nil, prometheus.NewRegistry())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = r.Close() }()
+	a := charge(bucket(t, 1, time.Minute, 1_000_000), "a")
+	waitForAnswer(t, r, a)
+	verdicts := make([]Verdict, 1)
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for _, outage := range []struct {
+		name       string
+		begin, end func()
+		kind       ErrorKind
+	}{
+		{"frozen", server.Freeze, server.Thaw, KindTimeout},
+		{"killed", server.Kill, server.Restart, KindConnection},
+	} {
+		outage.begin()
+		waited, asked := 0, 0
+		for began := time.Now(); time.Since(began) < 2*time.Second; asked++ {
+			<-tick.C
+			start := time.Now()
+			if r.Take(context.Background(), []Charge{a}, verdicts); KindOf(verdicts[0].Err) != outage.kind {
+				t.Errorf("%s: %+v", outage.name, verdicts[0])
+			}
+			if time.Since(start) > budget/2 {
+				waited++
+			}
+		}
+		if open := testutil.ToFloat64(r.breakers.open); open != 1 {
+			t.Errorf("%s: %v breakers are open", outage.name, open)
+		}
+		// Five until it opens, and then one each 200 ms, which then waits its 100.
+		if waited > tripsAfter+2+int(2*time.Second/(probesEvery)) || asked < 20*waited/2 {
+			t.Errorf("%s: %d of %d takes waited", outage.name, waited, asked)
+		}
+		outage.end()
+		back := time.Now()
+		for r.Take(context.Background(), []Charge{a}, verdicts); verdicts[0].Err != nil; r.Take(context.Background(), []Charge{a}, verdicts) {
+			<-tick.C
+		}
+		found := time.Since(back)
+		if found > probesEvery+budget+250*time.Millisecond {
+			t.Errorf("%s: found after %v", outage.name, found)
+		}
+		if open := testutil.ToFloat64(r.breakers.open); open != 0 {
+			t.Errorf("%s: %v breakers are open", outage.name, open)
+		}
+		t.Logf("%s: %d of %d takes waited; back after %v", outage.name, waited, asked, found)
+	}
+}
+
+// Neither a caller without time nor one that hung up says anything of the node.
+func TestBreakerIsFair(t *testing.T) {
+	server := redistest.Start(t)
+	r, err := NewRedis(RedisOptions{URL: server.URL(), Timeout: 10 * time.Second}, nil, prometheus.NewRegistry())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = r.Close() }()
+	a := charge(bucket(t, 1, day, 1000), "a")
+	verdicts := make([]Verdict, 1)
+	gone, hangUp := context.WithCancel(context.Background())
+	hangUp()
+	for range 2 * tripsAfter {
+		hurried, cancel := context.WithTimeout(context.Background(), time.Millisecond)
+		r.Take(hurried, []Charge{a}, verdicts)
+		cancel()
+		r.Take(gone, []Charge{a}, verdicts)
+	}
+	if r.Take(context.Background(), []Charge{a}, verdicts); verdicts[0].Err != nil {
+		t.Error(verdicts[0].Err)
+	}
+}
