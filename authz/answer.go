@@ -32,6 +32,7 @@ var manners = map[limiter.Outcome]manner{
 	limiter.Allowed:      pass,
 	limiter.Exempt:       pass,
 	limiter.FailedOpen:   pass,
+	limiter.FailedLocal:  pass, // of no answer: it is what checks are counted as
 	limiter.Limited:      deny,
 	limiter.FailedClosed: refuse,
 	limiter.Invalid:      refuse,
@@ -227,6 +228,7 @@ var sources = map[limiter.Source]string{
 	limiter.NoSource:     "none",
 	limiter.RedisSource:  "redis",
 	limiter.MemorySource: "memory",
+	limiter.LocalSource:  "local",
 }
 
 // The values of metadata that are always the same. They are only ever read.

@@ -333,7 +333,7 @@ func TestOutcomesAreTold(t *testing.T) {
 			t.Errorf("%v has no manner, or no name", o)
 		}
 	}
-	if len(manners) != len(limiter.Outcomes) || len(sources) != int(limiter.MemorySource)+1 || len(sourceValues) != len(sources) {
+	if len(manners) != len(limiter.Outcomes) || len(sources) != int(limiter.LocalSource)+1 || len(sourceValues) != len(sources) {
 		t.Error("more manners than outcomes, or not all sources")
 	}
 }
@@ -357,6 +357,7 @@ sluice_checks_total{decision="allowed"} 2
 sluice_checks_total{decision="delegated"} 0
 sluice_checks_total{decision="exempt"} 0
 sluice_checks_total{decision="failed_closed"} 2
+sluice_checks_total{decision="failed_local"} 0
 sluice_checks_total{decision="failed_open"} 0
 sluice_checks_total{decision="invalid"} 2
 sluice_checks_total{decision="limited"} 2

@@ -188,7 +188,11 @@ func (r *report) of(l *limiter.Limit) *limitReport {
 // checked counts a check, and logs what an operator should see of it.
 func (r *report) checked(v *verdict, took time.Duration) {
 	d := &v.decision
-	r.checks[d.Outcome].Inc()
+	outcome := d.Outcome
+	if d.Local {
+		outcome = limiter.FailedLocal
+	}
+	r.checks[outcome].Inc()
 	r.seconds.Observe(took.Seconds())
 	for i := range d.Charges {
 		r.charged(&d.Charges[i], &d.Verdicts[i], manners[d.Outcome] == pass)

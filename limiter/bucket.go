@@ -66,6 +66,23 @@ func gcd(a, b int64) int64 {
 	return a
 }
 
+// Share is the bucket of a part of a rate and a burst, 0 < part ≤ 1: rounded down, the burst to at least 1 token, and the rate so that it
+// is above 0.
+func (b Bucket) Share(part float64) Bucket {
+	const grain = 1_000_000 // of the part
+	parts := max(1, int64(part*grain))
+	s := b
+	s.burst = max(1, b.burst*parts/grain)
+	// A slow rate has too small an n to take a part of: its period is lengthened first, as far as it may be.
+	if k := min(grain, MaxPeriod.Microseconds()/s.p); s.n < grain && k > 1 {
+		s.n, s.p = s.n*k, s.p*k
+	}
+	hi, lo := bits.Mul64(uint64(s.n), uint64(parts))
+	n, _ := bits.Div64(hi, lo, grain) // at most s.n, since parts is at most grain
+	s.n = max(1, int64(n))
+	return s
+}
+
 // Burst is the most tokens that the bucket holds.
 func (b Bucket) Burst() int64 { return b.burst }
 

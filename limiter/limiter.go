@@ -19,6 +19,7 @@ type FailureMode uint8
 // The failure modes, weakest first: where the limits that fail disagree, the strongest decides.
 const (
 	Allow    FailureMode = iota // let the request pass
+	Local                       // limit in this process, by its share of the limit
 	Delegate                    // let the proxy decide: answer its call with an error
 	Deny                        // refuse the request: fail closed
 )
@@ -37,6 +38,8 @@ type Charge struct {
 	Bucket Bucket // the bucket's shape; a key may have another than its limit's other keys
 	Key    string // the bucket's whole key, as it stands in Redis
 	Cost   int64  // in tokens, at least 0; 0 looks without taking, more than the burst is always denied
+	// Local is the bucket that this process keeps by itself while the store fails, where the limit's OnFailure is Local.
+	Local Bucket
 	// Refused says that it is denied whatever the bucket holds, and for ever.
 	Refused bool
 }
@@ -57,6 +60,7 @@ const (
 	NoSource    Source = iota // nobody: the store did not answer, or there was no bucket to ask for
 	RedisSource               // Redis
 	MemorySource
+	LocalSource // this process, in Redis's place
 )
 
 // Verdict is what a store says of one Charge. The times are of the instant at which the store decided.
@@ -118,10 +122,11 @@ const (
 	Delegated                   // the store did not answer for a limit, which leaves the request to the proxy
 	Exempt                      // the config exempts the request from all limits
 	Invalid                     // the request shows a mistake of the config
+	FailedLocal                 // this process decided in the store's place; as a Decision's Outcome it is Allowed or Limited
 )
 
 // Outcomes are all of them, in order.
-var Outcomes = []Outcome{Unmatched, Allowed, Limited, FailedOpen, FailedClosed, Delegated, Exempt, Invalid}
+var Outcomes = []Outcome{Unmatched, Allowed, Limited, FailedOpen, FailedClosed, Delegated, Exempt, Invalid, FailedLocal}
 
 // String is the outcome's name in metrics, metadata and logs.
 func (o Outcome) String() string {
@@ -142,6 +147,8 @@ func (o Outcome) String() string {
 		return "exempt"
 	case Invalid:
 		return "invalid"
+	case FailedLocal:
+		return "failed_local"
 	}
 	return fmt.Sprintf("Outcome(%d)", uint8(o))
 }
@@ -155,6 +162,8 @@ type Decision struct {
 	// denies for longest; where none did, the one with the smallest share of its burst left; where there are
 	// several, the first. A shadow charge or one with an Err is never telling.
 	Telling int
+	// Local says that this process decided about an enforced charge in the store's place.
+	Local bool
 }
 
 // Decide draws charges from the store, all or none, and decides by the answer. Without charges the request is
@@ -178,6 +187,7 @@ func Decide(ctx context.Context, store Store, charges []Charge) Decision {
 			}
 			failure = max(failure, c.Limit.OnFailure)
 		default:
+			d.Local = d.Local || v.Source == LocalSource
 			if !v.Allowed {
 				d.Outcome = Limited
 			}

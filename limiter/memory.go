@@ -64,14 +64,15 @@ func MaxBuckets() int64 {
 // NewMemory returns an empty store of at most most buckets (at least 1; see MaxBuckets). A nil log logs nothing.
 func NewMemory(most int64, log *zap.Logger, metrics prometheus.Registerer) *Memory {
 	start := time.Now()
-	return newMemory(most, func() int64 { return time.Since(start).Microseconds() }, log, metrics)
+	return newMemory("buckets", most, func() int64 { return time.Since(start).Microseconds() }, log, metrics)
 }
 
-func newMemory(most int64, now func() int64, log *zap.Logger, metrics prometheus.Registerer) *Memory {
+// newMemory has a name for its metrics.
+func newMemory(name string, most int64, now func() int64, log *zap.Logger, metrics prometheus.Registerer) *Memory {
 	if log == nil {
 		log = zap.NewNop()
 	}
-	table := prometheus.Labels{"table": "buckets"}
+	table := prometheus.Labels{"table": name}
 	m := &Memory{
 		seed: maphash.MakeSeed(),
 		max:  most,
@@ -85,7 +86,7 @@ func newMemory(most int64, now func() int64, log *zap.Logger, metrics prometheus
 		}),
 		shared: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "sluice_overflow_takes_total",
-			Help: "Takes from a bucket that a limit's new keys share, as the table of buckets is full.",
+			Help: "Takes from a bucket that a limit's new keys share, as the table of buckets is full.", ConstLabels: table,
 		}),
 	}
 	for i := range m.shards {
@@ -156,6 +157,26 @@ func (m *Memory) Take(_ context.Context, charges []Charge, verdicts []Verdict) {
 		m.overflow.mu.Unlock()
 	}
 	unlock()
+}
+
+// lower makes a bucket hold at most so many tokens.
+func (m *Memory) lower(key string, b Bucket, most int64) {
+	s := &m.shards[m.shardOf(key)]
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	stored, ok := s.buckets[key]
+	if !ok && m.entries.Add(1) > m.max {
+		m.entries.Add(-1)
+		return // it would share the overflow bucket, which is not its own to lower
+	}
+	at, now := b.full(), m.now()
+	if ok {
+		at, _ = draw(stored, b, now)
+	}
+	if at.tokens >= most {
+		at = level{tokens: most}
+	}
+	s.buckets[key] = state{shape: b, level: at, at: now}
 }
 
 func (m *Memory) shardOf(key string) int { return int(maphash.String(m.seed, key) % shards) }

@@ -18,7 +18,7 @@ import (
 
 func TestMemorySweepsWhatIsFull(t *testing.T) {
 	clock := &testClock{t: t, at: begin}
-	m := newMemory(1000, clock.now, nil, prometheus.NewRegistry())
+	m := newMemory("buckets", 1000, clock.now, nil, prometheus.NewRegistry())
 	k := taker{t, m}
 	soon, late := charge(bucket(t, 1, time.Second, 3), "soon"), charge(bucket(t, 1, time.Hour, 3), "late")
 	k.want("ok 1", soon.costs(2))
@@ -57,7 +57,7 @@ func TestMemoryRunsItsJanitor(t *testing.T) {
 func TestMemoryIsBounded(t *testing.T) {
 	clock := &testClock{t: t, at: begin}
 	core, logs := observer.New(zap.WarnLevel)
-	m := newMemory(3, clock.now, zap.New(core), prometheus.NewRegistry())
+	m := newMemory("buckets", 3, clock.now, zap.New(core), prometheus.NewRegistry())
 	k := taker{t, m}
 	b := bucket(t, 1, time.Hour, 2)
 	limit, other := &Limit{Domain: "d", Name: "one"}, &Limit{Domain: "d", Name: "two"}
@@ -93,7 +93,7 @@ func TestMemoryIsBounded(t *testing.T) {
 
 // A look, and a denied take of a full bucket, leave nothing behind.
 func TestMemoryKeepsNoFullBucket(t *testing.T) {
-	m := newMemory(3, (&testClock{t: t, at: begin}).now, nil, prometheus.NewRegistry())
+	m := newMemory("buckets", 3, (&testClock{t: t, at: begin}).now, nil, prometheus.NewRegistry())
 	k := taker{t, m}
 	b := bucket(t, 1, time.Hour, 2)
 	for i := range 10 {

@@ -52,6 +52,7 @@ type Redis struct {
 	seconds  prometheus.Histogram
 	errors   map[ErrorKind]prometheus.Counter
 	breakers *breakers
+	local    *Memory // in Redis's place, for the limits that say so
 }
 
 var _ Store = (*Redis)(nil)
@@ -84,6 +85,8 @@ func newRedis(o RedisOptions, clock string, log *zap.Logger, metrics prometheus.
 		errors: make(map[ErrorKind]prometheus.Counter, len(ErrorKinds)),
 	}
 	r.breakers = newBreakers(metrics)
+	start := time.Now()
+	r.local = newMemory("local", MaxBuckets(), func() int64 { return time.Since(start).Microseconds() }, log, metrics)
 	if err := r.UseLogin(o); err != nil {
 		return nil, err
 	}
@@ -114,6 +117,9 @@ func (r *Redis) UseLogin(o RedisOptions) error {
 	r.login.Store(&RedisOptions{Username: c.Username, Password: c.Password})
 	return nil
 }
+
+// Run sweeps what is kept in this process for outages, until ctx ends.
+func (r *Redis) Run(ctx context.Context) { r.local.Run(ctx) }
 
 // Close ends all connections.
 func (r *Redis) Close() error { return r.client.Close() }
@@ -147,10 +153,17 @@ func (r *Redis) Take(ctx context.Context, charges []Charge, verdicts []Verdict) 
 	}
 	ctx, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
-	if r.cluster == nil || len(charges) == 1 || oneSlot(charges) {
-		r.takeSlot(ctx, charges, verdicts, nil)
-	} else {
+	switch {
+	case r.cluster != nil && len(charges) > 1 && !oneSlot(charges):
 		r.takeSlots(ctx, charges, verdicts)
+	case !anyLocal(charges):
+		r.takeSlot(ctx, charges, verdicts, nil)
+	default:
+		takes := make([]taken, len(charges))
+		r.takeSlot(ctx, charges, verdicts, takes)
+		if r.fallBack(charges, verdicts) {
+			r.takeBack(ctx, charges, verdicts, takes)
+		}
 	}
 	r.seconds.Observe(time.Since(start).Seconds())
 }
@@ -238,7 +251,7 @@ func appendCharge(b []byte, c *Charge) []byte {
 	switch {
 	case c.Limit.Shadow:
 		hold = holdNever
-	case c.Limit.OnFailure == Allow:
+	case c.Limit.OnFailure <= Local: // what becomes of local trouble is seen when the script has answered
 		hold = holdDenial
 	}
 	b = appendShape(b, c.Bucket)

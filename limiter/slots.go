@@ -63,12 +63,17 @@ func (r *Redis) takeSlots(ctx context.Context, charges []Charge, verdicts []Verd
 		})
 	}
 	wg.Wait()
-	isHeld := false
 	for _, s := range all {
 		for i, at := range s.indexes {
 			verdicts[at] = s.verdicts[i]
-			isHeld = isHeld || holds(&s.charges[i], &s.verdicts[i])
 		}
+	}
+	if anyLocal(charges) {
+		r.fallBack(charges, verdicts)
+	}
+	isHeld := false
+	for i := range charges {
+		isHeld = isHeld || holds(&charges[i], &verdicts[i])
 	}
 	if !isHeld {
 		return

@@ -154,6 +154,8 @@ func (s *sidecar) serve(ctx context.Context) error {
 	s.addHTTP(&all, s.admin, adminHandler())
 	if s.memory != nil {
 		all.Add(func() error { s.memory.Run(background); return nil }, func(error) { cancel() })
+	} else {
+		all.Add(func() error { s.redis.Run(background); return nil }, func(error) { cancel() })
 	}
 	all.Add(func() error { s.reload.run(background, s.hangup); return nil }, func(error) { cancel() })
 	if !s.answered.Load() {

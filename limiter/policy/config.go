@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -251,8 +252,9 @@ func readConfig(name string, text []byte, getenv func(string) (string, bool), se
 // configFile is a config on its way from text to Config.
 type configFile struct {
 	limitReader
-	settings []Setting
-	config   Config
+	onFailureAt node
+	settings    []Setting
+	config      Config
 
 	redis   bool
 	redisAt node
@@ -306,8 +308,9 @@ func (f *configFile) readFile(root node) {
 		"store": func(n node) {
 			f.mapping(n, map[string]func(node){"redis": f.readRedis})
 		},
-		"mode":       func(n node) { f.oneOf(n, &f.mode, "enforce", "shadow") },
-		"on_failure": func(n node) { f.readOnFailure(n, &f.onFailure) },
+		"mode":        func(n node) { f.oneOf(n, &f.mode, "enforce", "shadow") },
+		"on_failure":  func(n node) { f.onFailureAt = n; f.readOnFailure(n, &f.onFailure) },
+		"local_share": f.readLocalShare,
 		"failure_status": func(n node) {
 			v := int64(c.FailureStatus)
 			f.whole(n, &v, 500, 599)
@@ -365,6 +368,19 @@ func (f *configFile) isList(n node, of string, most int) bool {
 		return true
 	}
 	return false
+}
+
+func (f *configFile) readLocalShare(n node) {
+	s, ok := f.scalar(n)
+	if !ok {
+		return
+	}
+	v, err := strconv.ParseFloat(s, 64)
+	if err != nil || !(v >= 1e-6 && v <= 1) { // so that NaN is refused, too
+		f.wrong(n, "%s; allowed are numbers above 0, from a millionth, to 1", s)
+		return
+	}
+	f.localShare = v
 }
 
 func (f *configFile) readRedis(n node) {
@@ -566,6 +582,9 @@ func (f *configFile) compile() *Config {
 			f.wrong(f.redisAt, "%v", err)
 		}
 		c.Redis = &o
+	}
+	if f.onFailure == "local" && f.localShare == 0 {
+		f.wrong(f.onFailureAt, noShare)
 	}
 	c.byName = make(map[string]int)
 	var matches []*match

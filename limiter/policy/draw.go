@@ -114,7 +114,11 @@ func (d *drawing) consider(l *rule) finding {
 		if d.Charges == nil {
 			d.Charges = make([]limiter.Charge, 0, 4) // most requests owe so few
 		}
-		d.Charges = append(d.Charges, limiter.Charge{Limit: l.limit, Bucket: f.tier.bucket, Key: f.key, Cost: f.cost, Refused: f.refused})
+		c := limiter.Charge{Limit: l.limit, Bucket: f.tier.bucket, Key: f.key, Cost: f.cost, Refused: f.refused}
+		if l.share > 0 {
+			c.Local = c.Bucket.Share(l.share)
+		}
+		d.Charges = append(d.Charges, c)
 	}
 	if f.applies && l.group != "" {
 		d.groups = append(d.groups, l)

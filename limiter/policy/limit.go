@@ -31,8 +31,9 @@ type rule struct {
 	cost      cost
 	group     string // empty: none
 	overrides *overrides
-	prefix    string // of its keys, up to and with the brace
-	only      string // the whole key of its one bucket, where it has no key
+	share     float64 // this process's part of it while Redis fails; 0: none
+	prefix    string  // of its keys, up to and with the brace
+	only      string  // the whole key of its one bucket, where it has no key
 }
 
 // tier is a rate and a burst, as the config writes them and as a bucket. Limits and overrides that say the same share one.
@@ -53,7 +54,8 @@ type limitReader struct {
 	reader
 	inputs *inputs // where the files that a limit names are noted; nil where a limit may name none
 
-	domain, keyPrefix, mode, onFailure string // what holds for a limit that says nothing else
+	domain, keyPrefix, mode, onFailure string  // what holds for a limit that says nothing else
+	localShare                         float64 // this process's part of each limit under local; 0: none is given
 	expressions                        map[[2]string]*expression
 	tiers                              map[[2]string]*tier
 }
@@ -85,6 +87,7 @@ type draft struct {
 	tier            *tier
 	domain          string // empty: the file's
 	mode, onFailure string // empty: the file's
+	onFailureAt     node
 	overrides       node
 	files           []node
 }
@@ -119,7 +122,7 @@ func (f *limitReader) readLimit(n node, d *draft) bool {
 		"group":      f.checked(&d.group, checkName),
 		"domain":     f.checked(&d.domain, checkDomain),
 		"mode":       func(n node) { f.oneOf(n, &d.mode, "enforce", "shadow") },
-		"on_failure": func(n node) { f.readOnFailure(n, &d.onFailure) },
+		"on_failure": func(n node) { d.onFailureAt = n; f.readOnFailure(n, &d.onFailure) },
 		"overrides":  func(n node) { d.overrides = n },
 	}
 	if d.name == "" {
@@ -158,10 +161,10 @@ func checkName(s string) error {
 
 // readOnFailure reads a failure mode.
 func (f *limitReader) readOnFailure(n node, into *string) {
-	f.oneOf(n, into, "deny", "allow", "delegate")
+	f.oneOf(n, into, "deny", "allow", "local", "delegate")
 }
 
-var failureModes = map[string]limiter.FailureMode{"deny": limiter.Deny, "allow": limiter.Allow, "delegate": limiter.Delegate}
+var failureModes = map[string]limiter.FailureMode{"deny": limiter.Deny, "allow": limiter.Allow, "local": limiter.Local, "delegate": limiter.Delegate}
 
 func (f *limitReader) readMatch(n node, m *match) {
 	r := &f.reader
@@ -387,9 +390,14 @@ func parseRate(s string) (tokens int64, period time.Duration, err error) {
 	return tokens, period, nil
 }
 
+const noShare = "local, without local_share: this sidecar's part of each limit, such as 0.1 where there are ten"
+
 // rule makes the rule of a draft, once all that a limit inherits is known; nil where its overrides are wrong.
 func (f *limitReader) rule(d *draft) *rule {
 	before := len(f.mistakes)
+	if d.onFailure == "local" && f.localShare == 0 {
+		f.wrong(d.onFailureAt, noShare)
+	}
 	o := f.readOverrides(d)
 	if len(f.mistakes) > before {
 		return nil
@@ -401,7 +409,12 @@ func (f *limitReader) rule(d *draft) *rule {
 		OnFailure: failureModes[cmp.Or(d.onFailure, f.onFailure)],
 	}
 	prefix := f.keyPrefix + ":" + l.Domain + ":" + l.Name + ":{"
+	share := 0.0
+	if l.OnFailure == limiter.Local {
+		share = f.localShare
+	}
 	return &rule{
+		share:     share,
 		limit:     l,
 		tier:      d.tier,
 		match:     d.match,

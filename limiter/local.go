@@ -1,0 +1,79 @@
+package limiter
+
+import (
+	"context"
+
+	"github.com/redis/go-redis/v9"
+)
+
+// Where a limit says so, this process limits by itself while Redis does not answer: each key has a bucket here, of this sidecar's share of
+// the limit's rate and burst. These buckets outlive outages, so that a Redis that comes and goes grants no burst each time; and while
+// Redis answers they are held to what it says is left, so that an outage grants nobody what was used up before it.
+
+func anyLocal(charges []Charge) bool {
+	for i := range charges {
+		if isLocal(&charges[i]) {
+			return true
+		}
+	}
+	return false
+}
+
+func isLocal(c *Charge) bool { return c.Limit.OnFailure == Local && !c.Limit.Shadow }
+
+// fallBack decides here about the charges for which Redis failed and that say so. It reports whether a local bucket then denied, so that
+// what Redis gave the others has to go back.
+func (r *Redis) fallBack(charges []Charge, verdicts []Verdict) (denied bool) {
+	var indexes []int
+	var here []Charge
+	isHeld := false
+	for i := range charges {
+		c, v := &charges[i], &verdicts[i]
+		switch {
+		case !isLocal(c):
+			isHeld = isHeld || holds(c, v)
+		case v.Err == nil:
+			isHeld = isHeld || !v.Allowed
+			if v.Source == RedisSource && v.Remaining < c.Local.burst {
+				r.local.lower(c.Key, c.Local, v.Remaining)
+			}
+		default:
+			local := *c
+			local.Bucket = c.Local
+			indexes, here = append(indexes, i), append(here, local)
+		}
+	}
+	if len(here) == 0 {
+		return false
+	}
+	said := make([]Verdict, len(here))
+	if isHeld { // the request is denied: nothing is taken, and what is told is what there is
+		for i := range here {
+			here[i].Cost, here[i].Refused = 0, false
+		}
+	}
+	r.local.Take(context.Background(), here, said)
+	for i, at := range indexes {
+		verdicts[at] = said[i]
+		verdicts[at].Source = LocalSource
+		denied = denied || !said[i].Allowed
+	}
+	return denied
+}
+
+// takeBack gives back what a script took beside a charge that was then denied here.
+func (r *Redis) takeBack(ctx context.Context, charges []Charge, verdicts []Verdict, takes []taken) {
+	node, ok := r.client.(*redis.Client)
+	if !ok {
+		var err error
+		if node, err = r.cluster.MasterForKey(ctx, charges[0].Key); err != nil {
+			return
+		}
+	}
+	r.giveBack(ctx, &slotTake{charges: charges, verdicts: verdicts, takes: takes, node: node})
+	for i := range charges {
+		if c := &charges[i]; takes[i].is && !c.Limit.Shadow {
+			verdicts[i] = c.Bucket.verdict(takes[i].before, c.needs(), 0, RedisSource)
+		}
+	}
+}
