@@ -15,6 +15,7 @@ func TestDoctor(t *testing.T) {
 	port := redistest.FreePort(t)
 	master := redistest.Start(t, "--port", port, "--bind", "127.0.0.1")
 	replica := redistest.Start(t, "--replicaof", "127.0.0.1", port)
+	await(t, func() bool { return master.Info("replication")["connected_slaves"] == "1" })
 	for user, rights := range map[string][]any{
 		"least": {"on", ">pw", "~sluice:*", "+evalsha", "+eval", "+time", "+get", "+set"},
 		"less":  {"on", ">pw", "~sluice:*", "+evalsha", "+eval", "+time", "+get"},
