@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -13,46 +12,33 @@ import (
 )
 
 const (
-	// tripsAfter is how many takes in a row a node leaves without an answer until its breaker opens.
+	// tripsAfter is how many calls in a row a node leaves without an answer until its breaker opens.
 	tripsAfter = 5
-	// probesEvery is how long an open breaker lets nothing through; then one take tries whether the node is back. So a dead node costs
-	// one take its time budget now and then, and one that is back is found within this time and one round trip.
+	// probesEvery is how long an open breaker lets nothing through; then one call tries whether the node is back. So a dead node costs
+	// one call its time budget now and then, and one that is back is found within this time and one round trip.
 	probesEvery = 200 * time.Millisecond
 )
 
-// breakers spare nodes that do not answer, and the takes that would wait for them. Each node has its own.
-type breakers struct {
-	nodes sync.Map // of *breaker, by the node's address; as many as a cluster has nodes
-	open  prometheus.Gauge
-}
-
-// breaker is a node's.
+// breaker spares a node that does not answer, and the takes that would wait for it.
 type breaker struct {
-	*gobreaker.TwoStepCircuitBreaker[any]
-	last atomic.Pointer[StoreError] // why it opened
+	calls   *gobreaker.TwoStepCircuitBreaker[any]
+	timeout time.Duration              // of the store
+	open    atomic.Bool                // the node is not asked, but by one call now and then
+	last    atomic.Pointer[StoreError] // why it opened
 }
 
-func newBreakers(metrics prometheus.Registerer) *breakers {
-	b := &breakers{open: prometheus.NewGauge(prometheus.GaugeOpts{
-		Name: "sluice_store_breaker_open", Help: "Redis nodes that are not asked, as they do not answer.",
-	})}
-	metrics.MustRegister(b.open)
-	return b
-}
-
-func (b *breakers) of(node string) *breaker {
-	if known, ok := b.nodes.Load(node); ok {
-		return known.(*breaker)
-	}
-	made, _ := b.nodes.LoadOrStore(node, &breaker{TwoStepCircuitBreaker: gobreaker.NewTwoStepCircuitBreaker[any](gobreaker.Settings{
-		Name:        node,
+// newBreaker returns a breaker that counts itself in open, where it is.
+func newBreaker(timeout time.Duration, open prometheus.Gauge) *breaker {
+	b := &breaker{timeout: timeout}
+	b.calls = gobreaker.NewTwoStepCircuitBreaker[any](gobreaker.Settings{
 		Timeout:     probesEvery,
 		ReadyToTrip: func(c gobreaker.Counts) bool { return c.ConsecutiveFailures >= tripsAfter },
 		OnStateChange: func(_ string, from, to gobreaker.State) {
+			b.open.Store(to != gobreaker.StateClosed)
 			if to == gobreaker.StateClosed {
-				b.open.Dec()
+				open.Dec()
 			} else if from == gobreaker.StateClosed {
-				b.open.Inc()
+				open.Inc()
 			}
 		},
 		// An answer is one, whatever it says; who hung up has not waited for one.
@@ -61,16 +47,18 @@ func (b *breakers) of(node string) *breaker {
 			return err == nil || k != KindTimeout && k != KindConnection
 		},
 		IsExcluded: func(err error) bool { return errors.Is(err, context.Canceled) || errors.Is(err, errHurried) },
-	})})
-	return made.(*breaker)
+	})
+	return b
 }
 
-// errHurried is of a take whose caller left it too little time to tell anything of the node.
+func (b *breaker) isOpen() bool { return b.open.Load() }
+
+// errHurried is of a call whose callers left it too little time to tell anything of the node.
 var errHurried = errors.New("the caller's deadline was near")
 
 // run asks a node, unless its breaker is open. Its error is a *StoreError.
-func (b *breaker) run(ctx context.Context, timeout time.Duration, ask func() error) *StoreError {
-	done, err := b.Allow()
+func (b *breaker) run(ctx context.Context, ask func() error) error {
+	done, err := b.calls.Allow()
 	if err != nil {
 		last := b.last.Load()
 		if last == nil {
@@ -86,7 +74,7 @@ func (b *breaker) run(ctx context.Context, timeout time.Duration, ask func() err
 	}
 	failed := storeError(err)
 	b.last.Store(failed)
-	if d, ok := ctx.Deadline(); ok && failed.Kind == KindTimeout && d.Sub(began) < timeout/2 {
+	if d, ok := ctx.Deadline(); ok && failed.Kind == KindTimeout && d.Sub(began) < b.timeout/2 {
 		done(errHurried)
 	} else {
 		done(failed)

@@ -45,7 +45,7 @@ func TestBreaker(t *testing.T) {
 				waited++
 			}
 		}
-		if open := testutil.ToFloat64(r.breakers.open); open != 1 {
+		if open := testutil.ToFloat64(r.breakers); open != 1 {
 			t.Errorf("%s: %v breakers are open", outage.name, open)
 		}
 		// Five until it opens, and then one each 200 ms, which then waits its 100.
@@ -61,7 +61,7 @@ func TestBreaker(t *testing.T) {
 		if found > probesEvery+budget+250*time.Millisecond {
 			t.Errorf("%s: found after %v", outage.name, found)
 		}
-		if open := testutil.ToFloat64(r.breakers.open); open != 0 {
+		if open := testutil.ToFloat64(r.breakers); open != 0 {
 			t.Errorf("%s: %v breakers are open", outage.name, open)
 		}
 		t.Logf("%s: %d of %d takes waited; back after %v", outage.name, waited, asked, found)

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"net"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -50,8 +51,10 @@ type Redis struct {
 	give     script
 	log      *zap.Logger
 	seconds  prometheus.Histogram
+	batches  prometheus.Histogram
 	errors   map[ErrorKind]prometheus.Counter
-	breakers *breakers
+	nodes    sync.Map // of *node, by address; as many as a cluster has nodes
+	breakers prometheus.Gauge
 	local    *Memory // in Redis's place, for the limits that say so
 }
 
@@ -82,9 +85,16 @@ func newRedis(o RedisOptions, clock string, log *zap.Logger, metrics prometheus.
 			Help:    "How long Redis took to answer a take, in seconds, failed ones included.",
 			Buckets: []float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1},
 		}),
+		batches: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name:    "sluice_store_batch_size",
+			Help:    "How many takes a call of Redis's script carried.",
+			Buckets: []float64{1, 2, 4, 8, 16, 32, 64, 128},
+		}),
 		errors: make(map[ErrorKind]prometheus.Counter, len(ErrorKinds)),
+		breakers: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "sluice_store_breaker_open", Help: "Redis nodes that are not asked, as they do not answer.",
+		}),
 	}
-	r.breakers = newBreakers(metrics)
 	start := time.Now()
 	r.local = newMemory("local", MaxBuckets(), func() int64 { return time.Since(start).Microseconds() }, log, metrics)
 	if err := r.UseLogin(o); err != nil {
@@ -103,7 +113,7 @@ func newRedis(o RedisOptions, clock string, log *zap.Logger, metrics prometheus.
 	for _, k := range ErrorKinds {
 		r.errors[k] = vec.WithLabelValues(string(k))
 	}
-	metrics.MustRegister(r.seconds, vec)
+	metrics.MustRegister(r.seconds, r.batches, r.breakers, vec)
 	return r, nil
 }
 
@@ -143,24 +153,28 @@ func (once) NoRetry() bool { return true }
 // deadlineMargin is what a take leaves of its caller's time for the answer's own way.
 const deadlineMargin = 5 * time.Millisecond
 
-// Take is Store's, in one round trip; on a cluster in one for each hash slot, all at once. It ends within the store's timeout, and
-// deadlineMargin before the caller's deadline.
+// Take is Store's, in one round trip, which it may share with other takes; on a cluster in one for each hash slot, all at once. It ends
+// within the store's timeout, and deadlineMargin before the caller's deadline.
 func (r *Redis) Take(ctx context.Context, charges []Charge, verdicts []Verdict) {
 	start := time.Now()
 	deadline := start.Add(r.timeout)
 	if d, ok := ctx.Deadline(); ok && d.Add(-deadlineMargin).Before(deadline) {
 		deadline = d.Add(-deadlineMargin)
 	}
-	ctx, cancel := context.WithDeadline(ctx, deadline)
-	defer cancel()
+	local := anyLocal(charges)
+	if r.cluster != nil || local { // what may be asked besides takes
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithDeadline(ctx, deadline)
+		defer cancel()
+	}
 	switch {
 	case r.cluster != nil && len(charges) > 1 && !oneSlot(charges):
-		r.takeSlots(ctx, charges, verdicts)
-	case !anyLocal(charges):
-		r.takeSlot(ctx, charges, verdicts, nil)
+		r.takeSlots(ctx, deadline, charges, verdicts)
+	case !local:
+		r.takeSlot(ctx, deadline, charges, verdicts, nil)
 	default:
 		takes := make([]taken, len(charges))
-		r.takeSlot(ctx, charges, verdicts, takes)
+		r.takeSlot(ctx, deadline, charges, verdicts, takes)
 		if r.fallBack(charges, verdicts) {
 			r.takeBack(ctx, charges, verdicts, takes)
 		}
@@ -176,61 +190,112 @@ type taken struct {
 }
 
 // takeSlot takes from buckets of one slot. takes may be nil.
-func (r *Redis) takeSlot(ctx context.Context, charges []Charge, verdicts []Verdict, takes []taken) {
-	packed := make([]byte, 0, chargeSize*len(charges))
-	for i := range charges {
-		packed = appendCharge(packed, &charges[i])
+func (r *Redis) takeSlot(ctx context.Context, deadline time.Time, charges []Charge, verdicts []Verdict, takes []taken) {
+	t := newTake(charges, deadline)
+	left, err := r.nodeOf(ctx, charges[0].Key).carry(ctx, t)
+	if err == nil {
+		err = r.read(t.at, t.reply, charges, verdicts, takes)
 	}
-	if failed := r.breakers.of(r.nodeOf(ctx, charges[0].Key)).run(ctx, r.timeout, func() error {
-		reply, err := r.run(ctx, r.client, &r.take, charges, packed)
-		if err == nil {
-			err = r.read(reply, charges, verdicts, takes)
-		}
-		return err
-	}); failed != nil {
+	if !left {
+		t.recycle()
+	}
+	if err != nil {
+		failed := storeError(err)
 		r.errors[failed.Kind].Inc()
 		failAll(verdicts, failed)
 	}
 }
 
-// nodeOf is the address of the node that a key is on, empty where there is one only, or where nobody knows.
-func (r *Redis) nodeOf(ctx context.Context, key string) string {
-	if r.cluster == nil {
-		return ""
+// nodeOf is the node that a key is on. Where there is one only, or where nobody knows, its address is empty.
+func (r *Redis) nodeOf(ctx context.Context, key string) *node {
+	address := ""
+	if r.cluster != nil {
+		if master, err := r.cluster.MasterForKey(ctx, key); err == nil {
+			address = master.Options().Addr
+		}
 	}
-	node, err := r.cluster.MasterForKey(ctx, key)
-	if err != nil {
-		return ""
+	if known, ok := r.nodes.Load(address); ok {
+		return known.(*node)
 	}
-	return node.Options().Addr
+	made, _ := r.nodes.LoadOrStore(address, &node{breaker: newBreaker(r.timeout, r.breakers), send: r.send})
+	return made.(*node)
 }
 
-// chargeSize is the length of one packed argument of the script, CHARGE_SIZE there.
-const chargeSize = 22
+// send calls the script for a batch of takes: once, or on a cluster once for each slot, and all at once. It returns an error that is of
+// all takes without an answer, and the first one that a slot's takes have for themselves.
+func (r *Redis) send(ctx context.Context, batch []*take) error {
+	if r.cluster == nil {
+		return r.call(ctx, batch)
+	}
+	return r.callSlots(ctx, batch)
+}
+
+// call calls the script for takes of one slot.
+func (r *Redis) call(ctx context.Context, batch []*take) error {
+	r.batches.Observe(float64(len(batch)))
+	reply, err := r.run(ctx, r.client, &r.take, takeArgs(batch)...)
+	if err != nil {
+		return err
+	}
+	return deal(reply, batch)
+}
+
+// takeArgs are the script's: the number of keys, the keys, and the charges.
+func takeArgs(batch []*take) []any {
+	var keys, size int
+	for _, t := range batch {
+		keys, size = keys+len(t.keys), size+len(t.packed)
+	}
+	args := make([]any, 0, keys+2)
+	packed := make([]byte, 0, size)
+	args = append(args, keys)
+	for _, t := range batch {
+		for i := range t.keys {
+			args = append(args, &t.keys[i])
+		}
+		packed = append(packed, t.packed...)
+	}
+	return append(args, packed)
+}
+
+// deal gives each take its part of a reply.
+func deal(reply string, batch []*take) error {
+	if len(reply) < instantSize {
+		return errReply
+	}
+	at, rest := int64(bigEndian(reply[:instantSize])), reply[instantSize:]
+	for _, t := range batch {
+		size := verdictSize * len(t.keys)
+		if len(rest) < size {
+			return errReply
+		}
+		t.at, t.reply, rest = at, rest[:size], rest[size:]
+	}
+	if rest != "" {
+		return errReply
+	}
+	return nil
+}
+
+const (
+	chargeSize  = 22 // bytes of one packed charge, CHARGE_SIZE in the script
+	instantSize = 7  // of the reply's beginning
+	verdictSize = 11 // of the reply to one charge
+)
 
 // processor is a client, or one of a cluster's nodes.
 type processor interface {
 	Process(ctx context.Context, cmd redis.Cmder) error
 }
 
-// run sends a script for charges, with arguments of equal length that are packed one after another, and returns the reply.
-func (r *Redis) run(ctx context.Context, to processor, s *script, charges []Charge, packed []byte) (string, error) {
-	size := len(packed) / len(charges)
-	args := make([]any, 3, 3+2*len(charges))
-	args[0], args[1], args[2] = "evalsha", s.sha, len(charges)
-	for i := range charges {
-		args = append(args, charges[i].Key)
-	}
-	for i := range charges {
-		args = append(args, packed[i*size:(i+1)*size])
-	}
-	cmd := once{redis.NewStringCmd(ctx, args...)}
+// run sends a script with its arguments, the number of keys first, and returns the reply.
+func (r *Redis) run(ctx context.Context, to processor, s *script, args ...any) (string, error) {
+	cmd := once{redis.NewStringCmd(ctx, append([]any{"evalsha", s.sha}, args...)...)}
 	err := to.Process(ctx, cmd)
 	if redis.HasErrorPrefix(err, "NOSCRIPT") {
 		// The script was flushed, or Redis is a new one: nothing was executed. EVAL executes and loads it, so that
 		// this ends however often somebody flushes.
-		args[0], args[1] = "eval", s.text
-		cmd = once{redis.NewStringCmd(ctx, args...)}
+		cmd = once{redis.NewStringCmd(ctx, append([]any{"eval", s.text}, args...)...)}
 		err = to.Process(ctx, cmd)
 	}
 	if err != nil {
@@ -246,7 +311,10 @@ const (
 	holdNever         // nothing: a shadow charge
 )
 
-func appendCharge(b []byte, c *Charge) []byte {
+// lastOfRequest is added to what holds the others back where a charge is its request's last.
+const lastOfRequest = 4
+
+func appendCharge(b []byte, c *Charge, isLast bool) []byte {
 	hold := byte(holdAlways)
 	switch {
 	case c.Limit.Shadow:
@@ -257,6 +325,9 @@ func appendCharge(b []byte, c *Charge) []byte {
 	b = appendShape(b, c.Bucket)
 	// Every cost above the burst is as far out of reach as the least of them.
 	b = binary.BigEndian.AppendUint32(b, uint32(c.needs()))
+	if isLast {
+		hold += lastOfRequest
+	}
 	return append(b, hold)
 }
 
@@ -286,36 +357,19 @@ const (
 
 var errReply = errors.New("the script's reply is cut or is not its own")
 
-// read fills verdicts, and takes unless it is nil, from the script's reply.
-func (r *Redis) read(reply string, charges []Charge, verdicts []Verdict, takes []taken) error {
-	if len(reply) < 7 {
+// read fills verdicts, and takes unless it is nil, from the script's reply to charges, at an instant.
+func (r *Redis) read(at int64, reply string, charges []Charge, verdicts []Verdict, takes []taken) error {
+	if len(reply) != verdictSize*len(charges) {
 		return errReply
 	}
-	at := int64(bigEndian(reply[:7]))
-	reply = reply[7:]
 	for i := range charges {
-		if len(reply) < 2 {
-			return errReply
-		}
-		flags := reply[0]
+		flags, rest := reply[0], reply[1:verdictSize]
+		reply = reply[verdictSize:]
 		if flags&flagTrouble != 0 {
-			end := 2 + int(reply[1])
-			if len(reply) < end {
-				return errReply
-			}
-			code := reply[2:end]
-			verdicts[i] = Verdict{Err: r.trouble(code)}
-			reply = reply[end:]
+			verdicts[i] = Verdict{Err: r.trouble(strings.TrimRight(rest, " "))}
 			continue
 		}
-		if len(reply) < 11 {
-			return errReply
-		}
-		before := level{
-			tokens: int64(bigEndian(reply[1:5])),
-			frac:   int64(bigEndian(reply[5:11])),
-		}
-		reply = reply[11:]
+		before := level{tokens: int64(bigEndian(rest[:4])), frac: int64(bigEndian(rest[4:]))}
 		b := charges[i].Bucket
 		if before.tokens > b.burst || before.frac >= b.p {
 			return errReply
@@ -333,9 +387,6 @@ func (r *Redis) read(reply string, charges []Charge, verdicts []Verdict, takes [
 				zap.String("domain", charges[i].Limit.Domain))
 		}
 		verdicts[i] = b.verdict(before, charges[i].needs(), cost, RedisSource)
-	}
-	if reply != "" {
-		return errReply
 	}
 	return nil
 }
@@ -359,6 +410,10 @@ func bigEndian(s string) (v uint64) {
 
 // storeError says of what kind an error of the library is.
 func storeError(err error) *StoreError {
+	var known *StoreError
+	if errors.As(err, &known) {
+		return known
+	}
 	var network net.Error
 	var answer redis.Error
 	kind := KindOther

@@ -3,8 +3,10 @@ package limiter
 import (
 	"context"
 	"encoding/binary"
+	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/redis/go-redis/v9"
 )
@@ -38,7 +40,7 @@ type slotTake struct {
 	node     *redis.Client // that had the slot before the take; nil where it is not known
 }
 
-func (r *Redis) takeSlots(ctx context.Context, charges []Charge, verdicts []Verdict) {
+func (r *Redis) takeSlots(ctx context.Context, deadline time.Time, charges []Charge, verdicts []Verdict) {
 	bySlot := make(map[string]*slotTake)
 	var all []*slotTake
 	for i := range charges {
@@ -59,7 +61,7 @@ func (r *Redis) takeSlots(ctx context.Context, charges []Charge, verdicts []Verd
 			if s.node, err = r.cluster.MasterForKey(ctx, s.charges[0].Key); err != nil {
 				s.node = nil
 			}
-			r.takeSlot(ctx, s.charges, s.verdicts, s.takes)
+			r.takeSlot(ctx, deadline, s.charges, s.verdicts, s.takes)
 		})
 	}
 	wg.Wait()
@@ -94,6 +96,9 @@ func holds(c *Charge, v *Verdict) bool {
 	return !c.Limit.Shadow && (v.Err != nil && c.Limit.OnFailure != Allow || v.Err == nil && !v.Allowed)
 }
 
+// giftSize is the length of one packed argument of give, GIFT_SIZE in the script.
+const giftSize = 28
+
 // giveBack gives back what a slot's charges took. It is sent once, to the node that had the slot: where the slot has moved, or the node is
 // no master any more, nothing is given, and what was taken is lost.
 func (r *Redis) giveBack(ctx context.Context, s *slotTake) {
@@ -112,7 +117,77 @@ func (r *Redis) giveBack(ctx context.Context, s *slotTake) {
 	if len(charges) == 0 || s.node == nil {
 		return
 	}
-	if _, err := r.run(ctx, s.node, &r.give, charges, packed); err != nil {
+	args := []any{len(charges)}
+	for i := range charges {
+		args = append(args, charges[i].Key)
+	}
+	for gift := range slices.Chunk(packed, giftSize) {
+		args = append(args, gift)
+	}
+	if _, err := r.run(ctx, s.node, &r.give, args...); err != nil {
 		r.errors[storeError(err).Kind].Inc()
 	}
+}
+
+// callSlots calls the script for takes of one node: once for each slot, all in one pipeline.
+func (r *Redis) callSlots(ctx context.Context, batch []*take) error {
+	bySlot := make(map[string][]*take)
+	for _, t := range batch {
+		tag := hashTag(t.keys[0])
+		bySlot[tag] = append(bySlot[tag], t)
+	}
+	if len(bySlot) == 1 {
+		return r.call(ctx, batch)
+	}
+	node, err := r.cluster.MasterForKey(ctx, batch[0].keys[0])
+	if err != nil {
+		return err
+	}
+	// The node's client sends a pipeline once, whatever becomes of it.
+	calls := make(map[string]once, len(bySlot))
+	pipe := node.Pipeline()
+	for tag, takes := range bySlot {
+		r.batches.Observe(float64(len(takes)))
+		calls[tag] = once{redis.NewStringCmd(ctx, append([]any{"evalsha", r.take.sha}, takeArgs(takes)...)...)}
+		_ = pipe.Process(ctx, calls[tag])
+	}
+	_, execErr := pipe.Exec(ctx)
+	var wg sync.WaitGroup
+	for tag, takes := range bySlot {
+		reply, err := calls[tag].Result()
+		if err == nil && reply == "" { // the connection failed before the first command
+			err = execErr
+		}
+		switch {
+		case err == nil:
+			err = deal(reply, takes)
+		case notExecuted(err): // the cluster's client goes where the slot is, and run where the script is not known
+			wg.Go(func() { failTakes(takes, r.call(ctx, takes)) })
+			continue
+		}
+		failTakes(takes, err)
+	}
+	wg.Wait()
+	for _, t := range batch {
+		if t.err != nil {
+			return t.err
+		}
+	}
+	return nil
+}
+
+func failTakes(takes []*take, err error) {
+	for _, t := range takes {
+		t.err = err
+	}
+}
+
+// notExecuted reports whether a node has said that a script must be sent again, as another node has the slot or this one has no script.
+func notExecuted(err error) bool {
+	for _, code := range []string{"NOSCRIPT", "MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN"} {
+		if redis.HasErrorPrefix(err, code) {
+			return true
+		}
+	}
+	return false
 }

@@ -57,8 +57,8 @@ func TestScriptAgreesWithGift(t *testing.T) {
 		verdicts, takes := make([]Verdict, 1), make([]taken, 1)
 		first := charge(b, "g")
 		first.Cost = rapid.Int64Range(0, b.burst-c.Cost).Draw(t, "before")
-		r.takeSlot(ctx, []Charge{first}, verdicts, nil)
-		r.takeSlot(ctx, []Charge{c}, verdicts, takes)
+		r.takeSlot(ctx, time.Now().Add(time.Minute), []Charge{first}, verdicts, nil)
+		r.takeSlot(ctx, time.Now().Add(time.Minute), []Charge{c}, verdicts, takes)
 		if !takes[0].is {
 			t.Fatalf("not taken: %+v", verdicts[0])
 		}

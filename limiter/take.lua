@@ -1,15 +1,16 @@
 #!lua
--- One take: draws a request's costs from its buckets, from all of them or from none.
+-- Takes: draws each request's costs from its buckets, from all of them or from none. One call carries the takes of many requests, one
+-- after another: each sees what those before it left, and a bucket that several draw from is read once and written once.
 --
 -- The shebang has no flags, so Redis refuses the whole script, before its first line, where it could not write: out of
 -- memory, a read-only replica, too few replicas, a failed save.
 --
--- KEYS are the buckets. ARGV has one packed string for each: the limit's rate (n tokens each p microseconds) and burst,
--- the cost in tokens, and what holds the others back: 0 a denial or trouble of this bucket, 1 a denial only,
--- 2 nothing (a shadow limit, which is taken by itself).
--- The reply is one string: the instant (7 bytes), and for each bucket in turn one byte of flags (1 allowed, 2 taken, 4 what was stored
--- made no sense, 8 trouble); then the tokens before the take, whole (4 bytes) and p-ths of one (6 bytes),
--- or the trouble's code (one byte of length, then the text).
+-- KEYS are the charges' buckets, request by request; several requests may name the same one, a request names each once. ARGV[1] has
+-- one packed charge after another: the limit's rate (n tokens each p microseconds) and burst, the cost in tokens, and one byte: what holds
+-- the request's others back (0 a denial or trouble of this bucket, 1 a denial only, 2 nothing: a shadow limit, which is taken by
+-- itself), and 4 more where the charge is its request's last.
+-- The reply is one string: the instant (7 bytes), and for each charge in turn 11 bytes: flags (1 allowed, 2 taken, 4 what was stored made
+-- no sense, 8 trouble), then the tokens before the take, whole (4 bytes) and p-ths of one (6 bytes), or the first ten bytes of the trouble's code.
 --
 -- All numbers are doubles, exact up to 2^53. The bounds, as the arguments and the stored states are held to them:
 -- n <= 1e15 < 2^50, p < 2^45, tokens and burst <= 1e9 < 2^30, now < 2^53. The arithmetic is bucket.go's, line by line.
@@ -70,32 +71,32 @@ local function shape_ok(burst, n, p)
   return burst >= 1 and burst <= MAX_TOKENS and n >= 1 and n <= MAX_N and p >= MIN_P and p <= MAX_P
 end
 
--- level returns what a bucket holds now: tokens, p-ths, whether a denied take must store that too, and whether what
--- was stored made no sense (it then counts as empty from now on). Of a newer version it returns nil.
-local function level(raw, now, burst, n, p)
+-- load reads what is stored of a bucket, and returns what it holds now in the shape that it was stored with: tokens, p-ths, burst, n, p, and
+-- whether that must be stored even if nothing is taken, as the clock went back. Of a newer version it returns nil, of what makes no
+-- sense nothing at all: it then counts as empty from now on.
+local function load(raw, now)
   if #raw == STATE_SIZE and string.sub(raw, 1, 2) == MAGIC and string.byte(raw, 3) == VERSION then
-    local _, _, tokens, frac, at, old_burst, old_n, old_p = struct.unpack(STATE, raw)
-    if shape_ok(old_burst, old_n, old_p) and tokens <= old_burst and frac < old_p and at < MAX_TIME and (tokens < old_burst or frac == 0) then
-      local moved = false
+    local _, _, tokens, frac, at, burst, n, p = struct.unpack(STATE, raw)
+    if shape_ok(burst, n, p) and tokens <= burst and frac < p and at < MAX_TIME and (tokens < burst or frac == 0) then
       if now < at then
-        moved = true
-      else
-        tokens, frac = refill(tokens, frac, now - at, old_burst, old_n, old_p)
+        return tokens, frac, burst, n, p, true
       end
-      if old_burst ~= burst or old_n ~= n or old_p ~= p then
-        moved = true
-        if tokens >= burst then
-          tokens, frac = burst, 0
-        else
-          frac = muldiv(frac, p, old_p)
-        end
-      end
-      return tokens, frac, moved, false
+      tokens, frac = refill(tokens, frac, now - at, burst, n, p)
+      return tokens, frac, burst, n, p, false
     end
   elseif #raw > 2 and string.sub(raw, 1, 2) == MAGIC and string.byte(raw, 3) > VERSION then
-    return nil
+    return nil, true
   end
-  return 0, 0, true, true
+  return nil, false
+end
+
+-- convert returns a level of the period old_p as one of another shape: at most its burst, and rounded down.
+local function convert(tokens, frac, old_p, burst, p)
+  if tokens >= burst then
+    return burst, 0
+  end
+  frac = muldiv(frac, p, old_p)
+  return tokens, frac
 end
 
 -- code is the first word of an error of Redis's. A command that the user may not run within a script has no word of its own.
@@ -103,7 +104,7 @@ local function code(err)
   if string.find(err, 'ACL failure in script', 1, true) or string.find(err, 'The user executing the script', 1, true) then
     return 'NOPERM'
   end
-  return string.sub(string.match(err, '^%S*'), 1, 255)
+  return string.sub(string.match(err, '^%S*'), 1, 10)
 end
 
 -- store writes a bucket: one SET, which sets its value and its end together. It returns Redis's answer.
@@ -115,74 +116,114 @@ end
 
 local function take(now)
   -- Check every argument before anything is read.
-  local count = #KEYS
-  if count < 1 or #ARGV ~= count then
-    return redis.error_reply('SLUICE one argument for each key, and at least one key')
+  local count, packed = #KEYS, ARGV[1]
+  if count < 1 or #ARGV ~= 1 or #packed ~= count * CHARGE_SIZE then
+    return redis.error_reply('SLUICE one argument of ' .. CHARGE_SIZE .. ' bytes for each key, and at least one key')
   end
   local ns, ps, bursts, costs, holds = {}, {}, {}, {}, {}
   for i = 1, count do
-    if #ARGV[i] ~= CHARGE_SIZE then
-      return redis.error_reply('SLUICE an argument is not ' .. CHARGE_SIZE .. ' bytes')
-    end
-    local n, p, burst, cost, hold = struct.unpack(CHARGE, ARGV[i])
-    if not shape_ok(burst, n, p) or hold > 2 then
+    local n, p, burst, cost, hold = struct.unpack(CHARGE, packed, (i - 1) * CHARGE_SIZE + 1)
+    if not shape_ok(burst, n, p) or hold % 4 > 2 or hold > 6 then
       return redis.error_reply('SLUICE an argument is out of range')
     end
     ns[i], ps[i], bursts[i], costs[i], holds[i] = n, p, burst, cost, hold
   end
+  if holds[count] < 4 then
+    return redis.error_reply('SLUICE the last request has no end')
+  end
 
-  -- Read all buckets before anything is written.
-  local tokens, fracs, moved, flags, trouble = {}, {}, {}, {}, {}
-  local all = true
+  -- Read all buckets before anything is written: of[i] is charge i's.
+  local of, seen = {}, {}
+  local names, tokens, fracs, was_burst, was_n, was_p, absent, changed, trouble, nonsense = {}, {}, {}, {}, {}, {}, {}, {}, {}, {}
+  local buckets = 0
   for i = 1, count do
-    flags[i] = 0
-    local raw = redis.pcall('GET', KEYS[i])
-    local nonsense
-    if not raw then
-      tokens[i], fracs[i] = bursts[i], 0
-    elseif type(raw) == 'string' then
-      tokens[i], fracs[i], moved[i], nonsense = level(raw, now, bursts[i], ns[i], ps[i])
-      if not tokens[i] then
-        trouble[i] = 'NEWER'
+    local key = KEYS[i]
+    local b = seen[key]
+    if not b then
+      b = buckets + 1
+      buckets, seen[key], names[b] = b, b, key
+      local raw = redis.pcall('GET', key)
+      if not raw then
+        absent[b] = true
+      elseif type(raw) == 'string' then
+        local held, frac, burst, n, p, back = load(raw, now)
+        if held then
+          tokens[b], fracs[b], was_burst[b], was_n[b], was_p[b], changed[b] = held, frac, burst, n, p, back
+        elseif frac then
+          trouble[b] = 'NEWER'
+        else
+          nonsense[b] = true
+        end
+      elseif string.sub(raw.err, 1, 9) == 'WRONGTYPE' then
+        nonsense[b] = true
+      else
+        trouble[b] = code(raw.err)
       end
-    elseif string.sub(raw.err, 1, 9) == 'WRONGTYPE' then
-      tokens[i], fracs[i], moved[i], nonsense = 0, 0, true, true
+      if nonsense[b] then
+        tokens[b], fracs[b], was_burst[b], was_n[b], was_p[b], changed[b] = 0, 0, bursts[i], ns[i], ps[i], true
+      end
+    end
+    of[i] = b
+  end
+
+  -- Decide, request by request. What a denied take finds is not stored, or rounding would add up; but of a bucket whose clock went back or
+  -- whose shape changed, which would else stand still, or refill at its old rate.
+  local flags, held, parts = {}, {}, {}
+  local first, all = 1, true
+  for i = 1, count do
+    local b, hold = of[i], holds[i] % 4
+    local flag = 0
+    if trouble[b] then
+      all = all and hold ~= 0
     else
-      trouble[i] = code(raw.err)
+      local n, p, burst = ns[i], ps[i], bursts[i]
+      if absent[b] then -- full, whatever its shape
+        tokens[b], fracs[b], was_burst[b], was_n[b], was_p[b] = burst, 0, burst, n, p
+      elseif was_p[b] ~= p or was_n[b] ~= n or was_burst[b] ~= burst then
+        tokens[b], fracs[b] = convert(tokens[b], fracs[b], was_p[b], burst, p)
+        was_burst[b], was_n[b], was_p[b], changed[b] = burst, n, p, true
+      end
+      held[i], parts[i] = tokens[b], fracs[b]
+      if nonsense[b] then
+        flag, nonsense[b] = 4, nil
+      end
+      if held[i] >= costs[i] then
+        flag = flag + 1
+      elseif hold ~= 2 then
+        all = false
+      end
     end
-    if nonsense then
-      flags[i] = 4
-    end
-    if trouble[i] then
-      all = all and holds[i] ~= 0
-    elseif tokens[i] >= costs[i] then
-      flags[i] = flags[i] + 1
-    elseif holds[i] ~= 2 then
-      all = false
+    flags[i] = flag
+    if holds[i] >= 4 then -- the request's last: all of its verdicts are known
+      for j = first, i do
+        if flags[j] % 2 == 1 and (all or holds[j] % 4 == 2) then
+          flags[j] = flags[j] + 2
+          if costs[j] > 0 then
+            b = of[j]
+            tokens[b], changed[b], absent[b] = tokens[b] - costs[j], true, nil
+          end
+        end
+      end
+      first, all = i + 1, true
     end
   end
 
-  -- Write, one SET a bucket, which sets its value and its end together. What a denied take finds is not stored,
-  -- or rounding would add up; but for a moved bucket, which would else stand still.
-  local reply = {}
-  for i = 1, count do
-    if not trouble[i] then
-      local n, p, burst, left, frac = ns[i], ps[i], bursts[i], tokens[i], fracs[i]
-      if flags[i] % 2 == 1 and (all or holds[i] == 2) then
-        left = left - costs[i]
-        flags[i] = flags[i] + 2
-      end
-      if left < tokens[i] or moved[i] then
-        local done = store(KEYS[i], left, frac, now, burst, n, p)
-        if done.err then -- the buckets before it stay charged: tokens lost, never given
-          trouble[i] = code(done.err)
-        end
+  for b = 1, buckets do
+    if changed[b] then
+      local done = store(names[b], tokens[b], fracs[b], now, was_burst[b], was_n[b], was_p[b])
+      if done.err then -- the buckets before it stay charged: tokens lost, never given
+        trouble[b] = code(done.err)
       end
     end
-    if trouble[i] then
-      reply[i] = struct.pack('>BBc0', 8, #trouble[i], trouble[i])
+  end
+
+  local reply = {}
+  for i = 1, count do
+    local why = trouble[of[i]]
+    if why then
+      reply[i] = struct.pack('>Bc10', 8, string.sub(why .. '          ', 1, 10))
     else
-      reply[i] = struct.pack('>BI4I6', flags[i], tokens[i], fracs[i])
+      reply[i] = struct.pack('>BI4I6', flags[i], held[i], parts[i])
     end
   end
   return struct.pack('>I7', now) .. table.concat(reply)
@@ -211,8 +252,11 @@ local function give(now)
       end
       local raw = redis.pcall('GET', KEYS[i])
       if (tokens > 0 or frac > 0) and type(raw) == 'string' then
-        local held, part, _, nonsense = level(raw, now, burst, n, p)
-        if held and not nonsense then
+        local held, part, old_burst, old_n, old_p = load(raw, now)
+        if held then
+          if old_p ~= p or old_n ~= n or old_burst ~= burst then
+            held, part = convert(held, part, old_p, burst, p)
+          end
           tokens, frac = held + tokens, part + frac
           if frac >= p then
             tokens, frac = tokens + 1, frac - p
