@@ -174,7 +174,7 @@ func ietfFields(d *limiter.Decision) (policies, limits string) {
 	var p, l []byte
 	for i := range d.Charges {
 		c, v := &d.Charges[i], &d.Verdicts[i]
-		if c.Limit.Shadow || v.Err != nil {
+		if c.Limit.Shadow || !v.Known() {
 			continue
 		}
 		if len(p) > 0 {
@@ -216,7 +216,7 @@ func header(key, value string) *corev3.HeaderValueOption {
 // denyingShadows are the names of the shadow limits that would have denied.
 func denyingShadows(d *limiter.Decision) (names []string) {
 	for i := range d.Charges {
-		if v := &d.Verdicts[i]; d.Charges[i].Limit.Shadow && !v.Allowed && v.Err == nil {
+		if v := &d.Verdicts[i]; d.Charges[i].Limit.Shadow && !v.Allowed && v.Known() {
 			names = append(names, d.Charges[i].Limit.Name)
 		}
 	}
@@ -225,10 +225,11 @@ func denyingShadows(d *limiter.Decision) (names []string) {
 
 // sources are the sources' names in metadata.
 var sources = map[limiter.Source]string{
-	limiter.NoSource:     "none",
-	limiter.RedisSource:  "redis",
-	limiter.MemorySource: "memory",
-	limiter.LocalSource:  "local",
+	limiter.NoSource:      "none",
+	limiter.RedisSource:   "redis",
+	limiter.MemorySource:  "memory",
+	limiter.LocalSource:   "local",
+	limiter.CeilingSource: "ceiling",
 }
 
 // The values of metadata that are always the same. They are only ever read.

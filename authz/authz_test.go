@@ -333,7 +333,7 @@ func TestOutcomesAreTold(t *testing.T) {
 			t.Errorf("%v has no manner, or no name", o)
 		}
 	}
-	if len(manners) != len(limiter.Outcomes) || len(sources) != int(limiter.LocalSource)+1 || len(sourceValues) != len(sources) {
+	if len(manners) != len(limiter.Outcomes) || len(sources) != int(limiter.CeilingSource)+1 || len(sourceValues) != len(sources) {
 		t.Error("more manners than outcomes, or not all sources")
 	}
 }

@@ -218,6 +218,9 @@ func (r *report) charged(c *limiter.Charge, v *limiter.Verdict, passed bool) {
 		}
 		return
 	}
+	if !v.Known() {
+		return
+	}
 	l := r.of(c.Limit)
 	l.ratio.Observe(float64(v.Remaining) / float64(c.Bucket.Burst()))
 	if !v.Allowed {

@@ -57,10 +57,11 @@ type Source uint8
 
 // The sources.
 const (
-	NoSource    Source = iota // nobody: the store did not answer, or there was no bucket to ask for
+	NoSource    Source = iota // nobody: the store did not answer or was not asked, or there was no bucket to ask for
 	RedisSource               // Redis
 	MemorySource
-	LocalSource // this process, in Redis's place
+	LocalSource   // this process, in Redis's place
+	CeilingSource // this process, by what a bucket can hold at most: the other numbers of the Verdict are then bounds, too
 )
 
 // Verdict is what a store says of one Charge. The times are of the instant at which the store decided.
@@ -75,7 +76,15 @@ type Verdict struct {
 	NextAfter  time.Duration // until it holds one whole token more; 0 where it is full
 	// Err says why the store has no verdict: a *StoreError, and then the other fields are zero.
 	Err error
+
+	// By which the verdict was found: what the bucket holds now, and the store's clock in microseconds.
+	left level
+	at   int64
 }
+
+// Known reports whether there is a verdict: it is not known where the store failed (Err), and where nobody asked since another charge of the
+// request was denied for certain.
+func (v *Verdict) Known() bool { return v.Source != NoSource }
 
 // verdict is the Verdict of a bucket that held the level before, of which taken tokens were then taken.
 func (b Bucket) verdict(before level, cost, taken int64, from Source) Verdict {
@@ -86,6 +95,7 @@ func (b Bucket) verdict(before level, cost, taken int64, from Source) Verdict {
 		Source:    from,
 		Remaining: after.tokens,
 		FullAfter: b.wait(after, b.burst),
+		left:      after,
 	}
 	if !v.Allowed {
 		v.RetryAfter = b.wait(after, cost)
@@ -104,7 +114,8 @@ func (b Bucket) verdict(before level, cost, taken int64, from Source) Verdict {
 // Shadow charge is taken exactly if its own bucket allows it. One bucket's trouble MUST NOT become another's.
 //
 // Take MUST return by the deadline of ctx, and MUST execute at most once however it ends: an answer that is lost
-// may have taken tokens, and never gives one away. It is safe for concurrent use, and keeps neither slice.
+// may have taken tokens, and never gives one away. Where an enforced charge is denied it MAY leave others without a verdict, as zero
+// ones. It is safe for concurrent use, and keeps neither slice.
 type Store interface {
 	Take(ctx context.Context, charges []Charge, verdicts []Verdict)
 }
@@ -160,7 +171,7 @@ type Decision struct {
 	Verdicts []Verdict // of the same indexes
 	// Telling is the index of the charge that the answer speaks of, or -1. Of those that denied it is the one that
 	// denies for longest; where none did, the one with the smallest share of its burst left; where there are
-	// several, the first. A shadow charge or one with an Err is never telling.
+	// several, the first. A shadow charge or one without a verdict is never telling.
 	Telling int
 	// Local says that this process decided about an enforced charge in the store's place.
 	Local bool
@@ -186,6 +197,7 @@ func Decide(ctx context.Context, store Store, charges []Charge) Decision {
 				d.Outcome = FailedOpen
 			}
 			failure = max(failure, c.Limit.OnFailure)
+		case !v.Known():
 		default:
 			d.Local = d.Local || v.Source == LocalSource
 			if !v.Allowed {

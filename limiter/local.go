@@ -74,6 +74,7 @@ func (r *Redis) takeBack(ctx context.Context, charges []Charge, verdicts []Verdi
 	for i := range charges {
 		if c := &charges[i]; takes[i].is && !c.Limit.Shadow {
 			verdicts[i] = c.Bucket.verdict(takes[i].before, c.needs(), 0, RedisSource)
+			verdicts[i].at = takes[i].at
 		}
 	}
 }

@@ -74,16 +74,12 @@ func newMemory(name string, most int64, now func() int64, log *zap.Logger, metri
 	}
 	table := prometheus.Labels{"table": name}
 	m := &Memory{
-		seed: maphash.MakeSeed(),
-		max:  most,
-		now:  now,
-		log:  log,
-		sweeps: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "sluice_janitor_sweeps_total", Help: "Sweeps over what is kept in process.", ConstLabels: table,
-		}),
-		swept: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "sluice_janitor_swept_total", Help: "Entries that a sweep dropped, such as buckets that were full again.", ConstLabels: table,
-		}),
+		seed:   maphash.MakeSeed(),
+		max:    most,
+		now:    now,
+		log:    log,
+		sweeps: newSweeps(table),
+		swept:  newSwept(table),
 		shared: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "sluice_overflow_takes_total",
 			Help: "Takes from a bucket that a limit's new keys share, as the table of buckets is full.", ConstLabels: table,
@@ -93,10 +89,27 @@ func newMemory(name string, most int64, now func() int64, log *zap.Logger, metri
 		m.shards[i].buckets = make(map[string]state)
 	}
 	m.overflow.buckets = make(map[string]state)
-	metrics.MustRegister(m.sweeps, m.swept, m.shared, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-		Name: "sluice_janitor_entries", Help: "Entries kept in process.", ConstLabels: table,
-	}, func() float64 { return float64(m.entries.Load()) }))
+	metrics.MustRegister(m.sweeps, m.swept, m.shared, newEntries(table, &m.entries))
 	return m
+}
+
+// What is kept in this process has the same three metrics, by its table's name.
+func newSweeps(table prometheus.Labels) prometheus.Counter {
+	return prometheus.NewCounter(prometheus.CounterOpts{
+		Name: "sluice_janitor_sweeps_total", Help: "Sweeps over what is kept in process.", ConstLabels: table,
+	})
+}
+
+func newSwept(table prometheus.Labels) prometheus.Counter {
+	return prometheus.NewCounter(prometheus.CounterOpts{
+		Name: "sluice_janitor_swept_total", Help: "Entries that a sweep dropped, such as buckets that were full again.", ConstLabels: table,
+	})
+}
+
+func newEntries(table prometheus.Labels, entries *atomic.Int64) prometheus.GaugeFunc {
+	return prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "sluice_janitor_entries", Help: "Entries kept in process.", ConstLabels: table,
+	}, func() float64 { return float64(entries.Load()) })
 }
 
 // Take is Store's. It waits for nothing but its turn, so it looks at no deadline.
@@ -152,6 +165,7 @@ func (m *Memory) Take(_ context.Context, charges []Charge, verdicts []Verdict) {
 			m.entries.Add(-1) // nothing was taken from a full bucket: it stays absent
 		}
 		verdicts[i] = c.Bucket.verdict(s.before, c.needs(), taken, MemorySource)
+		verdicts[i].at = now
 	}
 	if shared {
 		m.overflow.mu.Unlock()

@@ -387,6 +387,7 @@ func (r *Redis) read(at int64, reply string, charges []Charge, verdicts []Verdic
 				zap.String("domain", charges[i].Limit.Domain))
 		}
 		verdicts[i] = b.verdict(before, charges[i].needs(), cost, RedisSource)
+		verdicts[i].at = at
 	}
 	return nil
 }

@@ -85,6 +85,7 @@ func (r *Redis) takeSlots(ctx context.Context, deadline time.Time, charges []Cha
 		for i, at := range s.indexes {
 			if c := &s.charges[i]; s.takes[i].is && !c.Limit.Shadow {
 				verdicts[at] = c.Bucket.verdict(s.takes[i].before, c.needs(), 0, RedisSource)
+				verdicts[at].at = s.takes[i].at
 			}
 		}
 	}

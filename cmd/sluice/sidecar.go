@@ -28,14 +28,15 @@ import (
 
 // sidecar is sluice itself, from a config that was read to its last answer.
 type sidecar struct {
-	cfg    atomic.Pointer[policy.Config] // in force
-	log    *zap.Logger
-	level  zap.AtomicLevel // of the log
-	reload *reloader
-	hangup chan os.Signal // SIGHUP: reload
-	check  *authz.Server
-	memory *limiter.Memory // nil where the buckets are in Redis
-	redis  *limiter.Redis  // nil where they are in this process
+	cfg     atomic.Pointer[policy.Config] // in force
+	log     *zap.Logger
+	level   zap.AtomicLevel // of the log
+	reload  *reloader
+	hangup  chan os.Signal // SIGHUP: reload
+	check   *authz.Server
+	memory  *limiter.Memory  // nil where the buckets are in Redis
+	redis   *limiter.Redis   // nil where they are in this process
+	ceiling *limiter.Ceiling // over redis
 
 	grpc, metrics, admin net.Listener
 	registry             *prometheus.Registry
@@ -67,7 +68,8 @@ func newSidecar(source configSource, stderr io.Writer) (*sidecar, error) {
 		if err != nil {
 			return nil, fmt.Errorf("store.redis: %w", err)
 		}
-		s.redis, store = redis, redis
+		s.redis, s.ceiling = redis, limiter.NewCeiling(redis, s.registry)
+		store = s.ceiling
 	} else {
 		s.memory = limiter.NewMemory(limiter.MaxBuckets(), log, s.registry)
 		store = s.memory
@@ -156,6 +158,7 @@ func (s *sidecar) serve(ctx context.Context) error {
 		all.Add(func() error { s.memory.Run(background); return nil }, func(error) { cancel() })
 	} else {
 		all.Add(func() error { s.redis.Run(background); return nil }, func(error) { cancel() })
+		all.Add(func() error { s.ceiling.Run(background); return nil }, func(error) { cancel() })
 	}
 	all.Add(func() error { s.reload.run(background, s.hangup); return nil }, func(error) { cancel() })
 	if !s.answered.Load() {

@@ -1,0 +1,198 @@
+package limiter
+
+import (
+	"context"
+	"hash/maphash"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+const (
+	// ceilingLife is how long a store's answer is believed. So a denial that is wrong (the bucket was reset, its rate was raised elsewhere,
+	// Redis restarted, failed over or stepped its clock) lasts no longer.
+	ceilingLife = time.Second
+	// maxCeilings is how many are kept: a few megabytes.
+	maxCeilings   = 1 << 15
+	ceilingShards = 64
+	// maxUnwaited is how many takes of shadow limits are under way beside requests that are denied without asking.
+	maxUnwaited = 1024
+)
+
+// Ceiling is a Store over another one, which it spares what is certain: where even the most that a bucket can hold by now is less than the
+// cost, the take is denied without asking. So a flood over a limit costs the other store next to nothing. The most is what the bucket held
+// after the last answer, and what its rate has brought since that was asked for. It never grants anything.
+//
+// Where it denies, the request's other enforced charges have no verdict (Verdict.Known), and its shadow charges are taken without waiting for
+// them. It is safe for concurrent use. Run sweeps it.
+type Ceiling struct {
+	store  Store
+	now    func() int64 // microseconds; a clock that no step of the machine's changes
+	seed   maphash.Seed
+	shards [ceilingShards]struct {
+		mu    sync.RWMutex
+		known map[string]ceiling
+		_     [32]byte // a cache line of its own
+	}
+	entries  atomic.Int64
+	unwaited chan struct{} // has a place for each take that nobody waits for
+
+	sweeps, swept prometheus.Counter
+}
+
+var _ Store = (*Ceiling)(nil)
+
+// ceiling is what a bucket held by an answer.
+type ceiling struct {
+	shape Bucket
+	left  level
+	at    int64 // of the answer, by the store's clock
+	sent  int64 // when it was asked for, by this process's
+}
+
+// NewCeiling returns a Ceiling over a store.
+func NewCeiling(store Store, metrics prometheus.Registerer) *Ceiling {
+	start := time.Now()
+	return newCeiling(store, func() int64 { return time.Since(start).Microseconds() }, metrics)
+}
+
+func newCeiling(store Store, now func() int64, metrics prometheus.Registerer) *Ceiling {
+	table := prometheus.Labels{"table": "ceilings"}
+	c := &Ceiling{
+		store:    store,
+		now:      now,
+		seed:     maphash.MakeSeed(),
+		unwaited: make(chan struct{}, maxUnwaited),
+		sweeps:   newSweeps(table),
+		swept:    newSwept(table),
+	}
+	for i := range c.shards {
+		c.shards[i].known = make(map[string]ceiling)
+	}
+	metrics.MustRegister(c.sweeps, c.swept, newEntries(table, &c.entries))
+	return c
+}
+
+// Take is Store's.
+func (c *Ceiling) Take(ctx context.Context, charges []Charge, verdicts []Verdict) {
+	now := c.now()
+	if c.deny(now, charges, verdicts) {
+		c.takeShadows(charges, verdicts)
+		return
+	}
+	c.store.Take(ctx, charges, verdicts)
+	for i := range charges {
+		c.learn(now, &charges[i], &verdicts[i])
+	}
+}
+
+// deny reports whether an enforced charge is denied for certain. Then the verdicts that are certain are there, and the others are zero.
+func (c *Ceiling) deny(now int64, charges []Charge, verdicts []Verdict) (denied bool) {
+	if c.entries.Load() == 0 {
+		return false
+	}
+	for i := range charges {
+		verdicts[i] = Verdict{}
+		if most, ok := c.most(now, &charges[i]); ok && most.tokens < charges[i].needs() {
+			verdicts[i] = charges[i].Bucket.verdict(most, charges[i].needs(), 0, CeilingSource)
+			denied = denied || !charges[i].Limit.Shadow
+		}
+	}
+	return denied
+}
+
+// most is the most that a bucket can hold by now, where that is known.
+func (c *Ceiling) most(now int64, charge *Charge) (level, bool) {
+	s := &c.shards[maphash.String(c.seed, charge.Key)%ceilingShards]
+	s.mu.RLock()
+	known, ok := s.known[charge.Key]
+	s.mu.RUnlock()
+	elapsed := now - known.sent
+	if !ok || elapsed > ceilingLife.Microseconds() || known.shape != charge.Bucket {
+		return level{}, false
+	}
+	// The clocks of two machines may run apart by a thousandth.
+	return known.shape.refill(known.left, elapsed+elapsed/1000+1), true
+}
+
+// takeShadows takes the shadow charges of a request that was denied without asking, but for those that are denied for certain too.
+func (c *Ceiling) takeShadows(charges []Charge, verdicts []Verdict) {
+	var shadows []Charge
+	for i := range charges {
+		if charges[i].Limit.Shadow && !verdicts[i].Known() {
+			shadows = append(shadows, charges[i])
+		}
+	}
+	if len(shadows) == 0 {
+		return
+	}
+	select {
+	case c.unwaited <- struct{}{}:
+	default:
+		return
+	}
+	go func() {
+		defer func() { <-c.unwaited }()
+		c.Take(context.Background(), shadows, make([]Verdict, len(shadows)))
+	}()
+}
+
+// learn keeps what an answer says of a bucket that is used up, unless it is known from a newer one.
+func (c *Ceiling) learn(sent int64, charge *Charge, v *Verdict) {
+	usedUp := v.left.tokens < charge.needs() // the same again would be denied
+	if !v.Known() || v.Source == LocalSource || !usedUp && c.entries.Load() == 0 {
+		return
+	}
+	s := &c.shards[maphash.String(c.seed, charge.Key)%ceilingShards]
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	known, ok := s.known[charge.Key]
+	switch {
+	case ok && known.at > v.at:
+	case !usedUp:
+		if ok {
+			delete(s.known, charge.Key)
+			c.entries.Add(-1)
+		}
+	case !ok && len(s.known) >= maxCeilings/ceilingShards: // it is asked for again and again, until the janitor has made room
+	default:
+		if !ok {
+			c.entries.Add(1)
+		}
+		s.known[charge.Key] = ceiling{shape: charge.Bucket, left: v.left, at: v.at, sent: sent}
+	}
+}
+
+// Run sweeps every second until ctx ends.
+func (c *Ceiling) Run(ctx context.Context) {
+	tick := time.NewTicker(ceilingLife)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			c.sweep()
+		}
+	}
+}
+
+// sweep drops what is too old to be believed.
+func (c *Ceiling) sweep() {
+	now := c.now()
+	for i := range c.shards {
+		s := &c.shards[i]
+		s.mu.Lock()
+		for key, known := range s.known {
+			if now-known.sent > ceilingLife.Microseconds() {
+				delete(s.known, key)
+				c.entries.Add(-1)
+				c.swept.Inc()
+			}
+		}
+		s.mu.Unlock()
+	}
+	c.sweeps.Inc()
+}

@@ -1,0 +1,240 @@
+package limiter
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+	"pgregory.net/rapid"
+
+	"github.com/sluiceproxy/sluice/limiter/redistest"
+)
+
+// counted is a store that counts how often it is asked, and for how many charges.
+type counted struct {
+	Store
+	takes, charges atomic.Int64
+}
+
+func (c *counted) Take(ctx context.Context, charges []Charge, verdicts []Verdict) {
+	c.takes.Add(1)
+	c.charges.Add(int64(len(charges)))
+	c.Store.Take(ctx, charges, verdicts)
+}
+
+// underCeiling is a Ceiling over a Memory, both by a test's clock.
+func underCeiling(t *testing.T) (*Ceiling, *counted, *testClock) {
+	clock := &testClock{t: t}
+	clock.set(begin)
+	store := &counted{Store: newMemory("buckets", 1_000_000, clock.now, nil, prometheus.NewRegistry())}
+	return newCeiling(store, clock.now, prometheus.NewRegistry()), store, clock
+}
+
+// What a ceiling denies the store would have denied, and what it does not deny the store has decided: of several sidecars on one store, with
+// any rates and costs.
+func TestCeilingIsNeverWrong(t *testing.T) {
+	setRapidChecks(t, 2000)
+	denials := 0
+	rapid.Check(t, func(rt *rapid.T) {
+		clock := &testClock{t: t}
+		clock.set(begin)
+		m := newMemory("buckets", 1000, clock.now, nil, prometheus.NewRegistry())
+		sidecars := make([]*Ceiling, 2)
+		for i := range sidecars {
+			sidecars[i] = newCeiling(m, clock.now, prometheus.NewRegistry())
+		}
+		shape := anyBucket().Draw(rt, "bucket")
+		token := shape.wait(level{}, 1).Microseconds()
+		for range 30 {
+			clock.set(clock.at + rapid.OneOf(rapid.Int64Range(0, 2*token), rapid.Int64Range(0, 100_000)).Draw(rt, "later"))
+			c := charge(shape, rapid.SampledFrom([]string{"a", "b"}).Draw(rt, "key"))
+			c.Cost = rapid.OneOf(rapid.Int64Range(0, 3), rapid.Int64Range(0, shape.burst+1)).Draw(rt, "cost")
+			before := shape.full()
+			if s, ok := m.shards[m.shardOf(c.Key)].buckets[c.Key]; ok {
+				before, _ = draw(s, shape, clock.at)
+			}
+			var v [1]Verdict
+			sidecars[rapid.IntRange(0, 1).Draw(rt, "sidecar")].Take(t.Context(), []Charge{c}, v[:])
+			if v[0].Allowed != (before.tokens >= c.needs()) {
+				rt.Fatalf("%+v of a bucket with %+v: %+v", c, before, v[0])
+			}
+			if v[0].Source == CeilingSource {
+				denials++
+				if exact := shape.wait(before, c.needs()); v[0].RetryAfter > exact {
+					rt.Fatalf("retry after %v, and %v would do", v[0].RetryAfter, exact)
+				}
+			}
+		}
+	})
+	if denials < 1000 {
+		t.Errorf("only %d denials without asking", denials)
+	}
+}
+
+// A flood is answered without the store, and everyone gets each token as it comes.
+func TestCeilingSparesTheStore(t *testing.T) {
+	c, store, clock := underCeiling(t)
+	a := charge(bucket(t, 1, time.Second, 5), "a")
+	granted := 0
+	for range 10_000 { // ten seconds
+		var v [1]Verdict
+		if c.Take(t.Context(), []Charge{a}, v[:]); v[0].Allowed {
+			granted++
+		} else if v[0].RetryAfter <= 0 || v[0].RetryAfter > time.Second || v[0].Remaining != 0 {
+			t.Fatalf("%+v", v[0])
+		}
+		clock.advance(time.Millisecond)
+	}
+	// The drift of a thousandth, which has the store asked a millisecond early.
+	if n := store.takes.Load(); granted != 14 || n > 14+10+10 {
+		t.Errorf("%d granted, the store was asked %d times", granted, n)
+	}
+	// A bucket whose next token is far is asked for once a second, and no answer is believed for longer: here the bucket is reset.
+	b := charge(bucket(t, 1, day, 1), "b")
+	taker{t, c}.want("ok 0", b)
+	before := store.takes.Load()
+	for range 500 {
+		taker{t, c}.want("no 0 retry "+clock.left(b, c), b)
+		clock.advance(time.Millisecond)
+	}
+	if n := store.takes.Load() - before; n != 0 {
+		t.Errorf("asked %d times", n)
+	}
+	m := store.Store.(*Memory)
+	delete(m.shards[m.shardOf(b.Key)].buckets, b.Key)
+	for wrong := 0; ; wrong++ {
+		var v [1]Verdict
+		if c.Take(t.Context(), []Charge{b}, v[:]); v[0].Allowed {
+			if wrong != 501 {
+				t.Errorf("denied for %d ms after the reset", wrong)
+			}
+			break
+		}
+		clock.advance(time.Millisecond)
+	}
+}
+
+// left is what a ceiling says of a bucket of which nothing is left, as its own arithmetic has it.
+func (c *testClock) left(charge Charge, of *Ceiling) string {
+	l, _ := of.most(c.at, &charge)
+	return fmt.Sprint(charge.Bucket.wait(l, 1))
+}
+
+// A request that is denied without asking says nothing of its other charges, takes none of their tokens, and has its shadow charges taken.
+func TestCeilingBesideOthers(t *testing.T) {
+	c, store, _ := underCeiling(t)
+	empty, full := charge(bucket(t, 1, time.Hour, 1), "empty"), charge(bucket(t, 1, time.Hour, 10), "full")
+	shadow, denying := charge(bucket(t, 1, time.Hour, 10), "shadow").shadow(), charge(bucket(t, 1, time.Hour, 1), "denying").shadow()
+	k := taker{t, c}
+	k.want("ok 0, ok 0", empty, denying)
+	asked := store.takes.Load()
+	d := Decide(t.Context(), c, []Charge{full, shadow, empty, denying})
+	if d.Outcome != Limited || d.Telling != 2 || d.Verdicts[0].Known() || d.Verdicts[1].Known() || d.Verdicts[3].Allowed ||
+		d.Verdicts[2].Source != CeilingSource || d.Verdicts[3].Source != CeilingSource {
+		t.Errorf("%+v", d)
+	}
+	for range cap(c.unwaited) { // all places are free again: the shadow's take is done
+		c.unwaited <- struct{}{}
+	}
+	if n := store.takes.Load() - asked; n != 1 {
+		t.Errorf("the store was asked %d times, want once for the shadow", n)
+	}
+	for name, want := range map[string]int64{"full": 10, "shadow": 9} {
+		m := store.Store.(*Memory)
+		if v := (taker{t, m}).take(charge(bucket(t, 1, time.Hour, 10), name).costs(0))[0]; v.Remaining != want {
+			t.Errorf("%s: %d left, want %d", name, v.Remaining, want)
+		}
+	}
+	// Where there is no place for one more, the shadow is left out and nobody waits.
+	k.take(empty, shadow)
+	// A shadow's certain denial denies nobody.
+	for range cap(c.unwaited) {
+		<-c.unwaited
+	}
+	k.want("no 0 retry 1h0m0s, ok 9", denying, full)
+	// Another shape is another question, and a cost of nothing is never denied.
+	wider := empty
+	wider.Bucket = bucket(t, 1, time.Second, 5)
+	k.want("no 0 retry 1s", wider)
+	k.want("ok 0", empty.costs(0))
+}
+
+// What is kept is bounded, and swept.
+func TestCeilingIsBounded(t *testing.T) {
+	registry := prometheus.NewRegistry()
+	clock := &testClock{t: t}
+	clock.set(begin)
+	store := &counted{Store: newMemory("buckets", 1_000_000, clock.now, nil, prometheus.NewRegistry())}
+	c := newCeiling(store, clock.now, registry)
+	for i := range 2 * maxCeilings {
+		taker{t, c}.want("ok 0", charge(bucket(t, 1, day, 1), fmt.Sprint(i)))
+	}
+	kept := c.entries.Load()
+	if kept > maxCeilings || kept < maxCeilings*9/10 {
+		t.Errorf("%d are kept", kept)
+	}
+	if n, err := testutil.GatherAndCount(registry, "sluice_janitor_entries"); n != 1 || err != nil {
+		t.Error(n, err)
+	}
+	clock.advance(ceilingLife)
+	if c.sweep(); c.entries.Load() != kept {
+		t.Error("swept too early")
+	}
+	clock.advance(time.Microsecond)
+	if c.sweep(); c.entries.Load() != 0 || testutil.ToFloat64(c.swept) != float64(kept) || testutil.ToFloat64(c.sweeps) != 2 {
+		t.Errorf("%d left of %d", c.entries.Load(), kept)
+	}
+	// A bucket that others have filled again is forgotten with the next answer.
+	a := charge(bucket(t, 1, day, 4), "a").costs(3)
+	k := taker{t, c}
+	k.want("ok 1", a)
+	if k.want("ok 0", a.costs(1)); c.entries.Load() != 1 {
+		t.Errorf("%d entries", c.entries.Load())
+	}
+	m := store.Store.(*Memory)
+	delete(m.shards[m.shardOf(a.Key)].buckets, a.Key)
+	if k.want("ok 4", a.costs(0)); c.entries.Load() != 0 {
+		t.Errorf("%d entries of a full bucket", c.entries.Load())
+	}
+}
+
+// On a real Redis, by many callers at once: nothing but what the buckets give, and few calls.
+func TestCeilingOnRedis(t *testing.T) {
+	const callers, keys, lasts = 16, 5, 2 * time.Second
+	r := newTestRedis(t, redistest.Start(t), serverClock)
+	c := NewCeiling(r, prometheus.NewRegistry())
+	var wg sync.WaitGroup
+	var granted, checks atomic.Int64
+	began := time.Now()
+	for i := range callers {
+		wg.Go(func() {
+			random := rand.New(rand.NewPCG(3, uint64(i)))
+			for time.Since(began) < lasts {
+				var v [1]Verdict
+				c.Take(t.Context(), []Charge{charge(bucket(t, 10, time.Second, 10), fmt.Sprint(random.IntN(keys)))}, v[:])
+				checks.Add(1)
+				if v[0].Allowed {
+					granted.Add(1)
+				} else if v[0].Err != nil {
+					t.Error(v[0].Err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	took := time.Since(began)
+	most := keys * (10 + 10*took.Seconds())
+	if g := float64(granted.Load()); g > most || g < most*8/10 {
+		t.Errorf("%v granted, at most %.1f", g, most)
+	}
+	if n := int64(calls(t, r)); n > granted.Load()+int64(keys*took.Seconds())+checks.Load()/100 {
+		t.Errorf("%d calls for %d checks, of which %d were granted", n, checks.Load(), granted.Load())
+	}
+	t.Logf("%d checks, %d granted, %d calls", checks.Load(), granted.Load(), calls(t, r))
+}
