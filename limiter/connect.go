@@ -53,9 +53,9 @@ func (o RedisOptions) Validate() error {
 
 const urlForms = "allowed are redis://[user:password@]host:port[/database], the same with rediss://, and unix:///path/to/socket[?db=database]"
 
-// poolSize is how many connections a sidecar has to a server at most. Each carries one take at a time, so that at a round trip
-// of 1 ms they carry 32,000 takes a second.
-const poolSize = 32
+// poolSize is how many connections a sidecar has to a server at most. Takes need maxFlights; the others are for what is given back, and
+// for whoever asks besides.
+const poolSize = 16
 
 // universal is what the library is told.
 func (o RedisOptions) universal() (*redis.UniversalOptions, error) {

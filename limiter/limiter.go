@@ -187,7 +187,7 @@ func Decide(ctx context.Context, store Store, charges []Charge) Decision {
 	d.Verdicts = make([]Verdict, len(charges))
 	store.Take(ctx, charges, d.Verdicts)
 	d.Outcome = Allowed
-	failure := Allow
+	failure, left := Allow, false
 	for i := range charges {
 		c, v := &charges[i], &d.Verdicts[i]
 		switch {
@@ -197,7 +197,8 @@ func Decide(ctx context.Context, store Store, charges []Charge) Decision {
 				d.Outcome = FailedOpen
 			}
 			failure = max(failure, c.Limit.OnFailure)
-		case !v.Known():
+		case !v.Known(): // another one is denied; where none is, the store has failed
+			left = true
 		default:
 			d.Local = d.Local || v.Source == LocalSource
 			if !v.Allowed {
@@ -216,6 +217,9 @@ func Decide(ctx context.Context, store Store, charges []Charge) Decision {
 		case Delegate:
 			d.Outcome = Delegated
 		}
+	}
+	if left && d.Outcome != Limited {
+		d.Outcome = FailedClosed
 	}
 	return d
 }

@@ -16,8 +16,10 @@ func (s said) Take(_ context.Context, _ []Charge, verdicts []Verdict) { copy(ver
 
 func TestDecide(t *testing.T) {
 	failed := Verdict{Err: &StoreError{Kind: KindTimeout, Err: errors.New("late")}}
-	ok := func(remaining int64) Verdict { return Verdict{Allowed: true, Remaining: remaining} }
-	no := func(retry time.Duration) Verdict { return Verdict{RetryAfter: retry} }
+	ok := func(remaining int64) Verdict {
+		return Verdict{Allowed: true, Source: MemorySource, Remaining: remaining}
+	}
+	no := func(retry time.Duration) Verdict { return Verdict{Source: MemorySource, RetryAfter: retry} }
 	mode := func(m FailureMode) *Limit { return &Limit{OnFailure: m} }
 	shadow := &Limit{Shadow: true, OnFailure: Deny}
 	deny, allow, delegate := mode(Deny), mode(Allow), mode(Delegate)
@@ -48,6 +50,9 @@ func TestDecide(t *testing.T) {
 		{"deny over delegate over allow", []*Limit{allow, delegate, deny}, []Verdict{failed, failed, failed}, FailedClosed, -1},
 		{"delegate over allow", []*Limit{delegate, allow}, []Verdict{failed, failed}, Delegated, -1},
 		{"only who failed has a say", []*Limit{deny, allow}, []Verdict{ok(3), failed}, FailedOpen, 0},
+		{"one denies, others were not asked", []*Limit{deny, allow, deny}, []Verdict{{}, {}, no(1)}, Limited, 2},
+		{"left out without a denial", []*Limit{allow, allow}, []Verdict{ok(1), {}}, FailedClosed, 0},
+		{"a shadow was not asked", []*Limit{shadow, allow}, []Verdict{{}, ok(1)}, Allowed, 1},
 		{"a known denial decides", []*Limit{deny, deny}, []Verdict{failed, no(1)}, Limited, 1},
 		{"a known denial decides, over open too", []*Limit{deny, allow}, []Verdict{no(1), failed}, Limited, 0},
 	} {

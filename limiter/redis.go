@@ -128,17 +128,79 @@ func (r *Redis) UseLogin(o RedisOptions) error {
 	return nil
 }
 
-// Run sweeps what is kept in this process for outages, until ctx ends.
-func (r *Redis) Run(ctx context.Context) { r.local.Run(ctx) }
+// Run sweeps what is kept in this process for outages, and keeps connections ready, until ctx ends.
+func (r *Redis) Run(ctx context.Context) {
+	var wg sync.WaitGroup
+	wg.Go(func() { r.local.Run(ctx) })
+	tick := time.NewTicker(warmsEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			wg.Wait()
+			return
+		case <-tick.C:
+			ask, cancel := context.WithTimeout(ctx, warmsEvery)
+			_ = r.eachMaster(ask, func(ctx context.Context, node *redis.Client) error {
+				if node.PoolStats().TotalConns >= maxFlights {
+					return nil
+				}
+				return r.warm(ctx, node)
+			}) // what fails here fails for takes too, which say so
+			cancel()
+		}
+	}
+}
 
 // Close ends all connections.
 func (r *Redis) Close() error { return r.client.Close() }
 
-// Ping asks whether Redis answers, by the deadline of ctx. Its error is a *StoreError. A user who may not ask gets an answer,
+// Ping asks whether Redis answers, by the deadline of ctx, and opens the connections that takes need: with its dial a take could exceed
+// its caller's time, and the next one too. On a cluster it asks all masters. Its error is a *StoreError. A user who may not ask gets an answer,
 // too: what takes need is the right to scripts.
 func (r *Redis) Ping(ctx context.Context) error {
-	if err := r.client.Ping(ctx).Err(); err != nil && !redis.HasErrorPrefix(err, "NOPERM") {
+	if err := r.eachMaster(ctx, r.warm); err != nil {
 		return storeError(err)
+	}
+	return nil
+}
+
+// warmsEvery is how often connections are seen to: after an outage there may be none.
+const warmsEvery = time.Second
+
+// eachMaster calls a function for each node that takes go to.
+func (r *Redis) eachMaster(ctx context.Context, do func(context.Context, *redis.Client) error) error {
+	if r.cluster != nil {
+		return r.cluster.ForEachMaster(ctx, do)
+	}
+	return do(ctx, r.client.(*redis.Client))
+}
+
+// warm opens as many connections to a node as there may be flights, where there are fewer, and has the node read the script. It asks in any
+// case.
+func (r *Redis) warm(ctx context.Context, node *redis.Client) error {
+	var wg sync.WaitGroup
+	failed := make([]error, max(1, maxFlights-int(node.PoolStats().TotalConns)))
+	open := make([]*redis.Conn, len(failed))
+	for i := range open {
+		open[i] = node.Conn() // keeps its connection to itself until it is closed
+		wg.Go(func() {
+			if err := open[i].Ping(ctx).Err(); err != nil && !redis.HasErrorPrefix(err, "NOPERM") {
+				failed[i] = err
+			}
+		})
+	}
+	wg.Wait()
+	for _, c := range open {
+		_ = c.Close()
+	}
+	if err := errors.Join(failed...); err != nil {
+		return err
+	}
+	// Without a key the script says that it needs one. It is then known, and the first take need not send it.
+	var answer redis.Error
+	if _, err := r.run(ctx, node, &r.take, 0); err != nil && !errors.As(err, &answer) {
+		return err
 	}
 	return nil
 }
