@@ -6,12 +6,9 @@ import (
 	"time"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
-	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
-	typev3 "github.com/envoyproxy/go-control-plane/envoy/type/v3"
-	statuspb "google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/types/known/structpb"
+	"google.golang.org/protobuf/encoding/protowire"
 
 	"github.com/sluiceproxy/sluice/limiter"
 )
@@ -39,42 +36,64 @@ var manners = map[limiter.Outcome]manner{
 	limiter.Delegated:    delegate,
 }
 
+// The fields of an answer that are written. Their numbers are envoy/service/auth/v3/external_auth.proto's.
+const (
+	statusField   = 1 // of CheckResponse: google.rpc.Status
+	deniedField   = 2
+	okField       = 3
+	metadataField = 4
+
+	okUpstreamHeaders = 2 // of OkHttpResponse
+	okRemovedHeaders  = 5
+	okClientHeaders   = 6
+
+	deniedStatus  = 1 // of DeniedHttpResponse
+	deniedHeaders = 2
+	deniedBody    = 3
+
+	overwrite = uint64(corev3.HeaderValueOption_OVERWRITE_IF_EXISTS_OR_ADD)
+)
+
+// answerSize is about what an answer takes, in bytes.
+const answerSize = 512
+
 // answer tells Envoy a verdict.
-func (s *Server) answer(v *verdict) (*authv3.CheckResponse, error) {
+func (s *Server) answer(v *verdict) (*reply, error) {
+	e := &encoder{b: make([]byte, 0, answerSize)}
 	switch manners[v.decision.Outcome] {
 	case pass:
-		return s.pass(v), nil
+		s.pass(e, v)
 	case deny:
-		return s.deny(v), nil
+		s.deny(e, v)
 	case delegate:
 		return nil, status.Error(codes.Unavailable, "the store of the rate limiter does not answer")
+	default:
+		s.refuse(e, v)
 	}
-	return s.refuse(v), nil
+	return &reply{e.b}, nil
 }
 
-func (s *Server) pass(v *verdict) *authv3.CheckResponse {
-	ok := &authv3.OkHttpResponse{}
+func (s *Server) pass(e *encoder, v *verdict) {
+	e.close(e.open(statusField)) // its code is 0
 	shadows := denyingShadows(&v.decision)
+	ok := e.open(okField)
 	if len(shadows) > 0 {
-		ok.Headers = []*corev3.HeaderValueOption{header("x-sluice-shadow", strings.Join(shadows, ","))}
+		e.header(okUpstreamHeaders, "x-sluice-shadow", strings.Join(shadows, ","))
 	}
 	if v.request != nil {
 		for name := range v.request.Headers {
 			// What is removed beats what is set, so one that is set, and so replaced, is not removed.
 			if strings.HasPrefix(name, "x-sluice-") && (len(shadows) == 0 || name != "x-sluice-shadow") {
-				ok.HeadersToRemove = append(ok.HeadersToRemove, name)
+				e.text(okRemovedHeaders, name)
 			}
 		}
 	}
-	ok.ResponseHeadersToAdd = limitHeaders(v, nil)
-	return &authv3.CheckResponse{
-		Status:          &statuspb.Status{},
-		HttpResponse:    &authv3.CheckResponse_OkResponse{OkResponse: ok},
-		DynamicMetadata: s.metadata(v, shadows),
-	}
+	limitHeaders(e, okClientHeaders, v)
+	e.close(ok)
+	s.metadata(e, v, shadows)
 }
 
-func (s *Server) deny(v *verdict) *authv3.CheckResponse {
+func (s *Server) deny(e *encoder, v *verdict) {
 	d := &v.decision
 	charge, told := &d.Charges[d.Telling], &d.Verdicts[d.Telling]
 	p := problem{status: 429, title: "Too Many Requests", limit: charge.Limit.Name}
@@ -84,44 +103,44 @@ func (s *Server) deny(v *verdict) *authv3.CheckResponse {
 		p.retryAfter = seconds(told.RetryAfter) // rounded up, so at least 1
 		p.detail = "The limit " + charge.Limit.Name + " allows this request in " + strconv.FormatInt(p.retryAfter, 10) + " s."
 	}
-	headers := limitHeaders(v, []*corev3.HeaderValueOption{header("x-envoy-ratelimited", "true")})
-	if p.retryAfter > 0 && v.config.Headers.RetryAfter {
-		headers = append(headers, header("retry-after", strconv.FormatInt(p.retryAfter, 10)))
-	}
-	return s.denied(v, codes.ResourceExhausted, headers, p)
+	s.denied(e, v, codes.ResourceExhausted, p)
 }
 
-func (s *Server) refuse(v *verdict) *authv3.CheckResponse {
-	p := problem{
+func (s *Server) refuse(e *encoder, v *verdict) {
+	s.denied(e, v, codes.Unavailable, problem{
 		status:     v.config.FailureStatus,
 		title:      "Rate Limiter Unavailable",
 		detail:     "The rate limiter could not decide about this request.",
 		retryAfter: int64(s.jitter()),
-	}
-	var headers []*corev3.HeaderValueOption
-	if v.config.Headers.RetryAfter {
-		headers = append(headers, header("retry-after", strconv.FormatInt(p.retryAfter, 10)))
-	}
-	return s.denied(v, codes.Unavailable, headers, p)
+	})
 }
 
 // denied is a denial of either kind, for an HTTP client or a gRPC one.
-func (s *Server) denied(v *verdict, code codes.Code, headers []*corev3.HeaderValueOption, p problem) *authv3.CheckResponse {
-	response := &authv3.DeniedHttpResponse{Status: &typev3.HttpStatus{Code: typev3.StatusCode(p.status)}}
+func (s *Server) denied(e *encoder, v *verdict, code codes.Code, p problem) {
+	at := e.open(statusField)
+	e.integer(1, uint64(code))
+	e.close(at)
+	denied := e.open(deniedField)
+	at = e.open(deniedStatus)
+	e.integer(1, uint64(p.status))
+	e.close(at)
+	if code == codes.ResourceExhausted {
+		e.header(deniedHeaders, "x-envoy-ratelimited", "true")
+		limitHeaders(e, deniedHeaders, v)
+	}
+	if p.retryAfter > 0 && v.config.Headers.RetryAfter {
+		e.header(deniedHeaders, "retry-after", strconv.FormatInt(p.retryAfter, 10))
+	}
 	if v.request != nil && isGRPC(v.request) {
 		// Without it Envoy makes every denial UNAVAILABLE, which clients and proxies retry. The body becomes grpc-message.
-		headers = append(headers, header("grpc-status", strconv.Itoa(int(code))))
-		response.Body = p.detail
+		e.header(deniedHeaders, "grpc-status", strconv.Itoa(int(code)))
+		e.text(deniedBody, p.detail)
 	} else {
-		headers = append(headers, header("content-type", "application/problem+json"))
-		response.Body = p.json()
+		e.header(deniedHeaders, "content-type", "application/problem+json")
+		e.text(deniedBody, p.json())
 	}
-	response.Headers = headers
-	return &authv3.CheckResponse{
-		Status:          &statuspb.Status{Code: int32(code)},
-		HttpResponse:    &authv3.CheckResponse_DeniedResponse{DeniedResponse: response},
-		DynamicMetadata: s.metadata(v, denyingShadows(&v.decision)),
-	}
+	e.close(denied)
+	s.metadata(e, v, denyingShadows(&v.decision))
 }
 
 // problem is a body by RFC 9457. Its texts hold names from the config and nothing from the client.
@@ -148,24 +167,23 @@ func (p *problem) json() string {
 	return string(append(b, '}'))
 }
 
-// limitHeaders appends the headers that tell a client its limits.
-func limitHeaders(v *verdict, headers []*corev3.HeaderValueOption) []*corev3.HeaderValueOption {
+// limitHeaders writes the headers that tell a client its limits.
+func limitHeaders(e *encoder, field protowire.Number, v *verdict) {
 	d := &v.decision
 	if d.Telling < 0 {
-		return headers
+		return
 	}
 	if v.config.Headers.XRateLimit {
 		c, told := &d.Charges[d.Telling], &d.Verdicts[d.Telling]
-		headers = append(headers,
-			header("x-ratelimit-limit", strconv.FormatInt(c.Bucket.Burst(), 10)),
-			header("x-ratelimit-remaining", strconv.FormatInt(told.Remaining, 10)),
-			header("x-ratelimit-reset", strconv.FormatInt(seconds(told.FullAfter), 10)))
+		e.header(field, "x-ratelimit-limit", strconv.FormatInt(c.Bucket.Burst(), 10))
+		e.header(field, "x-ratelimit-remaining", strconv.FormatInt(told.Remaining, 10))
+		e.header(field, "x-ratelimit-reset", strconv.FormatInt(seconds(told.FullAfter), 10))
 	}
 	if v.config.Headers.RateLimit {
 		policies, limits := ietfFields(d)
-		headers = append(headers, header("ratelimit-policy", policies), header("ratelimit", limits))
+		e.header(field, "ratelimit-policy", policies)
+		e.header(field, "ratelimit", limits)
 	}
-	return headers
 }
 
 // ietfFields are the values of RateLimit-Policy and RateLimit for all enforced limits that a bucket answered for: lists of
@@ -201,18 +219,6 @@ func seconds(d time.Duration) int64 {
 	return s
 }
 
-// header sets a header: it replaces what a client or an upstream has sent. Envoy's default would add a second one.
-func header(key, value string) *corev3.HeaderValueOption {
-	h := &struct {
-		option corev3.HeaderValueOption
-		value  corev3.HeaderValue
-	}{} // one allocation for both
-	h.value.Key, h.value.Value = key, value
-	h.option.Header = &h.value
-	h.option.AppendAction = corev3.HeaderValueOption_OVERWRITE_IF_EXISTS_OR_ADD
-	return &h.option
-}
-
 // denyingShadows are the names of the shadow limits that would have denied.
 func denyingShadows(d *limiter.Decision) (names []string) {
 	for i := range d.Charges {
@@ -232,53 +238,26 @@ var sources = map[limiter.Source]string{
 	limiter.CeilingSource: "ceiling",
 }
 
-// The values of metadata that are always the same. They are only ever read.
-var (
-	outcomeValues = func() map[limiter.Outcome]*structpb.Value {
-		values := make(map[limiter.Outcome]*structpb.Value)
-		for _, o := range limiter.Outcomes {
-			values[o] = structpb.NewStringValue(o.String())
-		}
-		return values
-	}()
-	sourceValues = func() map[limiter.Source]*structpb.Value {
-		values := make(map[limiter.Source]*structpb.Value)
-		for s, name := range sources {
-			values[s] = structpb.NewStringValue(name)
-		}
-		return values
-	}()
-	noText = structpb.NewStringValue("")
-	zero   = structpb.NewNumberValue(0)
-	noList = structpb.NewListValue(&structpb.ListValue{})
-)
-
 // metadata is what Envoy's access log and other filters see of the decision.
-func (s *Server) metadata(v *verdict, shadows []string) *structpb.Struct {
+func (s *Server) metadata(e *encoder, v *verdict, shadows []string) {
 	d := &v.decision
-	fields := make(map[string]*structpb.Value, 7)
-	fields["decision"] = outcomeValues[d.Outcome]
+	at := e.open(metadataField)
+	e.textEntry("decision", d.Outcome.String())
 	if d.Telling >= 0 {
 		charge, told := &d.Charges[d.Telling], &d.Verdicts[d.Telling]
-		if fields["limit"] = s.report.of(charge.Limit).name; fields["limit"] == nil {
-			fields["limit"] = structpb.NewStringValue(charge.Limit.Name)
-		}
-		fields["remaining"] = structpb.NewNumberValue(float64(told.Remaining))
-		fields["cost"] = structpb.NewNumberValue(float64(charge.Cost))
-		fields["source"] = sourceValues[told.Source]
+		e.textEntry("limit", charge.Limit.Name)
+		e.numberEntry("remaining", float64(told.Remaining))
+		e.numberEntry("cost", float64(charge.Cost))
+		e.textEntry("source", sources[told.Source])
 		if d.Outcome == limiter.Limited && told.RetryAfter != limiter.Never {
-			fields["retry_after"] = structpb.NewNumberValue(float64(seconds(told.RetryAfter)))
+			e.numberEntry("retry_after", float64(seconds(told.RetryAfter)))
 		}
 	} else {
-		fields["limit"], fields["remaining"], fields["cost"], fields["source"] = noText, zero, zero, sourceValues[limiter.NoSource]
+		e.textEntry("limit", "")
+		e.numberEntry("remaining", 0)
+		e.numberEntry("cost", 0)
+		e.textEntry("source", sources[limiter.NoSource])
 	}
-	fields["shadow"] = noList
-	if len(shadows) > 0 {
-		names := make([]*structpb.Value, len(shadows))
-		for i, name := range shadows {
-			names[i] = structpb.NewStringValue(name)
-		}
-		fields["shadow"] = structpb.NewListValue(&structpb.ListValue{Values: names})
-	}
-	return &structpb.Struct{Fields: fields}
+	e.listEntry("shadow", shadows)
+	e.close(at)
 }

@@ -11,7 +11,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
-	"google.golang.org/protobuf/types/known/structpb"
 
 	"github.com/sluiceproxy/sluice/limiter"
 	"github.com/sluiceproxy/sluice/limiter/policy"
@@ -54,7 +53,6 @@ type limitName struct {
 
 // limitReport is what is kept ready for one limit.
 type limitReport struct {
-	name                         *structpb.Value    // nil: of many
 	allowed, limited, rejections prometheus.Counter // rejections: nil where it is a shadow limit
 	taken                        prometheus.Counter
 	ratio                        prometheus.Observer
@@ -149,7 +147,6 @@ func (r *report) add(limits ...*limiter.Limit) {
 			limited = "shadow_limited"
 		}
 		known := &limitReport{
-			name:    structpb.NewStringValue(l.Name),
 			allowed: r.decisions.WithLabelValues(name, "allowed"),
 			limited: r.decisions.WithLabelValues(name, limited),
 			taken:   r.taken.WithLabelValues(name),
@@ -159,7 +156,6 @@ func (r *report) add(limits ...*limiter.Limit) {
 			known.rejections = r.rejections.WithLabelValues(name)
 		}
 		if name == others {
-			known.name = nil
 			at = limitName{others, l.Shadow}
 		}
 		all[at] = known

@@ -16,6 +16,9 @@ import (
 // errNoHTTP is of a check that no HTTP request can have led to.
 var errNoHTTP = errors.New("the check holds no HTTP request; is the filter an HTTP filter?")
 
+// errNoCheck is of bytes that are none. What protobuf says of them is not told: it may quote them.
+var errNoCheck = errors.New("what came is not a CheckRequest")
+
 // read is what the policy sees of a check. What is missing at any level is empty there; only a check without an HTTP request is
 // an error.
 func read(check *authv3.CheckRequest) (*policy.Request, error) {

@@ -4,6 +4,7 @@ package authz
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"runtime/debug"
@@ -14,10 +15,12 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/health"
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/reflection"
+	"google.golang.org/grpc/status"
 
 	"github.com/sluiceproxy/sluice/limiter"
 	"github.com/sluiceproxy/sluice/limiter/policy"
@@ -44,8 +47,6 @@ type Options struct {
 
 // Server answers Envoy's checks. It is safe for concurrent use.
 type Server struct {
-	authv3.UnimplementedAuthorizationServer
-
 	config atomic.Pointer[policy.Config]
 	store  limiter.Store
 	report *report
@@ -83,10 +84,11 @@ func (s *Server) GRPC() *grpc.Server {
 		grpc.MaxHeaderListSize(maxHeaders),
 		grpc.MaxConcurrentStreams(maxStreams),
 		grpc.NumStreamWorkers(streamWorkers),
+		grpc.ForceServerCodecV2(newCodec()),
 		// Envoy's keepalive pings are at intervals that grpc-go would by default answer by closing the connection.
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
 	)
-	authv3.RegisterAuthorizationServer(g, s)
+	g.RegisterService(&service, s)
 	healthv1.RegisterHealthServer(g, s.health)
 	reflection.Register(g)
 	for _, service := range []string{"", authv3.Authorization_ServiceDesc.ServiceName} {
@@ -98,19 +100,43 @@ func (s *Server) GRPC() *grpc.Server {
 // Drain makes health say NOT_SERVING for good. Checks are still answered.
 func (s *Server) Drain() { s.health.Shutdown() }
 
-// Check answers one check: never an error but where a limit leaves its failures to Envoy, and never a panic.
-func (s *Server) Check(ctx context.Context, check *authv3.CheckRequest) (response *authv3.CheckResponse, err error) {
+// service is the generated service, but that its messages are read and written here.
+var service = grpc.ServiceDesc{
+	ServiceName: authv3.Authorization_ServiceDesc.ServiceName,
+	HandlerType: (*any)(nil),
+	Methods: []grpc.MethodDesc{{
+		MethodName: "Check",
+		Handler: func(s any, ctx context.Context, decode func(any) error, intercept grpc.UnaryServerInterceptor) (any, error) {
+			asked := new(question)
+			if err := decode(asked); err != nil {
+				return nil, err
+			}
+			check := func(ctx context.Context, asked any) (any, error) { return s.(*Server).check(ctx, asked.(*question)) }
+			if intercept == nil {
+				return check(ctx, asked)
+			}
+			return intercept(ctx, asked, &grpc.UnaryServerInfo{Server: s, FullMethod: authv3.Authorization_Check_FullMethodName}, check)
+		},
+	}},
+	Metadata: authv3.Authorization_ServiceDesc.Metadata,
+}
+
+// check answers one check: never an error but where a limit leaves its failures to Envoy or where what came is no check, and never a
+// panic.
+func (s *Server) check(ctx context.Context, asked *question) (answer *reply, err error) {
 	began := time.Now()
 	v := verdict{config: s.config.Load()}
 	defer func() {
 		if p := recover(); p != nil {
 			v = verdict{config: v.config, request: v.request, decision: limiter.Decision{Outcome: limiter.FailedClosed, Telling: -1}}
 			s.report.panicked(fmt.Sprintf("%T", p), debug.Stack())
-			response, err = s.answer(&v)
+			answer, err = s.answer(&v)
 		}
 		s.report.checked(&v, time.Since(began))
 	}()
-	s.decide(ctx, check, &v)
+	if err := s.decide(ctx, asked, &v); err != nil {
+		return nil, err
+	}
 	return s.answer(&v)
 }
 
@@ -123,12 +149,16 @@ type verdict struct {
 	mistakes  []error          // of the config, that the check shows
 }
 
-func (s *Server) decide(ctx context.Context, check *authv3.CheckRequest, v *verdict) {
+// decide fills v. Its error is a gRPC status, of what is no check.
+func (s *Server) decide(ctx context.Context, asked *question, v *verdict) error {
 	v.decision = limiter.Decision{Outcome: limiter.Invalid, Telling: -1}
-	request, err := read(check)
+	request, err := parse(asked.wire)
 	if err != nil {
 		v.mistakes = []error{err}
-		return
+		if !errors.Is(err, errNoHTTP) {
+			return status.Error(codes.Internal, errNoCheck.Error())
+		}
+		return nil
 	}
 	v.request = request
 	draw := v.config.Draw(request)
@@ -137,14 +167,15 @@ func (s *Server) decide(ctx context.Context, check *authv3.CheckRequest, v *verd
 	}
 	switch {
 	case draw.Invalid:
-		return
+		return nil
 	case draw.Exempt:
 		v.decision.Outcome = limiter.Exempt
-		return
+		return nil
 	}
 	v.unlimited = draw.Unlimited
 	v.decision = limiter.Decide(ctx, s.store, draw.Charges)
 	if v.decision.Outcome == limiter.Unmatched && len(draw.Unlimited) > 0 {
 		v.decision.Outcome = limiter.Allowed
 	}
+	return nil
 }

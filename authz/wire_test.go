@@ -173,10 +173,18 @@ func BenchmarkCheck(b *testing.B) {
 	}
 	b.Run("in-process", func(b *testing.B) {
 		s, _, _ := newServer(b, config, limiter.NewMemory(10, nil, prometheus.NewRegistry()))
+		r, err := s.Check(b.Context(), check)
+		good(b, r, err)
+		wire, err := proto.Marshal(check)
+		if err != nil {
+			b.Fatal(err)
+		}
+		asked := &question{string(wire)}
 		b.ReportAllocs()
 		for b.Loop() {
-			r, err := s.Check(b.Context(), check)
-			good(b, r, err)
+			if _, err := s.check(b.Context(), asked); err != nil {
+				b.Fatal(err)
+			}
 		}
 	})
 	for network, addr := range map[string]string{"tcp": "127.0.0.1:0", "unix": filepath.Join(b.TempDir(), "s.sock")} {

@@ -1,0 +1,184 @@
+package authz
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"time"
+
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
+	"github.com/google/go-cmp/cmp"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/testing/protocmp"
+	"google.golang.org/protobuf/types/known/structpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+	"pgregory.net/rapid"
+
+	"github.com/sluiceproxy/sluice/limiter/policy"
+)
+
+// Check answers a check as the generated code would have it: tests go by the messages, and so through the wire both ways.
+func (s *Server) Check(ctx context.Context, check *authv3.CheckRequest) (*authv3.CheckResponse, error) {
+	wire, err := proto.Marshal(check)
+	if err != nil {
+		return nil, err
+	}
+	answer, err := s.check(ctx, &question{string(wire)})
+	if err != nil {
+		return nil, err
+	}
+	var response authv3.CheckResponse
+	return &response, proto.Unmarshal(answer.wire, &response)
+}
+
+// agree holds parse to the generated code.
+func agree(t interface{ Errorf(string, ...any) }, wire []byte) (isCheck, isQuick bool) {
+	var check authv3.CheckRequest
+	got, err := parse(string(wire))
+	if proto.Unmarshal(wire, &check) != nil {
+		// What it skips it does not look into, so some of what is no check may be read; the rest has one error.
+		if err != nil && !errors.Is(err, errNoCheck) && !errors.Is(err, errNoHTTP) {
+			t.Errorf("%q: %v", wire, err)
+		}
+		return false, false
+	}
+	want, wantErr := read(&check)
+	if !errors.Is(err, wantErr) {
+		t.Errorf("%q: %v, want %v", wire, err, wantErr)
+	}
+	if wantErr != nil {
+		return true, false
+	}
+	if !cmp.Equal(got, want, protocmp.Transform(), cmp.Transformer("maps", func(m map[string]string) map[string]string {
+		if len(m) == 0 {
+			return nil
+		}
+		return m
+	})) {
+		t.Errorf("%q: %s", wire, cmp.Diff(got, want, protocmp.Transform()))
+	}
+	_, isQuick = quickly(string(wire), &policy.Request{})
+	return true, isQuick
+}
+
+// Checks of any form are read as the generated code reads them: with and without each field, and pieced together of two, as protobuf merges them.
+func TestParseAgrees(t *testing.T) {
+	text := rapid.OneOf(rapid.StringN(0, 20, -1), rapid.SampledFrom([]string{"", "x", "/v1/orders?page=2", string(make([]byte, 300))}))
+	texts := rapid.MapOfN(text, text, 0, 20)
+	quick := 0
+	rapid.Check(t, func(t *rapid.T) {
+		maybe := func(what string) bool { return rapid.IntRange(0, 9).Draw(t, what) > 0 }
+		seldom := func(what string) bool { return rapid.IntRange(0, 19).Draw(t, what) == 0 }
+		peer := func() *authv3.AttributeContext_Peer {
+			p := &authv3.AttributeContext_Peer{Principal: text.Draw(t, "principal"), Service: text.Draw(t, "service"), Labels: texts.Draw(t, "labels")}
+			if maybe("address") {
+				socket := &corev3.SocketAddress{Address: text.Draw(t, "ip"), PortSpecifier: &corev3.SocketAddress_PortValue{PortValue: rapid.Uint32().Draw(t, "port")}}
+				if seldom("named port") {
+					socket.PortSpecifier = &corev3.SocketAddress_NamedPort{NamedPort: "http"}
+				}
+				p.Address = &corev3.Address{Address: &corev3.Address_SocketAddress{SocketAddress: socket}}
+			}
+			if seldom("pipe") {
+				p.Address = &corev3.Address{Address: &corev3.Address_Pipe{Pipe: &corev3.Pipe{Path: "/x"}}}
+			}
+			return p
+		}
+		var wire []byte
+		pieces := 1
+		if seldom("two") {
+			pieces = 2
+		}
+		for range pieces {
+			a := &authv3.AttributeContext{}
+			if maybe("source") {
+				a.Source = peer()
+			}
+			if maybe("destination") {
+				a.Destination = peer()
+			}
+			if maybe("request") {
+				a.Request = &authv3.AttributeContext_Request{}
+				if maybe("time") {
+					a.Request.Time = &timestamppb.Timestamp{Seconds: rapid.Int64().Draw(t, "s"), Nanos: rapid.Int32Range(0, 999_999_999).Draw(t, "ns")}
+				}
+				if maybe("http") {
+					a.Request.Http = &authv3.AttributeContext_HttpRequest{
+						Id: "1", Method: text.Draw(t, "method"), Headers: texts.Draw(t, "headers"), Path: text.Draw(t, "path"), Host: text.Draw(t, "host"),
+						Scheme: text.Draw(t, "scheme"), Query: text.Draw(t, "query"), Fragment: "f", Size: rapid.Int64().Draw(t, "size"),
+						Protocol: text.Draw(t, "protocol"), Body: text.Draw(t, "body"), RawBody: []byte("\xff"),
+					}
+					if seldom("raw") {
+						a.Request.Http.HeaderMap = &corev3.HeaderMap{Headers: []*corev3.HeaderValue{{Key: "A", RawValue: []byte("b")}, {Key: "a", Value: "c"}}}
+					}
+				}
+			}
+			a.ContextExtensions = texts.Draw(t, "context")
+			if seldom("metadata") {
+				a.MetadataContext = &corev3.Metadata{FilterMetadata: map[string]*structpb.Struct{"f": {Fields: map[string]*structpb.Value{"a": structpb.NewNumberValue(1)}}}}
+			}
+			a.TlsSession = &authv3.AttributeContext_TLSSession{Sni: text.Draw(t, "sni")}
+			piece, err := proto.Marshal(&authv3.CheckRequest{Attributes: a})
+			if err != nil {
+				t.Fatal(err)
+			}
+			wire = append(wire, piece...)
+		}
+		if _, isQuick := agree(t, wire); isQuick {
+			quick++
+		}
+		// Cut anywhere it is still no panic.
+		agree(t, wire[:rapid.IntRange(0, len(wire)).Draw(t, "cut")])
+	})
+	if quick < 30 {
+		t.Errorf("only %d were read quickly", quick)
+	}
+}
+
+// Bytes of any form, as whoever reaches the socket may send them.
+func FuzzParseCheck(f *testing.F) {
+	check := checkOf()
+	check.GetAttributes().GetRequest().Time = timestamppb.New(time.Unix(1_700_000_000, 5))
+	wire, err := proto.Marshal(check)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(wire)
+	f.Add([]byte("\x0a\x04\x0a\x02\x0a\x00"))
+	f.Add([]byte("\x0a\x02\x22\x00"))
+	f.Fuzz(func(t *testing.T, wire []byte) { agree(t, wire) })
+}
+
+// BenchmarkParse reads a check as the generated code does, and from the wire.
+//
+//	go test ./authz -run '^$' -bench Parse
+func BenchmarkParse(b *testing.B) {
+	wire, err := proto.Marshal(checkOf())
+	if err != nil {
+		b.Fatal(err)
+	}
+	if _, quick := agree(b, wire); !quick {
+		b.Fatal("an ordinary check is not read quickly")
+	}
+	b.Run("generated", func(b *testing.B) {
+		b.ReportAllocs()
+		for b.Loop() {
+			var check authv3.CheckRequest
+			if err := proto.Unmarshal(wire, &check); err != nil {
+				b.Fatal(err)
+			}
+			if _, err := read(&check); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+	b.Run("quick", func(b *testing.B) {
+		text := string(wire)
+		b.ReportAllocs()
+		for b.Loop() {
+			if _, err := parse(text); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+}
