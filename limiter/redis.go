@@ -156,8 +156,7 @@ func (r *Redis) Run(ctx context.Context) {
 func (r *Redis) Close() error { return r.client.Close() }
 
 // Ping asks whether Redis answers, by the deadline of ctx, and opens the connections that takes need: with its dial a take could exceed
-// its caller's time, and the next one too. On a cluster it asks all masters. Its error is a *StoreError. A user who may not ask gets an answer,
-// too: what takes need is the right to scripts.
+// its caller's time, and the next one too. On a cluster it asks all masters. Its error is a *StoreError.
 func (r *Redis) Ping(ctx context.Context) error {
 	if err := r.eachMaster(ctx, r.warm); err != nil {
 		return storeError(err)
@@ -185,17 +184,17 @@ func (r *Redis) warm(ctx context.Context, node *redis.Client) error {
 	for i := range open {
 		open[i] = node.Conn() // keeps its connection to itself until it is closed
 		wg.Go(func() {
-			if err := open[i].Ping(ctx).Err(); err != nil && !redis.HasErrorPrefix(err, "NOPERM") {
-				failed[i] = err
-			}
+			failed[i] = open[i].Time(ctx).Err() // which takes have the right to, unlike PING
 		})
 	}
 	wg.Wait()
 	for _, c := range open {
 		_ = c.Close()
 	}
-	if err := errors.Join(failed...); err != nil {
-		return err
+	for _, err := range failed {
+		if err != nil {
+			return err
+		}
 	}
 	// Without a key the script says that it needs one. It is then known, and the first take need not send it.
 	var answer redis.Error
@@ -489,8 +488,10 @@ func storeError(err error) *StoreError {
 	case errors.As(err, &network) && network.Timeout():
 		kind = KindTimeout
 	case errors.As(err, &answer):
-		code, _, _ := strings.Cut(answer.Error(), " ")
-		kind = kindOfCode(code)
+		code, text, _ := strings.Cut(answer.Error(), " ")
+		if kind = kindOfCode(code); strings.HasPrefix(text, "The user executing the script") || strings.HasPrefix(text, "ACL failure in script") {
+			kind = KindAuth
+		}
 	default: // EOF, reset, refused, TLS, closed: all that is not an answer
 		kind = KindConnection
 	}
