@@ -2,9 +2,17 @@ package main
 
 import (
 	"context"
+	"encoding/binary"
+	"flag"
 	"fmt"
+	"io"
 	"net"
+	"net/http"
 	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -14,6 +22,7 @@ import (
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
+	"github.com/redis/go-redis/v9"
 	"google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/types/known/structpb"
@@ -44,17 +53,65 @@ func checkRequest(ip, method, path string, headers map[string]string) *authv3.Ch
 	}}
 }
 
-// constantServer is what sluice is compared with: the least that a gRPC server at its defaults, on a Go at its defaults, must do to
-// give the same answer.
-func constantServer() {
+// serveBaseline serves a server that sluice is compared with, on a port that it prints. As tuned it has sluice's collector and
+// workers; else gRPC and Go are at their defaults.
+func serveBaseline(server authv3.AuthorizationServer, tuned bool) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		panic(err)
 	}
+	var options []grpc.ServerOption
+	if tuned {
+		debug.SetGCPercent(400)
+		options = append(options, grpc.NumStreamWorkers(8))
+	}
+	s := grpc.NewServer(options...)
+	authv3.RegisterAuthorizationServer(s, server)
 	fmt.Println(l.Addr())
-	s := grpc.NewServer()
-	authv3.RegisterAuthorizationServer(s, constant{})
 	_ = s.Serve(l)
+}
+
+// constantServer is the least that a gRPC server must do to give sluice's answer: it decides nothing.
+func constantServer(tuned bool) { serveBaseline(constant{}, tuned) }
+
+// plainServer is a sidecar as one writes it first: the generated code, and one EVALSHA a check, of sluice's own script.
+func plainServer(url string) {
+	options, err := redis.ParseURL(url)
+	if err != nil {
+		panic(err)
+	}
+	options.PoolSize = 32
+	p := plainSidecar{client: redis.NewClient(options), script: redis.NewScript(os.Getenv("SLUICE_TEST_SCRIPT"))}
+	if err := p.script.Load(context.Background(), p.client).Err(); err != nil {
+		panic(err)
+	}
+	serveBaseline(p, true)
+}
+
+type plainSidecar struct {
+	client *redis.Client
+	script *redis.Script
+}
+
+// oneCharge is the script's argument: a token of a bucket of 1e9 that refills at 1e9/s.
+func oneCharge() string {
+	b := binary.BigEndian.AppendUint64(nil, 1_000_000_000)[1:]          // n tokens
+	b = append(b, binary.BigEndian.AppendUint64(nil, 1_000_000)[2:]...) // each p microseconds
+	b = binary.BigEndian.AppendUint32(b, 1_000_000_000)
+	b = binary.BigEndian.AppendUint32(b, 1)
+	return string(append(b, 4))
+}
+
+func (p plainSidecar) Check(ctx context.Context, check *authv3.CheckRequest) (*authv3.CheckResponse, error) {
+	ip := check.GetAttributes().GetSource().GetAddress().GetSocketAddress().GetAddress()
+	reply, err := p.script.EvalSha(ctx, p.client, []string{"sluice:plain:per-client:{" + ip + "}"}, oneCharge()).Text()
+	if err != nil {
+		return nil, err
+	}
+	if len(reply) != 18 || reply[7] != 3 {
+		return nil, fmt.Errorf("the script said %q", reply)
+	}
+	return constant{}.Check(ctx, check)
 }
 
 type constant struct{}
@@ -100,70 +157,117 @@ func cpu(b *testing.B, pid int) time.Duration {
 	return time.Duration(ticks) * 10 * time.Millisecond
 }
 
-// BenchmarkCheckCPU prints, from one run on one machine, what a check costs the server's processor, and Redis's, beside a server that
-// gives a constant answer. 64 callers on two connections and a thousand keys; the servers take turns, so that a noisy machine is noisy for all.
-//
-//	go test ./cmd/sluice -run '^$' -bench CheckCPU -benchtime 1x
-func BenchmarkCheckCPU(b *testing.B) {
-	const callers, keys, rounds, each = 64, 1000, 5, 30_000
-	const config = `
-limits:
-  - {name: per-client, key: client.ip, rate: 1000000000/s}
-`
-	redis := redistest.Start(b)
-	servers := []*measured{{name: "constant answer"}, {name: "sluice, in process"}, {name: "sluice, on Redis"}}
-	servers[0].start(b, startConstant(b))
-	for i, args := range [][]string{nil, {"--redis", redis.URL()}} {
-		p := startSluice(b, append([]string{"--config", file(b, "sluice.yaml", config)}, args...)...)
-		servers[i+1].start(b, p)
+// The script as sluice sends it.
+func benchScript(b *testing.B) string {
+	b.Helper()
+	text, err := os.ReadFile(filepath.Join("..", "..", "limiter", "take.lua"))
+	if err != nil {
+		b.Fatal(err)
 	}
-	requests := make([]*authv3.CheckRequest, keys)
-	for i := range requests {
-		requests[i] = from(fmt.Sprintf("10.1.%d.%d", i/250, i%250), "/v1/orders?page=2")
-	}
+	return string(text) + "local t = redis.call('TIME') return take(t[1] * 1000000 + t[2])\n"
+}
 
+// plot is where BenchmarkServers draws its result.
+var plot = flag.String("plot", "", "an SVG `file` for BenchmarkServers")
+
+// BenchmarkServers prints, from one run on one machine, what a check costs the server's processor and Redis's, beside servers that do less: by 1,
+// 16 and 64 callers on two connections, on a thousand keys. The servers take turns, so that a noisy machine is noisy for all.
+//
+//	go test ./cmd/sluice -run '^$' -bench Servers -benchtime 1x -plot ../../limiter/speed.svg
+func BenchmarkServers(b *testing.B) {
+	const keys, rounds = 1000, 5
+	const open = "limits: [{name: per-client, key: client.ip, rate: 1000000000/s}]"
+	const slow = "limits: [{name: per-client, key: client.ip, rate: 1/s}]"
+	store := redistest.Start(b)
+	script := benchScript(b)
+	servers := []*measured{
+		{name: "constant answer", process: startBaseline(b, "constant", nil)},
+		{name: "constant, tuned", process: startBaseline(b, "constant", nil, "tuned")},
+		{name: "plain sidecar", process: startBaseline(b, "plain", []string{"SLUICE_TEST_SCRIPT=" + script}, store.URL())},
+	}
+	executable = build(b)
+	servers = append(servers, []*measured{
+		{name: "sluice, in process", process: startSluice(b, "--config", file(b, "a.yaml", open))},
+		{name: "sluice, on Redis", process: startSluice(b, "--config", file(b, "b.yaml", open), "--redis", store.URL())},
+		{name: "sluice, flooded", process: startSluice(b, "--config", file(b, "c.yaml", slow), "--redis", store.URL(), "--domain", "flood"), flood: true},
+	}...)
+	many := make([]*authv3.CheckRequest, keys)
+	for i := range many {
+		many[i] = from(fmt.Sprintf("10.1.%d.%d", i/250, i%250), "/v1/orders?page=2")
+	}
+	for _, s := range servers {
+		s.requests = many
+		if s.flood {
+			s.requests = many[:10]
+		}
+		s.start(b)
+	}
+	bare := bareEVALSHA(b, store, script)
 	for b.Loop() {
-		for round := range rounds + 1 {
+		for _, load := range []struct{ callers, each int }{{1, 3000}, {16, 20_000}, {64, 30_000}} {
 			for _, s := range servers {
-				cpuBefore, redisBefore, scriptsBefore, began := cpu(b, s.pid), redis.CPU(), evalshas(b, redis), time.Now()
-				s.load(b, requests, callers, each)
-				if round == 0 { // warms up
-					s.latencies = s.latencies[:0]
-					continue
+				s.reset()
+			}
+			for round := range rounds + 1 {
+				for _, s := range servers {
+					s.round(b, store, load.callers, load.each, round > 0)
 				}
-				s.cpu += cpu(b, s.pid) - cpuBefore
-				s.redis += redis.CPU() - redisBefore
-				s.scripts += evalshas(b, redis) - scriptsBefore
-				s.took += time.Since(began)
-				s.checks += each
+			}
+			fmt.Printf("\n%d callers\n%-20s %10s %10s %8s %8s %12s %10s %8s %8s %8s\n", load.callers, "", "server µs", "Redis µs", "server", "both",
+				"Redis calls", "checks/s", "p50 µs", "p99 µs", "p99.9 µs")
+			for _, s := range servers {
+				s.print(servers[0])
+			}
+			if load.callers == 64 {
+				sluice := servers[4]
+				fmt.Printf("\nmarks: server and Redis over constant %.2f, throughput over constant %.2f and over plain %.2f, in process %.2f, flooded %.2f; "+
+					"flooded: %d grants, %d Redis calls, %d checks in %v; memory of sluice on Redis %d MiB\n",
+					sluice.both()/servers[0].both(), sluice.throughput()/servers[0].throughput(), sluice.throughput()/servers[2].throughput(),
+					servers[3].server()/servers[0].server(), servers[5].server()/servers[0].server(),
+					servers[5].granted, servers[5].scripts, servers[5].checks, servers[5].took.Round(time.Millisecond), rss(b, sluice.process.cmd.Process.Pid)>>20)
+				if *plot != "" {
+					draw(b, *plot, servers)
+				}
+			} else if load.callers == 1 {
+				fmt.Printf("\nmark: p50 over constant's %.2f of a bare EVALSHA's %v\n",
+					float64(servers[4].quantile(.5)-servers[0].quantile(.5))/float64(bare), bare)
 			}
 		}
 	}
-	base := float64(servers[0].cpu) / float64(servers[0].checks)
-	fmt.Printf("\n%-20s %12s %8s %12s %12s %10s %9s %9s\n", "", "server µs", "ratio", "redis µs", "EVALSHAs", "checks/s", "p50 µs", "p99 µs")
-	for _, s := range servers {
-		n := float64(s.checks)
-		slices.Sort(s.latencies)
-		fmt.Printf("%-20s %12.1f %8.2f %12.1f %12.2f %10.0f %9d %9d\n", s.name, float64(s.cpu.Microseconds())/n, float64(s.cpu)/n/base,
-			float64(s.redis.Microseconds())/n, float64(s.scripts)/n, n/s.took.Seconds(),
-			s.latencies[len(s.latencies)/2].Microseconds(), s.latencies[len(s.latencies)*99/100].Microseconds())
+}
+
+// build builds sluice as users have it, for this benchmark's processes.
+func build(b *testing.B) string {
+	b.Helper()
+	path := filepath.Join(b.TempDir(), "sluice")
+	if out, err := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", path, ".").CombinedOutput(); err != nil {
+		b.Fatalf("%v\n%s", err, out)
 	}
-	b.ReportMetric(float64(servers[1].cpu)/float64(servers[1].checks)/base, "memory/constant")
-	b.ReportMetric(float64(servers[2].cpu)/float64(servers[2].checks)/base, "redis/constant")
+	b.Cleanup(func() { executable = os.Args[0] })
+	return path
 }
 
-func evalshas(b *testing.B, s *redistest.Server) int {
+// bareEVALSHA is the median of one caller's call of the script.
+func bareEVALSHA(b *testing.B, store *redistest.Server, text string) time.Duration {
 	b.Helper()
-	_, rest, _ := strings.Cut(s.Info("commandstats")["cmdstat_evalsha"], "calls=")
-	n, _, _ := strings.Cut(rest, ",")
-	calls, _ := strconv.Atoi(n) // none yet: 0
-	return calls
+	client, script := store.Client(), redis.NewScript(text)
+	var took []time.Duration
+	for i := range 3000 {
+		began := time.Now()
+		reply, err := script.Run(b.Context(), client, []string{fmt.Sprintf("sluice:bare:{%d}", i%1000)}, oneCharge()).Text()
+		if took = append(took, time.Since(began)); err != nil || len(reply) != 18 {
+			b.Fatal(reply, err)
+		}
+	}
+	slices.Sort(took)
+	return took[len(took)/2]
 }
 
-// startConstant starts constantServer as a process.
-func startConstant(b *testing.B) *process {
+// startBaseline starts one of the servers above as a process.
+func startBaseline(b *testing.B, mode string, env []string, args ...string) *process {
 	b.Helper()
-	p := start(b, "constant", nil)
+	p := start(b, mode, env, args...)
+	p.cmd.Stderr = os.Stderr
 	out, err := p.cmd.StdoutPipe()
 	if err != nil {
 		b.Fatal(err)
@@ -183,21 +287,22 @@ func startConstant(b *testing.B) *process {
 
 // measured is one server of a comparison.
 type measured struct {
-	name  string
-	pid   int
-	conns []*grpc.ClientConn
+	name     string
+	process  *process
+	flood    bool // it denies nearly all
+	requests []*authv3.CheckRequest
+	conns    []*grpc.ClientConn
 
-	checks, scripts  int
-	cpu, redis, took time.Duration
-	latencies        []time.Duration
+	checks, granted, scripts int
+	cpu, redis, took         time.Duration
+	latencies                []time.Duration
 }
 
 // start connects to the server and looks at its answer: one that gives the wrong one is not worth timing.
-func (m *measured) start(b *testing.B, p *process) {
+func (m *measured) start(b *testing.B) {
 	b.Helper()
-	m.pid = p.cmd.Process.Pid
 	for range 2 {
-		m.conns = append(m.conns, dial(b, p.grpc))
+		m.conns = append(m.conns, dial(b, m.process.grpc))
 	}
 	answer, err := authv3.NewAuthorizationClient(m.conns[0]).Check(b.Context(), from("192.0.2.1", "/"))
 	if err != nil {
@@ -207,34 +312,318 @@ func (m *measured) start(b *testing.B, p *process) {
 	for _, h := range answer.GetOkResponse().GetResponseHeadersToAdd() {
 		got[h.GetHeader().GetKey()] = h.GetHeader().GetValue()
 	}
-	if got["x-ratelimit-limit"] != "1000000000" || got["x-ratelimit-remaining"] != "999999999" || len(got) != 3 ||
-		len(answer.GetDynamicMetadata().GetFields()) != 6 {
+	limit, left := "1000000000", "999999999"
+	if m.flood {
+		limit, left = "1", "0"
+	}
+	if got["x-ratelimit-limit"] != limit || got["x-ratelimit-remaining"] != left || len(got) != 3 || len(answer.GetDynamicMetadata().GetFields()) != 6 {
 		b.Fatalf("%s answers %v", m.name, answer)
 	}
 }
 
-// load makes checks from that many callers.
-func (m *measured) load(b *testing.B, requests []*authv3.CheckRequest, callers, checks int) {
+func (m *measured) reset() {
+	m.checks, m.granted, m.scripts, m.cpu, m.redis, m.took, m.latencies = 0, 0, 0, 0, 0, 0, m.latencies[:0]
+}
+
+// round loads the server, and counts that unless it is for warming up.
+func (m *measured) round(b *testing.B, store *redistest.Server, callers, each int, counts bool) {
+	b.Helper()
+	before := *m
+	cpuBefore, redisBefore, scriptsBefore, began := cpu(b, m.process.cmd.Process.Pid), store.CPU(), evalshas(b, store), time.Now()
+	m.load(b, callers, each)
+	if !counts {
+		m.granted, m.latencies = before.granted, before.latencies
+		return
+	}
+	m.took += time.Since(began)
+	m.cpu += cpu(b, m.process.cmd.Process.Pid) - cpuBefore
+	m.redis += store.CPU() - redisBefore
+	m.scripts += evalshas(b, store) - scriptsBefore
+	m.checks += each
+}
+
+func (m *measured) server() float64     { return float64(m.cpu.Microseconds()) / float64(m.checks) }
+func (m *measured) ofRedis() float64    { return float64(m.redis.Microseconds()) / float64(m.checks) }
+func (m *measured) both() float64       { return m.server() + m.ofRedis() }
+func (m *measured) throughput() float64 { return float64(m.checks) / m.took.Seconds() }
+
+func (m *measured) quantile(q float64) time.Duration {
+	slices.Sort(m.latencies)
+	return m.latencies[int(float64(len(m.latencies)-1)*q)]
+}
+
+func (m *measured) print(base *measured) {
+	fmt.Printf("%-20s %10.1f %10.1f %8.2f %8.2f %12.3f %10.0f %8d %8d %8d\n", m.name, m.server(), m.ofRedis(), m.server()/base.server(), m.both()/base.both(),
+		float64(m.scripts)/float64(m.checks), m.throughput(), m.quantile(.5).Microseconds(), m.quantile(.99).Microseconds(), m.quantile(.999).Microseconds())
+}
+
+func evalshas(b *testing.B, s *redistest.Server) int {
+	b.Helper()
+	_, rest, _ := strings.Cut(s.Info("commandstats")["cmdstat_evalsha"], "calls=")
+	n, _, _ := strings.Cut(rest, ",")
+	calls, _ := strconv.Atoi(n) // none yet: 0
+	return calls
+}
+
+// rss is a process's resident memory in bytes.
+func rss(b testing.TB, pid int) int {
+	b.Helper()
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		b.Fatal(err)
+	}
+	found := regexp.MustCompile(`VmRSS:\s+(\d+) kB`).FindSubmatch(text)
+	kB, err := strconv.Atoi(string(found[1]))
+	if err != nil {
+		b.Fatal(err)
+	}
+	return kB << 10
+}
+
+// draw writes a bar for each server: its processor time a check, and Redis's.
+func draw(b *testing.B, path string, servers []*measured) {
+	b.Helper()
+	const left, top, bar, scale = 150, 34, 26, 5.0 // pixels, and pixels a microsecond
+	var most float64
+	for _, s := range servers {
+		most = max(most, s.both())
+	}
+	width, height := left+int(most*scale)+150, top+bar*len(servers)+34
+	var svg strings.Builder
+	fmt.Fprintf(&svg, `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" width="%d" height="%d" font-family="sans-serif" font-size="12">
+<rect width="100%%" height="100%%" fill="#fff"/>
+<text x="10" y="20" font-weight="bold">Processor time of one check, in µs, by 64 callers</text>
+`, width, height, width, height)
+	for i, s := range servers {
+		y := top + bar*i
+		fmt.Fprintf(&svg, `<text x="%d" y="%d" text-anchor="end">%s</text><rect x="%d" y="%d" width="%.0f" height="18" fill="#2f6f9f"/>`,
+			left-8, y+14, s.name, left, y, s.server()*scale)
+		fmt.Fprintf(&svg, `<rect x="%.0f" y="%d" width="%.0f" height="18" fill="#d9822b"/><text x="%.0f" y="%d">%.1f + %.1f</text>`+"\n",
+			left+s.server()*scale, y, s.ofRedis()*scale, left+s.both()*scale+8, y+14, s.server(), s.ofRedis())
+	}
+	y := top + bar*len(servers) + 8
+	fmt.Fprintf(&svg, `<rect x="%d" y="%d" width="12" height="12" fill="#2f6f9f"/><text x="%d" y="%d">the server's</text>`, left, y, left+18, y+11)
+	fmt.Fprintf(&svg, `<rect x="%d" y="%d" width="12" height="12" fill="#d9822b"/><text x="%d" y="%d">Redis's</text>`+"\n</svg>\n", left+110, y, left+128, y+11)
+	if err := os.WriteFile(path, []byte(svg.String()), 0o644); err != nil {
+		b.Fatal(err)
+	}
+}
+
+// load makes checks from that many callers, at requests in turn.
+func (m *measured) load(b *testing.B, callers, checks int) {
 	b.Helper()
 	var wg sync.WaitGroup
 	var mu sync.Mutex
 	for c := range callers {
 		wg.Go(func() {
 			client := authv3.NewAuthorizationClient(m.conns[c%len(m.conns)])
-			mine := make([]time.Duration, 0, checks/callers+1)
+			mine, granted := make([]time.Duration, 0, checks/callers+1), 0
 			for i := c; i < checks; i += callers {
 				began := time.Now()
-				answer, err := client.Check(b.Context(), requests[i%len(requests)])
+				answer, err := client.Check(b.Context(), m.requests[i%len(m.requests)])
 				mine = append(mine, time.Since(began))
-				if err != nil || answer.GetStatus().GetCode() != 0 {
+				code := answer.GetStatus().GetCode()
+				if err != nil || code != 0 && (code != 8 || !m.flood) {
 					b.Errorf("%s: %v, %v", m.name, answer, err)
 					return
+				}
+				if code == 0 {
+					granted++
 				}
 			}
 			mu.Lock()
 			defer mu.Unlock()
+			m.granted += granted
 			m.latencies = append(m.latencies, mine...)
 		})
 	}
 	wg.Wait()
+}
+
+// BenchmarkGrowth prints how sluice's cost grows: with the number of limits, with keys, with sidecars that share one Redis, and on a Redis Cluster of
+// three masters. By 64 callers, each row beside the first of its kind.
+//
+//	go test ./cmd/sluice -run '^$' -bench Growth -benchtime 1x
+func BenchmarkGrowth(b *testing.B) {
+	const each, rounds = 30_000, 3
+	store := redistest.Start(b)
+	config := func(limits int, redis string) string {
+		var text strings.Builder
+		text.WriteString(redis + "limits:\n  - {name: per-client, key: client.ip, rate: 1000000000/s}\n")
+		for i := range limits - 1 {
+			fmt.Fprintf(&text, "  - {name: l%d, match: {paths: [/elsewhere/%d]}, rate: 1/s}\n", i, i)
+		}
+		return file(b, "sluice.yaml", text.String())
+	}
+	keys := func(n int) []*authv3.CheckRequest {
+		all := make([]*authv3.CheckRequest, n)
+		for i := range all {
+			all[i] = from(fmt.Sprintf("10.%d.%d.%d", i>>16, i>>8&255, i&255), "/v1/orders?page=2")
+		}
+		return all
+	}
+	show := func(what string, s *measured, sidecars []*measured) {
+		for range rounds {
+			before := make([]time.Duration, len(sidecars))
+			for i, o := range sidecars {
+				before[i] = cpu(b, o.process.cmd.Process.Pid)
+			}
+			s.round(b, store, 64, each, true)
+			for i, o := range sidecars {
+				s.cpu += cpu(b, o.process.cmd.Process.Pid) - before[i]
+			}
+		}
+		fmt.Printf("%-28s %10.1f %10.1f %10.0f\n", what, s.server(), s.ofRedis(), s.throughput())
+	}
+	for b.Loop() {
+		fmt.Printf("\n%-28s %10s %10s %10s\n", "", "server µs", "Redis µs", "checks/s")
+		for _, limits := range []int{1, 10, 100, 1000, 10_000} {
+			s := &measured{name: "limits", process: startSluice(b, "--config", config(limits, "")), requests: keys(1000)}
+			s.start(b)
+			show(fmt.Sprint(limits, " limits, in process"), s, nil)
+			s.process.stop()
+		}
+		for _, n := range []int{1, 1000, 100_000, 1_000_000} {
+			s := &measured{name: "keys", process: startSluice(b, "--config", config(1, ""), "--redis", store.URL(), "--domain", fmt.Sprint("keys-", n)), requests: keys(min(n, rounds*each))}
+			s.start(b)
+			if n > len(s.requests) { // the others are in Redis before
+				fill(b, store, n-len(s.requests))
+			}
+			show(fmt.Sprint(n, " keys, on Redis"), s, nil)
+			s.process.stop()
+		}
+		for _, n := range []int{1, 10, 50} {
+			var sidecars []*measured
+			all := &measured{name: "sidecars", requests: keys(1000)}
+			for range n {
+				s := &measured{name: "sidecar", process: startSluice(b, "--config", config(1, ""), "--redis", store.URL(), "--domain", fmt.Sprint("many-", n)), requests: all.requests}
+				s.conns = append(s.conns, dial(b, s.process.grpc))
+				sidecars = append(sidecars, s)
+				all.conns = append(all.conns, s.conns...)
+			}
+			all.process = sidecars[0].process
+			show(fmt.Sprint(n, " sidecars on one Redis"), all, sidecars[1:])
+			for _, s := range sidecars {
+				s.process.stop()
+			}
+		}
+		nodes := redistest.StartCluster(b, 3)
+		var addresses []string
+		for _, node := range nodes {
+			addresses = append(addresses, node.Addr)
+		}
+		s := &measured{name: "cluster", process: startSluice(b, "--config", config(1,
+			"store: {redis: {mode: cluster, addresses: ["+strings.Join(addresses, ", ")+"]}}\n")), requests: keys(1000)}
+		s.start(b)
+		show("a cluster of 3 masters", s, nil) // Redis's time is not that of store
+		s.process.stop()
+	}
+}
+
+// fill stores keys that nobody asks for.
+func fill(b *testing.B, store *redistest.Server, n int) {
+	b.Helper()
+	client, text := store.Client(), strings.Repeat("x", 37)
+	for at := 0; at < n; {
+		p := client.Pipeline()
+		for range min(10_000, n-at) {
+			p.Set(b.Context(), fmt.Sprintf("sluice:fill:per-client:{%d}", at), text, time.Hour)
+			at++
+		}
+		if _, err := p.Exec(b.Context()); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+// BenchmarkThroughEnvoy prints how long one caller waits for an answer through a real Envoy: without a filter, with one that asks a constant answer,
+// and with sluice.
+//
+//	go test ./cmd/sluice -run '^$' -bench ThroughEnvoy -benchtime 1x
+func BenchmarkThroughEnvoy(b *testing.B) {
+	const each, rounds = 2000, 5
+	const config = "limits: [{name: per-client, key: client.ip, rate: 1000000000/s}]"
+	store, up := redistest.Start(b), startUpstream(b)
+	upstream := up.Listener.Addr().String()
+	constant := startBaseline(b, "constant", nil)
+	noFilter := func(bootstrap string) string {
+		from, to := strings.Index(bootstrap, "          - name: envoy.filters.http.ext_authz"), strings.Index(bootstrap, "          - name: envoy.filters.http.router")
+		return bootstrap[:from] + bootstrap[to:]
+	}
+	ways := []struct {
+		name, url string
+		filtered  bool
+		took      []time.Duration
+	}{
+		{name: "no filter", url: startEnvoy(b, constant.grpc, upstream, noFilter)},
+		{name: "constant answer", url: startEnvoy(b, constant.grpc, upstream), filtered: true},
+		{name: "sluice, in process", url: startEnvoy(b, startSluice(b, "--config", file(b, "a.yaml", config)).grpc, upstream), filtered: true},
+		{name: "sluice, on Redis", url: startEnvoy(b, startSluice(b, "--config", file(b, "b.yaml", config), "--redis", store.URL()).grpc, upstream), filtered: true},
+	}
+	c := client(b)
+	for b.Loop() {
+		for round := range rounds + 1 {
+			for i := range ways {
+				w := &ways[i]
+				for range each {
+					began := time.Now()
+					response, err := c.Get("http://" + w.url + "/")
+					if err != nil {
+						b.Fatal(err)
+					}
+					_, err = io.Copy(io.Discard, response.Body)
+					_ = response.Body.Close()
+					took := time.Since(began)
+					if err != nil || response.StatusCode != http.StatusOK || (response.Header.Get("x-ratelimit-limit") == "1000000000") != w.filtered {
+						b.Fatal(w.name, response.Status, response.Header, err)
+					}
+					if round > 0 {
+						w.took = append(w.took, took)
+					}
+				}
+			}
+		}
+		for i := range ways {
+			slices.Sort(ways[i].took)
+		}
+		fmt.Printf("\n%-20s %8s %8s %8s\n", "through Envoy", "p50 µs", "p99 µs", "p50 over constant's")
+		for _, w := range ways {
+			p50 := w.took[len(w.took)/2]
+			fmt.Printf("%-20s %8d %8d %8.2f\n", w.name, p50.Microseconds(), w.took[len(w.took)*99/100].Microseconds(),
+				float64(p50)/float64(ways[1].took[len(ways[1].took)/2]))
+		}
+	}
+}
+
+// BenchmarkStart prints how long a sidecar takes from its start until it is ready, with a Redis.
+//
+//	go test ./cmd/sluice -run '^$' -bench Start -benchtime 1x
+func BenchmarkStart(b *testing.B) {
+	store := redistest.Start(b)
+	binary := build(b)
+	config := file(b, "sluice.yaml", "limits: [{name: per-client, key: client.ip, rate: 10/s}]")
+	for b.Loop() {
+		var all []time.Duration
+		for range 20 {
+			metrics := redistest.FreePort(b)
+			c := exec.Command(binary, "run", "--config", config, "--redis", store.URL(), "--grpc", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--metrics", "127.0.0.1:"+metrics)
+			began := time.Now()
+			if err := c.Start(); err != nil {
+				b.Fatal(err)
+			}
+			await(b, func() bool {
+				response, err := http.Get("http://127.0.0.1:" + metrics + "/readyz")
+				if err != nil {
+					return false
+				}
+				_ = response.Body.Close()
+				return response.StatusCode == http.StatusOK
+			})
+			all = append(all, time.Since(began))
+			_ = c.Process.Kill()
+			_ = c.Wait()
+		}
+		slices.Sort(all)
+		fmt.Printf("\nfrom the start to /readyz: median %v, slowest of %d %v\n", all[len(all)/2].Round(time.Millisecond), len(all), all[len(all)-1].Round(time.Millisecond))
+	}
 }

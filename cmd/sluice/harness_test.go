@@ -24,11 +24,17 @@ func TestMain(m *testing.M) {
 	case "sluice":
 		main() // ends the process
 	case "constant":
-		constantServer()
+		constantServer(len(os.Args) > 1)
+		return
+	case "plain":
+		plainServer(os.Args[1])
 		return
 	}
 	os.Exit(m.Run())
 }
+
+// executable is what processes run.
+var executable = os.Args[0]
 
 // within bounds every wait of these tests. It is never slept.
 const within = 30 * time.Second
@@ -62,7 +68,7 @@ type process struct {
 // start runs sluice with args and further environment ("NAME=value"), and does not wait for it.
 func start(t testing.TB, mode string, env []string, args ...string) *process {
 	t.Helper()
-	p := &process{t: t, cmd: exec.Command(os.Args[0], args...), done: make(chan struct{})}
+	p := &process{t: t, cmd: exec.Command(executable, args...), done: make(chan struct{})}
 	// With -race a process sleeps a second before it ends, unless it is told not to.
 	p.cmd.Env = append(os.Environ(), execEnv+"="+mode, "GORACE=atexit_sleep_ms=0")
 	p.cmd.Env = append(p.cmd.Env, env...)
