@@ -170,7 +170,11 @@ func parseURL(text string) (*redis.Options, error) {
 func (o RedisOptions) open(c *redis.UniversalOptions) redis.UniversalClient {
 	switch o.Mode {
 	case Cluster:
-		return redis.NewClusterClient(c.Cluster())
+		cluster := c.Cluster()
+		// Else the first takes wait for the library to ask what commands there are, one after another and past their deadlines, and where
+		// a user may not ask that, all takes do. Each take has a key, which says all that there is to know.
+		cluster.DisableRoutingPolicies = true
+		return redis.NewClusterClient(cluster)
 	case Sentinel:
 		return redis.NewFailoverClient(c.Failover())
 	}

@@ -8,12 +8,14 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"fmt"
 	"math/big"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -225,4 +227,37 @@ func TestModesAreChecked(t *testing.T) {
 			t.Errorf("%v\nwant %s", err, want)
 		}
 	}
+}
+
+// Also the first takes of a process end in time, on a cluster of whose nodes most do not answer and whose users have no more rights than they
+// need.
+func TestColdClusterKeepsTime(t *testing.T) {
+	const timeout, slack = 200 * time.Millisecond, 150 * time.Millisecond
+	nodes := redistest.StartCluster(t, 3)
+	if err := nodes[0].Client().Do(context.Background(), "ACL", "SETUSER", "default", "-command").Err(); err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range nodes[1:] {
+		n.Freeze()
+	}
+	r, err := NewRedis(RedisOptions{Mode: Cluster, Addresses: []string{nodes[0].Addr}, Timeout: timeout}, nil, prometheus.NewRegistry())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = r.Close() }()
+	b := bucket(t, 1, day, 1)
+	var wg sync.WaitGroup
+	for i := range 20 {
+		wg.Go(func() {
+			c := charge(b, "a")
+			c.Key = fmt.Sprintf("sluice:test:a:{%d}", i)
+			verdicts := make([]Verdict, 1)
+			began := time.Now()
+			r.Take(context.Background(), []Charge{c}, verdicts)
+			if took := time.Since(began); took > timeout+slack {
+				t.Errorf("a take took %v of %v: %v", took, timeout, verdicts[0].Err)
+			}
+		})
+	}
+	wg.Wait()
 }
