@@ -1,0 +1,182 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/redis/go-redis/v9"
+
+	"github.com/sluiceproxy/sluice/limiter"
+	"github.com/sluiceproxy/sluice/limiter/policy"
+	"github.com/sluiceproxy/sluice/limiter/redistest"
+)
+
+// readmeACL is the rights that README's ACL lines give, by what the line is for: what stands behind its #.
+func readmeACL(t *testing.T) map[string][]string {
+	t.Helper()
+	lines := make(map[string][]string)
+	for line := range strings.Lines(readme(t)) {
+		if rights, ok := strings.CutPrefix(line, "ACL SETUSER sluice "); ok {
+			rights, use, _ := strings.Cut(rights, "#")
+			lines[strings.TrimSpace(use)] = strings.Fields(rights)
+		}
+	}
+	return lines
+}
+
+// README's ACL lines give the rights to all that sluice does, and none that could be left out.
+func TestREADMEACL(t *testing.T) {
+	lines := readmeACL(t)
+	const limits = `
+limits:
+  - {name: wide, rate: 1/d, burst: 1000}
+  - {name: narrow, key: client.ip, rate: 1/d, burst: 1}
+`
+	config := func(redis string) string {
+		return file(t, "sluice.yaml", fmt.Sprintf("store: {redis: {%s, username: sluice, password: PASSWORD, timeout: 5s}}\n", redis)+limits)
+	}
+	single := redistest.Start(t)
+	cluster := redistest.StartCluster(t, 3)
+	var addresses []string
+	var masters []*redis.Client
+	for _, n := range cluster {
+		addresses = append(addresses, "'"+n.Addr+"'")
+		masters = append(masters, n.Client())
+	}
+	for _, tt := range []struct {
+		name, config string
+		nodes        []*redis.Client
+		lines        []string
+	}{
+		{"single", config("url: '" + single.URL() + "'"), []*redis.Client{single.Client()}, []string{"each take", "bucket reset, doctor"}},
+		{"database", config("url: '" + single.URL() + "?db=3'"), []*redis.Client{single.Client()}, []string{"each take", "a database in the URL", "bucket reset, doctor"}},
+		{"cluster", config("mode: cluster, addresses: [" + strings.Join(addresses, ", ") + "]"), masters, []string{"each take", "a cluster", "bucket reset, doctor"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var rights []string
+			for _, l := range tt.lines {
+				if len(lines[l]) == 0 {
+					t.Fatalf("README has no ACL line for %s", l)
+				}
+				rights = append(rights, lines[l]...)
+			}
+			setUser(t, tt.nodes, rights)
+			if failed := everything(t, tt.config, tt.nodes); failed != nil {
+				t.Errorf("with %v: %s", rights, strings.Join(failed, "\n"))
+			}
+			// Nor does sluice try what it may not: somebody may watch ACL LOG.
+			for _, n := range tt.nodes {
+				denied, err := n.ACLLog(t.Context(), 100).Result()
+				if err != nil {
+					t.Fatal(err)
+				}
+				for _, d := range denied {
+					t.Errorf("%s was denied %d times: %s", d.Object, d.Count, d.Reason)
+				}
+			}
+			for i, right := range rights {
+				if right == "reset" {
+					continue
+				}
+				setUser(t, tt.nodes, slices.Delete(slices.Clone(rights), i, i+1))
+				if everything(t, tt.config, tt.nodes) == nil {
+					t.Errorf("nothing is missed without %s", right)
+				}
+			}
+		})
+	}
+}
+
+func setUser(t *testing.T, nodes []*redis.Client, rights []string) {
+	t.Helper()
+	args := []any{"ACL", "SETUSER", "sluice"}
+	for _, r := range rights {
+		args = append(args, r)
+	}
+	for _, n := range nodes {
+		for _, do := range [][]any{{"ACL", "LOG", "RESET"}, {"FLUSHALL"}, args} {
+			if err := n.Do(t.Context(), do...).Err(); err != nil {
+				t.Fatalf("%v: %v", do, err)
+			}
+		}
+	}
+}
+
+// everything has a config do all that sluice does with a Redis, and says what did not work.
+func everything(t *testing.T, config string, nodes []*redis.Client) (failed []string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), within)
+	defer cancel()
+	miss := func(format string, args ...any) { failed = append(failed, fmt.Sprintf(format, args...)) }
+	program := func(want string, args ...string) {
+		var stdout, stderr bytes.Buffer
+		if status := run(ctx, append(args, "--config", config), os.LookupEnv, &stdout, &stderr); status != statusGood || !strings.Contains(stdout.String(), want) {
+			miss("%v: %d %s%s", args, status, stdout.String(), stderr.String())
+		}
+	}
+	cfg, _, err := policy.Load(config, os.LookupEnv)
+	if err != nil {
+		t.Fatal(err)
+	}
+	store, err := limiter.NewRedis(*cfg.Redis, nil, prometheus.NewRegistry())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = store.Close() }()
+	if err := store.Ping(ctx); err != nil {
+		miss("ping: %v", err)
+	}
+	take := func(client string, want limiter.Outcome) {
+		d := limiter.Decide(ctx, store, cfg.Draw(&policy.Request{Source: policy.Peer{Address: client}}).Charges)
+		if d.Outcome != want {
+			miss("%s: %v %+v", client, d.Outcome, d.Verdicts)
+		}
+	}
+	take("203.0.113.1", limiter.Allowed)
+	take("203.0.113.1", limiter.Limited) // on a cluster the other slot's token goes back
+	for _, n := range nodes {
+		if err := n.ScriptFlush(ctx).Err(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	take("203.0.113.2", limiter.Allowed)
+	program("998 of 1000 tokens", "bucket", "get", "--limit", "wide")
+	if len(nodes) > 1 {
+		migrating(ctx, t, nodes, "=11.203.0.113.3", func() { take("203.0.113.3", limiter.Allowed) })
+	}
+	program("1000 of 1000 tokens", "bucket", "reset", "--limit", "wide")
+	program("allowed", "explain", "--source", "203.0.113.4")
+	program("ok    script", "doctor", "--envoy-timeout", "1m")
+	var stdout bytes.Buffer
+	run(ctx, []string{"doctor", "--config", config}, os.LookupEnv, &stdout, &stdout)
+	if strings.Contains(stdout.String(), "not known") {
+		miss("doctor: %s", stdout.String())
+	}
+	return failed
+}
+
+// migrating does something while the slot of a hash tag is on its way to another node, so that what is not on the old one is asked for
+// at the new one.
+func migrating(ctx context.Context, t *testing.T, nodes []*redis.Client, tag string, do func()) {
+	t.Helper()
+	slot := nodes[0].ClusterKeySlot(ctx, "{"+tag+"}").Val()
+	from := slices.IndexFunc(nodes, func(n *redis.Client) bool { return n.Exists(ctx, "{"+tag+"}").Err() == nil }) // the others say MOVED
+	to := (from + 1) % len(nodes)
+	set := func(node int, args ...any) {
+		t.Helper()
+		if err := nodes[node].Do(ctx, append([]any{"CLUSTER", "SETSLOT", slot}, args...)...).Err(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	set(to, "IMPORTING", nodes[from].Do(ctx, "CLUSTER", "MYID").Val())
+	set(from, "MIGRATING", nodes[to].Do(ctx, "CLUSTER", "MYID").Val())
+	do()
+	set(from, "STABLE")
+	set(to, "STABLE")
+}
