@@ -15,7 +15,9 @@ func (p *program) validateCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "validate FILE...",
 		Short: "Say every mistake in configs, and where it is",
-		Args:  cobra.MinimumNArgs(1),
+		Long: `Say every mistake in configs, and where it is. What is allowed and hardly meant is a warning on stderr, which changes neither the result
+nor the exit status.`,
+		Args: cobra.MinimumNArgs(1),
 		RunE: func(_ *cobra.Command, files []string) error {
 			asJSON, err := isJSON(output)
 			if err != nil {
@@ -51,12 +53,17 @@ func (p *program) printJSON(v any) error {
 func (p *program) validate(files []string, asJSON bool) error {
 	all := policy.Mistakes{} // an empty list in JSON, not null
 	for _, file := range files {
-		_, _, err := policy.Load(file, p.getenv, p.settings(nil)...)
+		cfg, _, err := policy.Load(file, p.getenv, p.settings(nil)...)
 		var mistakes policy.Mistakes
 		if err != nil && !errors.As(err, &mistakes) {
 			return err
 		}
 		all = append(all, mistakes...)
+		if cfg != nil {
+			for _, w := range cfg.Warnings { // beside the result, which is mistakes only
+				_, _ = fmt.Fprintf(p.stderr, "warning: %v\n", w)
+			}
+		}
 		if asJSON {
 			continue
 		}

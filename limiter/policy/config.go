@@ -38,6 +38,9 @@ type Config struct {
 	// Hash is the config's text and that of its overrides_files, in a form that names it: 16 hex digits.
 	Hash string
 
+	// Warnings are of what is allowed and hardly meant, in the file's order; at most 200.
+	Warnings Mistakes
+
 	rules        []*rule
 	index        *index         // of the rules' matches
 	byName       map[string]int // the rules
@@ -601,6 +604,7 @@ func (f *configFile) compile() *Config {
 		matches = append(matches, &l.match)
 	}
 	c.index, c.exempt = newIndex(matches), newIndex(f.exempt)
+	c.Warnings, f.warnings = f.warnings, nil
 	c.inherited = f.limitReader
 	c.inherited.inputs, c.inherited.expressions, c.inherited.tiers, c.inherited.mistakes = nil, nil, nil, nil
 	c.Hash = hex.EncodeToString(f.inputs.said.Sum(nil)[:8])

@@ -290,3 +290,22 @@ func TestReplaces(t *testing.T) {
 		}
 	}
 }
+
+func TestWarnings(t *testing.T) {
+	const common = "local_share: 0.1\non_failure: local\nlimits:\n"
+	for text, want := range map[string]string{
+		"- {name: a, rate: 20/s, cost: 2}":                        "", // the local burst is 2
+		"- {name: a, rate: 20/s, cost: 3}":                        "test.yaml:4:31: limits[0].cost: 3 is above the local burst of 2, which is local_share of 20: nothing passes while the store fails",
+		"- {name: a, rate: 5/s, cost: 1 + 1}":                     "test.yaml:4:30: limits[0].cost: 2 is above the local burst of 1, which is local_share of 5: nothing passes while the store fails",
+		"- {name: a, rate: 5/s, cost: int(request.size)}":         "", // nobody knows
+		"- {name: a, rate: 20/s, cost: 3, mode: shadow}":          "",
+		"- {name: a, rate: 20/s, cost: 3, on_failure: deny}":      "",
+		"- {name: a, rate: unlimited, cost: 3}":                   "",
+		"- {name: a, rate: 5/s}\n- {name: b, rate: 5/s, cost: 2}": "test.yaml:5:30: limits[1].cost: 2 is above the local burst of 1, which is local_share of 5: nothing passes while the store fails",
+		"- name: a\n  rate: 40/s\n  cost: 4\n  key: client.ip\n  overrides: [{key: x, rate: 30/s}, {key: y, rate: 39/s}, {key: z, rate: 40/s}, {key: u, rate: unlimited}]": "test.yaml:6:9: limits[0].cost: 4 is above the local burst of 2 overrides, which is local_share of theirs: nothing of those passes while the store fails",
+	} {
+		if got := parse(t, common+text+"\n").Warnings.Error(); got != want {
+			t.Errorf("%s\n%s\nwant\n%s", text, got, want)
+		}
+	}
+}

@@ -58,6 +58,7 @@ type limitReader struct {
 	localShare                         float64 // this process's part of each limit under local; 0: none is given
 	expressions                        map[[2]string]*expression
 	tiers                              map[[2]string]*tier
+	warnings                           Mistakes
 }
 
 func newLimitReader(r reader) limitReader {
@@ -412,6 +413,9 @@ func (f *limitReader) rule(d *draft) *rule {
 	share := 0.0
 	if l.OnFailure == limiter.Local {
 		share = f.localShare
+		if !l.Shadow {
+			f.warnOfShare(d, o)
+		}
 	}
 	return &rule{
 		share:     share,
@@ -427,4 +431,43 @@ func (f *limitReader) rule(d *draft) *rule {
 		prefix:    prefix,
 		only:      prefix + noKey + "}",
 	}
+}
+
+// warnOfShare notes where a limit's cost is above a local bucket's burst, so that its requests are denied for as long as the store fails.
+func (f *limitReader) warnOfShare(d *draft, o *overrides) {
+	if d.cost.expression != nil {
+		return // nobody knows
+	}
+	isAbove := func(t *tier) bool {
+		return !t.unlimited && d.cost.constant > t.bucket.Share(f.localShare).Burst()
+	}
+	if isAbove(d.tier) {
+		f.warn(d.costAt, "%d is above the local burst of %d, which is local_share of %d: nothing passes while the store fails",
+			d.cost.constant, d.tier.bucket.Share(f.localShare).Burst(), d.tier.bucket.Burst())
+		return
+	}
+	if o == nil {
+		return
+	}
+	above := 0
+	for _, table := range []map[digest]override{o.inline, o.file} {
+		for _, row := range table {
+			if isAbove(row.tier) {
+				above++
+			}
+		}
+	}
+	if above > 0 {
+		f.warn(d.costAt, "%d is above the local burst of %d overrides, which is local_share of theirs: nothing of those passes while the store fails",
+			d.cost.constant, above)
+	}
+}
+
+// warn notes what is allowed and hardly meant.
+func (f *limitReader) warn(n node, format string, args ...any) {
+	if len(f.warnings) >= maxMistakes {
+		return
+	}
+	at := start(n.Node).Position
+	f.warnings = append(f.warnings, Mistake{File: f.file, Line: at.Line, Column: at.Column, Field: n.field, Message: fmt.Sprintf(format, args...)})
 }
