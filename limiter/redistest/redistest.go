@@ -6,13 +6,15 @@ package redistest
 import (
 	"bufio"
 	"context"
-	"io"
+	"fmt"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -26,22 +28,31 @@ const startWithin = 20 * time.Second
 // Server is a redis-server on a unix socket, without persistence unless it was started with arguments that say so.
 // Its methods fail the test that started it. They are not for concurrent use.
 type Server struct {
-	t    testing.TB
-	dir  string
-	args []string
-	cmd  *exec.Cmd
-	done chan struct{} // closed when cmd has ended
+	t      testing.TB
+	dir    string
+	config []string // the arguments before all others: a file of settings; mostly none
+	args   []string
+	cmd    *exec.Cmd
+	done   chan struct{} // closed when cmd has ended
+
+	mu  sync.Mutex
+	log strings.Builder // what all its runs have printed
 }
 
 // Start starts a server, waits until it answers, and stops it when the test ends. args are redis-server's own, such as
 // "--maxmemory", "1mb". Where there is no redis-server the test fails: a skip would hide that nothing was tested.
 func Start(t testing.TB, args ...string) *Server {
 	t.Helper()
+	return start(t, nil, args)
+}
+
+func start(t testing.TB, config, args []string) *Server {
+	t.Helper()
 	dir, err := os.MkdirTemp("", "redistest") // not t.TempDir: a socket's path is at most 107 bytes
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := &Server{t: t, dir: dir, args: args}
+	s := &Server{t: t, dir: dir, config: config, args: args}
 	t.Cleanup(func() {
 		s.Kill()
 		_ = os.RemoveAll(dir)
@@ -65,7 +76,7 @@ func (s *Server) Client() *redis.Client {
 // Restart starts the server, which must not run, and waits until it takes connections. What it kept on disk it has again.
 func (s *Server) Restart() {
 	s.t.Helper()
-	args := append([]string{"--port", "0", "--unixsocket", s.socket(), "--dir", s.dir, "--save", ""}, s.args...)
+	args := slices.Concat(s.config, []string{"--port", "0", "--unixsocket", s.socket(), "--dir", s.dir, "--save", ""}, s.args)
 	s.cmd = exec.Command("redis-server", args...)
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	out, err := s.cmd.StdoutPipe()
@@ -75,34 +86,43 @@ func (s *Server) Restart() {
 	if err := s.cmd.Start(); err != nil {
 		s.t.Fatalf("%v: these tests need a real redis-server on PATH (README, Development)", err)
 	}
-	ready := make(chan string, 1)
+	ready := make(chan bool, 1)
 	s.done = make(chan struct{})
 	go func(cmd *exec.Cmd, done chan struct{}) {
 		defer close(done)
 		lines := bufio.NewScanner(out)
-		var log strings.Builder
 		for lines.Scan() {
-			log.WriteString(lines.Text() + "\n")
-			if strings.Contains(lines.Text(), "eady to accept connections") {
-				ready <- ""
-				break
+			s.mu.Lock()
+			s.log.WriteString(lines.Text() + "\n")
+			s.mu.Unlock()
+			if strings.Contains(lines.Text(), "eady to accept connections") || strings.Contains(lines.Text(), "+monitor master") { // a sentinel's
+				select {
+				case ready <- true:
+				default: // it said so before
+				}
 			}
 		}
-		_, _ = io.Copy(io.Discard, out)
 		_ = cmd.Wait()
 		select {
-		case ready <- log.String():
+		case ready <- false:
 		default:
 		}
 	}(s.cmd, s.done)
 	select {
-	case failure := <-ready:
-		if failure != "" {
-			s.t.Fatalf("redis-server %v did not start:\n%s", s.args, failure)
+	case isReady := <-ready:
+		if !isReady {
+			s.t.Fatalf("redis-server %v did not start:\n%s", s.args, s.Log())
 		}
 	case <-time.After(startWithin):
 		s.t.Fatalf("redis-server %v did not start within %v", s.args, startWithin)
 	}
+}
+
+// Log is what the server has printed so far, in all its runs.
+func (s *Server) Log() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.log.String()
 }
 
 // Kill ends the server at once, as a crash does. It may have ended already.
@@ -171,10 +191,33 @@ func (s *Server) Info(section string) map[string]string {
 	return fields
 }
 
-// Node is a server of a Cluster.
+// Node is a server that listens on a TCP port, too.
 type Node struct {
 	*Server
 	Addr string // host:port
+}
+
+// StartNode starts a server on a free port.
+func StartNode(t testing.TB, args ...string) *Node {
+	t.Helper()
+	return startNode(t, nil, args)
+}
+
+func startNode(t testing.TB, config, args []string) *Node {
+	t.Helper()
+	port := FreePort(t)
+	return &Node{start(t, config, append([]string{"--port", port, "--bind", "127.0.0.1"}, args...)), "127.0.0.1:" + port}
+}
+
+// StartSentinel starts a sentinel that knows the master on host:port as "mymaster", and takes it for dead when it has been silent for
+// a minute.
+func StartSentinel(t testing.TB, master string) *Node {
+	t.Helper()
+	host, port, _ := strings.Cut(master, ":")
+	config := filepath.Join(t.TempDir(), "sentinel.conf")
+	text := fmt.Sprintf("sentinel monitor mymaster %s %s 1\nsentinel down-after-milliseconds mymaster 60000\n", host, port)
+	must(t, os.WriteFile(config, []byte(text), 0o600))
+	return startNode(t, []string{config, "--sentinel"}, nil)
 }
 
 // StartCluster starts a Redis Cluster of so many masters on free ports, each with its part of the slots.
@@ -182,9 +225,7 @@ func StartCluster(t testing.TB, masters int, args ...string) []*Node {
 	t.Helper()
 	var nodes []*Node
 	for range masters {
-		port := FreePort(t)
-		s := Start(t, append([]string{"--port", port, "--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--bind", "127.0.0.1"}, args...)...)
-		nodes = append(nodes, &Node{s, "127.0.0.1:" + port})
+		nodes = append(nodes, StartNode(t, append([]string{"--cluster-enabled", "yes", "--cluster-node-timeout", "2000"}, args...)...))
 	}
 	ctx := context.Background()
 	const slots = 16384

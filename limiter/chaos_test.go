@@ -1,0 +1,202 @@
+package limiter
+
+import (
+	"fmt"
+	"net"
+	"os"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/redis/go-redis/v9"
+
+	"github.com/sluiceproxy/sluice/limiter/redistest"
+)
+
+// The chaos suite: real Redis servers, and all that is known to happen to them. Its parts are here and in the files beside: bound_test.go
+// (the bound in every window, under random faults), outage_test.go (killed, frozen, far away, failed over, slots that move) and
+// clock_test.go; what needs a whole sidecar is in cmd/sluice.
+
+// isLong says that the tests that can be long are to be: the same code, with the numbers that .ci/test sees.
+var isLong = os.Getenv("SLUICE_LONG") != ""
+
+// scaled is one of two numbers: for every run of the tests, and for the long one.
+func scaled[T any](quick, long T) T {
+	if isLong {
+		return long
+	}
+	return quick
+}
+
+// shaky is a Redis of some kind, and proxies before all of its servers that takes go to.
+type shaky struct {
+	options RedisOptions
+	servers []*redistest.Server
+	proxies []*redistest.Proxy
+}
+
+// each does something to all proxies.
+func (s *shaky) each(do func(*redistest.Proxy)) {
+	for _, p := range s.proxies {
+		do(p)
+	}
+}
+
+// scripts is how many scripts the servers have executed.
+func (s *shaky) scripts(t testing.TB) (executed int) {
+	for _, server := range s.servers {
+		executed += scripts(t, server)
+	}
+	return executed
+}
+
+// open returns a store.
+func (s *shaky) open(t testing.TB, timeout time.Duration) *Redis {
+	t.Helper()
+	o := s.options
+	o.Timeout = timeout
+	r, err := NewRedis(o, nil, prometheus.NewRegistry())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = r.Close() })
+	return r
+}
+
+func startShakySingle(t testing.TB, args ...string) *shaky {
+	t.Helper()
+	node := redistest.StartNode(t, args...)
+	proxy := redistest.StartProxy(t, node.Addr)
+	return &shaky{RedisOptions{URL: "redis://" + proxy.Addr}, []*redistest.Server{node.Server}, []*redistest.Proxy{proxy}}
+}
+
+func startShakySentinel(t testing.TB, args ...string) *shaky {
+	t.Helper()
+	s := startShakySingle(t, args...)
+	sentinel := redistest.StartSentinel(t, s.proxies[0].Addr)
+	s.options = RedisOptions{Mode: Sentinel, Addresses: []string{sentinel.Addr}, Master: "mymaster"}
+	return s
+}
+
+func startShakyCluster(t testing.TB, args ...string) *shaky {
+	t.Helper()
+	s := &shaky{options: RedisOptions{Mode: Cluster}}
+	var clients []*redis.Client
+	for _, node := range redistest.StartCluster(t, 3, args...) {
+		proxy := redistest.StartProxy(t, node.Addr)
+		_, port, _ := net.SplitHostPort(proxy.Addr)
+		client := node.Client()
+		if err := client.ConfigSet(t.Context(), "cluster-announce-port", port).Err(); err != nil {
+			t.Fatal(err)
+		}
+		clients = append(clients, client)
+		s.servers, s.proxies = append(s.servers, node.Server), append(s.proxies, proxy)
+		s.options.Addresses = append(s.options.Addresses, proxy.Addr)
+	}
+	eventually(t, "all nodes send clients to the proxies", func() bool {
+		for _, client := range clients {
+			for _, slots := range client.ClusterSlots(t.Context()).Val() {
+				if !slices.Contains(s.options.Addresses, slots.Nodes[0].Addr) {
+					return false
+				}
+			}
+		}
+		return true
+	})
+	return s
+}
+
+// eventually waits until something is so that nobody says, looking every few milliseconds.
+func eventually(t testing.TB, what string, is func() bool) {
+	t.Helper()
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for late := time.After(30 * time.Second); !is(); {
+		select {
+		case <-tick.C:
+		case <-late:
+			t.Fatalf("not within 30 s: %s", what)
+		}
+	}
+}
+
+// eachShaky runs a test on a Redis of each kind, all at once.
+func eachShaky(t *testing.T, test func(t *testing.T, s *shaky)) {
+	for _, kind := range []struct {
+		name  string
+		start func(testing.TB, ...string) *shaky
+	}{
+		{"single", startShakySingle}, {"sentinel", startShakySentinel}, {"cluster", startShakyCluster},
+	} {
+		t.Run(kind.name, func(t *testing.T) {
+			t.Parallel()
+			test(t, kind.start(t))
+		})
+	}
+}
+
+// An answer that comes late or is cut off was executed all the same, and never again: it may cost a client a token and gives none away.
+func TestLostAnswers(t *testing.T) {
+	const budget = 30 * time.Millisecond
+	lost := scaled(50, 1000)
+	eachShaky(t, func(t *testing.T, s *shaky) {
+		r := s.open(t, budget)
+		slow := bucket(t, 1, 366*day, 10)
+		warm := charge(bucket(t, 1000, time.Second, 1000), "warm")
+		for _, fault := range []struct {
+			name  string
+			spoil func(*redistest.Proxy)
+			kind  ErrorKind
+		}{
+			{"late", func(p *redistest.Proxy) { p.Delay(4 * budget) }, KindTimeout},
+			{"cut", (*redistest.Proxy).Cut, KindConnection},
+		} {
+			clients := make([]Charge, lost)
+			for i := range clients {
+				clients[i] = keyed(slow, fault.name, fmt.Sprint(i))
+				warm.Key = keyed(warm.Bucket, "warm", fmt.Sprint(i)).Key // the same slot, so that there is a connection to its node
+				waitForAnswer(t, r, warm)
+				s.each(fault.spoil)
+				d := Decide(t.Context(), r, clients[i:i+1])
+				s.each((*redistest.Proxy).Mend)
+				if d.Outcome != FailedClosed || KindOf(d.Verdicts[0].Err) != fault.kind {
+					t.Fatalf("%s: %v %+v", fault.name, d.Outcome, d.Verdicts[0])
+				}
+			}
+			executed := 0
+			for _, c := range clients {
+				switch left := waitForAnswer(t, r, c.costs(0)).Remaining; left {
+				case 9:
+					executed++
+				case 10: // its connection was not up in time
+				default:
+					t.Errorf("%s: %d tokens of 10 are left after one take", fault.name, left)
+				}
+			}
+			if executed < lost*9/10 {
+				t.Errorf("%s: only %d of %d takes were executed: the fault came too early to say anything", fault.name, executed, lost)
+			}
+			t.Logf("%s: %d of %d takes were executed once, and none twice", fault.name, executed, lost)
+		}
+		if executed, called := s.scripts(t), calls(t, r); executed > called {
+			t.Errorf("%d scripts were executed of %d calls", executed, called)
+		}
+	})
+}
+
+// pace calls do so many times a second for a while, each call in a goroutine of its own, and waits for all.
+func pace(perSecond int, lasts time.Duration, do func()) {
+	tick := time.NewTicker(time.Second / time.Duration(perSecond))
+	defer tick.Stop()
+	var wg sync.WaitGroup
+	began := time.Now()
+	for done := 0; done < int(float64(perSecond)*lasts.Seconds()); {
+		<-tick.C // one that was late stands for several
+		for ; done < int(float64(perSecond)*min(time.Since(began), lasts).Seconds()); done++ {
+			wg.Go(do)
+		}
+	}
+	wg.Wait()
+}
