@@ -240,23 +240,16 @@ func StartCluster(t testing.TB, masters int, args ...string) []*Node {
 			must(t, c.ClusterMeet(ctx, host, port).Err())
 		}
 	}
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
-	for late := time.After(startWithin); ; {
-		ready := true
+	await(t, "the cluster is ready", func() bool {
 		for _, n := range nodes {
 			info := n.Client().ClusterInfo(ctx).Val()
-			ready = ready && strings.Contains(info, "cluster_state:ok") && strings.Contains(info, "cluster_known_nodes:"+strconv.Itoa(masters))
+			if !strings.Contains(info, "cluster_state:ok") || !strings.Contains(info, "cluster_known_nodes:"+strconv.Itoa(masters)) {
+				return false
+			}
 		}
-		if ready {
-			return nodes
-		}
-		select {
-		case <-tick.C:
-		case <-late:
-			t.Fatalf("the cluster is not ready within %v", startWithin)
-		}
-	}
+		return true
+	})
+	return nodes
 }
 
 // FreePort is a TCP port that nobody listens on, and where the one 10000 above is free, too, as a cluster's bus wants.
@@ -283,5 +276,87 @@ func must(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)
+	}
+}
+
+// MoveSlot moves a slot of a cluster with all that is in it, while clients use it, and returns when all nodes know.
+func MoveSlot(t testing.TB, nodes []*Server, slot int, from, to *Server) {
+	t.Helper()
+	ctx := context.Background()
+	client := make(map[*Server]*redis.Client, len(nodes))
+	id := make(map[*Server]string, len(nodes))
+	for _, n := range nodes {
+		c := redis.NewClient(&redis.Options{Network: "unix", Addr: n.socket(), MaxRetries: -1})
+		defer func() { _ = c.Close() }()
+		client[n], id[n] = c, c.Do(ctx, "CLUSTER", "MYID").Val().(string)
+	}
+	await(t, "all nodes are well", func() bool {
+		for _, c := range client {
+			if !strings.Contains(c.ClusterInfo(ctx).Val(), "cluster_state:ok") {
+				return false
+			}
+		}
+		return true
+	})
+	must(t, client[to].Do(ctx, "CLUSTER", "SETSLOT", slot, "IMPORTING", id[from]).Err())
+	must(t, client[from].Do(ctx, "CLUSTER", "SETSLOT", slot, "MIGRATING", id[to]).Err())
+	port := client[to].ConfigGet(ctx, "port").Val()["port"]
+	for {
+		keys, err := client[from].ClusterGetKeysInSlot(ctx, slot, 10).Result()
+		must(t, err)
+		if len(keys) == 0 {
+			break
+		}
+		args := []any{"MIGRATE", "127.0.0.1", port, "", 0, startWithin.Milliseconds(), "KEYS"}
+		for _, k := range keys {
+			args = append(args, k)
+		}
+		must(t, client[from].Do(ctx, args...).Err())
+	}
+	// First who gets it, or for a moment nobody would have it; and who had it may learn of that before it is told.
+	for _, n := range append([]*Server{to, from}, nodes...) {
+		must(t, client[n].Do(ctx, "CLUSTER", "SETSLOT", slot, "NODE", id[to]).Err())
+	}
+	// Each node knows it now, but news that are older than this may still be under way, and count more than a claim without the epoch that
+	// the new owner gave itself.
+	epoch := field(client[to].ClusterInfo(ctx).Val(), "cluster_my_epoch")
+	await(t, "all nodes know who has the slot", func() bool {
+		for _, c := range client {
+			for line := range strings.Lines(c.ClusterNodes(ctx).Val()) {
+				// id address flags master ping pong epoch link slots...
+				if f := strings.Fields(line); len(f) > 6 && f[0] == id[to] && f[6] != epoch {
+					return false
+				}
+			}
+			for _, has := range c.ClusterSlots(ctx).Val() {
+				if has.Start <= slot && slot <= has.End && has.Nodes[0].ID != id[to] {
+					return false
+				}
+			}
+		}
+		return true
+	})
+}
+
+// field is a line's value in what INFO and its like print.
+func field(info, name string) string {
+	for line := range strings.Lines(info) {
+		if n, value, ok := strings.Cut(strings.TrimSpace(line), ":"); ok && n == name {
+			return value
+		}
+	}
+	return ""
+}
+
+func await(t testing.TB, what string, is func() bool) {
+	t.Helper()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for late := time.After(startWithin); !is(); {
+		select {
+		case <-tick.C:
+		case <-late:
+			t.Fatalf("not within %v: %s", startWithin, what)
+		}
 	}
 }

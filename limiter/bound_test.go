@@ -1,0 +1,249 @@
+package limiter
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/redis/go-redis/v9"
+
+	"github.com/sluiceproxy/sluice/limiter/redistest"
+)
+
+// grant is what a store gave from a bucket.
+type grant struct {
+	at     int64 // microseconds of Redis's clock
+	tokens int64
+}
+
+// record is what stores gave, by bucket.
+type record map[string][]grant
+
+// add adds what a decision gave, if anything.
+func (r record) add(d *Decision) {
+	if d.Outcome != Allowed {
+		return
+	}
+	for i := range d.Charges {
+		r[d.Charges[i].Key] = append(r[d.Charges[i].Key], grant{d.Verdicts[i].at, d.Charges[i].Cost})
+	}
+}
+
+// excess is by how many tokens the grants of a bucket go over burst + rate·t in the worst of all windows, each from one grant to another;
+// it is at most 0 where the bucket keeps its promise. One pass sees all windows: the worst of those that end with a grant is that grant alone,
+// or with it the worst of those that end with the grant before. It is exact for such rates as tests have.
+func excess(b Bucket, grants []grant) float64 {
+	grants = slices.Clone(grants)
+	slices.SortFunc(grants, func(a, b grant) int { return cmp.Compare(a.at, b.at) })
+	worst, here := -b.burst*b.p, -b.burst*b.p // in p-ths of a token
+	for i, g := range grants {
+		if i > 0 {
+			here -= b.n * (g.at - grants[i-1].at)
+		}
+		here = max(here, -b.burst*b.p) + g.tokens*b.p
+		worst = max(worst, here)
+	}
+	return float64(worst) / float64(b.p)
+}
+
+// The bound in every window holds for what a bucket grants whoever takes whenever, and one token more, at any time, is seen.
+func TestExcess(t *testing.T) {
+	random := rand.New(rand.NewPCG(5, 5))
+	for range 2000 {
+		b := bucket(t, 1+random.Int64N(9), time.Duration(1+random.IntN(5))*time.Second, 1+random.Int64N(10))
+		play := func(b Bucket) (grants []grant) {
+			s, now := state{shape: b, level: b.full()}, int64(begin)
+			for range 300 { // mostly more than the rate brings, with a rest now and then
+				now += random.Int64N(b.wait(level{}, 1).Microseconds())
+				if random.IntN(50) == 0 {
+					now += random.Int64N(b.wait(level{}, b.burst).Microseconds())
+				}
+				l, _ := draw(s, b, now)
+				cost := 1 + random.Int64N(min(3, b.burst))
+				if l.tokens >= cost {
+					l.tokens -= cost
+					s, grants = state{shape: b, level: l, at: now}, append(grants, grant{now, cost})
+				}
+			}
+			return grants
+		}
+		grants := play(b)
+		if over := excess(b, grants); over > 0 {
+			t.Fatalf("%+v: the bucket itself is %v tokens over the bound", b, over)
+		}
+		more := b
+		more.burst++
+		if over := excess(b, play(more)); over <= 0 {
+			t.Fatalf("%+v: a burst of one token more was not seen", b)
+		}
+		// A bucket that was asked for more than it has gave all of it: one token more, at any time until then, is one too many.
+		at := random.Int64N(1000 * b.wait(level{}, 1).Microseconds())
+		s, greedy := state{shape: b, level: b.full()}, []grant{{begin + at, 1}}
+		for now := int64(begin); now <= begin+at; {
+			l, _ := draw(s, b, now)
+			greedy = append(greedy, grant{now, l.tokens})
+			l.tokens = 0
+			s = state{shape: b, level: l, at: now}
+			now += b.wait(l, 1).Microseconds()
+		}
+		if over := excess(b, greedy[1:]); over > 0 {
+			t.Fatalf("%+v: the bucket itself is %v tokens over the bound", b, over)
+		}
+		if over := excess(b, greedy); over <= 0 {
+			t.Fatalf("%+v: one token more after %d µs was not seen", b, at)
+		}
+	}
+}
+
+// Four sidecars take from the same buckets, while all goes wrong that can without Redis losing what it knows. In no window is more granted
+// than burst + rate·t.
+func TestBoundUnderFaults(t *testing.T) {
+	lasts := scaled(5*time.Second, 5*time.Minute)
+	type action = func(t *testing.T, s *shaky, i int) // i is a server's
+	type fault struct {
+		name       string
+		begin, end action
+	}
+	proxy := func(do func(*redistest.Proxy)) action {
+		return func(_ *testing.T, s *shaky, i int) { do(s.proxies[i]) }
+	}
+	server := func(do func(*redistest.Server)) action {
+		return func(_ *testing.T, s *shaky, i int) { do(s.servers[i]) }
+	}
+	ask := func(do func(*redis.Client) error) action {
+		return func(t *testing.T, s *shaky, i int) {
+			if err := do(s.servers[i].Client()); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	nothing := func(*testing.T, *shaky, int) {}
+	mend := proxy((*redistest.Proxy).Mend)
+	faults := []fault{
+		{"slow", proxy(func(p *redistest.Proxy) { p.Delay(10 * time.Millisecond) }), mend},
+		{"late", proxy(func(p *redistest.Proxy) { p.Delay(100 * time.Millisecond) }), mend},
+		{"cut", proxy((*redistest.Proxy).Cut), mend},
+		{"held", proxy((*redistest.Proxy).Hold), mend},
+		{"frozen", server((*redistest.Server).Freeze), server((*redistest.Server).Thaw)},
+		{"killed", server((*redistest.Server).Kill), server((*redistest.Server).Restart)},
+		{"scripts flushed", ask(func(c *redis.Client) error { return c.ScriptFlush(context.Background()).Err() }), nothing},
+		{"clients killed", ask(func(c *redis.Client) error {
+			return c.ClientKillByFilter(context.Background(), "TYPE", "normal", "SKIPME", "yes").Err()
+		}), nothing},
+	}
+	for _, tt := range []struct {
+		name   string
+		start  func(testing.TB, ...string) *shaky
+		faults []fault
+	}{
+		{"single", startShakySingle, faults},
+		{"cluster", startShakyCluster, append(slices.Clone(faults), fault{"slot moved", func(t *testing.T, s *shaky, i int) {
+			redistest.MoveSlot(t, s.servers, slotsOf(s)[i], s.servers[i], s.servers[(i+1)%len(s.servers)])
+		}, func(t *testing.T, s *shaky, i int) { // and back
+			redistest.MoveSlot(t, s.servers, slotsOf(s)[i], s.servers[(i+1)%len(s.servers)], s.servers[i])
+		}})},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			// What Redis has answered it has on disk: so that a kill forgets nothing.
+			s := tt.start(t, "--appendonly", "yes", "--appendfsync", "always")
+			seed := uint64(time.Now().UnixNano())
+			t.Logf("the seed is %d", seed)
+
+			limits := map[string]Bucket{
+				"fast": bucket(t, 200, time.Second, 50), "slow": bucket(t, 7, time.Second, 20), "all": bucket(t, 500, time.Second, 300),
+			}
+			var mu sync.Mutex
+			granted, outcomes := record{}, map[Outcome]int{}
+			stop := make(chan struct{})
+			var wg sync.WaitGroup
+			for sidecar := range uint64(4) {
+				store := NewCeiling(s.open(t, 50*time.Millisecond), prometheus.NewRegistry())
+				for caller := range uint64(4) {
+					wg.Go(func() {
+						random := rand.New(rand.NewPCG(seed, 4*sidecar+caller))
+						mine, saw := record{}, map[Outcome]int{}
+						tick := time.NewTicker(4 * time.Millisecond)
+						defer tick.Stop()
+						for {
+							select {
+							case <-stop:
+								mu.Lock()
+								defer mu.Unlock()
+								for key, grants := range mine {
+									granted[key] = append(granted[key], grants...)
+								}
+								for o, n := range saw {
+									outcomes[o] += n
+								}
+								return
+							case <-tick.C:
+							}
+							limit := []string{"fast", "slow"}[random.IntN(2)]
+							own := keyed(limits[limit], limit, fmt.Sprint("client ", random.IntN(3))).costs(1 + random.Int64N(3))
+							charges := []Charge{own, keyed(limits["all"], "all", "-").costs(1 + random.Int64N(2))}
+							d := Decide(context.Background(), store, charges[:1+random.IntN(2)])
+							mine.add(&d)
+							saw[d.Outcome]++
+						}
+					})
+				}
+			}
+			random := rand.New(rand.NewPCG(seed, 99))
+			happened := map[string]int{}
+			for until := time.Now().Add(lasts); time.Now().Before(until); {
+				f, i := tt.faults[random.IntN(len(tt.faults))], random.IntN(len(s.servers))
+				f.begin(t, s, i)
+				rest(random.IntN(200))
+				f.end(t, s, i)
+				rest(random.IntN(300))
+				happened[f.name]++
+			}
+			close(stop)
+			wg.Wait()
+			keys := 0
+			for key, grants := range granted {
+				b := limits[strings.Split(key, ":")[2]]
+				over := excess(b, grants)
+				if over > 0 {
+					t.Errorf("%s: %v tokens over the bound", key, over)
+				}
+				if over > -1.5*float64(b.n)/float64(b.p)-3 {
+					keys++ // it was held to it
+				}
+			}
+			t.Logf("%v; %v; %d of %d buckets gave all that they may", happened, outcomes, keys, len(granted))
+			if outcomes[Allowed] == 0 || outcomes[Limited] == 0 || outcomes[FailedClosed] == 0 || keys == 0 {
+				t.Errorf("%v, and %d buckets gave all that they may: this says little", outcomes, keys)
+			}
+		})
+	}
+}
+
+func rest(milliseconds int) {
+	<-time.After(time.Duration(milliseconds) * time.Millisecond)
+}
+
+// slotsOf is for each server of a cluster a slot that the test's buckets are in, or else any.
+func slotsOf(s *shaky) []int {
+	slots := make([]int, len(s.servers))
+	for i := range slots {
+		slots[i] = i*16384/len(slots) + 1
+	}
+	for _, tag := range []string{"-", "client 0", "client 1", "client 2"} {
+		slot := int(s.servers[0].Client().ClusterKeySlot(context.Background(), tag).Val())
+		for i := range slots {
+			if i*16384/len(slots) <= slot && slot < (i+1)*16384/len(slots) {
+				slots[i] = slot
+			}
+		}
+	}
+	return slots
+}
