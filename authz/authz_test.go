@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -15,6 +17,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
 	"go.uber.org/zap/zaptest/observer"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -394,15 +397,78 @@ sluice_config_mistakes_total{field="",limit=""} 2
 	for _, l := range logs.All() {
 		lines = append(lines, l.Level.String()+" "+l.Message)
 	}
-	if got, want := strings.Join(lines, "\n"), `debug limited
+	if got, want := strings.Join(lines, "\n"), `info limited
 debug limited
 warn the store does not answer: timeout
 error a check panicked
 error a mistake of the config: such requests are refused (said once)`; got != want {
 		t.Errorf("logged\n%s\nwant\n%s", got, want)
 	}
-	if got := fmt.Sprint(logs.All()[0].ContextMap()); got != "map[cost:1 decision:limited domain:default key_hash:- limit:a remaining:0 request_id:id-1 retry_after:1s]" {
+	if got := fmt.Sprint(logs.All()[0].ContextMap()); got != "map[cost:1 decision:limited domain:default key_hash:- left_out:0 limit:a remaining:0 request_id:id-1 retry_after:1]" {
 		t.Error(got)
+	}
+}
+
+// The first denial is logged, then every thousandth, and the first one after a minute; each says how many were left out.
+func TestDenialsAreLoggedSampled(t *testing.T) {
+	var s sampler
+	at := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
+	var got []string
+	deny := func(n int) {
+		for range n {
+			if leftOut, is := s.next(at); is {
+				got = append(got, fmt.Sprint(s.seen.Load(), " left out ", leftOut))
+			}
+		}
+	}
+	deny(2100)
+	at = at.Add(logAtMost - 1)
+	deny(1)
+	at = at.Add(1)
+	deny(3)
+	at = at.Add(logAtMost)
+	deny(1)
+	if got, want := strings.Join(got, ", "), "1 left out 0, 1001 left out 999, 2001 left out 999, 2102 left out 100, 2105 left out 2"; got != want {
+		t.Errorf("%s\nwant %s", got, want)
+	}
+
+	// Of many at once none is lost: what was logged and what was left out are all that there were.
+	var many sampler
+	var logged, leftOut atomic.Uint64
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			for range 10_000 {
+				if n, is := many.next(at); is {
+					logged.Add(1)
+					leftOut.Add(n)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if rest := many.seen.Load() - many.told.Load(); logged.Load()+leftOut.Load()+rest != 40_000 || logged.Load() < 30 || logged.Load() > 41 {
+		t.Errorf("%d logged, %d left out, %d since", logged.Load(), leftOut.Load(), rest)
+	}
+}
+
+// A limit that is logged sampled says so, at info; at debug each denial is logged.
+func TestDenialsInTheLog(t *testing.T) {
+	for level, want := range map[zapcore.Level]int{zap.DebugLevel: 2500, zap.InfoLevel: 3, zap.WarnLevel: 0} {
+		s, _, _ := newServer(t, "limits: [{name: a, rate: 100/s}]", said{no(0, limiter.Never, time.Second, 1)})
+		core, logs := observer.New(level)
+		s.report.log = zap.New(core)
+		for range 2500 {
+			_, _ = s.Check(t.Context(), checkOf())
+		}
+		if logs.Len() != want {
+			t.Errorf("at %v %d lines, want %d", level, logs.Len(), want)
+		}
+		if want == 3 {
+			if got := fmt.Sprint(logs.All()[2].ContextMap()); got != "map[cost:1 decision:limited domain:default key_hash:- left_out:999 limit:a remaining:0]" {
+				t.Error(got)
+			}
+		}
 	}
 }
 

@@ -56,6 +56,30 @@ type limitReport struct {
 	allowed, limited, rejections prometheus.Counter // rejections: nil where it is a shadow limit
 	taken                        prometheus.Counter
 	ratio                        prometheus.Observer
+	lines                        sampler // which of its denials are logged
+}
+
+// The denials of one limit that are logged: the first, and then one in so many, or the first after so long.
+const (
+	logEvery  = 1000
+	logAtMost = time.Minute
+)
+
+// sampler says which of many are logged. It is safe for concurrent use.
+type sampler struct {
+	seen, told atomic.Uint64 // how many there were, and the number of the one that was logged last
+	toldAt     atomic.Int64  // when that was, in nanoseconds since 1970
+}
+
+// next counts one more, and reports whether it is to be logged and how many were left out since the last that was.
+func (s *sampler) next(now time.Time) (leftOut uint64, is bool) {
+	told := s.told.Load()
+	n := s.seen.Add(1)
+	if told > 0 && n-told < logEvery && now.UnixNano()-s.toldAt.Load() < int64(logAtMost) {
+		return 0, false
+	}
+	s.toldAt.Store(now.UnixNano())
+	return n - told - 1, s.told.CompareAndSwap(told, n) // or another is, at the same time
 }
 
 func newReport(log *zap.Logger, metrics prometheus.Registerer) *report {
@@ -181,15 +205,16 @@ func (r *report) of(l *limiter.Limit) *limitReport {
 	return (*r.limits.Load())[limitName{others, l.Shadow}]
 }
 
-// checked counts a check, and logs what an operator should see of it.
-func (r *report) checked(v *verdict, took time.Duration) {
+// checked counts a check that began then and ends now, and logs what an operator should see of it.
+func (r *report) checked(v *verdict, began time.Time) {
+	now := time.Now()
 	d := &v.decision
 	outcome := d.Outcome
 	if d.Local {
 		outcome = limiter.FailedLocal
 	}
 	r.checks[outcome].Inc()
-	r.seconds.Observe(took.Seconds())
+	r.seconds.Observe(now.Sub(began).Seconds())
 	for i := range d.Charges {
 		r.charged(&d.Charges[i], &d.Verdicts[i], manners[d.Outcome] == pass)
 	}
@@ -200,11 +225,30 @@ func (r *report) checked(v *verdict, took time.Duration) {
 		r.mistaken(m)
 	}
 	if d.Outcome == limiter.Limited {
-		if e := r.log.Check(zap.DebugLevel, "limited"); e != nil {
-			e.Write(append(fields(&d.Charges[d.Telling], v), zap.Int64("remaining", d.Verdicts[d.Telling].Remaining),
-				zap.Duration("retry_after", d.Verdicts[d.Telling].RetryAfter))...)
-		}
+		r.denied(v, now)
 	}
+}
+
+// denied logs a denial: at debug each, else some of them.
+func (r *report) denied(v *verdict, now time.Time) {
+	charge, told := &v.decision.Charges[v.decision.Telling], &v.decision.Verdicts[v.decision.Telling]
+	leftOut, sampled := r.of(charge.Limit).lines.next(now)
+	level := zap.DebugLevel
+	if sampled {
+		level = zap.InfoLevel
+	}
+	e := r.log.Check(level, "limited")
+	if e == nil {
+		return
+	}
+	all := append(fields(charge, v), zap.Int64("remaining", told.Remaining))
+	if told.RetryAfter != limiter.Never {
+		all = append(all, zap.Float64("retry_after", told.RetryAfter.Seconds()))
+	}
+	if sampled {
+		all = append(all, zap.Uint64("left_out", leftOut))
+	}
+	e.Write(all...)
 }
 
 func (r *report) charged(c *limiter.Charge, v *limiter.Verdict, passed bool) {

@@ -50,6 +50,7 @@ type Server struct {
 	config atomic.Pointer[policy.Config]
 	store  limiter.Store
 	report *report
+	calls  *calls
 	health *health.Server
 	jitter func() int // seconds, 1 to 10, that a client is told to wait where the store failed
 }
@@ -63,6 +64,7 @@ func New(o Options) *Server {
 	s := &Server{
 		store:  o.Store,
 		report: newReport(log, o.Metrics),
+		calls:  newCalls(o.Metrics),
 		health: health.NewServer(),
 		// Spread, so that clients do not all come back at once.
 		jitter: func() int { return 1 + rand.IntN(10) },
@@ -85,6 +87,8 @@ func (s *Server) GRPC() *grpc.Server {
 		grpc.MaxConcurrentStreams(maxStreams),
 		grpc.NumStreamWorkers(streamWorkers),
 		grpc.ForceServerCodecV2(newCodec()),
+		grpc.UnaryInterceptor(s.calls.unary),
+		grpc.StreamInterceptor(s.calls.stream),
 		// Envoy's keepalive pings are at intervals that grpc-go would by default answer by closing the connection.
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
 	)
@@ -132,7 +136,7 @@ func (s *Server) check(ctx context.Context, asked *question) (answer *reply, err
 			s.report.panicked(fmt.Sprintf("%T", p), debug.Stack())
 			answer, err = s.answer(&v)
 		}
-		s.report.checked(&v, time.Since(began))
+		s.report.checked(&v, began)
 	}()
 	if err := s.decide(ctx, asked, &v); err != nil {
 		return nil, err

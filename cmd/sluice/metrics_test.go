@@ -1,0 +1,172 @@
+package main
+
+import (
+	"fmt"
+	"maps"
+	"os"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+
+	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
+	"google.golang.org/grpc"
+
+	"github.com/sluiceproxy/sluice/limiter/redistest"
+)
+
+// series are the lines of a /metrics page: what each series' value is.
+func series(t testing.TB, addr string) map[string]string {
+	t.Helper()
+	_, page := get(t, "http://"+addr+"/metrics")
+	all := make(map[string]string)
+	for line := range strings.Lines(page) {
+		if at := strings.LastIndexByte(line, ' '); line[0] != '#' {
+			all[line[:at]] = strings.TrimSpace(line[at:])
+		}
+	}
+	return all
+}
+
+// family is a series' name, without what a histogram appends.
+func family(series string) string {
+	name, _, _ := strings.Cut(series, "{")
+	for _, suffix := range []string{"_bucket", "_sum", "_count"} {
+		name = strings.TrimSuffix(name, suffix)
+	}
+	return name
+}
+
+// Every metric that is exported is moved by something that really happens, and its labels hold names of the config's and the program's
+// only, whatever clients send. That each stands in the README, and no other, TestREADMEMetrics says.
+func TestMetricsMove(t *testing.T) {
+	const hostile = "c4n4ry\"} 1\nsluice_forged 1\n"
+	const limits = `
+local_share: 0.5
+exempt: [{match: {paths: [/healthz]}}]
+limits:
+  - {name: strict, rate: 1/d, burst: 2, key: client.ip, match: {paths: [/strict]}}
+  - {name: shadow, rate: 1/d, burst: 1, mode: shadow, match: {paths: [/strict]}}
+  - {name: swept, rate: 1000000/s, key: client.ip, match: {paths: [/swept]}, on_failure: local}
+  - {name: open, rate: 1/s, match: {paths: [/open]}, on_failure: allow}
+  - {name: asked, rate: 1/s, match: {paths: [/asked]}, on_failure: delegate}
+  - {name: bad, rate: 1/s, match: {paths: [/bad]}, key: 'request.path.split("?")[1]'}
+`
+	config := file(t, "sluice.yaml", limits)
+	redis := redistest.Start(t)
+	t.Setenv("GOMEMLIMIT", "256KiB") // so that a table in process is full of 256 buckets
+	inProcess := startSluice(t, "--config", config)
+	t.Setenv("GOMEMLIMIT", "off")
+	onRedis := startSluice(t, "--config", config, "--redis", redis.URL())
+	both := []*process{inProcess, onRedis}
+	before := []map[string]string{series(t, inProcess.metrics), series(t, onRedis.metrics)}
+
+	conns := map[*process]*grpc.ClientConn{inProcess: dial(t, inProcess.grpc), onRedis: dial(t, onRedis.grpc)}
+	send := func(p *process, ip, path string) {
+		t.Helper()
+		r := from(ip, path)
+		r.Attributes.Request.Http.Host, r.Attributes.Request.Http.Method = hostile, hostile
+		r.Attributes.Request.Http.Headers["x-request-id"] = hostile
+		_, err := authv3.NewAuthorizationClient(conns[p]).Check(t.Context(), r)
+		if err != nil && path != "/asked" {
+			t.Error(err)
+		}
+	}
+	for _, p := range both {
+		for _, path := range []string{"/strict", "/strict", "/strict", "/swept", "/healthz", "/bad", "/" + hostile} {
+			send(p, "203.0.113.1", path)
+		}
+	}
+	var many sync.WaitGroup
+	for i := range 10 {
+		many.Go(func() {
+			for j := range 40 {
+				send(inProcess, fmt.Sprintf("10.0.%d.%d", i, j), "/strict")
+			}
+		})
+	}
+	many.Wait()
+	if err := redis.Client().Set(t.Context(), "sluice:default:open:{-}", "\xb5\x08\x02", 0).Err(); err != nil { // of a newer version
+		t.Fatal(err)
+	}
+	send(onRedis, "203.0.113.1", "/open")
+	redis.Kill()
+	for range 6 { // the breaker opens
+		for _, path := range []string{"/strict", "/swept", "/open", "/asked"} {
+			send(onRedis, "203.0.113.1", path)
+		}
+	}
+	for _, p := range both {
+		for i, text := range []string{limits + "failure_status: 502\n", "bad"} {
+			if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if err := p.cmd.Process.Signal(syscall.SIGHUP); err != nil {
+				t.Fatal(err)
+			}
+			await(t, func() bool {
+				return series(t, p.metrics)[`sluice_config_reloads_total{result="`+[]string{"success", "failure"}[i]+`"}`] != "0"
+			})
+		}
+	}
+
+	// What moves by itself in time is awaited: the janitor's next sweep.
+	still := func() []string {
+		moved, all := map[string]bool{}, map[string]bool{}
+		for i, p := range both {
+			for s, v := range series(t, p.metrics) {
+				if strings.HasPrefix(s, "sluice_") || strings.HasPrefix(s, "grpc_") {
+					all[family(s)] = true
+					moved[family(s)] = moved[family(s)] || before[i][s] != v
+				}
+			}
+		}
+		// Only a mistake in sluice itself moves this one: authz's tests make one.
+		delete(all, "sluice_panics_total")
+		return slices.DeleteFunc(slices.Sorted(maps.Keys(all)), func(name string) bool { return moved[name] })
+	}
+	var unmoved []string
+	defer func() {
+		if t.Failed() {
+			t.Logf("nothing moved %v", unmoved)
+		}
+	}()
+	await(t, func() bool { unmoved = still(); return len(unmoved) == 0 })
+
+	// All that a decision can be was one.
+	for _, decision := range []string{"allowed", "limited", "unmatched", "exempt", "failed_open", "failed_closed", "failed_local", "delegated", "invalid"} {
+		if n := series(t, onRedis.metrics)[`sluice_checks_total{decision="`+decision+`"}`]; n == "0" || n == "" {
+			t.Errorf("no check was %s: %q", decision, n)
+		}
+	}
+
+	named := regexp.MustCompile(`^(?:strict|shadow|swept|open|asked|bad` + // limits
+		`|allowed|limited|shadow_limited|unmatched|exempt|failed_open|failed_closed|failed_local|delegated|invalid` + // decisions
+		`|timeout|connection|auth|readonly|oom|loading|script|state|overload|other` + // kinds of a store's errors
+		`|success|failure|buckets|local|key|[0-9a-f]{16}|unary|[A-Z][A-Za-z]+|envoy\.service\.auth\.v3\.Authorization)$`)
+	label := regexp.MustCompile(`([a-z_]+)=("(?:[^"\\]|\\.)*")`)
+	looked := 0
+	for _, p := range both {
+		for s := range series(t, p.metrics) {
+			if strings.HasPrefix(s, "go_") || strings.HasPrefix(s, "process_") || strings.HasPrefix(s, "promhttp_") {
+				continue
+			}
+			if !strings.HasPrefix(s, "sluice_") && !strings.HasPrefix(s, "grpc_") || strings.Contains(s, "forged") || strings.Contains(s, "c4n4ry") {
+				t.Errorf("what is %s?", s)
+			}
+			for _, l := range label.FindAllStringSubmatch(s, -1) {
+				looked++
+				value, err := strconv.Unquote(l[2])
+				if err != nil || l[1] != "le" && !named.MatchString(value) {
+					t.Errorf("%s: who says %q?", s, value)
+				}
+			}
+		}
+	}
+	if looked < 100 {
+		t.Errorf("only %d labels", looked)
+	}
+}
