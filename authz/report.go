@@ -3,7 +3,6 @@ package authz
 import (
 	"errors"
 	"maps"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -34,6 +33,9 @@ type report struct {
 	// limits are the limits that are known, replaced whole where one comes.
 	limits atomic.Pointer[map[limitName]*limitReport]
 
+	last *denials
+	tops atomic.Int32 // limits that have a top
+
 	mu   sync.Mutex      // of what follows, and of replacing limits
 	told map[string]bool // the mistakes of the config in force that were logged
 }
@@ -53,10 +55,12 @@ type limitName struct {
 
 // limitReport is what is kept ready for one limit.
 type limitReport struct {
+	ofMany                       bool               // past the bound
 	allowed, limited, rejections prometheus.Counter // rejections: nil where it is a shadow limit
 	taken                        prometheus.Counter
 	ratio                        prometheus.Observer
-	lines                        sampler // which of its denials are logged
+	lines                        sampler             // which of its denials are logged
+	top                          atomic.Pointer[top] // nil: nobody asked for it yet, or there are too many limits
 }
 
 // The denials of one limit that are logged: the first, and then one in so many, or the first after so long.
@@ -119,6 +123,7 @@ func newReport(log *zap.Logger, metrics prometheus.Registerer) *report {
 		mistakes: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "sluice_config_mistakes_total", Help: "Checks that showed a mistake of the config; such are refused, but for a shadow limit's.",
 		}, []string{"limit", "field"}),
+		last: newDenials(),
 		told: make(map[string]bool),
 	}
 	for _, o := range limiter.Outcomes {
@@ -142,6 +147,9 @@ func (r *report) use(limits []*limiter.Limit) {
 	for at := range known {
 		if keep[at.name] {
 			continue
+		}
+		if known[at].top.Load() != nil {
+			r.tops.Add(-1)
 		}
 		delete(known, at)
 		r.decisions.DeletePartialMatch(prometheus.Labels{"limit": at.name})
@@ -180,6 +188,7 @@ func (r *report) add(limits ...*limiter.Limit) {
 			known.rejections = r.rejections.WithLabelValues(name)
 		}
 		if name == others {
+			known.ofMany = true
 			at = limitName{others, l.Shadow}
 		}
 		all[at] = known
@@ -216,7 +225,7 @@ func (r *report) checked(v *verdict, began time.Time) {
 	r.checks[outcome].Inc()
 	r.seconds.Observe(now.Sub(began).Seconds())
 	for i := range d.Charges {
-		r.charged(&d.Charges[i], &d.Verdicts[i], manners[d.Outcome] == pass)
+		r.charged(&d.Charges[i], &d.Verdicts[i], manners[d.Outcome] == pass, now)
 	}
 	for _, l := range v.unlimited {
 		r.of(l).allowed.Inc()
@@ -224,6 +233,10 @@ func (r *report) checked(v *verdict, began time.Time) {
 	for _, m := range v.mistakes {
 		r.mistaken(m)
 	}
+	if manners[d.Outcome] == pass {
+		return
+	}
+	r.last.note(v, now)
 	if d.Outcome == limiter.Limited {
 		r.denied(v, now)
 	}
@@ -251,7 +264,7 @@ func (r *report) denied(v *verdict, now time.Time) {
 	e.Write(all...)
 }
 
-func (r *report) charged(c *limiter.Charge, v *limiter.Verdict, passed bool) {
+func (r *report) charged(c *limiter.Charge, v *limiter.Verdict, passed bool, now time.Time) {
 	if v.Err != nil {
 		if e := r.seldom.Check(zap.WarnLevel, "the store does not answer: "+string(limiter.KindOf(v.Err))); e != nil {
 			e.Write(zap.String("limit", c.Limit.Name), zap.String("domain", c.Limit.Domain), zap.Error(v.Err))
@@ -263,6 +276,9 @@ func (r *report) charged(c *limiter.Charge, v *limiter.Verdict, passed bool) {
 	}
 	l := r.of(c.Limit)
 	l.ratio.Observe(float64(v.Remaining) / float64(c.Bucket.Burst()))
+	if t := r.topOf(l); t != nil {
+		t.add(keyOf(c), !v.Allowed, now)
+	}
 	if !v.Allowed {
 		l.limited.Inc()
 		if l.rejections != nil {
@@ -276,13 +292,22 @@ func (r *report) charged(c *limiter.Charge, v *limiter.Verdict, passed bool) {
 	}
 }
 
+// topOf is a limit's, made for its first request; nil where there are too many.
+func (r *report) topOf(l *limitReport) *top {
+	if t := l.top.Load(); t != nil || l.ofMany {
+		return t
+	}
+	if r.tops.Add(1) > maxTops || !l.top.CompareAndSwap(nil, newTop()) {
+		r.tops.Add(-1)
+	}
+	return l.top.Load()
+}
+
 // fields are a log line's about a charge.
 func fields(c *limiter.Charge, v *verdict) []zap.Field {
-	// The part of the key in braces: hashed, or escaped where it is an address or the like.
-	_, key, _ := strings.Cut(c.Key, "{")
 	all := []zap.Field{
 		zap.Stringer("decision", v.decision.Outcome), zap.String("limit", c.Limit.Name), zap.String("domain", c.Limit.Domain),
-		zap.String("key_hash", strings.TrimSuffix(key, "}")), zap.Int64("cost", c.Cost),
+		zap.String("key_hash", keyOf(c)), zap.Int64("cost", c.Cost),
 	}
 	if id := requestID(v.request); id != "" {
 		all = append(all, zap.String("request_id", id))

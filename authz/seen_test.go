@@ -1,0 +1,220 @@
+package authz
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/sluiceproxy/sluice/limiter"
+)
+
+// What the sketch's authors prove: no count is too low, nor too high by more than is told, and no key with more than a 64th of all is missed.
+func TestSketch(t *testing.T) {
+	for seed := range uint64(20) {
+		random := rand.New(rand.NewPCG(seed, 1))
+		zipf := rand.NewZipf(random, 1.05+random.Float64(), 1, 100_000)
+		var s sketch
+		exact := map[string]uint64{}
+		const all = 50_000
+		for range all {
+			key := fmt.Sprint(zipf.Uint64())
+			exact[key]++
+			s.add(key)
+		}
+		for key, n := range exact {
+			at, ok := s.index[key]
+			if !ok && n > all/topKeys {
+				t.Errorf("seed %d: %s was there %d times of %d, and is missed", seed, key, n, all)
+			}
+			if ok && (n > s.counts[at] || n < s.counts[at]-s.over[at]) {
+				t.Errorf("seed %d: %s was there %d times, told is %d, at most %d too many", seed, key, n, s.counts[at], s.over[at])
+			}
+		}
+		if len(s.index) != topKeys {
+			t.Errorf("%d keys", len(s.index))
+		}
+	}
+}
+
+// What is told is of the last five to ten minutes.
+func TestTopForgets(t *testing.T) {
+	at := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
+	top := newTop()
+	tell := func(n int) string {
+		requests, denials := top.told(n, at)
+		return fmt.Sprint(requests, denials)
+	}
+	for i := range 5 {
+		top.add("a", i > 2, at)
+	}
+	top.add("b", true, at)
+	if got := tell(2); got != "[{a 5 0} {b 1 0}] [{a 2 0} {b 1 0}]" {
+		t.Error(got)
+	}
+	at = at.Add(topWindow)
+	top.add("a", false, at)
+	top.add("c", false, at)
+	if got := tell(1); got != "[{a 6 0}] [{a 2 0}]" {
+		t.Error(got)
+	}
+	at = at.Add(topWindow)
+	if got := tell(9); got != "[{a 1 0} {c 1 0}] []" {
+		t.Error(got)
+	}
+	at = at.Add(3 * topWindow)
+	if got := tell(9); got != "[] []" {
+		t.Error(got)
+	}
+}
+
+// Of very many clients what is kept stays small, and the one among them that is denied most is told.
+func TestWhatIsSeenIsBounded(t *testing.T) {
+	s, _, _ := newServer(t, "limits: [{name: a, rate: 1/d, key: client.ip}, {name: b, rate: 1/d, key: 'request.path'}]", nil)
+	deny := no(0, time.Second, time.Second, 1)
+	heap := func() uint64 {
+		runtime.GC()
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc
+	}
+	v := verdict{config: s.config.Load(), decision: limiter.Decision{Outcome: limiter.Limited, Charges: make([]limiter.Charge, 1), Verdicts: []limiter.Verdict{deny}}}
+	limit := v.config.Limits()[0]
+	bucket := bucketOf(t)
+	now := time.Now()
+	ask := func(key string) {
+		v.decision.Charges[0] = limiter.Charge{Limit: limit, Bucket: bucket, Key: "sluice:default:a:{" + key + "}", Cost: 1}
+		s.report.charged(&v.decision.Charges[0], &v.decision.Verdicts[0], false, now)
+		s.report.last.note(&v, now)
+	}
+	const clients = 200_000
+	before := heap()
+	for i := range clients {
+		ask(fmt.Sprint("=8.client-", i))
+		if i%20 == 0 {
+			ask("=4.busy")
+		}
+	}
+	if after := heap(); after > before+1<<20 {
+		t.Errorf("the heap grew from %d kB to %d kB", before>>10, after>>10)
+	}
+	requests, denials := s.Top("a", 10)
+	if len(requests) != 10 || requests[0].Key != "=4.busy" || denials[0].Key != "=4.busy" || denials[0].Count < clients/20 || denials[0].Count-denials[0].Over > clients/20 {
+		t.Errorf("%v %v", requests, denials)
+	}
+	if all := s.Denials(); len(all) != maxDenials || all[0].Key != fmt.Sprint("=8.client-", clients-1) {
+		t.Errorf("%d denials, %v", len(all), all[0])
+	}
+	long := strings.Repeat("x", 1000)
+	ask(long)
+	if d := s.Denials()[0]; d.Key != long {
+		t.Errorf("%d bytes of key", len(d.Key))
+	}
+	if _, ok := s.report.of(limit).top.Load().now[0].index[long[:longestTop]]; !ok {
+		t.Error("a long key is not cut")
+	}
+}
+
+func TestTopsAreBounded(t *testing.T) {
+	s, _, _ := newServer(t, "", nil)
+	for round := range 2 {
+		var limits []*limiter.Limit
+		for i := range maxTops + 3 {
+			limits = append(limits, &limiter.Limit{Name: fmt.Sprintf("l%d-%d", round, i)})
+		}
+		s.report.use(limits)
+		kept := 0
+		for _, l := range limits {
+			s.report.charged(&limiter.Charge{Limit: l, Bucket: bucketOf(t), Key: "p:{k}"}, &limiter.Verdict{Allowed: true, Source: limiter.MemorySource}, true, time.Now())
+			if requests, _ := s.Top(l.Name, 1); len(requests) == 1 && requests[0].Key == "k" {
+				kept++
+			}
+		}
+		if kept != maxTops {
+			t.Errorf("round %d: %d limits' are kept", round, kept)
+		}
+	}
+	if r, d := s.Top("nobody", 1); r != nil || d != nil {
+		t.Error(r, d)
+	}
+}
+
+// The last denials say why; like ones are one, and what passes is none.
+func TestDenials(t *testing.T) {
+	s, _, _ := newServer(t, `
+limits:
+  - {name: a, rate: 1/s, burst: 5, cost: 2, key: 'request.headers["x-api-key"]'}
+  - {name: bad, match: {paths: [/bad]}, rate: 1/s, key: 'request.path.split("?")[1]'}
+`, nil)
+	const secret = "s3cr3t"
+	ask := func(store limiter.Store, path string) {
+		s.store = store
+		r := checkOf("x-api-key", secret, "x-request-id", "id-1")
+		r.Attributes.Request.Http.Path, r.Attributes.Request.Http.Host = path, "h"
+		_, _ = s.Check(t.Context(), r)
+	}
+	deny := said{no(1, time.Second, 4*time.Second, 1)}
+	ask(said{ok(1, 1, 1)}, "/fine")
+	ask(deny, "/one?token="+secret)
+	ask(said{failed}, "/two")
+	ask(said{failed}, "/bad")
+	ask(panics{}, "/panic")
+	ask(deny, "/three?token="+secret)
+	var got []string
+	for _, d := range s.Denials() {
+		got = append(got, fmt.Sprint(d.ID, " ", d.Count, " ", d.Outcome, " ", d.Limit, d.Field, d.Failure, " ", d.Cost, "/", d.Remaining, " ", d.RetryAfter,
+			" ", d.Method, " ", d.Host, d.Path, " ", d.Source, " ", d.RequestID, " ", s.Denied(d.ID).Path))
+		if strings.Contains(strings.Replace(fmt.Sprintf("%+v", d), fmt.Sprint(d.request), "", 1), secret) {
+			t.Errorf("%+v", d)
+		}
+	}
+	want := `1 2 limited a 2/1 1s GET h/three 203.0.113.7 id-1 /three?token=s3cr3t
+4 1 failed_closed  0/0 0s GET h/panic 203.0.113.7 id-1 /panic
+3 1 invalid badkey 0/0 0s GET h/bad 203.0.113.7 id-1 /bad
+2 1 failed_closed atimeout 2/0 0s GET h/two 203.0.113.7 id-1 /two`
+	if g := strings.Join(got, "\n"); g != want {
+		t.Errorf("%s\nwant\n%s", g, want)
+	}
+	if s.Denied(99) != nil {
+		t.Error("a request of no denial")
+	}
+	ask(deny, "/"+strings.Repeat("x", largestKept))
+	if d := s.Denials()[0]; s.Denied(d.ID) != nil || len(d.Path) != longestShown {
+		t.Errorf("%d bytes of the path are kept, and %v", len(d.Path), s.Denied(d.ID))
+	}
+}
+
+// Checks, a reader of all that is seen, and other configs, at once.
+func TestSeenAtOnce(t *testing.T) {
+	s, _, _ := newServer(t, "limits: [{name: a, rate: 1/d, burst: 10, key: 'request.headers[\"k\"]'}]", limiter.NewMemory(1000, nil, prometheus.NewRegistry()))
+	var wg sync.WaitGroup
+	for i := range 4 {
+		wg.Go(func() {
+			for j := range 500 {
+				_, _ = s.Check(t.Context(), checkOf("k", fmt.Sprint(i*j%50)))
+			}
+		})
+	}
+	wg.Go(func() {
+		for range 50 {
+			s.Top("a", 5)
+			for _, d := range s.Denials() {
+				s.Denied(d.ID)
+			}
+			s.Totals()
+			s.Limits()
+			s.Use(s.config.Load())
+		}
+	})
+	wg.Wait()
+	totals, limits := s.Totals(), s.Limits()
+	if sum := totals.Checks[limiter.Allowed] + totals.Checks[limiter.Limited]; sum != 2000 || totals.Seconds.GetSampleCount() != 2000 ||
+		len(limits) != 1 || limits[0].Allowed != totals.Checks[limiter.Allowed] || limits[0].Taken != limits[0].Allowed {
+		t.Errorf("%v %v", totals, limits)
+	}
+}
