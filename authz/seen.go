@@ -84,3 +84,6 @@ func (s *Server) Denied(id uint64) *policy.Request {
 	}
 	return nil
 }
+
+// Explainable reports whether the denial's request is kept (Server.Denied).
+func (d *Denial) Explainable() bool { return d.request != nil }

@@ -158,7 +158,7 @@ func (p *program) sayDemo(cfg *policy.Config, s *sidecar, port int) {
 
   limits    %s
   buckets   %s
-  sluice    gRPC %s   metrics http://%s/metrics   admin http://%s/debug/pprof/
+  sluice    gRPC %s   metrics http://%s/metrics   page http://%s/
 
 Try it:
   curl -i http://localhost:%[1]d

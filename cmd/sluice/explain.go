@@ -172,19 +172,44 @@ type explainedLimit struct {
 }
 
 func (p *program) explain(ctx context.Context, cfg *policy.Config, request *policy.Request, asJSON bool) error {
-	x := cfg.Explain(request)
-	e := explanation{Domain: cfg.Domain, Client: cfg.Client(request), Limits: []explainedLimit{}}
-	d, err := foresee(ctx, cfg, x.Draw)
+	var store limiter.Store
+	if cfg.Redis != nil {
+		redis, err := openRedis(cfg)
+		if err != nil {
+			return err
+		}
+		defer func() { _ = redis.Close() }()
+		store = redis.Looking()
+	}
+	e, outcome := explain(ctx, cfg, store, request)
+	var err error
+	if asJSON {
+		err = p.printJSON(e)
+	} else {
+		err = p.printExplanation(e, request)
+	}
 	if err != nil {
 		return err
 	}
+	switch outcome {
+	case limiter.Limited, limiter.Invalid, limiter.FailedClosed, limiter.Delegated:
+		return errNo
+	}
+	return nil
+}
+
+// explain says what would become of a request. The store is one that only looks, or nil where the buckets are in another process.
+func explain(ctx context.Context, cfg *policy.Config, store limiter.Store, request *policy.Request) (explanation, limiter.Outcome) {
+	x := cfg.Explain(request)
+	e := explanation{Domain: cfg.Domain, Client: cfg.Client(request), Limits: []explainedLimit{}}
+	d := foresee(ctx, store, x.Draw)
 	e.Decision = d.Outcome.String()
 	switch {
 	case x.Draw.Exempt:
 		e.Note = x.Exempt
 	case x.Draw.Invalid:
 		e.Note = "the request shows a mistake of the config"
-	case cfg.Redis == nil && len(d.Charges) > 0:
+	case store == nil && len(d.Charges) > 0:
 		e.Note = "there is no Redis, so the buckets are in the sidecar's own process: what they hold is not known here, and taken to be all"
 	}
 	for _, m := range x.Draw.Mistakes {
@@ -204,7 +229,7 @@ func (p *program) explain(ctx context.Context, cfg *policy.Config, request *poli
 		if l.Charge >= 0 {
 			charge, verdict := d.Charges[l.Charge], d.Verdicts[l.Charge]
 			out.Key, out.Cost = &l.Key, &charge.Cost
-			if verdict.Err == nil && cfg.Redis != nil {
+			if verdict.Err == nil && store != nil {
 				out.Remaining = &verdict.Remaining
 			}
 			out.refused = verdict.Err == nil && verdict.RetryAfter == limiter.Never
@@ -218,42 +243,25 @@ func (p *program) explain(ctx context.Context, cfg *policy.Config, request *poli
 		}
 		e.Limits = append(e.Limits, out)
 	}
-	if asJSON {
-		err = p.printJSON(e)
-	} else {
-		err = p.printExplanation(e, request)
-	}
-	if err != nil {
-		return err
-	}
-	switch d.Outcome {
-	case limiter.Limited, limiter.Invalid, limiter.FailedClosed, limiter.Delegated:
-		return errNo
-	}
-	return nil
+	return e, d.Outcome
 }
 
-// foresee is the decision that a draw would lead to now. Without a Redis all buckets are taken for full.
-func foresee(ctx context.Context, cfg *policy.Config, draw policy.Draw) (d limiter.Decision, err error) {
+// foresee is the decision that a draw would lead to now. Without a store all buckets are taken for full.
+func foresee(ctx context.Context, store limiter.Store, draw policy.Draw) limiter.Decision {
 	switch {
 	case draw.Exempt:
-		return limiter.Decision{Outcome: limiter.Exempt, Telling: -1}, nil
-	case draw.Invalid:
-		// What the other limits hold may be of use all the same.
-		defer func() { d.Outcome = limiter.Invalid }()
-	case len(draw.Charges) == 0 && len(draw.Unlimited) > 0:
-		return limiter.Decision{Outcome: limiter.Allowed, Telling: -1}, nil
+		return limiter.Decision{Outcome: limiter.Exempt, Telling: -1}
+	case len(draw.Charges) == 0 && len(draw.Unlimited) > 0 && !draw.Invalid:
+		return limiter.Decision{Outcome: limiter.Allowed, Telling: -1}
 	}
-	var store limiter.Store = limiter.NewMemory(1000, nil, prometheus.NewRegistry())
-	if cfg.Redis != nil {
-		redis, err := openRedis(cfg)
-		if err != nil {
-			return d, err
-		}
-		defer func() { _ = redis.Close() }()
-		store = redis.Looking()
+	if store == nil {
+		store = limiter.NewMemory(1000, nil, prometheus.NewRegistry())
 	}
-	return limiter.Decide(ctx, store, draw.Charges), nil
+	d := limiter.Decide(ctx, store, draw.Charges)
+	if draw.Invalid { // what the other limits hold may be of use all the same
+		d.Outcome = limiter.Invalid
+	}
+	return d
 }
 
 // printExplanation prints the result for people.

@@ -101,7 +101,7 @@ func TestRun(t *testing.T) {
 	if status, body := get(t, "http://"+p.metrics+"/debug/pprof/"); status != 404 {
 		t.Errorf("profiles for strangers: %d %s", status, body)
 	}
-	if status, _ := get(t, "http://"+p.admin+"/debug/pprof/cmdline"); status != 200 {
+	if status, _ := get(t, "http://"+p.admin+"/debug/pprof/symbol"); status != 200 {
 		t.Errorf("profiles: %d", status)
 	}
 	_, metrics := get(t, "http://"+p.metrics+"/metrics")

@@ -96,7 +96,7 @@ limits:
 	redis.Kill()
 	for range 6 { // the breaker opens
 		for _, path := range []string{"/strict", "/swept", "/open", "/asked"} {
-			send(onRedis, "203.0.113.1", path)
+			send(onRedis, "203.0.113.2", path) // whose buckets are full, so that no ceiling denies it
 		}
 	}
 	for _, p := range both {
@@ -146,7 +146,7 @@ limits:
 	named := regexp.MustCompile(`^(?:strict|shadow|swept|open|asked|bad` + // limits
 		`|allowed|limited|shadow_limited|unmatched|exempt|failed_open|failed_closed|failed_local|delegated|invalid` + // decisions
 		`|timeout|connection|auth|readonly|oom|loading|script|state|overload|other` + // kinds of a store's errors
-		`|success|failure|buckets|local|key|[0-9a-f]{16}|unary|[A-Z][A-Za-z]+|envoy\.service\.auth\.v3\.Authorization)$`)
+		`|success|failure|buckets|ceilings|local|key|[0-9a-f]{16}|unary|[A-Z][A-Za-z]+|envoy\.service\.auth\.v3\.Authorization)$`)
 	label := regexp.MustCompile(`([a-z_]+)=("(?:[^"\\]|\\.)*")`)
 	looked := 0
 	for _, p := range both {

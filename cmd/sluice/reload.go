@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/fsnotify/fsnotify"
@@ -62,8 +63,15 @@ type reloader struct {
 	// a directory.
 	watched, names map[string]bool
 
+	last    atomic.Pointer[reloaded]
 	reloads *prometheus.CounterVec
 	info    *prometheus.GaugeVec
+}
+
+// reloaded is how an attempt at a new config ended.
+type reloaded struct {
+	at       time.Time
+	mistakes []string // empty: it is in force
 }
 
 func newReloader(source configSource, cfg *policy.Config, inputs policy.Inputs, use func(*policy.Config) error, log *zap.Logger, metrics prometheus.Registerer) *reloader {
@@ -178,10 +186,13 @@ func (r *reloader) reload(inAnyCase bool) bool {
 		err = r.use(cfg)
 	}
 	if err != nil {
+		mistakes := mistakesOf(err)
+		r.last.Store(&reloaded{time.Now(), mistakes})
 		r.reloads.WithLabelValues("failure").Inc()
-		r.log.Error("the new config is not in force, the old one stays", mistakesOf(err))
+		r.log.Error("the new config is not in force, the old one stays", zap.Strings("mistakes", mistakes))
 		return true
 	}
+	r.last.Store(&reloaded{at: time.Now()})
 	r.reloads.WithLabelValues("success").Inc()
 	r.info.Reset()
 	r.info.WithLabelValues(cfg.Hash).Set(1)
@@ -189,11 +200,11 @@ func (r *reloader) reload(inAnyCase bool) bool {
 	return true
 }
 
-// mistakesOf is an error for the log, a mistake each.
-func mistakesOf(err error) zap.Field {
+// mistakesOf is an error for people, a mistake each.
+func mistakesOf(err error) []string {
 	var mistakes policy.Mistakes
 	if !errors.As(err, &mistakes) {
-		return zap.Error(err)
+		return []string{err.Error()}
 	}
 	const most = 20
 	lines := make([]string, 0, min(len(mistakes), most+1))
@@ -204,7 +215,7 @@ func mistakesOf(err error) zap.Field {
 		}
 		lines = append(lines, m.String())
 	}
-	return zap.Strings("mistakes", lines)
+	return lines
 }
 
 // stateOf tells whether files changed: where they really are, their sizes and when they were written.

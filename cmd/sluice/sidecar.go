@@ -7,7 +7,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"net/http/pprof"
 	"os"
 	"os/signal"
 	"sync/atomic"
@@ -39,7 +38,7 @@ type sidecar struct {
 	ceiling *limiter.Ceiling // over redis
 
 	grpc, metrics, admin net.Listener
-	registry             *prometheus.Registry
+	registry, stores     *prometheus.Registry // stores: what the store says of itself
 
 	answered atomic.Bool // the store has answered once, or need not have
 	draining atomic.Bool
@@ -58,20 +57,20 @@ func newSidecar(source configSource, stderr io.Writer) (*sidecar, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &sidecar{log: log, level: level, hangup: hangup, registry: prometheus.NewRegistry()}
+	s := &sidecar{log: log, level: level, hangup: hangup, registry: prometheus.NewRegistry(), stores: prometheus.NewRegistry()}
 	s.cfg.Store(cfg)
 	s.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	s.reload = newReloader(source, cfg, inputs, s.use, log, s.registry)
 	var store limiter.Store
 	if cfg.Redis != nil {
-		redis, err := limiter.NewRedis(*cfg.Redis, log, s.registry)
+		redis, err := limiter.NewRedis(*cfg.Redis, log, s.stores)
 		if err != nil {
 			return nil, fmt.Errorf("store.redis: %w", err)
 		}
 		s.redis, s.ceiling = redis, limiter.NewCeiling(redis, s.registry)
 		store = s.ceiling
 	} else {
-		s.memory = limiter.NewMemory(limiter.MaxBuckets(), log, s.registry)
+		s.memory = limiter.NewMemory(limiter.MaxBuckets(), log, s.stores)
 		store = s.memory
 	}
 	s.answered.Store(s.redis == nil || !cfg.FailsClosed())
@@ -153,7 +152,9 @@ func (s *sidecar) serve(ctx context.Context) error {
 		s.stopGracefully(server)
 	})
 	s.addHTTP(&all, s.metrics, s.metricsHandler())
-	s.addHTTP(&all, s.admin, adminHandler())
+	operators := &admin{sidecar: s, stores: s.stores, began: time.Now()}
+	s.addHTTP(&all, s.admin, operators.handler())
+	all.Add(func() error { operators.history.run(background, operators.sample); return nil }, func(error) { cancel() })
 	if s.memory != nil {
 		all.Add(func() error { s.memory.Run(background); return nil }, func(error) { cancel() })
 	} else {
@@ -209,7 +210,7 @@ func (s *sidecar) addHTTP(all *group.Group, l net.Listener, h http.Handler) {
 
 func (s *sidecar) metricsHandler() http.Handler {
 	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(s.registry, promhttp.HandlerOpts{ErrorLog: zap.NewStdLog(s.log)}))
+	mux.Handle("GET /metrics", promhttp.HandlerFor(prometheus.Gatherers{s.registry, s.stores}, promhttp.HandlerOpts{ErrorLog: zap.NewStdLog(s.log)}))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { sayStatus(w, http.StatusOK, "ok") })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
 		switch {
@@ -228,17 +229,6 @@ func sayStatus(w http.ResponseWriter, status int, text string) {
 	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
 	w.WriteHeader(status)
 	_, _ = fmt.Fprintln(w, text)
-}
-
-// adminHandler serves what only the pod's own people may see.
-func adminHandler() http.Handler {
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /debug/pprof/", pprof.Index)
-	mux.HandleFunc("GET /debug/pprof/cmdline", pprof.Cmdline)
-	mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
-	mux.HandleFunc("GET /debug/pprof/symbol", pprof.Symbol)
-	mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
-	return mux
 }
 
 // awaitStore asks Redis until it has answered once: a sidecar that would refuse everything is not ready. Later outages

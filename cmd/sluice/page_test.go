@@ -1,0 +1,461 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"regexp"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/sluiceproxy/sluice/limiter/redistest"
+)
+
+// demo is a running `sluice demo`.
+type demo struct {
+	url, page, metrics string // http://…, without a slash at the end
+	grpc               string
+}
+
+// startDemo runs the demo with further arguments until the test ends.
+func startDemo(t testing.TB, args ...string) demo {
+	t.Helper()
+	port := freePort(t)
+	p := start(t, "sluice", nil, append([]string{"demo", "--port", strconv.Itoa(port)}, args...)...)
+	stdout, err := p.cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var stderr strings.Builder
+	p.cmd.Stderr = &stderr
+	if err := p.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	d := demo{url: fmt.Sprintf("http://localhost:%d", port)}
+	ready := make(chan bool)
+	go func() {
+		defer close(p.done)
+		found := regexp.MustCompile(`gRPC (\S+) +metrics (http://\S+)/metrics +page (http://\S+)/`)
+		lines := bufio.NewScanner(stdout)
+		for lines.Scan() {
+			if at := found.FindStringSubmatch(lines.Text()); at != nil {
+				d.grpc, d.metrics, d.page = at[1], at[2], at[3]
+			}
+			if strings.HasPrefix(lines.Text(), "Ctrl-C") {
+				close(ready)
+			}
+		}
+		_, _ = io.Copy(io.Discard, stdout)
+		_ = p.cmd.Wait()
+	}()
+	t.Cleanup(func() {
+		_ = p.cmd.Process.Signal(syscall.SIGINT)
+		select {
+		case <-p.done:
+		case <-time.After(within):
+			_ = p.cmd.Process.Kill()
+			<-p.done
+		}
+		if status := p.cmd.ProcessState.ExitCode(); status != 0 {
+			t.Errorf("the demo ended with status %d:\n%s", status, stderr.String())
+		}
+	})
+	select {
+	case <-ready:
+	case <-p.done:
+		t.Fatalf("the demo ended:\n%s", stderr.String())
+	case <-time.After(within):
+		t.Fatal("the demo is not ready")
+	}
+	return d
+}
+
+// underLoad sends some two hundred requests a second until the test ends, the way of the ith being make's.
+func underLoad(t testing.TB, url string, prepare func(i int, r *http.Request)) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	c := client(t)
+	var all sync.WaitGroup
+	all.Go(func() {
+		tick := time.NewTicker(5 * time.Millisecond)
+		defer tick.Stop()
+		for i := 0; ; i++ {
+			select {
+			case <-ctx.Done():
+				return
+			case <-tick.C:
+			}
+			r, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			prepare(i, r)
+			response, err := c.Do(r)
+			if err != nil {
+				if ctx.Err() == nil {
+					t.Error(err)
+				}
+				return
+			}
+			_, _ = io.Copy(io.Discard, response.Body)
+			_ = response.Body.Close()
+		}
+	})
+	t.Cleanup(func() { cancel(); all.Wait() })
+}
+
+const attack = `<img src=x onerror="window.hacked=1">`
+
+const pageConfig = `
+domain: shop/checkout
+client_ip: {xff_from_right: 2}
+limits:
+  - {name: per-client, key: client.network, rate: 10/s, burst: 20}
+  - {name: per-key, match: {paths: ["/v1/**"]}, key: [request.method, 'request.headers["x-api-key"]'], rate: 10/s, burst: 20, overrides: [{key: [GET, gold], rate: 600/m}]}
+  - {name: search, match: {paths: [/v1/search]}, rate: 15/s, cost: 5, burst: 60}
+  - {name: by-path, match: {paths: ["/odd/**"]}, key: [request.path, '"<img src=x onerror=window.hacked=1>"'], rate: 1/m}
+  - {name: per-client-strict, mode: shadow, key: client.network, rate: 2/s}
+  - {name: quiet, match: {hosts: [nobody.example]}, rate: 3/d}
+`
+
+// The page, as an operator sees it in a real browser before a running demo under load.
+func TestPage(t *testing.T) {
+	config := file(t, "sluice.yaml", pageConfig)
+	redis := redistest.Start(t)
+	d := startDemo(t, "--config", config, "--redis", redis.URL())
+	underLoad(t, d.url, func(i int, r *http.Request) {
+		r.URL.Path = []string{"/", "/v1/orders", "/v1/search", "/v1/orders"}[i%4]
+		r.Header.Set("X-Forwarded-For", fmt.Sprintf("203.0.113.%d", []int{7, 7, 7, 7, 7, 12, 12, 12, 41, 41, 42, 43, 44, 45}[i%14]))
+		r.Header.Set("X-Api-Key", []string{"gold", "s3cr3t-key", "a", "b", "c"}[i*i%5])
+		if i%23 == 0 {
+			r.URL.Path = "/odd/" + attack
+			r.Header.Set("X-Api-Key", attack)
+			r.Header.Set("X-Request-Id", attack)
+			r.Header.Set("User-Agent", attack)
+		}
+	})
+	for range 2 { // what Envoy would not let through
+		r := checkRequest(attack, attack, "/odd/"+attack, map[string]string{"x-request-id": attack, "x-forwarded-for": attack})
+		r.Attributes.Request.Http.Host = "<script>window.hacked=1</script>.example"
+		check(t, dial(t, d.grpc), r)
+	}
+	b := startBrowser(t)
+	b.look(1280, "light")
+	b.open(d.page + "/")
+
+	text := func(selector string) string {
+		t.Helper()
+		s, _ := b.eval(fmt.Sprintf("document.querySelector(%q)?.innerText ?? ''", selector)).(string)
+		return s
+	}
+	holds := func(selector, what string) {
+		t.Helper()
+		b.await(fmt.Sprintf("(document.querySelector(%q)?.innerText ?? '').includes(%q)", selector, what))
+	}
+
+	// Numbers are there, and move.
+	holds("#domain", "shop/checkout")
+	holds("#state", "Ready")
+	for _, id := range []string{"now-checks", "now-limited", "now-p99", "store-p50"} {
+		b.await(fmt.Sprintf(`/[1-9]/.test(document.getElementById(%q).textContent)`, id))
+	}
+	b.await(`document.querySelectorAll("#traffic path").length >= 4`)
+	const allowed = "#limits-rows tr:nth-child(1) .total"
+	first := text(allowed)
+	b.await(fmt.Sprintf(`document.querySelector(%q).innerText !== %q`, allowed, first))
+	holds("#limits-rows", "per-client-strict")
+	holds("#limits-rows", "by request.method · request.headers[\"x-api-key\"], 1 override")
+	holds("#store", "answers")
+	holds("#config", "sluice.yaml")
+	b.await(`document.querySelectorAll("#top-denials .bar").length > 1`)
+
+	// A limit's keys, by a click; who is asked for by a secret is shown by its hash.
+	b.click(`[data-limit="per-key"]`)
+	holds("#top-title", "per-key")
+	b.await(`document.querySelectorAll("#top-requests .hash").length > 2`)
+	b.click(`[data-limit="by-path"]`)
+	holds("#top-denials", "%3Cimg") // a key is escaped already
+	b.click(`[data-limit="per-client"]`)
+	holds("#top-denials", "203.0.113.")
+
+	// The last denials say why, and what a client wrote there is text.
+	holds("#denials-rows", "/odd/%3Cimg")
+	holds("#denials-rows", "<script>window.hacked=1</script>.example/odd/<img src=x onerror=")
+	holds("#denials-rows", "again in")
+
+	// A denied request is explained, by a click.
+	row := `#denials-rows tr:has(b) [data-denial]`
+	b.click(row)
+	holds("#answer", "This request now")
+	b.await(`document.querySelectorAll("#answer .verdicts li").length === 6`)
+
+	// What is wrong is told.
+	b.eval(`document.querySelector("[name=source]").value = "` + strings.ReplaceAll(attack, `"`, `\"`) + `"`)
+	b.click("button[type=submit]")
+	holds("#answer .error", "<img src=x onerror=")
+	b.eval(`document.querySelector("[name=source]").value = "127.0.0.1"`)
+
+	// And one that is typed in, by keys alone.
+	b.eval(`document.querySelector("[name=path]").focus()`)
+	b.eval(`document.querySelector("[name=path]").select()`)
+	b.call("Input.insertText", map[string]any{"text": "/v1/orders?" + attack}, nil)
+	b.eval(`document.querySelector("[name=header]").focus()`)
+	b.call("Input.insertText", map[string]any{"text": "x-api-key=nobody\nx-attack=" + attack}, nil)
+	b.eval(`document.querySelector("[name=source]").focus()`)
+	b.press("Enter")
+	holds("#answer", "allowed")
+	holds("#answer", "20 of 20 tokens left, costs 1")
+	holds("#answer", "hosts") // why quiet does not apply
+	b.eval(`document.querySelector("#traffic").focus()`)
+	b.press("ArrowLeft")
+	b.await(`/\d\d:\d\d:\d\d/.test(document.querySelector("#legend").innerText)`)
+	b.press("Tab")
+	if got := b.eval("document.activeElement.id"); got != "filter" {
+		t.Errorf("after the chart Tab leads to %v", got)
+	}
+	b.call("Input.insertText", map[string]any{"text": "strict"}, nil)
+	b.await(`document.querySelectorAll("#limits-rows tr").length === 1`)
+	b.eval(`document.querySelector("#filter").value = ""; document.querySelector("#filter").dispatchEvent(new Event("input"))`)
+	b.await(`document.querySelectorAll("#limits-rows tr").length === 6`)
+	b.eval(`document.activeElement.blur()`)
+
+	if os.Getenv("SLUICE_SHOTS") != "" { // for who wants to look: with a history
+		b.await(`document.querySelectorAll("#denials-rows tr").length > 5`)
+		<-time.After(20 * time.Second)
+	}
+	for _, look := range []struct {
+		name, colours string
+		width         int
+	}{{"light", "light", 1280}, {"dark", "dark", 1280}, {"narrow", "light", 390}, {"narrow-dark", "dark", 390}, {"middle", "light", 800}} {
+		b.look(look.width, look.colours)
+		b.await(fmt.Sprintf("innerWidth === %d", look.width))
+		if wide := b.eval("document.documentElement.scrollWidth"); wide.(float64) > float64(look.width) {
+			t.Errorf("at %d pixels the page is %v wide", look.width, wide)
+		}
+		b.shot(look.name)
+	}
+
+	// A new config that is none, with an attack in it.
+	if err := os.WriteFile(config, []byte(pageConfig+"  - {name: '"+attack+"', rate: 1/s}\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	holds("#alarms", "The new config is not in force")
+	holds("#alarms", "onerror")
+	holds("#config", "rejected")
+	b.look(1280, "light")
+	b.shot("rejected")
+
+	asked, wrong := b.seen()
+	for _, url := range asked {
+		if !strings.HasPrefix(url, d.page+"/") {
+			t.Errorf("the page asked for %s", url)
+		}
+	}
+	// The one thing that Chromium reports is the address that was refused.
+	for _, w := range wrong {
+		if !strings.Contains(w, "status of 400") || !strings.Contains(w, "/api/explain") {
+			t.Errorf("the browser says: %s", w)
+		}
+	}
+	if len(asked) < 20 {
+		t.Errorf("only %d requests: %q", len(asked), asked)
+	}
+	if b.eval(`window.hacked === undefined && document.scripts.length === 1 && document.querySelectorAll("img").length === 1`) != true {
+		t.Error("markup of a client's became part of the page")
+	}
+
+	redis.Kill()
+	holds("#alarms", "Redis does not answer")
+	b.shot("no-redis")
+}
+
+// Only who may asks: by a name that is this server's, and from no other site's page. Nothing can be changed.
+func TestAdminIsGuarded(t *testing.T) {
+	p := startSluice(t)
+	_, port, _ := strings.Cut(p.admin, ":")
+	c := client(t)
+	for _, tt := range []struct {
+		method, host, site, origin, path string
+		status                           int
+	}{
+		{"GET", p.admin, "", "", "/", 200},
+		{"GET", "localhost:" + port, "none", "", "/", 200},
+		{"GET", "localhost", "same-origin", "", "/api/status", 200},
+		{"GET", "LOCALHOST:1", "", "", "/api/status", 200},
+		{"GET", "sluice.localhost:1", "", "", "/api/status", 200},
+		{"GET", "[::1]:9002", "", "", "/api/status", 200},
+		{"GET", "10.1.2.3:9002", "", "", "/api/status", 200},
+		{"GET", "evil.example", "", "", "/", 403},
+		{"GET", "evil.example:" + port, "", "", "/api/status", 403},
+		{"GET", "127.0.0.1.evil.example", "", "", "/api/status", 403},
+		{"GET", "localhost.evil.example", "", "", "/debug/pprof/", 403},
+		{"GET", "localhost.", "", "", "/", 403},
+		{"GET", p.admin, "cross-site", "", "/", 403},
+		{"GET", p.admin, "same-site", "", "/api/status", 403},
+		{"GET", p.admin, "", "http://evil.example", "/api/status", 403},
+		{"POST", p.admin, "", "null", "/api/explain", 403},
+		{"POST", p.admin, "", "http://" + p.admin, "/api/explain", 200},
+		{"POST", p.admin, "", "https://" + p.admin, "/api/explain", 403},
+		{"POST", p.admin, "", "http://localhost:1", "/api/explain", 403},
+		{"POST", p.admin, "", "", "/api/explain", 200},
+		{"POST", p.admin, "", "", "/api/status", 405},
+		{"PUT", p.admin, "", "", "/api/limits", 405},
+		{"DELETE", p.admin, "", "", "/", 405},
+		{"GET", p.admin, "", "", "/api/nothing", 404},
+		{"GET", p.admin, "", "", "/page/", 404},
+		{"GET", p.admin, "", "", "/debug/pprof/heap", 200},
+		{"GET", p.admin, "", "", "/debug/pprof/cmdline", 404},
+		{"GET", p.admin, "", "", "/api/top", 400},
+		{"GET", p.admin, "", "", "/api/limits?n=0", 400},
+		{"GET", p.admin, "", "", "/api/explain?source=x", 400},
+		{"GET", p.admin, "", "", "/api/explain?denial=-1", 400},
+		{"GET", p.admin, "", "", "/api/explain?denial=1", 400},
+		{"GET", p.admin, "", "", "/api/explain?header=x", 400},
+		{"GET", p.admin, "", "", "/api/explain?pth=/", 400},
+		{"GET", p.admin, "", "", "/api/explain?%zz", 400},
+	} {
+		r, err := http.NewRequestWithContext(t.Context(), tt.method, "http://"+p.admin+tt.path, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Host = tt.host
+		for name, value := range map[string]string{"Sec-Fetch-Site": tt.site, "Origin": tt.origin} {
+			if value != "" {
+				r.Header.Set(name, value)
+			}
+		}
+		response, err := c.Do(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, _ := io.ReadAll(response.Body)
+		_ = response.Body.Close()
+		policy := response.Header.Get("Content-Security-Policy")
+		if response.StatusCode != tt.status || !strings.Contains(policy, "default-src 'none'") || strings.Contains(policy, "unsafe") ||
+			response.Header.Get("X-Content-Type-Options") != "nosniff" || response.Header.Get("Access-Control-Allow-Origin") != "" {
+			t.Errorf("%v: %d %v\n%s", tt, response.StatusCode, response.Header, body)
+		}
+		if tt.status == 400 {
+			var said struct{ Error string }
+			if json.Unmarshal(body, &said) != nil || said.Error == "" {
+				t.Errorf("%v: %s", tt, body)
+			}
+		}
+	}
+}
+
+// What the page shows is to be had as JSON, no secret is in it, and explaining takes nothing.
+func TestAdminJSON(t *testing.T) {
+	config := file(t, "sluice.yaml", `
+limits:
+  - {name: a, match: {paths: [/a]}, rate: 1/d, burst: 2, cost: 2, key: ['request.headers["x-api-key"]', client.ip]}
+  - {name: b, rate: 1/h, mode: shadow}
+`)
+	redis := redistest.Start(t)
+	inRedis := strings.Replace(redis.URL(), "unix://", "unix://default:k3y-of-redis@", 1)
+	if err := redis.Client().ConfigSet(t.Context(), "requirepass", "k3y-of-redis").Err(); err != nil {
+		t.Fatal(err)
+	}
+	for name, args := range map[string][]string{
+		"in process": {"--config", config},
+		"on Redis":   {"--config", config, "--redis", inRedis},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := startSluice(t, args...)
+			ask := func(path string, into any) {
+				t.Helper()
+				status, text := get(t, "http://"+p.admin+path)
+				if status != 200 || strings.Contains(text, "k3y") {
+					t.Errorf("%s: %d %s", path, status, text)
+				}
+				if err := json.Unmarshal([]byte(text), into); err != nil {
+					t.Fatalf("%s: %v in %s", path, err, text)
+				}
+			}
+			conn := dial(t, p.grpc)
+			for i, want := range []string{"ok", "429", "429"} {
+				r := checkRequest("203.0.113.7", "GET", "/a?token=k3y", map[string]string{"x-api-key": "k3y"})
+				if got := check(t, conn, r); got != want {
+					t.Errorf("check %d: %s", i, got)
+				}
+			}
+
+			var status statusReport
+			ask("/api/status", &status)
+			if status.Checks["allowed"] != 1 || status.Checks["limited"] != 2 || !status.Ready || status.Domain != "default" || len(status.Config.Hash) != 16 || status.Config.Limits != 2 ||
+				status.Config.File != config || status.Config.Last != nil || (status.Store.Kind == "redis") != (name == "on Redis") {
+				t.Errorf("%+v", status)
+			}
+			if name == "on Redis" && status.Store.Address != redis.URL() {
+				t.Errorf("%+v", status.Store)
+			}
+			var limits struct {
+				Total  int
+				Limits []limitReport
+			}
+			ask("/api/limits", &limits)
+			got := fmt.Sprintf("%d %+v", limits.Total, limits.Limits)
+			if want := `2 [{Name:a Mode:enforce From:config Rate:1/d Burst:2 Key:[request.headers["x-api-key"] client.ip] Group: Overrides:0 Allowed:1 Limited:2 Tokens:2}` +
+				` {Name:b Mode:shadow From:config Rate:1/h Burst:1 Key:[] Group: Overrides:0 Allowed:1 Limited:2 Tokens:1}]`; got != want {
+				t.Errorf("%s\nwant\n%s", got, want)
+			}
+			ask("/api/limits?filter=b&n=1", &limits)
+			if limits.Total != 1 || limits.Limits[0].Name != "b" {
+				t.Errorf("%+v", limits)
+			}
+			const key = `[{hash pJsSh4cMEKdvH0ZVKspEMYQs7V3t8O4_KP-hKFWk6Go} {open 203.0.113.7}]`
+			var top struct{ Requests, Denials []keyReport }
+			ask("/api/top?limit=a", &top)
+			if len(top.Requests) != 1 || top.Requests[0].Count != 3 || top.Denials[0].Count != 2 || fmt.Sprint(top.Denials[0].Parts) != key {
+				t.Errorf("%+v", top)
+			}
+			var denials []denialReport
+			ask("/api/denials", &denials)
+			if len(denials) != 1 {
+				t.Fatalf("%+v", denials)
+			}
+			if d := denials[0]; d.Count != 2 || d.Limit != "a" || d.Decision != "limited" || d.Reason != "costs 2, and 0 are left" || d.Path != "/a" || d.Source != "203.0.113.7" ||
+				*d.RetryAfter < 172_000 || *d.RetryAfter > 172_800 || !d.Explainable || fmt.Sprint(d.Parts) != key {
+				t.Errorf("%+v", d)
+			}
+			for range 3 { // it takes nothing
+				for query, want := range map[string]string{
+					"denial=" + strconv.FormatUint(denials[0].ID, 10):                  "limited [a true 0/2] [b true 0/1]",
+					"path=/a&source=203.0.113.7&header=x-api-key%3Dk3y":                "limited [a true 0/2] [b true 0/1]",
+					"path=/a&source=203.0.113.7&header=x-api-key%3Dk3y2":               "allowed [a true 2/2] [b true 0/1]",
+					"path=/b&method=POST&host=h&context=sluice.limits%3Db&principal=p": "allowed [a false] [b true 0/1]",
+				} {
+					var e explanation
+					ask("/api/explain?"+query, &e)
+					said := e.Decision
+					for _, l := range e.Limits {
+						said += fmt.Sprintf(" [%s %v", l.Name, l.Applies)
+						if l.Remaining != nil {
+							said += fmt.Sprintf(" %d/%d", *l.Remaining, *l.Burst)
+						}
+						said += "]"
+					}
+					if said != want {
+						t.Errorf("%s: %s, want %s", query, said, want)
+					}
+				}
+			}
+			var past []second
+			await(t, func() bool { ask("/api/history", &past); return len(past) > 0 })
+			var paths map[string]string
+			ask("/api/", &paths)
+			if len(paths) < 6 {
+				t.Errorf("%v", paths)
+			}
+		})
+	}
+}
