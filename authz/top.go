@@ -11,7 +11,7 @@ import (
 // Who asks most, and who is denied most, is kept for each limit by the Space-Saving sketch (Metwally, Agrawal and El Abbadi: Efficient
 // Computation of Frequent and Top-k Elements in Data Streams, 2005): so many keys have a counter, and a key that has none takes over the
 // least one, with its count as the error. Every key with more than a 64th of a limit's requests is among them, whatever the others do. The
-// Go libraries for it keep no error, or no window, or are not maintained; and it is some forty lines.
+// sketch is some forty lines, and what is told needs its error and its window.
 
 const (
 	topKeys = 64 // counters of one sketch

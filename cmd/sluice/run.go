@@ -98,11 +98,11 @@ func (p *program) sayMistakes(err error) error {
 	return errNo
 }
 
-// tuneGC lets the heap grow to five times what is live before it is collected. A sidecar's live heap is a few megabytes, and
+// tuneGC lets the heap grow to three times what is live before it is collected. A sidecar's live heap is a few megabytes, and
 // Go's default of twice would collect hundreds of times a second under load, a fifth of all its processor time. GOGC is over
 // this, and GOMEMLIMIT still holds: near it the collector runs as often as it takes.
 func tuneGC(getenv func(string) (string, bool)) {
 	if _, ok := getenv("GOGC"); !ok {
-		debug.SetGCPercent(400)
+		debug.SetGCPercent(200)
 	}
 }
