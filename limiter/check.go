@@ -15,6 +15,8 @@ type Finding struct {
 	Status FindingStatus
 	Detail string // what is so; it holds no secret
 	Fix    string // what to do; empty where all is well
+	// Unknown says that Redis did not tell, as its user may not ask: nothing is known to be wrong.
+	Unknown bool
 }
 
 // FindingStatus says how bad it is.
@@ -35,6 +37,9 @@ func (r *Redis) Check(ctx context.Context, prefix string, callerTimeout time.Dur
 	var all []Finding
 	say := func(name string, status FindingStatus, fix, format string, args ...any) {
 		all = append(all, Finding{Name: name, Status: status, Detail: fmt.Sprintf(format, args...), Fix: fix})
+	}
+	unknown := func(name, fix string, err error) {
+		all = append(all, Finding{Name: name, Status: Warn, Detail: fmt.Sprintf("not known: %v", storeError(err)), Fix: fix, Unknown: true})
 	}
 
 	// Whether it answers at all, and in what time: the first round trips make the connection.
@@ -79,7 +84,7 @@ func (r *Redis) Check(ctx context.Context, prefix string, callerTimeout time.Dur
 
 	r.checkScript(ctx, prefix, say)
 	r.checkClock(ctx, say)
-	r.checkServer(ctx, say)
+	r.checkServer(ctx, say, unknown)
 	return all
 }
 
@@ -125,9 +130,9 @@ func (r *Redis) checkClock(ctx context.Context, say sayFinding) {
 }
 
 // checkServer looks at how Redis is set up. Many users may not ask that.
-func (r *Redis) checkServer(ctx context.Context, say sayFinding) {
+func (r *Redis) checkServer(ctx context.Context, say sayFinding, unknown func(name, fix string, err error)) {
 	if info, err := r.client.Info(ctx, "server").Result(); err != nil {
-		say("version", Warn, "ask as a user with +info", "not known: %v", storeError(err))
+		unknown("version", "ask as a user with +info", err)
 	} else if version := field(info, "redis_version"); !newEnough(version) {
 		say("version", Fail, "7.0 or newer", "Redis %s", version)
 	} else {
@@ -137,7 +142,7 @@ func (r *Redis) checkServer(ctx context.Context, say sayFinding) {
 	for _, name := range []string{"maxmemory", "maxmemory-policy", "appendonly", "appendfsync", "save", "min-replicas-to-write"} {
 		values, err := r.client.ConfigGet(ctx, name).Result()
 		if err != nil {
-			say("settings", Warn, "ask as a user with +config|get, or see that maxmemory-policy is noeviction and appendonly is yes", "not known: %v", storeError(err))
+			unknown("settings", "ask as a user with +config|get, or see that maxmemory-policy is noeviction and appendonly is yes", err)
 			return
 		}
 		settings[name] = values[name]

@@ -54,9 +54,9 @@ limits:
 		nodes        []*redis.Client
 		lines        []string
 	}{
-		{"single", config("url: '" + single.URL() + "'"), []*redis.Client{single.Client()}, []string{"each take", "bucket reset, doctor"}},
-		{"database", config("url: '" + single.URL() + "?db=3'"), []*redis.Client{single.Client()}, []string{"each take", "a database in the URL", "bucket reset, doctor"}},
-		{"cluster", config("mode: cluster, addresses: [" + strings.Join(addresses, ", ") + "]"), masters, []string{"each take", "a cluster", "bucket reset, doctor"}},
+		{"single", config("url: '" + single.URL() + "'"), []*redis.Client{single.Client()}, []string{"each take", "bucket reset, doctor and a start's checks"}},
+		{"database", config("url: '" + single.URL() + "?db=3'"), []*redis.Client{single.Client()}, []string{"each take", "a database in the URL", "bucket reset, doctor and a start's checks"}},
+		{"cluster", config("mode: cluster, addresses: [" + strings.Join(addresses, ", ") + "]"), masters, []string{"each take", "a cluster", "bucket reset, doctor and a start's checks"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			var rights []string

@@ -35,7 +35,7 @@ func TestDemo(t *testing.T) {
 	}
 	for name, args := range map[string][]string{
 		"in process": nil,
-		"on Redis":   {"--redis", redistest.Start(t).URL()},
+		"on Redis":   {"--redis", redistest.Start(t, "--appendonly", "yes").URL()},
 	} {
 		t.Run(name, func(t *testing.T) {
 			port, temporary := freePort(t), t.TempDir()

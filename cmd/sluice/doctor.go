@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -19,7 +21,7 @@ func (p *program) doctorCommand() *cobra.Command {
 		Use:   "doctor",
 		Short: "Check what goes wrong in practice",
 		Long: `Check the store for what goes wrong in practice: whether it can be reached and in what time, rights, the script, the clock, eviction,
-persistence, replication, and the timeouts against Envoy's. One take, from a bucket of its own, is tried. Exit status 1: a check failed; warnings do not count.`,
+persistence, replication, a cluster's slots, and the timeouts against Envoy's. One take, from a bucket of its own, is tried. Exit status 1: a check failed; warnings do not count.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			asJSON, err := isJSON(output)
@@ -69,7 +71,10 @@ func (p *program) doctor(ctx context.Context, config string, envoyTimeout time.D
 		}
 		defer func() { _ = redis.Close() }()
 		for _, f := range redis.Check(ctx, cfg.KeyPrefix()+":"+cfg.Domain, envoyTimeout) {
-			d.Checks = append(d.Checks, diagnosed(f))
+			d.Checks = append(d.Checks, diagnosed{f.Name, f.Status, f.Detail, f.Fix})
+		}
+		if cfg.Redis.Mode == limiter.Cluster {
+			d.Checks = append(d.Checks, diagnosed{"slots", limiter.OK, slotsOf(cfg.ByKey()), ""})
 		}
 	}
 	failed := false
@@ -85,6 +90,25 @@ func (p *program) doctor(ctx context.Context, config string, envoyTimeout time.D
 		err = errNo
 	}
 	return err
+}
+
+// slotsOf says which limits share a cluster's hash slot.
+func slotsOf(byKey [][]string) string {
+	if len(byKey) < 2 {
+		return "all limits of a request share a hash slot, and so a call"
+	}
+	const most = 10 // of the groups, and of the names of one
+	more := func(s []string, by string) string {
+		if len(s) > most {
+			s = append(slices.Clip(s[:most]), fmt.Sprintf("%d more", len(s)-most))
+		}
+		return strings.Join(s, by)
+	}
+	groups := make([]string, len(byKey))
+	for i, names := range byKey {
+		groups[i] = more(names, ", ")
+	}
+	return "a request takes from these in calls of their own, as their keys differ and so their hash slots: " + more(groups, " | ")
 }
 
 func (p *program) printDiagnosis(d diagnosis) error {

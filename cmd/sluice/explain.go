@@ -243,7 +243,32 @@ func explain(ctx context.Context, cfg *policy.Config, store limiter.Store, reque
 		}
 		e.Limits = append(e.Limits, out)
 	}
+	if cfg.Redis != nil && cfg.Redis.Mode == limiter.Cluster {
+		e.Note = strings.TrimPrefix(e.Note+slotsNote(e.Limits), "; ")
+	}
 	return e, d.Outcome
+}
+
+// slotsNote says which limits of a request lie in hash slots of their own, after "; ", where there are several.
+func slotsNote(limits []explainedLimit) string {
+	var keys []string
+	names := make(map[string][]string)
+	for _, l := range limits {
+		if l.Key == nil {
+			continue
+		}
+		if names[*l.Key] == nil {
+			keys = append(keys, *l.Key)
+		}
+		names[*l.Key] = append(names[*l.Key], l.Name)
+	}
+	if len(keys) < 2 {
+		return ""
+	}
+	for i, k := range keys {
+		keys[i] = strings.Join(names[k], ", ")
+	}
+	return "; the cluster takes from these in calls of their own, as their keys differ and so their hash slots: " + strings.Join(keys, " | ")
 }
 
 // foresee is the decision that a draw would lead to now. Without a store all buckets are taken for full.

@@ -162,7 +162,7 @@ func (s *sidecar) serve(ctx context.Context) error {
 		all.Add(func() error { s.ceiling.Run(background); return nil }, func(error) { cancel() })
 	}
 	all.Add(func() error { s.reload.run(background, s.hangup); return nil }, func(error) { cancel() })
-	if !s.answered.Load() {
+	if s.redis != nil {
 		all.Add(func() error { s.awaitStore(background); <-background.Done(); return nil }, func(error) { cancel() })
 	}
 	store := "in process"
@@ -232,7 +232,7 @@ func sayStatus(w http.ResponseWriter, status int, text string) {
 }
 
 // awaitStore asks Redis until it has answered once: a sidecar that would refuse everything is not ready. Later outages
-// never take it out of service, which would help nobody.
+// never take it out of service, which would help nobody. Then it says once what is wrong with how Redis is run.
 func (s *sidecar) awaitStore(ctx context.Context) {
 	const every = 250 * time.Millisecond
 	tick := time.NewTicker(every)
@@ -242,17 +242,24 @@ func (s *sidecar) awaitStore(ctx context.Context) {
 		err := s.redis.Ping(ask)
 		cancel()
 		if err == nil {
-			s.answered.Store(true)
-			s.log.Info("redis answers: ready")
-			return
+			break
 		}
 		if !said && ctx.Err() == nil {
-			s.log.Warn("not ready until Redis answers", zap.Error(err))
+			s.log.Warn("Redis does not answer", zap.Bool("ready", s.answered.Load()), zap.Error(err))
 		}
 		select {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
+		}
+	}
+	if !s.answered.Swap(true) {
+		s.log.Info("redis answers: ready")
+	}
+	cfg := s.cfg.Load()
+	for _, f := range s.redis.Check(ctx, cfg.KeyPrefix()+":"+cfg.Domain, 0) {
+		if f.Status != limiter.OK && !f.Unknown && ctx.Err() == nil {
+			s.log.Warn("Redis: "+f.Name, zap.String("detail", f.Detail), zap.String("fix", f.Fix))
 		}
 	}
 }

@@ -55,3 +55,29 @@ func (c *Config) Bucket(limit string, parts []string) (Bucket, error) {
 	b.Charge = limiter.Charge{Limit: l.limit, Bucket: tier.bucket, Key: l.prefix + b.Key + "}"}
 	return b, nil
 }
+
+// ByKey are the names of the file's limits that have buckets, those together whose keys are always the same. On a Redis Cluster such limits share
+// a hash slot, whatever the request.
+func (c *Config) ByKey() [][]string {
+	var all [][]string
+	seen := make(map[string]int)
+	for _, l := range c.rules {
+		if l.tier.unlimited && l.overrides == nil {
+			continue
+		}
+		key := fmt.Sprint(l.absent) // what stands in for an absent part is in the key, too
+		if len(l.key) == 0 {
+			key = ""
+		}
+		for _, e := range l.key {
+			key += "\x00" + e.text
+		}
+		i, ok := seen[key]
+		if !ok {
+			i = len(all)
+			seen[key], all = i, append(all, nil)
+		}
+		all[i] = append(all[i], l.limit.Name)
+	}
+	return all
+}

@@ -309,3 +309,20 @@ func TestWarnings(t *testing.T) {
 		}
 	}
 }
+
+func TestByKey(t *testing.T) {
+	c := parse(t, `
+limits:
+  - {name: a, rate: 1/s}
+  - {name: b, rate: 1/s, key: client.ip}
+  - {name: c, rate: 1/s, key: [client.ip, request.method]}
+  - {name: d, rate: 1/s, key: client.ip, match: {methods: [GET]}}
+  - {name: e, rate: 1/s, absent: skip}
+  - {name: f, rate: 1/s, key: client.ip, absent: share}
+  - {name: g, rate: unlimited, key: client.network}
+  - {name: h, rate: unlimited, key: client.network, overrides: [{key: x, rate: 1/s}]}
+`)
+	if got := fmt.Sprint(c.ByKey()); got != "[[a e] [b d] [c] [f] [h]]" {
+		t.Error(got)
+	}
+}
