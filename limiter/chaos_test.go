@@ -1,6 +1,7 @@
 package limiter
 
 import (
+	"context"
 	"fmt"
 	"net"
 	"os"
@@ -52,7 +53,7 @@ func (s *shaky) scripts(t testing.TB) (executed int) {
 	return executed
 }
 
-// open returns a store.
+// open returns a store that runs, as in a sidecar.
 func (s *shaky) open(t testing.TB, timeout time.Duration) *Redis {
 	t.Helper()
 	o := s.options
@@ -61,7 +62,14 @@ func (s *shaky) open(t testing.TB, timeout time.Duration) *Redis {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = r.Close() })
+	ctx, cancel := context.WithCancel(context.Background())
+	stopped := make(chan struct{})
+	go func() { defer close(stopped); r.Run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		<-stopped
+		_ = r.Close()
+	})
 	return r
 }
 
@@ -139,6 +147,7 @@ func eachShaky(t *testing.T, test func(t *testing.T, s *shaky)) {
 
 // An answer that comes late or is cut off was executed all the same, and never again: it may cost a client a token and gives none away.
 func TestLostAnswers(t *testing.T) {
+	t.Parallel()
 	const budget = 30 * time.Millisecond
 	lost := scaled(50, 1000)
 	eachShaky(t, func(t *testing.T, s *shaky) {

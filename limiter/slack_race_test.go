@@ -1,0 +1,8 @@
+//go:build race
+
+package limiter
+
+import "time"
+
+// slack is what an answer may take over its budget, where the race detector makes everything several times slower.
+const slack = 250 * time.Millisecond
