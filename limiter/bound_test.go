@@ -104,9 +104,9 @@ func TestExcess(t *testing.T) {
 
 // Four sidecars take from the same buckets, while all goes wrong that can without Redis losing what it knows. In no window is more granted
 // than burst + rate·t.
-func TestBoundUnderFaults(t *testing.T) {
+func TestChaosBound(t *testing.T) {
 	t.Parallel()
-	lasts := scaled(5*time.Second, 5*time.Minute)
+	lasts := redistest.Scaled(5*time.Second, 5*time.Minute)
 	type action = func(t *testing.T, s *shaky, i int) // i is a server's
 	type fault struct {
 		name       string

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"net"
-	"os"
 	"slices"
 	"sync"
 	"testing"
@@ -18,18 +17,8 @@ import (
 
 // The chaos suite: real Redis servers, and all that is known to happen to them. Its parts are here and in the files beside: bound_test.go
 // (the bound in every window, under random faults), outage_test.go (killed, frozen, far away, failed over, slots that move) and
-// clock_test.go; what needs a whole sidecar is in cmd/sluice.
-
-// isLong says that the tests that can be long are to be: the same code, with the numbers that .ci/test sees.
-var isLong = os.Getenv("SLUICE_LONG") != ""
-
-// scaled is one of two numbers: for every run of the tests, and for the long one.
-func scaled[T any](quick, long T) T {
-	if isLong {
-		return long
-	}
-	return quick
-}
+// clock_test.go; what needs a whole sidecar is in cmd/sluice. Those that are worth more at length are called TestChaos…, and run at length
+// by .ci/test (redistest.Scaled).
 
 // shaky is a Redis of some kind, and proxies before all of its servers that takes go to.
 type shaky struct {
@@ -57,7 +46,7 @@ func (s *shaky) scripts(t testing.TB) (executed int) {
 func (s *shaky) open(t testing.TB, timeout time.Duration) *Redis {
 	t.Helper()
 	o := s.options
-	o.Timeout = timeout
+	o.Timeout, o.Addresses = timeout, slices.Clone(o.Addresses)
 	r, err := NewRedis(o, nil, prometheus.NewRegistry())
 	if err != nil {
 		t.Fatal(err)
@@ -146,10 +135,10 @@ func eachShaky(t *testing.T, test func(t *testing.T, s *shaky)) {
 }
 
 // An answer that comes late or is cut off was executed all the same, and never again: it may cost a client a token and gives none away.
-func TestLostAnswers(t *testing.T) {
+func TestChaosLostAnswers(t *testing.T) {
 	t.Parallel()
 	const budget = 30 * time.Millisecond
-	lost := scaled(50, 1000)
+	lost := redistest.Scaled(50, 1000)
 	eachShaky(t, func(t *testing.T, s *shaky) {
 		r := s.open(t, budget)
 		slow := bucket(t, 1, 366*day, 10)

@@ -75,9 +75,9 @@ func meanwhile(load, beside func()) {
 }
 
 // Redis is killed in the middle of a load and comes back at once. With its file it knows what it gave; without, it gives one burst more.
-func TestKilledRedis(t *testing.T) {
+func TestChaosKilledRedis(t *testing.T) {
 	const budget, recovers = 100 * time.Millisecond, 1500 * time.Millisecond
-	perSecond, lasts := 1000, scaled(3*time.Second, 20*time.Second)
+	perSecond, lasts := 1000, redistest.Scaled(3*time.Second, 20*time.Second)
 	for _, tt := range []struct {
 		name string
 		args []string
@@ -253,7 +253,7 @@ func TestFailoverWithFrozenReplication(t *testing.T) {
 }
 
 // A slot of a cluster moves to another node and back under load: takes follow it, none is executed twice and hardly one fails.
-func TestSlotMovesUnderLoad(t *testing.T) {
+func TestChaosSlotMoves(t *testing.T) {
 	t.Parallel()
 	const perSecond = 400
 	nodes := redistest.StartCluster(t, 3)
@@ -277,7 +277,7 @@ func TestSlotMovesUnderLoad(t *testing.T) {
 	for i := range int64(clients) {
 		waitForAnswer(t, r, client(i).costs(0))
 	}
-	lasts, moves := scaled(6*time.Second, time.Minute), 0
+	lasts, moves := redistest.Scaled(6*time.Second, time.Minute), 0
 	meanwhile(func() {
 		pace(perSecond, lasts, func() {
 			i := next.Add(1) % clients

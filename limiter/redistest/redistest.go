@@ -25,6 +25,15 @@ import (
 // startWithin bounds how long a server may take to start or to end.
 const startWithin = 20 * time.Second
 
+// Scaled is one of two numbers: that of every run of the tests, or where the environment has SLUICE_LONG that of a long one, which .ci/test
+// makes of the tests called TestChaos….
+func Scaled[T any](quick, long T) T {
+	if os.Getenv("SLUICE_LONG") != "" {
+		return long
+	}
+	return quick
+}
+
 // Server is a redis-server on a unix socket, without persistence unless it was started with arguments that say so.
 // Its methods fail the test that started it. They are not for concurrent use.
 type Server struct {
