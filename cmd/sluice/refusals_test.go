@@ -1,0 +1,157 @@
+package main
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
+	"fmt"
+	"math/big"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/sluiceproxy/sluice/limiter/redistest"
+)
+
+// Each way in which a Redis that can be reached refuses to work: every request gets the failure mode, none passes, and the log and a metric
+// say which way it is.
+func TestRedisRefusesASidecar(t *testing.T) {
+	const checks = 100
+	on := func(t *testing.T, s *redistest.Server, commands ...string) {
+		t.Helper()
+		for _, c := range commands {
+			var args []any
+			for word := range strings.FieldsSeq(c) {
+				args = append(args, word)
+			}
+			if err := s.Client().Do(t.Context(), args...).Err(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for _, tt := range []struct {
+		name  string
+		args  []string
+		setup func(t *testing.T, s *redistest.Server)
+		store string // besides url
+		kind  string
+		log   string // what its line says, besides the kind
+	}{
+		{name: "a replica", kind: "readonly", log: "READONLY", setup: func(t *testing.T, s *redistest.Server) { on(t, s, "REPLICAOF 127.0.0.1 1") }},
+		{name: "too few replicas", kind: "readonly", log: "NOREPLICAS", setup: func(t *testing.T, s *redistest.Server) { on(t, s, "CONFIG SET min-replicas-to-write 1") }},
+		{name: "a save that failed", kind: "readonly", log: "MISCONF", setup: func(t *testing.T, s *redistest.Server) {
+			// A directory is where the file should be.
+			if err := os.Mkdir(filepath.Join(s.Client().ConfigGet(t.Context(), "dir").Val()["dir"], "dump.rdb"), 0o700); err != nil {
+				t.Fatal(err)
+			}
+			if err := s.Client().ConfigSet(t.Context(), "save", "3600 1").Err(); err != nil {
+				t.Fatal(err)
+			}
+			on(t, s, "SET a b", "BGSAVE")
+			await(t, func() bool { return s.Info("persistence")["rdb_last_bgsave_status"] == "err" })
+		}},
+		{name: "out of memory", kind: "oom", log: "OOM", setup: func(t *testing.T, s *redistest.Server) { on(t, s, "CONFIG SET maxmemory 1") }},
+		{name: "loading", kind: "loading", log: "LOADING", args: []string{"--enable-debug-command", "yes", "--loading-process-events-interval-bytes", "1024"}, setup: func(t *testing.T, s *redistest.Server) {
+			// 40 s of loading, in which it looks up after each key.
+			on(t, s, "DEBUG POPULATE 4000 key 2000", "CONFIG SET rdbcompression no", "CONFIG SET key-load-delay 10000")
+			go s.Client().Do(t.Context(), "DEBUG", "RELOAD") // ends with the server
+			await(t, func() bool { return strings.HasPrefix(fmt.Sprint(s.Client().Get(t.Context(), "a").Err()), "LOADING") })
+		}},
+		{name: "a wrong password", kind: "auth", log: "WRONGPASS", store: "password: wrong", args: []string{"--requirepass", "right"}},
+		{name: "no password", kind: "auth", log: "NOAUTH", args: []string{"--requirepass", "right"}},
+		{name: "no rights", kind: "auth", log: "NOPERM", store: "username: guest, password: pw", setup: func(t *testing.T, s *redistest.Server) {
+			on(t, s, "ACL SETUSER guest on >pw ~sluice:* +ping +time")
+		}},
+		{name: "a script that may not write", kind: "auth", log: "NOPERM", store: "username: guest, password: pw", setup: func(t *testing.T, s *redistest.Server) {
+			on(t, s, "ACL SETUSER guest on >pw ~sluice:* +time +evalsha +eval +get")
+		}},
+		{name: "a certificate that has expired", kind: "connection", log: "certificate has expired"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			var url, store string
+			if tt.log == "certificate has expired" {
+				dir := t.TempDir()
+				writeExpired(t, dir)
+				port := redistest.FreePort(t)
+				redistest.Start(t, "--tls-port", port, "--tls-cert-file", dir+"/cert.pem", "--tls-key-file", dir+"/key.pem", "--tls-auth-clients", "no", "--tls-ca-cert-file", dir+"/cert.pem", "--bind", "127.0.0.1")
+				url, store = "rediss://127.0.0.1:"+port, "tls: {ca_file: "+dir+"/cert.pem}"
+			} else {
+				s := redistest.Start(t, tt.args...)
+				if tt.setup != nil {
+					tt.setup(t, s)
+				}
+				url, store = s.URL(), tt.store
+			}
+			p := startSluice(t, "--config", file(t, "sluice.yaml", fmt.Sprintf(`
+store: {redis: {url: %q, timeout: 5s, %s}}
+limits: [{name: all, rate: 1000000/s}]
+`, url, store)))
+			conn := dial(t, p.grpc)
+			for range checks {
+				if got := check(t, conn, from("203.0.113.1", "/")); got != "503" {
+					t.Fatalf("a request got %s", got)
+				}
+			}
+			_, metrics := get(t, "http://"+p.metrics+"/metrics")
+			for _, want := range []string{
+				fmt.Sprintf("sluice_checks_total{decision=%q} %d\n", "failed_closed", checks),
+				fmt.Sprintf("sluice_checks_total{decision=%q} 0\n", "allowed"),
+			} {
+				if !strings.Contains(metrics, want) {
+					t.Errorf("no %s", want)
+				}
+			}
+			for line := range strings.Lines(metrics) {
+				if rest, ok := strings.CutPrefix(line, `sluice_store_errors_total{kind="`); ok {
+					kind, count, _ := strings.Cut(strings.TrimSpace(rest), `"} `)
+					if (count == "0") != (kind != tt.kind) {
+						t.Errorf("errors of the kind %s: %s", kind, count)
+					}
+				}
+			}
+			said := 0
+			for line := range strings.Lines(p.logged()) {
+				var l struct{ Msg, Error string }
+				if json.Unmarshal([]byte(line), &l) == nil && l.Msg == "the store does not answer: "+tt.kind {
+					said++
+					if !strings.Contains(l.Error, tt.log) {
+						t.Errorf("the log says %q, without %s", l.Error, tt.log)
+					}
+				}
+			}
+			if said == 0 || said > checks/2 { // one a second
+				t.Errorf("the log says so %d times:\n%s", said, p.logged())
+			}
+		})
+	}
+}
+
+// writeExpired writes a server's certificate of yesterday, which is its own authority.
+func writeExpired(t *testing.T, dir string) {
+	t.Helper()
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	must(err)
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), NotBefore: time.Now().Add(-48 * time.Hour), NotAfter: time.Now().Add(-24 * time.Hour),
+		IsCA: true, BasicConstraintsValid: true, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
+	must(err)
+	secret, err := x509.MarshalECPrivateKey(key)
+	must(err)
+	must(os.WriteFile(dir+"/cert.pem", pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600))
+	must(os.WriteFile(dir+"/key.pem", pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: secret}), 0o600))
+}
