@@ -138,7 +138,7 @@ func (r *Redis) callSlots(ctx context.Context, batch []*take) error {
 		bySlot[tag] = append(bySlot[tag], t)
 	}
 	if len(bySlot) == 1 {
-		return r.call(ctx, batch)
+		return r.callSlot(ctx, batch)
 	}
 	node, err := r.cluster.MasterForKey(ctx, batch[0].keys[0])
 	if err != nil {
@@ -163,13 +163,33 @@ func (r *Redis) callSlots(ctx context.Context, batch []*take) error {
 		case err == nil:
 			err = deal(reply, takes)
 		case notExecuted(err): // the cluster's client goes where the slot is, and run where the script is not known
-			wg.Go(func() { failTakes(takes, r.call(ctx, takes)) })
+			wg.Go(func() { _ = r.callSlot(ctx, takes) }) // each take has its own error then
 			continue
 		}
 		failTakes(takes, err)
 	}
 	wg.Wait()
-	for _, t := range batch {
+	return firstError(batch)
+}
+
+// callSlot calls the script for takes of one slot, and gives each its answer or its error. While a slot moves, some of its keys are on one
+// node and some on the other, and no call may have both: then each take goes by itself.
+func (r *Redis) callSlot(ctx context.Context, takes []*take) error {
+	err := r.call(ctx, takes)
+	if len(takes) == 1 || !redis.HasErrorPrefix(err, "TRYAGAIN") {
+		failTakes(takes, err)
+		return err
+	}
+	var wg sync.WaitGroup
+	for _, t := range takes {
+		wg.Go(func() { t.err = r.call(ctx, []*take{t}) })
+	}
+	wg.Wait()
+	return firstError(takes)
+}
+
+func firstError(takes []*take) error {
+	for _, t := range takes {
 		if t.err != nil {
 			return t.err
 		}
