@@ -1,0 +1,200 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/sluiceproxy/sluice/limiter/redistest"
+)
+
+// dashboard is what a test reads of Grafana's.
+type dashboard struct {
+	Panels []struct {
+		ID      int
+		Type    string
+		Title   string
+		GridPos struct{ X, Y, W, H int }
+		Targets []struct{ Expr string }
+	}
+}
+
+func readDashboard(t testing.TB) (d dashboard) {
+	t.Helper()
+	text, err := os.ReadFile("observability/dashboard.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := json.Unmarshal(text, &d); err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+// tool runs a program that has to succeed.
+func tool(t testing.TB, directory, name string, args ...string) {
+	t.Helper()
+	cmd := exec.Command(name, args...)
+	cmd.Dir = directory
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%s %v: %v\n%s", name, args, err, out)
+	}
+}
+
+// Each alert fires when it should, and only then; and no panel hides another.
+func TestAlertsAndDashboard(t *testing.T) {
+	tool(t, "observability", "promtool", "check", "rules", "alerts.yaml")
+	tool(t, "observability", "promtool", "test", "rules", "alerts_test.yaml")
+	rules, err := os.ReadFile("observability/alerts.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	tests, err := os.ReadFile("observability/alerts_test.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, alert := range regexp.MustCompile(`- alert: (\w+)`).FindAllStringSubmatch(string(rules), -1) {
+		if n := strings.Count(string(tests), "alertname: "+alert[1]+"\n") + strings.Count(string(tests), "alertname: "+alert[1]+"}"); n < 2 {
+			t.Errorf("%s is tried %d times, want firing and silent", alert[1], n)
+		}
+	}
+	panels := readDashboard(t).Panels
+	for i, p := range panels {
+		for _, q := range panels[:i] {
+			if a, b := p.GridPos, q.GridPos; p.ID == q.ID || a.X < b.X+b.W && b.X < a.X+a.W && a.Y < b.Y+b.H && b.Y < a.Y+a.H || a.X+a.W > 24 {
+				t.Errorf("%q lies on %q", p.Title, q.Title)
+			}
+		}
+	}
+}
+
+// A real Prometheus scrapes a running demo under load: each of the dashboard's queries returns data, and each rule can be evaluated.
+func TestPrometheus(t *testing.T) {
+	config := file(t, "sluice.yaml", `
+limits:
+  - {name: per-client, key: client.ip, rate: 20/s, match: {paths: [/]}}
+  - {name: shadow, mode: shadow, rate: 1/s}
+  - {name: bad, match: {paths: [/bad]}, rate: 1/s, key: 'request.path.split("?")[1]'}
+`)
+	d := startDemo(t, "--config", config, "--redis", redistest.Start(t).URL())
+	underLoad(t, d.url, func(i int, r *http.Request) { r.URL.Path = []string{"/", "/", "/bad"}[i%3] })
+
+	rules, err := filepath.Abs("observability/alerts.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	scraped := strings.TrimPrefix(d.metrics, "http://")
+	settings := file(t, "prometheus.yml", fmt.Sprintf(`
+global: {scrape_interval: 500ms, evaluation_interval: 500ms}
+rule_files: [%q]
+scrape_configs: [{job_name: sluice, static_configs: [{targets: [%q]}]}]
+`, rules, scraped))
+	addr := fmt.Sprintf("127.0.0.1:%d", freePort(t))
+	server := exec.Command("prometheus", "--config.file="+settings, "--storage.tsdb.path="+t.TempDir(), "--web.listen-address="+addr)
+	var log strings.Builder
+	server.Stderr = &log
+	server.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := server.Start(); err != nil {
+		t.Fatalf("prometheus (.ci/test installs it): %v", err)
+	}
+	t.Cleanup(func() {
+		_ = server.Process.Signal(syscall.SIGTERM)
+		_ = server.Wait()
+		if t.Failed() {
+			t.Log(log.String())
+		}
+	})
+	c := client(t)
+	ask := func(path string, into any) bool {
+		response, err := c.Get("http://" + addr + path)
+		if err != nil {
+			return false
+		}
+		defer func() { _ = response.Body.Close() }()
+		return json.NewDecoder(response.Body).Decode(into) == nil && response.StatusCode == 200
+	}
+	// value is a query's first one that is a number.
+	value := func(query string) (first string) {
+		var r struct {
+			Data struct{ Result []struct{ Value [2]any } }
+		}
+		if !ask("/api/v1/query?query="+url.QueryEscape(query), &r) {
+			return ""
+		}
+		for _, one := range r.Data.Result {
+			if one.Value[1] != "NaN" {
+				return fmt.Sprint(one.Value[1])
+			}
+		}
+		return ""
+	}
+	await(t, func() bool { return ask("/-/ready", new(any)) || value("up") == "1" })
+
+	var page string
+	await(t, func() bool { // the first mistake makes the last metric
+		_, page = get(t, "http://"+scraped+"/metrics")
+		return strings.Contains(page, "sluice_config_mistakes_total")
+	})
+	exported := make(map[string]bool)
+	for _, m := range regexp.MustCompile(`(?m)^# TYPE (\S+)`).FindAllStringSubmatch(page, -1) {
+		exported[m[1]] = true
+	}
+	filled := strings.NewReplacer("$__rate_interval", "3s", "$job", ".*", "$limit", ".*")
+	names := regexp.MustCompile(`\b(?:sluice|grpc_server|process|go)_\w+`)
+	queries := 0
+	for _, p := range readDashboard(t).Panels {
+		for _, q := range p.Targets {
+			queries++
+			for _, name := range names.FindAllString(q.Expr, -1) {
+				if !exported[family(name)] {
+					t.Errorf("%q asks for %s, which is not exported", p.Title, name)
+				}
+			}
+			waitFor(t, fmt.Sprintf("data for %q: %s", p.Title, q.Expr), func() bool { return value(filled.Replace(q.Expr)) != "" })
+		}
+	}
+	if queries < 25 {
+		t.Errorf("only %d queries", queries)
+	}
+
+	text, err := os.ReadFile(rules)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range names.FindAllString(string(text), -1) {
+		if !exported[family(name)] {
+			t.Errorf("a rule asks for %s, which is not exported", name)
+		}
+	}
+	var evaluated struct {
+		Data struct {
+			Groups []struct {
+				Rules []struct{ Name, Health, LastError string }
+			}
+		}
+	}
+	await(t, func() bool {
+		if !ask("/api/v1/rules", &evaluated) || len(evaluated.Data.Groups) != 1 {
+			return false
+		}
+		for _, r := range evaluated.Data.Groups[0].Rules {
+			if r.Health == "unknown" {
+				return false
+			}
+		}
+		return true
+	})
+	for _, r := range evaluated.Data.Groups[0].Rules {
+		if r.Health != "ok" {
+			t.Errorf("%s: %s %s", r.Name, r.Health, r.LastError)
+		}
+	}
+}
