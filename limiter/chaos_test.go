@@ -94,7 +94,7 @@ func startShakyCluster(t testing.TB, args ...string) *shaky {
 	}
 	eventually(t, "all nodes send clients to the proxies", func() bool {
 		for _, client := range clients {
-			for _, slots := range client.ClusterSlots(t.Context()).Val() {
+			for _, slots := range client.ClusterSlots(t.Context()).Val() { //nolint:staticcheck // as the library does itself
 				if !slices.Contains(s.options.Addresses, slots.Nodes[0].Addr) {
 					return false
 				}

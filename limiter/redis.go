@@ -175,22 +175,14 @@ func (r *Redis) eachMaster(ctx context.Context, do func(context.Context, *redis.
 	return do(ctx, r.client.(*redis.Client))
 }
 
-// warm opens as many connections to a node as there may be flights, where there are fewer, and has the node read the script. It asks in any
-// case.
+// warm opens as many connections to a node as there may be flights, and has the node read the script.
 func (r *Redis) warm(ctx context.Context, node *redis.Client) error {
 	var wg sync.WaitGroup
-	failed := make([]error, max(1, maxFlights-int(node.PoolStats().TotalConns)))
-	open := make([]*redis.Conn, len(failed))
-	for i := range open {
-		open[i] = node.Conn() // keeps its connection to itself until it is closed
-		wg.Go(func() {
-			failed[i] = open[i].Time(ctx).Err() // which takes have the right to, unlike PING
-		})
+	var failed [maxFlights]error
+	for i := range failed {
+		wg.Go(func() { failed[i] = node.Time(ctx).Err() }) // all at once, each on a connection of its own; takes have the right to TIME, too
 	}
 	wg.Wait()
-	for _, c := range open {
-		_ = c.Close()
-	}
 	for _, err := range failed {
 		if err != nil {
 			return err

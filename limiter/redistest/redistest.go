@@ -337,7 +337,7 @@ func MoveSlot(t testing.TB, nodes []*Server, slot int, from, to *Server) {
 					return false
 				}
 			}
-			for _, has := range c.ClusterSlots(ctx).Val() {
+			for _, has := range c.ClusterSlots(ctx).Val() { //nolint:staticcheck // as the library does itself
 				if has.Start <= slot && slot <= has.End && has.Nodes[0].ID != id[to] {
 					return false
 				}
