@@ -195,6 +195,10 @@ store: {redis: {url: "redis://replaced", timeout: 5s}}
 	if status, _ := get(t, "http://"+p.metrics+"/healthz"); status != 200 {
 		t.Errorf("/healthz: %d", status)
 	}
+	// timeout(1) sends two, and what is in flight is answered all the same.
+	if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
 	if err := redis.Do(t.Context(), "CLIENT", "UNPAUSE").Err(); err != nil {
 		t.Fatal(err)
 	}
