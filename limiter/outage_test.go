@@ -79,7 +79,7 @@ func meanwhile(load, beside func()) {
 // Redis is killed in the middle of a load and comes back at once. With its file it knows what it gave; without, it gives one burst more.
 func TestChaosKilledRedis(t *testing.T) {
 	const budget, recovers = 100 * time.Millisecond, 1500 * time.Millisecond
-	perSecond, lasts := 1000, redistest.Scaled(3*time.Second, 20*time.Second)
+	perSecond, lasts := 1000, redistest.Scaled(2*time.Second, 20*time.Second)
 	for _, tt := range []struct {
 		name string
 		args []string
@@ -199,6 +199,57 @@ func TestFarRedis(t *testing.T) {
 	}
 	if late > 0 {
 		t.Errorf("%d takes failed later than %v after the start", late, works)
+	}
+}
+
+// More comes than a slow Redis carries. What waits is bounded, and what is too much learns so at once.
+func TestOverload(t *testing.T) {
+	const perSecond, times = 8000, 4
+	s := startShakySingle(t)
+	r := s.open(t, 2*time.Second)
+	if err := r.Ping(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	s.each(func(p *redistest.Proxy) { p.Throttle(12) })
+	var running, most, carried, late atomic.Int64
+	var mu sync.Mutex
+	var shed []time.Duration
+	slow := bucket(t, 1, day, 30_000)
+	const lasts = 3 * time.Second
+	pace(perSecond, lasts, func() {
+		n := running.Add(1)
+		for old := most.Load(); n > old && !most.CompareAndSwap(old, n); old = most.Load() {
+		}
+		began := time.Now()
+		d := Decide(context.Background(), r, []Charge{charge(slow, "a")})
+		took := time.Since(began)
+		running.Add(-1)
+		switch {
+		case d.Outcome == Allowed:
+			carried.Add(1)
+		case KindOf(d.Verdicts[0].Err) == KindOverload:
+			mu.Lock()
+			shed = append(shed, took)
+			mu.Unlock()
+		default:
+			late.Add(1)
+		}
+	})
+	s.each((*redistest.Proxy).Mend)
+	slices.Sort(shed)
+	if len(shed) == 0 {
+		t.Fatal("nothing was shed")
+	}
+	p99 := shed[len(shed)*99/100]
+	t.Logf("of %d takes %d were carried, %d too late and %d shed, 99 %% of them in %v; at most %d at once", perSecond*int(lasts.Seconds()), carried.Load(), late.Load(), len(shed), p99, most.Load())
+	if p99 > slack/10 {
+		t.Errorf("99 %% of what was shed took %v", p99)
+	}
+	if bound := int64(maxWaiting + maxFlights*maxBoard); most.Load() > bound+bound/10 { // and what is just being shed
+		t.Errorf("%d takes at once, of a bound of %d", most.Load(), bound)
+	}
+	if carried.Load()*times > perSecond*int64(lasts.Seconds()) || carried.Load() == 0 {
+		t.Errorf("%d were carried: this says little", carried.Load())
 	}
 }
 

@@ -16,6 +16,8 @@ import (
 	"testing"
 	"time"
 
+	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
+
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
@@ -130,6 +132,40 @@ limits: [{name: all, rate: 1000000/s}]
 				t.Errorf("the log says so %d times:\n%s", said, p.logged())
 			}
 		})
+	}
+}
+
+// Those that a sidecar without Redis refuses do not all come back at once.
+func TestRefusedClientsSpread(t *testing.T) {
+	const clients, longest = 1000, 10
+	redis := redistest.Start(t)
+	p := startSluice(t, "--redis", redis.URL(), "--config", file(t, "sluice.yaml", "limits: [{name: all, rate: 1000000/s}]\n"))
+	conn := dial(t, p.grpc)
+	if got := check(t, conn, from("203.0.113.1", "/")); got != "ok" {
+		t.Fatal(got)
+	}
+	redis.Kill()
+	after := map[string]int{}
+	for range clients {
+		r, err := authv3.NewAuthorizationClient(conn).Check(t.Context(), from("203.0.113.1", "/"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, h := range r.GetDeniedResponse().GetHeaders() {
+			if h.GetHeader().GetKey() == "retry-after" {
+				after[h.GetHeader().GetValue()]++
+			}
+		}
+	}
+	t.Logf("%v", after)
+	for seconds := range longest {
+		// 100 are expected, and 40 more or less are four times what chance does.
+		if n := after[fmt.Sprint(1+seconds)]; n < clients/longest-40 || n > clients/longest+40 {
+			t.Errorf("%d of %d are told to come back after %d s", n, clients, 1+seconds)
+		}
+	}
+	if len(after) != longest {
+		t.Errorf("%v", after)
 	}
 }
 
