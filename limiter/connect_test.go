@@ -12,11 +12,9 @@ import (
 	"math/big"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -148,45 +146,28 @@ func TestTLS(t *testing.T) {
 	}
 }
 
-// Through sentinels to the master, also after another has become that.
-func TestSentinel(t *testing.T) {
-	ports := []string{redistest.FreePort(t), redistest.FreePort(t), redistest.FreePort(t)}
-	master := redistest.Start(t, "--port", ports[0], "--bind", "127.0.0.1")
-	replica := redistest.Start(t, "--port", ports[1], "--bind", "127.0.0.1", "--replicaof", "127.0.0.1", ports[0])
-	config := filepath.Join(t.TempDir(), "sentinel.conf")
-	text := "port " + ports[2] + "\nbind 127.0.0.1\nsentinel monitor mymaster 127.0.0.1 " + ports[0] + " 1\nsentinel down-after-milliseconds mymaster 60000\n"
-	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.Command("redis-server", config, "--sentinel")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		_ = cmd.Process.Kill()
-		_ = cmd.Wait()
-	})
-	sentinel := redis.NewSentinelClient(&redis.Options{Addr: "127.0.0.1:" + ports[2], MaxRetries: -1})
-	defer func() { _ = sentinel.Close() }()
-	ctx := context.Background()
-	await := func(what string, is func() bool) {
-		t.Helper()
-		tick := time.NewTicker(10 * time.Millisecond)
-		defer tick.Stop()
-		for late := time.After(30 * time.Second); !is(); {
-			select {
-			case <-tick.C:
-			case <-late:
-				t.Fatalf("not within 30 s: %s", what)
-			}
-		}
-	}
-	await("the sentinel knows the replica", func() bool {
-		replicas, err := sentinel.Replicas(ctx, "mymaster").Result()
+// startSentinel starts a sentinel, which knows the master and its replica when it returns.
+func startSentinel(t *testing.T, master string) (addr string, client *redis.SentinelClient) {
+	t.Helper()
+	node := redistest.StartSentinel(t, master)
+	client = redis.NewSentinelClient(&redis.Options{Addr: node.Addr, MaxRetries: -1})
+	t.Cleanup(func() { _ = client.Close() })
+	eventually(t, "the sentinel knows the replica", func() bool {
+		replicas, err := client.Replicas(t.Context(), "mymaster").Result()
 		return err == nil && len(replicas) == 1 && replicas[0]["master-link-status"] == "ok"
 	})
-	r, err := NewRedis(RedisOptions{Mode: Sentinel, Addresses: []string{"127.0.0.1:" + ports[2]}, Master: "mymaster", Timeout: 10 * time.Second}, nil, prometheus.NewRegistry())
+	return node.Addr, client
+}
+
+// Through sentinels to the master, also after another has become that.
+func TestSentinel(t *testing.T) {
+	master := redistest.StartNode(t)
+	_, port, _ := strings.Cut(master.Addr, ":")
+	replica := redistest.StartNode(t, "--replicaof", "127.0.0.1", port)
+	addr, sentinel := startSentinel(t, master.Addr)
+	ctx := context.Background()
+	heir := replica.Client()
+	r, err := NewRedis(RedisOptions{Mode: Sentinel, Addresses: []string{addr}, Master: "mymaster", Timeout: 10 * time.Second}, nil, prometheus.NewRegistry())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -199,12 +180,12 @@ func TestSentinel(t *testing.T) {
 	if err := sentinel.Failover(ctx, "mymaster").Err(); err != nil {
 		t.Fatal(err)
 	}
-	await("the replica is the master", func() bool { return strings.Contains(replica.Client().Info(ctx, "replication").Val(), "role:master") })
-	await("takes go to it", func() bool {
+	eventually(t, "the replica is the master", func() bool { return strings.Contains(heir.Info(ctx, "replication").Val(), "role:master") })
+	eventually(t, "takes go to it", func() bool {
 		verdicts := make([]Verdict, 1)
-		before := replica.Client().Get(ctx, a.Key).Val()
+		before := heir.Get(ctx, a.Key).Val()
 		r.Take(ctx, []Charge{a}, verdicts)
-		return verdicts[0].Err == nil && verdicts[0].Allowed && replica.Client().Get(ctx, a.Key).Val() != before
+		return verdicts[0].Err == nil && verdicts[0].Allowed && heir.Get(ctx, a.Key).Val() != before
 	})
 }
 

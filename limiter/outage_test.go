@@ -11,7 +11,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/redis/go-redis/v9"
 	"go.uber.org/goleak"
 
 	"github.com/sluiceproxy/sluice/limiter/redistest"
@@ -263,14 +262,8 @@ func TestFailoverWithFrozenReplication(t *testing.T) {
 	link := redistest.StartProxy(t, master.Addr)
 	_, port, _ := strings.Cut(link.Addr, ":")
 	replica := redistest.StartNode(t, "--replicaof", "127.0.0.1", port)
-	node := redistest.StartSentinel(t, master.Addr)
-	sentinel := redis.NewSentinelClient(&redis.Options{Addr: node.Addr, MaxRetries: -1})
-	defer func() { _ = sentinel.Close() }()
-	eventually(t, "the sentinel knows the replica", func() bool {
-		replicas, err := sentinel.Replicas(ctx, "mymaster").Result()
-		return err == nil && len(replicas) == 1 && replicas[0]["master-link-status"] == "ok"
-	})
-	s := &shaky{options: RedisOptions{Mode: Sentinel, Addresses: []string{node.Addr}, Master: "mymaster"}}
+	addr, sentinel := startSentinel(t, master.Addr)
+	s := &shaky{options: RedisOptions{Mode: Sentinel, Addresses: []string{addr}, Master: "mymaster"}}
 	w := newWitness(s.open(t, 100*time.Millisecond))
 	b := bucket(t, rate, time.Second, burst)
 	a := charge(b, "a")
@@ -281,8 +274,8 @@ func TestFailoverWithFrozenReplication(t *testing.T) {
 		if err := sentinel.Failover(ctx, "mymaster").Err(); err != nil {
 			t.Error(err)
 		}
-		one := replica.Client()
-		eventually(t, "the replica is the master", func() bool { return strings.Contains(one.Info(ctx, "replication").Val(), "role:master") })
+		heir := replica.Client()
+		eventually(t, "the replica is the master", func() bool { return strings.Contains(heir.Info(ctx, "replication").Val(), "role:master") })
 		switched, old = time.Now(), time.Now()
 		ran := scripts(t, master.Server)
 		for time.Since(switched) < well {
