@@ -18,7 +18,7 @@ import (
 
 // However many clients there are, each costs Redis little and for no longer than it must, and the sidecar nothing: no memory, and no metric.
 func TestChaosManyClients(t *testing.T) {
-	clients := redistest.Scaled(20_000, 1_000_000)
+	clients := redistest.Scaled(10_000, 1_000_000)
 	const callers, bytesEach, growth = 128, 250, 10 << 20
 	redis := redistest.Start(t)
 	p := startSluice(t, "--config", file(t, "sluice.yaml", fmt.Sprintf(`
@@ -79,7 +79,7 @@ limits: [{name: per-key, key: 'request.headers["x-api-key"]', rate: 1/h, burst: 
 		next.Store(int64(until))
 	}
 	began := time.Now()
-	warm := clients / 10 // what the process needs for so many callers it has then
+	warm := clients / 2 // what the process needs for so many callers it has then
 	ask(warm)
 	seriesBefore, processBefore, redisBefore := series(), metric("process_resident_memory_bytes"), used()
 	ask(clients)
