@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"syscall"
@@ -101,7 +102,8 @@ func TestDemo(t *testing.T) {
 			if err := p.cmd.Wait(); err != nil {
 				t.Errorf("%v\n%s", err, stderr.String())
 			}
-			if !strings.Contains(output, "curl -i "+url+"\n") || !strings.Contains(output, " 429 UAEX ") {
+			logged := regexp.MustCompile(`"GET HTTP/1.1" 429 UAEX \d+ms sluice=limited limit=demo remaining=0 took=\d+us id=[0-9a-f-]{36}\n`)
+			if !strings.Contains(output, "curl -i "+url+"\n") || !logged.MatchString(output) {
 				t.Errorf("the demo said\n%s", output)
 			}
 			if stderr.Len() > 0 {

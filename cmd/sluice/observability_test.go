@@ -61,6 +61,15 @@ func TestAlertsAndDashboard(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	runbook, err := os.ReadFile("observability/RUNBOOK.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, names := range regexp.MustCompile(`- alert: (\w+)\n(?s:.*?)runbook: "(.*)"`).FindAllStringSubmatch(string(rules), -1) {
+		if _, section, ok := strings.Cut(string(runbook), "\n## "+names[2]+"\n"); !ok || !strings.Contains(strings.SplitN(section, "\n", 2)[0], names[1]) {
+			t.Errorf("the runbook has no %q that names %s", names[2], names[1])
+		}
+	}
 	for _, alert := range regexp.MustCompile(`- alert: (\w+)`).FindAllStringSubmatch(string(rules), -1) {
 		if n := strings.Count(string(tests), "alertname: "+alert[1]+"\n") + strings.Count(string(tests), "alertname: "+alert[1]+"}"); n < 2 {
 			t.Errorf("%s is tried %d times, want firing and silent", alert[1], n)
