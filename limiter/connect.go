@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/url"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -62,7 +63,7 @@ func (o RedisOptions) universal() (*redis.UniversalOptions, error) {
 	if o.Timeout <= 0 {
 		return nil, fmt.Errorf("the timeout %v is not above 0", o.Timeout)
 	}
-	c := &redis.UniversalOptions{Addrs: o.Addresses}
+	c := &redis.UniversalOptions{Addrs: slices.Clone(o.Addresses)} // the library appends to it
 	if o.URL != "" || o.Mode == "" || o.Mode == Single {
 		u, err := parseURL(o.URL)
 		if err != nil {
