@@ -223,7 +223,12 @@ func (r *report) checked(v *verdict, began time.Time) {
 		outcome = limiter.FailedLocal
 	}
 	r.checks[outcome].Inc()
-	r.seconds.Observe(now.Sub(began).Seconds())
+	if v.span == nil {
+		r.seconds.Observe(now.Sub(began).Seconds())
+	} else {
+		observe(r.seconds, now.Sub(began).Seconds(), v.span)
+		endSpan(v, outcome, now)
+	}
 	for i := range d.Charges {
 		r.charged(&d.Charges[i], &d.Verdicts[i], manners[d.Outcome] == pass, now)
 	}

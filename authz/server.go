@@ -13,6 +13,7 @@ import (
 
 	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
 	"github.com/prometheus/client_golang/prometheus"
+	"go.opentelemetry.io/otel/trace"
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -37,12 +38,13 @@ const (
 // grow first. More are started when all are busy.
 const streamWorkers = 8
 
-// Options are what a Server is made of. All but Log are required.
+// Options are what a Server is made of. All but Log and Tracer are required.
 type Options struct {
 	Config  *policy.Config
 	Store   limiter.Store
 	Log     *zap.Logger // nil logs nothing
 	Metrics prometheus.Registerer
+	Tracer  trace.Tracer // nil traces nothing
 }
 
 // Server answers Envoy's checks. It is safe for concurrent use.
@@ -51,6 +53,7 @@ type Server struct {
 	store  limiter.Store
 	report *report
 	calls  *calls
+	tracer trace.Tracer // nil: none
 	health *health.Server
 	jitter func() int // seconds, 1 to 10, that a client is told to wait where the store failed
 }
@@ -65,6 +68,7 @@ func New(o Options) *Server {
 		store:  o.Store,
 		report: newReport(log, o.Metrics),
 		calls:  newCalls(o.Metrics),
+		tracer: o.Tracer,
 		health: health.NewServer(),
 		// Spread, so that clients do not all come back at once.
 		jitter: func() int { return 1 + rand.IntN(10) },
@@ -132,13 +136,13 @@ func (s *Server) check(ctx context.Context, asked *question) (answer *reply, err
 	v := verdict{config: s.config.Load(), size: len(asked.wire)}
 	defer func() {
 		if p := recover(); p != nil {
-			v = verdict{config: v.config, request: v.request, size: v.size, decision: limiter.Decision{Outcome: limiter.FailedClosed, Telling: -1}}
+			v = verdict{config: v.config, request: v.request, size: v.size, span: v.span, decision: limiter.Decision{Outcome: limiter.FailedClosed, Telling: -1}}
 			s.report.panicked(fmt.Sprintf("%T", p), debug.Stack())
 			answer, err = s.answer(&v)
 		}
 		s.report.checked(&v, began)
 	}()
-	if err := s.decide(ctx, asked, &v); err != nil {
+	if err := s.decide(ctx, asked, began, &v); err != nil {
 		return nil, err
 	}
 	return s.answer(&v)
@@ -152,10 +156,11 @@ type verdict struct {
 	decision  limiter.Decision
 	unlimited []*limiter.Limit // that apply, and have no bucket
 	mistakes  []error          // of the config, that the check shows
+	span      trace.Span       // nil where there is none
 }
 
 // decide fills v. Its error is a gRPC status, of what is no check.
-func (s *Server) decide(ctx context.Context, asked *question, v *verdict) error {
+func (s *Server) decide(ctx context.Context, asked *question, began time.Time, v *verdict) error {
 	v.decision = limiter.Decision{Outcome: limiter.Invalid, Telling: -1}
 	request, err := parse(asked.wire)
 	if err != nil {
@@ -166,6 +171,9 @@ func (s *Server) decide(ctx context.Context, asked *question, v *verdict) error 
 		return nil
 	}
 	v.request = request
+	if s.tracer != nil {
+		ctx, v.span = startSpan(ctx, s.tracer, request, began)
+	}
 	draw := v.config.Draw(request)
 	for _, m := range draw.Mistakes {
 		v.mistakes = append(v.mistakes, m)

@@ -36,6 +36,7 @@ type take struct {
 	at    int64  // microseconds of the node's clock
 	reply string // the script's, to its charges
 	err   error  // why there is none
+	batch int    // takes in its call, it included
 }
 
 var takes = sync.Pool{New: func() any { return blankTake() }}
@@ -59,7 +60,7 @@ func newTake(charges []Charge, deadline time.Time) *take {
 
 func (t *take) recycle() {
 	clear(t.keys)
-	t.keys, t.packed, t.at, t.reply, t.err = t.keys[:0], t.packed[:0], 0, "", nil
+	t.keys, t.packed, t.at, t.reply, t.err, t.batch = t.keys[:0], t.packed[:0], 0, "", nil, 0
 	takes.Put(t)
 }
 
@@ -105,6 +106,7 @@ func (n *node) depart() {
 	n.flights++
 	pilot := batch[len(batch)-1] // the last to come has mostly the latest deadline
 	for _, t := range batch {
+		t.batch = len(batch)
 		if t.deadline.After(pilot.deadline) {
 			pilot = t
 		}

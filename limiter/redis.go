@@ -250,6 +250,9 @@ func (r *Redis) takeSlot(ctx context.Context, deadline time.Time, charges []Char
 		err = r.read(t.at, t.reply, charges, verdicts, takes)
 	}
 	if !left {
+		if size, ok := ctx.Value(batchSize{}).(*atomic.Int32); ok {
+			size.Store(int32(t.batch))
+		}
 		t.recycle()
 	}
 	if err != nil {
@@ -257,6 +260,15 @@ func (r *Redis) takeSlot(ctx context.Context, deadline time.Time, charges []Char
 		r.errors[failed.Kind].Inc()
 		failAll(verdicts, failed)
 	}
+}
+
+// batchSize is the key of what WithBatchSize puts into a context.
+type batchSize struct{}
+
+// WithBatchSize returns a context with which a Redis's Take stores in size how many takes went in the same call, its own included; on a
+// cluster it is that of one of its calls. It stays as it is where no call was made.
+func WithBatchSize(ctx context.Context, size *atomic.Int32) context.Context {
+	return context.WithValue(ctx, batchSize{}, size)
 }
 
 // nodeOf is the node that a key is on. Where there is one only, or where nobody knows, its address is empty.

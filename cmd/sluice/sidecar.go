@@ -17,6 +17,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"go.opentelemetry.io/otel/trace"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 
@@ -36,6 +37,7 @@ type sidecar struct {
 	memory  *limiter.Memory  // nil where the buckets are in Redis
 	redis   *limiter.Redis   // nil where they are in this process
 	ceiling *limiter.Ceiling // over redis
+	traces  *traces          // nil: none
 
 	grpc, metrics, admin net.Listener
 	registry, stores     *prometheus.Registry // stores: what the store says of itself
@@ -61,20 +63,29 @@ func newSidecar(source configSource, stderr io.Writer) (*sidecar, error) {
 	s.cfg.Store(cfg)
 	s.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	s.reload = newReloader(source, cfg, inputs, s.use, log, s.registry)
+	if s.traces, err = newTraces(log); err != nil {
+		return nil, err
+	}
+	var tracer trace.Tracer
+	traced := func(store limiter.Store, _ string) limiter.Store { return store }
+	if s.traces != nil {
+		tracer = s.traces.tracer
+		traced = func(store limiter.Store, name string) limiter.Store { return tracedStore{store, tracer, name} }
+	}
 	var store limiter.Store
 	if cfg.Redis != nil {
 		redis, err := limiter.NewRedis(*cfg.Redis, log, s.stores)
 		if err != nil {
 			return nil, fmt.Errorf("store.redis: %w", err)
 		}
-		s.redis, s.ceiling = redis, limiter.NewCeiling(redis, s.registry)
+		s.redis, s.ceiling = redis, limiter.NewCeiling(traced(redis, "redis"), s.registry)
 		store = s.ceiling
 	} else {
 		s.memory = limiter.NewMemory(limiter.MaxBuckets(), log, s.stores)
-		store = s.memory
+		store = traced(s.memory, "memory")
 	}
 	s.answered.Store(s.redis == nil || !cfg.FailsClosed())
-	s.check = authz.New(authz.Options{Config: cfg, Store: store, Log: log, Metrics: s.registry})
+	s.check = authz.New(authz.Options{Config: cfg, Store: store, Log: log, Metrics: s.registry, Tracer: tracer})
 
 	for _, l := range []struct {
 		field, addr string
@@ -124,6 +135,9 @@ func (s *sidecar) close() {
 	}
 	if s.redis != nil {
 		_ = s.redis.Close()
+	}
+	if s.traces != nil {
+		s.traces.close()
 	}
 }
 
@@ -210,7 +224,10 @@ func (s *sidecar) addHTTP(all *group.Group, l net.Listener, h http.Handler) {
 
 func (s *sidecar) metricsHandler() http.Handler {
 	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(prometheus.Gatherers{s.registry, s.stores}, promhttp.HandlerOpts{ErrorLog: zap.NewStdLog(s.log)}))
+	mux.Handle("GET /metrics", promhttp.HandlerFor(prometheus.Gatherers{s.registry, s.stores}, promhttp.HandlerOpts{
+		ErrorLog:          zap.NewStdLog(s.log),
+		EnableOpenMetrics: true, // for exemplars
+	}))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { sayStatus(w, http.StatusOK, "ok") })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
 		switch {
