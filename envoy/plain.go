@@ -5,7 +5,7 @@ package envoy
 import (
 	"bytes"
 	"cmp"
-	_ "embed"
+	"embed"
 	"errors"
 	"fmt"
 	"net"
@@ -19,24 +19,42 @@ import (
 	"unicode/utf8"
 )
 
-// Options say what a bootstrap connects. An empty address is the default.
+// Options say what a file connects. An empty address is the default.
 type Options struct {
 	Listener string // where Envoy listens, IP:port, port 0 for any that is free; default 0.0.0.0:8080
 	Upstream string // where requests go, host:port; default 127.0.0.1:8081
 	Sluice   string // sluice's gRPC address, host:port or unix:///path; default 127.0.0.1:9001
 	Admin    string // where Envoy's own admin page listens, as Listener; by default nowhere, since it obeys everybody
-	// Limits are the names of the config's limits, which the bootstrap then shows how to choose from on a route.
+	// Limits are the names of the config's limits, which the file then shows how to choose from on a route.
 	Limits []string
+	// Metadata says that the config reads what other filters leave behind, such as the claims of a JWT.
+	Metadata bool
 }
 
-//go:embed plain.yaml.tmpl
-var plainTemplate string
+//go:embed *.tmpl
+var files embed.FS
 
-var plain = template.Must(template.New("plain").Funcs(template.FuncMap{"join": strings.Join}).Parse(plainTemplate))
+var templates = func() *template.Template {
+	t := template.New("")
+	t.Funcs(template.FuncMap{
+		"join": strings.Join,
+		// part is a template's text, each line indented by so many spaces.
+		"part": func(name string, indent int, data any) (string, error) {
+			var b strings.Builder
+			if err := t.ExecuteTemplate(&b, name, data); err != nil {
+				return "", err
+			}
+			margin := strings.Repeat(" ", indent)
+			return margin + strings.ReplaceAll(b.String(), "\n", "\n"+margin), nil
+		},
+	})
+	return template.Must(t.ParseFS(files, "*.tmpl"))
+}()
 
 // endpoint is an address as the template writes it: host and port, or path. All texts are quoted for YAML.
 type endpoint struct {
 	Host, Path string
+	Unix       string // the path as a URL
 	Port       int
 	Name       bool // Host is a name, which Envoy has to look up
 }
@@ -48,7 +66,7 @@ func Plain(o Options) ([]byte, error) {
 		Listener, Upstream, Sluice, Admin *endpoint
 		Limits                            []string
 	}
-	data.Limits = o.Limits[:min(len(o.Limits), 8)] // it is an example
+	data.Limits = example(o.Limits)
 	for _, a := range []struct {
 		name, addr, otherwise string
 		parse                 func(string) (*endpoint, error)
@@ -69,8 +87,15 @@ func Plain(o Options) ([]byte, error) {
 		}
 		*a.to = e
 	}
+	return execute("plain.yaml.tmpl", data)
+}
+
+// example is as many of a config's limits as an example shows.
+func example(limits []string) []string { return limits[:min(len(limits), 8)] }
+
+func execute(name string, data any) ([]byte, error) {
 	var b bytes.Buffer
-	if err := plain.Execute(&b, data); err != nil {
+	if err := templates.ExecuteTemplate(&b, name, data); err != nil {
 		return nil, err
 	}
 	return b.Bytes(), nil
@@ -108,7 +133,7 @@ func remoteOrUnix(addr string) (*endpoint, error) {
 			return e, nil
 		}
 	} else if filepath.IsAbs(path) && len(path) <= maxSocketPath && utf8.ValidString(path) && !strings.ContainsFunc(path, unicode.IsControl) {
-		return &endpoint{Path: strconv.Quote(path)}, nil
+		return &endpoint{Path: strconv.Quote(path), Unix: strconv.Quote(addr)}, nil
 	}
 	return nil, fmt.Errorf("allowed are host:port and unix:///absolute/path of at most %d bytes", maxSocketPath)
 }

@@ -9,21 +9,33 @@ import (
 	"testing"
 )
 
-var update = flag.Bool("update", false, "write plain.yaml anew")
+var update = flag.Bool("update", false, "write the files anew that people copy")
 
-// plain.yaml is what people copy, and what Plain returns.
-func TestPlainFile(t *testing.T) {
-	got, err := Plain(Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if *update {
-		if err := os.WriteFile("plain.yaml", got, 0o644); err != nil {
+// What people copy is what is printed.
+func TestFiles(t *testing.T) {
+	const socket = "unix:///run/sluice/authz.sock"
+	for name, tt := range map[string]struct {
+		print func(Options) ([]byte, error)
+		o     Options
+	}{
+		"plain.yaml":                 {Plain, Options{}},
+		"istio.yaml":                 {Istio, Options{}},
+		"istio-claims.yaml":          {Istio, Options{Metadata: true}},
+		"envoy-gateway.yaml":         {EnvoyGateway, Options{}},
+		"envoy-gateway-sidecar.yaml": {EnvoyGateway, Options{Sluice: socket}},
+	} {
+		got, err := tt.print(tt.o)
+		if err != nil {
 			t.Fatal(err)
 		}
-	}
-	if want, err := os.ReadFile("plain.yaml"); err != nil || string(want) != string(got) {
-		t.Errorf("plain.yaml is not what Plain returns (%v): go test ./envoy -run PlainFile -update", err)
+		if *update {
+			if err := os.WriteFile(name, got, 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if want, err := os.ReadFile(name); err != nil || string(want) != string(got) {
+			t.Errorf("%s is not what is printed (%v): go test ./envoy -run TestFiles -update", name, err)
+		}
 	}
 }
 

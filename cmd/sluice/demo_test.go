@@ -188,6 +188,21 @@ func TestEnvoyCommand(t *testing.T) {
 			t.Errorf("who listens on %s is asked on %s, want %s", listens, got, asked)
 		}
 	}
+	claims := file(t, "claims.yaml", `{listen: {grpc: ":9009"}, limits: [{name: a, rate: 1/s, key: 'metadata.filter_metadata["x"].y'}]}`)
+	for kind, want := range map[string][3]string{ // what says that sluice, metadata and limits of the config are in
+		"istio":         {"port_value: 9009", "INSERT_BEFORE", `sluice.limits: "a"`},
+		"envoy-gateway": {"port: 9009", "\n  filterOrder:\n", `name: sluice.limits, type: Value, value: "a"`},
+	} {
+		status, out, stderr := sluice(t, nil, "envoy", kind, "--config", claims)
+		for _, w := range want {
+			if !strings.Contains(out, w) {
+				t.Errorf("%s says nothing of %q:\n%s", kind, w, out)
+			}
+		}
+		if warned := strings.HasPrefix(stderr, "warning: "+claims+" reads metadata"); status != 0 || warned != (kind == "envoy-gateway") {
+			t.Errorf("%s: %d %s", kind, status, stderr)
+		}
+	}
 	if status, _, stderr := sluice(t, nil, "envoy", "plane"); status != 2 || !strings.HasPrefix(stderr, `sluice: invalid argument "plane" for "sluice envoy"`) {
 		t.Errorf("%d %s", status, stderr)
 	}

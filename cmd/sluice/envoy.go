@@ -2,8 +2,10 @@ package main
 
 import (
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
+	"slices"
 
 	"github.com/spf13/cobra"
 
@@ -23,16 +25,28 @@ func reachable(addr string) string {
 	return addr
 }
 
+// chains are the kinds of what `sluice envoy` prints.
+var chains = map[string]func(envoy.Options) ([]byte, error){
+	"plain":         envoy.Plain,
+	"istio":         envoy.Istio,
+	"envoy-gateway": envoy.EnvoyGateway,
+}
+
 func (p *program) envoyCommand() *cobra.Command {
 	var config string
 	c := &cobra.Command{
-		Use:   "envoy [plain]",
+		Use:   "envoy [plain|istio|envoy-gateway]",
 		Short: "Print the Envoy config that asks sluice",
-		Long: `Print a complete Envoy bootstrap with sluice in its filter chain, for a listener on port 8080 and an upstream on
-127.0.0.1:8081. Run it with: envoy -c <(sluice envoy plain)`,
-		ValidArgs: []string{"plain"},
+		Long: `Print the filter chain that fits a config, with comments that say why each line is there:
+
+plain           a complete Envoy bootstrap, for a listener on port 8080 and an upstream on 127.0.0.1:8081.
+                Run it with: envoy -c <(sluice envoy plain)
+istio           for pods in an Istio mesh. Apply it with: sluice envoy istio | kubectl apply -f -
+envoy-gateway   for a Gateway of Envoy Gateway's. Apply it with kubectl, too`,
+		ValidArgs: slices.Sorted(maps.Keys(chains)),
 		Args:      cobra.MatchAll(cobra.MaximumNArgs(1), cobra.OnlyValidArgs),
-		RunE: func(*cobra.Command, []string) error {
+		RunE: func(_ *cobra.Command, args []string) error {
+			kind := append(args, "plain")[0]
 			o := envoy.Options{}
 			if config != "" {
 				cfg, err := p.load(config, p.settings(nil)...)
@@ -43,12 +57,16 @@ func (p *program) envoyCommand() *cobra.Command {
 				for _, l := range cfg.Limits() {
 					o.Limits = append(o.Limits, l.Name)
 				}
+				o.Metadata = cfg.ReadsMetadata()
 			}
-			bootstrap, err := envoy.Plain(o)
+			chain, err := chains[kind](o)
 			if err != nil {
 				return fmt.Errorf("%s: listen.grpc: %w", config, err)
 			}
-			_, err = p.stdout.Write(bootstrap)
+			if kind == "envoy-gateway" && o.Metadata {
+				_, _ = fmt.Fprintf(p.stderr, "warning: %s reads metadata, which Envoy Gateway sends to no ext_authz service: take claims from headers, as the comments say\n", config)
+			}
+			_, err = p.stdout.Write(chain)
 			return err
 		},
 	}

@@ -23,28 +23,31 @@ type attribute struct {
 }
 
 var attributes = map[string]attribute{
-	"request.path":             {cel.StringType, false, func(s *subject) any { return s.Path }}, // with its query
-	"request.url_path":         {cel.StringType, true, func(s *subject) any { return s.sent }},
-	"request.query":            {cel.StringType, false, func(s *subject) any { return s.query }},
-	"request.host":             {cel.StringType, true, func(s *subject) any { return s.host }},
-	"request.scheme":           {cel.StringType, true, func(s *subject) any { return s.Scheme }},
-	"request.method":           {cel.StringType, true, func(s *subject) any { return s.Method }},
-	"request.protocol":         {cel.StringType, true, func(s *subject) any { return s.Protocol }},
-	"request.id":               {cel.StringType, false, func(s *subject) any { return s.Headers["x-request-id"] }},
-	"request.size":             {cel.IntType, true, (*subject).size},
-	"request.time":             {cel.TimestampType, true, func(s *subject) any { return s.Time }},
-	"request.headers":          {textMap, false, func(s *subject) any { return present(s.Headers) }},
-	"source.address":           {cel.StringType, true, func(s *subject) any { return bareAddress(s.Source.Address) }},
-	"source.port":              {cel.IntType, true, func(s *subject) any { return int64(s.Source.Port) }},
-	"source.principal":         {cel.StringType, true, func(s *subject) any { return s.Source.Principal }},
-	"destination.address":      {cel.StringType, true, func(s *subject) any { return bareAddress(s.Destination.Address) }},
-	"destination.port":         {cel.IntType, true, func(s *subject) any { return int64(s.Destination.Port) }},
-	"destination.principal":    {cel.StringType, true, func(s *subject) any { return s.Destination.Principal }},
-	"metadata.filter_metadata": {cel.MapType(cel.StringType, cel.DynType), false, func(s *subject) any { return present(s.Metadata) }},
-	"context":                  {textMap, false, func(s *subject) any { return present(s.Context) }},
-	"client.ip":                {cel.StringType, true, func(s *subject) any { return addressText(s.client) }},
-	"client.network":           {cel.StringType, true, func(s *subject) any { return network(s.client) }},
+	"request.path":          {cel.StringType, false, func(s *subject) any { return s.Path }}, // with its query
+	"request.url_path":      {cel.StringType, true, func(s *subject) any { return s.sent }},
+	"request.query":         {cel.StringType, false, func(s *subject) any { return s.query }},
+	"request.host":          {cel.StringType, true, func(s *subject) any { return s.host }},
+	"request.scheme":        {cel.StringType, true, func(s *subject) any { return s.Scheme }},
+	"request.method":        {cel.StringType, true, func(s *subject) any { return s.Method }},
+	"request.protocol":      {cel.StringType, true, func(s *subject) any { return s.Protocol }},
+	"request.id":            {cel.StringType, false, func(s *subject) any { return s.Headers["x-request-id"] }},
+	"request.size":          {cel.IntType, true, (*subject).size},
+	"request.time":          {cel.TimestampType, true, func(s *subject) any { return s.Time }},
+	"request.headers":       {textMap, false, func(s *subject) any { return present(s.Headers) }},
+	"source.address":        {cel.StringType, true, func(s *subject) any { return bareAddress(s.Source.Address) }},
+	"source.port":           {cel.IntType, true, func(s *subject) any { return int64(s.Source.Port) }},
+	"source.principal":      {cel.StringType, true, func(s *subject) any { return s.Source.Principal }},
+	"destination.address":   {cel.StringType, true, func(s *subject) any { return bareAddress(s.Destination.Address) }},
+	"destination.port":      {cel.IntType, true, func(s *subject) any { return int64(s.Destination.Port) }},
+	"destination.principal": {cel.StringType, true, func(s *subject) any { return s.Destination.Principal }},
+	filterMetadata:          {cel.MapType(cel.StringType, cel.DynType), false, func(s *subject) any { return present(s.Metadata) }},
+	"context":               {textMap, false, func(s *subject) any { return present(s.Context) }},
+	"client.ip":             {cel.StringType, true, func(s *subject) any { return addressText(s.client) }},
+	"client.network":        {cel.StringType, true, func(s *subject) any { return network(s.client) }},
 }
+
+// filterMetadata is what Envoy's filters leave behind, such as the claims of a JWT.
+const filterMetadata = "metadata.filter_metadata"
 
 // textMap is a map of texts that may be compared with null, which is what an absent entry is.
 var textMap = cel.MapType(cel.StringType, cel.NullableType(cel.StringType))

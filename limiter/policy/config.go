@@ -85,6 +85,16 @@ func (c *Config) FailsClosed() bool {
 	})
 }
 
+// ReadsMetadata reports whether an expression of the file reads what Envoy's filters leave behind, such as the claims of a JWT: only who
+// stands after these filters is told.
+func (c *Config) ReadsMetadata() bool {
+	return slices.ContainsFunc(c.rules, func(l *rule) bool {
+		return slices.ContainsFunc(append([]*expression{l.when, l.cost.expression}, l.key...), func(e *expression) bool {
+			return e != nil && e.metadata
+		})
+	})
+}
+
 // Replaces reports why c cannot take the place of old while the sidecar runs: what listens, and the store, are for its whole life. The
 // error is a Mistakes.
 func (c *Config) Replaces(old *Config, file string) error {

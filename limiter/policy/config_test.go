@@ -148,6 +148,23 @@ func TestFailsClosed(t *testing.T) {
 	}
 }
 
+func TestReadsMetadata(t *testing.T) {
+	const plan = `'metadata.filter_metadata["envoy.filters.http.jwt_authn"].payload.plan`
+	for text, want := range map[string]bool{
+		"": false,
+		`limits: [{name: a, rate: 1/s, key: [client.ip, 'request.headers["metadata"]']}]`:             false,
+		`limits: [{name: a, rate: 1/s, when: 'request.path == "metadata.filter_metadata"', cost: 1}]`: false,
+		"limits: [{name: a, rate: 1/s}, {name: b, rate: 1/s, key: [client.ip, " + plan + "']}]":       true,
+		"limits: [{name: a, rate: 1/s, when: " + plan + " == \"gold\"'}]":                             true,
+		"limits: [{name: a, rate: 1/s, cost: " + plan + " == \"gold\" ? 1 : 2'}]":                     true,
+		"limits: [{name: a, rate: 1/s, mode: shadow, when: 'has(metadata.filter_metadata.x)'}]":       true,
+	} {
+		if got := parse(t, text).ReadsMetadata(); got != want {
+			t.Errorf("%s: %v", text, got)
+		}
+	}
+}
+
 func TestSettings(t *testing.T) {
 	text := []byte("{domain: file, listen: {grpc: \"127.0.0.1:1\"}, store: {redis: {url: \"redis://file\", timeout: 7ms}}}")
 	c, err := Parse("f", text, env(),

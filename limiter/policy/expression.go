@@ -73,6 +73,8 @@ type expression struct {
 	open bool
 	// constant says that its value is the same for every request.
 	constant bool
+	// metadata says that it reads what Envoy's filters leave behind.
+	metadata bool
 	// direct reads the value of an expression that is just an attribute or a header, without CEL's machinery; else nil.
 	direct func(*subject) string
 }
@@ -127,6 +129,7 @@ func compile(text string, p purpose) (*expression, []expressionError) {
 	for _, r := range native.ReferenceMap() {
 		if a, ok := attributes[r.Name]; ok {
 			e.constant = false
+			e.metadata = e.metadata || r.Name == filterMetadata
 			if !a.open {
 				e.open = e.direct != nil && r.Name == "request.path" // whole: appendOpen sees whether it has a query
 			}

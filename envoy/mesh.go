@@ -1,0 +1,29 @@
+package envoy
+
+import (
+	"cmp"
+	"fmt"
+)
+
+// Istio returns what asks sluice in an Istio mesh, YAML with comments for kubectl: an extension provider (in a comment, since it is part
+// of the mesh's own config) with its ServiceEntry, AuthorizationPolicy and EnvoyFilter; or an EnvoyFilter alone where the config reads
+// metadata, which providers are not given. Of the options Sluice, Limits and Metadata count. It reports an address that cannot be used.
+func Istio(o Options) ([]byte, error) { return mesh("istio.yaml.tmpl", o) }
+
+// EnvoyGateway returns what asks sluice before a Gateway of Envoy Gateway's, YAML with comments for kubectl: a SecurityPolicy and what
+// belongs to it. Sluice is reached by its Service, of which the options' address is the port; or as a Backend by a unix socket, in the
+// Gateway's own pods. Of the options Sluice, Limits and Metadata count. It reports an address that cannot be used.
+func EnvoyGateway(o Options) ([]byte, error) { return mesh("envoy-gateway.yaml.tmpl", o) }
+
+func mesh(name string, o Options) ([]byte, error) {
+	addr := cmp.Or(o.Sluice, "127.0.0.1:9001")
+	sluice, err := remoteOrUnix(addr)
+	if err != nil {
+		return nil, fmt.Errorf("the sluice address %q: %w", addr, err)
+	}
+	return execute(name, struct {
+		Sluice   *endpoint
+		Limits   []string
+		Metadata bool
+	}{sluice, example(o.Limits), o.Metadata})
+}
