@@ -1,0 +1,272 @@
+package main
+
+import (
+	"context"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"unsafe"
+
+	"github.com/sluiceproxy/sluice/envoy"
+)
+
+// built is the path of a program that is built from its module, once, into the user's cache: what the product's go.mod knows nothing of.
+// That takes minutes, so only long tests want one.
+func built(t *testing.T, pkg, version string) string {
+	t.Helper()
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		t.Fatal(err)
+	}
+	bin := filepath.Join(cache, "sluice", filepath.Base(pkg)+"-"+version)
+	path := filepath.Join(bin, filepath.Base(pkg))
+	if _, err := os.Stat(path); err == nil {
+		return path
+	}
+	t.Logf("building %s@%s into %s", pkg, version, bin)
+	build := exec.CommandContext(t.Context(), "go", "install", "-trimpath", "-ldflags", "-s -w", pkg+"@"+version)
+	build.Dir = t.TempDir()
+	build.Env = append(os.Environ(), "GOBIN="+bin, "CGO_ENABLED=0", "GOFLAGS=")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	return path
+}
+
+// networkEnv says that the test runs in a network namespace of its own.
+const networkEnv = "SLUICE_TEST_NETWORK"
+
+// ownNetwork runs the test once more, in a process with a network of its own where nobody else is and whose ports are all free, and
+// reports whether this is that process.
+func ownNetwork(t *testing.T) bool {
+	t.Helper()
+	if os.Getenv(networkEnv) != "" {
+		raiseLoopback(t)
+		return true
+	}
+	again := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v", "-test.count=1")
+	again.Env = append(os.Environ(), networkEnv+"=1")
+	again.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
+	if os.Getuid() != 0 {
+		again.SysProcAttr.Cloneflags |= syscall.CLONE_NEWUSER
+		again.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{HostID: os.Getuid(), Size: 1}}
+		again.SysProcAttr.GidMappings = []syscall.SysProcIDMap{{HostID: os.Getgid(), Size: 1}}
+	}
+	out, err := again.CombinedOutput()
+	t.Logf("in a network of its own:\n%s", out)
+	if err != nil || !strings.Contains(string(out), "--- PASS: "+t.Name()) {
+		t.Errorf("%v", err)
+	}
+	return false
+}
+
+// raiseLoopback does what `ip link set lo up` does, which is not everywhere.
+func raiseLoopback(t *testing.T) {
+	t.Helper()
+	socket, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_DGRAM, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = syscall.Close(socket) }()
+	request := struct {
+		name  [syscall.IFNAMSIZ]byte
+		flags uint16
+		_     [22]byte
+	}{name: [syscall.IFNAMSIZ]byte{'l', 'o'}, flags: syscall.IFF_UP | syscall.IFF_RUNNING}
+	//nolint:gosec // the kernel wants a pointer
+	if _, _, errno := syscall.Syscall(syscall.SYS_IOCTL, uintptr(socket), syscall.SIOCSIFFLAGS, uintptr(unsafe.Pointer(&request))); errno != 0 {
+		t.Fatal(errno)
+	}
+}
+
+const envoyGateway = "v1.9.1"
+
+// gatewayConfig is Envoy Gateway's own for a machine without Kubernetes. DIR and ENVOY stand for what the test knows.
+const gatewayConfig = `
+apiVersion: gateway.envoyproxy.io/v1alpha1
+kind: EnvoyGateway
+gateway: {controllerName: gateway.envoyproxy.io/gatewayclass-controller}
+provider:
+  type: Custom
+  custom:
+    resource: {type: File, file: {paths: [DIR/resources]}}
+    infrastructure:
+      type: Host
+      host: {configHome: DIR/config, dataHome: DIR/data, stateHome: DIR/state, runtimeDir: DIR/run}
+extensionApis: {enableBackend: true}
+`
+
+// gatewayResources are a Gateway, and a route to the upstream UPSTREAM that does not believe its headers, as the file's comments say.
+const gatewayResources = `
+apiVersion: gateway.networking.k8s.io/v1
+kind: GatewayClass
+metadata: {name: eg}
+spec:
+  controllerName: gateway.envoyproxy.io/gatewayclass-controller
+  parametersRef: {group: gateway.envoyproxy.io, kind: EnvoyProxy, name: host, namespace: envoy-gateway-system}
+---
+apiVersion: gateway.envoyproxy.io/v1alpha1
+kind: EnvoyProxy
+metadata: {name: host}
+spec: {provider: {type: Host, host: {envoyVersion: "VERSION"}}}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {name: edge}
+spec:
+  gatewayClassName: eg
+  listeners: [{name: http, protocol: HTTP, port: 8888}]
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: app}
+spec:
+  parentRefs: [{name: edge}]
+  rules:
+  - backendRefs: [{group: gateway.envoyproxy.io, kind: Backend, name: app}]
+    filters:
+REMOVAL
+---
+apiVersion: gateway.envoyproxy.io/v1alpha1
+kind: Backend
+metadata: {name: app}
+spec: {endpoints: [{ip: {address: 127.0.0.1, port: UPSTREAM}}]}
+`
+
+// A real Envoy Gateway makes of the printed policy an Envoy that limits: by the config's limit, and by the one in contextExtensions.
+func TestMeshEnvoyGateway(t *testing.T) {
+	if os.Getenv("SLUICE_LONG") == "" {
+		t.Skip("builds Envoy Gateway, which takes minutes: SLUICE_LONG=1")
+	}
+	gateway := built(t, "github.com/envoyproxy/gateway/cmd/envoy-gateway", envoyGateway)
+	proxy, err := envoy.Binary(t.Context(), func(s string) { t.Log(s) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !ownNetwork(t) {
+		return
+	}
+
+	dir := t.TempDir()
+	config := file(t, "sluice.yaml", "listen: {grpc: \"unix://"+dir+"/s\"}\nlimits: [{name: per-client, key: client.network, rate: 1/m, burst: 3}]\n")
+	startSluice(t, "--config", config, "--grpc", "unix://"+dir+"/s")
+	var seen http.Header // by the upstream; read after the answer
+	upstream := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		seen = r.Header
+		w.Header().Set("x-ratelimit-limit", "a lie")
+		w.Header().Set("ratelimit-policy", "a lie")
+	}))
+	defer upstream.Close()
+
+	status, printed, stderr := sluice(t, nil, "envoy", "envoy-gateway", "--config", config)
+	if status != 0 {
+		t.Fatal(stderr)
+	}
+	// What it shows in comments is taken, too: limits of a route's own, and the filter that removes an upstream's lies.
+	before, example, ok := strings.Cut(printed, "    # contextExtensions:\n")
+	if !ok {
+		t.Fatal("no contextExtensions")
+	}
+	example = strings.Replace(example, "    # - { name: sluice.limit.login", "    - { name: sluice.limit.login", 1)
+	example = strings.Replace(example, "rate: 5/m", "rate: 1/m", 1)
+	printed = before + "    contextExtensions:\n" + example
+	_, removal, _ := strings.Cut(printed, "#   - type: ResponseHeaderModifier\n")
+	removal, _, ok = strings.Cut(removal, "# It leaves alone")
+	if !ok {
+		t.Fatal("no ResponseHeaderModifier")
+	}
+	removal = "    - type: ResponseHeaderModifier\n" + strings.ReplaceAll(removal, "#   ", "    ")
+	_, port, err := net.SplitHostPort(upstream.Listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	put := func(text string, path ...string) string {
+		t.Helper()
+		name := filepath.Join(append([]string{dir}, path...)...)
+		if err := os.MkdirAll(filepath.Dir(name), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		text = strings.NewReplacer("DIR", dir, "VERSION", envoy.Version, "UPSTREAM", port, "REMOVAL\n", removal).Replace(text)
+		if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return name
+	}
+	put(printed, "resources", "sluice.yaml")
+	put(gatewayResources, "resources", "gateway.yaml")
+	own := put(gatewayConfig, "gateway.yaml")
+	linked := filepath.Join(dir, "data", "envoy-versions", envoy.Version, "bin", "envoy")
+	if err := os.MkdirAll(filepath.Dir(linked), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(proxy, linked); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.CommandContext(t.Context(), gateway, "certgen", "--local", "--config-home", filepath.Join(dir, "config")).CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	log, err := os.Create(filepath.Join(dir, "log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := exec.CommandContext(context.WithoutCancel(t.Context()), gateway, "server", "--config-path", own)
+	server.Stdout, server.Stderr = log, log
+	server.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := server.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = server.Process.Signal(syscall.SIGTERM) // it stops its Envoy
+		_ = server.Wait()
+		if text, err := os.ReadFile(log.Name()); err == nil && t.Failed() {
+			t.Logf("Envoy Gateway said:\n%s", text)
+		}
+	})
+
+	ask := func(method string) (*http.Response, string) {
+		r, err := http.NewRequestWithContext(t.Context(), method, "http://127.0.0.1:8888/", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Header.Set("x-sluice-shadow", "a lie")
+		r.Header.Set("x-ratelimit-limit", "a lie")
+		response, err := http.DefaultClient.Do(r)
+		if err != nil {
+			return nil, ""
+		}
+		body, _ := io.ReadAll(response.Body)
+		_ = response.Body.Close()
+		return response, string(body)
+	}
+	await(t, func() bool {
+		c, err := (&net.Dialer{}).DialContext(t.Context(), "tcp", "127.0.0.1:8888")
+		if err == nil {
+			_ = c.Close()
+		}
+		return err == nil
+	})
+	for _, want := range []struct{ method, limit, remaining string }{
+		{http.MethodPost, "1", "0"}, {http.MethodGet, "3", "1"}, {http.MethodGet, "3", "0"},
+	} {
+		response, _ := ask(want.method)
+		if response == nil || response.StatusCode != http.StatusOK || response.Header.Get("ratelimit-policy") != "" ||
+			strings.Join(response.Header.Values("x-ratelimit-limit"), ",") != want.limit ||
+			strings.Join(response.Header.Values("x-ratelimit-remaining"), ",") != want.remaining {
+			t.Fatalf("%+v: %+v", want, response)
+		}
+		if seen.Get("x-sluice-shadow") != "" || seen.Get("x-ratelimit-limit") != "" {
+			t.Errorf("the upstream was told what a client made up: %v", seen)
+		}
+	}
+	response, body := ask(http.MethodGet)
+	if response.StatusCode != http.StatusTooManyRequests || response.Header.Get("retry-after") == "" || !strings.Contains(body, `"limit":"per-client"`) {
+		t.Errorf("%+v %s", response, body)
+	}
+}
