@@ -156,7 +156,7 @@ func TestNamesAreBounded(t *testing.T) {
 	}
 }
 
-func bucketOf(t *testing.T) limiter.Bucket {
+func bucketOf(t testing.TB) limiter.Bucket {
 	t.Helper()
 	b, err := limiter.NewBucket(1, time.Second, 1)
 	if err != nil {

@@ -92,7 +92,7 @@ func TestWhatIsSeenIsBounded(t *testing.T) {
 		s.report.charged(&v.decision.Charges[0], &v.decision.Verdicts[0], false, now)
 		s.report.last.note(&v, now)
 	}
-	const clients = 200_000
+	const clients = 1_000_000
 	before := heap()
 	for i := range clients {
 		ask(fmt.Sprint("=8.client-", i))

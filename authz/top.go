@@ -29,6 +29,9 @@ type sketch struct {
 	keys   [topKeys]string
 	counts [topKeys]uint64
 	over   [topKeys]uint64 // by how much a count may be too high
+	// No count is below least. One that equals it, if there is any, is looked for from next on, so that mostly few have to be looked at.
+	least uint64
+	next  int
 }
 
 func (s *sketch) add(key string) {
@@ -44,21 +47,30 @@ func (s *sketch) add(key string) {
 		s.index = make(map[string]int, topKeys)
 	}
 	if at == topKeys {
-		at = 0
-		for i, n := range s.counts {
-			if n < s.counts[at] {
-				at = i
-			}
-		}
+		at = s.leastAt()
 		delete(s.index, s.keys[at])
 	}
 	s.index[key], s.keys[at], s.over[at] = at, key, s.counts[at]
 	s.counts[at]++
 }
 
+// leastAt is where a least count stands.
+func (s *sketch) leastAt() int {
+	for {
+		for range topKeys {
+			at := s.next
+			s.next = (at + 1) % topKeys
+			if s.counts[at] == s.least {
+				return at
+			}
+		}
+		s.least = slices.Min(s.counts[:])
+	}
+}
+
 func (s *sketch) reset() {
 	clear(s.index)
-	s.keys, s.counts, s.over = [topKeys]string{}, [topKeys]uint64{}, [topKeys]uint64{}
+	*s = sketch{index: s.index}
 }
 
 // top is a limit's. It is safe for concurrent use.

@@ -1,0 +1,56 @@
+package authz
+
+import (
+	"context"
+	"fmt"
+	"testing"
+	"time"
+
+	"go.uber.org/zap"
+	"google.golang.org/grpc"
+
+	"github.com/sluiceproxy/sluice/limiter"
+)
+
+// BenchmarkSeen is what being seen costs a check: metrics, sampled log lines, top keys, last denials and the count of gRPC's calls, of all
+// cores at once, with a thousand keys. A whole check costs the server tens of microseconds (cmd/sluice's BenchmarkServers).
+func BenchmarkSeen(b *testing.B) {
+	for name, told := range map[string]limiter.Verdict{"allowed": ok(50, time.Second, time.Second), "limited": no(0, time.Second, time.Second, time.Second)} {
+		b.Run(name, func(b *testing.B) {
+			s, _, _ := newServer(b, "limits: [{name: a, rate: 100/s, key: client.ip}]", nil)
+			s.report.log = zap.NewNop() // the tests' own writes each denial
+			config := s.config.Load()
+			limit, bucket := config.Limits()[0], bucketOf(b)
+			verdicts := make([]verdict, 1000)
+			for i := range verdicts {
+				request, err := read(checkOf())
+				if err != nil {
+					b.Fatal(err)
+				}
+				outcome := limiter.Limited
+				if told.Allowed {
+					outcome = limiter.Allowed
+				}
+				verdicts[i] = verdict{config: config, request: request, size: 1000, decision: limiter.Decision{
+					Outcome:  outcome,
+					Charges:  []limiter.Charge{{Limit: limit, Bucket: bucket, Key: fmt.Sprintf("sluice:default:a:{=9.10.0.0.%d}", i), Cost: 1}},
+					Verdicts: []limiter.Verdict{told},
+				}}
+			}
+			info := &grpc.UnaryServerInfo{FullMethod: "/envoy.service.auth.v3.Authorization/Check"}
+			b.ReportAllocs()
+			b.RunParallel(func(each *testing.PB) {
+				for i := 0; each.Next(); i++ {
+					_, _ = s.calls.unary(context.Background(), nil, info, func(context.Context, any) (any, error) {
+						s.report.checked(&verdicts[i*7919%1000], time.Now())
+						return nil, nil
+					})
+				}
+			})
+			b.StopTimer()
+			if n := s.Totals().Seconds.GetSampleCount(); n != uint64(b.N) {
+				b.Errorf("%d were seen of %d", n, b.N)
+			}
+		})
+	}
+}
