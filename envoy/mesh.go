@@ -10,10 +10,10 @@ import (
 // metadata, which providers are not given. Of the options Sluice, Limits and Metadata count. It reports an address that cannot be used.
 func Istio(o Options) ([]byte, error) { return mesh("istio.yaml.tmpl", o) }
 
-// EnvoyGateway returns what asks sluice before a Gateway of Envoy Gateway's, YAML with comments for kubectl: a SecurityPolicy and what
+// Gateway returns what asks sluice before a Gateway of Envoy Gateway's, YAML with comments for kubectl: a SecurityPolicy and what
 // belongs to it. Sluice is reached by its Service, of which the options' address is the port; or as a Backend by a unix socket, in the
 // Gateway's own pods. Of the options Sluice, Limits and Metadata count. It reports an address that cannot be used.
-func EnvoyGateway(o Options) ([]byte, error) { return mesh("envoy-gateway.yaml.tmpl", o) }
+func Gateway(o Options) ([]byte, error) { return mesh("envoy-gateway.yaml.tmpl", o) }
 
 func mesh(name string, o Options) ([]byte, error) {
 	addr := cmp.Or(o.Sluice, "127.0.0.1:9001")

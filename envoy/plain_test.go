@@ -21,8 +21,8 @@ func TestFiles(t *testing.T) {
 		"plain.yaml":                 {Plain, Options{}},
 		"istio.yaml":                 {Istio, Options{}},
 		"istio-claims.yaml":          {Istio, Options{Metadata: true}},
-		"envoy-gateway.yaml":         {EnvoyGateway, Options{}},
-		"envoy-gateway-sidecar.yaml": {EnvoyGateway, Options{Sluice: socket}},
+		"envoy-gateway.yaml":         {Gateway, Options{}},
+		"envoy-gateway-sidecar.yaml": {Gateway, Options{Sluice: socket}},
 	} {
 		got, err := tt.print(tt.o)
 		if err != nil {

@@ -29,7 +29,7 @@ func reachable(addr string) string {
 var chains = map[string]func(envoy.Options) ([]byte, error){
 	"plain":         envoy.Plain,
 	"istio":         envoy.Istio,
-	"envoy-gateway": envoy.EnvoyGateway,
+	"envoy-gateway": envoy.Gateway,
 }
 
 func (p *program) envoyCommand() *cobra.Command {
