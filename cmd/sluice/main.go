@@ -13,7 +13,8 @@ func main() {
 	// The first signal ends ctx, and the command stops in its own way. A second Ctrl-C then kills; a second SIGTERM does not, as timeout(1) and
 	// some supervisors send two at once, and the grace bounds the stop anyway.
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
 	context.AfterFunc(ctx, func() { signal.Reset(os.Interrupt) })
-	os.Exit(run(ctx, os.Args[1:], os.LookupEnv, os.Stdout, os.Stderr))
+	status := run(ctx, os.Args[1:], os.LookupEnv, os.Stdout, os.Stderr)
+	stop()
+	os.Exit(status)
 }
