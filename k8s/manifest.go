@@ -1,0 +1,292 @@
+package k8s
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"reflect"
+	"regexp"
+	"slices"
+	"strings"
+
+	"go.yaml.in/yaml/v3"
+)
+
+// templates say where a kind has its pod template. What is not here, and no list, has none.
+var templates = map[string][]string{
+	"Pod":                   {},
+	"PodTemplate":           {"template"},
+	"Deployment":            {"spec", "template"},
+	"ReplicaSet":            {"spec", "template"},
+	"StatefulSet":           {"spec", "template"},
+	"DaemonSet":             {"spec", "template"},
+	"ReplicationController": {"spec", "template"},
+	"Rollout":               {"spec", "template"}, // Argo's
+	"Job":                   {"spec", "template"},
+	"CronJob":               {"spec", "jobTemplate", "spec", "template"},
+}
+
+// Manifest injects into every pod template of a manifest: YAML, of any number of documents, or JSON; Lists too. It counts as labelled,
+// so that only a pod's own label can opt out. Documents that do not change come out byte for byte; in others comments and order stay.
+// skipped says where nothing was injected, and why; the error every refusal.
+func Manifest(in []byte, o Options) (out []byte, skipped []string, err error) {
+	var mistakes []error
+	inject := func(root any) any {
+		return walk(root, "", o, func(s string) { skipped = append(skipped, s) }, func(err error) { mistakes = append(mistakes, err) })
+	}
+	if text := bytes.TrimSpace(in); len(text) > 0 && text[0] == '{' && json.Valid(text) {
+		d := json.NewDecoder(bytes.NewReader(text))
+		d.UseNumber()
+		var root any
+		if err := d.Decode(&root); err != nil {
+			return nil, nil, err
+		}
+		changed := inject(root)
+		if len(mistakes) > 0 {
+			return nil, skipped, errors.Join(mistakes...)
+		}
+		if reflect.DeepEqual(root, changed) {
+			return in, skipped, nil
+		}
+		var b bytes.Buffer
+		e := json.NewEncoder(&b)
+		e.SetEscapeHTML(false)
+		e.SetIndent("", "  ")
+		err := e.Encode(changed)
+		return b.Bytes(), skipped, err
+	}
+	var b bytes.Buffer
+	for i, document := range documents(in) {
+		d := yaml.NewDecoder(bytes.NewReader(document))
+		var node yaml.Node
+		if err := d.Decode(&node); errors.Is(err, io.EOF) {
+			b.Write(document)
+			continue
+		} else if err != nil {
+			return nil, nil, fmt.Errorf("document %d: %w", i+1, err)
+		}
+		var root any
+		if err := node.Decode(&root); err != nil {
+			return nil, nil, fmt.Errorf("document %d: %w", i+1, err)
+		}
+		changed := inject(root)
+		if reflect.DeepEqual(root, changed) {
+			b.Write(document)
+			continue
+		}
+		if err := merge(&node, root, changed); err != nil {
+			return nil, nil, fmt.Errorf("document %d: %w", i+1, err)
+		}
+		if m := separator.Find(document); m != nil {
+			b.Write(m)
+		}
+		e := yaml.NewEncoder(&b)
+		e.SetIndent(2)
+		if !indented.Match(document) {
+			e.CompactSeqIndent()
+		}
+		if err := errors.Join(e.Encode(&node), e.Close()); err != nil {
+			return nil, nil, fmt.Errorf("document %d: %w", i+1, err)
+		}
+	}
+	if len(mistakes) > 0 {
+		return nil, skipped, errors.Join(mistakes...)
+	}
+	return b.Bytes(), skipped, nil
+}
+
+var (
+	separator = regexp.MustCompile(`^---[ \t]*\r?\n`)
+	indented  = regexp.MustCompile(`(?m)^([a-zA-Z][^\n]*:[ \t]*\n)  +- `) // a list below its key is further in than the key
+)
+
+// documents cuts a stream before each line that begins a document.
+func documents(in []byte) [][]byte {
+	var all [][]byte
+	start := 0
+	for at := 0; at < len(in); {
+		end := len(in)
+		if i := bytes.IndexByte(in[at:], '\n'); i >= 0 {
+			end = at + i + 1
+		}
+		if line := strings.TrimRight(string(in[at:end]), "\r\n"); at > start && (line == "---" || strings.HasPrefix(line, "--- ")) {
+			all = append(all, in[start:at])
+			start = at
+		}
+		at = end
+	}
+	return append(all, in[start:])
+}
+
+// walk returns what becomes of an object and all that it bears.
+func walk(root any, where string, o Options, skip func(string), refuse func(error)) any {
+	top, _ := root.(object)
+	kind, _ := top["kind"].(string)
+	metadata := child(top, "metadata")
+	name, _ := metadata["name"].(string)
+	if name == "" {
+		generate, _ := metadata["generateName"].(string)
+		name = strings.TrimRight(generate, "-")
+	}
+	where += kind + " " + name
+	if items, ok := top["items"].([]any); ok && strings.HasSuffix(kind, "List") {
+		items = slices.Clone(items)
+		for i := range items {
+			item, _ := items[i].(object)
+			if _, typed := item["kind"]; item != nil && !typed { // a DeploymentList's need not say what they are
+				typed := object{"kind": strings.TrimSuffix(kind, "List")}
+				for k, v := range item {
+					typed[k] = v
+				}
+				done := walk(typed, fmt.Sprintf("%sitem %d: ", "", i+1), o, skip, refuse).(object)
+				delete(done, "kind")
+				items[i] = done
+				continue
+			}
+			items[i] = walk(items[i], fmt.Sprintf("item %d: ", i+1), o, skip, refuse)
+		}
+		return with(top, "items", items)
+	}
+	path, ok := templates[kind]
+	if !ok {
+		return root
+	}
+	if o.Workload = name; name == "" {
+		o.Workload = strings.ToLower(kind)
+	}
+	o.Namespace, _ = metadata["namespace"].(string)
+	pod := top
+	for _, p := range path {
+		pod = child(pod, p)
+	}
+	if pod == nil {
+		refuse(fmt.Errorf("%s: it has no %s", where, strings.Join(path, ".")))
+		return root
+	}
+	injected, skipped, err := Inject(pod, o)
+	if err != nil {
+		refuse(fmt.Errorf("%s: %w", where, err))
+		return root
+	}
+	if skipped != "" {
+		skip(where + ": " + skipped)
+	}
+	return replace(top, path, injected)
+}
+
+func replace(o object, path []string, value object) object {
+	if len(path) == 0 {
+		return value
+	}
+	return with(o, path[0], replace(child(o, path[0]), path[1:], value))
+}
+
+// with is a copy of an object with another field.
+func with(o object, name string, value any) object {
+	out := make(object, len(o))
+	for k, v := range o {
+		out[k] = v
+	}
+	out[name] = value
+	return out
+}
+
+// merge makes a node, which says old, say changed, and touches nothing that stays.
+func merge(node *yaml.Node, old, changed any) error {
+	if reflect.DeepEqual(old, changed) {
+		return nil
+	}
+	switch node.Kind {
+	case yaml.DocumentNode:
+		return merge(node.Content[0], old, changed)
+	case yaml.AliasNode: // what is written once stands for others too, which must not change with it
+		return node.Encode(changed)
+	}
+	switch c := changed.(type) {
+	case object:
+		if o, ok := old.(object); ok && node.Kind == yaml.MappingNode {
+			return mergeMapping(node, o, c)
+		}
+	case []any:
+		if o, ok := old.([]any); ok && node.Kind == yaml.SequenceNode {
+			return mergeList(node, o, c)
+		}
+	}
+	var fresh yaml.Node
+	if err := fresh.Encode(changed); err != nil {
+		return err
+	}
+	fresh.HeadComment, fresh.LineComment, fresh.FootComment = node.HeadComment, node.LineComment, node.FootComment
+	*node = fresh
+	return nil
+}
+
+func mergeMapping(node *yaml.Node, old, changed object) error {
+	for i := 0; i+1 < len(node.Content); i += 2 {
+		key := node.Content[i].Value
+		if v, ok := changed[key]; ok {
+			if err := merge(node.Content[i+1], old[key], v); err != nil {
+				return err
+			}
+		} else if _, was := old[key]; was {
+			node.Content = slices.Delete(node.Content, i, i+2)
+			i -= 2
+		}
+	}
+	there := map[string]bool{}
+	for i := 0; i+1 < len(node.Content); i += 2 {
+		there[node.Content[i].Value] = true
+	}
+	var added []string
+	for key := range changed {
+		if !there[key] && !reflect.DeepEqual(old[key], changed[key]) {
+			added = append(added, key)
+		}
+	}
+	slices.Sort(added)
+	for _, key := range added {
+		var k, v yaml.Node
+		if err := errors.Join(k.Encode(key), v.Encode(changed[key])); err != nil {
+			return err
+		}
+		if len(node.Content) == 0 {
+			node.Style &^= yaml.FlowStyle
+		}
+		node.Content = append(node.Content, &k, &v)
+	}
+	return nil
+}
+
+// mergeList finds the old elements again by their names.
+func mergeList(node *yaml.Node, old, changed []any) error {
+	content := make([]*yaml.Node, 0, len(changed))
+	used := map[int]bool{}
+	for at, v := range changed {
+		o, _ := v.(object)
+		name, _ := o["name"].(string)
+		i := slices.IndexFunc(old, func(v any) bool { return reflect.DeepEqual(v, changed[at]) })
+		if name != "" {
+			i = named(old, name)
+		}
+		var element *yaml.Node
+		if i >= 0 && !used[i] && i < len(node.Content) {
+			used[i], element = true, node.Content[i]
+			if err := merge(element, old[i], v); err != nil {
+				return err
+			}
+		} else {
+			element = &yaml.Node{}
+			if err := element.Encode(v); err != nil {
+				return err
+			}
+		}
+		content = append(content, element)
+	}
+	if len(node.Content) == 0 {
+		node.Style &^= yaml.FlowStyle
+	}
+	node.Content = content
+	return nil
+}

@@ -1,0 +1,107 @@
+package k8s
+
+import (
+	"strings"
+	"testing"
+)
+
+const manifest = `# what stands here stays
+apiVersion: v1
+kind: ConfigMap
+metadata: {name:   limits}   # odd spaces too
+data:
+    a: "yes"
+---
+# the shop
+apiVersion: apps/v1
+kind: Deployment
+metadata:
+  name: web # its name
+  namespace: shop
+spec:
+  replicas: 2
+  template:
+    metadata:
+      annotations:
+        sluice.dev/redis-secret: redis
+    spec:
+      containers:
+      # the proxy
+      - name: envoy
+        image: e # pinned
+---
+apiVersion: v1
+kind: List
+items:
+- apiVersion: batch/v1
+  kind: CronJob
+  metadata: {name: nightly}
+  spec: {jobTemplate: {spec: {template: {metadata: {annotations: {sluice.dev/in-process: "true"}}, spec: {containers: [{name: envoy}]}}}}}
+- apiVersion: v1
+  kind: Pod
+  metadata: {name: bare}
+  spec: {containers: [{name: app}]}
+`
+
+func TestManifest(t *testing.T) {
+	out, skipped, err := Manifest([]byte(manifest), options)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := string(out)
+	first, _, _ := strings.Cut(manifest, "---\n")
+	if !strings.HasPrefix(text, first+"---\n# the shop\napiVersion: apps/v1\nkind: Deployment\nmetadata:\n  name: web # its name\n") {
+		t.Errorf("what does not change has changed:\n%s", text)
+	}
+	for _, want := range []string{"# the proxy\n", "image: e # pinned", "value: shop/web\n", "$(POD_NAMESPACE)/nightly", "name: envoy"} {
+		if !strings.Contains(text, want) {
+			t.Errorf("no %q in:\n%s", want, text)
+		}
+	}
+	if len(skipped) != 1 || !strings.HasPrefix(skipped[0], "item 2: Pod bare: no container is named") {
+		t.Errorf("skipped: %q", skipped)
+	}
+	if again, _, err := Manifest(out, options); err != nil || string(again) != text {
+		t.Errorf("%v: the second time it changed:\n%s", err, again)
+	}
+}
+
+// Every kind that bears pods.
+func TestManifestKinds(t *testing.T) {
+	for kind, path := range templates {
+		var text strings.Builder
+		text.WriteString("{kind: " + kind + ", metadata: {name: x}, ")
+		if len(path) == 0 {
+			text.Reset()
+			text.WriteString("{kind: Pod, ")
+		}
+		for _, p := range path {
+			text.WriteString(p + ": {")
+		}
+		text.WriteString(`metadata: {name: x, annotations: {sluice.dev/in-process: "true"}}, spec: {containers: [{name: envoy}]}}` + strings.Repeat("}", len(path)))
+		out, _, err := Manifest([]byte(text.String()), options)
+		if err != nil || !strings.Contains(string(out), "name: sluice") {
+			t.Errorf("%s: %v\n%s\n%s", kind, err, text.String(), out)
+		}
+	}
+}
+
+func TestManifestRefused(t *testing.T) {
+	for in, want := range map[string]string{
+		"a: [":                                  "document 1",
+		"kind: Deployment\nmetadata: {name: x}": "Deployment x: it has no spec.template",
+		"kind: Pod\nmetadata: {name: x}\nspec: {containers: [{name: envoy}]}\n---\nkind: Pod\nmetadata: {name: y}\nspec: {containers: [{name: envoy}]}": "Pod y: sluice needs a Redis",
+	} {
+		if out, _, err := Manifest([]byte(in), options); err == nil || !strings.Contains(err.Error(), want) || len(out) > 0 {
+			t.Errorf("%q: %v, %q", in, err, out)
+		}
+	}
+}
+
+func TestManifestJSON(t *testing.T) {
+	in := `{"kind":"Pod","metadata":{"name":"x","annotations":{"sluice.dev/in-process":"true"}},"spec":{"containers":[{"name":"envoy","ports":[{"containerPort":8080}]}]}}`
+	out, _, err := Manifest([]byte(in), options)
+	if err != nil || !strings.Contains(string(out), `"containerPort": 8080`) || !strings.Contains(string(out), `"name": "sluice"`) {
+		t.Errorf("%v %s", err, out)
+	}
+}

@@ -1,0 +1,479 @@
+// Package k8s puts sluice into pods: one pure function, pod in and pod out, which an admission webhook and a filter over manifests
+// share.
+package k8s
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"reflect"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+
+	"go.yaml.in/yaml/v3"
+)
+
+// The names that users write, and find in their pods.
+const (
+	label         = "sluice.dev/inject" // on a namespace or a pod: enabled or disabled
+	stampName     = "sluice.dev/injected"
+	containerName = "sluice"
+	configVolume  = "sluice-config"
+	socketVolume  = "sluice-socket"
+	socketDir     = "/run/sluice"
+	configDir     = "/etc/sluice"
+	istioProxy    = "istio-proxy"
+)
+
+// The annotations that users write.
+const (
+	aConfig    = "sluice.dev/config"
+	aRedis     = "sluice.dev/redis-secret"
+	aDomain    = "sluice.dev/domain"
+	aImage     = "sluice.dev/image"
+	aResources = "sluice.dev/resources"
+	aEnvoy     = "sluice.dev/envoy-container"
+	aInProcess = "sluice.dev/in-process"
+)
+
+// The ports that sluice binds in a pod. The first only where Envoy is istio-proxy, which is asked by loopback TCP.
+const (
+	grpcPort    = 9001
+	adminPort   = 9002
+	metricsPort = 9003
+)
+
+// Options are what an injection knows besides the pod.
+type Options struct {
+	Image     string // sluice's; a pod's annotation is over it
+	Version   string // sluice's own, for the stamp
+	Namespace string // the pod's; empty where only the cluster will know it
+	Workload  string // the name of what the pod belongs to, for the default domain
+}
+
+// object is JSON's, and what pods are read into: not a struct, since that would lose the fields that it does not know.
+type object = map[string]any
+
+var (
+	domainPattern   = regexp.MustCompile(`^[A-Za-z0-9._/-]+$`)
+	imagePattern    = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._:/@-]*$`)
+	namePattern     = regexp.MustCompile(`^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$`)
+	quantityPattern = regexp.MustCompile(`^[0-9]+(\.[0-9]*)?([numkMGTPE]|[KMGTPE]i|[eE][0-9]+)?$`)
+)
+
+// Inject returns the pod with sluice in it, as a copy; pod, a Pod or a pod template as read from JSON or YAML, is not changed.
+// Where the pod is not to have one it returns pod itself, and in skipped why, unless that is because the pod says so. An error is a
+// refusal: the pod asks for what it cannot have, and must not start without it. Injecting twice is injecting once.
+func Inject(pod map[string]any, o Options) (injected map[string]any, skipped string, err error) {
+	metadata, spec := child(pod, "metadata"), child(pod, "spec")
+	if len(spec) == 0 {
+		return nil, "", fmt.Errorf("it has no spec")
+	}
+	explicit := false
+	switch v, given := child(metadata, "labels")[label]; {
+	case !given:
+	case v == "enabled":
+		explicit = true
+	case v == "disabled":
+		return pod, "", nil
+	default:
+		return nil, "", fmt.Errorf("label %s: %q: allowed are enabled and disabled", label, fmt.Sprint(v))
+	}
+	a, err := readAnnotations(metadata)
+	if err != nil {
+		return nil, "", err
+	}
+	envoy, why := fits(metadata, spec, a)
+	if why != "" {
+		if explicit || a.envoy != "" {
+			return nil, "", fmt.Errorf("sluice cannot be injected: %s", why)
+		}
+		return pod, why, nil
+	}
+	if a.redis == "" && !a.inProcess {
+		return nil, "", fmt.Errorf("sluice needs a Redis, or each pod would have buckets of its own: name a Secret with the key url in annotation %s, or set %s: \"true\"", aRedis, aInProcess)
+	}
+
+	tcp := envoy == istioProxy
+	container := template(o, a, tcp)
+	out, metadata, spec := maps.Clone(pod), maps.Clone(metadata), maps.Clone(spec)
+	out["metadata"], out["spec"] = metadata, spec
+
+	init := list(spec, "initContainers")
+	if i := named(init, containerName); i >= 0 {
+		container = overlay(init[i].(object), container)
+		init = slices.Delete(init, i, i+1)
+	}
+	at := 0
+	if i := named(init, istioProxy); i >= 0 && isNative(init[i].(object)) {
+		at = i + 1
+	}
+	spec["initContainers"] = slices.Insert(init, at, any(container))
+
+	volumes := list(spec, "volumes")
+	if a.config != "" {
+		volumes = put(volumes, object{"name": configVolume, "configMap": object{"name": a.config, "optional": false, "defaultMode": 420}})
+	} else {
+		volumes = without(volumes, configVolume)
+	}
+	if tcp {
+		volumes = without(volumes, socketVolume)
+	} else {
+		volumes = put(volumes, object{"name": socketVolume, "emptyDir": object{}})
+	}
+	if len(volumes) > 0 {
+		spec["volumes"] = volumes
+	} else {
+		delete(spec, "volumes")
+	}
+	for _, field := range []string{"initContainers", "containers"} {
+		containers := list(spec, field)
+		for i, c := range containers {
+			c, _ := c.(object)
+			if c == nil || c["name"] == containerName {
+				continue
+			}
+			mounts := list(c, "volumeMounts")
+			if !tcp && c["name"] == envoy {
+				mounts = put(mounts, object{"name": socketVolume, "mountPath": socketDir, "readOnly": true})
+			} else if named(mounts, socketVolume) >= 0 {
+				mounts = without(mounts, socketVolume)
+			} else {
+				continue
+			}
+			c = maps.Clone(c)
+			if c["volumeMounts"] = mounts; len(mounts) == 0 {
+				delete(c, "volumeMounts")
+			}
+			containers[i] = c
+		}
+		if len(containers) > 0 {
+			spec[field] = containers
+		}
+	}
+	annotations := maps.Clone(child(metadata, "annotations"))
+	if annotations == nil {
+		annotations = object{}
+	}
+	annotations[stampName] = Stamp(o)
+	metadata["annotations"] = annotations
+	if reflect.DeepEqual(out, pod) {
+		return pod, "", nil
+	}
+	return out, "", nil
+}
+
+// Stamp is what pods that are injected with these options are marked with: the version, and a hash of all that does not depend on
+// the pod. A pod with another stamp is stale.
+func Stamp(o Options) string {
+	text, err := json.Marshal(template(Options{Image: o.Image}, annotations{}, false))
+	if err != nil {
+		panic(err) // it is made of strings and numbers
+	}
+	sum := sha256.Sum256(text)
+	return o.Version + "-" + hex.EncodeToString(sum[:5])
+}
+
+// annotations are what a pod says of how it wants sluice.
+type annotations struct {
+	config, redis, domain, image, envoy string
+	resources                           object
+	inProcess                           bool
+}
+
+func readAnnotations(metadata object) (annotations, error) {
+	var a annotations
+	given := child(metadata, "annotations")
+	for _, f := range []struct {
+		name    string
+		to      *string
+		pattern *regexp.Regexp
+		allowed string
+	}{
+		{aConfig, &a.config, namePattern, "a ConfigMap's name"},
+		{aRedis, &a.redis, namePattern, "a Secret's name"},
+		{aDomain, &a.domain, domainPattern, "A-Z a-z 0-9 . _ / -"},
+		{aImage, &a.image, imagePattern, "an image"},
+		{aEnvoy, &a.envoy, namePattern, "a container's name"},
+	} {
+		v, ok := given[f.name]
+		if !ok {
+			continue
+		}
+		text, _ := v.(string)
+		if !f.pattern.MatchString(text) {
+			return a, fmt.Errorf("annotation %s: %q: allowed is %s", f.name, fmt.Sprint(v), f.allowed)
+		}
+		*f.to = text
+	}
+	if v, ok := given[aInProcess]; ok {
+		if v != "true" && v != "false" {
+			return a, fmt.Errorf("annotation %s: %q: allowed are \"true\" and \"false\"", aInProcess, fmt.Sprint(v))
+		}
+		a.inProcess = v == "true"
+	}
+	if a.inProcess && a.redis != "" {
+		return a, fmt.Errorf("annotations %s and %s say different things: keep one", aInProcess, aRedis)
+	}
+	if v, ok := given[aResources]; ok {
+		var err error
+		if a.resources, err = readResources(fmt.Sprint(v)); err != nil {
+			return a, fmt.Errorf("annotation %s: %w", aResources, err)
+		}
+	}
+	return a, nil
+}
+
+// readResources reads a container's resources, as {requests: {cpu: 50m}, limits: {memory: 128Mi}}, in YAML or JSON.
+func readResources(text string) (object, error) {
+	var given map[string]map[string]string // amounts as they are written
+	if err := yaml.Unmarshal([]byte(text), &given); err != nil || len(given) == 0 {
+		return nil, fmt.Errorf("%q: allowed is a mapping such as {requests: {cpu: 50m}, limits: {memory: 128Mi}}", text)
+	}
+	resources := object{}
+	for kind, amounts := range given {
+		if kind != "requests" && kind != "limits" {
+			return nil, fmt.Errorf("%q: allowed are requests and limits", kind)
+		}
+		of := object{}
+		for name, amount := range amounts {
+			if !quantityPattern.MatchString(amount) {
+				return nil, fmt.Errorf("%s.%s: %q: allowed is a quantity such as 50m or 128Mi", kind, name, amount)
+			}
+			of[name] = amount
+		}
+		resources[kind] = of
+	}
+	for name, request := range child(resources, "requests") {
+		if limit, ok := child(resources, "limits")[name]; ok && amount(request) > amount(limit) {
+			return nil, fmt.Errorf("requests.%s is %v, above limits.%s, which is %v", name, request, name, limit)
+		}
+	}
+	return resources, nil
+}
+
+// units are what a quantity's suffix multiplies by.
+var units = map[string]float64{
+	"": 1, "n": 1e-9, "u": 1e-6, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18,
+	"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40, "Pi": 1 << 50, "Ei": 1 << 60,
+}
+
+// amount is what a quantity that matches the pattern is as a number.
+func amount(quantity any) float64 {
+	text := fmt.Sprint(quantity)
+	if f, err := strconv.ParseFloat(text, 64); err == nil { // an exponent, perhaps
+		return f
+	}
+	number := strings.TrimRight(text, "numkMGTPEi")
+	f, _ := strconv.ParseFloat(number, 64)
+	return f * units[text[len(number):]]
+}
+
+// fits returns the name of the pod's Envoy, or why the pod can have no sluice.
+func fits(metadata, spec object, a annotations) (envoy, why string) {
+	given := child(metadata, "annotations")
+	_, ours := given[stampName]
+	if _, mirror := given["kubernetes.io/config.mirror"]; mirror {
+		return "", "the pod is a static pod's mirror"
+	}
+	if spec["hostNetwork"] == true {
+		return "", "the pod is in the node's network (hostNetwork), where its ports would be everybody's"
+	}
+	if child(spec, "os")["name"] == "windows" || child(spec, "nodeSelector")["kubernetes.io/os"] == "windows" {
+		return "", "the pod runs on Windows, and sluice on Linux"
+	}
+	init, containers := list(spec, "initContainers"), list(spec, "containers")
+	running := slices.Clone(containers)
+	for _, c := range init {
+		if c, _ := c.(object); c != nil && isNative(c) {
+			running = append(running, c)
+		}
+	}
+	for _, name := range []string{a.envoy, istioProxy, "envoy"} {
+		if name != "" && name != containerName && named(running, name) >= 0 {
+			envoy = name
+			break
+		}
+		if name != "" && name == a.envoy {
+			return "", fmt.Sprintf("annotation %s: no container that keeps running is named %q", aEnvoy, name)
+		}
+	}
+	if envoy == "" {
+		return "", fmt.Sprintf("no container is named istio-proxy or envoy; annotation %s can name another", aEnvoy)
+	}
+	if named(containers, containerName) >= 0 || !ours && named(init, containerName) >= 0 {
+		return "", "the pod has a container named sluice already"
+	}
+	if !ours {
+		for _, name := range []string{configVolume, socketVolume} {
+			if named(list(spec, "volumes"), name) >= 0 {
+				return "", "the pod has a volume named " + name + " already"
+			}
+		}
+	}
+	ports := []int{adminPort, metricsPort}
+	if envoy == istioProxy {
+		ports = append(ports, grpcPort)
+	}
+	for _, c := range running {
+		c, _ := c.(object)
+		if c == nil || c["name"] == containerName {
+			continue
+		}
+		for _, p := range list(c, "ports") {
+			p, _ := p.(object)
+			if n, err := strconv.Atoi(fmt.Sprint(p["containerPort"])); err == nil && slices.Contains(ports, n) {
+				return "", fmt.Sprintf("container %v has port %d, which sluice needs", c["name"], n)
+			}
+		}
+		for _, m := range list(c, "volumeMounts") {
+			if m, _ := m.(object); c["name"] == envoy && m["mountPath"] == socketDir && m["name"] != socketVolume {
+				return "", fmt.Sprintf("container %s has something else mounted at %s", envoy, socketDir)
+			}
+		}
+	}
+	return envoy, ""
+}
+
+// template is sluice's container. Defaults of Kubernetes are written out where it would write them into what it stores: what comes
+// back is then what was sent.
+func template(o Options, a annotations, tcp bool) object {
+	image, domain := o.Image, a.domain
+	if a.image != "" {
+		image = a.image
+	}
+	if domain == "" {
+		namespace := o.Namespace
+		if namespace == "" {
+			namespace = "$(POD_NAMESPACE)" // Kubernetes fills it in
+		}
+		domain = namespace + "/" + o.Workload
+	}
+	grpc := "unix://" + socketDir + "/authz.sock"
+	if tcp {
+		grpc = "127.0.0.1:" + strconv.Itoa(grpcPort)
+	}
+	field := func(name, path string) any {
+		return object{"name": name, "valueFrom": object{"fieldRef": object{"apiVersion": "v1", "fieldPath": path}}}
+	}
+	env := []any{
+		field("POD_NAME", "metadata.name"),
+		field("POD_NAMESPACE", "metadata.namespace"),
+		object{"name": "SLUICE_DOMAIN", "value": domain},
+		object{"name": "SLUICE_GRPC", "value": grpc},
+		object{"name": "SLUICE_METRICS", "value": "0.0.0.0:" + strconv.Itoa(metricsPort)},
+		object{"name": "GOMEMLIMIT", "valueFrom": object{"resourceFieldRef": object{"containerName": containerName, "resource": "limits.memory", "divisor": "0"}}},
+	}
+	var mounts []any
+	if a.config != "" {
+		env = append(env, object{"name": "SLUICE_CONFIG", "value": configDir + "/sluice.yaml"})
+		mounts = append(mounts, object{"name": configVolume, "mountPath": configDir, "readOnly": true})
+	}
+	if a.redis != "" {
+		env = append(env, object{"name": "SLUICE_REDIS", "valueFrom": object{"secretKeyRef": object{"name": a.redis, "key": "url", "optional": false}}})
+	}
+	if !tcp {
+		mounts = append(mounts, object{"name": socketVolume, "mountPath": socketDir})
+	}
+	requests, limits := object{"cpu": "50m", "memory": "32Mi"}, object{"memory": "128Mi"}
+	maps.Copy(requests, child(a.resources, "requests"))
+	maps.Copy(limits, child(a.resources, "limits"))
+	for name, limit := range limits { // where they contradict, a default gives way to what the pod says
+		if amount(requests[name]) <= amount(limit) || requests[name] == nil {
+			continue
+		}
+		if _, given := child(a.resources, "limits")[name]; given {
+			requests[name] = limit
+		} else {
+			limits[name] = requests[name]
+		}
+	}
+	c := object{
+		"name":          containerName,
+		"image":         image,
+		"args":          []any{"run"},
+		"restartPolicy": "Always",
+		"env":           env,
+		"ports":         []any{object{"name": "sluice-metrics", "containerPort": metricsPort, "protocol": "TCP"}},
+		"resources":     object{"requests": requests, "limits": limits},
+		"startupProbe": object{
+			"exec":          object{"command": []any{"/sluice", "healthcheck"}},
+			"periodSeconds": 1, "timeoutSeconds": 1, "successThreshold": 1, "failureThreshold": 60,
+		},
+		"securityContext": object{
+			"runAsNonRoot": true, "runAsUser": 65532, "runAsGroup": 65532, "readOnlyRootFilesystem": true,
+			"allowPrivilegeEscalation": false, "privileged": false, "capabilities": object{"drop": []any{"ALL"}},
+			"seccompProfile": object{"type": "RuntimeDefault"},
+		},
+	}
+	if len(mounts) > 0 {
+		c["volumeMounts"] = mounts
+	}
+	return c
+}
+
+// overlay is the container that ours makes of the one that is there already: what others have added to it stays, as the mount of a
+// service account's token, and the defaults of Kubernetes.
+func overlay(there, ours object) object {
+	out := maps.Clone(there)
+	mounts := list(there, "volumeMounts")
+	for k, v := range ours {
+		if !same(out[k], v) {
+			out[k] = v
+		}
+	}
+	mounts = without(without(mounts, configVolume), socketVolume)
+	if mounts = append(list(ours, "volumeMounts"), mounts...); len(mounts) == 0 {
+		delete(out, "volumeMounts")
+	} else if !same(out["volumeMounts"], mounts) {
+		out["volumeMounts"] = mounts
+	}
+	return out
+}
+
+// same compares as JSON does, to which 1 is 1 whatever Go's type.
+func same(a, b any) bool {
+	x, errX := json.Marshal(a)
+	y, errY := json.Marshal(b)
+	return errX == nil && errY == nil && string(x) == string(y)
+}
+
+// child is an object's field that is an object; nil, which can be read, where it is none.
+func child(o object, name string) object {
+	c, _ := o[name].(object)
+	return c
+}
+
+// list is a copy of an object's field that is a list.
+func list(o object, name string) []any {
+	l, _ := o[name].([]any)
+	return slices.Clone(l)
+}
+
+// named is the index of the list's object of that name, or -1.
+func named(l []any, name string) int {
+	return slices.IndexFunc(l, func(v any) bool { o, _ := v.(object); return o["name"] == name })
+}
+
+// put puts an object where the one of its name is, or at the end. One that says the same stays as it is.
+func put(l []any, o object) []any {
+	name, _ := o["name"].(string)
+	i := named(l, name)
+	if i < 0 {
+		return append(l, o)
+	}
+	if !same(l[i], o) {
+		l[i] = o
+	}
+	return l
+}
+
+func without(l []any, name string) []any {
+	return slices.DeleteFunc(l, func(v any) bool { o, _ := v.(object); return o["name"] == name })
+}
+
+func isNative(container object) bool { return container["restartPolicy"] == "Always" }

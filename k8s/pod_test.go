@@ -1,0 +1,247 @@
+package k8s
+
+import (
+	"encoding/json"
+	"fmt"
+	"reflect"
+	"strings"
+	"testing"
+
+	"go.yaml.in/yaml/v3"
+	"pgregory.net/rapid"
+)
+
+var options = Options{Image: "sluice:test", Version: "v1", Namespace: "shop", Workload: "web"}
+
+func pod(t *testing.T, text string) object {
+	t.Helper()
+	var o object
+	if err := yaml.Unmarshal([]byte(text), &o); err != nil {
+		t.Fatal(err)
+	}
+	return o
+}
+
+func inject(t *testing.T, p object, o Options) object {
+	t.Helper()
+	before := fmt.Sprint(p)
+	out, skipped, err := Inject(p, o)
+	if err != nil || skipped != "" {
+		t.Fatalf("skipped %q, %v", skipped, err)
+	}
+	if fmt.Sprint(p) != before {
+		t.Fatal("the pod that was given has changed")
+	}
+	return out
+}
+
+const withEnvoy = `
+metadata:
+  annotations: {sluice.dev/redis-secret: redis, sluice.dev/config: limits}
+spec:
+  initContainers: [{name: migrate, image: m}]
+  containers: [{name: app, image: a}, {name: envoy, image: e}]
+`
+
+func TestInject(t *testing.T) {
+	out := inject(t, pod(t, withEnvoy), options)
+	spec := child(out, "spec")
+	init := list(spec, "initContainers")
+	if len(init) != 2 || named(init, "sluice") != 0 {
+		t.Fatalf("init containers: %v", init)
+	}
+	env := map[string]any{}
+	for _, e := range list(init[0].(object), "env") {
+		env[e.(object)["name"].(string)] = e
+	}
+	if v := env["SLUICE_DOMAIN"].(object)["value"]; v != "shop/web" {
+		t.Errorf("domain %v", v)
+	}
+	for _, name := range []string{"POD_NAME", "POD_NAMESPACE", "GOMEMLIMIT", "SLUICE_REDIS", "SLUICE_CONFIG"} {
+		if env[name] == nil {
+			t.Errorf("no %s", name)
+		}
+	}
+	containers := list(spec, "containers")
+	if named(list(containers[0].(object), "volumeMounts"), socketVolume) >= 0 {
+		t.Error("the app has the socket")
+	}
+	mounts := list(containers[1].(object), "volumeMounts")
+	if len(mounts) != 1 || mounts[0].(object)["readOnly"] != true {
+		t.Errorf("Envoy's mounts: %v", mounts)
+	}
+	if got := child(child(out, "metadata"), "annotations")[stampName]; got != Stamp(options) || !strings.HasPrefix(Stamp(options), "v1-") {
+		t.Errorf("stamp %v", got)
+	}
+}
+
+// Beside istio-proxy sluice stands directly after it, is asked by loopback TCP, and no socket is mounted.
+func TestInjectIstio(t *testing.T) {
+	out := inject(t, pod(t, `
+metadata: {annotations: {sluice.dev/in-process: "true"}}
+spec:
+  initContainers: [{name: istio-init}, {name: istio-proxy, restartPolicy: Always}, {name: migrate}]
+  containers: [{name: app}, {name: envoy}]
+`), options)
+	spec := child(out, "spec")
+	if i := named(list(spec, "initContainers"), "sluice"); i != 2 {
+		t.Errorf("sluice is at %d", i)
+	}
+	if text := fmt.Sprint(spec); strings.Contains(text, socketVolume) || !strings.Contains(text, "127.0.0.1:9001") {
+		t.Error(text)
+	}
+}
+
+func TestInjectNot(t *testing.T) {
+	const redis = `sluice.dev/redis-secret: r`
+	for _, c := range []struct{ name, labels, annotations, spec, skipped, refused string }{
+		{"disabled", "sluice.dev/inject: disabled", "", "{containers: [{name: envoy}]}", "", ""},
+		{"no Envoy", "", redis, "{containers: [{name: app}]}", "no container is named istio-proxy or envoy", ""},
+		{"no Envoy, asked for", "sluice.dev/inject: enabled", redis, "{containers: [{name: app}]}", "", "no container is named istio-proxy or envoy"},
+		{"an init container is no Envoy", "", redis, "{initContainers: [{name: envoy}], containers: [{name: app}]}", "no container is named", ""},
+		{"named one is not there", "", redis + ", sluice.dev/envoy-container: proxy", "{containers: [{name: envoy}]}", "", `is named "proxy"`},
+		{"hostNetwork", "", redis, "{hostNetwork: true, containers: [{name: envoy}]}", "hostNetwork", ""},
+		{"Windows", "", redis, "{os: {name: windows}, containers: [{name: envoy}]}", "Windows", ""},
+		{"Windows, selected", "sluice.dev/inject: enabled", redis, "{nodeSelector: {kubernetes.io/os: windows}, containers: [{name: envoy}]}", "", "Windows"},
+		{"no Redis", "", "", "{containers: [{name: envoy}]}", "", "needs a Redis"},
+		{"both", "", redis + `, sluice.dev/in-process: "true"`, "{containers: [{name: envoy}]}", "", "different things"},
+		{"a port is taken", "", redis, "{containers: [{name: envoy, ports: [{containerPort: 9003}]}]}", "port 9003", ""},
+		{"a name is taken", "", redis, "{containers: [{name: envoy}, {name: sluice}]}", "named sluice already", ""},
+		{"a volume is taken", "", redis, "{volumes: [{name: sluice-config}], containers: [{name: envoy}]}", "volume named sluice-config", ""},
+		{"label", "sluice.dev/inject: 'yes'", redis, "{containers: [{name: envoy}]}", "", "allowed are enabled and disabled"},
+		{"domain", "", redis + ", sluice.dev/domain: 'a b'", "{containers: [{name: envoy}]}", "", "annotation sluice.dev/domain"},
+		{"resources", "", redis + ", sluice.dev/resources: '{limits: {memory: much}}'", "{containers: [{name: envoy}]}", "", "limits.memory"},
+		{"resources the wrong way", "", redis + ", sluice.dev/resources: '{requests: {cpu: 1}, limits: {cpu: 100m}}'", "{containers: [{name: envoy}]}", "", "above limits.cpu"},
+		{"no spec", "", redis, "{}", "", "no spec"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			p := pod(t, fmt.Sprintf("{metadata: {labels: {%s}, annotations: {%s}}, spec: %s}", c.labels, c.annotations, c.spec))
+			out, skipped, err := Inject(p, options)
+			if c.refused != "" {
+				if err == nil || !strings.Contains(err.Error(), c.refused) {
+					t.Errorf("refused for %v, not for %q", err, c.refused)
+				}
+				return
+			}
+			if err != nil || !strings.Contains(skipped, c.skipped) || (c.skipped == "") != (skipped == "") || !reflect.DeepEqual(out, p) {
+				t.Errorf("%v, skipped %q, %v", out, skipped, err)
+			}
+		})
+	}
+}
+
+func TestResources(t *testing.T) {
+	for text, want := range map[string]string{
+		"{limits: {memory: 16Mi}}":            `{"limits":{"memory":"16Mi"},"requests":{"cpu":"50m","memory":"16Mi"}}`,
+		"{requests: {memory: 1Gi, cpu: 2}}":   `{"limits":{"memory":"1Gi"},"requests":{"cpu":"2","memory":"1Gi"}}`,
+		`{"limits": {"cpu": "1"}}`:            `{"limits":{"cpu":"1","memory":"128Mi"},"requests":{"cpu":"50m","memory":"32Mi"}}`,
+		"{limits: {cpu: 10m, memory: 500e6}}": `{"limits":{"cpu":"10m","memory":"500e6"},"requests":{"cpu":"10m","memory":"32Mi"}}`,
+	} {
+		r, err := readResources(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, _ := json.Marshal(template(options, annotations{resources: r}, false)["resources"]); string(got) != want {
+			t.Errorf("%s: %s", text, got)
+		}
+	}
+}
+
+// randomPod is a pod whose parts are such that each may or may not be there.
+var randomPod = rapid.Custom(func(t *rapid.T) object {
+	container := func(name string) object {
+		c := object{"name": name, "image": "registry.example/" + name + ":1"}
+		if rapid.Bool().Draw(t, "mount") {
+			c["volumeMounts"] = []any{object{"name": "data", "mountPath": "/data"}}
+		}
+		if rapid.Bool().Draw(t, "ports") {
+			c["ports"] = []any{object{"containerPort": rapid.SampledFrom([]int{80, 8080, 9001, 9003}).Draw(t, "port")}}
+		}
+		if rapid.Bool().Draw(t, "env") {
+			c["env"] = []any{object{"name": "A", "value": rapid.StringMatching(`[ -~]{0,8}`).Draw(t, "value")}}
+		}
+		return c
+	}
+	var init []any
+	for _, name := range rapid.SliceOfNDistinct(rapid.SampledFrom([]string{"migrate", "istio-init", "istio-proxy", "logger"}), 0, 4, rapid.ID).Draw(t, "init") {
+		c := container(name)
+		if rapid.Bool().Draw(t, "native") {
+			c["restartPolicy"] = "Always"
+		}
+		init = append(init, c)
+	}
+	containers := []any{container("app")}
+	if rapid.IntRange(0, 9).Draw(t, "envoy") > 1 {
+		containers = append(containers, container("envoy"))
+	}
+	spec := object{"containers": containers, "volumes": []any{object{"name": "data", "emptyDir": object{}}}}
+	if len(init) > 0 {
+		spec["initContainers"] = init
+	}
+	if rapid.Bool().Draw(t, "grace") {
+		spec["terminationGracePeriodSeconds"] = rapid.IntRange(0, 60).Draw(t, "seconds")
+	}
+	a := object{}
+	for name, values := range map[string][]string{
+		aRedis: {"redis"}, aConfig: {"limits"}, aDomain: {"a/b"}, aInProcess: {"true", "false"}, aImage: {"other:2"},
+		aEnvoy: {"envoy", "app", "gone"}, aResources: {"{limits: {memory: 64Mi}}", "{requests: {cpu: 1}}"},
+	} {
+		if rapid.Bool().Draw(t, name) {
+			a[name] = rapid.SampledFrom(values).Draw(t, "value")
+		}
+	}
+	metadata := object{"annotations": a, "labels": object{"app": "web"}, "name": "web", "namespace": "shop"}
+	if rapid.IntRange(0, 3).Draw(t, "labelled") == 0 {
+		metadata["labels"] = object{label: rapid.SampledFrom([]string{"enabled", "disabled"}).Draw(t, "label")}
+	}
+	return object{"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
+})
+
+// Injecting twice is injecting once, also where the pod has been through JSON in between; a manifest says what Inject does.
+func TestInjectTwice(t *testing.T) {
+	changed := 0
+	rapid.Check(t, func(t *rapid.T) {
+		p := randomPod.Draw(t, "pod")
+		o := Options{Image: "sluice:test", Version: "v1", Namespace: "shop", Workload: "web"}
+		once, _, err := Inject(p, o)
+		if err != nil {
+			return
+		}
+		text, err := json.Marshal(once)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var read object
+		if err := json.Unmarshal(text, &read); err != nil {
+			t.Fatal(err)
+		}
+		twice, _, err := Inject(read, o)
+		if err != nil || !reflect.DeepEqual(twice, read) {
+			t.Fatalf("%v\nonce:  %v\ntwice: %v", err, read, twice)
+		}
+		if !reflect.DeepEqual(once, p) {
+			changed++
+		}
+		in, err := yaml.Marshal(p)
+		if err != nil {
+			t.Fatal(err)
+		}
+		out, _, err := Manifest(in, o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var filtered object
+		if err := yaml.Unmarshal(out, &filtered); err != nil {
+			t.Fatal(err)
+		}
+		if !same(filtered, once) {
+			t.Fatalf("the manifest has %v\nand the pod %v", filtered, once)
+		}
+		if again, _, err := Manifest(out, o); err != nil || string(again) != string(out) {
+			t.Fatalf("%v\nonce:\n%s\ntwice:\n%s", err, out, again)
+		}
+	})
+	if changed == 0 {
+		t.Error("no pod was injected")
+	}
+}
