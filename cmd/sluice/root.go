@@ -52,7 +52,7 @@ Exit status: 0 good, 1 the answer is no, 2 wrong usage.`,
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
-	root.AddCommand(p.runCommand(), p.demoCommand(), p.validateCommand(), p.explainCommand(), p.schemaCommand(), p.bucketCommand(), p.doctorCommand(), p.envoyCommand(), p.injectCommand(), p.healthcheckCommand(), p.versionCommand())
+	root.AddCommand(p.runCommand(), p.demoCommand(), p.validateCommand(), p.explainCommand(), p.schemaCommand(), p.bucketCommand(), p.doctorCommand(), p.envoyCommand(), p.injectCommand(), p.webhookCommand(), p.healthcheckCommand(), p.versionCommand())
 
 	command, err := root.ExecuteContextC(ctx)
 	var usage usageError

@@ -1,0 +1,102 @@
+package k8s
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+)
+
+// API is the cluster's API server, as a pod's service account reaches it: the four calls that the webhook makes need no client library
+// of many megabytes. It is safe for concurrent use.
+type API struct {
+	base, account string
+	client        *http.Client
+}
+
+// InCluster is the API server of the cluster that this process runs in. account is the directory with the service account's token and
+// ca.crt.
+func InCluster(getenv func(string) (string, bool), account string) (*API, error) {
+	host, _ := getenv("KUBERNETES_SERVICE_HOST")
+	port, _ := getenv("KUBERNETES_SERVICE_PORT")
+	if host == "" || port == "" {
+		return nil, errors.New("KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set: this runs in a cluster")
+	}
+	file := filepath.Join(account, "ca.crt")
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return nil, err
+	}
+	roots := x509.NewCertPool()
+	if !roots.AppendCertsFromPEM(text) {
+		return nil, fmt.Errorf("%s holds no certificate", file)
+	}
+	return &API{base: "https://" + net.JoinHostPort(host, port), account: account, client: &http.Client{
+		Timeout:   10 * time.Second,
+		Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}, ForceAttemptHTTP2: true},
+	}}, nil
+}
+
+// apiError is what the API server refused.
+type apiError struct {
+	status int
+	text   string
+}
+
+func (e *apiError) Error() string { return fmt.Sprintf("%d: %s", e.status, e.text) }
+
+func isStatus(err error, status int) bool {
+	var e *apiError
+	return errors.As(err, &e) && e.status == status
+}
+
+// call sends in, unless it is nil, and reads the answer into out.
+func (a *API) call(ctx context.Context, method, path string, in, out any) error {
+	var body io.Reader
+	if in != nil {
+		text, err := json.Marshal(in)
+		if err != nil {
+			return err
+		}
+		body = bytes.NewReader(text)
+	}
+	request, err := http.NewRequestWithContext(ctx, method, a.base+path, body)
+	if err != nil {
+		return err
+	}
+	token, err := os.ReadFile(filepath.Join(a.account, "token")) // each time: the kubelet renews it
+	if err != nil {
+		return err
+	}
+	request.Header.Set("Authorization", "Bearer "+strings.TrimSpace(string(token)))
+	if request.Header.Set("Content-Type", "application/json"); method == http.MethodPatch {
+		request.Header.Set("Content-Type", "application/json-patch+json")
+	}
+	response, err := a.client.Do(request)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = response.Body.Close() }()
+	text, err := io.ReadAll(io.LimitReader(response.Body, 8<<20))
+	if err != nil {
+		return err
+	}
+	if response.StatusCode/100 != 2 {
+		var status struct{ Message string }
+		if json.Unmarshal(text, &status) != nil || status.Message == "" {
+			status.Message = http.StatusText(response.StatusCode)
+		}
+		return fmt.Errorf("%s %s: %w", method, path, &apiError{response.StatusCode, status.Message})
+	}
+	return json.Unmarshal(text, out)
+}

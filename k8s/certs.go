@@ -1,0 +1,311 @@
+package k8s
+
+import (
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"math/big"
+	"net/http"
+	"path/filepath"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+// CertOptions say where the webhook's certificates live. A duration that is zero is the default.
+type CertOptions struct {
+	Namespace     string        // the webhook's own
+	Service       string        // the Service that the API server asks
+	Secret        string        // holds the CA, in Namespace; made where it is not there
+	Configuration string        // the MutatingWebhookConfiguration whose caBundle is kept
+	Life          time.Duration // a CA's; default ten years
+	Overlap       time.Duration // how long a new CA is believed before it signs, and an old one after; default an hour
+	Every         time.Duration // between two looks at the cluster; default a minute
+}
+
+const servingLife = 24 * time.Hour
+
+// Certs are the webhook's certificates, made by itself: a CA in a Secret, which all replicas share, and short-lived serving
+// certificates that are never written anywhere.
+//
+// A CA is replaced in three steps, so that at no moment a replica serves what the API server does not believe: the next one is put
+// beside it and into caBundle; an Overlap later it signs; another Overlap later the old one is forgotten. Each replica looks each
+// Every, which is far less than an Overlap. Who comes second with a step is told so by the Secret's resourceVersion.
+type Certs struct {
+	api     *API
+	o       CertOptions
+	log     *zap.Logger
+	serving atomic.Pointer[tls.Certificate]
+	issuer  []byte // the CA that signed it
+}
+
+// NewCerts returns certificates that are there once Step has returned nil.
+func NewCerts(api *API, o CertOptions, log *zap.Logger) *Certs {
+	if o.Life == 0 {
+		o.Life = 10 * 365 * 24 * time.Hour
+	}
+	if o.Overlap == 0 {
+		o.Overlap = time.Hour
+	}
+	if o.Every == 0 {
+		o.Every = time.Minute
+	}
+	return &Certs{api: api, o: o, log: log}
+}
+
+// Get is for tls.Config.GetCertificate.
+func (c *Certs) Get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+	if s := c.serving.Load(); s != nil {
+		return s, nil
+	}
+	return nil, errors.New("there is no certificate yet")
+}
+
+// Run looks at the cluster until ctx ends. An error is logged, and what is there serves on.
+func (c *Certs) Run(ctx context.Context) {
+	tick := time.NewTicker(c.o.Every)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if err := c.Step(ctx); err != nil && ctx.Err() == nil {
+			c.log.Error("certificates: the cluster cannot be asked, what is there serves on", zap.Error(err))
+		}
+	}
+}
+
+// The Secret's keys.
+const (
+	caCert, caKey     = "ca.crt", "ca.key"
+	nextCert, nextKey = "next.crt", "next.key"
+	oldCert           = "old.crt"
+	changed           = "changed" // when the last step was taken, RFC 3339
+)
+
+type secret struct {
+	APIVersion string            `json:"apiVersion"`
+	Kind       string            `json:"kind"`
+	Metadata   object            `json:"metadata"`
+	Type       string            `json:"type,omitempty"`
+	Data       map[string][]byte `json:"data"`
+}
+
+// Step brings the Secret, the webhook's configuration and the serving certificate to where they should be now. It is not safe for
+// concurrent use.
+func (c *Certs) Step(ctx context.Context) error {
+	s, err := c.current(ctx)
+	if err != nil {
+		return err
+	}
+	bundle := bytes.Join([][]byte{s.Data[caCert], s.Data[nextCert], s.Data[oldCert]}, nil)
+	if err := c.publish(ctx, bundle); err != nil {
+		return err
+	}
+	return c.sign(s.Data[caCert], s.Data[caKey])
+}
+
+// current returns the Secret, after the step that is due.
+func (c *Certs) current(ctx context.Context) (*secret, error) {
+	path := "/api/v1/namespaces/" + c.o.Namespace + "/secrets"
+	for range 5 {
+		var s secret
+		err := c.api.call(ctx, http.MethodGet, path+"/"+c.o.Secret, nil, &s)
+		method, to := http.MethodPut, path+"/"+c.o.Secret
+		if isStatus(err, http.StatusNotFound) {
+			method, to = http.MethodPost, path
+			s = secret{APIVersion: "v1", Kind: "Secret", Metadata: object{"name": c.o.Secret, "namespace": c.o.Namespace}, Type: "Opaque"}
+		} else if err != nil {
+			return nil, err
+		}
+		due, err := c.advance(&s)
+		if err != nil || !due {
+			return &s, err
+		}
+		var stored secret
+		err = c.api.call(ctx, method, to, s, &stored)
+		if err == nil {
+			return &stored, nil
+		}
+		if !isStatus(err, http.StatusConflict) { // where another replica was faster, its step counts
+			return nil, err
+		}
+	}
+	return nil, errors.New("the CA's Secret changes all the time")
+}
+
+// advance takes the step that is due, and says whether one was.
+func (c *Certs) advance(s *secret) (bool, error) {
+	now := time.Now()
+	if s.Data == nil {
+		s.Data = map[string][]byte{}
+	}
+	since := time.Duration(1<<63 - 1)
+	if t, err := time.Parse(time.RFC3339Nano, string(s.Data[changed])); err == nil {
+		since = now.Sub(t)
+	}
+	ca, err := tls.X509KeyPair(s.Data[caCert], s.Data[caKey])
+	switch {
+	case err != nil && len(s.Data[caCert]) > 0:
+		return false, fmt.Errorf("Secret %s/%s: %w; delete it, and a new CA is made", c.o.Namespace, c.o.Secret, err)
+	case err != nil:
+		s.Data[caCert], s.Data[caKey], err = newCA(now, c.o.Life)
+	case len(s.Data[nextCert]) > 0:
+		if since < c.o.Overlap {
+			return false, nil
+		}
+		s.Data[oldCert] = s.Data[caCert]
+		s.Data[caCert], s.Data[caKey] = s.Data[nextCert], s.Data[nextKey]
+		delete(s.Data, nextCert)
+		delete(s.Data, nextKey)
+	case len(s.Data[oldCert]) > 0:
+		if since < c.o.Overlap {
+			return false, nil
+		}
+		delete(s.Data, oldCert)
+	case ca.Leaf.NotAfter.Sub(now) < c.o.Life/5:
+		s.Data[nextCert], s.Data[nextKey], err = newCA(now, c.o.Life)
+	default:
+		return false, nil
+	}
+	s.Data[changed] = []byte(now.UTC().Format(time.RFC3339Nano))
+	return true, err
+}
+
+// publish writes the bundle into the webhook's configuration, where it is another.
+func (c *Certs) publish(ctx context.Context, bundle []byte) error {
+	path := "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations/" + c.o.Configuration
+	for range 5 {
+		var configuration struct {
+			Metadata struct {
+				ResourceVersion string `json:"resourceVersion"`
+			} `json:"metadata"`
+			Webhooks []struct {
+				ClientConfig struct {
+					CABundle []byte `json:"caBundle"`
+				} `json:"clientConfig"`
+			} `json:"webhooks"`
+		}
+		if err := c.api.call(ctx, http.MethodGet, path, nil, &configuration); err != nil {
+			return err
+		}
+		patch := []object{{"op": "test", "path": "/metadata/resourceVersion", "value": configuration.Metadata.ResourceVersion}}
+		for i, w := range configuration.Webhooks {
+			if !bytes.Equal(w.ClientConfig.CABundle, bundle) {
+				patch = append(patch, object{"op": "add", "path": fmt.Sprintf("/webhooks/%d/clientConfig/caBundle", i), "value": bundle})
+			}
+		}
+		if len(patch) == 1 {
+			return nil
+		}
+		var out object
+		err := c.api.call(ctx, http.MethodPatch, path, patch, &out)
+		if !isStatus(err, http.StatusConflict) && !isStatus(err, http.StatusUnprocessableEntity) {
+			return err
+		}
+	}
+	return errors.New("the webhook's configuration changes all the time")
+}
+
+// sign makes a new serving certificate, where the one that is there is of another CA or past half of its life.
+func (c *Certs) sign(certificate, key []byte) error {
+	if s := c.serving.Load(); s != nil && bytes.Equal(c.issuer, certificate) && time.Until(s.Leaf.NotAfter) > servingLife/2 {
+		return nil
+	}
+	ca, err := tls.X509KeyPair(certificate, key)
+	if err != nil {
+		return err
+	}
+	own, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return err
+	}
+	now, host := time.Now(), c.o.Service+"."+c.o.Namespace+".svc"
+	der, err := x509.CreateCertificate(rand.Reader, &x509.Certificate{
+		SerialNumber: serial(),
+		Subject:      pkix.Name{CommonName: host},
+		DNSNames:     []string{host},
+		NotBefore:    now.Add(-time.Hour), // clocks differ
+		NotAfter:     now.Add(servingLife),
+		KeyUsage:     x509.KeyUsageDigitalSignature,
+		ExtKeyUsage:  []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+	}, ca.Leaf, own.Public(), ca.PrivateKey)
+	if err != nil {
+		return err
+	}
+	leaf, err := x509.ParseCertificate(der)
+	if err != nil {
+		return err
+	}
+	c.serving.Store(&tls.Certificate{Certificate: [][]byte{der}, PrivateKey: own, Leaf: leaf})
+	c.issuer = certificate
+	c.log.Info("a new serving certificate", zap.Time("until", leaf.NotAfter))
+	return nil
+}
+
+// newCA returns a certificate and its key, in PEM.
+func newCA(now time.Time, life time.Duration) (certificate, key []byte, err error) {
+	own, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, nil, err
+	}
+	number := serial()
+	template := &x509.Certificate{
+		SerialNumber: number,
+		// Each has a name of its own, by which a verifier picks the right one out of a bundle.
+		Subject:               pkix.Name{CommonName: fmt.Sprintf("sluice webhook CA %x", number)},
+		NotBefore:             now.Add(-time.Hour),
+		NotAfter:              now.Add(life),
+		KeyUsage:              x509.KeyUsageCertSign,
+		IsCA:                  true,
+		BasicConstraintsValid: true,
+		MaxPathLenZero:        true,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, own.Public(), own)
+	if err != nil {
+		return nil, nil, err
+	}
+	text, err := x509.MarshalPKCS8PrivateKey(own)
+	if err != nil {
+		return nil, nil, err
+	}
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: text}), nil
+}
+
+func serial() *big.Int {
+	var b [16]byte
+	_, _ = rand.Read(b[:]) // it never fails
+	b[0] &= 0x7f
+	return new(big.Int).SetBytes(b[:])
+}
+
+// CertFiles are certificates that others keep, as cert-manager does: tls.crt and tls.key in Dir, reread for each handshake, of which
+// an API server makes few. It is safe for concurrent use.
+type CertFiles struct {
+	Dir string
+	was atomic.Pointer[tls.Certificate]
+}
+
+// Get is for tls.Config.GetCertificate. While files are being replaced it returns what it had last.
+func (f *CertFiles) Get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+	pair, err := tls.LoadX509KeyPair(filepath.Join(f.Dir, "tls.crt"), filepath.Join(f.Dir, "tls.key"))
+	if err == nil {
+		f.was.Store(&pair)
+		return &pair, nil
+	}
+	if was := f.was.Load(); was != nil {
+		return was, nil
+	}
+	return nil, err
+}

@@ -1,0 +1,106 @@
+package k8s
+
+import (
+	"encoding/json"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"go.uber.org/zap"
+)
+
+// ask sends a review of a pod's creation.
+func ask(t *testing.T, h http.Handler, body string) (int, *response) {
+	t.Helper()
+	w := httptest.NewRecorder()
+	h.ServeHTTP(w, httptest.NewRequest(http.MethodPost, "/inject", strings.NewReader(body)))
+	if w.Code != http.StatusOK {
+		return w.Code, nil
+	}
+	var r review
+	if err := json.Unmarshal(w.Body.Bytes(), &r); err != nil || r.Response == nil || r.APIVersion != "admission.k8s.io/v1" {
+		t.Fatalf("%v: %s", err, w.Body)
+	}
+	return w.Code, r.Response
+}
+
+func TestWebhook(t *testing.T) {
+	h := Webhook(Options{Image: "sluice:test", Version: "v1"}, zap.NewNop(), prometheus.NewRegistry())
+	review := func(p string) string {
+		return `{"apiVersion":"admission.k8s.io/v1","kind":"AdmissionReview","request":{"uid":"u","operation":"CREATE","namespace":"shop","resource":{"group":"","version":"v1","resource":"pods"},"object":` + p + `}}`
+	}
+	_, r := ask(t, h, review(`{"metadata":{"generateName":"web-","annotations":{"sluice.dev/in-process":"true"}},"spec":{"containers":[{"name":"envoy"}]}}`))
+	if !r.Allowed || r.UID != "u" || r.PatchType != "JSONPatch" || !strings.Contains(string(r.Patch), `"shop/web"`) {
+		t.Errorf("%+v %s", r, r.Patch)
+	}
+	if _, r = ask(t, h, review(`{"metadata":{},"spec":{"containers":[{"name":"app"}]}}`)); !r.Allowed || len(r.Warnings) != 1 || r.Patch != nil {
+		t.Errorf("%+v", r)
+	}
+	if _, r = ask(t, h, review(`{"metadata":{"labels":{"sluice.dev/inject":"enabled"}},"spec":{"containers":[{"name":"app"}]}}`)); r.Allowed || !strings.Contains(r.Status["message"].(string), "no container is named") {
+		t.Errorf("%+v", r)
+	}
+	for _, body := range []string{"", "{", "{}", `{"apiVersion":"admission.k8s.io/v1","kind":"AdmissionReview"}`, strings.Repeat(" ", maxReview+1)} {
+		if code, _ := ask(t, h, body); code != http.StatusBadRequest {
+			t.Errorf("%.20q: %d", body, code)
+		}
+	}
+}
+
+func TestWorkload(t *testing.T) {
+	for text, want := range map[string]string{
+		"{name: a}": "a", "{generateName: a-}": "a",
+		"{labels: {pod-template-hash: 5d}, ownerReferences: [{kind: ReplicaSet, name: web-5d, controller: true}]}": "web",
+		"{ownerReferences: [{kind: ReplicaSet, name: web-5d, controller: true}]}":                                  "web-5d",
+		"{ownerReferences: [{kind: Job, name: nightly-29381234, controller: true}]}":                               "nightly",
+		"{ownerReferences: [{kind: Job, name: once, controller: true}]}":                                           "once",
+		"{name: x, ownerReferences: [{kind: StatefulSet, name: db, controller: true}]}":                            "db",
+	} {
+		if got := workload(pod(t, "{metadata: "+text+"}")); got != want {
+			t.Errorf("%s: %q", text, got)
+		}
+	}
+}
+
+// A CA that nears its end is replaced step by step, and what signs is at each step in what is believed.
+func TestCA(t *testing.T) {
+	c := NewCerts(nil, CertOptions{Service: "s", Namespace: "n", Life: 100 * time.Hour}, zap.NewNop())
+	s := &secret{}
+	step := func(want bool) {
+		t.Helper()
+		if due, err := c.advance(s); err != nil || due != want {
+			t.Fatalf("due %v, %v", due, err)
+		}
+	}
+	later := func() { s.Data[changed] = []byte(time.Now().Add(-2 * c.o.Overlap).Format(time.RFC3339Nano)) }
+	step(true)
+	step(false)
+	var err error
+	if s.Data[caCert], s.Data[caKey], err = newCA(time.Now().Add(-90*time.Hour), c.o.Life); err != nil {
+		t.Fatal(err)
+	}
+	first := string(s.Data[caCert])
+	step(true)
+	next := string(s.Data[nextCert])
+	if step(false); next == "" || string(s.Data[caCert]) != first {
+		t.Error("it signs before it is believed")
+	}
+	later()
+	step(true)
+	if string(s.Data[caCert]) != next || string(s.Data[oldCert]) != first || len(s.Data[nextKey]) > 0 {
+		t.Error("the next CA does not sign, or the old one is not believed any more")
+	}
+	step(false)
+	later()
+	step(true)
+	if len(s.Data[oldCert]) > 0 {
+		t.Error("the old CA is still there")
+	}
+	step(false)
+	s.Data[caCert] = []byte("broken")
+	if _, err := c.advance(s); err == nil || !strings.Contains(err.Error(), "Secret n/") {
+		t.Errorf("a broken Secret: %v", err)
+	}
+}
