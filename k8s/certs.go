@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"math/big"
+	"net"
 	"net/http"
 	"path/filepath"
 	"sync/atomic"
@@ -46,6 +47,7 @@ type Certs struct {
 	log     *zap.Logger
 	serving atomic.Pointer[tls.Certificate]
 	issuer  []byte // the CA that signed it
+	host    string // whom the API server asks
 }
 
 // NewCerts returns certificates that are there once Step has returned nil.
@@ -59,7 +61,7 @@ func NewCerts(api *API, o CertOptions, log *zap.Logger) *Certs {
 	if o.Every == 0 {
 		o.Every = time.Minute
 	}
-	return &Certs{api: api, o: o, log: log}
+	return &Certs{api: api, o: o, log: log, host: o.Service + "." + o.Namespace + ".svc"}
 }
 
 // Get is for tls.Config.GetCertificate.
@@ -231,16 +233,21 @@ func (c *Certs) sign(certificate, key []byte) error {
 	if err != nil {
 		return err
 	}
-	now, host := time.Now(), c.o.Service+"."+c.o.Namespace+".svc"
-	der, err := x509.CreateCertificate(rand.Reader, &x509.Certificate{
+	now := time.Now()
+	template := &x509.Certificate{
 		SerialNumber: serial(),
-		Subject:      pkix.Name{CommonName: host},
-		DNSNames:     []string{host},
+		Subject:      pkix.Name{CommonName: c.host},
 		NotBefore:    now.Add(-time.Hour), // clocks differ
 		NotAfter:     now.Add(servingLife),
 		KeyUsage:     x509.KeyUsageDigitalSignature,
 		ExtKeyUsage:  []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
-	}, ca.Leaf, own.Public(), ca.PrivateKey)
+	}
+	if ip := net.ParseIP(c.host); ip != nil {
+		template.IPAddresses = []net.IP{ip}
+	} else {
+		template.DNSNames = []string{c.host}
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, ca.Leaf, own.Public(), ca.PrivateKey)
 	if err != nil {
 		return err
 	}

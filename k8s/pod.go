@@ -138,11 +138,12 @@ func Inject(pod map[string]any, o Options) (injected map[string]any, skipped str
 				continue
 			}
 			mounts := list(c, "volumeMounts")
-			if !tcp && c["name"] == envoy {
+			switch {
+			case !tcp && c["name"] == envoy:
 				mounts = put(mounts, object{"name": socketVolume, "mountPath": socketDir, "readOnly": true})
-			} else if named(mounts, socketVolume) >= 0 {
+			case named(mounts, socketVolume) >= 0:
 				mounts = without(mounts, socketVolume)
-			} else {
+			default:
 				continue
 			}
 			c = maps.Clone(c)
