@@ -79,8 +79,8 @@ func Manifest(in []byte, o Options) (out []byte, skipped []string, err error) {
 		if err := merge(&node, root, changed); err != nil {
 			return nil, nil, fmt.Errorf("document %d: %w", i+1, err)
 		}
-		if m := separator.Find(document); m != nil {
-			b.Write(m)
+		if bytes.HasPrefix(document, []byte("---")) {
+			b.WriteString("---\n")
 		}
 		e := yaml.NewEncoder(&b)
 		e.SetIndent(2)
@@ -98,8 +98,7 @@ func Manifest(in []byte, o Options) (out []byte, skipped []string, err error) {
 }
 
 var (
-	separator = regexp.MustCompile(`^---[ \t]*\r?\n`)
-	indented  = regexp.MustCompile(`(?m)^([a-zA-Z][^\n]*:[ \t]*\n)  +- `) // a list below its key is further in than the key
+	indented = regexp.MustCompile(`(?m)^([a-zA-Z][^\n]*:[ \t]*\n)  +- `) // a list below its key is further in than the key
 )
 
 // documents cuts a stream before each line that begins a document.

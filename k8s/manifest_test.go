@@ -5,6 +5,15 @@ import (
 	"testing"
 )
 
+// Documents stay apart, whatever follows the line between them.
+func TestManifestSeparator(t *testing.T) {
+	const one = "kind: Pod\nmetadata: {name: a, annotations: {sluice.dev/in-process: \"true\"}}\nspec: {containers: [{name: envoy}]}\n"
+	out, _, err := Manifest([]byte(one+"--- # two\n"+one), options)
+	if err != nil || len(documents(out)) != 2 {
+		t.Errorf("%v\n%s", err, out)
+	}
+}
+
 const manifest = `# what stands here stays
 apiVersion: v1
 kind: ConfigMap
