@@ -1,0 +1,471 @@
+package k8s_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"io/fs"
+	"maps"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/goccy/go-yaml"
+	"github.com/google/go-cmp/cmp"
+)
+
+const (
+	chartDir    = "chart"
+	helmVersion = "v3.22.0"
+	kubeVersion = "v1.34.4"
+)
+
+var update = flag.Bool("update", false, "write the plain manifests anew")
+
+// helmBinary is the path of the helm that the tests want, which the first call builds into the user's cache: from its own module,
+// so that the product's go.mod knows nothing of it.
+var helmBinary = sync.OnceValues(func() (string, error) {
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		return "", err
+	}
+	home := filepath.Join(cache, "sluice", "helm-"+helmVersion)
+	binary := filepath.Join(home, "helm")
+	if info, err := os.Stat(binary); err == nil && info.Mode().IsRegular() {
+		return binary, nil
+	}
+	if err := os.MkdirAll(home, 0o755); err != nil {
+		return "", err
+	}
+	part, err := os.MkdirTemp(home, "installing-")
+	if err != nil {
+		return "", err
+	}
+	defer func() { _ = os.RemoveAll(part) }()
+	install := exec.Command("go", "install", "-trimpath", "helm.sh/helm/v3/cmd/helm@"+helmVersion)
+	install.Dir = part // outside the product's module
+	install.Env = append(os.Environ(), "GOBIN="+part, "CGO_ENABLED=0", "GOFLAGS=")
+	if out, err := install.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("go install helm %s: %w\n%s", helmVersion, err, out)
+	}
+	return binary, os.Rename(filepath.Join(part, "helm"), binary)
+})
+
+// helm runs helm, away from the user's own settings, and returns what it prints and how it ended.
+func helm(t *testing.T, args ...string) (string, error) {
+	t.Helper()
+	binary, err := helmBinary()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := exec.CommandContext(context.Background(), binary, args...)
+	home := t.TempDir()
+	c.Env = append(os.Environ(), "HELM_CACHE_HOME="+home, "HELM_CONFIG_HOME="+home, "HELM_DATA_HOME="+home, "KUBECONFIG="+filepath.Join(home, "none"))
+	var stdout, stderr bytes.Buffer
+	c.Stdout, c.Stderr = &stdout, &stderr
+	if err := c.Run(); err != nil {
+		return stdout.String(), fmt.Errorf("helm %s: %w\n%s", strings.Join(args, " "), err, stderr.String())
+	}
+	return stdout.String(), nil
+}
+
+// template renders the chart as a release in sluice-system, its tests included.
+func template(t *testing.T, args ...string) (string, error) {
+	t.Helper()
+	return helm(t, append([]string{"template", "sluice", chartDir, "--namespace", "sluice-system", "--kube-version", kubeVersion}, args...)...)
+}
+
+// object is a Kubernetes object as YAML gives it.
+type object = map[string]any
+
+// render is template, read.
+func render(t *testing.T, args ...string) []object {
+	t.Helper()
+	text, err := template(t, args...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all []object
+	d := yaml.NewDecoder(strings.NewReader(text))
+	for {
+		var o object
+		if err := d.Decode(&o); errors.Is(err, io.EOF) {
+			return all
+		} else if err != nil {
+			t.Fatalf("%v\n%s", err, text)
+		}
+		if len(o) > 0 {
+			all = append(all, o)
+		}
+	}
+}
+
+// at walks into maps by name; nil where a name is not there.
+func at(v any, path ...string) any {
+	for _, name := range path {
+		m, _ := v.(map[string]any)
+		v = m[name]
+	}
+	return v
+}
+
+// id is "Kind/name".
+func id(o object) string { return fmt.Sprintf("%v/%v", o["kind"], at(o, "metadata", "name")) }
+
+func ids(all []object) []string {
+	var s []string
+	for _, o := range all {
+		s = append(s, id(o))
+	}
+	return s
+}
+
+func find(t *testing.T, all []object, want string) object {
+	t.Helper()
+	i := slices.IndexFunc(all, func(o object) bool { return id(o) == want })
+	if i < 0 {
+		t.Fatalf("there is no %s in %v", want, ids(all))
+	}
+	return all[i]
+}
+
+// The sets of options that the other tests are over: together they pass through every branch of every template.
+var sets = map[string][]string{
+	"default": nil,
+	"all": {
+		"--set", "gateway.enabled=true,gateway.redis.secret=buckets,trialRedis.enabled=true,networkPolicy.enabled=true,serviceMonitor.enabled=true",
+		"--set", "imagePullSecrets[0].name=pull,image.digest=sha256:" + strings.Repeat("ab", 32),
+		"--set", "serviceMonitor.labels.team=edge,fullnameOverride=limits,webhook.excludedNamespaces={ops}",
+		"--set", "webhook.priorityClassName=p,webhook.nodeSelector.a=b,webhook.tolerations[0].operator=Exists,webhook.affinity.nodeAffinity=null,webhook.podAnnotations.a=b",
+		"--set", "gateway.priorityClassName=p,gateway.nodeSelector.a=b,gateway.tolerations[0].operator=Exists,gateway.podAnnotations.a=b",
+		"--set-json", `webhook.affinity={"podAntiAffinity":{}}`, "--set-json", `gateway.affinity={"podAntiAffinity":{}}`,
+	},
+	"cert-manager":             {"--set", "certManager.enabled=true"},
+	"cert-manager with issuer": {"--set", "certManager.enabled=true,certManager.issuerRef.name=ours,certManager.issuerRef.kind=ClusterIssuer"},
+	"gateway and trial Redis":  {"--set", "gateway.enabled=true,trialRedis.enabled=true,gateway.existingConfigMap=limits"},
+	"single replicas":          {"--set", "gateway.enabled=true,gateway.redis.url=redis://buckets:6379,gateway.replicas=1,webhook.replicas=1"},
+	"only the trial Redis":     {"--set", "trialRedis.enabled=true,networkPolicy.enabled=true"},
+	"no budgets":               {"--set", "gateway.enabled=true,gateway.redis.url=redis://r,gateway.podDisruptionBudget.enabled=false,webhook.podDisruptionBudget.enabled=false"},
+}
+
+func TestChartLint(t *testing.T) {
+	for name, args := range sets {
+		t.Run(name, func(t *testing.T) {
+			args := append([]string{"lint", "--strict", "--kube-version", kubeVersion, "--namespace", "sluice-system", chartDir}, args...)
+			if out, err := helm(t, args...); err != nil {
+				t.Errorf("%v\n%s", err, out)
+			}
+		})
+	}
+}
+
+func TestChartObjects(t *testing.T) {
+	ours := []string{
+		"ServiceAccount/sluice-webhook", "Secret/sluice-webhook-ca", "Role/sluice-webhook", "RoleBinding/sluice-webhook",
+		"ClusterRole/sluice-injector.sluice-system", "ClusterRoleBinding/sluice-injector.sluice-system", "Service/sluice-webhook",
+		"Deployment/sluice-webhook", "MutatingWebhookConfiguration/sluice-injector.sluice-system", "Pod/sluice-test-inject",
+	}
+	managed := []string{
+		"ServiceAccount/sluice-webhook", "Service/sluice-webhook", "Deployment/sluice-webhook", "PodDisruptionBudget/sluice-webhook",
+		"MutatingWebhookConfiguration/sluice-injector.sluice-system", "Pod/sluice-test-inject", "Certificate/sluice-webhook",
+	}
+	gateway := []string{"Service/sluice-gateway", "Deployment/sluice-gateway", "Pod/sluice-test-gateway"}
+	redis := []string{"Service/sluice-trial-redis", "Deployment/sluice-trial-redis"}
+	for name, want := range map[string][]string{
+		"default":                  append([]string{"PodDisruptionBudget/sluice-webhook"}, ours...),
+		"cert-manager":             append([]string{"Issuer/sluice-webhook-self-signed", "Certificate/sluice-webhook-ca", "Issuer/sluice-webhook-ca"}, managed...),
+		"cert-manager with issuer": managed,
+		"gateway and trial Redis":  slices.Concat(ours, gateway, redis, []string{"PodDisruptionBudget/sluice-webhook", "PodDisruptionBudget/sluice-gateway"}),
+		"single replicas":          slices.Concat(ours, gateway, []string{"ConfigMap/sluice-gateway"}),
+		"no budgets":               slices.Concat(ours, gateway, []string{"ConfigMap/sluice-gateway"}),
+		"only the trial Redis": slices.Concat(ours, redis, []string{
+			"PodDisruptionBudget/sluice-webhook", "NetworkPolicy/sluice-webhook", "NetworkPolicy/sluice-trial-redis",
+		}),
+	} {
+		t.Run(name, func(t *testing.T) {
+			got := ids(render(t, sets[name]...))
+			slices.Sort(got)
+			slices.Sort(want)
+			if diff := cmp.Diff(want, got); diff != "" {
+				t.Errorf("objects (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestChartRendersEveryTemplate(t *testing.T) {
+	text := ""
+	for _, args := range sets {
+		out, err := template(t, args...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		text += out
+	}
+	err := filepath.WalkDir(filepath.Join(chartDir, "templates"), func(path string, d fs.DirEntry, err error) error {
+		if err == nil && filepath.Ext(path) == ".yaml" && !strings.Contains(text, "# Source: sluice/"+strings.TrimPrefix(filepath.ToSlash(path), chartDir+"/")+"\n") {
+			t.Errorf("no set of options renders %s", path)
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Every pod is as the restricted PodSecurity standard wants it, and says what it needs.
+func TestChartPods(t *testing.T) {
+	for name, args := range sets {
+		t.Run(name, func(t *testing.T) {
+			for _, o := range render(t, args...) {
+				spec := at(o, "spec", "template", "spec")
+				if o["kind"] == "Pod" {
+					spec = o["spec"]
+				}
+				if spec == nil {
+					continue
+				}
+				if at(spec, "securityContext", "runAsNonRoot") != true || at(spec, "securityContext", "seccompProfile", "type") != "RuntimeDefault" {
+					t.Errorf("%s: securityContext is %v", id(o), at(spec, "securityContext"))
+				}
+				for _, c := range at(spec, "containers").([]any) {
+					security := at(c, "securityContext")
+					if at(security, "allowPrivilegeEscalation") != false || at(security, "readOnlyRootFilesystem") != true ||
+						!cmp.Equal(at(security, "capabilities", "drop"), []any{"ALL"}) {
+						t.Errorf("%s: the container's securityContext is %v", id(o), security)
+					}
+					if at(c, "resources", "requests", "cpu") == nil || at(c, "resources", "requests", "memory") == nil || at(c, "resources", "limits", "memory") == nil {
+						t.Errorf("%s: resources are %v", id(o), at(c, "resources"))
+					}
+					if o["kind"] == "Deployment" && (at(c, "readinessProbe") == nil || at(c, "livenessProbe") == nil) {
+						t.Errorf("%s: a probe is missing", id(o))
+					}
+				}
+				token := at(spec, "automountServiceAccountToken")
+				if want := id(o) == "Deployment/sluice-webhook" && !strings.HasPrefix(name, "cert-manager") || id(o) == "Deployment/limits-webhook"; token != want {
+					t.Errorf("%s: automountServiceAccountToken is %v, want %v", id(o), token, want)
+				}
+			}
+		})
+	}
+}
+
+func TestChartWebhookConfiguration(t *testing.T) {
+	config := find(t, render(t, "--set", "webhook.excludedNamespaces={ops}"), "MutatingWebhookConfiguration/sluice-injector.sluice-system")
+	if name := at(config, "metadata", "name").(string); name < "istio-\xff" {
+		t.Errorf("%s does not sort after istio-", name)
+	}
+	type expression = map[string]any
+	namespaces := expression{"key": "kubernetes.io/metadata.name", "operator": "NotIn", "values": []any{"kube-system", "kube-node-lease", "sluice-system", "ops"}}
+	enabled := func(operator string) expression {
+		return expression{"key": "sluice.dev/inject", "operator": operator, "values": []any{"enabled"}}
+	}
+	exists := expression{"key": "sluice.dev/inject", "operator": "Exists"}
+	notDisabled := expression{"key": "sluice.dev/inject", "operator": "NotIn", "values": []any{"disabled"}}
+	want := func(name string, namespace expression, pod ...any) any {
+		return map[string]any{
+			"name":                    name + ".inject.sluice.dev",
+			"admissionReviewVersions": []any{"v1"},
+			"clientConfig": map[string]any{"service": map[string]any{
+				"name": "sluice-webhook", "namespace": "sluice-system", "path": "/inject", "port": uint64(443),
+			}},
+			"rules": []any{map[string]any{
+				"apiGroups": []any{""}, "apiVersions": []any{"v1"}, "operations": []any{"CREATE"}, "resources": []any{"pods"}, "scope": "Namespaced",
+			}},
+			"namespaceSelector": map[string]any{"matchExpressions": []any{namespace, namespaces}},
+			"objectSelector":    map[string]any{"matchExpressions": pod},
+			"matchConditions": []any{map[string]any{
+				"name":       "not-a-mirror-pod",
+				"expression": "!has(object.metadata.annotations) || !('kubernetes.io/config.mirror' in object.metadata.annotations)",
+			}},
+			"failurePolicy": "Fail", "matchPolicy": "Equivalent", "reinvocationPolicy": "IfNeeded", "sideEffects": "None", "timeoutSeconds": uint64(5),
+		}
+	}
+	// A label's namespace injects, unless the pod says no; elsewhere only the pod's own label does.
+	all := []any{want("namespace", enabled("In"), notDisabled), want("pod", enabled("NotIn"), exists, notDisabled)}
+	if diff := cmp.Diff(all, config["webhooks"]); diff != "" {
+		t.Errorf("webhooks (-want +got):\n%s", diff)
+	}
+}
+
+func TestChartRights(t *testing.T) {
+	all := render(t)
+	rules := map[string]any{}
+	for _, o := range all {
+		if o["rules"] != nil {
+			rules[id(o)] = o["rules"]
+		}
+	}
+	want := map[string]any{
+		"Role/sluice-webhook": []any{map[string]any{
+			"apiGroups": []any{""}, "resources": []any{"secrets"}, "resourceNames": []any{"sluice-webhook-ca"},
+			"verbs": []any{"get", "list", "watch", "update"},
+		}},
+		"ClusterRole/sluice-injector.sluice-system": []any{map[string]any{
+			"apiGroups": []any{"admissionregistration.k8s.io"}, "resources": []any{"mutatingwebhookconfigurations"},
+			"resourceNames": []any{"sluice-injector.sluice-system"}, "verbs": []any{"get", "list", "watch", "update", "patch"},
+		}},
+	}
+	if diff := cmp.Diff(want, rules); diff != "" {
+		t.Errorf("rights (-want +got):\n%s", diff)
+	}
+	// The template may not hold what the webhook fills in, or each upgrade would take it away again.
+	if secret := find(t, all, "Secret/sluice-webhook-ca"); secret["data"] != nil || secret["stringData"] != nil {
+		t.Error("the CA's Secret is not empty")
+	}
+}
+
+func TestChartRefuses(t *testing.T) {
+	for name, c := range map[string]struct{ set, want string }{
+		"unknown value":             {"webhok.replicas=2", "webhok"},
+		"no replicas":               {"webhook.replicas=0", "replicas"},
+		"name that is too long":     {"fullnameOverride=" + strings.Repeat("a", 41), "fullnameOverride"},
+		"tag as digest":             {"image.digest=v1", "digest"},
+		"buckets nowhere":           {"gateway.enabled=true", "gateway.redis.secret"},
+		"buckets in two places":     {"gateway.enabled=true,gateway.redis.url=redis://a,gateway.redis.secret=b", "leave one out"},
+		"no Redis URL":              {"gateway.redis.url=http://a", "url"},
+		"no memory limit":           {"webhook.resources.limits.memory=null", "memory"},
+		"tests where nothing is":    {"tests.namespace=sluice-system", "tests.namespace"},
+		"port that there is not":    {"networkPolicy.apiServerPorts={70000}", "apiServerPorts"},
+		"interval without its unit": {"serviceMonitor.interval=30", "interval"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if _, err := template(t, "--set", c.set); err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("--set %s: %v, want an error with %q", c.set, err, c.want)
+			}
+		})
+	}
+}
+
+// Every value does something: another one makes another rendering.
+func TestChartValuesAreUsed(t *testing.T) {
+	var base []string
+	for _, group := range []string{"gateway", "trialRedis", "networkPolicy", "serviceMonitor", "certManager"} {
+		base = append(base, "--set-json", group+".enabled=true") // and not --set, which helm lets win over what comes later
+	}
+	place := func(group string) map[string]string {
+		return map[string]string{
+			group + ".replicas": `3`, group + ".resources.requests.cpu": `"1"`, group + ".resources.requests.memory": `"1Gi"`, group + ".resources.limits.memory": `"1Gi"`,
+			group + ".priorityClassName": `"p"`, group + ".nodeSelector": `{"a":"b"}`, group + ".tolerations": `[{"operator":"Exists"}]`,
+			group + ".affinity": `{"podAntiAffinity":{}}`, group + ".podAnnotations": `{"a":"b"}`, group + ".podDisruptionBudget.enabled": `false`,
+		}
+	}
+	others := map[string]string{
+		"fullnameOverride": `"other"`, "image.repository": `"other"`, "image.tag": `"other"`, "image.digest": `"sha256:` + strings.Repeat("0", 64) + `"`,
+		"image.pullPolicy": `"Never"`, "imagePullSecrets": `[{"name":"a"}]`, "webhook.sidecarImage": `"other"`, "webhook.excludedNamespaces": `["a"]`,
+		"certManager.enabled": `false`, "certManager.issuerRef": `{"name":"a"}`, "gateway.enabled": `false`, "gateway.config": `"domain: a"`,
+		"gateway.existingConfigMap": `"a"`, "gateway.domain": `"a"`, "gateway.redis.url": `"redis://a"`, "gateway.redis.secret": `"a"`,
+		"trialRedis.enabled": `false`, "trialRedis.image": `"a"`, "trialRedis.pullPolicy": `"Never"`, "trialRedis.resources.requests.cpu": `"1"`,
+		"trialRedis.resources.requests.memory": `"1Gi"`, "trialRedis.resources.limits.memory": `"1Gi"`,
+		"networkPolicy.enabled": `false`, "networkPolicy.apiServerPorts": `[8443]`,
+		"serviceMonitor.enabled": `false`, "serviceMonitor.interval": `"1m"`, "serviceMonitor.labels": `{"a":"b"}`, "tests.namespace": `"a"`,
+	}
+	maps.Copy(others, place("webhook"))
+	maps.Copy(others, place("gateway"))
+
+	text, err := os.ReadFile(filepath.Join(chartDir, "values.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var values map[string]any
+	if err := yaml.Unmarshal(text, &values); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(slices.Sorted(maps.Keys(others)), slices.Sorted(slices.Values(leaves("", values)))); diff != "" {
+		t.Fatalf("values (-this test +values.yaml):\n%s", diff)
+	}
+	before, err := template(t, base...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for path, other := range others {
+		args := append(slices.Clone(base), "--set-json", path+"="+other)
+		if path == "trialRedis.enabled" {
+			args = append(args, "--set", "gateway.redis.url=redis://a")
+		}
+		if after, err := template(t, args...); err != nil {
+			t.Errorf("%s: %v", path, err)
+		} else if after == before {
+			t.Errorf("%s changes nothing", path)
+		}
+	}
+}
+
+// leaves are the paths of what is no mapping, or an empty one.
+func leaves(prefix string, v map[string]any) []string {
+	var all []string
+	for name, v := range v {
+		if m, ok := v.(map[string]any); ok && len(m) > 0 {
+			all = append(all, leaves(prefix+name+".", m)...)
+		} else {
+			all = append(all, prefix+name)
+		}
+	}
+	return all
+}
+
+// Every value has a comment above it, except those that Kubernetes itself or the comment on their group explains.
+func TestChartValuesAreDocumented(t *testing.T) {
+	plain := []string{
+		"enabled", "image", "repository", "pullPolicy", "replicas", "resources", "requests", "limits", "redis",
+		"priorityClassName", "nodeSelector", "tolerations", "affinity", "podAnnotations",
+	}
+	text, err := os.ReadFile(filepath.Join(chartDir, "values.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, above := regexp.MustCompile(`^( *)([A-Za-z]+):`), ""
+	for line := range strings.Lines(string(text)) {
+		if m := key.FindStringSubmatch(line); m != nil && !strings.HasPrefix(strings.TrimSpace(above), "#") &&
+			(m[1] == "" || !slices.Contains(plain, m[2])) {
+			t.Errorf("%s%s has no comment above it", m[1], m[2])
+		}
+		above = line
+	}
+}
+
+func TestManifestsAreTheChart(t *testing.T) {
+	const namespace = `apiVersion: v1
+kind: Namespace
+metadata:
+  name: sluice-system
+  labels:
+    pod-security.kubernetes.io/enforce: restricted
+`
+	for file, c := range map[string]struct {
+		first string
+		args  []string
+	}{
+		"sluice.yaml":      {namespace, nil},
+		"trial-redis.yaml": {"", []string{"--show-only", "templates/trial-redis.yaml", "--set", "trialRedis.enabled=true"}},
+	} {
+		rendered, err := template(t, append([]string{"--no-hooks"}, c.args...)...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := "# Made from the chart by `go test ./k8s -run TestManifests -update`.\n" + c.first +
+			regexp.MustCompile(`(?m)^# Source: .*\n`).ReplaceAllString(rendered, "")
+		want = regexp.MustCompile(`\n\n+`).ReplaceAllString(want, "\n")
+		path := filepath.Join("manifests", file)
+		if *update {
+			if err := os.WriteFile(path, []byte(want), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		got, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(want, string(got)); diff != "" {
+			t.Errorf("%s is not the chart's; see its first line (-chart +file):\n%s", path, diff)
+		}
+	}
+}
