@@ -14,6 +14,9 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
+// groups are the API groups of the kinds in templates, the core's empty one among them: another group's Job is none of these.
+var groups = []string{"", "apps", "batch", "extensions", "argoproj.io"}
+
 // templates say where a kind has its pod template. What is not here, and no list, has none.
 var templates = map[string][]string{
 	"Pod":                   {},
@@ -66,6 +69,9 @@ func Manifest(in []byte, o Options) (out []byte, skipped []string, err error) {
 			continue
 		} else if err != nil {
 			return nil, nil, fmt.Errorf("document %d: %w", i+1, err)
+		}
+		if !errors.Is(d.Decode(new(yaml.Node)), io.EOF) {
+			return nil, nil, fmt.Errorf("document %d: another begins within it without a line ---, as after a line ...; begin each with ---", i+1)
 		}
 		var root any
 		if err := node.Decode(&root); err != nil {
@@ -149,7 +155,9 @@ func walk(root any, where string, o Options, skip func(string), refuse func(erro
 		return with(top, "items", items)
 	}
 	path, ok := templates[kind]
-	if !ok {
+	version, _ := top["apiVersion"].(string)
+	group, _, hasGroup := strings.Cut(version, "/")
+	if !ok || hasGroup && !slices.Contains(groups, group) {
 		return root
 	}
 	if o.Workload = name; name == "" {
@@ -196,6 +204,9 @@ func with(o object, name string, value any) object {
 func merge(node *yaml.Node, old, changed any) error {
 	if reflect.DeepEqual(old, changed) {
 		return nil
+	}
+	if node.Anchor != "" { // an alias elsewhere would change with it
+		return fmt.Errorf("line %d: the anchor &%s stands where the sidecar is added; write out what refers to it", node.Line, node.Anchor)
 	}
 	switch node.Kind {
 	case yaml.DocumentNode:

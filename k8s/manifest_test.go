@@ -97,7 +97,10 @@ func TestManifestKinds(t *testing.T) {
 
 func TestManifestRefused(t *testing.T) {
 	for in, want := range map[string]string{
-		"a: [":                                  "document 1",
+		"a: [":                              "document 1",
+		"kind: ConfigMap\n...\nkind: Pod\n": "document 1: another begins within it",
+		"kind: Pod\nmetadata: {name: x, annotations: {sluice.dev/in-process: \"true\"}}\nspec:\n  containers:\n  - name: envoy\n    volumeMounts: &m [{name: a, mountPath: /a}]\n  - {name: app, volumeMounts: *m}\n  volumes: [{name: a, emptyDir: {}}]\n": "line 6: the anchor &m",
+		"kind: Pod\nmetadata: {name: x, annotations: {sluice.dev/in-process: \"true\"}}\nspec: {hostNetwork: yes, containers: [{name: envoy}]}\n":                                                                                                           "hostNetwork",
 		"kind: Deployment\nmetadata: {name: x}": "Deployment x: it has no spec.template",
 		"kind: Pod\nmetadata: {name: x}\nspec: {containers: [{name: envoy}]}\n---\nkind: Pod\nmetadata: {name: y}\nspec: {containers: [{name: envoy}]}": "Pod y: sluice needs a Redis",
 	} {
@@ -112,5 +115,13 @@ func TestManifestJSON(t *testing.T) {
 	out, _, err := Manifest([]byte(in), options)
 	if err != nil || !strings.Contains(string(out), `"containerPort": 8080`) || !strings.Contains(string(out), `"name": "sluice"`) {
 		t.Errorf("%v %s", err, out)
+	}
+}
+
+// Another group's kind of the same name is none of Kubernetes's own.
+func TestManifestGroups(t *testing.T) {
+	const job = "apiVersion: batch.volcano.sh/v1alpha1\nkind: Job\nmetadata: {name: x}\nspec: {tasks: []}\n"
+	if out, _, err := Manifest([]byte(job), options); err != nil || string(out) != job {
+		t.Errorf("%v\n%s", err, out)
 	}
 }

@@ -83,6 +83,11 @@ func Inject(pod map[string]any, o Options) (injected map[string]any, skipped str
 	default:
 		return nil, "", fmt.Errorf("label %s: %q: allowed are enabled and disabled", label, fmt.Sprint(v))
 	}
+	if v, given := spec["hostNetwork"]; given {
+		if _, ok := v.(bool); !ok { // YAML 1.1's yes and on are texts to some readers and true to others
+			return nil, "", fmt.Errorf("spec.hostNetwork: %q: allowed are true and false", fmt.Sprint(v))
+		}
+	}
 	a, err := readAnnotations(metadata)
 	if err != nil {
 		return nil, "", err
@@ -327,7 +332,7 @@ func fits(metadata, spec object, a annotations) (envoy, why string) {
 		}
 		for _, p := range list(c, "ports") {
 			p, _ := p.(object)
-			if n, err := strconv.Atoi(fmt.Sprint(p["containerPort"])); err == nil && slices.Contains(ports, n) {
+			if n, err := strconv.Atoi(fmt.Sprint(p["containerPort"])); err == nil && slices.Contains(ports, n) && (p["protocol"] == nil || p["protocol"] == "TCP") {
 				return "", fmt.Sprintf("container %v has port %d, which sluice needs", c["name"], n)
 			}
 		}

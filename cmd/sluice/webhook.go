@@ -49,7 +49,7 @@ tls.key from elsewhere instead, as from cert-manager, and asks nothing of the cl
 	f.StringVar(&w.own.Namespace, "namespace", "", "the webhook's own `namespace` (default its service account's)")
 	f.StringVar(&w.own.Service, "service", "sluice-webhook", "`name` of the Service that the API server asks")
 	f.StringVar(&w.own.Secret, "secret", "sluice-webhook-ca", "`name` of the Secret that holds the CA")
-	f.StringVar(&w.own.Configuration, "configuration", "sluice", "`name` of the MutatingWebhookConfiguration")
+	f.StringVar(&w.own.Configuration, "config-name", "sluice", "`name` of the MutatingWebhookConfiguration")
 	f.DurationVar(&w.own.Life, "ca-life", 10*365*24*time.Hour, "how long a CA lives, as a `duration`; it is replaced after four fifths")
 	f.DurationVar(&w.own.Overlap, "ca-overlap", time.Hour, "how long an old and a new CA are both believed, as a `duration`")
 	f.DurationVar(&w.own.Every, "ca-check", time.Minute, "`duration` between two looks at the CA")
