@@ -56,6 +56,9 @@ func (b *breaker) isOpen() bool { return b.open.Load() }
 // errHurried is of a call whose callers left it too little time to tell anything of the node.
 var errHurried = errors.New("the caller's deadline was near")
 
+// errPanicked is of a call that a mistake of sluice's own ended.
+var errPanicked = errors.New("a call panicked")
+
 // run asks a node, unless its breaker is open. Its error is a *StoreError.
 func (b *breaker) run(ctx context.Context, ask func() error) error {
 	done, err := b.calls.Allow()
@@ -67,6 +70,12 @@ func (b *breaker) run(ctx context.Context, ask func() error) error {
 		return &StoreError{Kind: last.Kind, Err: fmt.Errorf("not asked, as it does not answer: %w", last.Err)}
 	}
 	began := time.Now()
+	err = errPanicked // unless it says otherwise
+	defer func() {
+		if errors.Is(err, errPanicked) { // a breaker that waits for this end would never ask again
+			done(storeError(err))
+		}
+	}()
 	err = ask()
 	if err == nil {
 		done(nil)

@@ -12,7 +12,7 @@ import (
 
 const (
 	// ceilingLife is how long a store's answer is believed. So a denial that is wrong (the bucket was reset, its rate was raised elsewhere,
-	// Redis restarted, failed over or stepped its clock) lasts no longer.
+	// Redis restarted, failed over or stepped its clock, or another slot's denial gave tokens back) lasts no longer.
 	ceilingLife = time.Second
 	// maxCeilings is how many are kept: a few megabytes.
 	maxCeilings   = 1 << 15
@@ -109,7 +109,7 @@ func (c *Ceiling) most(now int64, charge *Charge) (level, bool) {
 	s.mu.RLock()
 	known, ok := s.known[charge.Key]
 	s.mu.RUnlock()
-	elapsed := now - known.sent
+	elapsed := max(0, now-known.sent) // another's answer may be newer than this take's beginning
 	if !ok || elapsed > ceilingLife.Microseconds() || known.shape != charge.Bucket {
 		return level{}, false
 	}
@@ -134,7 +134,10 @@ func (c *Ceiling) takeShadows(charges []Charge, verdicts []Verdict) {
 		return
 	}
 	go func() {
-		defer func() { <-c.unwaited }()
+		defer func() {
+			_ = recover() // nobody waits for it, and it must end no process
+			<-c.unwaited
+		}()
 		c.Take(context.Background(), shadows, make([]Verdict, len(shadows)))
 	}()
 }

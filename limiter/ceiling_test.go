@@ -165,6 +165,17 @@ func TestCeilingBesideOthers(t *testing.T) {
 	k.want("ok 0", empty.costs(0))
 }
 
+// A take may have begun before the answer that another one then brought: it finds what the bucket held then, and no nonsense.
+func TestCeilingOfANewerAnswer(t *testing.T) {
+	c, _, clock := underCeiling(t)
+	fast := charge(bucket(t, 10_000_000, time.Second, 1000), "fast").costs(1000)
+	taker{t, c}.want("ok 0", fast)
+	clock.at -= 100
+	if most, ok := c.most(clock.now(), &fast); !ok || most.tokens < 0 || most.tokens > 10 {
+		t.Errorf("%+v, %v", most, ok)
+	}
+}
+
 // What is kept is bounded, and swept.
 func TestCeilingIsBounded(t *testing.T) {
 	registry := prometheus.NewRegistry()

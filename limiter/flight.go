@@ -93,9 +93,8 @@ func (n *node) carry(ctx context.Context, t *take) (left bool, err error) {
 	if n.flights == 0 || n.flights < maxFlights && len(n.waiting) >= maxBoard || n.isOpen() {
 		n.depart()
 	}
-	isFirst := len(n.waiting) > 0 && n.waiting[0] == t
 	n.mu.Unlock()
-	return n.await(ctx, t, isFirst)
+	return n.await(ctx, t)
 }
 
 // depart gives the takes that wait, or as many as a call carries, to one of their callers to fly: the one that may stay longest. The
@@ -114,16 +113,16 @@ func (n *node) depart() {
 	pilot.turn <- batch
 }
 
-// await waits for a take's turn. The first in the queue sees to it that another flight leaves where the one before takes long.
-func (n *node) await(ctx context.Context, t *take, isFirst bool) (left bool, err error) {
+// await waits for a take's turn. Who has waited for patience sees to it that another flight leaves.
+func (n *node) await(ctx context.Context, t *take) (left bool, err error) {
 	select {
 	case batch := <-t.turn:
 		return n.turn(t, batch)
 	default:
 	}
 	wait := time.Until(t.deadline)
-	isFirst = isFirst && wait > patience
-	if isFirst {
+	isPatient := wait > patience
+	if isPatient {
 		wait = patience
 	}
 	t.timer.Reset(wait)
@@ -135,10 +134,10 @@ func (n *node) await(ctx context.Context, t *take, isFirst bool) (left bool, err
 		case <-ctx.Done():
 			return n.leave(t, ctx.Err())
 		case <-t.timer.C:
-			if !isFirst {
+			if !isPatient {
 				return n.leave(t, context.DeadlineExceeded)
 			}
-			isFirst = false
+			isPatient = false
 			t.timer.Reset(time.Until(t.deadline))
 			n.mu.Lock()
 			if n.flights < maxFlights && slices.Contains(n.waiting, t) {

@@ -213,6 +213,41 @@ func TestTakesLeave(t *testing.T) {
 	})
 }
 
+// When the first who waits hangs up, the others are held up no longer for it.
+func TestPatienceIsEverybodys(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := newAirport()
+		ctx, hangUp := context.WithCancel(t.Context())
+		a.board(t.Context(), time.Second)
+		a.inTheAir(t, 1)
+		first, second := a.board(ctx, time.Second), a.board(t.Context(), time.Second)
+		hangUp()
+		<-first.done
+		time.Sleep(patience)
+		a.inTheAir(t, 1)
+		a.landed <- nil
+		a.landed <- nil
+		if <-second.done; second.err != nil || second.took != patience {
+			t.Errorf("%v after %v", second.err, second.took)
+		}
+	})
+}
+
+// A call that panics is a failed one: its passengers fail, and the breaker waits for no end of it.
+func TestFlightPanics(t *testing.T) {
+	open := prometheus.NewGauge(prometheus.GaugeOpts{Name: "open"})
+	b := newBreaker(time.Second, open)
+	for range tripsAfter {
+		func() {
+			defer func() { _ = recover() }()
+			_ = b.run(t.Context(), func() error { panic("a mistake") })
+		}()
+	}
+	if !b.isOpen() {
+		t.Error("calls that panicked have not opened the breaker")
+	}
+}
+
 // Where the breaker is open nobody waits for a flight.
 func TestNobodyWaitsForAnOpenBreaker(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

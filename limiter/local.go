@@ -2,6 +2,7 @@ package limiter
 
 import (
 	"context"
+	"slices"
 
 	"github.com/redis/go-redis/v9"
 )
@@ -70,7 +71,7 @@ func (r *Redis) takeBack(ctx context.Context, charges []Charge, verdicts []Verdi
 			return
 		}
 	}
-	r.giveBack(ctx, &slotTake{charges: charges, verdicts: verdicts, takes: takes, node: node})
+	r.giveAllBack(ctx, &slotTake{charges: slices.Clone(charges), takes: takes, node: node})
 	for i := range charges {
 		if c := &charges[i]; takes[i].is && !c.Limit.Shadow {
 			verdicts[i] = c.Bucket.verdict(takes[i].before, c.needs(), 0, RedisSource)

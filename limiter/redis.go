@@ -55,7 +55,8 @@ type Redis struct {
 	errors   map[ErrorKind]prometheus.Counter
 	nodes    sync.Map // of *node, by address; as many as a cluster has nodes
 	breakers prometheus.Gauge
-	local    *Memory // in Redis's place, for the limits that say so
+	gifts    chan struct{} // has a place for each request's gifts that are under way
+	local    *Memory       // in Redis's place, for the limits that say so
 }
 
 var _ Store = (*Redis)(nil)
@@ -77,6 +78,7 @@ func newRedis(o RedisOptions, clock string, log *zap.Logger, metrics prometheus.
 	}
 	r := &Redis{
 		timeout: o.Timeout,
+		gifts:   make(chan struct{}, maxGifts),
 		take:    newScript("take", clock),
 		give:    newScript("give", clock),
 		log:     log,

@@ -56,6 +56,11 @@ func (r *Redis) takeSlots(ctx context.Context, deadline time.Time, charges []Cha
 	for _, s := range all {
 		s.verdicts, s.takes = make([]Verdict, len(s.charges)), make([]taken, len(s.charges))
 		wg.Go(func() {
+			defer func() {
+				if recover() != nil { // the request's own goroutine is another, and must learn of it
+					failAll(s.verdicts, &StoreError{Kind: KindOther, Err: errPanicked})
+				}
+			}()
 			// Not through the cluster's client: what is given back must go to the node that took it, and to no other.
 			var err error
 			if s.node, err = r.cluster.MasterForKey(ctx, s.charges[0].Key); err != nil {
@@ -80,8 +85,8 @@ func (r *Redis) takeSlots(ctx context.Context, deadline time.Time, charges []Cha
 	if !isHeld {
 		return
 	}
+	r.giveAllBack(ctx, all...)
 	for _, s := range all {
-		wg.Go(func() { r.giveBack(ctx, s) })
 		for i, at := range s.indexes {
 			if c := &s.charges[i]; s.takes[i].is && !c.Limit.Shadow {
 				verdicts[at] = c.Bucket.verdict(s.takes[i].before, c.needs(), 0, RedisSource)
@@ -89,12 +94,40 @@ func (r *Redis) takeSlots(ctx context.Context, deadline time.Time, charges []Cha
 			}
 		}
 	}
-	wg.Wait()
 }
 
 // holds reports whether a charge's verdict holds its request's other charges back.
 func holds(c *Charge, v *Verdict) bool {
 	return !c.Limit.Shadow && (v.Err != nil && c.Limit.OnFailure != Allow || v.Err == nil && !v.Allowed)
+}
+
+// maxGifts is how many requests' gifts are under way at once. What is beyond is lost.
+const maxGifts = 1024
+
+// giveAllBack gives back what slots' charges took. It waits for that no longer than ctx, as a slot that did not answer may have used up the
+// request's time; the gifts then go on, with a time of their own, or a node that hangs would cost the buckets on the others their tokens.
+func (r *Redis) giveAllBack(ctx context.Context, slots ...*slotTake) {
+	select {
+	case r.gifts <- struct{}{}:
+	default:
+		return
+	}
+	given := make(chan struct{})
+	go func() {
+		defer func() { <-r.gifts }()
+		defer close(given)
+		own, cancel := context.WithTimeout(context.WithoutCancel(ctx), r.timeout)
+		defer cancel()
+		var wg sync.WaitGroup
+		for _, s := range slots {
+			wg.Go(func() { r.giveBack(own, s) })
+		}
+		wg.Wait()
+	}()
+	select {
+	case <-given:
+	case <-ctx.Done():
+	}
 }
 
 // giftSize is the length of one packed argument of give, GIFT_SIZE in the script.

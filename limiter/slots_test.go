@@ -2,7 +2,7 @@ package limiter
 
 import (
 	"context"
-
+	"fmt"
 	"math/rand/v2"
 	"sync"
 	"sync/atomic"
@@ -232,4 +232,53 @@ func TestCluster(t *testing.T) {
 			t.Errorf("%d: %+v", i, v)
 		}
 	}
+}
+
+// A node that hangs costs the buckets on the other nodes no tokens: what they gave is given back, though the request's time is over by then.
+func TestHungNodeCostsTheOthersNothing(t *testing.T) {
+	nodes := redistest.StartCluster(t, 3)
+	var addresses []string
+	for _, n := range nodes {
+		addresses = append(addresses, n.Addr)
+	}
+	r, err := NewRedis(RedisOptions{Mode: Cluster, Addresses: addresses, Timeout: 200 * time.Millisecond}, nil, prometheus.NewRegistry())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = r.Close() }()
+	if err := r.Ping(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	slow := bucket(t, 1, day, 1000)
+	well, hung := keyed(slow, "well", "one"), keyed(slow, "hung", "one")
+	on := func(c Charge) string {
+		node, err := r.cluster.MasterForKey(t.Context(), c.Key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return node.Options().Addr
+	}
+	for i := 0; on(well) == on(hung); i++ {
+		hung = keyed(slow, "hung", fmt.Sprint(i))
+	}
+	for _, n := range nodes {
+		if n.Addr == on(hung) {
+			n.Freeze()
+			defer n.Thaw()
+		}
+	}
+	before := calls(t, r)
+	for range 3 {
+		if d := Decide(t.Context(), r, []Charge{well, hung}); d.Outcome != FailedClosed {
+			t.Fatalf("%+v", d)
+		}
+	}
+	if n := calls(t, r) - before; n < 4 {
+		t.Errorf("only %d calls: the buckets that are well were not asked", n)
+	}
+	eventually(t, "the tokens are back", func() bool {
+		var v [1]Verdict
+		r.Take(t.Context(), []Charge{well.costs(0)}, v[:])
+		return v[0].Err == nil && v[0].Remaining == 1000
+	})
 }
