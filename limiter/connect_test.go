@@ -242,3 +242,24 @@ func TestColdClusterKeepsTime(t *testing.T) {
 	}
 	wg.Wait()
 }
+
+// A URL says by what way and which database: there the bucket is, and in no other.
+func TestURLSaysWhere(t *testing.T) {
+	port := redistest.FreePort(t)
+	server := redistest.Start(t, "--port", port, "--bind", "127.0.0.1")
+	b := bucket(t, 1, day, 10)
+	for database, url := range []string{server.URL(), server.URL() + "?db=1", "redis://127.0.0.1:" + port + "/2", "redis://localhost:" + port + "/3"} {
+		r, err := NewRedis(RedisOptions{URL: url, Timeout: 10 * time.Second}, nil, prometheus.NewRegistry())
+		if err != nil {
+			t.Fatal(err)
+		}
+		taker{t, r}.want("ok 9", charge(b, "a"))
+		if err := r.Close(); err != nil {
+			t.Error(err)
+		}
+		keyspace := server.Info("keyspace")
+		if len(keyspace) != database+1 || !strings.HasPrefix(keyspace[fmt.Sprintf("db%d", database)], "keys=1,") {
+			t.Errorf("after a take by %s: %v", url, keyspace)
+		}
+	}
+}
