@@ -106,6 +106,15 @@ func startCollector(t testing.TB) *collector {
 
 // A request's trace is whole: the client's, Envoy's, sluice's check as a child of Envoy's call, and the store's call as a child of that.
 func TestTraces(t *testing.T) {
+	for _, protocol := range []string{"grpc", "http/protobuf"} {
+		t.Run(protocol, func(t *testing.T) { seeTraces(t, startCollector(t), protocol) })
+	}
+}
+
+// seeTraces asks a real Envoy before a sluice on a real Redis, which both send their spans to the collector, and holds what arrives there to
+// what happened. sluice speaks the protocol, Envoy gRPC.
+func seeTraces(t *testing.T, c *collector, protocol string) {
+	t.Helper()
 	const envoyTraces = `tracing:
             provider:
               name: envoy.tracers.opentelemetry
@@ -127,80 +136,73 @@ func TestTraces(t *testing.T) {
       endpoints: [{ lb_endpoints: [{ endpoint: { address: { socket_address: { address: %s, port_value: %s } } } }] }]
 `
 	t.Setenv("OTEL_BSP_SCHEDULE_DELAY", "50") // milliseconds
+	t.Setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://"+map[string]string{"grpc": c.grpc, "http/protobuf": c.http}[protocol])
+	t.Setenv("OTEL_EXPORTER_OTLP_PROTOCOL", protocol)
 	config := file(t, "sluice.yaml", "limits: [{name: a, rate: 1/h, key: 'request.headers[\"x-api-key\"]'}, {name: b, rate: 100/s}]")
-	up := startUpstream(t)
-	redis := redistest.Start(t)
-	for _, protocol := range []string{"grpc", "http/protobuf"} {
-		t.Run(protocol, func(t *testing.T) {
-			c := startCollector(t)
-			t.Setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://"+map[string]string{"grpc": c.grpc, "http/protobuf": c.http}[protocol])
-			t.Setenv("OTEL_EXPORTER_OTLP_PROTOCOL", protocol)
-			p := startSluice(t, "--config", config, "--redis", redis.URL(), "--domain", strings.ReplaceAll(protocol, "/", "-"))
-			host, port, _ := strings.Cut(c.grpc, ":")
-			envoy := startEnvoy(t, p.grpc, up.Listener.Addr().String(), func(s string) string {
-				return strings.Replace(strings.Replace(s, "access_log:\n", envoyTraces, 1), "  clusters:\n", fmt.Sprintf(cluster, host, port), 1)
-			})
+	p := startSluice(t, "--config", config, "--redis", redistest.Start(t).URL())
+	host, port, _ := strings.Cut(c.grpc, ":")
+	envoy := startEnvoy(t, p.grpc, startUpstream(t).Listener.Addr().String(), func(s string) string {
+		return strings.Replace(strings.Replace(s, "access_log:\n", envoyTraces, 1), "  clusters:\n", fmt.Sprintf(cluster, host, port), 1)
+	})
 
-			const caller = "00f067aa0ba902b7"
-			wants := []string{"allowed a 0 redis", "limited a 0 ceiling"}
-			traceOf := func(i int) string { return fmt.Sprintf("4bf92f3577b34da6a3ce929d0e0e473%d", i) }
-			for i := range wants {
-				fetch(t, client(t), "http://"+envoy, "x-api-key", "s3cr3t", "traceparent", "00-"+traceOf(i)+"-"+caller+"-01")
-			}
-			for i, want := range wants { // Envoy sends its spans each five seconds
-				trace := traceOf(i)
-				var ingress, check, store *span
-				waitFor(t, "the trace to be whole", func() bool {
-					ingress, check, store = nil, nil, nil
-					for _, s := range c.of(trace) {
-						switch {
-						case s.service == "envoy" && hex.EncodeToString(s.GetParentSpanId()) == caller:
-							ingress = &s
-						case s.GetName() == "sluice check":
-							check = &s
-						case s.GetName() == "sluice store":
-							store = &s
-						}
-					}
-					return ingress != nil && check != nil && (store != nil || i > 0)
-				})
-				if check.service != "sluice" || string(check.GetParentSpanId()) == string(ingress.GetSpanId()) {
-					t.Errorf("the check's span is no child of Envoy's call: %v", check)
-				}
-				waitFor(t, "Envoy's own span of the call", func() bool {
-					for _, s := range c.of(trace) {
-						if s.service == "envoy" && string(s.GetSpanId()) == string(check.GetParentSpanId()) && string(s.GetParentSpanId()) == string(ingress.GetSpanId()) {
-							return true
-						}
-					}
-					return false
-				})
-				var said []string
-				for _, name := range []string{"decision", "limit", "remaining", "source"} {
-					said = append(said, attributeOf(check.GetAttributes(), "sluice."+name))
-				}
-				if got := strings.Join(said, " "); got != want {
-					t.Errorf("%d: %s, want %s", i, got, want)
-				}
-				if i > 0 { // a ceiling asks nobody
-					if store != nil {
-						t.Errorf("the store was called: %v", store)
-					}
-				} else if string(store.GetParentSpanId()) != string(check.GetSpanId()) || attributeOf(store.GetAttributes(), "db.operation.batch.size") != "1" ||
-					attributeOf(store.GetAttributes(), "sluice.buckets") != "2" {
-					t.Errorf("%v", store)
-				}
-				if text := fmt.Sprint(check, store); strings.Contains(text, "s3cr3t") {
-					t.Errorf("a secret: %s", text)
+	const caller = "00f067aa0ba902b7"
+	wants := []string{"allowed a 0 redis", "limited a 0 ceiling"}
+	traceOf := func(i int) string { return fmt.Sprintf("4bf92f3577b34da6a3ce929d0e0e473%d", i) }
+	for i := range wants {
+		fetch(t, client(t), "http://"+envoy, "x-api-key", "s3cr3t", "traceparent", "00-"+traceOf(i)+"-"+caller+"-01")
+	}
+	for i, want := range wants { // Envoy sends its spans each five seconds
+		trace := traceOf(i)
+		var ingress, check, store *span
+		waitFor(t, "the trace to be whole", func() bool {
+			ingress, check, store = nil, nil, nil
+			for _, s := range c.of(trace) {
+				switch {
+				case s.service == "envoy" && hex.EncodeToString(s.GetParentSpanId()) == caller:
+					ingress = &s
+				case s.GetName() == "sluice check":
+					check = &s
+				case s.GetName() == "sluice store":
+					store = &s
 				}
 			}
-
-			// A histogram names a trace.
-			_, page := fetch(t, client(t), "http://"+p.metrics+"/metrics", "Accept", "application/openmetrics-text; version=1.0.0")
-			if !regexp.MustCompile(`sluice_check_seconds_bucket\{le="[^"]+"\} \d+ # \{trace_id="4bf92f3577b34da6a3ce929d0e0e473\d"\}`).MatchString(page) {
-				t.Errorf("no exemplar:\n%s", page)
-			}
+			return ingress != nil && check != nil && (store != nil || i > 0)
 		})
+		if check.service != "sluice" || string(check.GetParentSpanId()) == string(ingress.GetSpanId()) {
+			t.Errorf("the check's span is no child of Envoy's call: %v", check)
+		}
+		waitFor(t, "Envoy's own span of the call", func() bool {
+			for _, s := range c.of(trace) {
+				if s.service == "envoy" && string(s.GetSpanId()) == string(check.GetParentSpanId()) && string(s.GetParentSpanId()) == string(ingress.GetSpanId()) {
+					return true
+				}
+			}
+			return false
+		})
+		var said []string
+		for _, name := range []string{"decision", "limit", "remaining", "source"} {
+			said = append(said, attributeOf(check.GetAttributes(), "sluice."+name))
+		}
+		if got := strings.Join(said, " "); got != want {
+			t.Errorf("%d: %s, want %s", i, got, want)
+		}
+		if i > 0 { // a ceiling asks nobody
+			if store != nil {
+				t.Errorf("the store was called: %v", store)
+			}
+		} else if string(store.GetParentSpanId()) != string(check.GetSpanId()) || attributeOf(store.GetAttributes(), "db.operation.batch.size") != "1" ||
+			attributeOf(store.GetAttributes(), "sluice.buckets") != "2" {
+			t.Errorf("%v", store)
+		}
+		if text := fmt.Sprint(check, store); strings.Contains(text, "s3cr3t") {
+			t.Errorf("a secret: %s", text)
+		}
+	}
+
+	// A histogram names a trace.
+	_, page := fetch(t, client(t), "http://"+p.metrics+"/metrics", "Accept", "application/openmetrics-text; version=1.0.0")
+	if !regexp.MustCompile(`sluice_check_seconds_bucket\{le="[^"]+"\} \d+ # \{trace_id="4bf92f3577b34da6a3ce929d0e0e473\d"\}`).MatchString(page) {
+		t.Errorf("no exemplar:\n%s", page)
 	}
 }
 
