@@ -5,6 +5,7 @@ import (
 	"strings"
 	"sync"
 
+	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
 	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -16,6 +17,7 @@ import (
 type calls struct {
 	started, handled *prometheus.CounterVec
 	methods          sync.Map // of *methodCalls, by full name; as many as the server has methods
+	check            *methodCalls
 }
 
 // methodCalls are one method's.
@@ -35,6 +37,7 @@ func newCalls(metrics prometheus.Registerer) *calls {
 		}, append(labels, "grpc_code")),
 	}
 	metrics.MustRegister(c.started, c.handled)
+	c.check = c.of("unary", authv3.Authorization_Check_FullMethodName)
 	return c
 }
 

@@ -137,7 +137,8 @@ func TestNamesAreBounded(t *testing.T) {
 	s.report.use(many)
 	for i := range 3 {
 		for _, shadow := range []bool{false, true} {
-			s.report.charged(&limiter.Charge{Limit: &limiter.Limit{Name: fmt.Sprint("late-", i), Shadow: shadow}, Bucket: bucketOf(t), Cost: 1}, &limiter.Verdict{Source: limiter.RedisSource}, true, time.Now())
+			late := &limiter.Limit{Name: fmt.Sprint("late-", i), Shadow: shadow}
+			s.report.charged(s.report.of(late), &limiter.Charge{Limit: late, Bucket: bucketOf(t), Cost: 1}, &limiter.Verdict{Source: limiter.RedisSource}, true, time.Now())
 		}
 	}
 	for _, want := range []string{`sluice_rejections_total{limit="_other"} 3`, `sluice_limit_decisions_total{decision="shadow_limited",limit="_other"} 3`} {

@@ -35,88 +35,115 @@ type Denial struct {
 	RetryAfter time.Duration
 	Field      string            // of the config, where Invalid
 	Failure    limiter.ErrorKind // of the store, where that failed
-	Method     string
-	Host       string
-	Path       string
-	Source     string // the connection's peer
-	RequestID  string
+	shown
 
 	like    likeness
+	at      int             // in denials.all
+	err     error           // the store's
 	request *policy.Request // nil where it is too large
+	large   *shown          // of one that is
+}
+
+// shown are the texts of a request that are shown: cut, and the path without its query.
+type shown struct {
+	Method    string
+	Host      string
+	Path      string
+	Source    string // the connection's peer
+	RequestID string
 }
 
 // denials are the last ones, each (limit, key and end) once. It is safe for concurrent use.
 type denials struct {
 	mu     sync.Mutex
 	newest *list.List // of *Denial, the newest first
-	by     map[likeness]*list.Element
+	all    [maxDenials]*list.Element
+	index  places // of likenesses in all
 	ids    uint64
 }
 
 // likeness is what two denials have in common that are told as one.
 type likeness struct {
-	outcome    limiter.Outcome
-	limit, key string // key: the whole one
+	outcome limiter.Outcome
+	key     string // the whole one, which names its limit; or where there is none, whose mistake it is
 }
 
-func newDenials() *denials {
-	return &denials{newest: list.New(), by: make(map[likeness]*list.Element)}
-}
+func (l likeness) hash() uint32 { return hashOf(l.key) + uint32(l.outcome) }
 
-// note keeps a verdict that is a denial.
+func newDenials() *denials { return &denials{newest: list.New()} }
+
+// note keeps a verdict that is a denial. A flood comes through here, so what only a reader needs is left to told.
 func (d *denials) note(v *verdict, now time.Time) {
-	next := Denial{Outcome: v.decision.Outcome, Local: v.decision.Local, Last: now, Count: 1}
-	like := likeness{outcome: next.Outcome}
-	if c, told := deniedBy(&v.decision); c != nil {
-		like.limit, like.key = c.Limit.Name, c.Key
-		next.Limit, next.Domain, next.Key, next.Cost = c.Limit.Name, c.Limit.Domain, keyOf(c), c.Cost
-		next.Remaining, next.RetryAfter = told.Remaining, told.RetryAfter
-		if told.Err != nil {
-			next.Failure = limiter.KindOf(told.Err)
-		}
-	} else if next.Outcome == limiter.Invalid {
-		for _, m := range v.mistakes {
-			var rule *policy.RuleError
-			if errors.As(m, &rule) && !rule.Shadow {
-				next.Limit, next.Field = rule.Limit, rule.Field
-				like.limit, like.key = rule.Limit, rule.Field
-				break
-			}
-		}
+	like := likeness{outcome: v.decision.Outcome}
+	var limit, field string
+	charge, told := deniedBy(&v.decision)
+	if charge != nil {
+		limit, like.key = charge.Limit.Name, charge.Key
+	} else if like.outcome == limiter.Invalid {
+		limit, field = mistakenBy(v)
+		like.key = limit + "\n" + field
 	}
-	if r := v.request; r != nil {
-		path, _, _ := strings.Cut(r.Path, "?")
-		next.Method, next.Host, next.Path, next.Source, next.RequestID = cut(r.Method), cut(r.Host), cut(path), cut(r.Source.Address), requestID(r)
-		if v.size <= largestKept {
-			next.request = r
-		} else { // nor the check behind its texts
-			for _, s := range []*string{&next.Method, &next.Host, &next.Path, &next.Source, &next.RequestID} {
-				*s = strings.Clone(*s)
-			}
-		}
+	request, large := v.request, (*shown)(nil)
+	if request != nil && v.size > largestKept {
+		request, large = nil, show(request).clone()
 	}
+	hash := like.hash()
 
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if known := d.by[like]; known != nil {
-		last := known.Value.(*Denial)
-		next.ID, next.Count, next.like = last.ID, last.Count+1, like
-		*last = next
-		d.newest.MoveToFront(known)
-		return
+	at, known := d.index.find(hash, func(at int) bool { return d.all[at].Value.(*Denial).like == like })
+	if known {
+		d.newest.MoveToFront(d.all[at])
+	} else {
+		at = d.add(like, hash)
+	}
+	last := d.all[at].Value.(*Denial)
+	last.Count++
+	last.Limit, last.Field, last.Last, last.Local, last.request, last.large = limit, field, now, v.decision.Local, request, large
+	if charge != nil {
+		last.Domain, last.Cost, last.Remaining, last.RetryAfter, last.err = charge.Limit.Domain, charge.Cost, told.Remaining, told.RetryAfter, told.Err
+	}
+}
+
+// add makes room for a denial that is like no other, as the newest, and returns where in all it is. The caller holds mu.
+func (d *denials) add(like likeness, hash uint32) (at int) {
+	if at = d.newest.Len(); at < maxDenials {
+		d.all[at] = d.newest.PushFront(&Denial{at: at})
+	} else {
+		oldest := d.newest.Back().Value.(*Denial)
+		at = oldest.at
+		d.index.remove(oldest.like.hash(), at)
+		d.newest.MoveToFront(d.all[at])
 	}
 	d.ids++
-	next.ID, next.like = d.ids, like
-	if d.newest.Len() < maxDenials {
-		d.by[like] = d.newest.PushFront(&next)
-		return
+	*d.all[at].Value.(*Denial) = Denial{ID: d.ids, Outcome: like.outcome, like: like, at: at}
+	d.index.put(hash, at)
+	return at
+}
+
+// show is what is shown of a request.
+func show(r *policy.Request) shown {
+	path, _, _ := strings.Cut(r.Path, "?")
+	return shown{Method: cut(r.Method), Host: cut(r.Host), Path: cut(path), Source: cut(r.Source.Address), RequestID: requestID(r)}
+}
+
+// clone is a copy that does not keep the check in memory that its texts are parts of.
+func (s shown) clone() *shown {
+	for _, text := range []*string{&s.Method, &s.Host, &s.Path, &s.Source, &s.RequestID} {
+		*text = strings.Clone(*text)
 	}
-	oldest := d.newest.Back()
-	last := oldest.Value.(*Denial)
-	delete(d.by, last.like)
-	*last = next
-	d.newest.MoveToFront(oldest)
-	d.by[like] = oldest
+	return &s
+}
+
+// mistakenBy is the limit whose mistake refused a check, and the field of it.
+func mistakenBy(v *verdict) (limit, field string) {
+	for _, m := range v.mistakes {
+		var rule *policy.RuleError
+		if errors.As(m, &rule) && !rule.Shadow {
+			return rule.Limit, rule.Field
+		}
+	}
+	return "", ""
 }
 
 // deniedBy is the charge that a denial is about, or nil.
@@ -138,14 +165,29 @@ func (d *denials) told() []Denial {
 	defer d.mu.Unlock()
 	all := make([]Denial, 0, d.newest.Len())
 	for e := d.newest.Front(); e != nil; e = e.Next() {
-		all = append(all, *e.Value.(*Denial))
+		one := *e.Value.(*Denial)
+		if one.Outcome != limiter.Invalid {
+			one.Key = inBraces(one.like.key)
+		}
+		if one.err != nil {
+			one.Failure = limiter.KindOf(one.err)
+		}
+		switch {
+		case one.request != nil:
+			one.shown = show(one.request)
+		case one.large != nil:
+			one.shown = *one.large
+		}
+		all = append(all, one)
 	}
 	return all
 }
 
 // keyOf is the part of a charge's key in braces: hashed, or escaped where it is an address or the like.
-func keyOf(c *limiter.Charge) string {
-	_, key, _ := strings.Cut(c.Key, "{")
+func keyOf(c *limiter.Charge) string { return inBraces(c.Key) }
+
+func inBraces(key string) string {
+	_, key, _ = strings.Cut(key, "{")
 	return strings.TrimSuffix(key, "}")
 }
 

@@ -22,7 +22,7 @@ type report struct {
 	// seldom logs at most one line a second of each message, for what comes with every request while it lasts.
 	seldom *zap.Logger
 
-	checks   map[limiter.Outcome]prometheus.Counter
+	checks   []prometheus.Counter // by outcome
 	seconds  prometheus.Histogram
 	panics   prometheus.Counter
 	mistakes *prometheus.CounterVec
@@ -112,7 +112,6 @@ func newReport(log *zap.Logger, metrics prometheus.Registerer) *report {
 		seldom: log.WithOptions(zap.WrapCore(func(c zapcore.Core) zapcore.Core {
 			return zapcore.NewSamplerWithOptions(c, time.Second, 1, 0)
 		})),
-		checks: make(map[limiter.Outcome]prometheus.Counter),
 		seconds: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name: "sluice_check_seconds", Help: "How long checks took, in seconds, the store's part included.",
 			Buckets: []float64{.00005, .0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1},
@@ -127,7 +126,7 @@ func newReport(log *zap.Logger, metrics prometheus.Registerer) *report {
 		told: make(map[string]bool),
 	}
 	for _, o := range limiter.Outcomes {
-		r.checks[o] = checks.WithLabelValues(o.String())
+		r.checks = append(r.checks, checks.WithLabelValues(o.String()))
 	}
 	r.limits.Store(&map[limitName]*limitReport{})
 	metrics.MustRegister(checks, decisions, rejections, taken, ratio, r.seconds, r.panics, r.mistakes)
@@ -229,8 +228,21 @@ func (r *report) checked(v *verdict, began time.Time) {
 		observe(r.seconds, now.Sub(began).Seconds(), v.span)
 		endSpan(v, outcome, now)
 	}
+	passed := manners[d.Outcome] == pass
 	for i := range d.Charges {
-		r.charged(&d.Charges[i], &d.Verdicts[i], manners[d.Outcome] == pass, now)
+		c, told := &d.Charges[i], &d.Verdicts[i]
+		if told.Err != nil {
+			r.failed(c, told)
+			continue
+		}
+		if !told.Known() {
+			continue
+		}
+		l := r.of(c.Limit)
+		r.charged(l, c, told, passed, now)
+		if d.Outcome == limiter.Limited && i == d.Telling {
+			r.denied(l, c, v, now)
+		}
 	}
 	for _, l := range v.unlimited {
 		r.of(l).allowed.Inc()
@@ -238,19 +250,15 @@ func (r *report) checked(v *verdict, began time.Time) {
 	for _, m := range v.mistakes {
 		r.mistaken(m)
 	}
-	if manners[d.Outcome] == pass {
-		return
-	}
-	r.last.note(v, now)
-	if d.Outcome == limiter.Limited {
-		r.denied(v, now)
+	if !passed {
+		r.last.note(v, now)
 	}
 }
 
-// denied logs a denial: at debug each, else some of them.
-func (r *report) denied(v *verdict, now time.Time) {
-	charge, told := &v.decision.Charges[v.decision.Telling], &v.decision.Verdicts[v.decision.Telling]
-	leftOut, sampled := r.of(charge.Limit).lines.next(now)
+// denied logs a denial by a limit: at debug each, else some of them.
+func (r *report) denied(l *limitReport, charge *limiter.Charge, v *verdict, now time.Time) {
+	told := &v.decision.Verdicts[v.decision.Telling]
+	leftOut, sampled := l.lines.next(now)
 	level := zap.DebugLevel
 	if sampled {
 		level = zap.InfoLevel
@@ -269,17 +277,15 @@ func (r *report) denied(v *verdict, now time.Time) {
 	e.Write(all...)
 }
 
-func (r *report) charged(c *limiter.Charge, v *limiter.Verdict, passed bool, now time.Time) {
-	if v.Err != nil {
-		if e := r.seldom.Check(zap.WarnLevel, "the store does not answer: "+string(limiter.KindOf(v.Err))); e != nil {
-			e.Write(zap.String("limit", c.Limit.Name), zap.String("domain", c.Limit.Domain), zap.Error(v.Err))
-		}
-		return
+// failed logs that the store did not answer for a limit; the store counts it.
+func (r *report) failed(c *limiter.Charge, v *limiter.Verdict) {
+	if e := r.seldom.Check(zap.WarnLevel, "the store does not answer: "+string(limiter.KindOf(v.Err))); e != nil {
+		e.Write(zap.String("limit", c.Limit.Name), zap.String("domain", c.Limit.Domain), zap.Error(v.Err))
 	}
-	if !v.Known() {
-		return
-	}
-	l := r.of(c.Limit)
+}
+
+// charged counts a limit's verdict.
+func (r *report) charged(l *limitReport, c *limiter.Charge, v *limiter.Verdict, passed bool, now time.Time) {
 	l.ratio.Observe(float64(v.Remaining) / float64(c.Bucket.Burst()))
 	if t := r.topOf(l); t != nil {
 		t.add(keyOf(c), !v.Allowed, now)

@@ -30,7 +30,7 @@ type LimitTotals struct {
 func (s *Server) Totals() Totals {
 	t := Totals{Checks: make(map[limiter.Outcome]uint64, len(s.report.checks))}
 	for o, c := range s.report.checks {
-		t.Checks[o] = count(c)
+		t.Checks[limiter.Outcome(o)] = count(c)
 	}
 	var m dto.Metric
 	_ = s.report.seconds.Write(&m) // which never fails

@@ -25,10 +25,10 @@ func TestSketch(t *testing.T) {
 		for range all {
 			key := fmt.Sprint(zipf.Uint64())
 			exact[key]++
-			s.add(key)
+			s.add(key, hashOf(key))
 		}
 		for key, n := range exact {
-			at, ok := s.index[key]
+			at, ok := s.find(key, hashOf(key))
 			if !ok && n > all/topKeys {
 				t.Errorf("seed %d: %s was there %d times of %d, and is missed", seed, key, n, all)
 			}
@@ -36,8 +36,33 @@ func TestSketch(t *testing.T) {
 				t.Errorf("seed %d: %s was there %d times, told is %d, at most %d too many", seed, key, n, s.counts[at], s.over[at])
 			}
 		}
-		if len(s.index) != topKeys {
-			t.Errorf("%d keys", len(s.index))
+		if s.used != topKeys {
+			t.Errorf("%d keys", s.used)
+		}
+	}
+}
+
+// The table finds what was put, and nothing else, whatever was removed between: also where hashes fall together.
+func TestPlaces(t *testing.T) {
+	for seed := range uint64(50) {
+		random := rand.New(rand.NewPCG(seed, 2))
+		var p places
+		stands := map[int]uint32{} // hashes by position
+		for range 3000 {
+			at := random.IntN(128)
+			if hash, ok := stands[at]; ok {
+				p.remove(hash, at)
+				delete(stands, at)
+			} else {
+				stands[at] = random.Uint32N(1+uint32(seed)*7) << (8 * (seed % 2)) // few hashes, or one home for all
+				p.put(stands[at], at)
+			}
+			for at := range 128 {
+				hash, want := stands[at]
+				if _, ok := p.find(hash, func(is int) bool { return is == at }); ok != want {
+					t.Fatalf("seed %d: position %d is found: %v", seed, at, ok)
+				}
+			}
 		}
 	}
 }
@@ -89,7 +114,7 @@ func TestWhatIsSeenIsBounded(t *testing.T) {
 	now := time.Now()
 	ask := func(key string) {
 		v.decision.Charges[0] = limiter.Charge{Limit: limit, Bucket: bucket, Key: "sluice:default:a:{" + key + "}", Cost: 1}
-		s.report.charged(&v.decision.Charges[0], &v.decision.Verdicts[0], false, now)
+		s.report.charged(s.report.of(limit), &v.decision.Charges[0], &v.decision.Verdicts[0], false, now)
 		s.report.last.note(&v, now)
 	}
 	const clients = 1_000_000
@@ -115,7 +140,7 @@ func TestWhatIsSeenIsBounded(t *testing.T) {
 	if d := s.Denials()[0]; d.Key != long {
 		t.Errorf("%d bytes of key", len(d.Key))
 	}
-	if _, ok := s.report.of(limit).top.Load().now[0].index[long[:longestTop]]; !ok {
+	if _, ok := s.report.of(limit).top.Load().now[0].find(long[:longestTop], hashOf(long[:longestTop])); !ok {
 		t.Error("a long key is not cut")
 	}
 }
@@ -130,7 +155,7 @@ func TestTopsAreBounded(t *testing.T) {
 		s.report.use(limits)
 		kept := 0
 		for _, l := range limits {
-			s.report.charged(&limiter.Charge{Limit: l, Bucket: bucketOf(t), Key: "p:{k}"}, &limiter.Verdict{Allowed: true, Source: limiter.MemorySource}, true, time.Now())
+			s.report.charged(s.report.of(l), &limiter.Charge{Limit: l, Bucket: bucketOf(t), Key: "p:{k}"}, &limiter.Verdict{Allowed: true, Source: limiter.MemorySource}, true, time.Now())
 			if requests, _ := s.Top(l.Name, 1); len(requests) == 1 && requests[0].Key == "k" {
 				kept++
 			}

@@ -25,8 +25,10 @@ const (
 
 // sketch counts keys. The zero value is an empty one.
 type sketch struct {
-	index  map[string]int // of keys in the arrays
+	index  places // of keys in the arrays
+	used   int    // of them
 	keys   [topKeys]string
+	hashes [topKeys]uint32
 	counts [topKeys]uint64
 	over   [topKeys]uint64 // by how much a count may be too high
 	// No count is below least. One that equals it, if there is any, is looked for from next on, so that mostly few have to be looked at.
@@ -34,24 +36,26 @@ type sketch struct {
 	next  int
 }
 
-func (s *sketch) add(key string) {
-	if len(key) > longestTop {
-		key = strings.Clone(key[:longestTop]) // and not the whole behind it
-	}
-	if at, ok := s.index[key]; ok {
+// add counts a key, whose hash is given, as both sketches of a top want it.
+func (s *sketch) add(key string, hash uint32) {
+	if at, ok := s.find(key, hash); ok {
 		s.counts[at]++
 		return
 	}
-	at := len(s.index)
-	if s.index == nil {
-		s.index = make(map[string]int, topKeys)
-	}
-	if at == topKeys {
+	at := s.used
+	if at < topKeys {
+		s.used++
+	} else {
 		at = s.leastAt()
-		delete(s.index, s.keys[at])
+		s.index.remove(s.hashes[at], at)
 	}
-	s.index[key], s.keys[at], s.over[at] = at, key, s.counts[at]
+	s.index.put(hash, at)
+	s.keys[at], s.hashes[at], s.over[at] = key, hash, s.counts[at]
 	s.counts[at]++
+}
+
+func (s *sketch) find(key string, hash uint32) (at int, ok bool) {
+	return s.index.find(hash, func(at int) bool { return s.keys[at] == key })
 }
 
 // leastAt is where a least count stands.
@@ -68,11 +72,6 @@ func (s *sketch) leastAt() int {
 	}
 }
 
-func (s *sketch) reset() {
-	clear(s.index)
-	*s = sketch{index: s.index}
-}
-
 // top is a limit's. It is safe for concurrent use.
 type top struct {
 	mu    sync.Mutex
@@ -85,12 +84,16 @@ func newTop() *top { return &top{last: new([2]sketch), now: new([2]sketch)} }
 
 // add counts a request with a key of the limit's.
 func (t *top) add(key string, denied bool, now time.Time) {
+	if len(key) > longestTop {
+		key = strings.Clone(key[:longestTop]) // and not the whole behind it
+	}
+	hash := hashOf(key)
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.turn(now)
-	t.now[0].add(key)
+	t.now[0].add(key, hash)
 	if denied {
-		t.now[1].add(key)
+		t.now[1].add(key, hash)
 	}
 }
 
@@ -101,11 +104,9 @@ func (t *top) turn(now time.Time) {
 		return
 	}
 	t.last, t.now = t.now, t.last
-	t.now[0].reset()
-	t.now[1].reset()
+	*t.now = [2]sketch{}
 	if past >= 2*topWindow { // nobody asked for a whole one
-		t.last[0].reset()
-		t.last[1].reset()
+		*t.last = [2]sketch{}
 	}
 	t.began = now
 }
@@ -126,7 +127,7 @@ func (t *top) told(n int, now time.Time) (requests, denials []TopKey) {
 	for i := range both {
 		sums := make(map[string]TopKey)
 		for _, s := range []*sketch{&t.now[i], &t.last[i]} {
-			for key, at := range s.index {
+			for at, key := range s.keys[:s.used] {
 				k := sums[key]
 				sums[key] = TopKey{Key: key, Count: k.Count + s.counts[at], Over: k.Over + s.over[at]}
 			}
