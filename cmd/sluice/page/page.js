@@ -249,7 +249,7 @@ function showLimits({ total: count, limits }) {
       make("td", {}, make("button", { type: "button", "data-limit": l.name, "aria-pressed": String(l.name === chosen) }, l.name), ...tags, make("small", { class: "mono" }, about)),
       make("td", { class: "rate" }, l.rate || "–", l.burst ? make("small", {}, "burst " + whole.format(l.burst)) : ""),
       make("td", { class: "num", "data-label": "Allowed" }, make("b", {}, rate(last.allowed) + "/s"), make("span", { class: "total" }, total(l.allowed))),
-      make("td", { class: "num" + (last.limited > 0 ? " hot" : ""), "data-label": l.mode === "shadow" ? "Would be denied" : "Denied" },
+      make("td", { class: "num" + (last.limited > 0 && l.mode !== "shadow" ? " hot" : ""), "data-label": l.mode === "shadow" ? "Would deny" : "Denied", title: l.mode === "shadow" ? "would deny, if it were enforced" : undefined },
         make("b", {}, rate(last.limited) + "/s"), make("span", { class: "total" }, total(l.limited))),
       make("td", { class: "spark" }, spark(s.rates)));
   }));
@@ -280,7 +280,8 @@ function showTop(told) {
       const bar = make("div", { class: "bar" });
       bar.style.width = (100 * k.count) / most + "%";
       return make("li", {}, bar, keyOf(k.parts, k.key),
-        make("span", { class: "count", title: k.over ? `at most ${k.over} too many` : undefined }, total(k.count), k.over ? make("small", {}, " ±" + total(k.over)) : ""));
+        make("span", { class: "count", title: k.over ? `between ${k.count - k.over} and ${k.count}` : undefined },
+          k.over ? make("small", {}, total(k.count - k.over) + " to ") : "", total(k.count)));
     });
     keep($(id), bars.length ? bars : [make("li", { class: "empty" }, none)]);
   }
