@@ -1,4 +1,4 @@
-package k8s_test
+package k8s
 
 import (
 	"bytes"
@@ -77,19 +77,16 @@ func helm(t *testing.T, args ...string) (string, error) {
 	return stdout.String(), nil
 }
 
-// template renders the chart as a release in sluice-system, its tests included.
-func template(t *testing.T, args ...string) (string, error) {
+// rendered is the chart as a release in sluice-system, its tests included.
+func rendered(t *testing.T, args ...string) (string, error) {
 	t.Helper()
 	return helm(t, append([]string{"template", "sluice", chartDir, "--namespace", "sluice-system", "--kube-version", kubeVersion}, args...)...)
 }
 
-// object is a Kubernetes object as YAML gives it.
-type object = map[string]any
-
-// render is template, read.
+// render is rendered, read.
 func render(t *testing.T, args ...string) []object {
 	t.Helper()
-	text, err := template(t, args...)
+	text, err := rendered(t, args...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -204,7 +201,7 @@ func TestChartObjects(t *testing.T) {
 func TestChartRendersEveryTemplate(t *testing.T) {
 	text := ""
 	for _, args := range sets {
-		out, err := template(t, args...)
+		out, err := rendered(t, args...)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -338,7 +335,7 @@ func TestChartRefuses(t *testing.T) {
 		"interval without its unit": {"serviceMonitor.interval=30", "interval"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			if _, err := template(t, "--set", c.set); err == nil || !strings.Contains(err.Error(), c.want) {
+			if _, err := rendered(t, "--set", c.set); err == nil || !strings.Contains(err.Error(), c.want) {
 				t.Errorf("--set %s: %v, want an error with %q", c.set, err, c.want)
 			}
 		})
@@ -382,7 +379,7 @@ func TestChartValuesAreUsed(t *testing.T) {
 	if diff := cmp.Diff(slices.Sorted(maps.Keys(others)), slices.Sorted(slices.Values(leaves("", values)))); diff != "" {
 		t.Fatalf("values (-this test +values.yaml):\n%s", diff)
 	}
-	before, err := template(t, base...)
+	before, err := rendered(t, base...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -391,7 +388,7 @@ func TestChartValuesAreUsed(t *testing.T) {
 		if path == "trialRedis.enabled" {
 			args = append(args, "--set", "gateway.redis.url=redis://a")
 		}
-		if after, err := template(t, args...); err != nil {
+		if after, err := rendered(t, args...); err != nil {
 			t.Errorf("%s: %v", path, err)
 		} else if after == before {
 			t.Errorf("%s changes nothing", path)
@@ -447,12 +444,12 @@ metadata:
 		"sluice.yaml":      {namespace, nil},
 		"trial-redis.yaml": {"", []string{"--show-only", "templates/trial-redis.yaml", "--set", "trialRedis.enabled=true"}},
 	} {
-		rendered, err := template(t, append([]string{"--no-hooks"}, c.args...)...)
+		chart, err := rendered(t, append([]string{"--no-hooks"}, c.args...)...)
 		if err != nil {
 			t.Fatal(err)
 		}
 		want := "# Made from the chart by `go test ./k8s -run TestManifests -update`.\n" + c.first +
-			regexp.MustCompile(`(?m)^# Source: .*\n`).ReplaceAllString(rendered, "")
+			regexp.MustCompile(`(?m)^# Source: .*\n`).ReplaceAllString(chart, "")
 		want = regexp.MustCompile(`\n\n+`).ReplaceAllString(want, "\n")
 		path := filepath.Join("manifests", file)
 		if *update {

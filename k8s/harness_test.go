@@ -1,0 +1,292 @@
+//go:build linux
+
+package k8s
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/pem"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+	"unsafe"
+)
+
+// kubernetesBinaries is the directory with kube-apiserver, kube-controller-manager, kube-scheduler, kubelet and kubectl of kubeVersion,
+// which the first call builds into the user's cache, from a module of their own: k8s/cluster. It takes minutes, and the network: call it
+// before ownNetwork.
+func kubernetesBinaries(t *testing.T) string {
+	t.Helper()
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		t.Fatal(err)
+	}
+	home := filepath.Join(cache, "sluice", "kubernetes-"+kubeVersion)
+	if err := os.MkdirAll(filepath.Dir(home), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	lock, err := os.Create(home + ".lock")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = lock.Close() }()
+	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil { // another process may be building them
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(home); err == nil {
+		return home
+	}
+	part, err := os.MkdirTemp(filepath.Dir(home), "building-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = os.RemoveAll(part) }()
+	t.Logf("building Kubernetes %s into %s; this happens once", kubeVersion, home)
+	// Always with the same flags: with others all is compiled anew.
+	args := []string{"build", "-trimpath", "-ldflags", "-s -w -X k8s.io/component-base/version.gitVersion=" + kubeVersion, "-o", part + "/"}
+	for _, name := range []string{"kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kubectl"} {
+		args = append(args, "k8s.io/kubernetes/cmd/"+name)
+	}
+	build := exec.CommandContext(t.Context(), "go", args...)
+	build.Dir = "cluster"
+	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=", "GOWORK=off")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("Kubernetes %s: %v\n%s", kubeVersion, err, out)
+	}
+	if err := os.Chmod(part, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(part, home); err != nil {
+		t.Fatal(err)
+	}
+	return home
+}
+
+// controlPlane is a real API server on a real etcd, with the controllers that make pods of Deployments and Jobs; no scheduler, no node.
+type controlPlane struct {
+	*API              // with all rights
+	bin        string // where kubectl and the others are
+	address    string // of the API server, host:port; it proves itself by ca.crt in API.account
+	kubeconfig string // with all rights
+}
+
+// cluster runs a control plane until the test ends. flags are the API server's, beside what it needs to run.
+func cluster(t *testing.T, flags ...string) *controlPlane {
+	t.Helper()
+	etcd, err := exec.LookPath("etcd")
+	if err != nil {
+		t.Fatal("etcd is missing: install it (on Debian etcd-server)")
+	}
+	bin := kubernetesBinaries(t)
+	dir, ports := t.TempDir(), freePorts(t, 3)
+	in := func(name string) string { return filepath.Join(dir, name) }
+	write := func(name, text string) {
+		if err := os.WriteFile(in(name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	store, peer := "http://127.0.0.1:"+ports[0], "http://127.0.0.1:"+ports[1]
+	start(t, nil, etcd, "--data-dir", in("etcd"), "--listen-client-urls", store, "--advertise-client-urls", store,
+		"--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", "default="+peer, "--unsafe-no-fsync")
+
+	certificate, key, err := newCA(time.Now(), time.Hour) // it signs service accounts' tokens, and nothing else
+	if err != nil {
+		t.Fatal(err)
+	}
+	write("sa.crt", string(certificate))
+	write("sa.key", string(key))
+	write("token", rand.Text())
+	token, err := os.ReadFile(in("token"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	write("tokens", string(token)+",admin,1,system:masters\n")
+	c := &controlPlane{bin: bin, address: "127.0.0.1:" + ports[2], kubeconfig: in("kubeconfig")}
+	start(t, nil, filepath.Join(bin, "kube-apiserver"), append([]string{
+		"--etcd-servers", store, "--bind-address", "127.0.0.1", "--advertise-address", "127.0.0.1", "--secure-port", ports[2], "--cert-dir", dir,
+		"--endpoint-reconciler-type", "none", "--service-cluster-ip-range", "10.0.0.0/24", "--token-auth-file", in("tokens"), "--authorization-mode", "RBAC",
+		"--service-account-issuer", "https://kubernetes.default.svc", "--service-account-key-file", in("sa.crt"), "--service-account-signing-key-file", in("sa.key"),
+	}, flags...)...)
+	var chain []byte // its own certificate, and who signed that
+	await(t, "the API server's certificate", func() bool {
+		chain, err = os.ReadFile(in("apiserver.crt"))
+		block, _ := pem.Decode(chain)
+		return err == nil && block != nil
+	})
+	write("ca.crt", string(chain))
+	write("kubeconfig", strings.NewReplacer("DIR", dir, "ADDRESS", c.address, "TOKEN", string(token)).Replace(`apiVersion: v1
+kind: Config
+current-context: all
+contexts: [{name: all, context: {cluster: all, user: all}}]
+clusters: [{name: all, cluster: {server: "https://ADDRESS", certificate-authority: DIR/ca.crt}}]
+users: [{name: all, user: {token: TOKEN}}]
+`))
+	if c.API, err = InCluster(c.env, dir); err != nil {
+		t.Fatal(err)
+	}
+	await(t, "the API server", func() bool {
+		return c.call(t.Context(), http.MethodGet, "/api/v1/namespaces/default", nil, &object{}) == nil
+	})
+	start(t, nil, filepath.Join(bin, "kube-controller-manager"), "--kubeconfig", c.kubeconfig, "--secure-port", "0", "--leader-elect=false",
+		"--service-account-private-key-file", in("sa.key"), "--root-ca-file", in("ca.crt"))
+	await(t, "the controllers", func() bool {
+		return c.call(t.Context(), http.MethodGet, "/api/v1/namespaces/default/serviceaccounts/default", nil, &object{}) == nil
+	})
+	return c
+}
+
+// env is what tells a pod where the API server is.
+func (c *controlPlane) env(name string) (string, bool) {
+	host, port, _ := net.SplitHostPort(c.address)
+	v, ok := map[string]string{"KUBERNETES_SERVICE_HOST": host, "KUBERNETES_SERVICE_PORT": port}[name]
+	return v, ok
+}
+
+// kubectl runs it with all rights, and returns what it printed and how it ended.
+func (c *controlPlane) kubectl(t *testing.T, stdin string, args ...string) (string, error) {
+	t.Helper()
+	k := exec.CommandContext(t.Context(), filepath.Join(c.bin, "kubectl"), append([]string{"--kubeconfig", c.kubeconfig}, args...)...)
+	k.Env = append(os.Environ(), "HOME="+c.account)
+	k.Stdin = strings.NewReader(stdin)
+	out, err := k.CombinedOutput()
+	return string(out), err
+}
+
+// await polls what has no event to wait for.
+func await(t *testing.T, what string, there func() bool) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	for !there() {
+		select {
+		case <-ctx.Done():
+			t.Fatalf("two minutes, and still not there: %s", what)
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+// freePorts are ports that nobody listens on.
+func freePorts(t *testing.T, n int) []string {
+	t.Helper()
+	var ports []string
+	for range n {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = l.Close() }()
+		ports = append(ports, strconv.Itoa(l.Addr().(*net.TCPAddr).Port))
+	}
+	return ports
+}
+
+// process is a program that runs.
+type process struct {
+	*exec.Cmd
+	mu     sync.Mutex
+	out    bytes.Buffer
+	exited chan struct{} // closed once it has, and ProcessState says how
+}
+
+// Write is for its stdout and stderr.
+func (p *process) Write(b []byte) (int, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.out.Write(b)
+}
+
+func (p *process) logged() string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.out.String()
+}
+
+// start runs a program until the test ends. What it printed last is in the test's log where the test fails.
+func start(t *testing.T, env []string, name string, args ...string) *process {
+	t.Helper()
+	p := &process{Cmd: exec.Command(name, args...), exited: make(chan struct{})}
+	p.Stdout, p.Stderr = p, p
+	p.Env = append(os.Environ(), env...)
+	p.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := p.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		_ = p.Wait()
+		close(p.exited)
+	}()
+	t.Cleanup(func() {
+		_ = p.Process.Kill()
+		<-p.exited
+		if t.Failed() {
+			text := p.logged()
+			t.Logf("%s:\n%s", filepath.Base(name), text[max(0, len(text)-4000):])
+		}
+	})
+	return p
+}
+
+// networkEnv says that the test runs in a network namespace of its own.
+const networkEnv = "SLUICE_TEST_NETWORK"
+
+// ownNetwork runs the test once more, in a process with a network of its own where nobody else is and whose ports are all free, and
+// reports whether this is that process. Its loopback interface has the addresses, too.
+func ownNetwork(t *testing.T, addresses ...string) bool {
+	t.Helper()
+	if os.Getenv(networkEnv) != "" {
+		raiseLoopback(t, addresses)
+		return true
+	}
+	again := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v", "-test.count=1")
+	again.Env = append(os.Environ(), networkEnv+"=1")
+	again.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
+	if os.Getuid() != 0 {
+		again.SysProcAttr.Cloneflags |= syscall.CLONE_NEWUSER
+		again.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{HostID: os.Getuid(), Size: 1}}
+		again.SysProcAttr.GidMappings = []syscall.SysProcIDMap{{HostID: os.Getgid(), Size: 1}}
+	}
+	out, err := again.CombinedOutput()
+	t.Logf("in a network of its own:\n%s", out)
+	if err != nil || !strings.Contains(string(out), "--- PASS: "+t.Name()) {
+		t.Errorf("%v", err)
+	}
+	return false
+}
+
+// raiseLoopback does what `ip link set lo up` and `ip address add` do, which are not everywhere.
+func raiseLoopback(t *testing.T, addresses []string) {
+	t.Helper()
+	socket, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_DGRAM, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = syscall.Close(socket) }()
+	type request struct { // the kernel's ifreq
+		name  [syscall.IFNAMSIZ]byte
+		value [24]byte
+	}
+	do := func(what uintptr, name string, value ...byte) {
+		var r request
+		copy(r.name[:], name)
+		copy(r.value[:], value)
+		//nolint:gosec // the kernel wants a pointer
+		if _, _, errno := syscall.Syscall(syscall.SYS_IOCTL, uintptr(socket), what, uintptr(unsafe.Pointer(&r))); errno != 0 {
+			t.Fatalf("%s: %v", name, errno)
+		}
+	}
+	do(syscall.SIOCSIFFLAGS, "lo", syscall.IFF_UP|syscall.IFF_RUNNING)
+	for i, address := range addresses {
+		ip := net.ParseIP(address).To4()
+		do(syscall.SIOCSIFADDR, "lo:"+strconv.Itoa(i+1), append([]byte{syscall.AF_INET, 0, 0, 0}, ip...)...)
+	}
+}
