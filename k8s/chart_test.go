@@ -304,11 +304,11 @@ func TestChartRights(t *testing.T) {
 	want := map[string]any{
 		"Role/sluice-webhook": []any{map[string]any{
 			"apiGroups": []any{""}, "resources": []any{"secrets"}, "resourceNames": []any{"sluice-webhook-ca"},
-			"verbs": []any{"get", "list", "watch", "update"},
+			"verbs": []any{"get", "update"},
 		}},
 		"ClusterRole/sluice-injector.sluice-system": []any{map[string]any{
 			"apiGroups": []any{"admissionregistration.k8s.io"}, "resources": []any{"mutatingwebhookconfigurations"},
-			"resourceNames": []any{"sluice-injector.sluice-system"}, "verbs": []any{"get", "list", "watch", "update", "patch"},
+			"resourceNames": []any{"sluice-injector.sluice-system"}, "verbs": []any{"get", "patch"},
 		}},
 	}
 	if diff := cmp.Diff(want, rules); diff != "" {

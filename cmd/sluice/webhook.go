@@ -88,11 +88,11 @@ func (p *program) runWebhook(ctx context.Context, w webhook) error {
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	mux := http.NewServeMux()
 	mux.Handle("/inject", k8s.Webhook(k8s.Options{Image: w.image, Version: buildVersion()}, log, registry))
+	var draining atomic.Bool
 	server := &http.Server{
-		Handler: mux, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 16 << 10, ErrorLog: zap.NewStdLog(log),
+		Handler: leaving(&draining, mux), ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 16 << 10, ErrorLog: zap.NewStdLog(log),
 		TLSConfig: &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: certificate},
 	}
-	var draining atomic.Bool
 	status := http.NewServeMux()
 	status.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
 	status.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { sayStatus(w, http.StatusOK, "ok") })
@@ -137,6 +137,17 @@ func (p *program) runWebhook(ctx context.Context, w webhook) error {
 	err = all.Run()
 	log.Info("stopped", zap.Error(err))
 	return err
+}
+
+// leaving answers as h does, and closes each connection with its answer once draining is true: API servers keep theirs, over HTTP/1.1, and
+// a review that is sent on one as it is closed for being idle is lost.
+func leaving(draining *atomic.Bool, h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
+		if draining.Load() {
+			w.Header().Set("Connection", "close")
+		}
+		h.ServeHTTP(w, q)
+	})
 }
 
 // unlessClosed is nil where a server was told to stop.
