@@ -3,23 +3,619 @@
 package k8s
 
 import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/json"
+	"encoding/pem"
+	"fmt"
+	"net"
 	"net/http"
 	"os"
+	"os/exec"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
 )
 
-// The harness is what it says: a real API server of the release that is named, with its controllers.
-func TestClusterIsReal(t *testing.T) {
+// The chart's release is installed by helm, and its Deployment's replicas run here, as processes with its arguments, account and
+// addresses: the API server finds them by the Service and its EndpointSlice, and believes them by the caBundle that they filled in.
+const (
+	release       = "sluice-system" // the namespace
+	configuration = "sluice-injector." + release
+	configPath    = "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations/" + configuration
+)
+
+var addresses = []string{"192.0.2.1", "192.0.2.2"} // loopback's are refused in an EndpointSlice
+
+// long is the start of each test in a cluster: false says that the test ran elsewhere, or not at all.
+func long(t *testing.T) bool {
+	t.Helper()
 	if os.Getenv("SLUICE_LONG") == "" {
 		t.Skip("builds Kubernetes, which takes minutes: SLUICE_LONG=1")
 	}
 	kubernetesBinaries(t)
-	if !ownNetwork(t, "192.0.2.1", "192.0.2.2") {
+	if _, err := helmBinary(); err != nil {
+		t.Fatal(err)
+	}
+	return ownNetwork(t, addresses...)
+}
+
+// program is sluice.
+func program(t *testing.T) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "sluice")
+	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", path, "../cmd/sluice").CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	return path
+}
+
+// must makes a call that has to succeed.
+func must(t *testing.T, a *API, method, path string, in any) object {
+	t.Helper()
+	out := object{}
+	if err := a.call(t.Context(), method, path, in, &out); err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+// namespace makes one, and waits for its service account, without which it takes no pods.
+func namespace(t *testing.T, c *controlPlane, name string, labels object) {
+	t.Helper()
+	must(t, c.API, http.MethodPost, "/api/v1/namespaces", object{"metadata": object{"name": name, "labels": labels}})
+	await(t, "service account of "+name, func() bool {
+		return c.call(t.Context(), http.MethodGet, "/api/v1/namespaces/"+name+"/serviceaccounts/default", nil, &object{}) == nil
+	})
+}
+
+// warnings hears what the API server says beside its answers.
+type warnings struct {
+	http.RoundTripper
+	mu   sync.Mutex
+	said []string
+}
+
+func listen(a *API) *warnings {
+	w := &warnings{RoundTripper: a.client.Transport}
+	a.client.Transport = w
+	return w
+}
+
+func (w *warnings) RoundTrip(q *http.Request) (*http.Response, error) {
+	r, err := w.RoundTripper.RoundTrip(q)
+	if err == nil {
+		w.mu.Lock()
+		w.said = append(w.said, r.Header.Values("Warning")...)
+		w.mu.Unlock()
+	}
+	return r, err
+}
+
+// take returns what was said since it was called last.
+func (w *warnings) take() string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	said := strings.Join(w.said, "\n")
+	w.said = nil
+	return said
+}
+
+// replicas are those of the chart's webhook.
+type replicas struct {
+	c         *controlPlane
+	binary    string
+	args, env []string
+	running   [2]*process
+	ready     [2]atomic.Bool
+}
+
+// install has helm install the chart, and makes what a kubelet would of its webhook's pods, without starting them.
+func install(t *testing.T, c *controlPlane, args ...string) *replicas {
+	t.Helper()
+	args = append([]string{"install", "sluice", chartDir, "--kubeconfig", c.kubeconfig, "--namespace", release, "--create-namespace"}, args...)
+	if out, err := helm(t, args...); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	return asPods(t, c)
+}
+
+// asPods is install where the release is there already.
+func asPods(t *testing.T, c *controlPlane) *replicas {
+	t.Helper()
+	deployment := must(t, c.API, http.MethodGet, "/apis/apps/v1/namespaces/"+release+"/deployments/sluice-webhook", nil)
+	pod := at(deployment, "spec", "template", "spec")
+	r := &replicas{c: c, binary: program(t)}
+	for _, a := range at(list(pod.(object), "containers")[0], "args").([]any) {
+		r.args = append(r.args, a.(string))
+	}
+	account := t.TempDir()
+	token := must(t, c.API, http.MethodPost, "/api/v1/namespaces/"+release+"/serviceaccounts/"+at(pod, "serviceAccountName").(string)+"/token",
+		object{"spec": object{"expirationSeconds": 3600}})
+	ca, err := os.ReadFile(filepath.Join(c.account, "ca.crt"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, text := range map[string]string{"token": at(token, "status", "token").(string), "ca.crt": string(ca), "namespace": release} {
+		if err := os.WriteFile(filepath.Join(account, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.args = append(r.args, "--service-account="+account)
+	for _, name := range []string{"KUBERNETES_SERVICE_HOST", "KUBERNETES_SERVICE_PORT"} {
+		v, _ := c.env(name)
+		r.env = append(r.env, name+"="+v)
+	}
+	return r
+}
+
+// run starts the i-th replica and sends it the API server's reviews once it is ready.
+func (r *replicas) run(t *testing.T, i int, args ...string) {
+	t.Helper()
+	a := addresses[i]
+	p := start(t, r.env, r.binary, slices.Concat(r.args, []string{"--listen=" + a + ":8443", "--metrics=" + a + ":9003"}, args)...)
+	await(t, "the webhook's /readyz", func() bool {
+		select {
+		case <-p.exited:
+			t.Fatalf("it ended:\n%s", p.logged())
+		default:
+		}
+		response, err := http.Get("http://" + a + ":9003/readyz")
+		if err != nil {
+			return false
+		}
+		_ = response.Body.Close()
+		return response.StatusCode == http.StatusOK
+	})
+	r.running[i] = p
+	r.ready[i].Store(true)
+	r.publish(t)
+}
+
+// stop does what a rollout does: at once the endpoint is taken away and the process is told to end.
+func (r *replicas) stop(t *testing.T, i int) {
+	t.Helper()
+	if err := r.running[i].Process.Signal(syscall.SIGTERM); err != nil {
+		t.Error(err)
+	}
+	r.ready[i].Store(false)
+	r.publish(t)
+	<-r.running[i].exited
+	if state := r.running[i].ProcessState; !state.Success() {
+		t.Errorf("stopped: %v\n%s", state, r.running[i].logged())
+	}
+}
+
+// publish does what the EndpointSlice controller would if there were nodes.
+func (r *replicas) publish(t *testing.T) {
+	t.Helper()
+	var endpoints []any
+	for i := range r.ready {
+		endpoints = append(endpoints, object{"addresses": []any{addresses[i]}, "conditions": object{"ready": r.ready[i].Load()}})
+	}
+	const path = "/apis/discovery.k8s.io/v1/namespaces/" + release + "/endpointslices"
+	slice := object{
+		"metadata": object{"name": "sluice-webhook-here", "labels": object{"kubernetes.io/service-name": "sluice-webhook"}}, "addressType": "IPv4",
+		"endpoints": endpoints, "ports": []any{object{"name": "https", "port": 8443, "protocol": "TCP"}},
+	}
+	err := r.c.call(t.Context(), http.MethodPut, path+"/sluice-webhook-here", slice, &object{})
+	if isStatus(err, http.StatusNotFound) {
+		err = r.c.call(t.Context(), http.MethodPost, path, slice, &object{})
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// bundles are the caBundles of the webhook's configuration.
+func bundles(t *testing.T, a *API) [][]byte {
+	t.Helper()
+	var configuration struct {
+		Webhooks []struct{ ClientConfig struct{ CABundle []byte } }
+	}
+	if err := a.call(t.Context(), http.MethodGet, configPath, nil, &configuration); err != nil {
+		t.Fatal(err)
+	}
+	var all [][]byte
+	for _, w := range configuration.Webhooks {
+		all = append(all, w.ClientConfig.CABundle)
+	}
+	return all
+}
+
+// injected fails unless the pod, as it is stored, has sluice as its init container of that index, with that domain.
+func injected(t *testing.T, pod object, index int, domain string) {
+	t.Helper()
+	init := list(child(pod, "spec"), "initContainers")
+	i := named(init, "sluice")
+	if i != index {
+		t.Fatalf("sluice is init container %d, want %d:\n%v", i, index, pod)
+	}
+	env := list(init[i].(object), "env")
+	if d := named(env, "SLUICE_DOMAIN"); d < 0 || at(env[d], "value") != domain {
+		t.Errorf("domain: %v, want %s", env, domain)
+	}
+	if stamp, _ := at(pod, "metadata", "annotations", stampName).(string); stamp == "" {
+		t.Error("no stamp")
+	}
+	if metadata := at(pod, "metadata").(object); metadata["uid"] == nil {
+		t.Errorf("it is not stored: %v", metadata)
+	}
+}
+
+const secure = `image: x, securityContext: {allowPrivilegeEscalation: false, runAsNonRoot: true, runAsUser: 1000, capabilities: {drop: [ALL]}, seccompProfile: {type: RuntimeDefault}}`
+
+// podText is a pod that says where its Redis and its limits are, with these labels and this spec; SECURE is what the restricted standard
+// wants of a container.
+func podText(labels, spec string) string {
+	return fmt.Sprintf(`{metadata: {labels: {app: x, %s}, annotations: {sluice.dev/redis-secret: redis, sluice.dev/config: limits}}, spec: %s}`,
+		labels, strings.ReplaceAll(spec, "SECURE", secure))
+}
+
+// TestCluster is the chart's webhook behind a real API server.
+func TestCluster(t *testing.T) {
+	if !long(t) {
+		return
+	}
+	c := cluster(t, "--enable-aggregator-routing=true") // it calls a Service by its EndpointSlices, as there is no kube-proxy
+	heard := listen(c.API)
+	r := install(t, c)
+	for i := range r.running {
+		r.run(t, i, "--linger=0s")
+	}
+	restricted := object{label: "enabled", "pod-security.kubernetes.io/enforce": "restricted"}
+	namespace(t, c, "shop", restricted)
+	heard.take()
+	const pods = "/api/v1/namespaces/shop/pods"
+	create := func(t *testing.T, path, name, text string) object {
+		t.Helper()
+		p := pod(t, text)
+		metadata := child(p, "metadata")
+		if metadata == nil {
+			metadata = object{}
+			p["metadata"] = metadata
+		}
+		metadata["name"] = name
+		return must(t, c.API, http.MethodPost, path, p)
+	}
+
+	t.Run("caBundle", func(t *testing.T) {
+		all := bundles(t, c.API)
+		if len(all) != 2 || len(all[0]) == 0 || !reflect.DeepEqual(all[0], all[1]) {
+			t.Errorf("%d entries: %s", len(all), all)
+		}
+	})
+	t.Run("bare pod", func(t *testing.T) {
+		heard.take()
+		got := create(t, pods, "bare", podText("", "{containers: [{name: app, SECURE}, {name: envoy, SECURE}]}"))
+		injected(t, got, 0, "shop/bare")
+		if said := heard.take(); said != "" {
+			t.Errorf("warned: %s", said)
+		}
+	})
+	t.Run("init containers", func(t *testing.T) {
+		got := create(t, pods, "inits", podText("", "{initContainers: [{name: migrate, SECURE}, {name: log, restartPolicy: Always, SECURE}], containers: [{name: envoy, SECURE}]}"))
+		injected(t, got, 0, "shop/inits")
+		if init := list(child(got, "spec"), "initContainers"); len(init) != 3 || named(init, "migrate") != 1 || named(init, "log") != 2 {
+			t.Errorf("%v", init)
+		}
+	})
+	// What controllers make of a template, by the name of what it belongs to.
+	const apps, batch = "/apis/apps/v1/namespaces/shop/", "/apis/batch/v1/namespaces/shop/"
+	template := "selector: {matchLabels: {app: NAME}}, template: " + strings.Replace(podText("", "{containers: [{name: envoy, SECURE}]}"), "app: x", "app: NAME", 1)
+	job := "template: " + strings.Replace(podText("", "{restartPolicy: Never, containers: [{name: envoy, SECURE}]}"), "app: x", "app: NAME", 1)
+	for path, text := range map[string]string{
+		apps + "deployments": "{spec: {replicas: 2, " + template + "}}",
+		apps + "replicasets": "{spec: {" + template + "}}",
+		// It makes no pod before the one before it is ready.
+		apps + "statefulsets": "{spec: {serviceName: db, " + template + "}}",
+		batch + "jobs":        "{spec: {" + job + "}}",
+	} {
+		kind := filepath.Base(path)
+		t.Run(kind, func(t *testing.T) {
+			create(t, path, kind, strings.ReplaceAll(text, "NAME", kind))
+			var got []any
+			await(t, "pods of "+kind, func() bool {
+				got = list(must(t, c.API, http.MethodGet, pods+"?labelSelector=app%3D"+kind, nil), "items")
+				return len(got) > 0 && (kind != "deployments" || len(got) == 2)
+			})
+			for _, p := range got {
+				injected(t, p.(object), 0, "shop/"+kind)
+			}
+		})
+	}
+	t.Run("opted out", func(t *testing.T) {
+		heard.take()
+		got := create(t, pods, "out", podText("sluice.dev/inject: disabled", "{containers: [{name: envoy, SECURE}]}"))
+		if said := heard.take(); len(list(child(got, "spec"), "initContainers")) > 0 || said != "" {
+			t.Errorf("injected, or warned %q", said)
+		}
+		got = create(t, "/api/v1/namespaces/default/pods", "elsewhere", podText("", "{containers: [{name: envoy, SECURE}]}"))
+		if len(list(child(got, "spec"), "initContainers")) > 0 {
+			t.Error("injected in a namespace without the label")
+		}
+		got = create(t, "/api/v1/namespaces/default/pods", "asks", podText("sluice.dev/inject: enabled", "{containers: [{name: envoy, SECURE}]}"))
+		injected(t, got, 0, "default/asks")
+	})
+	t.Run("skipped", func(t *testing.T) {
+		for name, why := range map[string]string{
+			"{containers: [{name: app, SECURE}]}": "no container is named",
+			"{os: {name: windows}, securityContext: {runAsNonRoot: true}, containers: [{name: envoy, image: x, securityContext: {runAsNonRoot: true}}]}": "Windows",
+		} {
+			heard.take()
+			got := create(t, pods, fmt.Sprintf("skipped-%d", len(why)), podText("", name))
+			if said := heard.take(); len(list(child(got, "spec"), "initContainers")) > 0 || !strings.Contains(said, "sluice is not injected: ") || !strings.Contains(said, why) {
+				t.Errorf("%s: warned %q", why, said)
+			}
+		}
+	})
+	t.Run("refused", func(t *testing.T) {
+		for _, namespace := range []string{"shop", "default"} {
+			var out object
+			err := c.call(t.Context(), http.MethodPost, "/api/v1/namespaces/"+namespace+"/pods", pod(t, strings.Replace(podText("sluice.dev/inject: enabled", "{containers: [{name: app, SECURE}]}"), "{metadata: {", "{metadata: {name: no, ", 1)), &out)
+			if !isStatus(err, http.StatusForbidden) || !strings.Contains(err.Error(), "sluice cannot be injected: no container is named") {
+				t.Errorf("%s: %v", namespace, err)
+			}
+		}
+		// Whoever wrote a Deployment reads it there.
+		text := strings.ReplaceAll("{spec: {"+template+"}}", "NAME", "refused")
+		create(t, apps+"deployments", "refused", strings.Replace(text, "sluice.dev/redis-secret: redis, ", "", 1))
+		var said string
+		await(t, "the Deployment's condition", func() bool {
+			for _, condition := range at(must(t, c.API, http.MethodGet, apps+"deployments/refused", nil), "status").(object) {
+				conditions, _ := condition.([]any)
+				for _, v := range conditions {
+					if at(v, "type") == "ReplicaFailure" {
+						said, _ = at(v, "message").(string)
+					}
+				}
+			}
+			return said != ""
+		})
+		if !strings.Contains(said, "sluice: sluice needs a Redis") {
+			t.Errorf("%q", said)
+		}
+	})
+	t.Run("beside istiod", func(t *testing.T) {
+		// One is asked before sluice, as Istio's own is, one after.
+		for name, before := range map[string]bool{"istio-sidecar-injector": true, "zz-istio-sidecar-injector": false} {
+			istiod(t, c.API, name)
+			namespace(t, c, name, object{label: "enabled", name: "enabled"})
+			heard.take()
+			path := "/api/v1/namespaces/" + name + "/pods"
+			got := create(t, path, "web", podText("", "{initContainers: [{name: migrate, image: x}], containers: [{name: app, image: x}]}"))
+			injected(t, got, 2, name+"/web")
+			var names []string
+			for _, v := range list(child(got, "spec"), "initContainers") {
+				names = append(names, v.(object)["name"].(string))
+			}
+			if diff := cmp.Diff([]string{"istio-init", "istio-proxy", "sluice", "migrate"}, names); diff != "" {
+				t.Errorf("%s (-want +got):\n%s", name, diff)
+			}
+			if said := heard.take(); before && said != "" {
+				t.Errorf("warned: %s", said)
+			} else {
+				t.Logf("%s: warned %q", name, said)
+			}
+			must(t, c.API, http.MethodDelete, "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations/"+name, nil)
+		}
+	})
+	t.Run("all are gone", func(t *testing.T) { // and then nothing starts unmetered
+		for i := range r.running {
+			r.stop(t, i)
+		}
+		var out object
+		err := c.call(t.Context(), http.MethodPost, pods, pod(t, strings.Replace(podText("", "{containers: [{name: envoy, SECURE}]}"), "{metadata: {", "{metadata: {name: gone, ", 1)), &out)
+		if !isStatus(err, http.StatusInternalServerError) || !strings.Contains(err.Error(), "namespace.inject.sluice.dev") {
+			t.Errorf("%v", err)
+		}
+		must(t, c.API, http.MethodPost, "/api/v1/namespaces/default/pods", pod(t, "{metadata: {name: fine}, spec: {containers: [{name: envoy, image: x}]}}"))
+	})
+}
+
+// istiod is a webhook that does to pods of namespaces with the label NAME=enabled what Istio's does with native sidecars: istio-init and
+// istio-proxy come first.
+func istiod(t *testing.T, a *API, name string) {
+	t.Helper()
+	handler := http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
+		var in review
+		if err := json.NewDecoder(q.Body).Decode(&in); err != nil {
+			http.Error(w, err.Error(), http.StatusBadRequest)
+			return
+		}
+		answer := &response{UID: in.Request.UID, Allowed: true}
+		if init := list(child(in.Request.Object, "spec"), "initContainers"); named(init, istioProxy) < 0 {
+			init = append([]any{
+				object{"name": "istio-init", "image": "proxyv2", "securityContext": object{"capabilities": object{"add": []any{"NET_ADMIN", "NET_RAW"}}, "runAsUser": 0}},
+				object{
+					"name": istioProxy, "image": "proxyv2", "restartPolicy": "Always", "ports": []any{object{"containerPort": 15090, "name": "http-envoy-prom"}},
+					"startupProbe": object{"httpGet": object{"path": "/healthz/ready", "port": 15021}}, "securityContext": object{"runAsUser": 1337},
+					"volumeMounts": []any{object{"name": "istio-envoy", "mountPath": "/etc/istio/proxy"}},
+				},
+			}, init...)
+			volumes := append(list(child(in.Request.Object, "spec"), "volumes"), object{"name": "istio-envoy", "emptyDir": object{"medium": "Memory"}})
+			answer.PatchType = "JSONPatch"
+			answer.Patch, _ = json.Marshal([]object{
+				{"op": "add", "path": "/spec/initContainers", "value": init}, {"op": "add", "path": "/spec/volumes", "value": volumes},
+			})
+		}
+		_ = json.NewEncoder(w).Encode(review{APIVersion: in.APIVersion, Kind: in.Kind, Response: answer})
+	})
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	certificate := &x509.Certificate{
+		SerialNumber: serial(), Subject: pkix.Name{CommonName: name}, NotAfter: time.Now().Add(time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+		IsCA: true, BasicConstraintsValid: true,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, certificate, certificate, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	listener, err := tls.Listen("tcp", "127.0.0.1:0", &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := &http.Server{Handler: handler, ReadHeaderTimeout: time.Minute}
+	go func() { _ = server.Serve(listener) }()
+	t.Cleanup(func() { _ = server.Close() })
+	must(t, a, http.MethodPost, "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations", object{
+		"metadata": object{"name": name},
+		"webhooks": []any{object{
+			"name": "sidecar.istio.io", "admissionReviewVersions": []any{"v1"}, "sideEffects": "None", "failurePolicy": "Fail", "reinvocationPolicy": "Never",
+			"clientConfig":      object{"url": "https://" + listener.Addr().String() + "/inject", "caBundle": pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})},
+			"namespaceSelector": object{"matchLabels": object{name: "enabled"}},
+			"rules":             []any{object{"apiGroups": []any{""}, "apiVersions": []any{"v1"}, "operations": []any{"CREATE"}, "resources": []any{"pods"}}},
+		}},
+	})
+}
+
+// TestClusterRotation creates pods without pause while the CA is replaced and the replicas are rolled, and sees each replica always
+// believed by the caBundle of that moment.
+func TestClusterRotation(t *testing.T) {
+	if !long(t) {
 		return
 	}
 	c := cluster(t, "--enable-aggregator-routing=true")
-	var out object
-	if err := c.call(t.Context(), http.MethodGet, "/version", nil, &out); err != nil || out["gitVersion"] != kubeVersion {
-		t.Errorf("%v %v", out, err)
+	r := install(t, c)
+	quick := []string{"--ca-life=20s", "--ca-overlap=1s", "--ca-check=200ms"}
+	for i := range r.running {
+		r.run(t, i, quick...)
+	}
+	namespace(t, c, "shop", object{label: "enabled"})
+
+	var wg sync.WaitGroup
+	done := make(chan struct{})
+	var made, failed, shaken, distrusted atomic.Int64
+	for range 3 {
+		wg.Go(func() {
+			for open(done) {
+				var out object
+				p := pod(t, strings.Replace(podText("", "{containers: [{name: envoy, SECURE}]}"), "{metadata: {", "{metadata: {generateName: r-, ", 1))
+				err := c.call(t.Context(), http.MethodPost, "/api/v1/namespaces/shop/pods", p, &out)
+				if made.Add(1); err != nil || named(list(child(out, "spec"), "initContainers"), "sluice") != 0 {
+					failed.Add(1)
+					t.Errorf("pod: %v", err)
+				}
+			}
+		})
+	}
+	// The API server keeps a connection; this is each new one that it could have made.
+	issuers := map[string]bool{}
+	wg.Go(func() {
+		for i := 0; open(done); i++ {
+			roots := x509.NewCertPool()
+			roots.AppendCertsFromPEM(bundles(t, c.API)[0])
+			d := tls.Dialer{Config: &tls.Config{RootCAs: roots, ServerName: "sluice-webhook." + release + ".svc"}}
+			connection, err := d.DialContext(t.Context(), "tcp", addresses[i%2]+":8443")
+			if err != nil && !r.ready[i%2].Load() {
+				continue // it is being rolled
+			}
+			if shaken.Add(1); err != nil {
+				distrusted.Add(1)
+				t.Errorf("handshake: %v", err)
+				continue
+			}
+			issuers[connection.(*tls.Conn).ConnectionState().PeerCertificates[0].Issuer.CommonName] = true
+			_ = connection.Close()
+			<-time.After(5 * time.Millisecond) // it is not to take the processor from the others
+		}
+	})
+	deadline := time.Now().Add(40 * time.Second)
+	rolls := 0
+	for i := 0; time.Now().Before(deadline); i++ {
+		r.stop(t, i%2)
+		r.run(t, i%2, quick...)
+		rolls++
+	}
+	close(done)
+	wg.Wait()
+	t.Logf("%d pods, %d handshakes, %d CAs, %d replicas rolled", made.Load(), shaken.Load(), len(issuers), rolls)
+	if made.Load() < 200 || shaken.Load() < 200 || len(issuers) < 3 || rolls < 2 {
+		t.Error("that is too little to show anything")
+	}
+}
+
+func open(done chan struct{}) bool {
+	select {
+	case <-done:
+		return false
+	default:
+		return true
+	}
+}
+
+// TestClusterRights runs the webhook with what the plain manifests allow it, and sees that none of it can be left out.
+func TestClusterRights(t *testing.T) {
+	if !long(t) {
+		return
+	}
+	c := cluster(t)
+	apply := func() {
+		t.Helper()
+		if out, err := c.kubectl(t, "", "apply", "-f", "manifests/sluice.yaml"); err != nil || strings.Contains(out, "Warning") {
+			t.Fatalf("%v\n%s", err, out)
+		}
+	}
+	apply()
+	r := asPods(t, c)
+	const secrets, roles = "/api/v1/namespaces/" + release + "/secrets", "/apis/rbac.authorization.k8s.io/v1/"
+	role, clusterRole := roles+"namespaces/"+release+"/roles/sluice-webhook", roles+"clusterroles/"+configuration
+	for _, path := range []string{role, clusterRole} {
+		whole := must(t, c.API, http.MethodGet, path, nil)
+		verbs := at(list(whole, "rules")[0], "verbs").([]any)
+		set := func(verbs []any) {
+			t.Helper()
+			must(t, c.API, http.MethodPatch, path, []any{object{"op": "replace", "path": "/rules/0/verbs", "value": verbs}})
+		}
+		for i, verb := range verbs {
+			// As they are before the webhook has run at all.
+			must(t, c.API, http.MethodPatch, secrets+"/sluice-webhook-ca", []any{object{"op": "add", "path": "/data", "value": nil}})
+			must(t, c.API, http.MethodPatch, configPath, []any{
+				object{"op": "add", "path": "/webhooks/0/clientConfig/caBundle", "value": nil}, object{"op": "add", "path": "/webhooks/1/clientConfig/caBundle", "value": nil},
+			})
+			set(slices.Delete(slices.Clone(verbs), i, i+1))
+			p := start(t, r.env, r.binary, append(slices.Clone(r.args), "--listen=192.0.2.1:8443", "--metrics=192.0.2.1:9003")...)
+			select {
+			case <-p.exited:
+			case <-time.After(10 * time.Second):
+				t.Errorf("%s: it runs without %v", path, verb)
+				_ = p.Process.Kill()
+				<-p.exited
+				continue
+			}
+			if said := p.logged(); !strings.Contains(said, "forbidden") || !strings.Contains(said, fmt.Sprintf("cannot %v resource", verb)) {
+				t.Errorf("%s without %v: %s", path, verb, said)
+			}
+		}
+		set(verbs)
+	}
+	r.run(t, 0)
+	filled := func() (object, [][]byte) {
+		t.Helper()
+		return child(must(t, c.API, http.MethodGet, secrets+"/sluice-webhook-ca", nil), "data"), bundles(t, c.API)
+	}
+	data, all := filled()
+	if len(all) != 2 || len(all[0]) == 0 || !reflect.DeepEqual(all[0], all[1]) || data[caCert] == nil || data[caKey] == nil {
+		t.Fatalf("not filled: %v\n%s", data, all)
+	}
+	// What the webhook filled in is left alone when the manifests are applied again.
+	apply()
+	again, still := filled()
+	if !reflect.DeepEqual(again, data) || !reflect.DeepEqual(still, all) {
+		t.Error("applying the manifests again takes away what the webhook filled in")
 	}
 }
