@@ -342,32 +342,36 @@ func TestChartRefuses(t *testing.T) {
 	}
 }
 
-// Every value does something: another one makes another rendering.
-func TestChartValuesAreUsed(t *testing.T) {
-	var base []string
+// otherValues are all values, as JSON and other than their defaults, and the options that they are used under.
+func otherValues() (base []string, others map[string]string) {
 	for _, group := range []string{"gateway", "trialRedis", "networkPolicy", "serviceMonitor", "certManager"} {
 		base = append(base, "--set-json", group+".enabled=true") // and not --set, which helm lets win over what comes later
 	}
 	place := func(group string) map[string]string {
 		return map[string]string{
-			group + ".replicas": `3`, group + ".resources.requests.cpu": `"1"`, group + ".resources.requests.memory": `"1Gi"`, group + ".resources.limits.memory": `"1Gi"`,
+			group + ".replicas": `3`, group + ".resources.requests.cpu": `"1"`, group + ".resources.requests.memory": `"96Mi"`, group + ".resources.limits.memory": `"1Gi"`,
 			group + ".priorityClassName": `"p"`, group + ".nodeSelector": `{"a":"b"}`, group + ".tolerations": `[{"operator":"Exists"}]`,
 			group + ".affinity": `{"podAntiAffinity":{}}`, group + ".podAnnotations": `{"a":"b"}`, group + ".podDisruptionBudget.enabled": `false`,
 		}
 	}
-	others := map[string]string{
+	others = map[string]string{
 		"fullnameOverride": `"other"`, "image.repository": `"other"`, "image.tag": `"other"`, "image.digest": `"sha256:` + strings.Repeat("0", 64) + `"`,
 		"image.pullPolicy": `"Never"`, "imagePullSecrets": `[{"name":"a"}]`, "webhook.sidecarImage": `"other"`, "webhook.excludedNamespaces": `["a"]`,
 		"certManager.enabled": `false`, "certManager.issuerRef": `{"name":"a"}`, "gateway.enabled": `false`, "gateway.config": `"domain: a"`,
 		"gateway.existingConfigMap": `"a"`, "gateway.domain": `"a"`, "gateway.redis.url": `"redis://a"`, "gateway.redis.secret": `"a"`,
 		"trialRedis.enabled": `false`, "trialRedis.image": `"a"`, "trialRedis.pullPolicy": `"Never"`, "trialRedis.resources.requests.cpu": `"1"`,
-		"trialRedis.resources.requests.memory": `"1Gi"`, "trialRedis.resources.limits.memory": `"1Gi"`,
+		"trialRedis.resources.requests.memory": `"96Mi"`, "trialRedis.resources.limits.memory": `"1Gi"`,
 		"networkPolicy.enabled": `false`, "networkPolicy.apiServerPorts": `[8443]`,
 		"serviceMonitor.enabled": `false`, "serviceMonitor.interval": `"1m"`, "serviceMonitor.labels": `{"a":"b"}`, "tests.namespace": `"a"`,
 	}
 	maps.Copy(others, place("webhook"))
 	maps.Copy(others, place("gateway"))
+	return base, others
+}
 
+// Every value does something: another one makes another rendering.
+func TestChartValuesAreUsed(t *testing.T) {
+	base, others := otherValues()
 	text, err := os.ReadFile(filepath.Join(chartDir, "values.yaml"))
 	if err != nil {
 		t.Fatal(err)

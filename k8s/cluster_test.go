@@ -412,6 +412,17 @@ func TestCluster(t *testing.T) {
 			must(t, c.API, http.MethodDelete, "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations/"+name, nil)
 		}
 	})
+	t.Run("upgrade", func(t *testing.T) { // what the webhook filled in stays
+		before := bundles(t, c.API)
+		if out, err := helm(t, "upgrade", "sluice", chartDir, "--kubeconfig", c.kubeconfig, "--namespace", release, "--set", "webhook.excludedNamespaces={ops}"); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		data := child(must(t, c.API, http.MethodGet, "/api/v1/namespaces/"+release+"/secrets/sluice-webhook-ca", nil), "data")
+		if after := bundles(t, c.API); !reflect.DeepEqual(after, before) || data[caCert] == nil {
+			t.Errorf("an upgrade takes away what the webhook filled in: %s", after)
+		}
+		injected(t, create(t, pods, "upgraded", podText("", "{containers: [{name: envoy, SECURE}]}")), 0, "shop/upgraded")
+	})
 	t.Run("all are gone", func(t *testing.T) { // and then nothing starts unmetered
 		for i := range r.running {
 			r.stop(t, i)
@@ -422,6 +433,25 @@ func TestCluster(t *testing.T) {
 			t.Errorf("%v", err)
 		}
 		must(t, c.API, http.MethodPost, "/api/v1/namespaces/default/pods", pod(t, "{metadata: {name: fine}, spec: {containers: [{name: envoy, image: x}]}}"))
+	})
+	t.Run("uninstalled", func(t *testing.T) {
+		if out, err := helm(t, "uninstall", "sluice", "--kubeconfig", c.kubeconfig, "--namespace", release); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		var left string
+		await(t, "nothing", func() bool { // the Deployment's pods go after it
+			var err error
+			left, err = c.kubectl(t, "", "get", "all,secrets,serviceaccounts,roles,rolebindings,pdb,clusterroles,clusterrolebindings,mutatingwebhookconfigurations", "--all-namespaces",
+				"--selector", "app.kubernetes.io/name=sluice", "--output", "name")
+			if err != nil {
+				t.Fatalf("%v\n%s", err, left)
+			}
+			return left == ""
+		})
+		got := create(t, pods, "after", podText("", "{containers: [{name: envoy, SECURE}]}"))
+		if len(list(child(got, "spec"), "initContainers")) > 0 {
+			t.Error("injected")
+		}
 	})
 }
 
