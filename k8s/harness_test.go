@@ -113,7 +113,7 @@ func cluster(t *testing.T, flags ...string) *controlPlane {
 	c := &controlPlane{bin: bin, address: "127.0.0.1:" + ports[2], kubeconfig: in("kubeconfig")}
 	start(t, nil, filepath.Join(bin, "kube-apiserver"), append([]string{
 		"--etcd-servers", store, "--bind-address", "127.0.0.1", "--advertise-address", "127.0.0.1", "--secure-port", ports[2], "--cert-dir", dir,
-		"--endpoint-reconciler-type", "none", "--service-cluster-ip-range", "10.0.0.0/24", "--token-auth-file", in("tokens"), "--authorization-mode", "RBAC",
+		"--endpoint-reconciler-type", "none", "--allow-privileged", "--service-cluster-ip-range", "10.0.0.0/24", "--token-auth-file", in("tokens"), "--authorization-mode", "RBAC",
 		"--service-account-issuer", "https://kubernetes.default.svc", "--service-account-key-file", in("sa.crt"), "--service-account-signing-key-file", in("sa.key"),
 	}, flags...)...)
 	var chain []byte // its own certificate, and who signed that
