@@ -316,7 +316,7 @@ func (s *shape) podSpec(containers, init []string) object {
 	case s.rarely(5):
 		spec["hostNetwork"] = true
 		delete(child(spec, "securityContext"), "sysctls") // they would be the node's
-	case s.rarely(5):
+	case s.rarely(4):
 		spec["nodeSelector"] = object{"kubernetes.io/os": "windows"}
 	case s.maybe():
 		spec["os"] = object{"name": "linux"}
