@@ -16,14 +16,12 @@ func Istio(o Options) ([]byte, error) { return mesh("istio.yaml.tmpl", o) }
 func Gateway(o Options) ([]byte, error) { return mesh("envoy-gateway.yaml.tmpl", o) }
 
 func mesh(name string, o Options) ([]byte, error) {
-	addr := cmp.Or(o.Sluice, "127.0.0.1:9001")
+	addr := cmp.Or(o.Sluice, defaultSluice)
 	sluice, err := remoteOrUnix(addr)
 	if err != nil {
 		return nil, fmt.Errorf("the sluice address %q: %w", addr, err)
 	}
-	return execute(name, struct {
-		Sluice   *endpoint
-		Limits   []string
-		Metadata bool
-	}{sluice, example(o.Limits), o.Metadata})
+	f := o.fields()
+	f.put("Sluice", sluice)
+	return f.execute(name), nil
 }

@@ -3,9 +3,7 @@
 package envoy
 
 import (
-	"bytes"
 	"cmp"
-	"embed"
 	"errors"
 	"fmt"
 	"net"
@@ -14,7 +12,6 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
-	"text/template"
 	"unicode"
 	"unicode/utf8"
 )
@@ -31,29 +28,9 @@ type Options struct {
 	Metadata bool
 }
 
-//go:embed *.tmpl
-var files embed.FS
-
-var templates = func() *template.Template {
-	t := template.New("")
-	t.Funcs(template.FuncMap{
-		"join": strings.Join,
-		// part is a template's text, each line indented by so many spaces.
-		"part": func(name string, indent int, data any) (string, error) {
-			var b strings.Builder
-			if err := t.ExecuteTemplate(&b, name, data); err != nil {
-				return "", err
-			}
-			margin := strings.Repeat(" ", indent)
-			return margin + strings.ReplaceAll(b.String(), "\n", "\n"+margin), nil
-		},
-	})
-	return template.Must(t.ParseFS(files, "*.tmpl"))
-}()
-
-// endpoint is an address as the template writes it: host and port, or path. All texts are quoted for YAML.
+// endpoint is an address as the files write it. All texts are quoted for YAML.
 type endpoint struct {
-	Host, Path string
+	Host, Path string // one of them
 	Unix       string // the path as a URL
 	Port       int
 	Name       bool // Host is a name, which Envoy has to look up
@@ -62,43 +39,28 @@ type endpoint struct {
 // Plain returns a complete bootstrap, in YAML with comments, for Envoy 1.40 or newer. It reports an address that Envoy could not
 // use.
 func Plain(o Options) ([]byte, error) {
-	var data struct {
-		Listener, Upstream, Sluice, Admin *endpoint
-		Limits                            []string
-	}
-	data.Limits = example(o.Limits)
+	f := o.fields()
 	for _, a := range []struct {
 		name, addr, otherwise string
 		parse                 func(string) (*endpoint, error)
-		to                    **endpoint
 	}{
-		{"listener", o.Listener, "0.0.0.0:8080", local, &data.Listener},
-		{"upstream", o.Upstream, "127.0.0.1:8081", remote, &data.Upstream},
-		{"sluice", o.Sluice, "127.0.0.1:9001", remoteOrUnix, &data.Sluice},
-		{"admin", o.Admin, "", local, &data.Admin},
+		{"Listener", o.Listener, "0.0.0.0:8080", local},
+		{"Upstream", o.Upstream, "127.0.0.1:8081", remote},
+		{"Sluice", o.Sluice, defaultSluice, remoteOrUnix},
+		{"Admin", o.Admin, "", local},
 	} {
 		addr := cmp.Or(a.addr, a.otherwise)
 		if addr == "" {
+			f.put(a.name, &endpoint{})
 			continue
 		}
 		e, err := a.parse(addr)
 		if err != nil {
-			return nil, fmt.Errorf("the %s address %q: %w", a.name, addr, err)
+			return nil, fmt.Errorf("the %s address %q: %w", strings.ToLower(a.name), addr, err)
 		}
-		*a.to = e
+		f.put(a.name, e)
 	}
-	return execute("plain.yaml.tmpl", data)
-}
-
-// example is as many of a config's limits as an example shows.
-func example(limits []string) []string { return limits[:min(len(limits), 8)] }
-
-func execute(name string, data any) ([]byte, error) {
-	var b bytes.Buffer
-	if err := templates.ExecuteTemplate(&b, name, data); err != nil {
-		return nil, err
-	}
-	return b.Bytes(), nil
+	return f.execute("plain.yaml.tmpl"), nil
 }
 
 // local parses an address to listen on. Port 0 is any that is free.
@@ -119,6 +81,9 @@ func remote(addr string) (*endpoint, error) {
 	}
 	return &endpoint{Host: strconv.Quote(host), Port: int(port), Name: ipErr != nil}, nil
 }
+
+// defaultSluice is where sluice listens by default.
+const defaultSluice = "127.0.0.1:9001"
 
 var hostname = regexp.MustCompile(`^[A-Za-z0-9._-]+$`)
 
