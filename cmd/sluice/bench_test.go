@@ -517,25 +517,36 @@ func BenchmarkGrowth(b *testing.B) {
 			show(fmt.Sprint(n, " keys, on Redis"), s, nil)
 			s.process.stop()
 		}
-		for _, n := range []int{1, 10, 50} {
-			var sidecars []*measured
-			all := &measured{name: "sidecars", requests: keys(1000)}
-			for range n {
-				s := &measured{name: "sidecar", process: startSluice(b, "--config", config(1, ""), "--redis", store.URL(), "--domain", fmt.Sprint("many-", n)), requests: all.requests}
-				s.conns = append(s.conns, dial(b, s.process.grpc))
-				sidecars = append(sidecars, s)
-				all.conns = append(all.conns, s.conns...)
-			}
-			all.process = sidecars[0].process
-			show(fmt.Sprint(n, " sidecars on one Redis"), all, sidecars[1:])
-			for _, s := range sidecars {
-				s.process.stop()
+		for _, n := range []int{1, 10, 50} { // and as many servers that decide nothing: so many processes take turns on few cores
+			for _, kind := range []struct {
+				name  string
+				start func() *process
+				stop  func(*process)
+			}{
+				{"constant answers", func() *process { return startBaseline(b, "constant", nil, "tuned") }, func(p *process) { _ = p.cmd.Process.Kill() }},
+				{"sidecars on one Redis", func() *process {
+					return startSluice(b, "--config", config(1, ""), "--redis", store.URL(), "--domain", fmt.Sprint("many-", n))
+				}, func(p *process) { p.stop() }},
+			} {
+				all := &measured{name: kind.name, requests: keys(1000)}
+				var servers []*measured
+				for range n {
+					s := &measured{name: kind.name, process: kind.start(), requests: all.requests}
+					s.start(b)
+					servers = append(servers, s)
+					all.conns = append(all.conns, s.conns[0])
+				}
+				all.process = servers[0].process
+				show(fmt.Sprint(n, " ", kind.name), all, servers[1:])
+				for _, s := range servers {
+					kind.stop(s.process)
+				}
 			}
 		}
 		nodes := redistest.StartCluster(b, 3)
 		var addresses []string
 		for _, node := range nodes {
-			addresses = append(addresses, node.Addr)
+			addresses = append(addresses, strconv.Quote(node.Addr))
 		}
 		s := &measured{name: "cluster", process: startSluice(b, "--config", config(1,
 			"store: {redis: {mode: cluster, addresses: ["+strings.Join(addresses, ", ")+"]}}\n")), requests: keys(1000)}
