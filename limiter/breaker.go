@@ -7,7 +7,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
 	"github.com/sony/gobreaker/v2"
 )
 
@@ -27,19 +26,13 @@ type breaker struct {
 	last    atomic.Pointer[StoreError] // why it opened
 }
 
-// newBreaker returns a breaker that counts itself in open, where it is.
-func newBreaker(timeout time.Duration, open prometheus.Gauge) *breaker {
+func newBreaker(timeout time.Duration) *breaker {
 	b := &breaker{timeout: timeout}
 	b.calls = gobreaker.NewTwoStepCircuitBreaker[any](gobreaker.Settings{
 		Timeout:     probesEvery,
 		ReadyToTrip: func(c gobreaker.Counts) bool { return c.ConsecutiveFailures >= tripsAfter },
-		OnStateChange: func(_ string, from, to gobreaker.State) {
+		OnStateChange: func(_ string, _, to gobreaker.State) {
 			b.open.Store(to != gobreaker.StateClosed)
-			if to == gobreaker.StateClosed {
-				open.Dec()
-			} else if from == gobreaker.StateClosed {
-				open.Inc()
-			}
 		},
 		// An answer is one, whatever it says; who hung up has not waited for one.
 		IsSuccessful: func(err error) bool {

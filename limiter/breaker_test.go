@@ -2,6 +2,7 @@ package limiter
 
 import (
 	"context"
+	"fmt"
 	"testing"
 	"time"
 
@@ -89,4 +90,56 @@ func TestBreakerIsFair(t *testing.T) {
 	if r.Take(context.Background(), []Charge{a}, verdicts); verdicts[0].Err != nil {
 		t.Error(verdicts[0].Err)
 	}
+}
+
+// A node that leaves its cluster is forgotten, and so is that it did not answer.
+func TestNodesThatLeftAreForgotten(t *testing.T) {
+	nodes := redistest.StartCluster(t, 3)
+	r, err := NewRedis(RedisOptions{Mode: Cluster, Addresses: []string{nodes[0].Addr}, Timeout: 50 * time.Millisecond}, nil, prometheus.NewRegistry())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = r.Close() }()
+	a := charge(bucket(t, 1, time.Minute, 1_000_000), "a")
+	for i := 0; nodes[0].Client().ClusterKeySlot(t.Context(), a.Key).Val() < 10_922; i++ { // the third node's
+		a.Key = fmt.Sprintf("sluice:test:a:{%d}", i)
+	}
+	waitForAnswer(t, r, a)
+	if _, ok := r.nodes.Load(nodes[2].Addr); !ok {
+		t.Fatal("the third node has no takes: this would say nothing")
+	}
+	nodes[2].Freeze()
+	verdicts := make([]Verdict, 1)
+	for testutil.ToFloat64(r.breakers) == 0 {
+		r.Take(t.Context(), []Charge{a}, verdicts)
+	}
+	for i, command := range []string{"DELSLOTSRANGE", "ADDSLOTSRANGE"} {
+		for _, n := range nodes[:2-i] {
+			if err := n.Client().Do(t.Context(), "CLUSTER", command, 10_922, 16_383).Err(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		r.Run(ctx)
+	}()
+	waitForAnswer(t, r, a)
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for began := time.Now(); ; <-tick.C {
+		if _, ok := r.nodes.Load(nodes[2].Addr); !ok {
+			break
+		}
+		if time.Since(began) > 30*time.Second {
+			t.Fatal("the third node is not forgotten")
+		}
+	}
+	if open := testutil.ToFloat64(r.breakers); open != 0 {
+		t.Errorf("%v breakers are open", open)
+	}
+	stop()
+	<-done
 }

@@ -26,8 +26,7 @@ type airport struct {
 // newAirport is for use in a bubble of synctest's, whose clock it then goes by.
 func newAirport() airport {
 	a := airport{left: make(chan []*take, 100), landed: make(chan error)}
-	open := prometheus.NewGauge(prometheus.GaugeOpts{Name: "open"})
-	a.node = &node{breaker: newBreaker(time.Second, open), send: func(ctx context.Context, batch []*take) error {
+	a.node = &node{breaker: newBreaker(time.Second), send: func(ctx context.Context, batch []*take) error {
 		a.left <- batch
 		select {
 		case err := <-a.landed:
@@ -235,8 +234,7 @@ func TestPatienceIsEverybodys(t *testing.T) {
 
 // A call that panics is a failed one: its passengers fail, and the breaker waits for no end of it.
 func TestFlightPanics(t *testing.T) {
-	open := prometheus.NewGauge(prometheus.GaugeOpts{Name: "open"})
-	b := newBreaker(time.Second, open)
+	b := newBreaker(time.Second)
 	for range tripsAfter {
 		func() {
 			defer func() { _ = recover() }()

@@ -53,8 +53,8 @@ type Redis struct {
 	seconds  prometheus.Histogram
 	batches  prometheus.Histogram
 	errors   map[ErrorKind]prometheus.Counter
-	nodes    sync.Map // of *node, by address; as many as a cluster has nodes
-	breakers prometheus.Gauge
+	nodes    sync.Map // of *node, by address; as many as a cluster has masters
+	breakers prometheus.GaugeFunc
 	gifts    chan struct{} // has a place for each request's gifts that are under way
 	local    *Memory       // in Redis's place, for the limits that say so
 }
@@ -93,10 +93,18 @@ func newRedis(o RedisOptions, clock string, log *zap.Logger, metrics prometheus.
 			Buckets: []float64{1, 2, 4, 8, 16, 32, 64, 128},
 		}),
 		errors: make(map[ErrorKind]prometheus.Counter, len(ErrorKinds)),
-		breakers: prometheus.NewGauge(prometheus.GaugeOpts{
-			Name: "sluice_store_breaker_open", Help: "Redis nodes that are not asked, as they do not answer.",
-		}),
 	}
+	r.breakers = prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "sluice_store_breaker_open", Help: "Redis nodes that are not asked, as they do not answer.",
+	}, func() (open float64) {
+		r.nodes.Range(func(_, n any) bool {
+			if n.(*node).isOpen() {
+				open++
+			}
+			return true
+		})
+		return open
+	})
 	start := time.Now()
 	r.local = newMemory("local", MaxBuckets(), func() int64 { return time.Since(start).Microseconds() }, log, metrics)
 	if err := r.UseLogin(o); err != nil {
@@ -143,15 +151,33 @@ func (r *Redis) Run(ctx context.Context) {
 			return
 		case <-tick.C:
 			ask, cancel := context.WithTimeout(ctx, warmsEvery)
+			var masters sync.Map
 			_ = r.eachMaster(ask, func(ctx context.Context, node *redis.Client) error {
+				masters.Store(node.Options().Addr, true)
 				if node.PoolStats().TotalConns >= maxFlights {
 					return nil
 				}
 				return r.warm(ctx, node)
 			}) // what fails here fails for takes too, which say so
 			cancel()
+			r.forget(&masters)
 		}
 	}
+}
+
+// forget lets go of the nodes of a cluster that are no masters any more: their addresses may be other ones for ever, as in Kubernetes.
+func (r *Redis) forget(masters *sync.Map) {
+	known := 0
+	masters.Range(func(any, any) bool { known++; return true })
+	if r.cluster == nil || known == 0 { // nobody said who they are
+		return
+	}
+	r.nodes.Range(func(address, _ any) bool {
+		if _, is := masters.Load(address); !is && address != "" {
+			r.nodes.Delete(address)
+		}
+		return true
+	})
 }
 
 // Close ends all connections.
@@ -284,7 +310,7 @@ func (r *Redis) nodeOf(ctx context.Context, key string) *node {
 	if known, ok := r.nodes.Load(address); ok {
 		return known.(*node)
 	}
-	made, _ := r.nodes.LoadOrStore(address, &node{breaker: newBreaker(r.timeout, r.breakers), send: r.send})
+	made, _ := r.nodes.LoadOrStore(address, &node{breaker: newBreaker(r.timeout), send: r.send})
 	return made.(*node)
 }
 
