@@ -176,12 +176,14 @@ func Inject(pod map[string]any, o Options) (injected map[string]any, skipped str
 // Stamp is what pods that are injected with these options are marked with: the version, and a hash of all that does not depend on
 // the pod. A pod with another stamp is stale.
 func Stamp(o Options) string {
-	text, err := json.Marshal(template(Options{Image: o.Image}, annotations{}, false))
-	if err != nil {
-		panic(err) // it is made of strings and numbers
+	h := sha256.New()
+	for _, tcp := range []bool{false, true} {
+		all := annotations{config: "config", redis: "redis"}
+		if err := json.NewEncoder(h).Encode(template(Options{Image: o.Image}, all, tcp)); err != nil {
+			panic(err) // it is made of strings and numbers
+		}
 	}
-	sum := sha256.Sum256(text)
-	return o.Version + "-" + hex.EncodeToString(sum[:5])
+	return o.Version + "-" + hex.EncodeToString(h.Sum(nil)[:5])
 }
 
 // annotations are what a pod says of how it wants sluice.
@@ -422,22 +424,62 @@ func template(o Options, a annotations, tcp bool) object {
 	return c
 }
 
-// overlay is the container that ours makes of the one that is there already: what others have added to it stays, as the mount of a
-// service account's token, and the defaults of Kubernetes.
+// environment are the variables that template may set.
+var environment = []string{"POD_NAME", "POD_NAMESPACE", "SLUICE_DOMAIN", "SLUICE_GRPC", "SLUICE_METRICS", "GOMEMLIMIT", "SLUICE_CONFIG", "SLUICE_REDIS"}
+
+// overlay is the container that ours makes of the one that is there already. Ours is over what template can say; what others have added
+// since stays: other webhooks' variables and mounts, the mount of a service account's token, what a LimitRange gave it, the defaults of
+// Kubernetes. So a resource that the annotation named once and names no more stays too, where a template was injected with it.
 func overlay(there, ours object) object {
+	merged := maps.Clone(ours)
+	keep := func(field string, names ...string) {
+		theirs := list(there, field)
+		for _, name := range names {
+			theirs = without(theirs, name)
+		}
+		if all := append(list(ours, field), theirs...); len(all) > 0 {
+			merged[field] = all
+		}
+	}
+	keep("volumeMounts", configVolume, socketVolume)
+	keep("env", environment...)
+	merged["resources"] = overlayResources(child(there, "resources"), child(ours, "resources"))
+	merged["securityContext"] = over(child(there, "securityContext"), child(ours, "securityContext"))
 	out := maps.Clone(there)
-	mounts := list(there, "volumeMounts")
-	for k, v := range ours {
+	for k, v := range merged {
 		if !same(out[k], v) {
 			out[k] = v
 		}
 	}
-	mounts = without(without(mounts, configVolume), socketVolume)
-	if mounts = append(list(ours, "volumeMounts"), mounts...); len(mounts) == 0 {
+	if _, ok := merged["volumeMounts"]; !ok {
 		delete(out, "volumeMounts")
-	} else if !same(out["volumeMounts"], mounts) {
-		out["volumeMounts"] = mounts
 	}
+	return out
+}
+
+// over is ours, and what else there is.
+func over(there, ours object) object {
+	out := object{}
+	maps.Copy(out, there)
+	maps.Copy(out, ours)
+	return out
+}
+
+// overlayResources is over, of amounts: of those that contradict ours none stays.
+func overlayResources(there, ours object) object {
+	out := over(there, ours)
+	requests, limits := over(child(there, "requests"), child(ours, "requests")), over(child(there, "limits"), child(ours, "limits"))
+	for name, limit := range limits {
+		if request, ok := requests[name]; !ok || amount(request) <= amount(limit) {
+			continue
+		}
+		if _, is := child(ours, "limits")[name]; is {
+			delete(requests, name)
+		} else {
+			delete(limits, name)
+		}
+	}
+	out["requests"], out["limits"] = requests, limits
 	return out
 }
 

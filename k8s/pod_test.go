@@ -245,3 +245,42 @@ func TestInjectTwice(t *testing.T) {
 		t.Error("no pod was injected")
 	}
 }
+
+// What others have added to sluice's container stays, also where sluice's own part changes.
+func TestInjectKeepsWhatOthersAdded(t *testing.T) {
+	added := inject(t, pod(t, withEnvoy), options)
+	container := list(child(added, "spec"), "initContainers")[0].(object)
+	container["env"] = append(list(container, "env"), object{"name": "OTEL_SERVICE_NAME", "value": "web"})
+	container["volumeMounts"] = append(list(container, "volumeMounts"), object{"name": "token", "mountPath": "/var/run/secrets"})
+	child(child(container, "resources"), "limits")["cpu"] = "1" // a LimitRange's
+	child(container, "securityContext")["seLinuxOptions"] = object{"level": "s0:c1"}
+	if out := inject(t, added, options); !reflect.DeepEqual(out, added) {
+		t.Errorf("changed to %v\nfrom %v", out, added)
+	}
+	annotations := child(child(added, "metadata"), "annotations")
+	delete(annotations, aConfig)
+	annotations[aResources] = "{requests: {cpu: 2}, limits: {memory: 64Mi}}"
+	out := inject(t, added, Options{Image: "sluice:next", Version: "v2"})
+	c := list(child(out, "spec"), "initContainers")[0].(object)
+	env := list(c, "env")
+	if named(env, "OTEL_SERVICE_NAME") < 0 || named(env, "SLUICE_CONFIG") >= 0 || named(env, "SLUICE_REDIS") < 0 || c["image"] != "sluice:next" {
+		t.Errorf("%v", c)
+	}
+	if mounts := list(c, "volumeMounts"); len(mounts) != 2 || named(mounts, "token") < 0 || named(mounts, socketVolume) < 0 {
+		t.Errorf("mounts %v", mounts)
+	}
+	want := object{"requests": object{"cpu": "2", "memory": "32Mi"}, "limits": object{"memory": "64Mi"}} // 1 CPU contradicts what is asked for
+	if !same(c["resources"], want) {
+		t.Errorf("resources %v", c["resources"])
+	}
+	if child(c, "securityContext")["seLinuxOptions"] == nil || child(c, "securityContext")["runAsUser"] != 65532 {
+		t.Errorf("security context %v", c["securityContext"])
+	}
+}
+
+// A pod that was injected otherwise is stale.
+func TestStamp(t *testing.T) {
+	if Stamp(Options{Image: "a", Version: "v1"}) == Stamp(Options{Image: "b", Version: "v1"}) || Stamp(options) != Stamp(options) {
+		t.Error("the stamp does not say what is injected")
+	}
+}
