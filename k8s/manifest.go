@@ -32,7 +32,8 @@ var templates = map[string][]string{
 }
 
 // Manifest injects into every pod template of a manifest: YAML, of any number of documents, or JSON; Lists too. It counts as labelled,
-// so that only a pod's own label can opt out. Documents that do not change come out byte for byte; in others comments and order stay.
+// so that only a pod's own label can opt out. Documents that do not change come out byte for byte; in others comments and order stay,
+// but JSON's keys are sorted.
 // skipped says where nothing was injected, and why; the error every refusal.
 func Manifest(in []byte, o Options) (out []byte, skipped []string, err error) {
 	var mistakes []error
@@ -62,7 +63,8 @@ func Manifest(in []byte, o Options) (out []byte, skipped []string, err error) {
 	}
 	var b bytes.Buffer
 	for i, document := range documents(in) {
-		d := yaml.NewDecoder(bytes.NewReader(document))
+		directives := directives.Find(document)
+		d := yaml.NewDecoder(bytes.NewReader(document[len(directives):]))
 		var node yaml.Node
 		if err := d.Decode(&node); errors.Is(err, io.EOF) {
 			b.Write(document)
@@ -85,6 +87,8 @@ func Manifest(in []byte, o Options) (out []byte, skipped []string, err error) {
 		if err := merge(&node, root, changed); err != nil {
 			return nil, nil, fmt.Errorf("document %d: %w", i+1, err)
 		}
+		b.Write(directives)
+		start := b.Len()
 		if bytes.HasPrefix(document, []byte("---")) {
 			b.WriteString("---\n")
 		}
@@ -96,6 +100,11 @@ func Manifest(in []byte, o Options) (out []byte, skipped []string, err error) {
 		if err := errors.Join(e.Encode(&node), e.Close()); err != nil {
 			return nil, nil, fmt.Errorf("document %d: %w", i+1, err)
 		}
+		if bytes.Contains(document, []byte("\r\n")) {
+			written := bytes.ReplaceAll(b.Bytes()[start:], []byte("\n"), []byte("\r\n"))
+			b.Truncate(start)
+			b.Write(written)
+		}
 	}
 	if len(mistakes) > 0 {
 		return nil, skipped, errors.Join(mistakes...)
@@ -105,9 +114,12 @@ func Manifest(in []byte, o Options) (out []byte, skipped []string, err error) {
 
 var (
 	indented = regexp.MustCompile(`(?m)^([a-zA-Z][^\n]*:[ \t]*\n)  +- `) // a list below its key is further in than the key
+	// directives are the lines before a document, such as %YAML 1.2, and the one that begins it.
+	preamble   = regexp.MustCompile(`^(?:[ \t]*(?:#[^\n]*)?\r?\n)*%[^\n]*\n(?:(?:%[^\n]*|[ \t]*(?:#[^\n]*)?)\r?\n)*$`)
+	directives = regexp.MustCompile(`^(?:[ \t]*(?:#[^\n]*)?\n)*%[^\n]*\n(?:(?:%[^\n]*|[ \t]*(?:#[^\n]*)?)\r?\n)*---[ \t]*\r?\n`)
 )
 
-// documents cuts a stream before each line that begins a document.
+// documents cuts a stream before each line that begins a document, directives before it included.
 func documents(in []byte) [][]byte {
 	var all [][]byte
 	start := 0
@@ -116,7 +128,7 @@ func documents(in []byte) [][]byte {
 		if i := bytes.IndexByte(in[at:], '\n'); i >= 0 {
 			end = at + i + 1
 		}
-		if line := strings.TrimRight(string(in[at:end]), "\r\n"); at > start && (line == "---" || strings.HasPrefix(line, "--- ")) {
+		if line := strings.TrimRight(string(in[at:end]), "\r\n"); at > start && (line == "---" || strings.HasPrefix(line, "--- ")) && !preamble.Match(in[start:at]) {
 			all = append(all, in[start:at])
 			start = at
 		}
