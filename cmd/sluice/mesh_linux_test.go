@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -103,7 +104,8 @@ provider:
 extensionApis: {enableBackend: true}
 `
 
-// gatewayResources are a Gateway, and a route to the upstream UPSTREAM that does not believe its headers, as the file's comments say.
+// gatewayResources are a Gateway with its filters in the file's ORDER, and a route to the upstream UPSTREAM that does not believe its headers, as
+// the file's comments say.
 const gatewayResources = `
 apiVersion: gateway.networking.k8s.io/v1
 kind: GatewayClass
@@ -115,7 +117,9 @@ spec:
 apiVersion: gateway.envoyproxy.io/v1alpha1
 kind: EnvoyProxy
 metadata: {name: host}
-spec: {provider: {type: Host, host: {envoyVersion: "VERSION"}}}
+spec:
+  provider: {type: Host, host: {envoyVersion: "VERSION"}}
+ORDER
 ---
 apiVersion: gateway.networking.k8s.io/v1
 kind: Gateway
@@ -140,23 +144,126 @@ metadata: {name: app}
 spec: {endpoints: [{ip: {address: 127.0.0.1, port: UPSTREAM}}]}
 `
 
-// A real Envoy Gateway makes of the printed policy an Envoy that limits: by the config's limit, and by the one in contextExtensions.
-func TestMeshEnvoyGateway(t *testing.T) {
+// gatewayAddress is where the Gateway listens, in a network of its own.
+const gatewayAddress = "127.0.0.1:8888"
+
+// startGateway runs an Envoy Gateway with resources and what sluice printed for it, before an upstream, and waits until its Envoy listens.
+func startGateway(t *testing.T, program, proxy, printed string, upstream *httptest.Server) {
+	t.Helper()
+	dir := t.TempDir()
+	_, removal, _ := strings.Cut(printed, "#   - type: ResponseHeaderModifier\n")
+	removal, _, ok := strings.Cut(removal, "# It leaves alone")
+	if !ok {
+		t.Fatal("no ResponseHeaderModifier")
+	}
+	removal = "    - type: ResponseHeaderModifier\n" + strings.ReplaceAll(removal, "#   ", "    ")
+	_, order, ok := strings.Cut(printed, "\n  filterOrder:\n")
+	if ok {
+		order, _, _ = strings.Cut(order, "\n  provider:")
+		order = "  filterOrder:\n" + order + "\n"
+	}
+	_, port, err := net.SplitHostPort(upstream.Listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	put := func(text string, path ...string) string {
+		t.Helper()
+		name := filepath.Join(append([]string{dir}, path...)...)
+		if err := os.MkdirAll(filepath.Dir(name), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		text = strings.NewReplacer("DIR", dir, "VERSION", envoy.Version, "UPSTREAM", port, "REMOVAL\n", removal, "ORDER\n", order).Replace(text)
+		if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return name
+	}
+	put(printed, "resources", "sluice.yaml")
+	put(gatewayResources, "resources", "gateway.yaml")
+	own := put(gatewayConfig, "gateway.yaml")
+	linked := filepath.Join(dir, "data", "envoy-versions", envoy.Version, "bin", "envoy")
+	if err := os.MkdirAll(filepath.Dir(linked), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(proxy, linked); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.CommandContext(t.Context(), program, "certgen", "--local", "--config-home", filepath.Join(dir, "config")).CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	log, err := os.Create(filepath.Join(dir, "log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := exec.CommandContext(context.WithoutCancel(t.Context()), program, "server", "--config-path", own)
+	server.Stdout, server.Stderr = log, log
+	server.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := server.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = server.Process.Signal(syscall.SIGTERM) // it stops its Envoy
+		_ = server.Wait()
+		if text, err := os.ReadFile(log.Name()); err == nil && t.Failed() {
+			t.Logf("Envoy Gateway said:\n%s", text)
+		}
+	})
+	await(t, func() bool {
+		c, err := (&net.Dialer{}).DialContext(t.Context(), "tcp", gatewayAddress)
+		if err == nil {
+			_ = c.Close()
+		}
+		return err == nil
+	})
+}
+
+// gatewayPrograms are Envoy Gateway, which is built where it is not yet, and the Envoy that it runs.
+func gatewayPrograms(t *testing.T) (gateway, proxy string) {
+	t.Helper()
 	if os.Getenv("SLUICE_LONG") == "" {
 		t.Skip("builds Envoy Gateway, which takes minutes: SLUICE_LONG=1")
 	}
-	gateway := built(t, "github.com/envoyproxy/gateway/cmd/envoy-gateway", envoyGateway)
+	gateway = built(t, "github.com/envoyproxy/gateway/cmd/envoy-gateway", envoyGateway)
 	proxy, err := envoy.Binary(t.Context(), func(s string) { t.Log(s) })
 	if err != nil {
 		t.Fatal(err)
 	}
+	return gateway, proxy
+}
+
+// uncommented is a printed file with a line, and those of its block, no comment any more.
+func uncommented(t *testing.T, printed, line string) string {
+	t.Helper()
+	var out []string
+	found, margin := false, ""
+	for text := range strings.Lines(printed) {
+		before, after, is := strings.Cut(text, "# ")
+		switch {
+		case is && after == line+"\n":
+			found, margin = true, before
+			text = before + after
+		case found && is && before == margin && (strings.HasPrefix(after, " ") || strings.HasPrefix(after, "- ")):
+			text = before + after
+		default:
+			margin = "none"
+		}
+		out = append(out, text)
+	}
+	if !found {
+		t.Fatalf("no %q", line)
+	}
+	return strings.Join(out, "")
+}
+
+// A real Envoy Gateway makes of the printed policy an Envoy that limits: by the config's limit, and by the one in contextExtensions.
+func TestMeshEnvoyGateway(t *testing.T) {
+	gateway, proxy := gatewayPrograms(t)
 	if !ownNetwork(t) {
 		return
 	}
-
-	dir := t.TempDir()
-	config := file(t, "sluice.yaml", "listen: {grpc: \"unix://"+dir+"/s\"}\nlimits: [{name: per-client, key: client.network, rate: 1/m, burst: 3}]\n")
-	startSluice(t, "--config", config, "--grpc", "unix://"+dir+"/s")
+	socket := "unix://" + t.TempDir() + "/s"
+	config := file(t, "sluice.yaml", "listen: {grpc: \""+socket+"\"}\nlimits: [{name: per-client, key: client.network, rate: 1/m, burst: 3}]\n")
+	startSluice(t, "--config", config, "--grpc", socket)
 	var seen http.Header // by the upstream; read after the answer
 	upstream := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		seen = r.Header
@@ -176,65 +283,14 @@ func TestMeshEnvoyGateway(t *testing.T) {
 	}
 	example = strings.Replace(example, "    # - { name: sluice.limit.login", "    - { name: sluice.limit.login", 1)
 	example = strings.Replace(example, "rate: 5/m", "rate: 1/m", 1)
-	printed = before + "    contextExtensions:\n" + example
-	_, removal, _ := strings.Cut(printed, "#   - type: ResponseHeaderModifier\n")
-	removal, _, ok = strings.Cut(removal, "# It leaves alone")
-	if !ok {
-		t.Fatal("no ResponseHeaderModifier")
-	}
-	removal = "    - type: ResponseHeaderModifier\n" + strings.ReplaceAll(removal, "#   ", "    ")
-	_, port, err := net.SplitHostPort(upstream.Listener.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	put := func(text string, path ...string) string {
-		t.Helper()
-		name := filepath.Join(append([]string{dir}, path...)...)
-		if err := os.MkdirAll(filepath.Dir(name), 0o700); err != nil {
-			t.Fatal(err)
-		}
-		text = strings.NewReplacer("DIR", dir, "VERSION", envoy.Version, "UPSTREAM", port, "REMOVAL\n", removal).Replace(text)
-		if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		return name
-	}
-	put(printed, "resources", "sluice.yaml")
-	put(gatewayResources, "resources", "gateway.yaml")
-	own := put(gatewayConfig, "gateway.yaml")
-	linked := filepath.Join(dir, "data", "envoy-versions", envoy.Version, "bin", "envoy")
-	if err := os.MkdirAll(filepath.Dir(linked), 0o700); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Symlink(proxy, linked); err != nil {
-		t.Fatal(err)
-	}
-	if out, err := exec.CommandContext(t.Context(), gateway, "certgen", "--local", "--config-home", filepath.Join(dir, "config")).CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
-	log, err := os.Create(filepath.Join(dir, "log"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	server := exec.CommandContext(context.WithoutCancel(t.Context()), gateway, "server", "--config-path", own)
-	server.Stdout, server.Stderr = log, log
-	server.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := server.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		_ = server.Process.Signal(syscall.SIGTERM) // it stops its Envoy
-		_ = server.Wait()
-		if text, err := os.ReadFile(log.Name()); err == nil && t.Failed() {
-			t.Logf("Envoy Gateway said:\n%s", text)
-		}
-	})
+	startGateway(t, gateway, proxy, before+"    contextExtensions:\n"+example, upstream)
 
 	ask := func(method string) (*http.Response, string) {
-		r, err := http.NewRequestWithContext(t.Context(), method, "http://127.0.0.1:8888/", nil)
+		r, err := http.NewRequestWithContext(t.Context(), method, "http://"+gatewayAddress, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
+		r.Close = true // config that comes later closes connections
 		r.Header.Set("x-sluice-shadow", "a lie")
 		r.Header.Set("x-ratelimit-limit", "a lie")
 		response, err := http.DefaultClient.Do(r)
@@ -245,13 +301,6 @@ func TestMeshEnvoyGateway(t *testing.T) {
 		_ = response.Body.Close()
 		return response, string(body)
 	}
-	await(t, func() bool {
-		c, err := (&net.Dialer{}).DialContext(t.Context(), "tcp", "127.0.0.1:8888")
-		if err == nil {
-			_ = c.Close()
-		}
-		return err == nil
-	})
 	for _, want := range []struct{ method, limit, remaining string }{
 		{http.MethodPost, "1", "0"}, {http.MethodGet, "3", "1"}, {http.MethodGet, "3", "0"},
 	} {
@@ -268,6 +317,65 @@ func TestMeshEnvoyGateway(t *testing.T) {
 	response, body := ask(http.MethodGet)
 	if response.StatusCode != http.StatusTooManyRequests || response.Header.Get("retry-after") == "" || !strings.Contains(body, `"limit":"per-client"`) {
 		t.Errorf("%+v %s", response, body)
+	}
+}
+
+// Behind a real Envoy Gateway a limit's key is a claim, as the printed file's comments say: each plan has a bucket of its own, and who makes the
+// claim's header up has nothing of it.
+func TestMeshEnvoyGatewayClaims(t *testing.T) {
+	gateway, proxy := gatewayPrograms(t)
+	if !ownNetwork(t) {
+		return
+	}
+	i := newIssuer(t)
+	socket := "unix://" + t.TempDir() + "/s"
+	text := "listen: {grpc: \"" + socket + "\"}\nlimits:\n- {name: per-plan, key: 'request.headers[?\"x-jwt-plan\"].orValue(\"none\")', rate: 1/h, burst: 2}\n"
+	config := file(t, "sluice.yaml", text)
+	startSluice(t, "--config", config, "--grpc", socket)
+	upstream := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	defer upstream.Close()
+
+	status, printed, stderr := sluice(t, nil, "envoy", "envoy-gateway", "--config", config)
+	if status != 0 {
+		t.Fatal(stderr)
+	}
+	printed = uncommented(t, uncommented(t, printed, "jwt:"), "filterOrder:")
+	for old, with := range map[string]string{
+		"remoteJWKS: { uri: https://issuer.example.com/jwks.json }": "localJWKS: { type: Inline, inline: '" + i.keys() + "' }",
+		"  jwt:\n": "  jwt:\n    optional: true\n",
+		"remove: [x-envoy-ratelimited] # and the headers that claims come in: x-jwt-plan": "remove: [x-envoy-ratelimited, x-jwt-plan]",
+	} {
+		if !strings.Contains(printed, old) {
+			t.Fatalf("no %q in\n%s", old, printed)
+		}
+		printed = strings.Replace(printed, old, with, 1)
+	}
+	startGateway(t, gateway, proxy, printed, upstream)
+	for at, ask := range []struct{ plan, madeUp, want string }{
+		{"gold", "", "200 1"}, {"gold", "fresh", "200 0"}, {"gold", "fresh", "429 0"}, // the token's, whatever the header says
+		{"silver", "", "200 1"},
+		{"", "silver", "200 1"}, {"", "fresh", "200 0"}, {"", "silver", "429 0"}, // who has no token has no plan
+		{"silver", "", "200 0"},
+	} {
+		r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+gatewayAddress, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Close = true // config that comes later closes connections
+		if ask.plan != "" {
+			r.Header.Set("authorization", i.token(map[string]any{"plan": ask.plan}))
+		}
+		if ask.madeUp != "" {
+			r.Header.Set("x-jwt-plan", ask.madeUp)
+		}
+		response, err := http.DefaultClient.Do(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = response.Body.Close()
+		if got := fmt.Sprint(response.StatusCode, " ", response.Header.Get("x-ratelimit-remaining")); got != ask.want {
+			t.Errorf("request %d, %+v: %s", at, ask, got)
+		}
 	}
 }
 

@@ -256,10 +256,14 @@ func (i *issuer) token(claims map[string]any) string {
 	return "Bearer " + signed + "." + base64url(signature)
 }
 
+// keys are what its tokens are verified with, a JWKS.
+func (i *issuer) keys() string {
+	return fmt.Sprintf(`{"keys":[{"kty":"RSA","alg":"RS256","kid":"k","n":"%s","e":"%s"}]}`,
+		base64url(i.key.N.Bytes()), base64url(big.NewInt(int64(i.key.E)).Bytes()))
+}
+
 // filter puts Envoy's JWT filter before ext_authz. A request may come without a token.
 func (i *issuer) filter(bootstrap string) string {
-	keys := fmt.Sprintf(`{"keys":[{"kty":"RSA","alg":"RS256","kid":"k","n":"%s","e":"%s"}]}`,
-		base64url(i.key.N.Bytes()), base64url(big.NewInt(int64(i.key.E)).Bytes()))
 	filter := `- name: envoy.filters.http.jwt_authn
   typed_config:
     "@type": type.googleapis.com/envoy.extensions.filters.http.jwt_authn.v3.JwtAuthentication
@@ -267,7 +271,7 @@ func (i *issuer) filter(bootstrap string) string {
       issuer:
         issuer: https://issuer.example.com
         payload_in_metadata: payload
-        local_jwks: { inline_string: '` + keys + `' }
+        local_jwks: { inline_string: '` + i.keys() + `' }
     rules:
     - match: { prefix: / }
       requires: { requires_any: { requirements: [{ provider_name: issuer }, { allow_missing: {} }] } }
