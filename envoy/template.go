@@ -97,10 +97,13 @@ func (f fields) value(pipe *parse.PipeNode) string {
 	args := pipe.Cmds[0].Args
 	switch first := args[0].(type) {
 	case *parse.FieldNode:
-		if v, ok := f[strings.Join(first.Ident, ".")]; ok && len(args) == 1 {
+		if v, ok := f[strings.Join(first.Ident, ".")]; ok && len(pipe.Cmds) == 1 && len(args) == 1 {
 			return v
 		}
 	case *parse.IdentifierNode: // the parser knows part only
+		if len(pipe.Cmds) != 1 || len(args) != 3 {
+			break
+		}
 		name, isText := args[1].(*parse.StringNode)
 		indent, isNumber := args[2].(*parse.NumberNode)
 		if isText && isNumber {

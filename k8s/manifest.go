@@ -64,7 +64,8 @@ func Manifest(in []byte, o Options) (out []byte, skipped []string, err error) {
 	var b bytes.Buffer
 	for i, document := range documents(in) {
 		directives := directives.Find(document)
-		d := yaml.NewDecoder(bytes.NewReader(document[len(directives):]))
+		body := document[len(directives):]
+		d := yaml.NewDecoder(bytes.NewReader(body))
 		var node yaml.Node
 		if err := d.Decode(&node); errors.Is(err, io.EOF) {
 			b.Write(document)
@@ -89,18 +90,18 @@ func Manifest(in []byte, o Options) (out []byte, skipped []string, err error) {
 		}
 		b.Write(directives)
 		start := b.Len()
-		if bytes.HasPrefix(document, []byte("---")) {
+		if bytes.HasPrefix(body, []byte("---")) {
 			b.WriteString("---\n")
 		}
 		e := yaml.NewEncoder(&b)
 		e.SetIndent(2)
-		if !indented.Match(document) {
+		if !indented.Match(body) {
 			e.CompactSeqIndent()
 		}
 		if err := errors.Join(e.Encode(&node), e.Close()); err != nil {
 			return nil, nil, fmt.Errorf("document %d: %w", i+1, err)
 		}
-		if bytes.Contains(document, []byte("\r\n")) {
+		if bytes.Contains(body, []byte("\r\n")) {
 			written := bytes.ReplaceAll(b.Bytes()[start:], []byte("\n"), []byte("\r\n"))
 			b.Truncate(start)
 			b.Write(written)
@@ -114,9 +115,8 @@ func Manifest(in []byte, o Options) (out []byte, skipped []string, err error) {
 
 var (
 	indented = regexp.MustCompile(`(?m)^([a-zA-Z][^\n]*:[ \t]*\n)  +- `) // a list below its key is further in than the key
-	// directives are the lines before a document, such as %YAML 1.2, and the one that begins it.
-	preamble   = regexp.MustCompile(`^(?:[ \t]*(?:#[^\n]*)?\r?\n)*%[^\n]*\n(?:(?:%[^\n]*|[ \t]*(?:#[^\n]*)?)\r?\n)*$`)
-	directives = regexp.MustCompile(`^(?:[ \t]*(?:#[^\n]*)?\n)*%[^\n]*\n(?:(?:%[^\n]*|[ \t]*(?:#[^\n]*)?)\r?\n)*---[ \t]*\r?\n`)
+	// directives are the lines such as %YAML 1.2 that a document may have before the --- that begins it, with the comments among them.
+	directives = regexp.MustCompile(`^([ \t]*(#[^\n]*)?\r?\n)*%[^\n]*\n((%[^\n]*|[ \t]*(#[^\n]*)?)\r?\n)*`)
 )
 
 // documents cuts a stream before each line that begins a document, directives before it included.
@@ -128,7 +128,7 @@ func documents(in []byte) [][]byte {
 		if i := bytes.IndexByte(in[at:], '\n'); i >= 0 {
 			end = at + i + 1
 		}
-		if line := strings.TrimRight(string(in[at:end]), "\r\n"); at > start && (line == "---" || strings.HasPrefix(line, "--- ")) && !preamble.Match(in[start:at]) {
+		if line := strings.TrimRight(string(in[at:end]), "\r\n"); at > start && (line == "---" || strings.HasPrefix(line, "--- ")) && len(directives.Find(in[start:at])) < at-start {
 			all = append(all, in[start:at])
 			start = at
 		}

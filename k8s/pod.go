@@ -178,8 +178,7 @@ func Inject(pod map[string]any, o Options) (injected map[string]any, skipped str
 func Stamp(o Options) string {
 	h := sha256.New()
 	for _, tcp := range []bool{false, true} {
-		all := annotations{config: "config", redis: "redis"}
-		if err := json.NewEncoder(h).Encode(template(Options{Image: o.Image}, all, tcp)); err != nil {
+		if err := json.NewEncoder(h).Encode(template(Options{Image: o.Image}, everything, tcp)); err != nil {
 			panic(err) // it is made of strings and numbers
 		}
 	}
@@ -192,6 +191,9 @@ type annotations struct {
 	resources                           object
 	inProcess                           bool
 }
+
+// everything is what makes template write each field that it can, over both of its forms.
+var everything = annotations{config: "config", redis: "redis"}
 
 func readAnnotations(metadata object) (annotations, error) {
 	var a annotations
@@ -387,19 +389,7 @@ func template(o Options, a annotations, tcp bool) object {
 	if !tcp {
 		mounts = append(mounts, object{"name": socketVolume, "mountPath": socketDir})
 	}
-	requests, limits := object{"cpu": "50m", "memory": "32Mi"}, object{"memory": "128Mi"}
-	maps.Copy(requests, child(a.resources, "requests"))
-	maps.Copy(limits, child(a.resources, "limits"))
-	for name, limit := range limits { // where they contradict, a default gives way to what the pod says
-		if amount(requests[name]) <= amount(limit) || requests[name] == nil {
-			continue
-		}
-		if _, given := child(a.resources, "limits")[name]; given {
-			requests[name] = limit
-		} else {
-			limits[name] = requests[name]
-		}
-	}
+	resources := overlayResources(object{"requests": object{"cpu": "50m", "memory": "32Mi"}, "limits": object{"memory": "128Mi"}}, a.resources)
 	c := object{
 		"name":          containerName,
 		"image":         image,
@@ -407,7 +397,7 @@ func template(o Options, a annotations, tcp bool) object {
 		"restartPolicy": "Always",
 		"env":           env,
 		"ports":         []any{object{"name": "sluice-metrics", "containerPort": metricsPort, "protocol": "TCP"}},
-		"resources":     object{"requests": requests, "limits": limits},
+		"resources":     resources,
 		"startupProbe": object{
 			"exec":          object{"command": []any{"/sluice", "healthcheck"}},
 			"periodSeconds": 1, "timeoutSeconds": 1, "successThreshold": 1, "failureThreshold": 60,
@@ -424,25 +414,22 @@ func template(o Options, a annotations, tcp bool) object {
 	return c
 }
 
-// environment are the variables that template may set.
-var environment = []string{"POD_NAME", "POD_NAMESPACE", "SLUICE_DOMAIN", "SLUICE_GRPC", "SLUICE_METRICS", "GOMEMLIMIT", "SLUICE_CONFIG", "SLUICE_REDIS"}
-
 // overlay is the container that ours makes of the one that is there already. Ours is over what template can say; what others have added
 // since stays: other webhooks' variables and mounts, the mount of a service account's token, what a LimitRange gave it, the defaults of
 // Kubernetes. So a resource that the annotation named once and names no more stays too, where a template was injected with it.
 func overlay(there, ours object) object {
 	merged := maps.Clone(ours)
-	keep := func(field string, names ...string) {
-		theirs := list(there, field)
-		for _, name := range names {
-			theirs = without(theirs, name)
-		}
+	most := template(Options{}, everything, false)
+	for _, field := range []string{"env", "volumeMounts"} {
+		theirs := slices.DeleteFunc(list(there, field), func(v any) bool {
+			o, _ := v.(object)
+			name, _ := o["name"].(string)
+			return named(list(most, field), name) >= 0
+		})
 		if all := append(list(ours, field), theirs...); len(all) > 0 {
 			merged[field] = all
 		}
 	}
-	keep("volumeMounts", configVolume, socketVolume)
-	keep("env", environment...)
 	merged["resources"] = overlayResources(child(there, "resources"), child(ours, "resources"))
 	merged["securityContext"] = over(child(there, "securityContext"), child(ours, "securityContext"))
 	out := maps.Clone(there)
@@ -465,20 +452,20 @@ func over(there, ours object) object {
 	return out
 }
 
-// overlayResources is over, of amounts: of those that contradict ours none stays.
+// overlayResources is over, of amounts. Where a request would be above its limit, ours stands and the other becomes the same.
 func overlayResources(there, ours object) object {
-	out := over(there, ours)
 	requests, limits := over(child(there, "requests"), child(ours, "requests")), over(child(there, "limits"), child(ours, "limits"))
 	for name, limit := range limits {
 		if request, ok := requests[name]; !ok || amount(request) <= amount(limit) {
 			continue
 		}
 		if _, is := child(ours, "limits")[name]; is {
-			delete(requests, name)
+			requests[name] = limit
 		} else {
-			delete(limits, name)
+			limits[name] = requests[name]
 		}
 	}
+	out := over(there, ours)
 	out["requests"], out["limits"] = requests, limits
 	return out
 }

@@ -269,7 +269,7 @@ func TestInjectKeepsWhatOthersAdded(t *testing.T) {
 	if mounts := list(c, "volumeMounts"); len(mounts) != 2 || named(mounts, "token") < 0 || named(mounts, socketVolume) < 0 {
 		t.Errorf("mounts %v", mounts)
 	}
-	want := object{"requests": object{"cpu": "2", "memory": "32Mi"}, "limits": object{"memory": "64Mi"}} // 1 CPU contradicts what is asked for
+	want := object{"requests": object{"cpu": "2", "memory": "32Mi"}, "limits": object{"memory": "64Mi", "cpu": "2"}} // 1 CPU is below what is asked for
 	if !same(c["resources"], want) {
 		t.Errorf("resources %v", c["resources"])
 	}

@@ -110,8 +110,11 @@ func TestNodesThatLeftAreForgotten(t *testing.T) {
 	}
 	nodes[2].Freeze()
 	verdicts := make([]Verdict, 1)
-	for testutil.ToFloat64(r.breakers) == 0 {
+	for range tripsAfter {
 		r.Take(t.Context(), []Charge{a}, verdicts)
+	}
+	if open := testutil.ToFloat64(r.breakers); open != 1 {
+		t.Fatalf("%v breakers are open", open)
 	}
 	for i, command := range []string{"DELSLOTSRANGE", "ADDSLOTSRANGE"} {
 		for _, n := range nodes[:2-i] {

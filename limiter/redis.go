@@ -151,29 +151,31 @@ func (r *Redis) Run(ctx context.Context) {
 			return
 		case <-tick.C:
 			ask, cancel := context.WithTimeout(ctx, warmsEvery)
-			var masters sync.Map
+			var mu sync.Mutex
+			masters := map[string]bool{}
 			_ = r.eachMaster(ask, func(ctx context.Context, node *redis.Client) error {
-				masters.Store(node.Options().Addr, true)
+				mu.Lock()
+				masters[node.Options().Addr] = true
+				mu.Unlock()
 				if node.PoolStats().TotalConns >= maxFlights {
 					return nil
 				}
 				return r.warm(ctx, node)
 			}) // what fails here fails for takes too, which say so
 			cancel()
-			r.forget(&masters)
+			r.forget(masters)
 		}
 	}
 }
 
-// forget lets go of the nodes of a cluster that are no masters any more: their addresses may be other ones for ever, as in Kubernetes.
-func (r *Redis) forget(masters *sync.Map) {
-	known := 0
-	masters.Range(func(any, any) bool { known++; return true })
-	if r.cluster == nil || known == 0 { // nobody said who they are
+// forget lets go of the nodes of a cluster that are none of its masters any more: their addresses may be other ones for ever, as in
+// Kubernetes. Of no masters it knows that nobody could say who they are.
+func (r *Redis) forget(masters map[string]bool) {
+	if len(masters) == 0 {
 		return
 	}
 	r.nodes.Range(func(address, _ any) bool {
-		if _, is := masters.Load(address); !is && address != "" {
+		if address != "" && !masters[address.(string)] {
 			r.nodes.Delete(address)
 		}
 		return true
