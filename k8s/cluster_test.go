@@ -14,246 +14,17 @@ import (
 	"fmt"
 	"net"
 	"net/http"
-	"os"
-	"os/exec"
 	"path/filepath"
 	"reflect"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 )
-
-// The chart's release is installed by helm, and its Deployment's replicas run here, as processes with its arguments, account and
-// addresses: the API server finds them by the Service and its EndpointSlice, and believes them by the caBundle that they filled in.
-const (
-	release       = "sluice-system" // the namespace
-	configuration = "sluice-injector." + release
-	configPath    = "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations/" + configuration
-)
-
-var addresses = []string{"192.0.2.1", "192.0.2.2"} // loopback's are refused in an EndpointSlice
-
-// long is the start of each test in a cluster: false says that the test ran elsewhere, or not at all.
-func long(t *testing.T) bool {
-	t.Helper()
-	if os.Getenv("SLUICE_LONG") == "" {
-		t.Skip("builds Kubernetes, which takes minutes: SLUICE_LONG=1")
-	}
-	kubernetesBinaries(t)
-	if _, err := helmBinary(); err != nil {
-		t.Fatal(err)
-	}
-	return ownNetwork(t, addresses...)
-}
-
-// program is sluice.
-func program(t *testing.T) string {
-	t.Helper()
-	path := filepath.Join(t.TempDir(), "sluice")
-	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", path, "../cmd/sluice").CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
-	return path
-}
-
-// must makes a call that has to succeed.
-func must(t *testing.T, a *API, method, path string, in any) object {
-	t.Helper()
-	out := object{}
-	if err := a.call(t.Context(), method, path, in, &out); err != nil {
-		t.Fatal(err)
-	}
-	return out
-}
-
-// namespace makes one, and waits for its service account, without which it takes no pods.
-func namespace(t *testing.T, c *controlPlane, name string, labels object) {
-	t.Helper()
-	must(t, c.API, http.MethodPost, "/api/v1/namespaces", object{"metadata": object{"name": name, "labels": labels}})
-	await(t, "service account of "+name, func() bool {
-		return c.call(t.Context(), http.MethodGet, "/api/v1/namespaces/"+name+"/serviceaccounts/default", nil, &object{}) == nil
-	})
-}
-
-// warnings hears what the API server says beside its answers.
-type warnings struct {
-	http.RoundTripper
-	mu   sync.Mutex
-	said []string
-}
-
-func listen(a *API) *warnings {
-	w := &warnings{RoundTripper: a.client.Transport}
-	a.client.Transport = w
-	return w
-}
-
-func (w *warnings) RoundTrip(q *http.Request) (*http.Response, error) {
-	r, err := w.RoundTripper.RoundTrip(q)
-	if err == nil {
-		w.mu.Lock()
-		w.said = append(w.said, r.Header.Values("Warning")...)
-		w.mu.Unlock()
-	}
-	return r, err
-}
-
-// take returns what was said since it was called last.
-func (w *warnings) take() string {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	said := strings.Join(w.said, "\n")
-	w.said = nil
-	return said
-}
-
-// replicas are those of the chart's webhook.
-type replicas struct {
-	c         *controlPlane
-	binary    string
-	args, env []string
-	running   [2]*process
-	ready     [2]atomic.Bool
-}
-
-// install has helm install the chart, and makes what a kubelet would of its webhook's pods, without starting them.
-func install(t *testing.T, c *controlPlane, args ...string) *replicas {
-	t.Helper()
-	args = append([]string{"install", "sluice", chartDir, "--kubeconfig", c.kubeconfig, "--namespace", release, "--create-namespace"}, args...)
-	if out, err := helm(t, args...); err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
-	return asPods(t, c)
-}
-
-// asPods is install where the release is there already.
-func asPods(t *testing.T, c *controlPlane) *replicas {
-	t.Helper()
-	deployment := must(t, c.API, http.MethodGet, "/apis/apps/v1/namespaces/"+release+"/deployments/sluice-webhook", nil)
-	pod := at(deployment, "spec", "template", "spec")
-	r := &replicas{c: c, binary: program(t)}
-	for _, a := range at(list(pod.(object), "containers")[0], "args").([]any) {
-		r.args = append(r.args, a.(string))
-	}
-	account := t.TempDir()
-	token := must(t, c.API, http.MethodPost, "/api/v1/namespaces/"+release+"/serviceaccounts/"+at(pod, "serviceAccountName").(string)+"/token",
-		object{"spec": object{"expirationSeconds": 3600}})
-	ca, err := os.ReadFile(filepath.Join(c.account, "ca.crt"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	for name, text := range map[string]string{"token": at(token, "status", "token").(string), "ca.crt": string(ca), "namespace": release} {
-		if err := os.WriteFile(filepath.Join(account, name), []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	r.args = append(r.args, "--service-account="+account)
-	for _, name := range []string{"KUBERNETES_SERVICE_HOST", "KUBERNETES_SERVICE_PORT"} {
-		v, _ := c.env(name)
-		r.env = append(r.env, name+"="+v)
-	}
-	return r
-}
-
-// run starts the i-th replica and sends it the API server's reviews once it is ready.
-func (r *replicas) run(t *testing.T, i int, args ...string) {
-	t.Helper()
-	a := addresses[i]
-	p := start(t, r.env, r.binary, slices.Concat(r.args, []string{"--listen=" + a + ":8443", "--metrics=" + a + ":9003"}, args)...)
-	await(t, "the webhook's /readyz", func() bool {
-		select {
-		case <-p.exited:
-			t.Fatalf("it ended:\n%s", p.logged())
-		default:
-		}
-		response, err := http.Get("http://" + a + ":9003/readyz")
-		if err != nil {
-			return false
-		}
-		_ = response.Body.Close()
-		return response.StatusCode == http.StatusOK
-	})
-	r.running[i] = p
-	r.ready[i].Store(true)
-	r.publish(t)
-}
-
-// stop does what a rollout does: at once the endpoint is taken away and the process is told to end.
-func (r *replicas) stop(t *testing.T, i int) {
-	t.Helper()
-	if err := r.running[i].Process.Signal(syscall.SIGTERM); err != nil {
-		t.Error(err)
-	}
-	r.ready[i].Store(false)
-	r.publish(t)
-	<-r.running[i].exited
-	if state := r.running[i].ProcessState; !state.Success() {
-		t.Errorf("stopped: %v\n%s", state, r.running[i].logged())
-	}
-}
-
-// publish does what the EndpointSlice controller would if there were nodes.
-func (r *replicas) publish(t *testing.T) {
-	t.Helper()
-	var endpoints []any
-	for i := range r.ready {
-		endpoints = append(endpoints, object{"addresses": []any{addresses[i]}, "conditions": object{"ready": r.ready[i].Load()}})
-	}
-	const path = "/apis/discovery.k8s.io/v1/namespaces/" + release + "/endpointslices"
-	slice := object{
-		"metadata": object{"name": "sluice-webhook-here", "labels": object{"kubernetes.io/service-name": "sluice-webhook"}}, "addressType": "IPv4",
-		"endpoints": endpoints, "ports": []any{object{"name": "https", "port": 8443, "protocol": "TCP"}},
-	}
-	err := r.c.call(t.Context(), http.MethodPut, path+"/sluice-webhook-here", slice, &object{})
-	if isStatus(err, http.StatusNotFound) {
-		err = r.c.call(t.Context(), http.MethodPost, path, slice, &object{})
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-}
-
-// bundles are the caBundles of the webhook's configuration.
-func bundles(t *testing.T, a *API) [][]byte {
-	t.Helper()
-	var configuration struct {
-		Webhooks []struct{ ClientConfig struct{ CABundle []byte } }
-	}
-	if err := a.call(t.Context(), http.MethodGet, configPath, nil, &configuration); err != nil {
-		t.Fatal(err)
-	}
-	var all [][]byte
-	for _, w := range configuration.Webhooks {
-		all = append(all, w.ClientConfig.CABundle)
-	}
-	return all
-}
-
-// injected fails unless the pod, as it is stored, has sluice as its init container of that index, with that domain.
-func injected(t *testing.T, pod object, index int, domain string) {
-	t.Helper()
-	init := list(child(pod, "spec"), "initContainers")
-	i := named(init, "sluice")
-	if i != index {
-		t.Fatalf("sluice is init container %d, want %d:\n%v", i, index, pod)
-	}
-	env := list(init[i].(object), "env")
-	if d := named(env, "SLUICE_DOMAIN"); d < 0 || at(env[d], "value") != domain {
-		t.Errorf("domain: %v, want %s", env, domain)
-	}
-	if stamp, _ := at(pod, "metadata", "annotations", stampName).(string); stamp == "" {
-		t.Error("no stamp")
-	}
-	if metadata := at(pod, "metadata").(object); metadata["uid"] == nil {
-		t.Errorf("it is not stored: %v", metadata)
-	}
-}
 
 const secure = `image: x, securityContext: {allowPrivilegeEscalation: false, runAsNonRoot: true, runAsUser: 1000, capabilities: {drop: [ALL]}, seccompProfile: {type: RuntimeDefault}}`
 
@@ -546,7 +317,10 @@ func TestClusterRotation(t *testing.T) {
 	// The API server keeps a connection; this is each new one that it could have made.
 	issuers := map[string]bool{}
 	wg.Go(func() {
+		pace := time.NewTicker(5 * time.Millisecond) // it is not to take the processor from the others
+		defer pace.Stop()
 		for i := 0; open(done); i++ {
+			<-pace.C
 			roots := x509.NewCertPool()
 			roots.AppendCertsFromPEM(bundles(t, c.API)[0])
 			d := tls.Dialer{Config: &tls.Config{RootCAs: roots, ServerName: "sluice-webhook." + release + ".svc"}}
@@ -561,7 +335,6 @@ func TestClusterRotation(t *testing.T) {
 			}
 			issuers[connection.(*tls.Conn).ConnectionState().PeerCertificates[0].Issuer.CommonName] = true
 			_ = connection.Close()
-			<-time.After(5 * time.Millisecond) // it is not to take the processor from the others
 		}
 	})
 	deadline := time.Now().Add(40 * time.Second)

@@ -22,11 +22,12 @@ var arrows = map[string][]string{
 	"authz":             {"limiter", "limiter/policy"},
 	"envoy":             {"limiter/policy"},
 	"k8s":               {},
+	"k8s/netns":         {},
 	"cmd/sluice":        {"authz", "envoy", "k8s", "limiter", "limiter/policy"},
 }
 
 // testArrows are what a room's tests may import besides.
-var testArrows = []string{"limiter/redistest"}
+var testArrows = []string{"limiter/redistest", "k8s/netns"}
 
 // extAuthz are the messages that only authz knows, and the tests that speak to it.
 const extAuthz = "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"

@@ -1,18 +1,14 @@
 package main
 
 import (
-	"context"
-	"encoding/binary"
 	"flag"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -23,9 +19,7 @@ import (
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
 	"github.com/redis/go-redis/v9"
-	"google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/grpc"
-	"google.golang.org/protobuf/types/known/structpb"
 
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
@@ -51,91 +45,6 @@ func checkRequest(ip, method, path string, headers map[string]string) *authv3.Ch
 			Id: "1234567890", Method: method, Path: path, Host: "shop.example.com", Scheme: "http", Protocol: "HTTP/1.1", Headers: all,
 		}},
 	}}
-}
-
-// serveBaseline serves a server that sluice is compared with, on a port that it prints. As tuned it has sluice's collector and
-// workers; else gRPC and Go are at their defaults.
-func serveBaseline(server authv3.AuthorizationServer, tuned bool) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		panic(err)
-	}
-	var options []grpc.ServerOption
-	if tuned {
-		debug.SetGCPercent(200)
-		options = append(options, grpc.NumStreamWorkers(8))
-	}
-	s := grpc.NewServer(options...)
-	authv3.RegisterAuthorizationServer(s, server)
-	fmt.Println(l.Addr())
-	_ = s.Serve(l)
-}
-
-// constantServer is the least that a gRPC server must do to give sluice's answer: it decides nothing.
-func constantServer(tuned bool) { serveBaseline(constant{}, tuned) }
-
-// plainServer is a sidecar as one writes it first: the generated code, and one EVALSHA a check, of sluice's own script.
-func plainServer(url string) {
-	options, err := redis.ParseURL(url)
-	if err != nil {
-		panic(err)
-	}
-	options.PoolSize = 32
-	p := plainSidecar{client: redis.NewClient(options), script: redis.NewScript(os.Getenv("SLUICE_TEST_SCRIPT"))}
-	if err := p.script.Load(context.Background(), p.client).Err(); err != nil {
-		panic(err)
-	}
-	serveBaseline(p, true)
-}
-
-type plainSidecar struct {
-	client *redis.Client
-	script *redis.Script
-}
-
-// oneCharge is the script's argument: a token of a bucket of 1e9 that refills at 1e9/s.
-func oneCharge() string {
-	b := binary.BigEndian.AppendUint64(nil, 1_000_000_000)[1:]          // n tokens
-	b = append(b, binary.BigEndian.AppendUint64(nil, 1_000_000)[2:]...) // each p microseconds
-	b = binary.BigEndian.AppendUint32(b, 1_000_000_000)
-	b = binary.BigEndian.AppendUint32(b, 1)
-	return string(append(b, 4))
-}
-
-func (p plainSidecar) Check(ctx context.Context, check *authv3.CheckRequest) (*authv3.CheckResponse, error) {
-	ip := check.GetAttributes().GetSource().GetAddress().GetSocketAddress().GetAddress()
-	reply, err := p.script.EvalSha(ctx, p.client, []string{"sluice:plain:per-client:{" + ip + "}"}, oneCharge()).Text()
-	if err != nil {
-		return nil, err
-	}
-	if len(reply) != 18 || reply[7] != 3 {
-		return nil, fmt.Errorf("the script said %q", reply)
-	}
-	return constant{}.Check(ctx, check)
-}
-
-type constant struct{}
-
-func (constant) Check(context.Context, *authv3.CheckRequest) (*authv3.CheckResponse, error) {
-	header := func(k, v string) *corev3.HeaderValueOption {
-		return &corev3.HeaderValueOption{
-			Header:       &corev3.HeaderValue{Key: k, Value: v},
-			AppendAction: corev3.HeaderValueOption_OVERWRITE_IF_EXISTS_OR_ADD,
-		}
-	}
-	return &authv3.CheckResponse{
-		Status: &status.Status{},
-		HttpResponse: &authv3.CheckResponse_OkResponse{OkResponse: &authv3.OkHttpResponse{
-			ResponseHeadersToAdd: []*corev3.HeaderValueOption{
-				header("x-ratelimit-limit", "1000000000"), header("x-ratelimit-remaining", "999999999"), header("x-ratelimit-reset", "1"),
-			},
-		}},
-		DynamicMetadata: &structpb.Struct{Fields: map[string]*structpb.Value{
-			"decision": structpb.NewStringValue("allowed"), "limit": structpb.NewStringValue("per-client"),
-			"remaining": structpb.NewNumberValue(999999999), "cost": structpb.NewNumberValue(1),
-			"source": structpb.NewStringValue("redis"), "shadow": structpb.NewListValue(&structpb.ListValue{}),
-		}},
-	}, nil
 }
 
 // cpu is the processor time that a process has used, in steps of 10 ms.
@@ -463,113 +372,6 @@ func (m *measured) load(b *testing.B, callers, checks int) {
 		})
 	}
 	wg.Wait()
-}
-
-// BenchmarkGrowth prints how sluice's cost grows: with the number of limits, with keys, with sidecars that share one Redis, and on a Redis Cluster of
-// three masters. By 64 callers, each row beside the first of its kind.
-//
-//	go test ./cmd/sluice -run '^$' -bench Growth -benchtime 1x
-func BenchmarkGrowth(b *testing.B) {
-	const each, rounds = 30_000, 3
-	store := redistest.Start(b)
-	config := func(limits int, redis string) string {
-		var text strings.Builder
-		text.WriteString(redis + "limits:\n  - {name: per-client, key: client.ip, rate: 1000000000/s}\n")
-		for i := range limits - 1 {
-			fmt.Fprintf(&text, "  - {name: l%d, match: {paths: [/elsewhere/%d]}, rate: 1/s}\n", i, i)
-		}
-		return file(b, "sluice.yaml", text.String())
-	}
-	keys := func(n int) []*authv3.CheckRequest {
-		all := make([]*authv3.CheckRequest, n)
-		for i := range all {
-			all[i] = from(fmt.Sprintf("10.%d.%d.%d", i>>16, i>>8&255, i&255), "/v1/orders?page=2")
-		}
-		return all
-	}
-	show := func(what string, s *measured, sidecars []*measured) {
-		for range rounds {
-			before := make([]time.Duration, len(sidecars))
-			for i, o := range sidecars {
-				before[i] = cpu(b, o.process.cmd.Process.Pid)
-			}
-			s.round(b, store, 64, each, true)
-			for i, o := range sidecars {
-				s.cpu += cpu(b, o.process.cmd.Process.Pid) - before[i]
-			}
-		}
-		fmt.Printf("%-28s %10.1f %10.1f %10.0f\n", what, s.server(), s.ofRedis(), s.throughput())
-	}
-	for b.Loop() {
-		fmt.Printf("\n%-28s %10s %10s %10s\n", "", "server µs", "Redis µs", "checks/s")
-		for _, limits := range []int{1, 10, 100, 1000, 10_000} {
-			s := &measured{name: "limits", process: startSluice(b, "--config", config(limits, "")), requests: keys(1000)}
-			s.start(b)
-			show(fmt.Sprint(limits, " limits, in process"), s, nil)
-			s.process.stop()
-		}
-		for _, n := range []int{1, 1000, 100_000, 1_000_000} {
-			s := &measured{name: "keys", process: startSluice(b, "--config", config(1, ""), "--redis", store.URL(), "--domain", fmt.Sprint("keys-", n)), requests: keys(min(n, rounds*each))}
-			s.start(b)
-			if n > len(s.requests) { // the others are in Redis before
-				fill(b, store, n-len(s.requests))
-			}
-			show(fmt.Sprint(n, " keys, on Redis"), s, nil)
-			s.process.stop()
-		}
-		for _, n := range []int{1, 10, 50} { // and as many servers that decide nothing: so many processes take turns on few cores
-			for _, kind := range []struct {
-				name  string
-				start func() *process
-				stop  func(*process)
-			}{
-				{"constant answers", func() *process { return startBaseline(b, "constant", nil, "tuned") }, func(p *process) { _ = p.cmd.Process.Kill() }},
-				{"sidecars on one Redis", func() *process {
-					return startSluice(b, "--config", config(1, ""), "--redis", store.URL(), "--domain", fmt.Sprint("many-", n))
-				}, func(p *process) { p.stop() }},
-			} {
-				all := &measured{name: kind.name, requests: keys(1000)}
-				var servers []*measured
-				for range n {
-					s := &measured{name: kind.name, process: kind.start(), requests: all.requests}
-					s.start(b)
-					servers = append(servers, s)
-					all.conns = append(all.conns, s.conns[0])
-				}
-				all.process = servers[0].process
-				show(fmt.Sprint(n, " ", kind.name), all, servers[1:])
-				for _, s := range servers {
-					kind.stop(s.process)
-				}
-			}
-		}
-		nodes := redistest.StartCluster(b, 3)
-		var addresses []string
-		for _, node := range nodes {
-			addresses = append(addresses, strconv.Quote(node.Addr))
-		}
-		s := &measured{name: "cluster", process: startSluice(b, "--config", config(1,
-			"store: {redis: {mode: cluster, addresses: ["+strings.Join(addresses, ", ")+"]}}\n")), requests: keys(1000)}
-		s.start(b)
-		show("a cluster of 3 masters", s, nil) // Redis's time is not that of store
-		s.process.stop()
-	}
-}
-
-// fill stores keys that nobody asks for.
-func fill(b *testing.B, store *redistest.Server, n int) {
-	b.Helper()
-	client, text := store.Client(), strings.Repeat("x", 37)
-	for at := 0; at < n; {
-		p := client.Pipeline()
-		for range min(10_000, n-at) {
-			p.Set(b.Context(), fmt.Sprintf("sluice:fill:per-client:{%d}", at), text, time.Hour)
-			at++
-		}
-		if _, err := p.Exec(b.Context()); err != nil {
-			b.Fatal(err)
-		}
-	}
 }
 
 // BenchmarkThroughEnvoy prints how long one caller waits for an answer through a real Envoy: without a filter, with one that asks a constant answer,

@@ -13,9 +13,9 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"unsafe"
 
 	"github.com/sluiceproxy/sluice/envoy"
+	"github.com/sluiceproxy/sluice/k8s/netns"
 )
 
 // built is the path of a program that is built from its module, once, into the user's cache: what the product's go.mod knows nothing of.
@@ -39,52 +39,6 @@ func built(t *testing.T, pkg, version string) string {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	return path
-}
-
-// networkEnv says that the test runs in a network namespace of its own.
-const networkEnv = "SLUICE_TEST_NETWORK"
-
-// ownNetwork runs the test once more, in a process with a network of its own where nobody else is and whose ports are all free, and
-// reports whether this is that process.
-func ownNetwork(t *testing.T) bool {
-	t.Helper()
-	if os.Getenv(networkEnv) != "" {
-		raiseLoopback(t)
-		return true
-	}
-	again := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v", "-test.count=1")
-	again.Env = append(os.Environ(), networkEnv+"=1")
-	again.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
-	if os.Getuid() != 0 {
-		again.SysProcAttr.Cloneflags |= syscall.CLONE_NEWUSER
-		again.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{HostID: os.Getuid(), Size: 1}}
-		again.SysProcAttr.GidMappings = []syscall.SysProcIDMap{{HostID: os.Getgid(), Size: 1}}
-	}
-	out, err := again.CombinedOutput()
-	t.Logf("in a network of its own:\n%s", out)
-	if err != nil || !strings.Contains(string(out), "--- PASS: "+t.Name()) {
-		t.Errorf("%v", err)
-	}
-	return false
-}
-
-// raiseLoopback does what `ip link set lo up` does, which is not everywhere.
-func raiseLoopback(t *testing.T) {
-	t.Helper()
-	socket, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_DGRAM, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = syscall.Close(socket) }()
-	request := struct {
-		name  [syscall.IFNAMSIZ]byte
-		flags uint16
-		_     [22]byte
-	}{name: [syscall.IFNAMSIZ]byte{'l', 'o'}, flags: syscall.IFF_UP | syscall.IFF_RUNNING}
-	//nolint:gosec // the kernel wants a pointer
-	if _, _, errno := syscall.Syscall(syscall.SYS_IOCTL, uintptr(socket), syscall.SIOCSIFFLAGS, uintptr(unsafe.Pointer(&request))); errno != 0 {
-		t.Fatal(errno)
-	}
 }
 
 const envoyGateway = "v1.9.1"
@@ -258,7 +212,7 @@ func uncommented(t *testing.T, printed, line string) string {
 // A real Envoy Gateway makes of the printed policy an Envoy that limits: by the config's limit, and by the one in contextExtensions.
 func TestMeshEnvoyGateway(t *testing.T) {
 	gateway, proxy := gatewayPrograms(t)
-	if !ownNetwork(t) {
+	if !netns.Own(t) {
 		return
 	}
 	socket := "unix://" + t.TempDir() + "/s"
@@ -324,7 +278,7 @@ func TestMeshEnvoyGateway(t *testing.T) {
 // claim's header up has nothing of it.
 func TestMeshEnvoyGatewayClaims(t *testing.T) {
 	gateway, proxy := gatewayPrograms(t)
-	if !ownNetwork(t) {
+	if !netns.Own(t) {
 		return
 	}
 	i := newIssuer(t)

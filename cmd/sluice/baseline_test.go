@@ -1,0 +1,102 @@
+package main
+
+import (
+	"context"
+	"encoding/binary"
+	"fmt"
+	"net"
+	"os"
+	"runtime/debug"
+
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
+	"github.com/redis/go-redis/v9"
+	"google.golang.org/genproto/googleapis/rpc/status"
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/types/known/structpb"
+)
+
+// serveBaseline serves a server that sluice is compared with, on a port that it prints. As tuned it has sluice's collector and
+// workers; else gRPC and Go are at their defaults.
+func serveBaseline(server authv3.AuthorizationServer, tuned bool) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		panic(err)
+	}
+	var options []grpc.ServerOption
+	if tuned {
+		debug.SetGCPercent(200)
+		options = append(options, grpc.NumStreamWorkers(8))
+	}
+	s := grpc.NewServer(options...)
+	authv3.RegisterAuthorizationServer(s, server)
+	fmt.Println(l.Addr())
+	_ = s.Serve(l)
+}
+
+// constantServer is the least that a gRPC server must do to give sluice's answer: it decides nothing.
+func constantServer(tuned bool) { serveBaseline(constant{}, tuned) }
+
+// plainServer is a sidecar as one writes it first: the generated code, and one EVALSHA a check, of sluice's own script.
+func plainServer(url string) {
+	options, err := redis.ParseURL(url)
+	if err != nil {
+		panic(err)
+	}
+	options.PoolSize = 32
+	p := plainSidecar{client: redis.NewClient(options), script: redis.NewScript(os.Getenv("SLUICE_TEST_SCRIPT"))}
+	if err := p.script.Load(context.Background(), p.client).Err(); err != nil {
+		panic(err)
+	}
+	serveBaseline(p, true)
+}
+
+type plainSidecar struct {
+	client *redis.Client
+	script *redis.Script
+}
+
+// oneCharge is the script's argument: a token of a bucket of 1e9 that refills at 1e9/s.
+func oneCharge() string {
+	b := binary.BigEndian.AppendUint64(nil, 1_000_000_000)[1:]          // n tokens
+	b = append(b, binary.BigEndian.AppendUint64(nil, 1_000_000)[2:]...) // each p microseconds
+	b = binary.BigEndian.AppendUint32(b, 1_000_000_000)
+	b = binary.BigEndian.AppendUint32(b, 1)
+	return string(append(b, 4))
+}
+
+func (p plainSidecar) Check(ctx context.Context, check *authv3.CheckRequest) (*authv3.CheckResponse, error) {
+	ip := check.GetAttributes().GetSource().GetAddress().GetSocketAddress().GetAddress()
+	reply, err := p.script.EvalSha(ctx, p.client, []string{"sluice:plain:per-client:{" + ip + "}"}, oneCharge()).Text()
+	if err != nil {
+		return nil, err
+	}
+	if len(reply) != 18 || reply[7] != 3 {
+		return nil, fmt.Errorf("the script said %q", reply)
+	}
+	return constant{}.Check(ctx, check)
+}
+
+type constant struct{}
+
+func (constant) Check(context.Context, *authv3.CheckRequest) (*authv3.CheckResponse, error) {
+	header := func(k, v string) *corev3.HeaderValueOption {
+		return &corev3.HeaderValueOption{
+			Header:       &corev3.HeaderValue{Key: k, Value: v},
+			AppendAction: corev3.HeaderValueOption_OVERWRITE_IF_EXISTS_OR_ADD,
+		}
+	}
+	return &authv3.CheckResponse{
+		Status: &status.Status{},
+		HttpResponse: &authv3.CheckResponse_OkResponse{OkResponse: &authv3.OkHttpResponse{
+			ResponseHeadersToAdd: []*corev3.HeaderValueOption{
+				header("x-ratelimit-limit", "1000000000"), header("x-ratelimit-remaining", "999999999"), header("x-ratelimit-reset", "1"),
+			},
+		}},
+		DynamicMetadata: &structpb.Struct{Fields: map[string]*structpb.Value{
+			"decision": structpb.NewStringValue("allowed"), "limit": structpb.NewStringValue("per-client"),
+			"remaining": structpb.NewNumberValue(999999999), "cost": structpb.NewNumberValue(1),
+			"source": structpb.NewStringValue("redis"), "shadow": structpb.NewListValue(&structpb.ListValue{}),
+		}},
+	}, nil
+}
