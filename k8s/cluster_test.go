@@ -183,6 +183,25 @@ func TestCluster(t *testing.T) {
 			must(t, c.API, http.MethodDelete, "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations/"+name, nil)
 		}
 	})
+	t.Run("under a LimitRange", func(t *testing.T) { // its amounts stay where the pod is injected again
+		namespace(t, c, "limited", object{label: "enabled"})
+		must(t, c.API, http.MethodPost, "/api/v1/namespaces/limited/limitranges", object{
+			"metadata": object{"name": "cpu"}, "spec": object{"limits": []any{object{"type": "Container", "default": object{"cpu": "750m"}, "defaultRequest": object{"cpu": "10m"}}}},
+		})
+		limits := func(pod object) any {
+			return at(list(child(pod, "spec"), "initContainers")[0], "resources", "limits", "cpu")
+		}
+		once := create(t, "/api/v1/namespaces/limited/pods", "once", podText("", "{containers: [{name: envoy, SECURE}]}"))
+		injected(t, once, 0, "limited/once")
+		must(t, c.API, http.MethodDelete, "/api/v1/namespaces/limited/limitranges/cpu", nil)
+		again := plain(t, once)
+		child(again, "metadata")["name"] = "again"
+		again = must(t, c.API, http.MethodPost, "/api/v1/namespaces/limited/pods", again)
+		injected(t, again, 0, "limited/again")
+		if limits(once) != "750m" || limits(again) != "750m" {
+			t.Errorf("limits.cpu %v, and again %v", limits(once), limits(again))
+		}
+	})
 	t.Run("upgrade", func(t *testing.T) { // what the webhook filled in stays
 		before := bundles(t, c.API)
 		if out, err := helm(t, "upgrade", "sluice", chartDir, "--kubeconfig", c.kubeconfig, "--namespace", release, "--set", "webhook.excludedNamespaces={ops}"); err != nil {
