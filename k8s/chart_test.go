@@ -15,11 +15,12 @@ import (
 	"regexp"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 
 	"github.com/goccy/go-yaml"
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/sluiceproxy/sluice/k8s/built"
 )
 
 const (
@@ -30,43 +31,16 @@ const (
 
 var update = flag.Bool("update", false, "write the plain manifests anew")
 
-// helmBinary is the path of the helm that the tests want, which the first call builds into the user's cache: from its own module,
-// so that the product's go.mod knows nothing of it.
-var helmBinary = sync.OnceValues(func() (string, error) {
-	cache, err := os.UserCacheDir()
-	if err != nil {
-		return "", err
-	}
-	home := filepath.Join(cache, "sluice", "helm-"+helmVersion)
-	binary := filepath.Join(home, "helm")
-	if info, err := os.Stat(binary); err == nil && info.Mode().IsRegular() {
-		return binary, nil
-	}
-	if err := os.MkdirAll(home, 0o755); err != nil {
-		return "", err
-	}
-	part, err := os.MkdirTemp(home, "installing-")
-	if err != nil {
-		return "", err
-	}
-	defer func() { _ = os.RemoveAll(part) }()
-	install := exec.Command("go", "install", "-trimpath", "helm.sh/helm/v3/cmd/helm@"+helmVersion)
-	install.Dir = part // outside the product's module
-	install.Env = append(os.Environ(), "GOBIN="+part, "CGO_ENABLED=0", "GOFLAGS=")
-	if out, err := install.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("go install helm %s: %w\n%s", helmVersion, err, out)
-	}
-	return binary, os.Rename(filepath.Join(part, "helm"), binary)
-})
+// helmBinary is the path of the helm that the tests want.
+func helmBinary(t *testing.T) string {
+	t.Helper()
+	return built.Program(t, "helm.sh/helm/v3/cmd/helm", helmVersion)
+}
 
 // helm runs helm, away from the user's own settings, and returns what it prints and how it ended.
 func helm(t *testing.T, args ...string) (string, error) {
 	t.Helper()
-	binary, err := helmBinary()
-	if err != nil {
-		t.Fatal(err)
-	}
-	c := exec.CommandContext(context.Background(), binary, args...)
+	c := exec.CommandContext(context.Background(), helmBinary(t), args...)
 	home := t.TempDir()
 	c.Env = append(os.Environ(), "HELM_CACHE_HOME="+home, "HELM_CONFIG_HOME="+home, "HELM_DATA_HOME="+home, "KUBECONFIG="+filepath.Join(home, "none"))
 	var stdout, stderr bytes.Buffer

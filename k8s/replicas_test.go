@@ -34,9 +34,7 @@ func long(t *testing.T) bool {
 		t.Skip("builds Kubernetes, which takes minutes: SLUICE_LONG=1")
 	}
 	kubernetesBinaries(t)
-	if _, err := helmBinary(); err != nil {
-		t.Fatal(err)
-	}
+	helmBinary(t)
 	return netns.Own(t, addresses...)
 }
 

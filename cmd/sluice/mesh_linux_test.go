@@ -15,31 +15,9 @@ import (
 	"testing"
 
 	"github.com/sluiceproxy/sluice/envoy"
+	"github.com/sluiceproxy/sluice/k8s/built"
 	"github.com/sluiceproxy/sluice/k8s/netns"
 )
-
-// built is the path of a program that is built from its module, once, into the user's cache: what the product's go.mod knows nothing of.
-// That takes minutes, so only long tests want one.
-func built(t *testing.T, pkg, version string) string {
-	t.Helper()
-	cache, err := os.UserCacheDir()
-	if err != nil {
-		t.Fatal(err)
-	}
-	bin := filepath.Join(cache, "sluice", filepath.Base(pkg)+"-"+version)
-	path := filepath.Join(bin, filepath.Base(pkg))
-	if _, err := os.Stat(path); err == nil {
-		return path
-	}
-	t.Logf("building %s@%s into %s", pkg, version, bin)
-	build := exec.CommandContext(t.Context(), "go", "install", "-trimpath", "-ldflags", "-s -w", pkg+"@"+version)
-	build.Dir = t.TempDir()
-	build.Env = append(os.Environ(), "GOBIN="+bin, "CGO_ENABLED=0", "GOFLAGS=")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
-	return path
-}
 
 const envoyGateway = "v1.9.1"
 
@@ -177,7 +155,7 @@ func gatewayPrograms(t *testing.T) (gateway, proxy string) {
 	if os.Getenv("SLUICE_LONG") == "" {
 		t.Skip("builds Envoy Gateway, which takes minutes: SLUICE_LONG=1")
 	}
-	gateway = built(t, "github.com/envoyproxy/gateway/cmd/envoy-gateway", envoyGateway)
+	gateway = built.Program(t, "github.com/envoyproxy/gateway/cmd/envoy-gateway", envoyGateway)
 	proxy, err := envoy.Binary(t.Context(), func(s string) { t.Log(s) })
 	if err != nil {
 		t.Fatal(err)
@@ -344,7 +322,7 @@ func TestMeshIstioctl(t *testing.T) {
 	if os.Getenv("SLUICE_LONG") == "" {
 		t.Skip("builds istioctl, which takes minutes: SLUICE_LONG=1")
 	}
-	binary := built(t, "istio.io/istio/istioctl/cmd/istioctl", istioctl)
+	binary := built.Program(t, "istio.io/istio/istioctl/cmd/istioctl", istioctl)
 	validate := func(text string) string {
 		t.Helper()
 		out, err := exec.CommandContext(t.Context(), binary, "validate", "-f", file(t, "istio.yaml", text)).CombinedOutput()
