@@ -7,11 +7,13 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/pem"
+	"errors"
 	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -20,9 +22,11 @@ import (
 	"time"
 )
 
-// kubernetesBinaries is the directory with kube-apiserver, kube-controller-manager, kube-scheduler, kubelet and kubectl of kubeVersion,
-// which the first call builds into the user's cache, from a module of their own: k8s/cluster. It takes minutes, and the network: call it
-// before netns.Own.
+// kubernetes are its programs, of kubeVersion.
+var kubernetes = []string{"kube-apiserver", "kube-controller-manager", "kube-scheduler", "kube-proxy", "kubelet", "kubectl"}
+
+// kubernetesBinaries is the directory with them, which the first call builds into the user's cache, from a module of their own: k8s/cluster.
+// It takes minutes, and the network: call it before isolated.Network.
 func kubernetesBinaries(t *testing.T) string {
 	t.Helper()
 	cache, err := os.UserCacheDir()
@@ -41,7 +45,11 @@ func kubernetesBinaries(t *testing.T) string {
 	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil { // another process may be building them
 		t.Fatal(err)
 	}
-	if _, err := os.Stat(home); err == nil {
+	missing := func(name string) bool {
+		_, err := os.Stat(filepath.Join(home, name))
+		return err != nil
+	}
+	if !slices.ContainsFunc(kubernetes, missing) {
 		return home
 	}
 	part, err := os.MkdirTemp(filepath.Dir(home), "building-")
@@ -52,7 +60,7 @@ func kubernetesBinaries(t *testing.T) string {
 	t.Logf("building Kubernetes %s into %s; this happens once", kubeVersion, home)
 	// Always with the same flags: with others all is compiled anew.
 	args := []string{"build", "-trimpath", "-ldflags", "-s -w -X k8s.io/component-base/version.gitVersion=" + kubeVersion, "-o", part + "/"}
-	for _, name := range []string{"kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kubectl"} {
+	for _, name := range kubernetes {
 		args = append(args, "k8s.io/kubernetes/cmd/"+name)
 	}
 	build := exec.CommandContext(t.Context(), "go", args...)
@@ -64,7 +72,7 @@ func kubernetesBinaries(t *testing.T) string {
 	if err := os.Chmod(part, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Rename(part, home); err != nil {
+	if err := errors.Join(os.RemoveAll(home), os.Rename(part, home)); err != nil {
 		t.Fatal(err)
 	}
 	return home
@@ -77,6 +85,9 @@ type controlPlane struct {
 	address    string // of the API server, host:port; it proves itself by ca.crt in API.account
 	kubeconfig string // with all rights
 }
+
+// home is the address, of the test's own network, that the API server has. Loopback's are refused where pods are to reach it.
+const home = "192.0.2.3"
 
 // cluster runs a control plane until the test ends. flags are the API server's, beside what it needs to run.
 func cluster(t *testing.T, flags ...string) *controlPlane {
@@ -109,10 +120,9 @@ func cluster(t *testing.T, flags ...string) *controlPlane {
 		t.Fatal(err)
 	}
 	write("tokens", string(token)+",admin,1,system:masters\n")
-	c := &controlPlane{bin: bin, address: "127.0.0.1:" + ports[2], kubeconfig: in("kubeconfig")}
+	c := &controlPlane{bin: bin, address: home + ":" + ports[2], kubeconfig: in("kubeconfig")}
 	start(t, nil, filepath.Join(bin, "kube-apiserver"), append([]string{
-		"--etcd-servers", store, "--bind-address", "127.0.0.1", "--advertise-address", "127.0.0.1", "--secure-port", ports[2], "--cert-dir", dir,
-		"--endpoint-reconciler-type", "none", "--allow-privileged", "--service-cluster-ip-range", "10.0.0.0/24", "--token-auth-file", in("tokens"), "--authorization-mode", "RBAC",
+		"--etcd-servers", store, "--bind-address", home, "--secure-port", ports[2], "--cert-dir", dir, "--allow-privileged", "--service-cluster-ip-range", "10.0.0.0/24", "--token-auth-file", in("tokens"), "--authorization-mode", "RBAC",
 		"--service-account-issuer", "https://kubernetes.default.svc", "--service-account-key-file", in("sa.crt"), "--service-account-signing-key-file", in("sa.key"),
 	}, flags...)...)
 	var chain []byte // its own certificate, and who signed that

@@ -23,13 +23,13 @@ var arrows = map[string][]string{
 	"envoy":             {"limiter/policy"},
 	"k8s":               {},
 	"k8s/built":         {},
-	"k8s/netns":         {},
+	"k8s/isolated":      {},
 	"cmd/sluice":        {"authz", "envoy", "k8s", "limiter", "limiter/policy"},
 }
 
 // testArrows are what all rooms' tests may import besides, and nodeArrows what k8s's may: the node that they run wants an Envoy.
 var (
-	testArrows = []string{"limiter/redistest", "k8s/built", "k8s/netns"}
+	testArrows = []string{"limiter/redistest", "k8s/built", "k8s/isolated"}
 	nodeArrows = []string{"envoy"}
 )
 

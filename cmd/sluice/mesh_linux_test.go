@@ -16,7 +16,7 @@ import (
 
 	"github.com/sluiceproxy/sluice/envoy"
 	"github.com/sluiceproxy/sluice/k8s/built"
-	"github.com/sluiceproxy/sluice/k8s/netns"
+	"github.com/sluiceproxy/sluice/k8s/isolated"
 )
 
 const envoyGateway = "v1.9.1"
@@ -190,7 +190,7 @@ func uncommented(t *testing.T, printed, line string) string {
 // A real Envoy Gateway makes of the printed policy an Envoy that limits: by the config's limit, and by the one in contextExtensions.
 func TestMeshEnvoyGateway(t *testing.T) {
 	gateway, proxy := gatewayPrograms(t)
-	if !netns.Own(t) {
+	if !isolated.Network(t) {
 		return
 	}
 	socket := "unix://" + t.TempDir() + "/s"
@@ -256,7 +256,7 @@ func TestMeshEnvoyGateway(t *testing.T) {
 // claim's header up has nothing of it.
 func TestMeshEnvoyGatewayClaims(t *testing.T) {
 	gateway, proxy := gatewayPrograms(t)
-	if !netns.Own(t) {
+	if !isolated.Network(t) {
 		return
 	}
 	i := newIssuer(t)

@@ -117,7 +117,8 @@ func (p *program) runWebhook(ctx context.Context, w webhook) error {
 		}
 		log.Info("draining", zap.Duration("linger", w.linger))
 		draining.Store(true)
-		// Nobody says when the last API server knows that this replica leaves, so it answers on for a while.
+		// Nobody says when the last API server knows that this replica leaves, so it answers on for a while. That is why the chart has no
+		// preStop hook to do so: through one, API servers would keep their connections, and an upgraded webhook's pods would wait.
 		select {
 		case <-time.After(w.linger):
 		case <-stopped:

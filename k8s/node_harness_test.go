@@ -1,0 +1,362 @@
+//go:build linux
+
+package k8s
+
+import (
+	"encoding/json"
+	"fmt"
+	"io/fs"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/sluiceproxy/sluice/envoy"
+	"github.com/sluiceproxy/sluice/k8s/built"
+	"github.com/sluiceproxy/sluice/k8s/isolated"
+)
+
+// The images that the node's pods are of, by the names that the chart and the Deployments have for them. There is no registry here: sluice's
+// is built from the Dockerfile, and the others are made of this machine's own programs, and stand for what is to be had under their names.
+const (
+	sluiceImage   = "ghcr.io/sluiceproxy/sluice:v0.1.0"
+	upgradedImage = "ghcr.io/sluiceproxy/sluice:v0.1.1" // the same
+	redisImage    = "docker.io/library/redis:7.4"
+	envoyImage    = "docker.io/envoyproxy/envoy:v" + envoy.Version
+	appImage      = "localhost/app:1"
+	pauseImage    = "localhost/pause:1" // of each pod's sandbox
+)
+
+// images makes and keeps images in a directory.
+type images string
+
+func (dir images) path(name string) string { return filepath.Join(string(dir), name) }
+
+// buildah runs it, away from what else it has on this machine.
+func (dir images) buildah(t *testing.T, args ...string) string {
+	t.Helper()
+	c := exec.CommandContext(t.Context(), "buildah", append([]string{"--root", dir.path("buildah"), "--runroot", dir.path("buildah-run")}, args...)...)
+	c.Env = append(os.Environ(), "TMPDIR="+string(dir)) // of its cache mounts, too
+	out, err := c.CombinedOutput()
+	if err != nil {
+		t.Fatalf("buildah %s: %v\n%s", strings.Join(args, " "), err, out)
+	}
+	return string(out)
+}
+
+// make makes an image of files of this machine, by the paths that they have in it, with the libraries that they want and these lines of a
+// Containerfile.
+func (dir images) make(t *testing.T, name, lines string, files map[string]string) {
+	t.Helper()
+	root, err := os.MkdirTemp(string(dir), "image-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	put := func(from, to string) {
+		to = filepath.Join(root, "root", to)
+		if err := os.MkdirAll(filepath.Dir(to), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if out, err := exec.CommandContext(t.Context(), "cp", "--dereference", from, to).CombinedOutput(); err != nil {
+			t.Fatalf("%s: %v\n%s", from, err, out)
+		}
+	}
+	for to, from := range files {
+		put(from, to)
+		out, _ := exec.CommandContext(t.Context(), "ldd", from).Output() // it fails where a file wants none
+		for field := range strings.FieldsSeq(string(out)) {
+			if strings.HasPrefix(field, "/") {
+				put(field, field)
+			}
+		}
+	}
+	if err := os.MkdirAll(filepath.Join(root, "root", "tmp"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(root, "Containerfile"), []byte("FROM scratch\nCOPY root /\n"+lines), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	dir.buildah(t, "bud", "--layers=false", "--file", filepath.Join(root, "Containerfile"), "--tag", name, root)
+	if err := os.RemoveAll(root); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// goSays is a setting of this machine's Go.
+func goSays(t *testing.T, name string) string {
+	t.Helper()
+	out, err := exec.CommandContext(t.Context(), "go", "env", name).Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.TrimSpace(string(out))
+}
+
+// prepare makes all of the images, and saves them as NAME.tar.
+func (dir images) prepare(t *testing.T) {
+	t.Helper()
+	look := func(name string) string {
+		path, err := exec.LookPath(name)
+		if err != nil {
+			t.Fatalf("%v: install what .ci/test does", err)
+		}
+		return path
+	}
+	busybox := look("busybox")
+	// What the Dockerfile starts from. Go and the modules that are here already are mounted.
+	dir.make(t, "docker.io/library/golang:1.26", "RUN [\"/bin/busybox\", \"ln\", \"-s\", \"/bin/busybox\", \"/bin/sh\"]\nENV PATH=/usr/local/go/bin:/bin HOME=/root GOTOOLCHAIN=local GOPROXY=file:///modules,"+goSays(t, "GOPROXY")+"\n",
+		map[string]string{"/bin/busybox": busybox, "/etc/ssl/certs/ca-certificates.crt": "/etc/ssl/certs/ca-certificates.crt"})
+	dir.make(t, "gcr.io/distroless/static:nonroot", "USER 65532\n", nil)
+	source, err := filepath.Abs("..")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir.buildah(t, "bud", "--pull-never", "--isolation", "chroot", "--network", "host", "--layers=false", "--build-arg", "VERSION=v0.1.0",
+		"--volume", goSays(t, "GOROOT")+":/usr/local/go:ro", "--volume", filepath.Join(goSays(t, "GOMODCACHE"), "cache", "download")+":/modules:ro",
+		"--file", filepath.Join(source, "Dockerfile"), "--tag", sluiceImage, source)
+	dir.buildah(t, "tag", sluiceImage, upgradedImage)
+
+	dir.make(t, redisImage, "", map[string]string{"/bin/redis-server": look("redis-server"), "/bin/redis-cli": look("redis-cli")})
+	proxy, err := envoy.Binary(t.Context(), func(said string) { t.Log(said) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir.make(t, envoyImage, "ENTRYPOINT [\"/bin/envoy\"]\n", map[string]string{"/bin/envoy": proxy})
+	app := dir.path("app")
+	build := exec.CommandContext(t.Context(), "go", "build", "-o", app, "./testdata/app")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	dir.make(t, appImage, "ENTRYPOINT [\"/bin/app\"]\n", map[string]string{"/bin/app": app})
+	dir.make(t, pauseImage, "ENTRYPOINT [\"/bin/busybox\", \"sleep\", \"1000000\"]\n", map[string]string{"/bin/busybox": busybox})
+
+	for i, name := range []string{sluiceImage, upgradedImage, redisImage, envoyImage, appImage, pauseImage} {
+		dir.buildah(t, "push", name, fmt.Sprintf("docker-archive:%s:%s", dir.path(fmt.Sprintf("image-%d.tar", i)), name))
+	}
+	dir.buildah(t, "push", sluiceImage, "oci:"+dir.path("oci"))
+	if err := os.RemoveAll(dir.path("buildah")); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// node is a machine of a cluster with all that makes pods run on it: containerd, kubelet, kube-proxy, the scheduler, and CoreDNS. Each pod
+// has an address of 10.1.0.0/16, and a Service one of 10.0.0.0/24, which are reached from the test, too.
+type node struct {
+	*controlPlane
+	dir string
+}
+
+const (
+	services = "10.0.0.0/24"
+	dns      = "192.0.2.4"
+)
+
+const containerdConfig = `version = 2
+root = "DIR/containerd"
+state = "/run/containerd"
+oom_score = 0
+[grpc]
+  address = "/run/containerd.sock"
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "` + pauseImage + `"
+  restrict_oom_score_adj = true
+  disable_apparmor = true
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    bin_dir = "/usr/lib/cni"
+    conf_dir = "DIR/cni"
+`
+
+// A ptp network: packets from pod to pod are routed, so that what kube-proxy rewrites on their way it sees coming back.
+const cniConfig = `{"cniVersion": "1.0.0", "name": "pods", "plugins": [
+  {"type": "ptp", "ipam": {"type": "host-local", "ranges": [[{"subnet": "10.1.0.0/16"}]], "routes": [{"dst": "0.0.0.0/0"}]}},
+  {"type": "loopback"}
+]}`
+
+const kubeletConfig = `apiVersion: kubelet.config.k8s.io/v1beta1
+kind: KubeletConfiguration
+address: HOME
+readOnlyPort: 0
+authentication: {anonymous: {enabled: true}, webhook: {enabled: false}}
+authorization: {mode: AlwaysAllow}
+containerRuntimeEndpoint: unix:///run/containerd.sock
+cgroupDriver: cgroupfs
+cgroupRoot: /CGROUP
+failCgroupV1: false
+failSwapOn: false
+oomScoreAdj: 0
+clusterDNS: [NAMES]
+clusterDomain: cluster.local
+resolvConf: ""
+# The disk is not this node's own.
+evictionHard: {memory.available: 1Mi, nodefs.available: 0%, nodefs.inodesFree: 0%, imagefs.available: 0%, imagefs.inodesFree: 0%}
+imageGCHighThresholdPercent: 100
+`
+
+// startNode makes a cluster with this machine, of isolated.Machine, as its node.
+func startNode(t *testing.T, dir, coredns string) *node {
+	t.Helper()
+	n := &node{controlPlane: cluster(t, "--service-cluster-ip-range", services), dir: dir}
+	text := strings.NewReplacer("DIR", dir, "HOME", home, "NAMES", dns, "CGROUP", isolated.Cgroup(dir))
+	write := func(name, content string) string {
+		path := filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(text.Replace(content)), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	// Version 1 has a hierarchy for each controller.
+	hierarchies, err := filepath.Glob("/sys/fs/cgroup/*/cgroup.procs")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat("/sys/fs/cgroup/cgroup.controllers"); err == nil {
+		hierarchies = []string{"/sys/fs/cgroup/cgroup.procs"}
+	}
+	if len(hierarchies) == 0 {
+		t.Fatal("no control groups at /sys/fs/cgroup")
+	}
+	for _, h := range hierarchies {
+		if err := os.MkdirAll(filepath.Join(filepath.Dir(h), isolated.Cgroup(dir)), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// Where the test itself asks a Service.
+	if out, err := exec.CommandContext(t.Context(), "ip", "route", "add", services, "dev", "lo", "src", home).CombinedOutput(); err != nil {
+		t.Fatalf("ip route: %v\n%s", err, out)
+	}
+
+	write("cni/pods.conflist", cniConfig)
+	start(t, nil, "containerd", "--config", write("containerd.toml", containerdConfig), "--log-level", "warn")
+	ctr := func(args ...string) ([]byte, error) {
+		return exec.CommandContext(t.Context(), "ctr", append([]string{"--address", "/run/containerd.sock", "--namespace", "k8s.io"}, args...)...).CombinedOutput()
+	}
+	await(t, "containerd", func() bool {
+		_, err := ctr("version")
+		return err == nil
+	})
+	tars, err := filepath.Glob(filepath.Join(dir, "image-*.tar"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tar := range tars {
+		if out, err := ctr("images", "import", tar); err != nil {
+			t.Fatalf("%s: %v\n%s", tar, err, out)
+		}
+	}
+	start(t, nil, filepath.Join(n.bin, "kubelet"), "--config", write("kubelet.yaml", kubeletConfig), "--kubeconfig", n.kubeconfig, "--cert-dir", filepath.Join(dir, "kubelet"),
+		"--node-ip", home, "--hostname-override", "node")
+	start(t, nil, filepath.Join(n.bin, "kube-scheduler"), "--kubeconfig", n.kubeconfig, "--secure-port", "0", "--leader-elect=false")
+	// The limits of conntrack are the whole machine's.
+	start(t, nil, filepath.Join(n.bin, "kube-proxy"), "--kubeconfig", n.kubeconfig, "--proxy-mode", "nftables", "--hostname-override", "node",
+		"--conntrack-max-per-core", "0", "--conntrack-tcp-timeout-established", "0", "--conntrack-tcp-timeout-close-wait", "0")
+	start(t, nil, coredns, "-conf", write("Corefile", "cluster.local {\n  bind "+dns+"\n  ready "+dns+":8181\n  errors\n  kubernetes {\n    kubeconfig "+n.kubeconfig+"\n  }\n}\n"))
+	await(t, "CoreDNS", func() bool {
+		response, err := http.Get("http://" + dns + ":8181/ready")
+		if err != nil {
+			return false
+		}
+		_ = response.Body.Close()
+		return response.StatusCode == http.StatusOK
+	})
+	await(t, "the node", func() bool {
+		conditions, err := n.kubectl(t, "", "get", "node", "node", "--output", `jsonpath={.status.conditions[?(@.type=="Ready")].status} {.spec.taints}`)
+		return err == nil && conditions == "True "
+	})
+	return n
+}
+
+// state is what is going on, for who wonders why something failed.
+func (n *node) state(t *testing.T) string {
+	t.Helper()
+	said, _ := n.kubectl(t, "", "get", "events,pods", "--all-namespaces")
+	for pod := range strings.FieldsSeq(n.do(t, "", "get", "pods", "--namespace", release, "--output", "name")) {
+		logged, _ := n.kubectl(t, "", "logs", pod, "--namespace", release, "--all-containers", "--tail", "5")
+		said += pod + ":\n" + logged
+	}
+	return said
+}
+
+// do runs kubectl, which has to succeed, and returns what it printed.
+func (n *node) do(t *testing.T, stdin string, args ...string) string {
+	t.Helper()
+	out, err := n.kubectl(t, stdin, args...)
+	if err != nil {
+		t.Fatalf("kubectl %s: %v\n%s", strings.Join(args, " "), err, out)
+	}
+	return out
+}
+
+// helm runs it on the cluster.
+func (n *node) helm(t *testing.T, args ...string) string {
+	t.Helper()
+	out, err := helm(t, append(args, "--kubeconfig", n.kubeconfig, "--namespace", release)...)
+	if err != nil {
+		t.Fatalf("%v\n%s\n%s", err, out, n.state(t))
+	}
+	return out
+}
+
+// machine is the node of a test, which it runs once more on a machine of its own; false says that the test ran there.
+func machine(t *testing.T) (*node, bool) {
+	t.Helper()
+	if os.Getenv("SLUICE_LONG") == "" {
+		t.Skip("builds Kubernetes and images, which takes minutes: SLUICE_LONG=1")
+	}
+	kubernetesBinaries(t)
+	helmBinary(t)
+	coredns := built.Program(t, "github.com/coredns/coredns", "v1.13.1")
+	dir, inside := isolated.Machine(t, func(dir string) { images(dir).prepare(t) }, home, dns)
+	if !inside {
+		return nil, false
+	}
+	return startNode(t, dir, coredns), true
+}
+
+// imageManifest is what an OCI image says of itself.
+type imageManifest struct {
+	Layers []struct{ Size int64 }
+	Config struct{ Digest string }
+}
+
+// readImage reads the image that is saved in a directory as OCI has it.
+func readImage(t *testing.T, dir string) (compressed int64, config object) {
+	t.Helper()
+	blob := func(digest string, v any) {
+		t.Helper()
+		text, err := os.ReadFile(filepath.Join(dir, "blobs", strings.Replace(digest, ":", "/", 1)))
+		if err == nil {
+			err = json.Unmarshal(text, v)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	var index struct{ Manifests []struct{ Digest string } }
+	text, err := os.ReadFile(filepath.Join(dir, "index.json"))
+	if err != nil || json.Unmarshal(text, &index) != nil || len(index.Manifests) != 1 {
+		t.Fatalf("index.json: %v\n%s", err, text)
+	}
+	var manifest imageManifest
+	blob(index.Manifests[0].Digest, &manifest)
+	blob(manifest.Config.Digest, &config)
+	err = filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		info, err := d.Info()
+		if err == nil {
+			compressed += info.Size()
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return compressed, config
+}
