@@ -223,7 +223,14 @@ func (p *process) logged() string {
 // start runs a program until the test ends. What it printed last is in the test's log where the test fails.
 func start(t *testing.T, env []string, name string, args ...string) *process {
 	t.Helper()
+	return startIn(t, "", env, name, args...)
+}
+
+// startIn is start in a directory.
+func startIn(t *testing.T, dir string, env []string, name string, args ...string) *process {
+	t.Helper()
 	p := &process{Cmd: exec.Command(name, args...), exited: make(chan struct{})}
+	p.Dir = dir
 	p.Stdout, p.Stderr = p, p
 	p.Env = append(os.Environ(), env...)
 	p.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}

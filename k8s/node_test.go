@@ -118,7 +118,7 @@ func (y *tally) add(a answer, lossless bool) {
 		y.pods[a.pod]++
 	}
 	if a.pod != "" && a.remaining == "" || lossless && (a.err != nil || a.pod == "") {
-		y.wrong = append(y.wrong, fmt.Sprintf("%s %+v", time.Now().Format("05.000"), a))
+		y.wrong = append(y.wrong, fmt.Sprintf("%s: %d of %q, %q left, %v", time.Now().Format("05.000"), a.status, a.pod, a.remaining, a.err))
 	}
 }
 

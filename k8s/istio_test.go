@@ -1,0 +1,406 @@
+//go:build linux
+
+package k8s
+
+import (
+	"crypto/hmac"
+	"crypto/sha256"
+	"encoding/base64"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"go.yaml.in/yaml/v3"
+
+	"github.com/sluiceproxy/sluice/envoy"
+	"github.com/sluiceproxy/sluice/k8s/built"
+	"github.com/sluiceproxy/sluice/k8s/isolated"
+)
+
+const istioVersion = "v0.0.0-20260827124520-eed52ebb66ad" // there are no tags to be had
+
+// istioValues are those of istiod's chart: its Envoys here are none of Istio's own build, and have no certificates.
+const istioValues = `
+autoscaleEnabled: false
+env: {PILOT_ENABLE_ALPN_FILTER: "false", PILOT_ENABLE_METADATA_EXCHANGE: "false", PILOT_DISABLE_MX_ALPN: "true"}
+meshConfig:
+  enablePrometheusMerge: false
+  enableAutoMtls: false
+  defaultProviders: {metrics: []}
+`
+
+// istioPod is the pod that the Envoy is of.
+const istioPod = `
+apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: {name: default, namespace: istio-system}
+spec: {mtls: {mode: DISABLE}}
+---
+apiVersion: v1
+kind: Node
+metadata: {name: node}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: shop}
+spec: {selector: {app: web}, ports: [{name: http, port: 80, targetPort: 8080}]}
+---
+apiVersion: v1
+kind: Pod
+metadata:
+  name: web
+  namespace: shop
+  labels: {app: web, sluice.dev/inject: enabled}
+  annotations: {sluice.dev/in-process: "true", sidecar.istio.io/nativeSidecar: "true"}
+spec:
+  nodeName: node
+  initContainers: [{name: migrate, image: x}]
+  containers: [{name: app, image: x, ports: [{containerPort: 8080}]}]
+`
+
+// istioBootstrap is what an istio-proxy starts with, so far as an Envoy without Istio's agent can.
+const istioBootstrap = `
+node:
+  id: sidecar~ADDRESS~web.shop~shop.svc.cluster.local
+  cluster: web.shop
+  metadata: {NAMESPACE: shop, NAME: web, CLUSTER_ID: Kubernetes, INTERCEPTION_MODE: REDIRECT, INSTANCE_IPS: ADDRESS, LABELS: {app: web, sluice.dev/inject: enabled}}
+admin: {address: {socket_address: {address: 127.0.0.1, port_value: 15000}}}
+dynamic_resources:
+  ads_config: {api_type: GRPC, transport_api_version: V3, grpc_services: [{envoy_grpc: {cluster_name: xds-grpc}}]}
+  lds_config: {ads: {}, resource_api_version: V3}
+  cds_config: {ads: {}, resource_api_version: V3}
+static_resources:
+  clusters:
+  - name: xds-grpc
+    type: STATIC
+    typed_extension_protocol_options:
+      envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
+        "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
+        explicit_http_config: {http2_protocol_options: {}}
+    load_assignment: {cluster_name: xds-grpc, endpoints: [{lb_endpoints: [{endpoint: {address: {socket_address: {address: 127.0.0.1, port_value: 15010}}}}]}]}
+`
+
+// istioRedirect is what istio-init does: what comes for the app's port goes to Envoy, unless Envoy itself sends it.
+const istioRedirect = `table ip istio {
+  chain output {
+    type nat hook output priority -100;
+    ip daddr ADDRESS ip saddr != 127.0.0.6 tcp dport 8080 redirect to :15006
+  }
+}`
+
+// TestMeshIstio has a real istiod, of its own chart, on a real API server, make of what `sluice envoy istio` prints the configuration of a
+// real Envoy before an app, and its injector work on the pod beside sluice's.
+func TestMeshIstio(t *testing.T) {
+	if os.Getenv("SLUICE_LONG") == "" {
+		t.Skip("builds Kubernetes and istiod, which takes minutes: SLUICE_LONG=1")
+	}
+	kubernetesBinaries(t)
+	helmBinary(t)
+	pilot := built.Program(t, "istio.io/istio/pilot/cmd/pilot-discovery", istioVersion)
+	charts := filepath.Join(module(t, "istio.io/istio@"+istioVersion), "manifests", "charts")
+	proxy, err := envoy.Binary(t.Context(), func(said string) { t.Log(said) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	const address = "192.0.2.5" // the pod's
+	if !isolated.Network(t, append(addresses, home, address)...) {
+		return
+	}
+	dir := t.TempDir()
+	write := func(name, text string) string {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	c := cluster(t, "--enable-aggregator-routing=true")
+	do := func(t *testing.T, stdin string, args ...string) string {
+		t.Helper()
+		out, err := c.kubectl(t, stdin, args...)
+		if err != nil {
+			t.Fatalf("kubectl %s: %v\n%s", strings.Join(args, " "), err, out)
+		}
+		return out
+	}
+	r := install(t, c)
+	printed := func(t *testing.T, config string) string {
+		t.Helper()
+		out, err := exec.CommandContext(t.Context(), r.binary, "envoy", "istio", "--config", write("sluice.yaml", config)).CombinedOutput()
+		if err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		return string(out)
+	}
+
+	// istiod, with the provider that the file asks for.
+	const probe = "{name: probe, match: {paths: [/probe]}, rate: 1000000/s}"
+	const byAddress = "limits: [{name: few, match: {paths: [/few]}, rate: 3/h}, " + probe + "]\n"
+	_, provider, ok := strings.Cut(printed(t, byAddress), "# meshConfig:\n")
+	provider, _, end := strings.Cut(provider, "\n#\n")
+	if !ok || !end {
+		t.Fatal("no provider")
+	}
+	values := istioValues + strings.ReplaceAll("\n"+provider, "\n# ", "\n") + "\n"
+	for _, args := range [][]string{
+		{"istio-base", filepath.Join(charts, "base"), "--create-namespace"},
+		{"istiod", filepath.Join(charts, "istio-control", "istio-discovery"), "--values", write("values.yaml", values)},
+	} {
+		if out, err := helm(t, append([]string{"install", "--kubeconfig", c.kubeconfig, "--namespace", "istio-system"}, args...)...); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+	}
+	container := list(child(child(child(must(t, c.API, http.MethodGet, "/apis/apps/v1/namespaces/istio-system/deployments/istiod", nil), "spec"), "template"), "spec"), "containers")[0]
+	args := []string{}
+	for _, a := range at(container, "args").([]any) {
+		args = append(args, a.(string))
+	}
+	env := []string{"POD_NAME=istiod", "POD_NAMESPACE=istio-system", "SERVICE_ACCOUNT=istiod"}
+	for _, v := range list(container.(object), "env") {
+		if value, ok := at(v, "value").(string); ok && at(v, "name") != "KUBECONFIG" {
+			env = append(env, at(v, "name").(string)+"="+value)
+		}
+	}
+	startIn(t, t.TempDir(), env, pilot, append(args, "--kubeconfig", c.kubeconfig, "--httpAddr", "127.0.0.1:15080")...) // it looks for files where it is
+	must(t, c.API, http.MethodPost, "/apis/discovery.k8s.io/v1/namespaces/istio-system/endpointslices", object{
+		"metadata": object{"name": "istiod-here", "labels": object{"kubernetes.io/service-name": "istiod"}}, "addressType": "IPv4",
+		"endpoints": []any{object{"addresses": []any{home}, "conditions": object{"ready": true}}},
+		"ports":     []any{object{"name": "https-webhook", "port": 15017, "protocol": "TCP"}},
+	})
+	await(t, "istiod", func() bool {
+		response, err := http.Get("http://127.0.0.1:15080/ready")
+		if err != nil {
+			return false
+		}
+		_ = response.Body.Close()
+		return response.StatusCode == http.StatusOK
+	})
+	await(t, "its caBundle", func() bool {
+		configuration := must(t, c.API, http.MethodGet, "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations/istio-sidecar-injector", nil)
+		return !slices.ContainsFunc(list(configuration, "webhooks"), func(v any) bool { return at(v, "clientConfig", "caBundle") == nil })
+	})
+	for i := range r.running {
+		r.run(t, i, "--linger=0s")
+	}
+	heard := listen(c.API)
+
+	t.Run("injection", func(t *testing.T) {
+		namespace(t, c, "shop", object{"istio-injection": "enabled"})
+		do(t, istioPod, "apply", "-f", "-")
+		got := must(t, c.API, http.MethodGet, "/api/v1/namespaces/shop/pods/web", nil)
+		injected(t, got, 2, "shop/web")
+		var names []string
+		init := list(child(got, "spec"), "initContainers")
+		for _, v := range init {
+			names = append(names, v.(object)["name"].(string))
+		}
+		if diff := cmp.Diff([]string{"istio-init", "istio-proxy", "sluice", "migrate"}, names); diff != "" {
+			t.Fatalf("-want +got:\n%s", diff)
+		}
+		// Where istio-proxy is no native sidecar, all of those are before it.
+		var old object
+		if err := yaml.Unmarshal([]byte(istioPod[strings.LastIndex(istioPod, "---")+3:]), &old); err != nil {
+			t.Fatal(err)
+		}
+		child(old, "metadata")["name"] = "old"
+		child(old, "metadata")["annotations"] = map[string]any{"sluice.dev/in-process": "true", "sidecar.istio.io/nativeSidecar": "false"}
+		old = must(t, c.API, http.MethodPost, "/api/v1/namespaces/shop/pods?dryRun=All", old)
+		if spec := child(old, "spec"); named(list(spec, "initContainers"), "sluice") != 0 || named(list(spec, "containers"), istioProxy) < 0 {
+			t.Errorf("%v", spec)
+		}
+		// Again, as a restored pod would be.
+		again := plain(t, got)
+		metadata := child(again, "metadata")
+		metadata["name"] = "again"
+		delete(child(again, "spec"), "nodeName")
+		if got := must(t, c.API, http.MethodPost, "/api/v1/namespaces/shop/pods?dryRun=All", again); len(list(child(got, "spec"), "initContainers")) != 4 {
+			t.Errorf("%v", got)
+		}
+		if said := heard.take(); said != "" {
+			t.Errorf("warned: %s", said)
+		}
+	})
+	if t.Failed() {
+		return
+	}
+	do(t, "", "config", "set-context", "--current", "--namespace=shop") // as the file says
+	// What a kubelet would say.
+	do(t, "", "patch", "pod", "web", "--namespace", "shop", "--subresource", "status", "--type", "merge", "--patch",
+		fmt.Sprintf(`{"status": {"phase": "Running", "podIP": "%s", "podIPs": [{"ip": "%[1]s"}], "conditions": [{"type": "Ready", "status": "True"}]}}`, address))
+
+	var seen http.Header // by the app; read after the answer
+	listener, err := net.Listen("tcp", address+":8080")
+	if err != nil {
+		t.Fatal(err)
+	}
+	app := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) { //nolint:gosec // only the test calls it
+		seen = q.Header
+		w.Header().Set("X-Ratelimit-Limit", "the app's")
+	})}
+	go func() { _ = app.Serve(listener) }()
+	t.Cleanup(func() { _ = app.Close() })
+	nft := exec.CommandContext(t.Context(), "nft", "-f", "-")
+	nft.Stdin = strings.NewReader(strings.ReplaceAll(istioRedirect, "ADDRESS", address))
+	if out, err := nft.CombinedOutput(); err != nil {
+		t.Fatalf("nft: %v\n%s", err, out)
+	}
+	ask := func(t *testing.T, method, path, token string) (status int, header http.Header) {
+		t.Helper()
+		request, err := http.NewRequestWithContext(t.Context(), method, "http://"+address+":8080"+path, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		request.Header.Set("X-Ratelimit-Remaining", "99")
+		if token != "" {
+			request.Header.Set("Authorization", "Bearer "+token)
+		}
+		request.Close = true
+		response, err := http.DefaultClient.Do(request)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = response.Body.Close()
+		return response.StatusCode, response.Header
+	}
+	key := []byte("a key of thirty-two bytes, or more")
+	token := func(sub string) string {
+		encode := base64.RawURLEncoding.EncodeToString
+		signed := encode([]byte(`{"alg":"HS256","kid":"k"}`)) + "." + encode(fmt.Appendf(nil, `{"iss":"shop","sub":%q}`, sub))
+		mac := hmac.New(sha256.New, key)
+		mac.Write([]byte(signed))
+		return signed + "." + encode(mac.Sum(nil))
+	}
+	authentication := fmt.Sprintf(`---
+apiVersion: security.istio.io/v1
+kind: RequestAuthentication
+metadata: {name: shop, namespace: shop}
+spec:
+  selector: {matchLabels: {app: web}}
+  jwtRules: [{issuer: shop, jwks: '{"keys":[{"kty":"oct","alg":"HS256","kid":"k","k":"%s"}]}'}]
+`, base64.RawURLEncoding.EncodeToString(key))
+
+	for _, row := range []struct {
+		name, config, more string
+		example            bool     // of a port's own limits, in comments
+		asks               []string // a token's sub, the status, and what is left
+	}{
+		{"an AuthorizationPolicy", byAddress, "", false, []string{" 200 2", " 200 1", "a 200 0", " 429 0"}},
+		{
+			"an EnvoyFilter, for claims",
+			`limits: [{name: few, match: {paths: [/few]}, key: 'metadata.filter_metadata["envoy.filters.http.jwt_authn"].payload.sub', rate: 2/h}, ` + probe + "]\n",
+			authentication, false, []string{"a 200 1", "a 200 0", "a 429 0", "b 200 1", "b 200 0", "b 429 0", " 200 1"},
+		},
+		{"a port's own limits", byAddress, "", true, []string{" 200 4", " 200 3", " 200 2", " 200 1", " 200 0", " 429 0"}},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			file, method := printed(t, row.config), http.MethodGet
+			if row.example {
+				before, example, ok := strings.Cut(file, "  # - applyTo: VIRTUAL_HOST\n")
+				if !ok {
+					t.Fatal("no VIRTUAL_HOST")
+				}
+				file, method = before+"  - applyTo: VIRTUAL_HOST\n"+strings.ReplaceAll(example, "  #   ", "    "), http.MethodPost
+			}
+			if said := do(t, file+row.more, "apply", "-f", "-"); strings.Contains(said, "Warning: unknown") {
+				t.Errorf("%s", said)
+			}
+			limiter := start(t, nil, r.binary, "run", "--config", filepath.Join(dir, "sluice.yaml"))
+			start(t, nil, proxy, "--config-path", write("bootstrap.yaml", strings.ReplaceAll(istioBootstrap, "ADDRESS", address)), "--disable-hot-restart", "--concurrency", "1")
+			await(t, "a limited answer", func() bool {
+				connection, err := net.Dial("tcp", "127.0.0.1:15006")
+				if err != nil {
+					return false
+				}
+				_ = connection.Close()
+				status, header := ask(t, http.MethodGet, "/probe", "")
+				return status == http.StatusOK && header.Get("X-Ratelimit-Limit") == "1000000"
+			})
+			for _, want := range row.asks {
+				sub, _, _ := strings.Cut(want, " ")
+				bearer := ""
+				if sub != "" {
+					bearer = token(sub)
+				}
+				status, header := ask(t, method, "/few", bearer)
+				if got := fmt.Sprint(sub, " ", status, " ", header.Get("X-Ratelimit-Remaining")); got != want {
+					t.Errorf("%q, want %q", got, want)
+				}
+			}
+			if seen.Get("X-Ratelimit-Remaining") != "" {
+				t.Errorf("the app hears what the client says of its limits: %v", seen)
+			}
+			if row.more != "" {
+				if status, _ := ask(t, http.MethodGet, "/few", token("c")+"x"); status != http.StatusUnauthorized {
+					t.Errorf("a forged token: %d", status)
+				}
+			}
+			// What Envoy took, field by field.
+			response, err := http.Get("http://127.0.0.1:15000/config_dump")
+			if err != nil {
+				t.Fatal(err)
+			}
+			dump, err := io.ReadAll(response.Body)
+			_ = response.Body.Close()
+			if err != nil {
+				t.Fatal(err)
+			}
+			filters := extAuthz(t, dump)
+			if len(filters) == 0 {
+				t.Fatal("no ext_authz filter")
+			}
+			for _, f := range filters {
+				got := []any{at(f, "grpc_service", "timeout"), at(f, "failure_mode_allow"), at(f, "status_on_error", "code"), at(f, "validate_mutations"), at(f, "charge_cluster_response_stats")}
+				if diff := cmp.Diff([]any{"0.200s", nil, "ServiceUnavailable", true, false}, got); diff != "" {
+					t.Errorf("-want +got:\n%s", diff)
+				}
+			}
+			for _, want := range []string{`"num_retries": 50`, `"connect_timeout": "0.050s"`} {
+				if !strings.Contains(string(dump), want) {
+					t.Errorf("no %s", want)
+				}
+			}
+			_ = limiter.Process.Kill()
+			<-limiter.exited
+			if status, _ := ask(t, http.MethodGet, "/probe", ""); status != http.StatusServiceUnavailable {
+				t.Errorf("without sluice: %d", status)
+			}
+			do(t, file+row.more, "delete", "-f", "-")
+		})
+	}
+}
+
+// extAuthz are the HTTP filters of that name in a config_dump.
+func extAuthz(t *testing.T, dump []byte) []any {
+	t.Helper()
+	var all any
+	if err := yaml.Unmarshal(dump, &all); err != nil {
+		t.Fatal(err)
+	}
+	var found []any
+	var walk func(any)
+	walk = func(v any) {
+		switch v := v.(type) {
+		case map[string]any:
+			if kind, _ := v["@type"].(string); strings.HasSuffix(kind, "http.ext_authz.v3.ExtAuthz") {
+				found = append(found, v)
+			}
+			for _, w := range v {
+				walk(w)
+			}
+		case []any:
+			for _, w := range v {
+				walk(w)
+			}
+		}
+	}
+	walk(all)
+	return found
+}
