@@ -6,6 +6,7 @@ import (
 	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/base64"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -14,7 +15,9 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -312,7 +315,10 @@ spec:
 			if said := do(t, file+row.more, "apply", "-f", "-"); strings.Contains(said, "Warning: unknown") {
 				t.Errorf("%s", said)
 			}
-			limiter := start(t, nil, r.binary, "run", "--config", filepath.Join(dir, "sluice.yaml"))
+			run := func() *process {
+				return start(t, nil, r.binary, "run", "--config", filepath.Join(dir, "sluice.yaml"))
+			}
+			limiter := run()
 			start(t, nil, proxy, "--config-path", write("bootstrap.yaml", strings.ReplaceAll(istioBootstrap, "ADDRESS", address)), "--disable-hot-restart", "--concurrency", "1")
 			await(t, "a limited answer", func() bool {
 				connection, err := net.Dial("tcp", "127.0.0.1:15006")
@@ -366,6 +372,34 @@ spec:
 				if !strings.Contains(string(dump), want) {
 					t.Errorf("no %s", want)
 				}
+			}
+			// A restart of sluice loses no request.
+			restarted := newTally()
+			stop := clients(t, 3, "http://"+address+":8080/probe", func(a answer) {
+				a.pod = "web" // the app's answers do not say
+				restarted.add(a, true)
+				if a.err == nil && a.status != http.StatusOK {
+					restarted.add(answer{err: errors.New(strconv.Itoa(a.status))}, true)
+				}
+			})
+			for i := range 5 {
+				await(t, "answers", func() bool { return restarted.answered() > 20*i })
+				_ = limiter.Process.Signal(syscall.SIGTERM)
+				<-limiter.exited
+				limiter = run()
+				await(t, "sluice", func() bool {
+					response, err := http.Get("http://127.0.0.1:9003/readyz")
+					if err != nil {
+						return false
+					}
+					_ = response.Body.Close()
+					return response.StatusCode == http.StatusOK
+				})
+			}
+			stop()
+			t.Logf("five restarts: %v", restarted.status)
+			if len(restarted.wrong) > 0 {
+				t.Errorf("%v; %d wrong, such as %q", restarted.status, len(restarted.wrong), restarted.wrong[:min(3, len(restarted.wrong))])
 			}
 			_ = limiter.Process.Kill()
 			<-limiter.exited

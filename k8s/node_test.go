@@ -122,6 +122,17 @@ func (y *tally) add(a answer, lossless bool) {
 	}
 }
 
+// answered is how many answers there are.
+func (y *tally) answered() int {
+	y.mu.Lock()
+	defer y.mu.Unlock()
+	n := 0
+	for _, of := range y.status {
+		n += of
+	}
+	return n
+}
+
 func newTally() *tally { return &tally{status: map[int]int{}, pods: map[string]int{}} }
 
 // clients ask url without pause until the function that they return is called, which is when they have ended.

@@ -11,6 +11,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 
@@ -250,6 +252,67 @@ func TestMeshEnvoyGateway(t *testing.T) {
 	if response.StatusCode != http.StatusTooManyRequests || response.Header.Get("retry-after") == "" || !strings.Contains(body, `"limit":"per-client"`) {
 		t.Errorf("%+v %s", response, body)
 	}
+}
+
+// Behind a real Envoy Gateway with the printed retries, restarts of sluice lose no request.
+func TestMeshEnvoyGatewayRestart(t *testing.T) {
+	gateway, proxy := gatewayPrograms(t)
+	if !isolated.Network(t) {
+		return
+	}
+	socket := "unix://" + t.TempDir() + "/s"
+	config := file(t, "sluice.yaml", "listen: {grpc: \""+socket+"\"}\nlimits: [{name: all, rate: 1000000/s}]\n")
+	limiter := startSluice(t, "--config", config, "--grpc", socket)
+	upstream := httptest.NewServer(http.NotFoundHandler())
+	defer upstream.Close()
+	status, printed, stderr := sluice(t, nil, "envoy", "envoy-gateway", "--config", config)
+	if status != 0 {
+		t.Fatal(stderr)
+	}
+	startGateway(t, gateway, proxy, printed, upstream)
+	ask := func() string {
+		r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+gatewayAddress, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Close = true
+		response, err := http.DefaultClient.Do(r)
+		if err != nil {
+			return err.Error()
+		}
+		_ = response.Body.Close()
+		return fmt.Sprint(response.StatusCode, " ", response.Header.Get("x-ratelimit-limit"))
+	}
+	const passed = "404 1000000" // the upstream's, with sluice's headers
+	await(t, func() bool { return ask() == passed })
+	var good, lost atomic.Int64
+	done := make(chan struct{})
+	var clients sync.WaitGroup
+	for range 3 {
+		clients.Go(func() {
+			for {
+				select {
+				case <-done:
+					return
+				default:
+				}
+				if said := ask(); said != passed {
+					lost.Add(1)
+					t.Errorf("%s", said)
+					continue
+				}
+				good.Add(1)
+			}
+		})
+	}
+	for i := range int64(5) {
+		await(t, func() bool { return good.Load()+lost.Load() > 20*i })
+		limiter.stop()
+		limiter = startSluice(t, "--config", config, "--grpc", socket)
+	}
+	close(done)
+	clients.Wait()
+	t.Logf("%d requests, %d lost in five restarts", good.Load()+lost.Load(), lost.Load())
 }
 
 // Behind a real Envoy Gateway a limit's key is a claim, as the printed file's comments say: each plan has a bucket of its own, and who makes the
