@@ -160,7 +160,7 @@ func (c *Certs) advance(s *secret) (bool, error) {
 	ca, err := tls.X509KeyPair(s.Data[caCert], s.Data[caKey])
 	switch {
 	case err != nil && len(s.Data[caCert]) > 0:
-		return false, fmt.Errorf("Secret %s/%s: %w; delete it, and a new CA is made", c.o.Namespace, c.o.Secret, err)
+		return false, fmt.Errorf("Secret %s/%s: %w; take its data away, and a new CA is made", c.o.Namespace, c.o.Secret, err)
 	case err != nil:
 		s.Data[caCert], s.Data[caKey], err = newCA(now, c.o.Life)
 	case len(s.Data[nextCert]) > 0:

@@ -3,12 +3,8 @@
 package k8s
 
 import (
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
-	"crypto/x509/pkix"
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
@@ -87,16 +83,24 @@ func TestCluster(t *testing.T) {
 	const apps, batch = "/apis/apps/v1/namespaces/shop/", "/apis/batch/v1/namespaces/shop/"
 	template := "selector: {matchLabels: {app: NAME}}, template: " + strings.Replace(podText("", "{containers: [{name: envoy, SECURE}]}"), "app: x", "app: NAME", 1)
 	job := "template: " + strings.Replace(podText("", "{restartPolicy: Never, containers: [{name: envoy, SECURE}]}"), "app: x", "app: NAME", 1)
+	must(t, c.API, http.MethodPost, "/api/v1/nodes", object{"metadata": object{"name": "node"}}) // for the DaemonSet
 	for path, text := range map[string]string{
 		apps + "deployments": "{spec: {replicas: 2, " + template + "}}",
+		apps + "daemonsets":  "{spec: {" + template + "}}",
 		apps + "replicasets": "{spec: {" + template + "}}",
 		// It makes no pod before the one before it is ready.
 		apps + "statefulsets": "{spec: {serviceName: db, " + template + "}}",
 		batch + "jobs":        "{spec: {" + job + "}}",
+		batch + "cronjobs":    `{spec: {schedule: "* * * * *", jobTemplate: {spec: {` + job + "}}}}",
 	} {
 		kind := filepath.Base(path)
 		t.Run(kind, func(t *testing.T) {
 			create(t, path, kind, strings.ReplaceAll(text, "NAME", kind))
+			if kind == "cronjobs" { // one is due now
+				must(t, c.API, http.MethodPatch, path+"/"+kind+"/status", []any{
+					object{"op": "add", "path": "/status", "value": object{"lastScheduleTime": time.Now().Add(-90 * time.Second).UTC().Format(time.RFC3339)}},
+				})
+			}
 			var got []any
 			await(t, "pods of "+kind, func() bool {
 				got = list(must(t, c.API, http.MethodGet, pods+"?labelSelector=app%3D"+kind, nil), "items")
@@ -273,19 +277,8 @@ func istiod(t *testing.T, a *API, name string) {
 		}
 		_ = json.NewEncoder(w).Encode(review{APIVersion: in.APIVersion, Kind: in.Kind, Response: answer})
 	})
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	certificate := &x509.Certificate{
-		SerialNumber: serial(), Subject: pkix.Name{CommonName: name}, NotAfter: time.Now().Add(time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
-		IsCA: true, BasicConstraintsValid: true,
-	}
-	der, err := x509.CreateCertificate(rand.Reader, certificate, certificate, key.Public(), key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	listener, err := tls.Listen("tcp", "127.0.0.1:0", &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}})
+	certificate := selfSigned(t, x509.Certificate{IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}})
+	listener, err := tls.Listen("tcp", "127.0.0.1:0", &tls.Config{Certificates: []tls.Certificate{certificate}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -296,7 +289,7 @@ func istiod(t *testing.T, a *API, name string) {
 		"metadata": object{"name": name},
 		"webhooks": []any{object{
 			"name": "sidecar.istio.io", "admissionReviewVersions": []any{"v1"}, "sideEffects": "None", "failurePolicy": "Fail", "reinvocationPolicy": "Never",
-			"clientConfig":      object{"url": "https://" + listener.Addr().String() + "/inject", "caBundle": pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})},
+			"clientConfig":      object{"url": "https://" + listener.Addr().String() + "/inject", "caBundle": pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: certificate.Certificate[0]})},
 			"namespaceSelector": object{"matchLabels": object{name: "enabled"}},
 			"rules":             []any{object{"apiGroups": []any{""}, "apiVersions": []any{"v1"}, "operations": []any{"CREATE"}, "resources": []any{"pods"}}},
 		}},

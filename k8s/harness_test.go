@@ -5,7 +5,11 @@ package k8s
 import (
 	"bytes"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/pem"
 	"errors"
 	"net"
@@ -182,6 +186,25 @@ func await(t *testing.T, what string, there func() bool) {
 		case <-time.After(50 * time.Millisecond):
 		}
 	}
+}
+
+// selfSigned is a certificate for the names and addresses of a template, for an hour.
+func selfSigned(t *testing.T, template x509.Certificate) tls.Certificate {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template.SerialNumber, template.NotAfter, template.IsCA, template.BasicConstraintsValid = serial(), time.Now().Add(time.Hour), true, true
+	der, err := x509.CreateCertificate(rand.Reader, &template, &template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	leaf, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key, Leaf: leaf}
 }
 
 // freePorts are ports that nobody listens on.

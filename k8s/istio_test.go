@@ -173,11 +173,7 @@ func TestMeshIstio(t *testing.T) {
 		}
 	}
 	startIn(t, t.TempDir(), env, pilot, append(args, "--kubeconfig", c.kubeconfig, "--httpAddr", "127.0.0.1:15080")...) // it looks for files where it is
-	must(t, c.API, http.MethodPost, "/apis/discovery.k8s.io/v1/namespaces/istio-system/endpointslices", object{
-		"metadata": object{"name": "istiod-here", "labels": object{"kubernetes.io/service-name": "istiod"}}, "addressType": "IPv4",
-		"endpoints": []any{object{"addresses": []any{home}, "conditions": object{"ready": true}}},
-		"ports":     []any{object{"name": "https-webhook", "port": 15017, "protocol": "TCP"}},
-	})
+	endpoints(t, c.API, "istio-system", "istiod", "https-webhook", 15017, endpoint(home, true))
 	await(t, "istiod", func() bool {
 		response, err := http.Get("http://127.0.0.1:15080/ready")
 		if err != nil {
@@ -375,7 +371,7 @@ spec:
 			}
 			// A restart of sluice loses no request.
 			restarted := newTally()
-			stop := clients(t, 3, "http://"+address+":8080/probe", func(a answer) {
+			stop := clients(t, 3, asking(t, "http://"+address+":8080/probe"), func(a answer) {
 				a.pod = "web" // the app's answers do not say
 				restarted.add(a, true)
 				if a.err == nil && a.status != http.StatusOK {

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -23,6 +24,7 @@ import (
 const (
 	sluiceImage   = "ghcr.io/sluiceproxy/sluice:v0.1.0"
 	upgradedImage = "ghcr.io/sluiceproxy/sluice:v0.1.1" // the same
+	otherImage    = "localhost/sluice:arm64"            // the same, for that architecture
 	redisImage    = "docker.io/library/redis:7.4"
 	envoyImage    = "docker.io/envoyproxy/envoy:v" + envoy.Version
 	appImage      = "localhost/app:1"
@@ -47,8 +49,8 @@ func (dir images) buildah(t *testing.T, args ...string) string {
 }
 
 // make makes an image of files of this machine, by the paths that they have in it, with the libraries that they want and these lines of a
-// Containerfile.
-func (dir images) make(t *testing.T, name, lines string, files map[string]string) {
+// Containerfile. flags are buildah's.
+func (dir images) make(t *testing.T, name, lines string, files map[string]string, flags ...string) {
 	t.Helper()
 	root, err := os.MkdirTemp(string(dir), "image-")
 	if err != nil {
@@ -78,7 +80,7 @@ func (dir images) make(t *testing.T, name, lines string, files map[string]string
 	if err := os.WriteFile(filepath.Join(root, "Containerfile"), []byte("FROM scratch\nCOPY root /\n"+lines), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	dir.buildah(t, "bud", "--layers=false", "--file", filepath.Join(root, "Containerfile"), "--tag", name, root)
+	dir.buildah(t, slices.Concat([]string{"bud", "--layers=false"}, flags, []string{"--file", filepath.Join(root, "Containerfile"), "--tag", name, root})...)
 	if err := os.RemoveAll(root); err != nil {
 		t.Fatal(err)
 	}
@@ -105,18 +107,29 @@ func (dir images) prepare(t *testing.T) {
 		return path
 	}
 	busybox := look("busybox")
-	// What the Dockerfile starts from. Go and the modules that are here already are mounted.
-	dir.make(t, "docker.io/library/golang:1.26", "RUN [\"/bin/busybox\", \"ln\", \"-s\", \"/bin/busybox\", \"/bin/sh\"]\nENV PATH=/usr/local/go/bin:/bin HOME=/root GOTOOLCHAIN=local GOPROXY=file:///modules,"+goSays(t, "GOPROXY")+"\n",
-		map[string]string{"/bin/busybox": busybox, "/etc/ssl/certs/ca-certificates.crt": "/etc/ssl/certs/ca-certificates.crt"})
-	dir.make(t, "gcr.io/distroless/static:nonroot", "USER 65532\n", nil)
 	source, err := filepath.Abs("..")
 	if err != nil {
 		t.Fatal(err)
 	}
-	dir.buildah(t, "bud", "--pull-never", "--isolation", "chroot", "--network", "host", "--layers=false", "--build-arg", "VERSION=v0.1.0",
-		"--volume", goSays(t, "GOROOT")+":/usr/local/go:ro", "--volume", filepath.Join(goSays(t, "GOMODCACHE"), "cache", "download")+":/modules:ro",
-		"--file", filepath.Join(source, "Dockerfile"), "--tag", sluiceImage, source)
+	for arch, name := range map[string]string{"amd64": sluiceImage, "arm64": otherImage} {
+		platform := "--platform=linux/" + arch
+		// What the Dockerfile starts from, by the names that it has, for this platform only, since buildah asks for that whatever FROM says.
+		// Go and the modules that are here already are mounted.
+		dir.make(t, "docker.io/library/golang:1.26", "RUN [\"/bin/busybox\", \"ln\", \"-s\", \"/bin/busybox\", \"/bin/sh\"]\nENV PATH=/usr/local/go/bin:/bin HOME=/root GOTOOLCHAIN=local GOPROXY=file:///modules,"+goSays(t, "GOPROXY")+"\n",
+			map[string]string{"/bin/busybox": busybox, "/etc/ssl/certs/ca-certificates.crt": "/etc/ssl/certs/ca-certificates.crt"}, platform)
+		dir.make(t, "gcr.io/distroless/static:nonroot", "USER 65532\n", nil, platform)
+		dir.buildah(t, "bud", "--pull-never", "--isolation", "chroot", "--network", "host", "--layers=false", platform, "--build-arg", "VERSION=v0.1.0",
+			"--volume", goSays(t, "GOROOT")+":/usr/local/go:ro", "--volume", filepath.Join(goSays(t, "GOMODCACHE"), "cache", "download")+":/modules:ro",
+			"--file", filepath.Join(source, "Dockerfile"), "--tag", name, source)
+		dir.buildah(t, "push", name, "oci:"+dir.path(arch))
+	}
 	dir.buildah(t, "tag", sluiceImage, upgradedImage)
+	dir.buildah(t, "from", "--pull-never", "--platform=linux/arm64", "--name", "other", otherImage)
+	other := filepath.Join(strings.TrimSpace(dir.buildah(t, "mount", "other")), "sluice")
+	if out, err := exec.CommandContext(t.Context(), "cp", other, dir.path("sluice-arm64")).CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	dir.buildah(t, "rm", "other")
 
 	dir.make(t, redisImage, "", map[string]string{"/bin/redis-server": look("redis-server"), "/bin/redis-cli": look("redis-cli")})
 	proxy, err := envoy.Binary(t.Context(), func(said string) { t.Log(said) })
@@ -136,7 +149,6 @@ func (dir images) prepare(t *testing.T) {
 	for i, name := range []string{sluiceImage, upgradedImage, redisImage, envoyImage, appImage, pauseImage} {
 		dir.buildah(t, "push", name, fmt.Sprintf("docker-archive:%s:%s", dir.path(fmt.Sprintf("image-%d.tar", i)), name))
 	}
-	dir.buildah(t, "push", sluiceImage, "oci:"+dir.path("oci"))
 	if err := os.RemoveAll(dir.path("buildah")); err != nil {
 		t.Fatal(err)
 	}
@@ -193,12 +205,13 @@ resolvConf: ""
 # The disk is not this node's own.
 evictionHard: {memory.available: 1Mi, nodefs.available: 0%, nodefs.inodesFree: 0%, imagefs.available: 0%, imagefs.inodesFree: 0%}
 imageGCHighThresholdPercent: 100
+syncFrequency: 5s
 `
 
 // startNode makes a cluster with this machine, of isolated.Machine, as its node.
 func startNode(t *testing.T, dir, coredns string) *node {
 	t.Helper()
-	n := &node{controlPlane: cluster(t, "--service-cluster-ip-range", services), dir: dir}
+	n := &node{controlPlane: cluster(t, "--service-cluster-ip-range", services, "--kubelet-preferred-address-types", "InternalIP"), dir: dir}
 	text := strings.NewReplacer("DIR", dir, "HOME", home, "NAMES", dns, "CGROUP", isolated.Cgroup(dir))
 	write := func(name, content string) string {
 		path := filepath.Join(dir, name)
@@ -233,11 +246,8 @@ func startNode(t *testing.T, dir, coredns string) *node {
 
 	write("cni/pods.conflist", cniConfig)
 	start(t, nil, "containerd", "--config", write("containerd.toml", containerdConfig), "--log-level", "warn")
-	ctr := func(args ...string) ([]byte, error) {
-		return exec.CommandContext(t.Context(), "ctr", append([]string{"--address", "/run/containerd.sock", "--namespace", "k8s.io"}, args...)...).CombinedOutput()
-	}
 	await(t, "containerd", func() bool {
-		_, err := ctr("version")
+		_, err := ctr(t, "version")
 		return err == nil
 	})
 	tars, err := filepath.Glob(filepath.Join(dir, "image-*.tar"))
@@ -245,7 +255,7 @@ func startNode(t *testing.T, dir, coredns string) *node {
 		t.Fatal(err)
 	}
 	for _, tar := range tars {
-		if out, err := ctr("images", "import", tar); err != nil {
+		if out, err := ctr(t, "images", "import", tar); err != nil {
 			t.Fatalf("%s: %v\n%s", tar, err, out)
 		}
 	}
@@ -271,6 +281,12 @@ func startNode(t *testing.T, dir, coredns string) *node {
 	return n
 }
 
+// ctr asks containerd.
+func ctr(t *testing.T, args ...string) ([]byte, error) {
+	t.Helper()
+	return exec.CommandContext(t.Context(), "ctr", append([]string{"--address", "/run/containerd.sock", "--namespace", "k8s.io"}, args...)...).CombinedOutput()
+}
+
 // state is what is going on, for who wonders why something failed.
 func (n *node) state(t *testing.T) string {
 	t.Helper()
@@ -290,6 +306,36 @@ func (n *node) do(t *testing.T, stdin string, args ...string) string {
 		t.Fatalf("kubectl %s: %v\n%s", strings.Join(args, " "), err, out)
 	}
 	return out
+}
+
+// readme runs the commands of a section of this room's README, as they stand there, and returns what they printed.
+func (n *node) readme(t *testing.T, section string) string {
+	t.Helper()
+	text, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, after, _ := strings.Cut(string(text), "\n## "+section+"\n")
+	after, _, _ = strings.Cut(after, "\n## ")
+	_, commands, _ := strings.Cut(after, "```sh\n")
+	commands, _, ok := strings.Cut(commands, "```")
+	if !ok {
+		t.Fatalf("README has no commands under %q", section)
+	}
+	c := exec.CommandContext(t.Context(), "bash", "-euxc", commands)
+	c.Dir = ".."
+	tools := t.TempDir()
+	for _, tool := range []string{helmBinary(t), filepath.Join(n.bin, "kubectl")} {
+		if err := os.Symlink(tool, filepath.Join(tools, filepath.Base(tool))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c.Env = append(os.Environ(), "PATH="+tools+":"+os.Getenv("PATH"), "HOME="+tools, "KUBECONFIG="+n.kubeconfig)
+	out, err := c.CombinedOutput()
+	if err != nil {
+		t.Fatalf("README, %s: %v\n%s\n%s", section, err, out, n.state(t))
+	}
+	return string(out)
 }
 
 // helm runs it on the cluster.

@@ -21,18 +21,7 @@ import (
 )
 
 // web is a Deployment of an Envoy before an app that only it can reach. Both go on until the endpoints' news has arrived everywhere.
-const web = `
-apiVersion: v1
-kind: Namespace
-metadata:
-  name: shop
-  labels: {sluice.dev/inject: enabled, pod-security.kubernetes.io/enforce: restricted}
----
-apiVersion: v1
-kind: Secret
-metadata: {name: redis, namespace: shop}
-stringData: {url: "redis://sluice-trial-redis.sluice-system.svc:6379/0"}
----
+var web = strings.NewReplacer("APP", appImage, "ENVOY", envoyImage).Replace(`
 apiVersion: v1
 kind: Service
 metadata: {name: web, namespace: shop}
@@ -64,7 +53,7 @@ spec:
         readinessProbe: {httpGet: {path: /healthz, port: 8080}, periodSeconds: 1}
         volumeMounts: [{name: envoy, mountPath: /etc/envoy}]
       volumes: [{name: envoy, configMap: {name: envoy}}]
-`
+`)
 
 // limits are those of the app. What is in a bucket that hardly refills tells what was drawn from it.
 const limits = `
@@ -84,14 +73,19 @@ type answer struct {
 	err       error
 }
 
-// get asks once, on a connection of its own.
+// get is send, of a GET.
 func get(ctx context.Context, url string) answer {
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
 		return answer{err: err}
 	}
+	return send(http.DefaultClient, request)
+}
+
+// send asks once, on a connection of its own.
+func send(client *http.Client, request *http.Request) answer {
 	request.Close = true
-	response, err := http.DefaultClient.Do(request)
+	response, err := client.Do(request)
 	if err != nil {
 		return answer{err: err}
 	}
@@ -135,15 +129,20 @@ func (y *tally) answered() int {
 
 func newTally() *tally { return &tally{status: map[int]int{}, pods: map[string]int{}} }
 
-// clients ask url without pause until the function that they return is called, which is when they have ended.
-func clients(t *testing.T, n int, url string, each func(answer)) func() {
+// asking is get, for clients.
+func asking(t *testing.T, url string) func() answer {
+	return func() answer { return get(t.Context(), url) }
+}
+
+// clients ask without pause until the function that they return is called, which is when they have ended.
+func clients(t *testing.T, n int, ask func() answer, each func(answer)) func() {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
 	for range n {
 		wg.Go(func() {
 			for ctx.Err() == nil {
-				each(get(t.Context(), url)) // what has been asked is answered
+				each(ask()) // what has been asked is answered
 			}
 		})
 	}
@@ -168,11 +167,14 @@ func TestNode(t *testing.T) {
 		t.Helper()
 		return n.do(t, "", "get", "service", service, "--namespace", namespace, "--output", "jsonpath={.spec.clusterIP}")
 	}
+	redis := func() []string { // for sluice's commands
+		return append(os.Environ(), "SLUICE_DOMAIN=shop/web", "SLUICE_REDIS=redis://"+net.JoinHostPort(ip("sluice-trial-redis", release), "6379"))
+	}
 	// held is what is in the bucket of a limit.
 	held := func(limit string) float64 {
 		t.Helper()
 		c := exec.CommandContext(t.Context(), sluice, "bucket", "get", "--config", config, "--limit", limit, "-o", "json")
-		c.Env = append(os.Environ(), "SLUICE_DOMAIN=shop/web", "SLUICE_REDIS=redis://"+net.JoinHostPort(ip("sluice-trial-redis", release), "6379"))
+		c.Env = redis()
 		out, err := c.Output()
 		_, after, ok := strings.Cut(string(out), `"tokens":`)
 		tokens, notNumber := strconv.ParseFloat(strings.TrimSpace(after[:max(0, strings.IndexAny(after, ",}"))]), 64)
@@ -195,55 +197,68 @@ func TestNode(t *testing.T) {
 	}
 	rolled := func() { n.do(t, "", "rollout", "status", "deployment/web", "--namespace", "shop", "--timeout", "3m") }
 
-	t.Run("the image", func(t *testing.T) {
-		compressed, said := readImage(t, filepath.Join(n.dir, "oci"))
-		t.Logf("%.1f MB", float64(compressed)/1e6)
-		if compressed > 30e6 || compressed < 1e6 {
-			t.Errorf("%d bytes", compressed)
-		}
-		config := child(said, "config")
-		if config["User"] != "65532:65532" || fmt.Sprint(config["Entrypoint"], config["Cmd"]) != "[/sluice] [run]" {
-			t.Errorf("%v", config)
-		}
-		for _, label := range []string{"title", "description", "source", "licenses"} {
-			if v, _ := at(config, "Labels", "org.opencontainers.image."+label).(string); v == "" {
-				t.Errorf("no label %s: %v", label, config)
+	for _, arch := range []string{"amd64", "arm64"} {
+		t.Run("the image for "+arch, func(t *testing.T) {
+			compressed, said := readImage(t, filepath.Join(n.dir, arch))
+			t.Logf("%.1f MB", float64(compressed)/1e6)
+			if compressed > 30e6 || compressed < 1e6 {
+				t.Errorf("%d bytes", compressed)
 			}
+			config := child(said, "config")
+			if config["User"] != "65532:65532" || fmt.Sprint(config["Entrypoint"], config["Cmd"]) != "[/sluice] [run]" || fmt.Sprint(said["os"], said["architecture"]) != "linux"+arch {
+				t.Errorf("%v", said)
+			}
+			for _, label := range []string{"title", "description", "source", "licenses"} {
+				if v, _ := at(config, "Labels", "org.opencontainers.image."+label).(string); v == "" {
+					t.Errorf("no label %s: %v", label, config)
+				}
+			}
+			if v := at(config, "Labels", "org.opencontainers.image.version"); v != "v0.1.0" {
+				t.Errorf("version %v", v)
+			}
+		})
+	}
+	t.Run("arm64", func(t *testing.T) { // there is no such machine here: its program is emulated
+		program, socket := filepath.Join(n.dir, "sluice-arm64"), "unix://"+filepath.Join(t.TempDir(), "s")
+		if out, err := exec.CommandContext(t.Context(), "qemu-aarch64", program, "version").CombinedOutput(); err != nil || !strings.Contains(string(out), "v0.1.0") {
+			t.Fatalf("%v\n%s", err, out)
 		}
-		if v := at(config, "Labels", "org.opencontainers.image.version"); v != "v0.1.0" {
-			t.Errorf("version %v", v)
-		}
+		start(t, nil, "qemu-aarch64", program, "run", "--grpc", socket)
+		await(t, "its health", func() bool {
+			return exec.CommandContext(t.Context(), sluice, "healthcheck", "--grpc", socket).Run() == nil
+		})
 	})
 	t.Run("install", func(t *testing.T) {
+		namespace(t, n.controlPlane, "shop", object{"pod-security.kubernetes.io/enforce": "restricted"})
 		began := time.Now()
-		n.helm(t, "install", "sluice", chartDir, "--create-namespace", "--wait", "--timeout", "3m", "--set", "trialRedis.enabled=true,gateway.enabled=true")
-		t.Logf("helm install --wait: %v", time.Since(began))
+		n.readme(t, "Install")
+		t.Logf("installed after %v", time.Since(began))
+		n.helm(t, "upgrade", "sluice", chartDir, "--wait", "--timeout", "3m", "--reuse-values", "--set", "gateway.enabled=true")
 	})
 	if t.Failed() {
 		return
 	}
-	t.Run("helm test", func(t *testing.T) {
-		if out := n.helm(t, "test", "sluice", "--timeout", "2m"); strings.Count(out, "Phase:          Succeeded") != 2 {
-			t.Errorf("%s", out)
+	ask := func(t *testing.T, path string) []string {
+		t.Helper()
+		var got []string
+		for range 5 {
+			a := get(t.Context(), "http://"+ip("web", "shop")+path)
+			got = append(got, fmt.Sprint(a.status, " ", a.remaining, " ", a.pod != ""))
 		}
-	})
-	t.Run("limited", func(t *testing.T) {
+		return got
+	}
+	t.Run("in the shadow", func(t *testing.T) {
 		printed, err := exec.CommandContext(t.Context(), sluice, "envoy", "plain", "--config", config).CombinedOutput()
 		if err != nil {
 			t.Fatalf("%v\n%s", err, printed)
 		}
-		n.do(t, web1, "apply", "-f", "-")
-		n.do(t, "", "create", "configmap", "limits", "--namespace", "shop", "--from-literal", "sluice.yaml="+limits)
+		n.do(t, web, "apply", "-f", "-")
+		n.do(t, "", "create", "configmap", "limits", "--namespace", "shop", "--from-literal", "sluice.yaml=mode: shadow\n"+limits)
 		n.do(t, "", "create", "configmap", "envoy", "--namespace", "shop", "--from-literal", "envoy.yaml="+string(printed))
 		began := time.Now()
 		rolled()
 		t.Logf("two pods ready after %v", time.Since(began))
-		var got []string
-		for range 5 {
-			a := get(t.Context(), "http://"+ip("web", "shop")+"/few")
-			got = append(got, fmt.Sprint(a.status, " ", a.remaining, " ", a.pod != ""))
-		}
-		if want := []string{"200 2 true", "200 1 true", "200 0 true", "429 0 false", "429 0 false"}; !slices.Equal(got, want) {
+		if got := ask(t, "/few"); slices.ContainsFunc(got, func(said string) bool { return !strings.HasPrefix(said, "200 ") || !strings.HasSuffix(said, " true") }) {
 			t.Errorf("%q", got)
 		}
 		if left := held("few"); left > 0.01 {
@@ -253,10 +268,45 @@ func TestNode(t *testing.T) {
 	if t.Failed() {
 		return
 	}
+	t.Run("enforced", func(t *testing.T) {
+		began := time.Now()
+		replaced := n.do(t, "", "create", "configmap", "limits", "--namespace", "shop", "--from-literal", "sluice.yaml="+limits, "--dry-run=client", "--output", "yaml")
+		n.do(t, replaced, "replace", "-f", "-")
+		for _, p := range pods() {
+			await(t, "the new config", func() bool { return get(t.Context(), "http://"+p.ip+":8080/few").status == http.StatusTooManyRequests })
+		}
+		t.Logf("enforced after %v, without a restart", time.Since(began))
+		reset := exec.CommandContext(t.Context(), sluice, "bucket", "reset", "--config", config, "--limit", "few")
+		reset.Env = redis()
+		if out, err := reset.CombinedOutput(); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		for _, p := range pods() { // two of the three tokens, once both believe it
+			await(t, "the reset", func() bool { return get(t.Context(), "http://"+p.ip+":8080/few").status == http.StatusOK })
+		}
+		got := ask(t, "/few")
+		if want := []string{"200 0 true", "429 0 false", "429 0 false", "429 0 false", "429 0 false"}; !slices.Equal(got, want) {
+			t.Errorf("%q", got)
+		}
+	})
+	t.Run("verify", func(t *testing.T) {
+		said := n.readme(t, "Verify")
+		for _, want := range []string{"web-", " v0.1.0-", `"msg":"serving"`, "the script runs", "no       few"} {
+			if !strings.Contains(said, want) {
+				t.Errorf("no %q in\n%s", want, said)
+			}
+		}
+		if strings.Count(said, "Phase:          Succeeded") != 2 {
+			t.Errorf("helm test:\n%s", said)
+		}
+	})
+	if t.Failed() {
+		return
+	}
 	t.Run("rolled under load", func(t *testing.T) {
 		service, before := "http://"+ip("web", "shop")+"/many", held("many")
 		all, direct := newTally(), newTally()
-		stop := clients(t, 3, service, func(a answer) { all.add(a, true) })
+		stop := clients(t, 3, asking(t, service), func(a answer) { all.add(a, true) })
 		// Each pod is asked from when it has an address until it has none, ready or not.
 		var wg sync.WaitGroup
 		ctx, cancel := context.WithCancel(t.Context())
@@ -311,6 +361,33 @@ func TestNode(t *testing.T) {
 			t.Errorf("%d requests passed, and %.3f tokens were drawn", through, drawn)
 		}
 	})
+	t.Run("sluice killed", func(t *testing.T) {
+		p, before := pods()[0], held("many")
+		id := func() string {
+			full := n.do(t, "", "get", "pod", p.name, "--namespace", "shop", "--output", `jsonpath={.status.initContainerStatuses[?(@.name=="sluice")].containerID}`)
+			return strings.TrimPrefix(full, "containerd://")
+		}
+		killed := id()
+		all := newTally()
+		stop := clients(t, 2, asking(t, "http://"+p.ip+":8080/many"), func(a answer) { all.add(a, false) })
+		await(t, "answers", func() bool { return all.answered() > 20 })
+		if out, err := ctr(t, "tasks", "kill", "--signal", "SIGKILL", killed); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		await(t, "another container", func() bool { return id() != killed })
+		await(t, "an answer of the app's", func() bool { return get(t.Context(), "http://"+p.ip+":8080/many").pod != "" })
+		stop()
+		through, drawn := all.status[http.StatusOK]+1, before-held("many")
+		t.Logf("answers by status %v, %.3f tokens drawn", all.status, drawn)
+		for status := range all.status {
+			if status != http.StatusOK && status != http.StatusServiceUnavailable {
+				t.Errorf("%d", status)
+			}
+		}
+		if len(all.wrong) > 0 || float64(through) > drawn+0.1 {
+			t.Errorf("%d passed, %q", through, all.wrong)
+		}
+	})
 	t.Run("without Redis", func(t *testing.T) {
 		old := pods()
 		n.do(t, "", "scale", "deployment/sluice-trial-redis", "--namespace", release, "--replicas", "0")
@@ -350,7 +427,11 @@ func TestNode(t *testing.T) {
 				made++
 			}
 		})
-		n.helm(t, "upgrade", "sluice", chartDir, "--wait", "--timeout", "3m", "--reuse-values", "--set", "image.tag=v0.1.1")
+		stamps := func() []string {
+			return strings.Fields(n.do(t, "", "get", "pods", "--namespace", "shop", "--selector", "app=web", "--output", `jsonpath={.items[*].metadata.annotations.sluice\.dev/injected}`))
+		}
+		before := stamps()
+		n.readme(t, "Upgrade")
 		// The old ones answer on for as long as an API server may ask them.
 		await(t, "the end of the old webhooks", func() bool {
 			left := n.do(t, "", "get", "pods", "--namespace", release, "--selector", "app.kubernetes.io/component=webhook", "--output", "name")
@@ -362,23 +443,35 @@ func TestNode(t *testing.T) {
 		if made < 20 {
 			t.Error("that is too little to show anything")
 		}
-		if got := image(); got != sluiceImage+" "+sluiceImage {
-			t.Errorf("an upgrade touches pods: %s", got)
-		}
 		n.do(t, "", "rollout", "restart", "deployment/web", "--namespace", "shop")
 		rolled()
 		await(t, "the end of the old pods", func() bool { return len(pods()) == 2 })
 		if got := image(); got != upgradedImage+" "+upgradedImage {
 			t.Errorf("%s", got)
 		}
+		if after := stamps(); len(after) != 2 || after[0] != after[1] || slices.Contains(before, after[0]) {
+			t.Errorf("stamps %q, and before %q", after, before)
+		}
 	})
 	t.Run("uninstall", func(t *testing.T) {
-		n.helm(t, "uninstall", "sluice", "--wait", "--timeout", "2m")
-		n.do(t, "", "delete", "namespace", release, "--wait")
-		for _, p := range pods() { // they go on as they are; their Redis is gone with the rest
-			if a := get(t.Context(), "http://"+p.ip+":8080/open"); a.status != http.StatusOK {
-				t.Errorf("%+v", a)
+		printed := n.do(t, "", "get", "configmap", "envoy", "--namespace", "shop", "--output", `jsonpath={.data.envoy\.yaml}`)
+		before, filter, _ := strings.Cut(printed, "          - name: envoy.filters.http.ext_authz\n")
+		_, after, ok := strings.Cut(filter, "          - name: envoy.filters.http.router\n")
+		if !ok {
+			t.Fatalf("no filter in\n%s", printed)
+		}
+		without := before + "          - name: envoy.filters.http.router\n" + after
+		n.do(t, n.do(t, "", "create", "configmap", "envoy", "--namespace", "shop", "--from-literal", "envoy.yaml="+without, "--dry-run=client", "--output", "yaml"), "replace", "-f", "-")
+		n.readme(t, "Uninstall")
+		rolled()
+		await(t, "the end of the old pods", func() bool { return len(pods()) == 2 })
+		for _, said := range ask(t, "/few") {
+			if said != "200  true" {
+				t.Errorf("%s", said)
 			}
+		}
+		if left := n.do(t, "", "get", "pods", "--namespace", "shop", "--output", "jsonpath={.items[*].spec.initContainers}"); left != "" {
+			t.Errorf("%s", left)
 		}
 		n.do(t, "", "delete", "namespace", "shop", "--wait")
 		kinds := strings.Fields(n.do(t, "", "api-resources", "--verbs", "list", "--output", "name"))
@@ -391,5 +484,3 @@ func TestNode(t *testing.T) {
 		}
 	})
 }
-
-var web1 = strings.NewReplacer("APP", appImage, "ENVOY", envoyImage).Replace(web)

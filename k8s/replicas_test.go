@@ -187,18 +187,29 @@ func (r *replicas) stop(t *testing.T, i int) {
 // publish does what the EndpointSlice controller would if there were nodes.
 func (r *replicas) publish(t *testing.T) {
 	t.Helper()
-	var endpoints []any
+	var all []any
 	for i := range r.ready {
-		endpoints = append(endpoints, object{"addresses": []any{addresses[i]}, "conditions": object{"ready": r.ready[i].Load()}})
+		all = append(all, endpoint(addresses[i], r.ready[i].Load()))
 	}
-	const path = "/apis/discovery.k8s.io/v1/namespaces/" + release + "/endpointslices"
+	endpoints(t, r.c.API, release, "sluice-webhook", "https", 8443, all...)
+}
+
+// endpoint is one of a Service's.
+func endpoint(address string, ready bool) object {
+	return object{"addresses": []any{address}, "conditions": object{"ready": ready}}
+}
+
+// endpoints says, instead of the controller, what answers for a port of a Service.
+func endpoints(t *testing.T, a *API, namespace, service, port string, number int, all ...any) {
+	t.Helper()
+	path, name := "/apis/discovery.k8s.io/v1/namespaces/"+namespace+"/endpointslices", service+"-here"
 	slice := object{
-		"metadata": object{"name": "sluice-webhook-here", "labels": object{"kubernetes.io/service-name": "sluice-webhook"}}, "addressType": "IPv4",
-		"endpoints": endpoints, "ports": []any{object{"name": "https", "port": 8443, "protocol": "TCP"}},
+		"metadata": object{"name": name, "labels": object{"kubernetes.io/service-name": service}}, "addressType": "IPv4",
+		"endpoints": all, "ports": []any{object{"name": port, "port": number, "protocol": "TCP"}},
 	}
-	err := r.c.call(t.Context(), http.MethodPut, path+"/sluice-webhook-here", slice, &object{})
+	err := a.call(t.Context(), http.MethodPut, path+"/"+name, slice, &object{})
 	if isStatus(err, http.StatusNotFound) {
-		err = r.c.call(t.Context(), http.MethodPost, path, slice, &object{})
+		err = a.call(t.Context(), http.MethodPost, path, slice, &object{})
 	}
 	if err != nil {
 		t.Fatal(err)
