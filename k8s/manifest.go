@@ -32,8 +32,7 @@ var templates = map[string][]string{
 }
 
 // Manifest injects into every pod template of a manifest: YAML, of any number of documents, or JSON; Lists too. It counts as labelled,
-// so that only a pod's own label can opt out. Documents that do not change come out byte for byte; in others comments and order stay,
-// but JSON's keys are sorted.
+// so that only a pod's own label can opt out. Documents that do not change come out byte for byte; in others comments and order stay.
 // skipped says where nothing was injected, and why; the error every refusal.
 func Manifest(in []byte, o Options) (out []byte, skipped []string, err error) {
 	var mistakes []error
@@ -41,6 +40,10 @@ func Manifest(in []byte, o Options) (out []byte, skipped []string, err error) {
 		return walk(root, "", o, func(s string) { skipped = append(skipped, s) }, func(err error) { mistakes = append(mistakes, err) })
 	}
 	if text := bytes.TrimSpace(in); len(text) > 0 && text[0] == '{' && json.Valid(text) {
+		node, err := readJSON(text)
+		if err != nil {
+			return nil, nil, err
+		}
 		d := json.NewDecoder(bytes.NewReader(text))
 		d.UseNumber()
 		var root any
@@ -54,12 +57,11 @@ func Manifest(in []byte, o Options) (out []byte, skipped []string, err error) {
 		if reflect.DeepEqual(root, changed) {
 			return in, skipped, nil
 		}
-		var b bytes.Buffer
-		e := json.NewEncoder(&b)
-		e.SetEscapeHTML(false)
-		e.SetIndent("", "  ")
-		err := e.Encode(changed)
-		return b.Bytes(), skipped, err
+		if err := merge(node, root, changed); err != nil {
+			return nil, skipped, err
+		}
+		out, err := writeJSON(node, in)
+		return out, skipped, err
 	}
 	var b bytes.Buffer
 	for i, document := range documents(in) {
@@ -174,6 +176,9 @@ func walk(root any, where string, o Options, skip func(string), refuse func(erro
 	}
 	if o.Workload = name; name == "" {
 		o.Workload = strings.ToLower(kind)
+	}
+	if kind == "Job" {
+		o.Workload = cronJob(name)
 	}
 	o.Namespace, _ = metadata["namespace"].(string)
 	pod := top

@@ -154,6 +154,9 @@ func difference(before, after object) []object {
 // scheduled is what a CronJob adds to its name for a Job's.
 var scheduled = regexp.MustCompile(`-[0-9]{8,}$`)
 
+// cronJob is the name of the CronJob that a Job of this name looks to be of, since its pods do not say; else the Job's.
+func cronJob(job string) string { return scheduled.ReplaceAllString(job, "") }
+
 // workload is the name of what a pod belongs to: its controller's, of a ReplicaSet the Deployment's and of a CronJob's Job the
 // CronJob's; else its own.
 func workload(pod object) string {
@@ -173,7 +176,7 @@ func workload(pod object) string {
 				return strings.TrimSuffix(name, "-"+hash)
 			}
 		case "Job":
-			return scheduled.ReplaceAllString(name, "")
+			return cronJob(name)
 		}
 		return name
 	}
