@@ -1,0 +1,233 @@
+//go:build linux
+
+package k8s
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/sluiceproxy/sluice/envoy"
+	"github.com/sluiceproxy/sluice/k8s/built"
+	"github.com/sluiceproxy/sluice/k8s/isolated"
+)
+
+const contourVersion = "v1.33.8"
+
+// contourPlain is a virtual host without TLS.
+const contourPlain = `apiVersion: projectcontour.io/v1
+kind: HTTPProxy
+metadata: {name: plain, namespace: shop}
+spec:
+  virtualhost: {fqdn: plain.example.com}
+  routes: [{services: [{name: web, port: 80}]}]
+`
+
+// TestMeshContour has a real Contour, on a real API server, make of envoy/contour.yaml the configuration of a real Envoy before an app.
+func TestMeshContour(t *testing.T) {
+	if os.Getenv("SLUICE_LONG") == "" {
+		t.Skip("builds Kubernetes and Contour, which takes minutes: SLUICE_LONG=1")
+	}
+	kubernetesBinaries(t)
+	helmBinary(t)
+	contour := built.Program(t, "github.com/projectcontour/contour/cmd/contour", contourVersion)
+	definitions := filepath.Join(module(t, "github.com/projectcontour/contour@"+contourVersion), "examples", "contour", "01-crds.yaml")
+	proxy, err := envoy.Binary(t.Context(), func(said string) { t.Log(said) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	const app = "192.0.2.5"
+	if !isolated.Network(t, append(addresses, home, app)...) {
+		return
+	}
+	text, err := os.ReadFile("../envoy/contour.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := string(text)
+	dir := t.TempDir()
+	write := func(name, text string) string {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	c := cluster(t)
+	do := func(stdin string, args ...string) {
+		t.Helper()
+		if out, err := c.kubectl(t, stdin, args...); err != nil || strings.Contains(out, "Warning") {
+			t.Fatalf("kubectl %s: %v\n%s", strings.Join(args, " "), err, out)
+		}
+	}
+	do("", "create", "-f", definitions)
+	do("", "create", "namespace", "projectcontour")
+	namespace(t, c, "shop", nil)
+	certificate := selfSigned(t, x509.Certificate{DNSNames: []string{"shop.example.com"}})
+	key, err := x509.MarshalPKCS8PrivateKey(certificate.PrivateKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	do("", "create", "secret", "tls", "shop-tls", "--namespace", "shop",
+		"--cert", write("tls.crt", string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: certificate.Certificate[0]}))),
+		"--key", write("tls.key", string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key}))))
+
+	// The chart's Service, and what stands for its pods and the app's.
+	if out, err := helm(t, "install", "sluice", chartDir, "--kubeconfig", c.kubeconfig, "--namespace", release, "--create-namespace", "--set", "gateway.enabled=true,trialRedis.enabled=true"); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	config := write("sluice.yaml", "limits: [{name: few, match: {paths: [/few]}, rate: 3/h}, {name: probe, match: {paths: [/probe]}, rate: 1000000/s}]\n")
+	sluice := program(t)
+	run := func(t *testing.T, address string) *process {
+		t.Helper()
+		p := start(t, nil, sluice, "run", "--config", config, "--grpc", address+":9001", "--metrics", address+":9003", "--admin", address+":9002")
+		await(t, "sluice", func() bool { return get(t.Context(), "http://"+address+":9003/readyz").status == http.StatusOK })
+		return p
+	}
+	endpoints(t, c.API, release, "sluice-gateway", "grpc", 9001, endpoint(addresses[0], true))
+	do(`{apiVersion: v1, kind: Service, metadata: {name: web, namespace: shop}, spec: {ports: [{name: http, port: 80, targetPort: 8081}]}}`, "create", "-f", "-")
+	endpoints(t, c.API, "shop", "web", "http", 8081, endpoint(app, true))
+	var seen http.Header // by the app; read after the answer
+	// Envoy has 8080 of all addresses.
+	listener, err := net.Listen("tcp", app+":8081")
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) { //nolint:gosec // only the test calls it
+		seen = q.Header
+		w.Header().Set("X-Ratelimit-Limit", "the app's")
+		w.Header().Set("X-Pod", "web")
+	})}
+	go func() { _ = server.Serve(listener) }()
+	t.Cleanup(func() { _ = server.Close() })
+
+	roots := x509.NewCertPool()
+	roots.AddCert(certificate.Leaf)
+	ask := func(method, url string) answer {
+		t.Helper()
+		q, err := http.NewRequestWithContext(t.Context(), method, url, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		port := map[string]string{"http": "8080", "https": "8443"}[q.URL.Scheme]
+		q.Host, q.URL.Host = q.URL.Host, "127.0.0.1:"+port
+		q.Header.Set("X-Ratelimit-Remaining", "99")
+		return send(&http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots, ServerName: q.Host}}}, q)
+	}
+	admin := filepath.Join(dir, "admin.sock") // Envoy's
+	clusters := func(t *testing.T) string {
+		t.Helper()
+		client := http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", admin)
+		}, DisableKeepAlives: true}}
+		response, err := client.Get("http://envoy/clusters")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = response.Body.Close() }()
+		text, err := io.ReadAll(response.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(text)
+	}
+	// front is a Contour with this config and its Envoy, both new.
+	front := func(t *testing.T, config string) {
+		start(t, nil, contour, "serve", "--kubeconfig", c.kubeconfig, "--config-path", write("contour.yaml", config), "--insecure", "--xds-address", "127.0.0.1", "--xds-port", "8001", "--disable-leader-election")
+		bootstrap := filepath.Join(dir, "bootstrap.json")
+		if out, err := exec.CommandContext(t.Context(), contour, "bootstrap", bootstrap, "--xds-address", "127.0.0.1", "--xds-port", "8001", "--admin-address", admin).CombinedOutput(); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		start(t, nil, proxy, "--config-path", bootstrap, "--service-cluster", "shop", "--service-node", "node", "--disable-hot-restart", "--concurrency", "1")
+	}
+
+	t.Run("a virtual host with TLS", func(t *testing.T) {
+		before, example, ok := strings.Cut(file, "    # authPolicy:\n")
+		if !ok {
+			t.Fatal("no authPolicy")
+		}
+		with := before + "    authPolicy:\n" + strings.ReplaceAll(example, "    # ", "    ")
+		with = strings.Replace(with, "  - conditions: ", "  - permitInsecure: true\n    conditions: ", 1)
+		do(with, "apply", "-f", "-")
+		limiter := run(t, addresses[0])
+		front(t, "")
+		await(t, "a limited answer", func() bool {
+			a := ask(http.MethodGet, "https://shop.example.com/probe")
+			return a.status == http.StatusOK && a.remaining != ""
+		})
+		for i, want := range []string{"200 2", "200 1", "200 0", "429 0"} {
+			a := ask(http.MethodGet, "https://shop.example.com/few")
+			if got := fmt.Sprint(a.status, " ", a.remaining); got != want || a.err != nil {
+				t.Errorf("request %d: %+v, want %s", i, a, want)
+			}
+		}
+		if a := ask(http.MethodPost, "https://shop.example.com/"); a.remaining != "4" { // the route's own limit
+			t.Errorf("%+v", a)
+		}
+		await(t, "the plain port, which is not limited", func() bool { // so that the trap is one
+			a := ask(http.MethodGet, "http://shop.example.com/few")
+			return a.status == http.StatusOK && a.remaining == ""
+		})
+		if seen.Get("X-Ratelimit-Remaining") != "" {
+			t.Errorf("the app hears what the client says of its limits: %v", seen)
+		}
+		// A rollout: the new one is asked too, the old one not any more, and then it ends.
+		all := newTally()
+		stop := clients(t, 3, func() answer { return ask(http.MethodGet, "https://shop.example.com/probe") }, func(a answer) { all.add(a, true) })
+		await(t, "answers", func() bool { return all.answered() > 20 })
+		_ = run(t, addresses[1])
+		endpoints(t, c.API, release, "sluice-gateway", "grpc", 9001, endpoint(addresses[0], false), endpoint(addresses[1], true))
+		await(t, "the end of checks", func() bool { return !strings.Contains(clusters(t), addresses[0]+":9001") })
+		_ = limiter.Process.Signal(syscall.SIGTERM)
+		<-limiter.exited
+		n := all.answered()
+		await(t, "answers", func() bool { return all.answered() > n+20 })
+		stop()
+		if len(all.wrong) > 0 {
+			t.Errorf("%v; %d wrong, such as %q", all.status, len(all.wrong), all.wrong[:min(3, len(all.wrong))])
+		}
+		t.Logf("a rollout: %v", all.status)
+	})
+	t.Run("without sluice", func(t *testing.T) {
+		do(file, "apply", "-f", "-")
+		front(t, "")
+		await(t, "a refusal", func() bool {
+			return ask(http.MethodGet, "https://shop.example.com/probe").status == http.StatusForbidden
+		})
+	})
+	t.Run("every virtual host", func(t *testing.T) {
+		_, global, _ := strings.Cut(file, "#     globalExtAuth:\n")
+		global, _, ok := strings.Cut(global, "# - Without")
+		if !ok {
+			t.Fatal("no globalExtAuth")
+		}
+		do(contourPlain, "apply", "-f", "-")
+		run(t, addresses[1])
+		front(t, "globalExtAuth:\n"+strings.ReplaceAll(global, "#     ", ""))
+		await(t, "a limited answer", func() bool {
+			a := ask(http.MethodGet, "http://plain.example.com/probe")
+			return a.status == http.StatusOK && a.remaining != ""
+		})
+		var got []string
+		for range 4 {
+			a := ask(http.MethodGet, "http://plain.example.com/few")
+			got = append(got, fmt.Sprint(a.status, " ", a.remaining))
+		}
+		if diff := cmp.Diff([]string{"200 2", "200 1", "200 0", "429 0"}, got); diff != "" {
+			t.Errorf("-want +got:\n%s", diff)
+		}
+	})
+}
