@@ -2,6 +2,8 @@
 package built
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"os"
 	"os/exec"
 	"path"
@@ -13,11 +15,46 @@ import (
 // The first call takes up to some minutes, and the network.
 func Program(t *testing.T, pkg, version string) string {
 	t.Helper()
+	return once(t, path.Base(pkg), version, func(part string) *exec.Cmd {
+		install := exec.CommandContext(t.Context(), "go", "install", "-trimpath", "-ldflags", "-s -w", pkg+"@"+version)
+		install.Dir = part // outside the product's module
+		install.Env = append(os.Environ(), "GOBIN="+part)
+		return install
+	})
+}
+
+// Own is Program, of the program in a directory with a go.mod of its own: the directory's last name, as of what its files say.
+func Own(t *testing.T, dir string) string {
+	t.Helper()
+	hash := sha256.New()
+	for _, pattern := range []string{"*.go", "go.*"} {
+		files, err := filepath.Glob(filepath.Join(dir, pattern))
+		if err != nil || len(files) == 0 {
+			t.Fatalf("%s: no %s: %v", dir, pattern, err)
+		}
+		for _, file := range files {
+			text, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			hash.Write(text)
+		}
+	}
+	return once(t, filepath.Base(dir), hex.EncodeToString(hash.Sum(nil)[:6]), func(part string) *exec.Cmd {
+		build := exec.CommandContext(t.Context(), "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", part+"/", ".")
+		build.Dir = dir
+		build.Env = append(os.Environ(), "GOWORK=off")
+		return build
+	})
+}
+
+// once is the path of a program of a version in the user's cache, where the command that build returns puts it into a directory first.
+func once(t *testing.T, name, version string, build func(part string) *exec.Cmd) string {
+	t.Helper()
 	cache, err := os.UserCacheDir()
 	if err != nil {
 		t.Fatal(err)
 	}
-	name := path.Base(pkg)
 	home := filepath.Join(cache, "sluice", name+"-"+version)
 	program := filepath.Join(home, name)
 	if info, err := os.Stat(program); err == nil && info.Mode().IsRegular() {
@@ -31,11 +68,10 @@ func Program(t *testing.T, pkg, version string) string {
 		t.Fatal(err)
 	}
 	defer func() { _ = os.RemoveAll(part) }()
-	t.Logf("building %s@%s into %s; this happens once", pkg, version, home)
-	install := exec.CommandContext(t.Context(), "go", "install", "-trimpath", "-ldflags", "-s -w", pkg+"@"+version)
-	install.Dir = part // outside the product's module
-	install.Env = append(os.Environ(), "GOBIN="+part, "CGO_ENABLED=0", "GOFLAGS=")
-	if out, err := install.CombinedOutput(); err != nil {
+	t.Logf("building %s %s into %s; this happens once", name, version, home)
+	c := build(part)
+	c.Env = append(c.Env, "CGO_ENABLED=0", "GOFLAGS=")
+	if out, err := c.CombinedOutput(); err != nil {
 		t.Fatalf("%s %s: %v\n%s", name, version, err, out)
 	}
 	if err := os.Rename(filepath.Join(part, name), program); err != nil {
