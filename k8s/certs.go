@@ -153,16 +153,27 @@ func (c *Certs) advance(s *secret) (bool, error) {
 	if s.Data == nil {
 		s.Data = map[string][]byte{}
 	}
-	since := time.Duration(1<<63 - 1)
+	since, ahead := time.Duration(1<<63-1), false
 	if t, err := time.Parse(time.RFC3339Nano, string(s.Data[changed])); err == nil {
 		since = now.Sub(t)
+		ahead = since < -c.o.Every // by a clock that was wrong: counted from now, or the next step would never be due
 	}
 	ca, err := tls.X509KeyPair(s.Data[caCert], s.Data[caKey])
+	if err == nil && len(s.Data[nextCert]) > 0 {
+		if _, err := tls.X509KeyPair(s.Data[nextCert], s.Data[nextKey]); err != nil { // another is made
+			delete(s.Data, nextCert)
+			delete(s.Data, nextKey)
+		}
+	}
 	switch {
 	case err != nil && len(s.Data[caCert]) > 0:
 		return false, fmt.Errorf("Secret %s/%s: %w; take its data away, and a new CA is made", c.o.Namespace, c.o.Secret, err)
-	case err != nil:
+	case err != nil || now.After(ca.Leaf.NotAfter): // what it signed is believed by nobody
+		for _, key := range []string{nextCert, nextKey, oldCert} {
+			delete(s.Data, key)
+		}
 		s.Data[caCert], s.Data[caKey], err = newCA(now, c.o.Life)
+	case ahead:
 	case len(s.Data[nextCert]) > 0:
 		if since < c.o.Overlap {
 			return false, nil

@@ -3,11 +3,75 @@ package k8s
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
+	"reflect"
 	"regexp"
+	"slices"
+	"strconv"
 
 	"go.yaml.in/yaml/v3"
 )
+
+var byteOrderMark = []byte("\ufeff")
+
+// jsonObjects are the objects that JSON text holds, one after the other, each with the space before it and the last with what is after it;
+// false where it is none.
+func jsonObjects(text []byte) ([][]byte, bool) {
+	body := bytes.TrimPrefix(text, byteOrderMark)
+	d := json.NewDecoder(bytes.NewReader(body))
+	var ends []int64
+	for {
+		var raw json.RawMessage
+		err := d.Decode(&raw)
+		if errors.Is(err, io.EOF) {
+			break
+		} else if err != nil || raw[0] != '{' {
+			return nil, false
+		}
+		ends = append(ends, d.InputOffset()+int64(len(text)-len(body)))
+	}
+	if len(ends) == 0 {
+		return nil, false
+	}
+	ends[len(ends)-1] = int64(len(text))
+	var objects [][]byte
+	start := int64(0)
+	for _, end := range ends {
+		objects = append(objects, text[start:end])
+		start = end
+	}
+	return objects, true
+}
+
+// injectJSON returns what becomes of one of the objects, with the space around it.
+func injectJSON(text []byte, inject func(any) any) ([]byte, error) {
+	body := bytes.TrimSpace(bytes.TrimPrefix(text, byteOrderMark))
+	node, err := readJSON(body)
+	if err != nil {
+		return nil, err
+	}
+	d := json.NewDecoder(bytes.NewReader(body))
+	d.UseNumber()
+	var root any
+	if err := d.Decode(&root); err != nil {
+		return nil, err
+	}
+	changed := inject(root)
+	if reflect.DeepEqual(root, changed) {
+		return text, nil
+	}
+	if err := merge(node, root, changed); err != nil {
+		return nil, err
+	}
+	written, err := writeJSON(node, body)
+	if err != nil {
+		return nil, err
+	}
+	before, after, _ := bytes.Cut(text, body)
+	return slices.Concat(before, written, after), nil
+}
 
 // readJSON reads JSON as the node that YAML would have for it, whose fields keep their order.
 func readJSON(text []byte) (*yaml.Node, error) {
@@ -44,11 +108,17 @@ func readNode(d *json.Decoder) (*yaml.Node, error) {
 		_, err := d.Token() // its end
 		return node, err
 	case json.Number:
-		return &yaml.Node{Kind: yaml.ScalarNode, Tag: "!!float", Value: token.String()}, nil
+		node := &yaml.Node{Kind: yaml.ScalarNode, Value: token.String()}
+		if node.ShortTag() == "!!str" { // too large for YAML's
+			node.Tag = "!!float"
+		}
+		return node, nil
+	case string:
+		return &yaml.Node{Kind: yaml.ScalarNode, Tag: "!!str", Value: token}, nil
+	case bool:
+		return &yaml.Node{Kind: yaml.ScalarNode, Value: strconv.FormatBool(token)}, nil
 	default:
-		var node yaml.Node
-		err := node.Encode(token)
-		return &node, err
+		return &yaml.Node{Kind: yaml.ScalarNode, Value: "null"}, nil
 	}
 }
 
@@ -67,9 +137,6 @@ func writeJSON(node *yaml.Node, like []byte) ([]byte, error) {
 		}
 	} else {
 		out = compact
-	}
-	if bytes.HasSuffix(like, []byte("\n")) {
-		out.WriteByte('\n')
 	}
 	return out.Bytes(), nil
 }

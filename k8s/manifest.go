@@ -39,29 +39,19 @@ func Manifest(in []byte, o Options) (out []byte, skipped []string, err error) {
 	inject := func(root any) any {
 		return walk(root, "", o, func(s string) { skipped = append(skipped, s) }, func(err error) { mistakes = append(mistakes, err) })
 	}
-	if text := bytes.TrimSpace(in); len(text) > 0 && text[0] == '{' && json.Valid(text) {
-		node, err := readJSON(text)
-		if err != nil {
-			return nil, nil, err
+	if objects, ok := jsonObjects(in); ok {
+		var b bytes.Buffer
+		for _, text := range objects {
+			out, err := injectJSON(text, inject)
+			if err != nil {
+				return nil, skipped, err
+			}
+			b.Write(out)
 		}
-		d := json.NewDecoder(bytes.NewReader(text))
-		d.UseNumber()
-		var root any
-		if err := d.Decode(&root); err != nil {
-			return nil, nil, err
-		}
-		changed := inject(root)
 		if len(mistakes) > 0 {
 			return nil, skipped, errors.Join(mistakes...)
 		}
-		if reflect.DeepEqual(root, changed) {
-			return in, skipped, nil
-		}
-		if err := merge(node, root, changed); err != nil {
-			return nil, skipped, err
-		}
-		out, err := writeJSON(node, in)
-		return out, skipped, err
+		return b.Bytes(), skipped, nil
 	}
 	var b bytes.Buffer
 	for i, document := range documents(in) {
@@ -82,6 +72,7 @@ func Manifest(in []byte, o Options) (out []byte, skipped []string, err error) {
 		if err := node.Decode(&root); err != nil {
 			return nil, nil, fmt.Errorf("document %d: %w", i+1, err)
 		}
+		root = stringKeys(root)
 		changed := inject(root)
 		if reflect.DeepEqual(root, changed) {
 			b.Write(document)
@@ -90,24 +81,18 @@ func Manifest(in []byte, o Options) (out []byte, skipped []string, err error) {
 		if err := merge(&node, root, changed); err != nil {
 			return nil, nil, fmt.Errorf("document %d: %w", i+1, err)
 		}
-		b.Write(directives)
-		start := b.Len()
-		if bytes.HasPrefix(body, []byte("---")) {
-			b.WriteString("---\n")
-		}
-		e := yaml.NewEncoder(&b)
-		e.SetIndent(2)
-		if !indented.Match(body) {
-			e.CompactSeqIndent()
-		}
-		if err := errors.Join(e.Encode(&node), e.Close()); err != nil {
+		written, err := writeYAML(&node, changed, !indented.Match(body))
+		if err != nil {
 			return nil, nil, fmt.Errorf("document %d: %w", i+1, err)
 		}
-		if bytes.Contains(body, []byte("\r\n")) {
-			written := bytes.ReplaceAll(b.Bytes()[start:], []byte("\n"), []byte("\r\n"))
-			b.Truncate(start)
-			b.Write(written)
+		b.Write(directives)
+		if bytes.HasPrefix(body, []byte("---")) {
+			written = append([]byte("---\n"), written...)
 		}
+		if bytes.Contains(body, []byte("\r\n")) {
+			written = bytes.ReplaceAll(written, []byte("\n"), []byte("\r\n"))
+		}
+		b.Write(written)
 	}
 	if len(mistakes) > 0 {
 		return nil, skipped, errors.Join(mistakes...)
@@ -121,6 +106,65 @@ var (
 	directives = regexp.MustCompile(`^([ \t]*(#[^\n]*)?\r?\n)*%[^\n]*\n((%[^\n]*|[ \t]*(#[^\n]*)?)\r?\n)*`)
 )
 
+// writeYAML writes a node, which has to say changed.
+func writeYAML(node *yaml.Node, changed any, compact bool) ([]byte, error) {
+	// The encoder has its faults, so that what it writes is read again. Of a folded scalar's lines it gets some wrong: it stays a block.
+	for _, plainer := range []func(*yaml.Node){func(*yaml.Node) {}, func(n *yaml.Node) {
+		if n.Style&yaml.FoldedStyle != 0 {
+			n.Style = n.Style&^yaml.FoldedStyle | yaml.LiteralStyle
+		}
+	}} {
+		visit(node, func(n *yaml.Node) {
+			if n.Tag == "!!merge" { // it would be written
+				n.Tag = ""
+			}
+			plainer(n)
+		})
+		var b bytes.Buffer
+		e := yaml.NewEncoder(&b)
+		e.SetIndent(2)
+		if compact {
+			e.CompactSeqIndent()
+		}
+		if err := errors.Join(e.Encode(node), e.Close()); err != nil {
+			return nil, err
+		}
+		var back any
+		if err := yaml.Unmarshal(b.Bytes(), &back); err == nil && same(stringKeys(back), changed) {
+			return b.Bytes(), nil
+		}
+	}
+	return nil, errors.New("it cannot be written with the sidecar without changing something else; write it more plainly")
+}
+
+func visit(node *yaml.Node, each func(*yaml.Node)) {
+	each(node)
+	for _, n := range node.Content {
+		visit(n, each)
+	}
+}
+
+// stringKeys is a value with every mapping's keys texts, as they are in JSON.
+func stringKeys(v any) any {
+	switch v := v.(type) {
+	case map[any]any:
+		out := object{}
+		for k, w := range v {
+			out[fmt.Sprint(k)] = stringKeys(w)
+		}
+		return out
+	case object:
+		for k, w := range v {
+			v[k] = stringKeys(w)
+		}
+	case []any:
+		for i, w := range v {
+			v[i] = stringKeys(w)
+		}
+	}
+	return v
+}
+
 // documents cuts a stream before each line that begins a document, directives before it included.
 func documents(in []byte) [][]byte {
 	var all [][]byte
@@ -130,7 +174,7 @@ func documents(in []byte) [][]byte {
 		if i := bytes.IndexByte(in[at:], '\n'); i >= 0 {
 			end = at + i + 1
 		}
-		if line := strings.TrimRight(string(in[at:end]), "\r\n"); at > start && (line == "---" || strings.HasPrefix(line, "--- ")) && len(directives.Find(in[start:at])) < at-start {
+		if line := strings.TrimRight(string(in[at:end]), "\r\n"); at > start && (line == "---" || strings.HasPrefix(line, "--- ") || strings.HasPrefix(line, "---\t")) && len(directives.Find(in[start:at])) < at-start {
 			all = append(all, in[start:at])
 			start = at
 		}
@@ -185,6 +229,9 @@ func walk(root any, where string, o Options, skip func(string), refuse func(erro
 	for _, p := range path {
 		pod = child(pod, p)
 	}
+	if pod == nil && kind == "Rollout" && child(top, "spec")["workloadRef"] != nil { // it has its pods of a Deployment
+		return root
+	}
 	if pod == nil {
 		refuse(fmt.Errorf("%s: it has no %s", where, strings.Join(path, ".")))
 		return root
@@ -229,7 +276,11 @@ func merge(node *yaml.Node, old, changed any) error {
 	case yaml.DocumentNode:
 		return merge(node.Content[0], old, changed)
 	case yaml.AliasNode: // what is written once stands for others too, which must not change with it
-		return node.Encode(changed)
+		fresh, err := fresh(changed)
+		if err == nil {
+			*node = *fresh
+		}
+		return err
 	}
 	switch c := changed.(type) {
 	case object:
@@ -241,13 +292,22 @@ func merge(node *yaml.Node, old, changed any) error {
 			return mergeList(node, o, c)
 		}
 	}
-	var fresh yaml.Node
-	if err := fresh.Encode(changed); err != nil {
+	fresh, err := fresh(changed)
+	if err != nil {
 		return err
 	}
 	fresh.HeadComment, fresh.LineComment, fresh.FootComment = node.HeadComment, node.LineComment, node.FootComment
-	*node = fresh
+	*node = *fresh
 	return nil
+}
+
+// fresh is a node that says v.
+func fresh(v any) (*yaml.Node, error) {
+	text, err := json.Marshal(v) // yaml's own way makes texts of JSON's numbers
+	if err != nil {
+		return nil, err
+	}
+	return readJSON(text)
 }
 
 func mergeMapping(node *yaml.Node, old, changed object) error {
@@ -274,40 +334,59 @@ func mergeMapping(node *yaml.Node, old, changed object) error {
 	}
 	slices.Sort(added)
 	for _, key := range added {
-		var k, v yaml.Node
-		if err := errors.Join(k.Encode(key), v.Encode(changed[key])); err != nil {
+		k, errKey := fresh(key)
+		v, errValue := fresh(changed[key])
+		if err := errors.Join(errKey, errValue); err != nil {
 			return err
 		}
 		if len(node.Content) == 0 {
 			node.Style &^= yaml.FlowStyle
 		}
-		node.Content = append(node.Content, &k, &v)
+		node.Content = append(node.Content, k, v)
 	}
 	return nil
 }
 
-// mergeList finds the old elements again by their names.
+// mergeList finds the old elements again: those that are the same, else by their names, which may stand several times as those of mounts
+// do, else, of a list whose elements have none, by their places.
 func mergeList(node *yaml.Node, old, changed []any) error {
-	content := make([]*yaml.Node, 0, len(changed))
-	used := map[int]bool{}
-	for at, v := range changed {
-		o, _ := v.(object)
-		name, _ := o["name"].(string)
-		i := slices.IndexFunc(old, func(v any) bool { return reflect.DeepEqual(v, changed[at]) })
-		if name != "" {
-			i = named(old, name)
+	used := make([]bool, len(old))
+	find := func(is func(i int) bool) int {
+		for i := range old {
+			if !used[i] && is(i) {
+				used[i] = true
+				return i
+			}
 		}
+		return -1
+	}
+	from := make([]int, len(changed))
+	for at, v := range changed {
+		from[at] = find(func(i int) bool { return reflect.DeepEqual(old[i], v) })
+	}
+	for at, v := range changed {
+		if from[at] >= 0 {
+			continue
+		}
+		o, _ := v.(object)
+		if name, ok := o["name"].(string); ok {
+			from[at] = find(func(i int) bool { o, _ := old[i].(object); return o["name"] == name })
+		} else if len(old) == len(changed) {
+			from[at] = find(func(i int) bool { return i == at })
+		}
+	}
+	content := make([]*yaml.Node, 0, len(changed))
+	for at, v := range changed {
 		var element *yaml.Node
-		if i >= 0 && !used[i] && i < len(node.Content) {
-			used[i], element = true, node.Content[i]
-			if err := merge(element, old[i], v); err != nil {
-				return err
-			}
+		var err error
+		if i := from[at]; i >= 0 {
+			element = node.Content[i]
+			err = merge(element, old[i], v)
 		} else {
-			element = &yaml.Node{}
-			if err := element.Encode(v); err != nil {
-				return err
-			}
+			element, err = fresh(v)
+		}
+		if err != nil {
+			return err
 		}
 		content = append(content, element)
 	}

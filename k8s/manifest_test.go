@@ -169,3 +169,75 @@ func TestManifestJSON(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 }
+
+// around is a manifest with its pod's spec between, and what it says there.
+const around = "kind: Pod\nmetadata:\n  name: x\n  annotations: {sluice.dev/in-process: \"true\"}\nspec:\n"
+
+// What does not change stays as it is written, wherever it stands.
+func TestManifestKeeps(t *testing.T) {
+	for name, c := range map[string]struct {
+		in   string
+		want []string
+	}{
+		"a List's items": {
+			"kind: List\nitems:\n# first\n- kind: Pod # a pod\n  metadata:\n    name: x\n    annotations: {sluice.dev/in-process: \"true\"}\n  spec:\n    enableServiceLinks: no # YAML 1.1's\n    containers:\n    - name: envoy # the proxy\n      tty: yes\n",
+			[]string{"# first\n- kind: Pod # a pod\n  metadata:\n    name: x\n", "enableServiceLinks: no # YAML 1.1's\n", "- name: envoy # the proxy\n", "tty: yes\n"},
+		},
+		"mounts of one volume": {
+			around + "  containers:\n  - name: envoy\n    volumeMounts:\n    - {name: c, mountPath: /a, subPath: a} # one\n    - mountPath: /b # two\n      name: c\n      readOnly: yes\n  volumes:\n  - {name: c, configMap: {name: c}}\n",
+			[]string{"- {name: c, mountPath: /a, subPath: a} # one\n", "- mountPath: /b # two\n", "readOnly: yes\n", "mountPath: /run/sluice\n"},
+		},
+		"a folded scalar": {
+			around + "  containers:\n  - name: envoy\n    args:\n    - >-\n      exec envoy \\\n        --a \\\n        --b\n      and more\n",
+			[]string{"- |-\n      exec envoy \\\n        --a \\\n"},
+		},
+		"a good folded scalar": {around + "  containers:\n  - name: envoy\n    args:\n    - >-\n      a\n      b\n", []string{"- >-\n      a b\n"}},
+		"merged mappings":      {"base: &base {a: 1}\n" + around + "  containers:\n  - name: envoy\n    resources:\n      <<: *base\n", []string{"\n      <<: *base\n"}},
+		"a tab after a line":   {around + "  containers: [{name: envoy}]\n---\t# two\nkind: Pod # 2\nmetadata: {name: y, annotations: {sluice.dev/in-process: \"true\"}}\nspec: {containers: [{name: envoy}]}\n", []string{"kind: Pod # 2\n"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			out, skipped, err := Manifest([]byte(c.in), options)
+			if err != nil || len(skipped) > 0 || !strings.Contains(string(out), "name: sluice\n") {
+				t.Fatalf("%v %q\n%s", err, skipped, out)
+			}
+			for _, want := range c.want {
+				if !strings.Contains(string(out), want) {
+					t.Errorf("no %q in\n%s", want, out)
+				}
+			}
+			if again, _, err := Manifest(out, options); err != nil || string(again) != string(out) {
+				t.Errorf("%v: the second time it changed:\n%s", err, again)
+			}
+		})
+	}
+}
+
+// What kubectl prints: numbers stay numbers.
+func TestManifestJSONList(t *testing.T) {
+	const item = `{"kind":"Deployment","metadata":{"name":"x"},"spec":{"replicas":3,"template":{"metadata":{"annotations":{"sluice.dev/in-process":"true"}},"spec":{"containers":[{"name":"envoy","ports":[{"containerPort":8080}]}]}}}}`
+	for _, in := range []string{
+		`{"kind":"List","items":[` + item + `,` + item + `]}`,
+		"\ufeff" + item + "\n" + item + "\n", // and after a byte order mark, one after the other
+	} {
+		out, _, err := Manifest([]byte(in), options)
+		text := string(out)
+		if err != nil || strings.Count(text, `"replicas":3`) != 2 || strings.Count(text, `"containerPort":8080`) != 2 || strings.Count(text, `"name":"sluice"`) != 2 {
+			t.Errorf("%v %s", err, out)
+		}
+		if strings.HasPrefix(in, "\ufeff") != strings.HasPrefix(text, "\ufeff") || strings.HasSuffix(in, "\n") != strings.HasSuffix(text, "}\n") {
+			t.Errorf("%q", out)
+		}
+	}
+}
+
+// What bears no pod of its own, or says that it wants none, passes.
+func TestManifestPasses(t *testing.T) {
+	for _, in := range []string{
+		"apiVersion: argoproj.io/v1alpha1\nkind: Rollout\nmetadata: {name: r}\nspec: {workloadRef: {kind: Deployment, name: d}}\n",
+		"kind: Pod\nmetadata: {name: x, labels: {1: a, sluice.dev/inject: disabled}}\nspec: {containers: [{name: envoy}]}\n",
+	} {
+		if out, skipped, err := Manifest([]byte(in), options); err != nil || len(skipped) > 0 || string(out) != in {
+			t.Errorf("%v %q\n%s", err, skipped, out)
+		}
+	}
+}

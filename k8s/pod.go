@@ -55,6 +55,14 @@ type Options struct {
 	Workload  string // the name of what the pod belongs to, for the default domain
 }
 
+// CheckImage reports an image that no pod can have.
+func CheckImage(image string) error {
+	if !imagePattern.MatchString(image) {
+		return fmt.Errorf("%q: allowed is an image, such as registry.example.com/sluice:v1", image)
+	}
+	return nil
+}
+
 // object is JSON's, and what pods are read into: not a struct, since that would lose the fields that it does not know.
 type object = map[string]any
 
@@ -83,7 +91,7 @@ func Inject(pod map[string]any, o Options) (injected map[string]any, skipped str
 	default:
 		return nil, "", fmt.Errorf("label %s: %q: allowed are enabled and disabled", label, fmt.Sprint(v))
 	}
-	if v, given := spec["hostNetwork"]; given {
+	if v := spec["hostNetwork"]; v != nil {
 		if _, ok := v.(bool); !ok { // YAML 1.1's yes and on are texts to some readers and true to others
 			return nil, "", fmt.Errorf("spec.hostNetwork: %q: allowed are true and false", fmt.Sprint(v))
 		}
@@ -92,12 +100,18 @@ func Inject(pod map[string]any, o Options) (injected map[string]any, skipped str
 	if err != nil {
 		return nil, "", err
 	}
-	envoy, why := fits(metadata, spec, a)
-	if why != "" {
-		if explicit || a.envoy != "" {
+	skip := func(why string) (map[string]any, string, error) {
+		if explicit {
 			return nil, "", fmt.Errorf("sluice cannot be injected: %s", why)
 		}
 		return pod, why, nil
+	}
+	envoy, why, err := fits(metadata, spec, a)
+	if err != nil {
+		return nil, "", err
+	}
+	if why != "" {
+		return skip(why)
 	}
 	if a.redis == "" && !a.inProcess {
 		return nil, "", fmt.Errorf("sluice needs a Redis, or each pod would have buckets of its own: name a Secret with the key url in annotation %s, or set %s: \"true\"", aRedis, aInProcess)
@@ -118,6 +132,9 @@ func Inject(pod map[string]any, o Options) (injected map[string]any, skipped str
 		at = i + 1
 	}
 	spec["initContainers"] = slices.Insert(init, at, any(container))
+	if why := room(spec); why != "" {
+		return skip(why)
+	}
 
 	volumes := list(spec, "volumes")
 	if a.config != "" {
@@ -251,6 +268,9 @@ func readResources(text string) (object, error) {
 		}
 		of := object{}
 		for name, amount := range amounts {
+			if name != "cpu" && name != "memory" && name != "ephemeral-storage" {
+				return nil, fmt.Errorf("%s.%s: allowed are cpu, memory and ephemeral-storage", kind, name)
+			}
 			if !quantityPattern.MatchString(amount) {
 				return nil, fmt.Errorf("%s.%s: %q: allowed is a quantity such as 50m or 128Mi", kind, name, amount)
 			}
@@ -283,18 +303,84 @@ func amount(quantity any) float64 {
 	return f * units[text[len(number):]]
 }
 
-// fits returns the name of the pod's Envoy, or why the pod can have no sluice.
-func fits(metadata, spec object, a annotations) (envoy, why string) {
+// room says why a pod that has resources of its own, as pods may since Kubernetes 1.34, has none for all of its containers: the API server
+// would not take it. The pod's must not be below what its containers request together, nor below any one's limit.
+func room(spec object) string {
+	whole := child(spec, "resources")
+	of := func(c any, kind, name string) float64 {
+		o, _ := c.(object)
+		resources := child(o, "resources")
+		v, ok := child(resources, kind)[name]
+		if !ok && kind == "requests" {
+			v, ok = child(resources, "limits")[name] // the API server's default
+		}
+		if !ok {
+			return 0
+		}
+		return amount(v)
+	}
+	init, containers := list(spec, "initContainers"), list(spec, "containers")
+	for _, kind := range []string{"requests", "limits"} {
+		for name, has := range child(whole, kind) {
+			var want, running float64 // init containers run beside the native sidecars before them
+			for _, c := range init {
+				o, _ := c.(object)
+				switch amount := of(c, kind, name); {
+				case kind == "limits":
+					want = max(want, amount)
+				case isNative(o):
+					running += amount
+				default:
+					want = max(want, running+amount)
+				}
+			}
+			for _, c := range containers {
+				if kind == "limits" {
+					want = max(want, of(c, kind, name))
+				}
+				running += of(c, kind, name)
+			}
+			if kind == "requests" {
+				want = max(want, running)
+			}
+			if want > amount(has)*(1+1e-9) {
+				return fmt.Sprintf("spec.resources.%s.%s is %v, and with sluice its containers want %s: raise it, or lower sluice's by annotation %s",
+					kind, name, has, strconv.FormatFloat(want, 'f', -1, 64), aResources)
+			}
+		}
+	}
+	return ""
+}
+
+// onWindows says that a pod is to run there, so far as it says so.
+func onWindows(spec object) bool {
+	const key, old = "kubernetes.io/os", "beta.kubernetes.io/os"
+	selector := child(spec, "nodeSelector")
+	if child(spec, "os")["name"] == "windows" || selector[key] == "windows" || selector[old] == "windows" || len(child(child(spec, "securityContext"), "windowsOptions")) > 0 {
+		return true
+	}
+	terms := list(child(child(child(spec, "affinity"), "nodeAffinity"), "requiredDuringSchedulingIgnoredDuringExecution"), "nodeSelectorTerms")
+	return len(terms) > 0 && !slices.ContainsFunc(terms, func(term any) bool { // one of which has to hold
+		o, _ := term.(object)
+		return !slices.ContainsFunc(list(o, "matchExpressions"), func(expression any) bool {
+			e, _ := expression.(object)
+			return (e["key"] == key || e["key"] == old) && e["operator"] == "In" && reflect.DeepEqual(e["values"], []any{"windows"})
+		})
+	})
+}
+
+// fits returns the name of the pod's Envoy, or why the pod can have no sluice. An error is a mistake of the annotations'.
+func fits(metadata, spec object, a annotations) (envoy, why string, err error) {
 	given := child(metadata, "annotations")
 	_, ours := given[stampName]
 	if _, mirror := given["kubernetes.io/config.mirror"]; mirror {
-		return "", "the pod is a static pod's mirror"
+		return "", "the pod is a static pod's mirror", nil
 	}
 	if spec["hostNetwork"] == true {
-		return "", "the pod is in the node's network (hostNetwork), where its ports would be everybody's"
+		return "", "the pod is in the node's network (hostNetwork), where its ports would be everybody's", nil
 	}
-	if child(spec, "os")["name"] == "windows" || child(spec, "nodeSelector")["kubernetes.io/os"] == "windows" {
-		return "", "the pod runs on Windows, and sluice on Linux"
+	if onWindows(spec) {
+		return "", "the pod runs on Windows, and sluice on Linux", nil
 	}
 	init, containers := list(spec, "initContainers"), list(spec, "containers")
 	running := slices.Clone(containers)
@@ -309,19 +395,19 @@ func fits(metadata, spec object, a annotations) (envoy, why string) {
 			break
 		}
 		if name != "" && name == a.envoy {
-			return "", fmt.Sprintf("annotation %s: no container that keeps running is named %q", aEnvoy, name)
+			return "", "", fmt.Errorf("annotation %s: no container that keeps running is named %q", aEnvoy, name)
 		}
 	}
 	if envoy == "" {
-		return "", fmt.Sprintf("no container is named istio-proxy or envoy; annotation %s can name another", aEnvoy)
+		return "", fmt.Sprintf("no container is named istio-proxy or envoy; annotation %s can name another", aEnvoy), nil
 	}
 	if named(containers, containerName) >= 0 || !ours && named(init, containerName) >= 0 {
-		return "", "the pod has a container named sluice already"
+		return "", "the pod has a container named sluice already", nil
 	}
 	if !ours {
 		for _, name := range []string{configVolume, socketVolume} {
 			if named(list(spec, "volumes"), name) >= 0 {
-				return "", "the pod has a volume named " + name + " already"
+				return "", "the pod has a volume named " + name + " already", nil
 			}
 		}
 	}
@@ -337,16 +423,16 @@ func fits(metadata, spec object, a annotations) (envoy, why string) {
 		for _, p := range list(c, "ports") {
 			p, _ := p.(object)
 			if n, err := strconv.Atoi(fmt.Sprint(p["containerPort"])); err == nil && slices.Contains(ports, n) && (p["protocol"] == nil || p["protocol"] == "TCP") {
-				return "", fmt.Sprintf("container %v has port %d, which sluice needs", c["name"], n)
+				return "", fmt.Sprintf("container %v has port %d, which sluice needs", c["name"], n), nil
 			}
 		}
 		for _, m := range list(c, "volumeMounts") {
 			if m, _ := m.(object); c["name"] == envoy && m["mountPath"] == socketDir && m["name"] != socketVolume {
-				return "", fmt.Sprintf("container %s has something else mounted at %s", envoy, socketDir)
+				return "", fmt.Sprintf("container %s has something else mounted at %s", envoy, socketDir), nil
 			}
 		}
 	}
-	return envoy, ""
+	return envoy, "", nil
 }
 
 // template is sluice's container. Defaults of Kubernetes are written out where it would write them into what it stores: what comes

@@ -103,6 +103,15 @@ func TestInjectNot(t *testing.T) {
 		{"hostNetwork", "", redis, "{hostNetwork: true, containers: [{name: envoy}]}", "hostNetwork", ""},
 		{"Windows", "", redis, "{os: {name: windows}, containers: [{name: envoy}]}", "Windows", ""},
 		{"Windows, selected", "sluice.dev/inject: enabled", redis, "{nodeSelector: {kubernetes.io/os: windows}, containers: [{name: envoy}]}", "", "Windows"},
+		{"hostNetwork in a namespace, with Envoy named", "", redis + ", sluice.dev/envoy-container: proxy", "{hostNetwork: true, containers: [{name: proxy}]}", "hostNetwork", ""},
+		{"Windows, by its old name", "", redis, "{nodeSelector: {beta.kubernetes.io/os: windows}, containers: [{name: envoy}]}", "Windows", ""},
+		{"Windows, by its options", "", redis, "{securityContext: {windowsOptions: {runAsUserName: u}}, containers: [{name: envoy}]}", "Windows", ""},
+		{"Windows, by affinity", "", redis, "{affinity: {nodeAffinity: {requiredDuringSchedulingIgnoredDuringExecution: {nodeSelectorTerms: [{matchExpressions: [{key: disk, operator: Exists}, {key: kubernetes.io/os, operator: In, values: [windows]}]}]}}}, containers: [{name: envoy}]}", "Windows", ""},
+		{"no room", "", redis, "{resources: {requests: {cpu: 100m, memory: 1Gi}}, containers: [{name: envoy, resources: {requests: {cpu: 80m}}}]}", "spec.resources.requests.cpu is 100m, and with sluice its containers want 0.13", ""},
+		{"no room, asked for", "sluice.dev/inject: enabled", redis, "{resources: {limits: {memory: 64Mi}}, containers: [{name: envoy}]}", "", "spec.resources.limits.memory is 64Mi, and with sluice its containers want 134217728"},
+		{"no room, by a limit", "", redis, "{resources: {requests: {cpu: 100m}}, containers: [{name: envoy, resources: {limits: {cpu: 80m}}}]}", "want 0.13", ""},
+		{"no room, beside an init container", "", redis, "{resources: {requests: {cpu: 100m}}, initContainers: [{name: i, resources: {requests: {cpu: 51m}}}], containers: [{name: envoy}]}", "want 0.101", ""},
+		{"other resources", "", redis + ", sluice.dev/resources: '{requests: {nvidia.com/gpu: 1}}'", "{containers: [{name: envoy}]}", "", "allowed are cpu, memory and ephemeral-storage"},
 		{"no Redis", "", "", "{containers: [{name: envoy}]}", "", "needs a Redis"},
 		{"both", "", redis + `, sluice.dev/in-process: "true"`, "{containers: [{name: envoy}]}", "", "different things"},
 		{"a port is taken", "", redis, "{containers: [{name: envoy, ports: [{containerPort: 9003}]}]}", "port 9003", ""},
@@ -127,6 +136,21 @@ func TestInjectNot(t *testing.T) {
 				t.Errorf("%v, skipped %q, %v", out, skipped, err)
 			}
 		})
+	}
+}
+
+// What only looks like a reason not to.
+func TestInjectAll(t *testing.T) {
+	for _, spec := range []string{
+		"{hostNetwork: null, containers: [{name: envoy}]}",
+		"{resources: {requests: {cpu: 130m, memory: 72Mi}, limits: {memory: 128Mi}}, containers: [{name: envoy, resources: {requests: {cpu: 80m, memory: 40Mi}}}]}",
+		"{resources: {requests: {cpu: 100m}}, initContainers: [{name: i, resources: {requests: {cpu: 50m}}}], containers: [{name: envoy, resources: {requests: {cpu: 50m}}}]}",
+		"{affinity: {nodeAffinity: {requiredDuringSchedulingIgnoredDuringExecution: {nodeSelectorTerms: [{matchExpressions: [{key: kubernetes.io/os, operator: In, values: [windows]}]}, {matchExpressions: [{key: kubernetes.io/os, operator: In, values: [linux]}]}]}}}, containers: [{name: envoy}]}",
+	} {
+		out, skipped, err := Inject(pod(t, "{metadata: {annotations: {sluice.dev/redis-secret: r}}, spec: "+spec+"}"), options)
+		if err != nil || skipped != "" || named(list(child(out, "spec"), "initContainers"), "sluice") != 0 {
+			t.Errorf("%s: %v, skipped %q", spec, err, skipped)
+		}
 	}
 }
 

@@ -99,6 +99,36 @@ func TestCA(t *testing.T) {
 		t.Error("the old CA is still there")
 	}
 	step(false)
+
+	// What goes wrong on the way: a next CA that is none, a clock that was ahead, a CA that nobody replaced while no webhook ran.
+	aged := func(age time.Duration) {
+		t.Helper()
+		if s.Data[caCert], s.Data[caKey], err = newCA(time.Now().Add(-age), c.o.Life); err != nil {
+			t.Fatal(err)
+		}
+	}
+	aged(90 * time.Hour)
+	s.Data[nextCert], s.Data[nextKey] = []byte("broken"), []byte("broken")
+	later()
+	step(true)
+	if string(s.Data[nextCert]) == "broken" || len(s.Data[oldCert]) > 0 {
+		t.Errorf("a broken CA is taken: %s", s.Data)
+	}
+	s.Data[changed] = []byte(time.Now().Add(1000 * time.Hour).Format(time.RFC3339Nano))
+	step(true)
+	step(false)
+	later()
+	step(true)
+	if len(s.Data[oldCert]) == 0 {
+		t.Error("a clock that was ahead holds the next CA back")
+	}
+	aged(101 * time.Hour)
+	ended := string(s.Data[caCert])
+	step(true)
+	if string(s.Data[caCert]) == ended || len(s.Data[oldCert]) > 0 {
+		t.Error("a CA that has ended still signs")
+	}
+	step(false)
 	s.Data[caCert] = []byte("broken")
 	if _, err := c.advance(s); err == nil || !strings.Contains(err.Error(), "Secret n/") {
 		t.Errorf("a broken Secret: %v", err)

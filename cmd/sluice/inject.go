@@ -13,7 +13,7 @@ import (
 
 // defaultImage is sluice's, at the program's own version.
 func defaultImage() string {
-	v := strings.TrimPrefix(buildVersion(), "v")
+	v := buildVersion()
 	if strings.ContainsAny(v, "+-") || v == "devel" {
 		v = "latest" // no release
 	}
@@ -29,6 +29,9 @@ func (p *program) injectCommand() *cobra.Command {
 JSON, and Lists. What cannot have one is left as it is with a warning, unless it asks for one by label, which is an error.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
+			if err := k8s.CheckImage(image); err != nil {
+				return usageError{fmt.Errorf("--image %w", err)}
+			}
 			in := c.InOrStdin()
 			if file != "" && file != "-" {
 				f, err := os.Open(file)

@@ -69,6 +69,9 @@ func (p *program) runWebhook(ctx context.Context, w webhook) error {
 	if w.own.Life <= 0 || w.own.Overlap <= 0 || w.own.Every <= 0 || w.own.Every > w.own.Overlap/2 || w.own.Overlap > w.own.Life/20 {
 		return usageError{errors.New("--ca-check must be at most half of --ca-overlap, and that at most a twentieth of --ca-life")}
 	}
+	if err := k8s.CheckImage(w.image); err != nil {
+		return usageError{fmt.Errorf("--image %w", err)}
+	}
 	certificate, maintain, err := p.certificates(ctx, w, log)
 	if err != nil {
 		return err
