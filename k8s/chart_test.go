@@ -124,6 +124,7 @@ var sets = map[string][]string{
 	"gateway and trial Redis":  {"--set", "gateway.enabled=true,trialRedis.enabled=true,gateway.existingConfigMap=limits"},
 	"single replicas":          {"--set", "gateway.enabled=true,gateway.redis.url=redis://buckets:6379,gateway.replicas=1,webhook.replicas=1"},
 	"only the trial Redis":     {"--set", "trialRedis.enabled=true,networkPolicy.enabled=true"},
+	"a gateway alone":          {"--set", "webhook.enabled=false,gateway.enabled=true,gateway.redis.url=redis://r,networkPolicy.enabled=true"},
 	"no budgets":               {"--set", "gateway.enabled=true,gateway.redis.url=redis://r,gateway.podDisruptionBudget.enabled=false,webhook.podDisruptionBudget.enabled=false"},
 }
 
@@ -152,10 +153,11 @@ func TestChartObjects(t *testing.T) {
 	redis := []string{"Service/sluice-trial-redis", "Deployment/sluice-trial-redis"}
 	for name, want := range map[string][]string{
 		"default":                  append([]string{"PodDisruptionBudget/sluice-webhook"}, ours...),
-		"cert-manager":             append([]string{"Issuer/sluice-webhook-self-signed", "Certificate/sluice-webhook-ca", "Issuer/sluice-webhook-ca"}, managed...),
+		"cert-manager":             append([]string{"Issuer/sluice-webhook-self-signed", "Certificate/sluice-webhook-issuer", "Issuer/sluice-webhook-issuer"}, managed...),
 		"cert-manager with issuer": managed,
 		"gateway and trial Redis":  slices.Concat(ours, gateway, redis, []string{"PodDisruptionBudget/sluice-webhook", "PodDisruptionBudget/sluice-gateway"}),
 		"single replicas":          slices.Concat(ours, gateway, []string{"ConfigMap/sluice-gateway"}),
+		"a gateway alone":          append([]string{"ConfigMap/sluice-gateway", "PodDisruptionBudget/sluice-gateway", "NetworkPolicy/sluice-gateway"}, gateway...),
 		"no budgets":               slices.Concat(ours, gateway, []string{"ConfigMap/sluice-gateway"}),
 		"only the trial Redis": slices.Concat(ours, redis, []string{
 			"PodDisruptionBudget/sluice-webhook", "NetworkPolicy/sluice-webhook", "NetworkPolicy/sluice-trial-redis",
@@ -169,6 +171,22 @@ func TestChartObjects(t *testing.T) {
 				t.Errorf("objects (-want +got):\n%s", diff)
 			}
 		})
+	}
+}
+
+// Names that YAML takes for something else stay names.
+func TestChartQuotes(t *testing.T) {
+	text, err := helm(t, append([]string{"template", "true", chartDir, "--namespace", "123", "--kube-version", kubeVersion}, sets["all"]...)...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, wrong := range []string{"namespace: 123", "instance: true"} {
+		if strings.Contains(text, wrong) {
+			t.Errorf("%s", wrong)
+		}
+	}
+	if !strings.Contains(text, `namespace: "123"`) || !strings.Contains(text, `instance: "true"`) {
+		t.Errorf("%s", text)
 	}
 }
 
@@ -305,6 +323,8 @@ func TestChartRefuses(t *testing.T) {
 		"no Redis URL":              {"gateway.redis.url=http://a", "url"},
 		"no memory limit":           {"webhook.resources.limits.memory=null", "memory"},
 		"tests where nothing is":    {"tests.namespace=sluice-system", "tests.namespace"},
+		"tests where it is not":     {"webhook.excludedNamespaces={default}", "tests.namespace"},
+		"issuer without a name":     {"certManager.issuerRef.kind=ClusterIssuer", "issuerRef"},
 		"port that there is not":    {"networkPolicy.apiServerPorts={70000}", "apiServerPorts"},
 		"interval without its unit": {"serviceMonitor.interval=30", "interval"},
 	} {
@@ -330,7 +350,7 @@ func otherValues() (base []string, others map[string]string) {
 	}
 	others = map[string]string{
 		"fullnameOverride": `"other"`, "image.repository": `"other"`, "image.tag": `"other"`, "image.digest": `"sha256:` + strings.Repeat("0", 64) + `"`,
-		"image.pullPolicy": `"Never"`, "imagePullSecrets": `[{"name":"a"}]`, "webhook.sidecarImage": `"other"`, "webhook.excludedNamespaces": `["a"]`,
+		"image.pullPolicy": `"Never"`, "imagePullSecrets": `[{"name":"a"}]`, "webhook.enabled": `false`, "webhook.sidecarImage": `"other"`, "webhook.excludedNamespaces": `["a"]`,
 		"certManager.enabled": `false`, "certManager.issuerRef": `{"name":"a"}`, "gateway.enabled": `false`, "gateway.config": `"domain: a"`,
 		"gateway.existingConfigMap": `"a"`, "gateway.domain": `"a"`, "gateway.redis.url": `"redis://a"`, "gateway.redis.secret": `"a"`,
 		"trialRedis.enabled": `false`, "trialRedis.image": `"a"`, "trialRedis.pullPolicy": `"Never"`, "trialRedis.resources.requests.cpu": `"1"`,

@@ -114,7 +114,9 @@ func readNode(d *json.Decoder) (*yaml.Node, error) {
 		}
 		return node, nil
 	case string:
-		return &yaml.Node{Kind: yaml.ScalarNode, Tag: "!!str", Value: token}, nil
+		var node yaml.Node // with quotes where YAML, also of version 1.1, would read something else
+		err := node.Encode(token)
+		return &node, err
 	case bool:
 		return &yaml.Node{Kind: yaml.ScalarNode, Value: strconv.FormatBool(token)}, nil
 	default:

@@ -192,12 +192,16 @@ func TestManifestKeeps(t *testing.T) {
 			[]string{"- |-\n      exec envoy \\\n        --a \\\n"},
 		},
 		"a good folded scalar": {around + "  containers:\n  - name: envoy\n    args:\n    - >-\n      a\n      b\n", []string{"- >-\n      a b\n"}},
-		"merged mappings":      {"base: &base {a: 1}\n" + around + "  containers:\n  - name: envoy\n    resources:\n      <<: *base\n", []string{"\n      <<: *base\n"}},
-		"a tab after a line":   {around + "  containers: [{name: envoy}]\n---\t# two\nkind: Pod # 2\nmetadata: {name: y, annotations: {sluice.dev/in-process: \"true\"}}\nspec: {containers: [{name: envoy}]}\n", []string{"kind: Pod # 2\n"}},
+		"a text that is a boolean elsewhere": {
+			"kind: Pod\nmetadata: {name: x, annotations: {sluice.dev/in-process: \"true\", sluice.dev/domain: \"yes\"}}\nspec: {containers: [{name: envoy}]}\n",
+			[]string{"name: SLUICE_DOMAIN, value: \"yes\""},
+		},
+		"merged mappings":    {"base: &base {a: 1}\n" + around + "  containers:\n  - name: envoy\n    resources:\n      <<: *base\n", []string{"\n      <<: *base\n"}},
+		"a tab after a line": {around + "  containers: [{name: envoy}]\n---\t# two\nkind: Pod # 2\nmetadata: {name: y, annotations: {sluice.dev/in-process: \"true\"}}\nspec: {containers: [{name: envoy}]}\n", []string{"kind: Pod # 2\n"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			out, skipped, err := Manifest([]byte(c.in), options)
-			if err != nil || len(skipped) > 0 || !strings.Contains(string(out), "name: sluice\n") {
+			if err != nil || len(skipped) > 0 || !strings.Contains(string(out), "name: sluice") {
 				t.Fatalf("%v %q\n%s", err, skipped, out)
 			}
 			for _, want := range c.want {

@@ -27,7 +27,7 @@ sluice-injector.{{ .Release.Namespace }}
 {{- define "sluice.selector" -}}
 {{- $ := index . 0 -}}
 app.kubernetes.io/name: sluice
-app.kubernetes.io/instance: {{ $.Release.Name }}
+app.kubernetes.io/instance: {{ $.Release.Name | quote }}
 app.kubernetes.io/component: {{ index . 1 }}
 {{- end -}}
 
@@ -58,7 +58,7 @@ imagePullSecrets: {{ toJson . }}
 {{- end }}
 {{- with index . 2 }}
 {{- with .priorityClassName }}
-priorityClassName: {{ . }}
+priorityClassName: {{ quote . }}
 {{- end }}
 {{- with .nodeSelector }}
 nodeSelector: {{ toJson . }}
