@@ -21,6 +21,8 @@ func TestFiles(t *testing.T) {
 		"plain.yaml":                 {Plain, Options{}},
 		"istio.yaml":                 {Istio, Options{}},
 		"istio-claims.yaml":          {Istio, Options{Metadata: true}},
+		"istio-gateway.yaml":         {IstioGateway, Options{}},
+		"istio-waypoint.yaml":        {IstioWaypoint, Options{}},
 		"envoy-gateway.yaml":         {Gateway, Options{}},
 		"envoy-gateway-sidecar.yaml": {Gateway, Options{Sluice: socket}},
 	} {

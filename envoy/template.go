@@ -42,7 +42,7 @@ type fields map[string]string
 
 // fields are those that all files have.
 func (o Options) fields() fields {
-	f := fields{"Limit": "", "Limits": "", "Metadata": ""}
+	f := fields{"Limit": "", "Limits": "", "Metadata": "", "Waypoint": ""}
 	if some := o.Limits[:min(len(o.Limits), 8)]; len(some) > 0 { // as many as an example shows
 		f["Limit"], f["Limits"] = some[0], strings.Join(some, ",")
 	}

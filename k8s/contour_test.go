@@ -6,7 +6,6 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
-	"encoding/pem"
 	"fmt"
 	"io"
 	"net"
@@ -77,13 +76,10 @@ func TestMeshContour(t *testing.T) {
 	do("", "create", "namespace", "projectcontour")
 	namespace(t, c, "shop", nil)
 	certificate := selfSigned(t, x509.Certificate{DNSNames: []string{"shop.example.com"}})
-	key, err := x509.MarshalPKCS8PrivateKey(certificate.PrivateKey)
-	if err != nil {
-		t.Fatal(err)
+	for name, text := range inPEM(t, certificate) {
+		write(name, string(text))
 	}
-	do("", "create", "secret", "tls", "shop-tls", "--namespace", "shop",
-		"--cert", write("tls.crt", string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: certificate.Certificate[0]}))),
-		"--key", write("tls.key", string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key}))))
+	do("", "create", "secret", "tls", "shop-tls", "--namespace", "shop", "--cert", filepath.Join(dir, "tls.crt"), "--key", filepath.Join(dir, "tls.key"))
 
 	// The chart's Service, and what stands for its pods and the app's.
 	if out, err := helm(t, "install", "sluice", chartDir, "--kubeconfig", c.kubeconfig, "--namespace", release, "--create-namespace", "--set", "gateway.enabled=true,trialRedis.enabled=true"); err != nil {

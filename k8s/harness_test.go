@@ -188,15 +188,26 @@ func await(t *testing.T, what string, there func() bool) {
 	}
 }
 
-// selfSigned is a certificate for the names and addresses of a template, for an hour.
+// selfSigned is a certificate for the names and addresses of a template, for an hour, which may sign others.
 func selfSigned(t *testing.T, template x509.Certificate) tls.Certificate {
+	t.Helper()
+	return signed(t, template, nil)
+}
+
+// signed is selfSigned, signed by another.
+func signed(t *testing.T, template x509.Certificate, by *tls.Certificate) tls.Certificate {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
-	template.SerialNumber, template.NotAfter, template.IsCA, template.BasicConstraintsValid = serial(), time.Now().Add(time.Hour), true, true
-	der, err := x509.CreateCertificate(rand.Reader, &template, &template, key.Public(), key)
+	template.SerialNumber, template.IsCA, template.BasicConstraintsValid = serial(), true, true
+	template.NotBefore, template.NotAfter = time.Now().Add(-time.Minute), time.Now().Add(time.Hour)
+	parent, signer := &template, any(key)
+	if by != nil {
+		parent, signer, template.IsCA = by.Leaf, by.PrivateKey, false
+	}
+	der, err := x509.CreateCertificate(rand.Reader, &template, parent, key.Public(), signer)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -5,6 +5,7 @@ package k8s
 import (
 	"crypto/hmac"
 	"crypto/sha256"
+	"crypto/tls"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -69,13 +70,16 @@ spec:
   containers: [{name: app, image: x, ports: [{containerPort: 8080}]}]
 `
 
-// istioBootstrap is what an istio-proxy starts with, so far as an Envoy without Istio's agent can.
+// istioBootstrap is what a proxy of Istio's, of the pod POD, starts with, so far as an Envoy without Istio's agent can.
 const istioBootstrap = `
 node:
-  id: sidecar~ADDRESS~web.shop~shop.svc.cluster.local
-  cluster: web.shop
-  metadata: {NAMESPACE: shop, NAME: web, CLUSTER_ID: Kubernetes, INTERCEPTION_MODE: REDIRECT, INSTANCE_IPS: ADDRESS, LABELS: {app: web, sluice.dev/inject: enabled}}
+  id: KIND~ADDRESS~POD.shop~shop.svc.cluster.local
+  cluster: POD.shop
+  metadata: {NAMESPACE: shop, NAME: POD, CLUSTER_ID: Kubernetes, INTERCEPTION_MODE: REDIRECT, INSTANCE_IPS: ADDRESS, LABELS: {MARKS}}
 admin: {address: {socket_address: {address: 127.0.0.1, port_value: 15000}}}
+bootstrap_extensions:
+- name: envoy.bootstrap.internal_listener
+  typed_config: {"@type": type.googleapis.com/envoy.extensions.bootstrap.internal_listener.v3.InternalListener}
 dynamic_resources:
   ads_config: {api_type: GRPC, transport_api_version: V3, grpc_services: [{envoy_grpc: {cluster_name: xds-grpc}}]}
   lds_config: {ads: {}, resource_api_version: V3}
@@ -84,12 +88,37 @@ static_resources:
   clusters:
   - name: xds-grpc
     type: STATIC
-    typed_extension_protocol_options:
+    typed_extension_protocol_options: &http2
       envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
         "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
         explicit_http_config: {http2_protocol_options: {}}
     load_assignment: {cluster_name: xds-grpc, endpoints: [{lb_endpoints: [{endpoint: {address: {socket_address: {address: 127.0.0.1, port_value: 15010}}}}]}]}
+  - name: sds-grpc # certificates, for who asks for them
+    type: STATIC
+    typed_extension_protocol_options: *http2
+    load_assignment: {cluster_name: sds-grpc, endpoints: [{lb_endpoints: [{endpoint: {address: {socket_address: {address: 127.0.0.1, port_value: 15999}}}}]}]}
 `
+
+// startProxy starts an Envoy as a proxy of Istio's, of a pod of shop.
+func (p istioParts) startProxy(t *testing.T, kind, pod, labels, address string) {
+	t.Helper()
+	bootstrap := filepath.Join(t.TempDir(), "bootstrap.yaml")
+	text := strings.NewReplacer("KIND", kind, "ADDRESS", address, "POD", pod, "MARKS", labels).Replace(istioBootstrap)
+	if err := os.WriteFile(bootstrap, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	start(t, nil, p.proxy, "--config-path", bootstrap, "--disable-hot-restart", "--concurrency", "1")
+}
+
+// running says of a pod of shop what a kubelet would.
+func running(t *testing.T, c *controlPlane, name, address string) {
+	t.Helper()
+	out, err := c.kubectl(t, "", "patch", "pod", name, "--namespace", "shop", "--subresource", "status", "--type", "merge", "--patch",
+		fmt.Sprintf(`{"status": {"phase": "Running", "podIP": "%s", "podIPs": [{"ip": "%[1]s"}], "conditions": [{"type": "Ready", "status": "True"}]}}`, address))
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+}
 
 // istioRedirect is what istio-init does: what comes for the app's port goes to Envoy, unless Envoy itself sends it.
 const istioRedirect = `table ip istio {
@@ -99,20 +128,71 @@ const istioRedirect = `table ip istio {
   }
 }`
 
-// TestMeshIstio has a real istiod, of its own chart, on a real API server, make of what `sluice envoy istio` prints the configuration of a
-// real Envoy before an app, and its injector work on the pod beside sluice's.
-func TestMeshIstio(t *testing.T) {
+// istioParts are what a test of Istio needs, which is built or installed where it is not yet: istiod, its charts, and an Envoy.
+type istioParts struct{ pilot, charts, proxy string }
+
+func prepareIstio(t *testing.T) istioParts {
+	t.Helper()
 	if os.Getenv("SLUICE_LONG") == "" {
 		t.Skip("builds Kubernetes and istiod, which takes minutes: SLUICE_LONG=1")
 	}
 	kubernetesBinaries(t)
 	helmBinary(t)
-	pilot := built.Program(t, "istio.io/istio/pilot/cmd/pilot-discovery", istioVersion)
-	charts := filepath.Join(module(t, "istio.io/istio@"+istioVersion), "manifests", "charts")
 	proxy, err := envoy.Binary(t.Context(), func(said string) { t.Log(said) })
 	if err != nil {
 		t.Fatal(err)
 	}
+	return istioParts{
+		pilot:  built.Program(t, "istio.io/istio/pilot/cmd/pilot-discovery", istioVersion),
+		charts: filepath.Join(module(t, "istio.io/istio@"+istioVersion), "manifests", "charts"),
+		proxy:  proxy,
+	}
+}
+
+// startIstiod runs istiod with its own chart's objects and arguments, and the extension provider that a printed file asks for in its comments.
+func (p istioParts) startIstiod(t *testing.T, c *controlPlane, printed string, more ...string) {
+	t.Helper()
+	_, provider, ok := strings.Cut(printed, "# meshConfig:\n")
+	provider, _, end := strings.Cut(provider, "\n#\n")
+	if !ok || !end {
+		t.Fatal("no provider")
+	}
+	values := filepath.Join(t.TempDir(), "values.yaml")
+	if err := os.WriteFile(values, []byte(istioValues+strings.ReplaceAll("\n"+provider, "\n# ", "\n")+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{
+		{"istio-base", filepath.Join(p.charts, "base"), "--create-namespace"},
+		{"istiod", filepath.Join(p.charts, "istio-control", "istio-discovery"), "--values", values},
+	} {
+		if out, err := helm(t, append([]string{"install", "--kubeconfig", c.kubeconfig, "--namespace", "istio-system"}, args...)...); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+	}
+	container := list(child(child(child(must(t, c.API, http.MethodGet, "/apis/apps/v1/namespaces/istio-system/deployments/istiod", nil), "spec"), "template"), "spec"), "containers")[0]
+	args := []string{}
+	for _, a := range at(container, "args").([]any) {
+		args = append(args, a.(string))
+	}
+	env := append([]string{"POD_NAME=istiod", "POD_NAMESPACE=istio-system", "SERVICE_ACCOUNT=istiod"}, more...)
+	for _, v := range list(container.(object), "env") {
+		if value, ok := at(v, "value").(string); ok && at(v, "name") != "KUBECONFIG" {
+			env = append(env, at(v, "name").(string)+"="+value)
+		}
+	}
+	startIn(t, t.TempDir(), env, p.pilot, append(args, "--kubeconfig", c.kubeconfig, "--httpAddr", "127.0.0.1:15080")...) // it looks for files where it is
+	endpoints(t, c.API, "istio-system", "istiod", "https-webhook", 15017, endpoint(home, true))
+	await(t, "istiod", func() bool { return get(t.Context(), "http://127.0.0.1:15080/ready").status == http.StatusOK })
+	await(t, "its caBundle", func() bool {
+		configuration := must(t, c.API, http.MethodGet, "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations/istio-sidecar-injector", nil)
+		return !slices.ContainsFunc(list(configuration, "webhooks"), func(v any) bool { return at(v, "clientConfig", "caBundle") == nil })
+	})
+}
+
+// TestMeshIstio has a real istiod, of its own chart, on a real API server, make of what `sluice envoy istio` prints the configuration of a
+// real Envoy before an app, and its injector work on the pod beside sluice's.
+func TestMeshIstio(t *testing.T) {
+	istio := prepareIstio(t)
 	const address = "192.0.2.5" // the pod's
 	if !isolated.Network(t, append(addresses, home, address)...) {
 		return
@@ -144,48 +224,9 @@ func TestMeshIstio(t *testing.T) {
 		return string(out)
 	}
 
-	// istiod, with the provider that the file asks for.
 	const probe = "{name: probe, match: {paths: [/probe]}, rate: 1000000/s}"
 	const byAddress = "limits: [{name: few, match: {paths: [/few]}, rate: 3/h}, " + probe + "]\n"
-	_, provider, ok := strings.Cut(printed(t, byAddress), "# meshConfig:\n")
-	provider, _, end := strings.Cut(provider, "\n#\n")
-	if !ok || !end {
-		t.Fatal("no provider")
-	}
-	values := istioValues + strings.ReplaceAll("\n"+provider, "\n# ", "\n") + "\n"
-	for _, args := range [][]string{
-		{"istio-base", filepath.Join(charts, "base"), "--create-namespace"},
-		{"istiod", filepath.Join(charts, "istio-control", "istio-discovery"), "--values", write("values.yaml", values)},
-	} {
-		if out, err := helm(t, append([]string{"install", "--kubeconfig", c.kubeconfig, "--namespace", "istio-system"}, args...)...); err != nil {
-			t.Fatalf("%v\n%s", err, out)
-		}
-	}
-	container := list(child(child(child(must(t, c.API, http.MethodGet, "/apis/apps/v1/namespaces/istio-system/deployments/istiod", nil), "spec"), "template"), "spec"), "containers")[0]
-	args := []string{}
-	for _, a := range at(container, "args").([]any) {
-		args = append(args, a.(string))
-	}
-	env := []string{"POD_NAME=istiod", "POD_NAMESPACE=istio-system", "SERVICE_ACCOUNT=istiod"}
-	for _, v := range list(container.(object), "env") {
-		if value, ok := at(v, "value").(string); ok && at(v, "name") != "KUBECONFIG" {
-			env = append(env, at(v, "name").(string)+"="+value)
-		}
-	}
-	startIn(t, t.TempDir(), env, pilot, append(args, "--kubeconfig", c.kubeconfig, "--httpAddr", "127.0.0.1:15080")...) // it looks for files where it is
-	endpoints(t, c.API, "istio-system", "istiod", "https-webhook", 15017, endpoint(home, true))
-	await(t, "istiod", func() bool {
-		response, err := http.Get("http://127.0.0.1:15080/ready")
-		if err != nil {
-			return false
-		}
-		_ = response.Body.Close()
-		return response.StatusCode == http.StatusOK
-	})
-	await(t, "its caBundle", func() bool {
-		configuration := must(t, c.API, http.MethodGet, "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations/istio-sidecar-injector", nil)
-		return !slices.ContainsFunc(list(configuration, "webhooks"), func(v any) bool { return at(v, "clientConfig", "caBundle") == nil })
-	})
+	istio.startIstiod(t, c, printed(t, byAddress))
 	for i := range r.running {
 		r.run(t, i, "--linger=0s")
 	}
@@ -231,9 +272,7 @@ func TestMeshIstio(t *testing.T) {
 		return
 	}
 	do(t, "", "config", "set-context", "--current", "--namespace=shop") // as the file says
-	// What a kubelet would say.
-	do(t, "", "patch", "pod", "web", "--namespace", "shop", "--subresource", "status", "--type", "merge", "--patch",
-		fmt.Sprintf(`{"status": {"phase": "Running", "podIP": "%s", "podIPs": [{"ip": "%[1]s"}], "conditions": [{"type": "Ready", "status": "True"}]}}`, address))
+	running(t, c, "web", address)
 
 	var seen http.Header // by the app; read after the answer
 	listener, err := net.Listen("tcp", address+":8080")
@@ -302,11 +341,7 @@ spec:
 		t.Run(row.name, func(t *testing.T) {
 			file, method := printed(t, row.config), http.MethodGet
 			if row.example {
-				before, example, ok := strings.Cut(file, "  # - applyTo: VIRTUAL_HOST\n")
-				if !ok {
-					t.Fatal("no VIRTUAL_HOST")
-				}
-				file, method = before+"  - applyTo: VIRTUAL_HOST\n"+strings.ReplaceAll(example, "  #   ", "    "), http.MethodPost
+				file, method = example(t, file), http.MethodPost
 			}
 			if said := do(t, file+row.more, "apply", "-f", "-"); strings.Contains(said, "Warning: unknown") {
 				t.Errorf("%s", said)
@@ -315,7 +350,7 @@ spec:
 				return start(t, nil, r.binary, "run", "--config", filepath.Join(dir, "sluice.yaml"))
 			}
 			limiter := run()
-			start(t, nil, proxy, "--config-path", write("bootstrap.yaml", strings.ReplaceAll(istioBootstrap, "ADDRESS", address)), "--disable-hot-restart", "--concurrency", "1")
+			istio.startProxy(t, "sidecar", "web", "app: web, sluice.dev/inject: enabled", address)
 			await(t, "a limited answer", func() bool {
 				connection, err := net.Dial("tcp", "127.0.0.1:15006")
 				if err != nil {
@@ -344,31 +379,7 @@ spec:
 					t.Errorf("a forged token: %d", status)
 				}
 			}
-			// What Envoy took, field by field.
-			response, err := http.Get("http://127.0.0.1:15000/config_dump")
-			if err != nil {
-				t.Fatal(err)
-			}
-			dump, err := io.ReadAll(response.Body)
-			_ = response.Body.Close()
-			if err != nil {
-				t.Fatal(err)
-			}
-			filters := extAuthz(t, dump)
-			if len(filters) == 0 {
-				t.Fatal("no ext_authz filter")
-			}
-			for _, f := range filters {
-				got := []any{at(f, "grpc_service", "timeout"), at(f, "failure_mode_allow"), at(f, "status_on_error", "code"), at(f, "validate_mutations"), at(f, "charge_cluster_response_stats")}
-				if diff := cmp.Diff([]any{"0.200s", nil, "ServiceUnavailable", true, false}, got); diff != "" {
-					t.Errorf("-want +got:\n%s", diff)
-				}
-			}
-			for _, want := range []string{`"num_retries": 50`, `"connect_timeout": "0.050s"`} {
-				if !strings.Contains(string(dump), want) {
-					t.Errorf("no %s", want)
-				}
-			}
+			took(t)
 			// A restart of sluice loses no request.
 			restarted := newTally()
 			stop := clients(t, 3, asking(t, "http://"+address+":8080/probe"), func(a answer) {
@@ -405,6 +416,75 @@ spec:
 			do(t, file+row.more, "delete", "-f", "-")
 		})
 	}
+	// The sidecar believes x-forwarded-for by the certificate of the gateway that sent it, and by no other.
+	t.Run("client_ip by a gateway's certificate", func(t *testing.T) {
+		file := printed(t, `client_ip: {xff_from_right: 1, from: ["spiffe://cluster.local/ns/ingress/sa/edge"]}
+limits: [{name: few, match: {paths: [/few]}, when: 'client.ip == "203.0.113.9"', rate: 3/h}, `+probe+"]\n")
+		strict := "---\napiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: strict, namespace: shop}\nspec: {mtls: {mode: STRICT}}\n"
+		do(t, file+strict, "apply", "-f", "-")
+		authority := startAgent(t, "/ns/shop/sa/default")
+		start(t, nil, r.binary, "run", "--config", filepath.Join(dir, "sluice.yaml"))
+		istio.startProxy(t, "sidecar", "web", "app: web, sluice.dev/inject: enabled", address)
+		asks := func(account, path string) string {
+			q, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "https://"+address+":8080"+path, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			q.Header.Set("X-Forwarded-For", "198.51.100.1, 203.0.113.9")
+			a := send(&http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{
+				Certificates: []tls.Certificate{signed(t, identity(account), &authority)}, InsecureSkipVerify: true, //nolint:gosec // whom it asks is not what is tried
+				NextProtos: []string{"istio-http/1.1"},
+			}}}, q)
+			return fmt.Sprint(a.status, " ", a.remaining)
+		}
+		await(t, "a limited answer", func() bool { return strings.HasPrefix(asks("/ns/shop/sa/other", "/probe"), "200 9") })
+		for _, want := range []struct{ account, said string }{
+			{"/ns/ingress/sa/edge", "200 2"}, {"/ns/ingress/sa/edge", "200 1"}, {"/ns/ingress/sa/edge", "200 0"}, {"/ns/ingress/sa/edge", "429 0"}, {"/ns/shop/sa/other", "200 "},
+		} {
+			if got := asks(want.account, "/few"); got != want.said {
+				t.Errorf("%s: %q, want %q", want.account, got, want.said)
+			}
+		}
+	})
+}
+
+// took sees in the proxy of Istio's what it took of a printed file, field by field.
+func took(t *testing.T) {
+	t.Helper()
+	response, err := http.Get("http://127.0.0.1:15000/config_dump")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dump, err := io.ReadAll(response.Body)
+	_ = response.Body.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	filters := extAuthz(t, dump)
+	if len(filters) == 0 {
+		t.Fatal("no ext_authz filter")
+	}
+	for _, f := range filters {
+		got := []any{at(f, "grpc_service", "timeout"), at(f, "failure_mode_allow"), at(f, "status_on_error", "code"), at(f, "validate_mutations"), at(f, "charge_cluster_response_stats")}
+		if diff := cmp.Diff([]any{"0.200s", nil, "ServiceUnavailable", true, false}, got); diff != "" {
+			t.Errorf("-want +got:\n%s", diff)
+		}
+	}
+	for _, want := range []string{`"num_retries": 50`, `"connect_timeout": "0.050s"`} {
+		if !strings.Contains(string(dump), want) {
+			t.Errorf("no %s", want)
+		}
+	}
+}
+
+// example is a printed file whose example of limits that routes have is no comment any more.
+func example(t *testing.T, file string) string {
+	t.Helper()
+	before, text, ok := strings.Cut(file, "  # - applyTo: VIRTUAL_HOST\n")
+	if !ok {
+		t.Fatal("no VIRTUAL_HOST")
+	}
+	return before + "  - applyTo: VIRTUAL_HOST\n" + strings.ReplaceAll(text, "  #   ", "    ")
 }
 
 // extAuthz are the HTTP filters of that name in a config_dump.

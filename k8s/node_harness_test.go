@@ -308,7 +308,7 @@ func (n *node) do(t *testing.T, stdin string, args ...string) string {
 	return out
 }
 
-// readme runs the commands of a section of this room's README, as they stand there, and returns what they printed.
+// readme runs all commands of a section of this room's README, as they stand there, and returns what they printed.
 func (n *node) readme(t *testing.T, section string) string {
 	t.Helper()
 	text, err := os.ReadFile("README.md")
@@ -317,9 +317,13 @@ func (n *node) readme(t *testing.T, section string) string {
 	}
 	_, after, _ := strings.Cut(string(text), "\n## "+section+"\n")
 	after, _, _ = strings.Cut(after, "\n## ")
-	_, commands, _ := strings.Cut(after, "```sh\n")
-	commands, _, ok := strings.Cut(commands, "```")
-	if !ok {
+	commands := ""
+	for i, block := range strings.Split(after, "```sh\n") {
+		if block, _, ends := strings.Cut(block, "```"); i > 0 && ends {
+			commands += block
+		}
+	}
+	if commands == "" {
 		t.Fatalf("README has no commands under %q", section)
 	}
 	c := exec.CommandContext(t.Context(), "bash", "-euxc", commands)

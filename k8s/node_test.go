@@ -231,9 +231,11 @@ func TestNode(t *testing.T) {
 	t.Run("install", func(t *testing.T) {
 		namespace(t, n.controlPlane, "shop", object{"pod-security.kubernetes.io/enforce": "restricted"})
 		began := time.Now()
-		n.readme(t, "Install")
+		said := n.readme(t, "Install")
 		t.Logf("installed after %v", time.Since(began))
-		n.helm(t, "upgrade", "sluice", chartDir, "--wait", "--timeout", "3m", "--reuse-values", "--set", "gateway.enabled=true")
+		if !strings.Contains(said, "Phase:          Succeeded") {
+			t.Errorf("helm test of the gateway's release:\n%s", said)
+		}
 	})
 	if t.Failed() {
 		return
@@ -296,7 +298,7 @@ func TestNode(t *testing.T) {
 				t.Errorf("no %q in\n%s", want, said)
 			}
 		}
-		if strings.Count(said, "Phase:          Succeeded") != 2 {
+		if !strings.Contains(said, "Phase:          Succeeded") {
 			t.Errorf("helm test:\n%s", said)
 		}
 	})
@@ -463,6 +465,7 @@ func TestNode(t *testing.T) {
 		without := before + "          - name: envoy.filters.http.router\n" + after
 		n.do(t, n.do(t, "", "create", "configmap", "envoy", "--namespace", "shop", "--from-literal", "envoy.yaml="+without, "--dry-run=client", "--output", "yaml"), "replace", "-f", "-")
 		n.readme(t, "Uninstall")
+		n.do(t, "", "delete", "namespace", "edge", "--wait") // the release with it
 		rolled()
 		await(t, "the end of the old pods", func() bool { return len(pods()) == 2 })
 		for _, said := range ask(t, "/few") {

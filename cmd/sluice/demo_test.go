@@ -190,8 +190,10 @@ func TestEnvoyCommand(t *testing.T) {
 	}
 	claims := file(t, "claims.yaml", `{listen: {grpc: ":9009"}, limits: [{name: a, rate: 1/s, key: 'metadata.filter_metadata["x"].y'}]}`)
 	for kind, want := range map[string][3]string{ // what says that sluice, metadata and limits of the config are in
-		"istio":         {"port_value: 9009", "INSERT_BEFORE", `sluice.limits: "a"`},
-		"envoy-gateway": {"port: 9009", "\n  filterOrder:\n", `name: sluice.limits, type: Value, value: "a"`},
+		"istio":          {"port_value: 9009", "INSERT_AFTER", `sluice.limits: "a"`},
+		"istio-gateway":  {"port: 9009", "context: GATEWAY", `sluice.limits: "a"`},
+		"istio-waypoint": {"port: 9009", "main_internal", "portNumber: 9009"},
+		"envoy-gateway":  {"port: 9009", "\n  filterOrder:\n", `name: sluice.limits, type: Value, value: "a"`},
 	} {
 		status, out, stderr := sluice(t, nil, "envoy", kind, "--config", claims)
 		for _, w := range want {
@@ -199,7 +201,18 @@ func TestEnvoyCommand(t *testing.T) {
 				t.Errorf("%s says nothing of %q:\n%s", kind, w, out)
 			}
 		}
-		if warned := strings.HasPrefix(stderr, "warning: "+claims+" reads metadata"); status != 0 || warned != (kind == "envoy-gateway") {
+		if warned := strings.HasPrefix(stderr, "warning: "+claims+" reads metadata"); status != 0 || warned == (kind == "istio") {
+			t.Errorf("%s: %d %s", kind, status, stderr)
+		}
+		if !strings.Contains(stderr, "listens on "+map[bool]string{true: "127.0.0.1:9001,", false: "9001,"}[kind == "istio"]) {
+			t.Errorf("%s: %s", kind, stderr)
+		}
+	}
+	// What is where it is asked for is no reason to warn.
+	for kind, listens := range map[string]string{
+		"plain": "127.0.0.1:9", "istio": "127.0.0.1:9001", "istio-gateway": "0.0.0.0:9001", "istio-waypoint": "127.0.0.1:9001", "envoy-gateway": "unix:///run/sluice/authz.sock",
+	} {
+		if status, _, stderr := sluice(t, nil, "envoy", kind, "--config", file(t, "sluice.yaml", fmt.Sprintf("listen: {grpc: %q}\n", listens))); status != 0 || stderr != "" {
 			t.Errorf("%s: %d %s", kind, status, stderr)
 		}
 	}

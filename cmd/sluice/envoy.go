@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -25,23 +26,33 @@ func reachable(addr string) string {
 	return addr
 }
 
+// Where sluice listens in a cluster, over what its config says.
+const (
+	injectedBesideIstio = "127.0.0.1:9001" // injected, where Envoy is istio-proxy
+	chartPort           = "9001"           // of the chart's Deployment
+)
+
 // chains are the kinds of what `sluice envoy` prints.
 var chains = map[string]func(envoy.Options) ([]byte, error){
-	"plain":         envoy.Plain,
-	"istio":         envoy.Istio,
-	"envoy-gateway": envoy.Gateway,
+	"plain":          envoy.Plain,
+	"istio":          envoy.Istio,
+	"istio-gateway":  envoy.IstioGateway,
+	"istio-waypoint": envoy.IstioWaypoint,
+	"envoy-gateway":  envoy.Gateway,
 }
 
 func (p *program) envoyCommand() *cobra.Command {
 	var config string
 	c := &cobra.Command{
-		Use:   "envoy [plain|istio|envoy-gateway]",
+		Use:   "envoy [plain|istio|istio-gateway|istio-waypoint|envoy-gateway]",
 		Short: "Print the Envoy config that asks sluice",
 		Long: `Print the filter chain that fits a config, with comments that say why each line is there:
 
 plain           a complete Envoy bootstrap, for a listener on port 8080 and an upstream on 127.0.0.1:8081.
                 Run it with: envoy -c <(sluice envoy plain)
 istio           for pods in an Istio mesh. Apply it with: sluice envoy istio | kubectl apply -f -
+istio-gateway   for an ingress gateway of Istio's, with sluice as a Deployment
+istio-waypoint  for a waypoint of Istio's ambient mode, likewise
 envoy-gateway   for a Gateway of Envoy Gateway's. Apply it with kubectl, too`,
 		ValidArgs: slices.Sorted(maps.Keys(chains)),
 		Args:      cobra.MatchAll(cobra.MaximumNArgs(1), cobra.OnlyValidArgs),
@@ -63,8 +74,20 @@ envoy-gateway   for a Gateway of Envoy Gateway's. Apply it with kubectl, too`,
 			if err != nil {
 				return fmt.Errorf("%s: listen.grpc: %w", config, err)
 			}
-			if kind == "envoy-gateway" && o.Metadata {
-				_, _ = fmt.Fprintf(p.stderr, "warning: %s reads metadata, which Envoy Gateway sends to no ext_authz service: take claims from headers, as the comments say\n", config)
+			warn := func(why string) { _, _ = fmt.Fprintf(p.stderr, "warning: %s %s\n", config, why) }
+			edge := kind == "istio-gateway" || kind == "istio-waypoint"
+			if o.Metadata && kind == "envoy-gateway" {
+				warn("reads metadata, which Envoy Gateway sends to no ext_authz service: take claims from headers, as the comments say")
+			}
+			if o.Metadata && edge {
+				warn("reads metadata, which Istio has its gateways and waypoints send to no ext_authz service: it is always absent")
+			}
+			switch _, port, _ := net.SplitHostPort(o.Sluice); {
+			case config == "":
+			case kind == "istio" && o.Sluice != injectedBesideIstio:
+				warn(fmt.Sprintf("says listen.grpc: %s, which is printed; but sluice that is injected beside istio-proxy listens on %s, whatever the file says", o.Sluice, injectedBesideIstio))
+			case (edge || kind == "envoy-gateway") && port != chartPort && !strings.HasPrefix(o.Sluice, "unix://"):
+				warn(fmt.Sprintf("says listen.grpc: %s, whose port is printed; but the chart's Deployment listens on %s, whatever the file says", o.Sluice, chartPort))
 			}
 			_, err = p.stdout.Write(chain)
 			return err

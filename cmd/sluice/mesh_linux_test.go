@@ -254,6 +254,74 @@ func TestMeshEnvoyGateway(t *testing.T) {
 	}
 }
 
+// gatewayInShop is a Gateway before an app, in a namespace of their own, and the Service of the chart's Deployment in another.
+const gatewayInShop = `
+apiVersion: gateway.networking.k8s.io/v1
+kind: GatewayClass
+metadata: {name: eg}
+spec: {controllerName: gateway.envoyproxy.io/gatewayclass-controller}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {name: edge, namespace: shop}
+spec: {gatewayClassName: eg, listeners: [{name: http, protocol: HTTP, port: 8888}]}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: app, namespace: shop}
+spec: {parentRefs: [{name: edge}], rules: [{backendRefs: [{name: web, port: 80}]}]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: sluice-gateway, namespace: sluice-system}
+spec: {clusterIP: 192.0.2.9, ports: [{name: grpc, port: 9001, protocol: TCP}]}
+---
+`
+
+// What is printed by default asks sluice as a Deployment in another namespace. Envoy Gateway's own translator takes it, as it does in a cluster,
+// and not without the grant that is printed, too. (Without Kubernetes its server knows of no Services.)
+func TestMeshEnvoyGatewayService(t *testing.T) {
+	if os.Getenv("SLUICE_LONG") == "" {
+		t.Skip("builds egctl, which takes minutes: SLUICE_LONG=1")
+	}
+	egctl := built.Program(t, "github.com/envoyproxy/gateway/cmd/egctl", envoyGateway)
+	status, printed, stderr := sluice(t, nil, "envoy", "envoy-gateway")
+	if status != 0 {
+		t.Fatal(stderr)
+	}
+	translated := func(printed, to string) string {
+		t.Helper()
+		// kubectl's own namespace is that of what names none.
+		printed = strings.ReplaceAll(printed, "\n  name: sluice\nspec:", "\n  name: sluice\n  namespace: shop\nspec:")
+		in := file(t, "resources.yaml", gatewayInShop+printed)
+		out, err := exec.CommandContext(t.Context(), egctl, "x", "translate", "--from", "gateway-api", "--to", to, "--output", "yaml", "--file", in).CombinedOutput()
+		if err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		return string(out)
+	}
+	policy := func(printed string) string {
+		_, status, _ := strings.Cut(translated(printed, "gateway-api"), "\nsecurityPolicies:\n")
+		_, status, _ = strings.Cut(status, "\n  status:\n")
+		status, _, _ = strings.Cut(status, "controllerName")
+		return strings.Join(strings.Fields(status), " ")
+	}
+	if said := policy(printed); !strings.Contains(said, "Policy has been accepted.") {
+		t.Errorf("the policy: %s", said)
+	}
+	if xds := translated(printed, "xds"); !strings.Contains(xds, "address: 192.0.2.9") || !strings.Contains(xds, "extensions.filters.http.ext_authz.v3.ExtAuthz") {
+		t.Errorf("sluice is not asked:\n%s", xds)
+	}
+	before, grant, _ := strings.Cut(printed, "# It is for the Gateway's policy")
+	_, after, ok := strings.Cut(grant, "\n---\n")
+	if !ok {
+		t.Fatal("no grant")
+	}
+	if said := policy(before + after); !strings.Contains(said, "not permitted by any ReferenceGrant") {
+		t.Errorf("without the grant: %s", said)
+	}
+}
+
 // Behind a real Envoy Gateway with the printed retries, restarts of sluice lose no request.
 func TestMeshEnvoyGatewayRestart(t *testing.T) {
 	gateway, proxy := gatewayPrograms(t)
@@ -429,6 +497,16 @@ func TestMeshIstioctl(t *testing.T) {
 			}
 		} else if name != "claims" {
 			t.Errorf("%s: no provider", name)
+		}
+	}
+	for _, kind := range []string{"istio-gateway", "istio-waypoint"} {
+		status, printed, stderr := sluice(t, nil, "envoy", kind)
+		if status != 0 {
+			t.Fatal(stderr)
+		}
+		printed = strings.ReplaceAll(strings.ReplaceAll(printed, "  # - applyTo: VIRTUAL_HOST\n", "  - applyTo: VIRTUAL_HOST\n"), "  #   ", "    ")
+		if said := strings.ReplaceAll(validate(printed), strings.TrimSpace(strings.Replace(everyFilter, "//sluice:", "//sluice-gateway:", 1)), ""); said != "" {
+			t.Errorf("%s: %s", kind, said)
 		}
 	}
 	// The README's access log. Of its provider, in the mesh config, istioctl does not say whether the fields are there.

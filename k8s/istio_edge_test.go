@@ -1,0 +1,341 @@
+//go:build linux
+
+package k8s
+
+import (
+	gotls "crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"fmt"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	core "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	tls "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
+	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	sds "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
+	"github.com/google/go-cmp/cmp"
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/types/known/anypb"
+
+	"github.com/sluiceproxy/sluice/k8s/isolated"
+)
+
+const gatewayAPI = "sigs.k8s.io/gateway-api@v1.6.0"
+
+// istioEdges are an ingress gateway and a waypoint before an app, by the Gateway API, and their pods, whose Deployments istiod makes, too.
+const istioEdges = `
+apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: {name: default, namespace: istio-system}
+spec: {mtls: {mode: DISABLE}}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: shop, labels: {istio.io/use-waypoint: waypoint}}
+spec: {ports: [{name: http, port: 80, targetPort: 8080}]}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {name: edge, namespace: shop}
+spec: {gatewayClassName: istio, listeners: [{name: http, port: 80, protocol: HTTP}]}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: web, namespace: shop}
+spec: {parentRefs: [{name: edge}], hostnames: [shop.example.com], rules: [{backendRefs: [{name: web, port: 80}]}]}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {name: waypoint, namespace: shop, labels: {istio.io/waypoint-for: service}}
+spec: {gatewayClassName: istio-waypoint, listeners: [{name: mesh, port: 15008, protocol: HBONE}]}
+---
+apiVersion: v1
+kind: Node
+metadata: {name: node}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: edge, namespace: shop, labels: {gateway.networking.k8s.io/gateway-name: edge}}
+spec: {nodeName: node, containers: [{name: istio-proxy, image: x}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: waypoint, namespace: shop, labels: {gateway.networking.k8s.io/gateway-name: waypoint}}
+spec: {nodeName: node, containers: [{name: istio-proxy, image: x}]}
+`
+
+// istioOnly takes away what only Istio's own build of Envoy has: filters that tell telemetry who the peer is, and a value that another
+// network's gateway wants of a tunnel. What the same filter says of the tunnel's two ends stays.
+const istioOnly = `
+apiVersion: networking.istio.io/v1alpha3
+kind: EnvoyFilter
+metadata: {name: plain-envoy, namespace: shop}
+spec:
+  targetRefs: [{group: gateway.networking.k8s.io, kind: Gateway, name: waypoint}]
+  configPatches:
+  - applyTo: HTTP_FILTER
+    match: {listener: {filterChain: {filter: {name: envoy.filters.network.http_connection_manager, subFilter: {name: waypoint_downstream_peer_metadata}}}}}
+    patch: {operation: REMOVE}
+  - applyTo: HTTP_FILTER
+    match: {listener: {filterChain: {filter: {name: envoy.filters.network.http_connection_manager, subFilter: {name: waypoint_upstream_peer_metadata}}}}}
+    patch: {operation: REMOVE}
+  - applyTo: HTTP_FILTER
+    match: {listener: {name: connect_terminate, filterChain: {filter: {name: envoy.filters.network.http_connection_manager, subFilter: {name: envoy.filters.http.router}}}}}
+    patch:
+      operation: INSERT_BEFORE
+      value:
+        name: ends
+        typed_config:
+          "@type": type.googleapis.com/envoy.extensions.filters.http.set_filter_state.v3.Config
+          on_request_headers:
+          - {object_key: envoy.filters.listener.original_dst.local_ip, format_string: {text_format_source: {inline_string: "%REQ(:AUTHORITY)%"}}, shared_with_upstream: ONCE}
+          - {object_key: envoy.filters.listener.original_dst.remote_ip, format_string: {text_format_source: {inline_string: "%DOWNSTREAM_REMOTE_ADDRESS%"}}, shared_with_upstream: ONCE}
+  - applyTo: HTTP_FILTER
+    match: {listener: {name: connect_terminate, filterChain: {filter: {name: envoy.filters.network.http_connection_manager, subFilter: {name: connect_authority}}}}}
+    patch: {operation: REMOVE}
+`
+
+// hboneClient is an Envoy that does for a pod what ztunnel does: its connections go through a tunnel to the waypoint WAYPOINT, for the service SERVICE.
+const hboneClient = `
+static_resources:
+  listeners:
+  - address: {socket_address: {address: 127.0.0.1, port_value: 18080}}
+    filter_chains:
+    - filters:
+      - name: envoy.filters.network.tcp_proxy
+        typed_config:
+          "@type": type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy
+          stat_prefix: hbone
+          cluster: waypoint
+          tunneling_config: {hostname: "SERVICE:80"}
+  clusters:
+  - name: waypoint
+    type: STATIC
+    upstream_bind_config: {source_address: {address: CLIENT, port_value: 0}}
+    typed_extension_protocol_options:
+      envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
+        "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
+        explicit_http_config: {http2_protocol_options: {}}
+    load_assignment: {cluster_name: waypoint, endpoints: [{lb_endpoints: [{endpoint: {address: {socket_address: {address: WAYPOINT, port_value: 15008}}}}]}]}
+    transport_socket:
+      name: tls
+      typed_config:
+        "@type": type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext
+        common_tls_context:
+          tls_params: {tls_maximum_protocol_version: TLSv1_3}
+          alpn_protocols: [h2]
+          tls_certificates: [{certificate_chain: {filename: DIR/tls.crt}, private_key: {filename: DIR/tls.key}}]
+          validation_context: {trusted_ca: {filename: DIR/tls.crt}}
+`
+
+// secrets is the part of Istio's agent that hands out certificates.
+type secrets struct {
+	sds.UnimplementedSecretDiscoveryServiceServer
+	certificate, key []byte // PEM; it is the CA, too
+}
+
+func (s *secrets) StreamSecrets(stream sds.SecretDiscoveryService_StreamSecretsServer) error {
+	for version := 0; ; version++ {
+		request, err := stream.Recv()
+		if err != nil {
+			return err
+		}
+		if request.GetVersionInfo() != "" { // it has what there is
+			continue
+		}
+		response := &discovery.DiscoveryResponse{VersionInfo: "1", Nonce: fmt.Sprint(version), TypeUrl: request.GetTypeUrl()}
+		for _, name := range request.GetResourceNames() {
+			inline := func(text []byte) *core.DataSource {
+				return &core.DataSource{Specifier: &core.DataSource_InlineBytes{InlineBytes: text}}
+			}
+			answer := &tls.Secret{Name: name}
+			if name == "ROOTCA" {
+				answer.Type = &tls.Secret_ValidationContext{ValidationContext: &tls.CertificateValidationContext{TrustedCa: inline(s.certificate)}}
+			} else {
+				answer.Type = &tls.Secret_TlsCertificate{TlsCertificate: &tls.TlsCertificate{CertificateChain: inline(s.certificate), PrivateKey: inline(s.key)}}
+			}
+			resource, err := anypb.New(answer)
+			if err != nil {
+				return err
+			}
+			response.Resources = append(response.Resources, resource)
+		}
+		if err := stream.Send(response); err != nil {
+			return err
+		}
+	}
+}
+
+// identity is whom a certificate of Istio's names.
+func identity(path string) x509.Certificate {
+	return x509.Certificate{Subject: pkix.Name{CommonName: path}, URIs: []*url.URL{{Scheme: "spiffe", Host: "cluster.local", Path: path}}}
+}
+
+// inPEM are a certificate and its key as files.
+func inPEM(t *testing.T, certificate gotls.Certificate) map[string][]byte {
+	t.Helper()
+	key, err := x509.MarshalPKCS8PrivateKey(certificate.PrivateKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return map[string][]byte{
+		"tls.crt": pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: certificate.Certificate[0]}),
+		"tls.key": pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key}),
+	}
+}
+
+// startAgent hands out a certificate to the proxies of Istio's, which is the CA, too, and returns it.
+func startAgent(t *testing.T, account string) gotls.Certificate {
+	t.Helper()
+	certificate := selfSigned(t, identity(account))
+	text := inPEM(t, certificate)
+	server := grpc.NewServer()
+	sds.RegisterSecretDiscoveryServiceServer(server, &secrets{certificate: text["tls.crt"], key: text["tls.key"]})
+	listener, err := net.Listen("tcp", "127.0.0.1:15999")
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() { _ = server.Serve(listener) }()
+	t.Cleanup(server.Stop)
+	return certificate
+}
+
+// TestMeshIstioEdge has a real istiod make, of what `sluice envoy istio-gateway` and istio-waypoint print, the configurations of real Envoys
+// before an app: an ingress gateway, and a waypoint that is asked through a tunnel of ambient mode.
+func TestMeshIstioEdge(t *testing.T) {
+	istio := prepareIstio(t)
+	definitions := filepath.Join(module(t, gatewayAPI), "config", "crd", "standard")
+	const app, edge, waypoint, client = "192.0.2.5", "192.0.2.6", "192.0.2.7", "192.0.2.8"
+	if !isolated.Network(t, append(addresses, home, app, edge, waypoint, client)...) {
+		return
+	}
+	dir := t.TempDir()
+	write := func(name, text string) string {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	c := cluster(t, "--enable-aggregator-routing=true")
+	do := func(t *testing.T, stdin string, args ...string) string {
+		t.Helper()
+		out, err := c.kubectl(t, stdin, args...)
+		if err != nil {
+			t.Fatalf("kubectl %s: %v\n%s", strings.Join(args, " "), err, out)
+		}
+		return out
+	}
+	do(t, "", "create", "-f", definitions)
+	if out, err := helm(t, "install", "sluice", chartDir, "--kubeconfig", c.kubeconfig, "--namespace", release, "--create-namespace", "--set", "webhook.enabled=false,gateway.enabled=true,trialRedis.enabled=true"); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	// What a waypoint is shown: the caller's address, and no certificate.
+	config := write("sluice.yaml", fmt.Sprintf(`limits:
+- {name: few, match: {paths: [/few]}, when: 'client.ip == %q', rate: 3/h}
+- {name: certified, match: {principals: ["spiffe://*"]}, rate: 1/h}
+- {name: probe, match: {paths: [/probe]}, rate: 1000000/s}
+`, client))
+	sluice := program(t)
+	printed := func(kind string) string {
+		t.Helper()
+		out, err := exec.CommandContext(t.Context(), sluice, "envoy", kind, "--config", config).CombinedOutput()
+		if err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		return string(out)
+	}
+	namespace(t, c, "shop", nil)
+	istio.startIstiod(t, c, printed("istio-gateway"), "PILOT_ENABLE_AMBIENT=true")
+	do(t, istioEdges+"---"+istioOnly, "apply", "-f", "-")
+	running(t, c, "edge", edge)
+	running(t, c, "waypoint", waypoint)
+	endpoints(t, c.API, release, "sluice-gateway", "grpc", 9001, endpoint(addresses[0], true))
+	endpoints(t, c.API, "shop", "web", "http", 8080, endpoint(app, true))
+	do(t, "", "config", "set-context", "--current", "--namespace=shop") // as the files say
+
+	var seen http.Header // by the app; read after the answer
+	listener, err := net.Listen("tcp", app+":8080")
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) { //nolint:gosec // only the test calls it
+		seen = q.Header
+		w.Header().Set("X-Ratelimit-Limit", "the app's")
+	})}
+	go func() { _ = server.Serve(listener) }()
+	t.Cleanup(func() { _ = server.Close() })
+	certificate := startAgent(t, "/ns/shop/sa/default")
+	for name, text := range inPEM(t, certificate) {
+		write(name, string(text))
+	}
+
+	from := http.Client{Transport: &http.Transport{DialContext: (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(client)}}).DialContext}}
+	for _, row := range []struct {
+		kind, proxy, pod, address string
+		client                    *http.Client
+		url                       string
+		prepare                   func(t *testing.T)
+	}{
+		{"istio-gateway", "router", "edge", edge, &from, "http://" + edge, nil},
+		{"istio-waypoint", "waypoint", "waypoint", waypoint, http.DefaultClient, "http://127.0.0.1:18080", func(t *testing.T) {
+			service := do(t, "", "get", "service", "web", "--output", "jsonpath={.spec.clusterIP}")
+			text := strings.NewReplacer("SERVICE", service, "WAYPOINT", waypoint, "CLIENT", client, "DIR", dir).Replace(hboneClient)
+			start(t, nil, istio.proxy, "--config-path", write("client.yaml", text), "--disable-hot-restart", "--concurrency", "1")
+		}},
+	} {
+		t.Run(row.kind, func(t *testing.T) {
+			file := printed(row.kind)
+			if said := do(t, file, "apply", "-f", "-"); strings.Contains(said, "Warning: unknown") {
+				t.Errorf("%s", said)
+			}
+			limiter := start(t, nil, sluice, "run", "--config", config, "--grpc", addresses[0]+":9001", "--metrics", addresses[0]+":9003")
+			istio.startProxy(t, row.proxy, row.pod, "gateway.networking.k8s.io/gateway-name: "+row.pod, row.address)
+			if row.prepare != nil {
+				row.prepare(t)
+			}
+			ask := func(method, path string) answer {
+				q, err := http.NewRequestWithContext(t.Context(), method, row.url+path, nil)
+				if err != nil {
+					return answer{err: err}
+				}
+				q.Host = "shop.example.com"
+				q.Header.Set("X-Ratelimit-Remaining", "99")
+				return send(row.client, q)
+			}
+			await(t, "a limited answer", func() bool {
+				a := ask(http.MethodGet, "/probe")
+				return a.status == http.StatusOK && a.remaining != ""
+			})
+			var got []string
+			for range 4 {
+				a := ask(http.MethodGet, "/few")
+				got = append(got, fmt.Sprint(a.status, " ", a.remaining))
+			}
+			if diff := cmp.Diff([]string{"200 2", "200 1", "200 0", "429 0"}, got); diff != "" {
+				t.Errorf("-want +got:\n%s", diff)
+			}
+			if seen.Get("X-Ratelimit-Remaining") != "" {
+				t.Errorf("the app hears what the client says of its limits: %v", seen)
+			}
+			took(t)
+			if row.kind == "istio-gateway" { // a waypoint's has none
+				do(t, example(t, file), "apply", "-f", "-")
+				await(t, "the host's own limit", func() bool { return ask(http.MethodPost, "/").remaining == "4" })
+			}
+			_ = limiter.Process.Kill()
+			<-limiter.exited
+			if a := ask(http.MethodGet, "/probe"); a.status != http.StatusServiceUnavailable {
+				t.Errorf("without sluice: %+v", a)
+			}
+		})
+	}
+}
