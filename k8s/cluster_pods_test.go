@@ -331,6 +331,21 @@ func (s *shape) podSpec(containers, init []string) object {
 	if spec["containers"] = all; first != nil {
 		spec["initContainers"] = first
 	}
+	if s.rarely(2) { // resources of its own, which have to be enough
+		own := object{"requests": object{"cpu": s.one("10", "100m"), "memory": s.one("10Gi", "33Mi")}}
+		if s.maybe() {
+			own["limits"] = object{"cpu": "11", "memory": "11Gi"}
+		}
+		if s.maybe() {
+			delete(own, "requests") // the API server's default is then what the containers request, and no more
+		}
+		with := maps.Clone(spec)
+		if with["resources"] = own; len(own) > 0 {
+			if fitting, why := fit(with); why == "" {
+				spec["resources"] = fitting
+			}
+		}
+	}
 	var volumes []any
 	for _, name := range s.volumes {
 		volumes = append(volumes, s.volume(name))
@@ -425,6 +440,9 @@ func sorted(pod object) object {
 	}
 	spec := child(pod, "spec")
 	spec["volumes"] = by(list(spec, "volumes"))
+	for name, v := range child(child(spec, "resources"), "requests") { // the same amount, by another sum
+		child(child(spec, "resources"), "requests")[name] = quantity(name, amount(v))
+	}
 	for _, field := range []string{"containers", "initContainers"} {
 		for _, c := range list(spec, field) {
 			c := c.(object)

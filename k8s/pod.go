@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
+	"math"
 	"reflect"
 	"regexp"
 	"slices"
@@ -132,8 +133,12 @@ func Inject(pod map[string]any, o Options) (injected map[string]any, skipped str
 		at = i + 1
 	}
 	spec["initContainers"] = slices.Insert(init, at, any(container))
-	if why := room(spec); why != "" {
-		return skip(why)
+	if len(child(spec, "resources")) > 0 {
+		resources, why := fit(spec)
+		if why != "" {
+			return skip(why)
+		}
+		spec["resources"] = resources
 	}
 
 	volumes := list(spec, "volumes")
@@ -303,53 +308,70 @@ func amount(quantity any) float64 {
 	return f * units[text[len(number):]]
 }
 
-// room says why a pod that has resources of its own, as pods may since Kubernetes 1.34, has none for all of its containers: the API server
-// would not take it. The pod's must not be below what its containers request together, nor below any one's limit.
-func room(spec object) string {
-	whole := child(spec, "resources")
-	of := func(c any, kind, name string) float64 {
+// fit raises what a pod that has resources of its own requests, as pods may since Kubernetes 1.34, to what its containers do with sluice, where
+// that is more: the API server takes no less. It returns the pod's resources, or why that cannot be.
+func fit(spec object) (resources object, why string) {
+	resources = child(spec, "resources")
+	requests := over(child(resources, "requests"), nil)
+	of := func(c any, name string) float64 {
 		o, _ := c.(object)
-		resources := child(o, "resources")
-		v, ok := child(resources, kind)[name]
-		if !ok && kind == "requests" {
-			v, ok = child(resources, "limits")[name] // the API server's default
+		v, ok := child(child(o, "resources"), "requests")[name]
+		if !ok {
+			v, ok = child(child(o, "resources"), "limits")[name] // the API server's default
 		}
 		if !ok {
 			return 0
 		}
 		return amount(v)
 	}
-	init, containers := list(spec, "initContainers"), list(spec, "containers")
-	for _, kind := range []string{"requests", "limits"} {
-		for name, has := range child(whole, kind) {
-			var want, running float64 // init containers run beside the native sidecars before them
-			for _, c := range init {
-				o, _ := c.(object)
-				switch amount := of(c, kind, name); {
-				case kind == "limits":
-					want = max(want, amount)
-				case isNative(o):
-					running += amount
-				default:
-					want = max(want, running+amount)
-				}
-			}
-			for _, c := range containers {
-				if kind == "limits" {
-					want = max(want, of(c, kind, name))
-				}
-				running += of(c, kind, name)
-			}
-			if kind == "requests" {
-				want = max(want, running)
-			}
-			if want > amount(has)*(1+1e-9) {
-				return fmt.Sprintf("spec.resources.%s.%s is %v, and with sluice its containers want %s: raise it, or lower sluice's by annotation %s",
-					kind, name, has, strconv.FormatFloat(want, 'f', -1, 64), aResources)
+	// A pod whose containers request nothing has its limits for requests, which it is to keep though sluice's container requests something.
+	for name, limit := range child(resources, "limits") {
+		if _, ok := requests[name]; ok || slices.ContainsFunc(append(list(spec, "initContainers"), list(spec, "containers")...), func(c any) bool {
+			o, _ := c.(object)
+			return o["name"] != containerName && of(c, name) > 0
+		}) {
+			continue
+		}
+		requests[name] = limit
+	}
+	for name, has := range requests {
+		var want, running float64 // init containers run beside the native sidecars before them, and the others beside all
+		for _, c := range list(spec, "initContainers") {
+			if o, _ := c.(object); isNative(o) {
+				running += of(c, name)
+			} else {
+				want = max(want, running+of(c, name))
 			}
 		}
+		for _, c := range list(spec, "containers") {
+			running += of(c, name)
+		}
+		if want = max(want, running); want <= amount(has)*(1+1e-9) {
+			continue
+		}
+		if limit, ok := child(resources, "limits")[name]; ok && want > amount(limit)*(1+1e-9) {
+			return nil, fmt.Sprintf("spec.resources.limits.%s is %v, and with sluice its containers request %s: raise it, or lower sluice's by annotation %s", name, limit, quantity(name, want), aResources)
+		}
+		requests[name] = quantity(name, want)
 	}
-	return ""
+	if len(requests) == 0 {
+		return resources, ""
+	}
+	return with(resources, "requests", requests), ""
+}
+
+// quantity is an amount as Kubernetes has it, rounded up.
+func quantity(name string, amount float64) string {
+	if name == "cpu" {
+		return strconv.FormatFloat(math.Ceil(amount*1000-1e-6), 'f', -1, 64) + "m"
+	}
+	amount = math.Ceil(amount - 1e-6)
+	for _, suffix := range []string{"Mi", "Ki"} {
+		if math.Mod(amount, units[suffix]) == 0 {
+			return strconv.FormatFloat(amount/units[suffix], 'f', -1, 64) + suffix
+		}
+	}
+	return strconv.FormatFloat(amount, 'f', -1, 64)
 }
 
 // onWindows says that a pod is to run there, so far as it says so.

@@ -107,10 +107,8 @@ func TestInjectNot(t *testing.T) {
 		{"Windows, by its old name", "", redis, "{nodeSelector: {beta.kubernetes.io/os: windows}, containers: [{name: envoy}]}", "Windows", ""},
 		{"Windows, by its options", "", redis, "{securityContext: {windowsOptions: {runAsUserName: u}}, containers: [{name: envoy}]}", "Windows", ""},
 		{"Windows, by affinity", "", redis, "{affinity: {nodeAffinity: {requiredDuringSchedulingIgnoredDuringExecution: {nodeSelectorTerms: [{matchExpressions: [{key: disk, operator: Exists}, {key: kubernetes.io/os, operator: In, values: [windows]}]}]}}}, containers: [{name: envoy}]}", "Windows", ""},
-		{"no room", "", redis, "{resources: {requests: {cpu: 100m, memory: 1Gi}}, containers: [{name: envoy, resources: {requests: {cpu: 80m}}}]}", "spec.resources.requests.cpu is 100m, and with sluice its containers want 0.13", ""},
-		{"no room, asked for", "sluice.dev/inject: enabled", redis, "{resources: {limits: {memory: 64Mi}}, containers: [{name: envoy}]}", "", "spec.resources.limits.memory is 64Mi, and with sluice its containers want 134217728"},
-		{"no room, by a limit", "", redis, "{resources: {requests: {cpu: 100m}}, containers: [{name: envoy, resources: {limits: {cpu: 80m}}}]}", "want 0.13", ""},
-		{"no room, beside an init container", "", redis, "{resources: {requests: {cpu: 100m}}, initContainers: [{name: i, resources: {requests: {cpu: 51m}}}], containers: [{name: envoy}]}", "want 0.101", ""},
+		{"no room", "", redis, "{resources: {requests: {cpu: 100m}, limits: {cpu: 120m}}, containers: [{name: envoy, resources: {requests: {cpu: 80m}}}]}", "spec.resources.limits.cpu is 120m, and with sluice its containers request 130m", ""},
+		{"no room, asked for", "sluice.dev/inject: enabled", redis, "{resources: {requests: {memory: 32Mi}, limits: {memory: 32Mi}}, containers: [{name: envoy, resources: {requests: {memory: 1}}}]}", "", "spec.resources.limits.memory is 32Mi, and with sluice its containers request 33554433"},
 		{"other resources", "", redis + ", sluice.dev/resources: '{requests: {nvidia.com/gpu: 1}}'", "{containers: [{name: envoy}]}", "", "allowed are cpu, memory and ephemeral-storage"},
 		{"no Redis", "", "", "{containers: [{name: envoy}]}", "", "needs a Redis"},
 		{"both", "", redis + `, sluice.dev/in-process: "true"`, "{containers: [{name: envoy}]}", "", "different things"},
@@ -139,17 +137,25 @@ func TestInjectNot(t *testing.T) {
 	}
 }
 
-// What only looks like a reason not to.
+// What only looks like a reason not to, and what a pod that has resources of its own requests then.
 func TestInjectAll(t *testing.T) {
-	for _, spec := range []string{
-		"{hostNetwork: null, containers: [{name: envoy}]}",
-		"{resources: {requests: {cpu: 130m, memory: 72Mi}, limits: {memory: 128Mi}}, containers: [{name: envoy, resources: {requests: {cpu: 80m, memory: 40Mi}}}]}",
-		"{resources: {requests: {cpu: 100m}}, initContainers: [{name: i, resources: {requests: {cpu: 50m}}}], containers: [{name: envoy, resources: {requests: {cpu: 50m}}}]}",
-		"{affinity: {nodeAffinity: {requiredDuringSchedulingIgnoredDuringExecution: {nodeSelectorTerms: [{matchExpressions: [{key: kubernetes.io/os, operator: In, values: [windows]}]}, {matchExpressions: [{key: kubernetes.io/os, operator: In, values: [linux]}]}]}}}, containers: [{name: envoy}]}",
+	for spec, want := range map[string]string{
+		"{hostNetwork: null, containers: [{name: envoy}]}": "null",
+		"{affinity: {nodeAffinity: {requiredDuringSchedulingIgnoredDuringExecution: {nodeSelectorTerms: [{matchExpressions: [{key: kubernetes.io/os, operator: In, values: [windows]}]}, {matchExpressions: [{key: kubernetes.io/os, operator: In, values: [linux]}]}]}}}, containers: [{name: envoy}]}": "null",
+
+		"{resources: {requests: {cpu: 130m, memory: 72Mi}}, containers: [{name: envoy, resources: {requests: {cpu: 80m, memory: 40Mi}}}]}":                                                            `{"requests":{"cpu":"130m","memory":"72Mi"}}`,
+		"{resources: {requests: {cpu: 0.1, memory: 64Mi}}, containers: [{name: envoy, resources: {requests: {cpu: 80m, memory: 40Mi}}}]}":                                                             `{"requests":{"cpu":"130m","memory":"72Mi"}}`,
+		"{resources: {requests: {cpu: 100m}}, containers: [{name: envoy, resources: {limits: {cpu: 80m}}}]}":                                                                                          `{"requests":{"cpu":"130m"}}`,
+		"{resources: {requests: {cpu: 100m}}, initContainers: [{name: i, resources: {requests: {cpu: 51m}}}], containers: [{name: envoy}]}":                                                           `{"requests":{"cpu":"101m"}}`,
+		"{resources: {requests: {cpu: 100m}, limits: {memory: 1Gi}}, initContainers: [{name: i, resources: {requests: {cpu: 50m}}}], containers: [{name: envoy, resources: {requests: {cpu: 50m}}}]}": `{"limits":{"memory":"1Gi"},"requests":{"cpu":"100m","memory":"1Gi"}}`,
+		"{resources: {limits: {cpu: 4, memory: 1Gi}}, containers: [{name: envoy, resources: {requests: {memory: 50Mi}}}]}":                                                                            `{"limits":{"cpu":4,"memory":"1Gi"},"requests":{"cpu":4}}`,
 	} {
 		out, skipped, err := Inject(pod(t, "{metadata: {annotations: {sluice.dev/redis-secret: r}}, spec: "+spec+"}"), options)
 		if err != nil || skipped != "" || named(list(child(out, "spec"), "initContainers"), "sluice") != 0 {
 			t.Errorf("%s: %v, skipped %q", spec, err, skipped)
+		}
+		if got, _ := json.Marshal(child(out, "spec")["resources"]); string(got) != want {
+			t.Errorf("%s: %s, want %s", spec, got, want)
 		}
 	}
 }
