@@ -245,3 +245,61 @@ func TestManifestPasses(t *testing.T) {
 		}
 	}
 }
+
+// Another group's kind of the same name is none of Kubernetes's own.
+func TestManifestGroups(t *testing.T) {
+	const job = "apiVersion: batch.volcano.sh/v1alpha1\nkind: Job\nmetadata: {name: x}\nspec: {tasks: []}\n"
+	if out, _, err := Manifest([]byte(job), options); err != nil || string(out) != job {
+		t.Errorf("%v\n%s", err, out)
+	}
+}
+
+const onePod = "kind: Pod\nmetadata: {name: a, annotations: {sluice.dev/in-process: \"true\"}}\nspec: {containers: [{name: envoy}]}\n"
+
+// Directives and line ends stay, where something changes and where nothing does.
+func TestManifestKeepsItsForm(t *testing.T) {
+	for in, begins := range map[string]string{
+		"%YAML 1.2\n---\n" + onePod:                             "%YAML 1.2\n---\nkind: Pod\n",
+		"# made by a tool\n%YAML 1.2\n# so\n---\n" + onePod:     "# made by a tool\n%YAML 1.2\n# so\n---\nkind: Pod\n",
+		"%YAML 1.2\n---\nkind: ConfigMap\n---\n" + onePod:       "%YAML 1.2\n---\nkind: ConfigMap\n---\nkind: Pod\n",
+		"---\r\n" + strings.ReplaceAll(onePod, "\n", "\r\n"):    "---\r\nkind: Pod\r\n",
+		"a: 1\r\n---\n" + onePod:                                "a: 1\r\n---\nkind: Pod\nmeta",
+		"---\n---\n" + onePod:                                   "---\n---\nkind: Pod\n",
+		"%YAML 1.2\r\n---\r\nkind: ConfigMap\r\n---\n" + onePod: "%YAML 1.2\r\n---\r\nkind: ConfigMap\r\n---\nkind: Pod\n",
+	} {
+		out, _, err := Manifest([]byte(in), options)
+		if err != nil || !strings.HasPrefix(string(out), begins) || !strings.Contains(string(out), "name: sluice") {
+			t.Errorf("%q: %v\n%q", in, err, out)
+			continue
+		}
+		if strings.Contains(in, "Pod\r\n") && strings.Count(string(out), "\r\n") != strings.Count(string(out), "\n") {
+			t.Errorf("%q", out)
+		}
+		if again, _, err := Manifest(out, options); err != nil || string(again) != string(out) {
+			t.Errorf("%v\nonce:\n%q\ntwice:\n%q", err, out, again)
+		}
+	}
+}
+
+// Whatever the text, it is refused or comes out as a manifest in which nothing is left to do.
+func FuzzManifest(f *testing.F) {
+	for _, text := range []string{manifest, onePod, "%YAML 1.2\n---\n" + onePod, "{\"kind\":\"Pod\"}", "a: &a [*a]", "---\n...\n", "- \n-\t- {", "kind: List\nitems: [1, {kind: Pod}]",
+		around + "  containers:\n  - name: envoy\n    args:\n    - >-\n      a \\\n        b\n  - {name: app, volumeMounts: &m [{name: a, mountPath: /a}, {name: a, mountPath: /b}]}\n", "1: &b {a: 1}\n<<: *b\n" + onePod,
+		`{"kind":"List","items":[{"kind":"Pod","metadata":{"annotations":{"sluice.dev/in-process":"true"}},"spec":{"priority":1e3,"containers":[{"name":"envoy"}]}}]}{}`,
+	} {
+		f.Add([]byte(text))
+	}
+	f.Fuzz(func(t *testing.T, in []byte) {
+		out, _, err := Manifest(in, options)
+		if err != nil {
+			if len(out) > 0 {
+				t.Fatalf("%v, and yet %q", err, out)
+			}
+			return
+		}
+		again, _, err := Manifest(out, options)
+		if err != nil || string(again) != string(out) {
+			t.Fatalf("%v\nin:    %q\nonce:  %q\ntwice: %q", err, in, out, again)
+		}
+	})
+}
