@@ -342,16 +342,6 @@ func (n *node) readme(t *testing.T, section string) string {
 	return string(out)
 }
 
-// helm runs it on the cluster.
-func (n *node) helm(t *testing.T, args ...string) string {
-	t.Helper()
-	out, err := helm(t, append(args, "--kubeconfig", n.kubeconfig, "--namespace", release)...)
-	if err != nil {
-		t.Fatalf("%v\n%s\n%s", err, out, n.state(t))
-	}
-	return out
-}
-
 // machine is the node of a test, which it runs once more on a machine of its own; false says that the test ran there.
 func machine(t *testing.T) (*node, bool) {
 	t.Helper()
