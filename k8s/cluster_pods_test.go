@@ -335,6 +335,8 @@ func (s *shape) podSpec(containers, init []string) object {
 		own := object{"requests": object{"cpu": s.one("10", "100m"), "memory": s.one("10Gi", "33Mi")}}
 		if s.maybe() {
 			own["limits"] = object{"cpu": "11", "memory": "11Gi"}
+		} else if s.rarely(2) {
+			own = object{"requests": object{"cpu": "100m", "memory": "33Mi"}, "limits": object{"cpu": "170m", "memory": "80Mi"}}
 		}
 		if s.maybe() {
 			delete(own, "requests") // the API server's default is then what the containers request, and no more

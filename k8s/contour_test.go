@@ -96,19 +96,8 @@ func TestMeshContour(t *testing.T) {
 	endpoints(t, c.API, release, "sluice-gateway", "grpc", 9001, endpoint(addresses[0], true))
 	do(`{apiVersion: v1, kind: Service, metadata: {name: web, namespace: shop}, spec: {ports: [{name: http, port: 80, targetPort: 8081}]}}`, "create", "-f", "-")
 	endpoints(t, c.API, "shop", "web", "http", 8081, endpoint(app, true))
-	var seen http.Header // by the app; read after the answer
 	// Envoy has 8080 of all addresses.
-	listener, err := net.Listen("tcp", app+":8081")
-	if err != nil {
-		t.Fatal(err)
-	}
-	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) { //nolint:gosec // only the test calls it
-		seen = q.Header
-		w.Header().Set("X-Ratelimit-Limit", "the app's")
-		w.Header().Set("X-Pod", "web")
-	})}
-	go func() { _ = server.Serve(listener) }()
-	t.Cleanup(func() { _ = server.Close() })
+	seen := startApp(t, app+":8081")
 
 	roots := x509.NewCertPool()
 	roots.AddCert(certificate.Leaf)
@@ -164,11 +153,14 @@ func TestMeshContour(t *testing.T) {
 			a := ask(http.MethodGet, "https://shop.example.com/probe")
 			return a.status == http.StatusOK && a.remaining != ""
 		})
-		for i, want := range []string{"200 2", "200 1", "200 0", "429 0"} {
+		for i, want := range []string{"200 3 2", "200 3 1", "200 3 0", "429 3 0"} {
 			a := ask(http.MethodGet, "https://shop.example.com/few")
-			if got := fmt.Sprint(a.status, " ", a.remaining); got != want || a.err != nil {
+			if got := fmt.Sprint(a.status, " ", a.limit, " ", a.remaining); got != want || a.err != nil {
 				t.Errorf("request %d: %+v, want %s", i, a, want)
 			}
+		}
+		if a := ask(http.MethodGet, "https://shop.example.com/unlimited"); a.status != http.StatusOK || a.limit != "" {
+			t.Errorf("a client hears what the app says of limits: %+v", a)
 		}
 		if a := ask(http.MethodPost, "https://shop.example.com/"); a.remaining != "4" { // the route's own limit
 			t.Errorf("%+v", a)
@@ -177,8 +169,8 @@ func TestMeshContour(t *testing.T) {
 			a := ask(http.MethodGet, "http://shop.example.com/few")
 			return a.status == http.StatusOK && a.remaining == ""
 		})
-		if seen.Get("X-Ratelimit-Remaining") != "" {
-			t.Errorf("the app hears what the client says of its limits: %v", seen)
+		if seen().Get("X-Ratelimit-Remaining") != "" {
+			t.Errorf("the app hears what the client says of its limits: %v", seen())
 		}
 		// A rollout: the new one is asked too, the old one not any more, and then it ends.
 		all := newTally()

@@ -21,6 +21,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -216,6 +217,24 @@ func signed(t *testing.T, template x509.Certificate, by *tls.Certificate) tls.Ce
 		t.Fatal(err)
 	}
 	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key, Leaf: leaf}
+}
+
+// startApp runs an app that says something of limits, which no client is to hear. It returns the header of the request that it heard last.
+func startApp(t *testing.T, address string) func() http.Header {
+	t.Helper()
+	var last atomic.Pointer[http.Header]
+	listener, err := net.Listen("tcp", address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := &http.Server{ReadHeaderTimeout: time.Minute, Handler: http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
+		last.Store(&q.Header)
+		w.Header().Set("X-Ratelimit-Limit", "the app's")
+		w.Header().Set("X-Pod", "web")
+	})}
+	go func() { _ = server.Serve(listener) }()
+	t.Cleanup(func() { _ = server.Close() })
+	return func() http.Header { return *last.Load() }
 }
 
 // freePorts are ports that nobody listens on.

@@ -262,17 +262,7 @@ func TestMeshIstioEdge(t *testing.T) {
 	endpoints(t, c.API, "shop", "web", "http", 8080, endpoint(app, true))
 	do(t, "", "config", "set-context", "--current", "--namespace=shop") // as the files say
 
-	var seen http.Header // by the app; read after the answer
-	listener, err := net.Listen("tcp", app+":8080")
-	if err != nil {
-		t.Fatal(err)
-	}
-	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) { //nolint:gosec // only the test calls it
-		seen = q.Header
-		w.Header().Set("X-Ratelimit-Limit", "the app's")
-	})}
-	go func() { _ = server.Serve(listener) }()
-	t.Cleanup(func() { _ = server.Close() })
+	seen := startApp(t, app+":8080")
 	certificate := startAgent(t, "/ns/shop/sa/default")
 	for name, text := range inPEM(t, certificate) {
 		write(name, string(text))
@@ -318,13 +308,16 @@ func TestMeshIstioEdge(t *testing.T) {
 			var got []string
 			for range 4 {
 				a := ask(http.MethodGet, "/few")
-				got = append(got, fmt.Sprint(a.status, " ", a.remaining))
+				got = append(got, fmt.Sprint(a.status, " ", a.limit, " ", a.remaining))
 			}
-			if diff := cmp.Diff([]string{"200 2", "200 1", "200 0", "429 0"}, got); diff != "" {
+			if diff := cmp.Diff([]string{"200 3 2", "200 3 1", "200 3 0", "429 3 0"}, got); diff != "" {
 				t.Errorf("-want +got:\n%s", diff)
 			}
-			if seen.Get("X-Ratelimit-Remaining") != "" {
-				t.Errorf("the app hears what the client says of its limits: %v", seen)
+			if a := ask(http.MethodGet, "/unlimited"); a.status != http.StatusOK || a.limit != "" {
+				t.Errorf("a client hears what the app says of limits: %+v", a)
+			}
+			if seen().Get("X-Ratelimit-Remaining") != "" {
+				t.Errorf("the app hears what the client says of its limits: %v", seen())
 			}
 			took(t)
 			if row.kind == "istio-gateway" { // a waypoint's has none

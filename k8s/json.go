@@ -52,10 +52,8 @@ func injectJSON(text []byte, inject func(any) any) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := json.NewDecoder(bytes.NewReader(body))
-	d.UseNumber()
-	var root any
-	if err := d.Decode(&root); err != nil {
+	root, err := numbered(body)
+	if err != nil {
 		return nil, err
 	}
 	changed := inject(root)
@@ -69,8 +67,23 @@ func injectJSON(text []byte, inject func(any) any) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
+	if back, err := numbered(written); err != nil || !same(back, changed) { // as writeYAML does
+		return nil, errors.New("it cannot be written with the sidecar without changing something else")
+	}
+	if bytes.Contains(body, []byte("\r\n")) {
+		written = bytes.ReplaceAll(written, []byte("\n"), []byte("\r\n"))
+	}
 	before, after, _ := bytes.Cut(text, body)
 	return slices.Concat(before, written, after), nil
+}
+
+// numbered is what JSON says, with its numbers as they are written.
+func numbered(text []byte) (any, error) {
+	d := json.NewDecoder(bytes.NewReader(text))
+	d.UseNumber()
+	var v any
+	err := d.Decode(&v)
+	return v, err
 }
 
 // readJSON reads JSON as the node that YAML would have for it, whose fields keep their order.
@@ -116,6 +129,9 @@ func readNode(d *json.Decoder) (*yaml.Node, error) {
 	case string:
 		var node yaml.Node // with quotes where YAML, also of version 1.1, would read something else
 		err := node.Encode(token)
+		if node.ShortTag() != "!!str" { // as it has it of <<
+			node.Tag, node.Style = "!!str", yaml.DoubleQuotedStyle
+		}
 		return &node, err
 	case bool:
 		return &yaml.Node{Kind: yaml.ScalarNode, Value: strconv.FormatBool(token)}, nil

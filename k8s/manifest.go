@@ -74,6 +74,7 @@ func Manifest(in []byte, o Options) (out []byte, skipped []string, err error) {
 		}
 		root = stringKeys(root)
 		changed := inject(root)
+		compact := !indented(&node)
 		if reflect.DeepEqual(root, changed) {
 			b.Write(document)
 			continue
@@ -81,7 +82,7 @@ func Manifest(in []byte, o Options) (out []byte, skipped []string, err error) {
 		if err := merge(&node, root, changed); err != nil {
 			return nil, nil, fmt.Errorf("document %d: %w", i+1, err)
 		}
-		written, err := writeYAML(&node, changed, !indented.Match(body))
+		written, err := writeYAML(&node, changed, compact)
 		if err != nil {
 			return nil, nil, fmt.Errorf("document %d: %w", i+1, err)
 		}
@@ -100,11 +101,8 @@ func Manifest(in []byte, o Options) (out []byte, skipped []string, err error) {
 	return b.Bytes(), skipped, nil
 }
 
-var (
-	indented = regexp.MustCompile(`(?m)^([a-zA-Z][^\n]*:[ \t]*\n)  +- `) // a list below its key is further in than the key
-	// directives are the lines such as %YAML 1.2 that a document may have before the --- that begins it, with the comments among them.
-	directives = regexp.MustCompile(`^([ \t]*(#[^\n]*)?\r?\n)*%[^\n]*\n((%[^\n]*|[ \t]*(#[^\n]*)?)\r?\n)*`)
-)
+// directives are the lines such as %YAML 1.2 that a document may have before the --- that begins it, with the comments among them.
+var directives = regexp.MustCompile(`^([ \t]*(#[^\n]*)?\r?\n)*%[^\n]*\n((%[^\n]*|[ \t]*(#[^\n]*)?)\r?\n)*`)
 
 // writeYAML writes a node, which has to say changed.
 func writeYAML(node *yaml.Node, changed any, compact bool) ([]byte, error) {
@@ -135,6 +133,19 @@ func writeYAML(node *yaml.Node, changed any, compact bool) ([]byte, error) {
 		}
 	}
 	return nil, errors.New("it cannot be written with the sidecar without changing something else; write it more plainly")
+}
+
+// indented says that a list, the first in a node that is below its key, is further in than the key.
+func indented(node *yaml.Node) bool {
+	is, decided := false, false
+	visit(node, func(n *yaml.Node) {
+		for i := 1; n.Kind == yaml.MappingNode && i < len(n.Content) && !decided; i += 2 {
+			if key, v := n.Content[i-1], n.Content[i]; v.Kind == yaml.SequenceNode && v.Style&yaml.FlowStyle == 0 && v.Line > key.Line {
+				is, decided = v.Column > key.Column, true
+			}
+		}
+	})
+	return is
 }
 
 func visit(node *yaml.Node, each func(*yaml.Node)) {
@@ -203,7 +214,7 @@ func walk(root any, where string, o Options, skip func(string), refuse func(erro
 				for k, v := range item {
 					typed[k] = v
 				}
-				done := walk(typed, fmt.Sprintf("%sitem %d: ", "", i+1), o, skip, refuse).(object)
+				done := walk(typed, fmt.Sprintf("item %d: ", i+1), o, skip, refuse).(object)
 				delete(done, "kind")
 				items[i] = done
 				continue

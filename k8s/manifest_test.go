@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"io"
 	"regexp"
 	"strings"
 	"testing"
@@ -157,6 +158,9 @@ func TestManifestJSON(t *testing.T) {
 	if diff := cmp.Diff(fromYAML, fromJSON); diff != "" {
 		t.Errorf("-YAML +JSON:\n%s", diff)
 	}
+	if crlf, _, err := Manifest([]byte(strings.ReplaceAll(pod, "\n", "\r\n")), options); err != nil || string(crlf) != strings.ReplaceAll(string(out), "\n", "\r\n") {
+		t.Errorf("%v: with other line ends:\n%q", err, crlf)
+	}
 	// On one line too.
 	var line bytes.Buffer
 	if err := json.Compact(&line, []byte(pod)); err != nil {
@@ -196,6 +200,10 @@ func TestManifestKeeps(t *testing.T) {
 			"kind: Pod\nmetadata: {name: x, annotations: {sluice.dev/in-process: \"true\", sluice.dev/domain: \"yes\"}}\nspec: {containers: [{name: envoy}]}\n",
 			[]string{"name: SLUICE_DOMAIN, value: \"yes\""},
 		},
+		"lists further in": {
+			around + "    containers:\n      - name: envoy\n        args:\n          - a\n    tolerations:\n      - operator: Exists\n",
+			[]string{"containers:\n    - name: envoy\n      args:\n        - a\n", "\n  initContainers:\n    - args:\n        - run\n"},
+		},
 		"merged mappings":    {"base: &base {a: 1}\n" + around + "  containers:\n  - name: envoy\n    resources:\n      <<: *base\n", []string{"\n      <<: *base\n"}},
 		"a tab after a line": {around + "  containers: [{name: envoy}]\n---\t# two\nkind: Pod # 2\nmetadata: {name: y, annotations: {sluice.dev/in-process: \"true\"}}\nspec: {containers: [{name: envoy}]}\n", []string{"kind: Pod # 2\n"}},
 	} {
@@ -221,12 +229,23 @@ func TestManifestJSONList(t *testing.T) {
 	const item = `{"kind":"Deployment","metadata":{"name":"x"},"spec":{"replicas":3,"template":{"metadata":{"annotations":{"sluice.dev/in-process":"true"}},"spec":{"containers":[{"name":"envoy","ports":[{"containerPort":8080}]}]}}}}`
 	for _, in := range []string{
 		`{"kind":"List","items":[` + item + `,` + item + `]}`,
-		"\ufeff" + item + "\n" + item + "\n", // and after a byte order mark, one after the other
+		strings.ReplaceAll(item, `"envoy"`, `"envoy","args":["<<"],"env":[{"name":"<<","value":"="}]`) + item, // texts that YAML has for more
+		"\ufeff" + item + "\n" + item + "\n",                                                                  // and after a byte order mark, one after the other
 	} {
 		out, _, err := Manifest([]byte(in), options)
 		text := string(out)
 		if err != nil || strings.Count(text, `"replicas":3`) != 2 || strings.Count(text, `"containerPort":8080`) != 2 || strings.Count(text, `"name":"sluice"`) != 2 {
 			t.Errorf("%v %s", err, out)
+		}
+		for d := json.NewDecoder(bytes.NewReader(bytes.TrimPrefix(out, byteOrderMark))); ; {
+			if err := d.Decode(new(any)); errors.Is(err, io.EOF) {
+				break
+			} else if err != nil {
+				t.Fatalf("%v\n%s", err, out)
+			}
+		}
+		if strings.Contains(in, "<<") && !strings.Contains(text, `"args":["<<"],"env":[{"name":"<<","value":"="}]`) {
+			t.Errorf("%s", out)
 		}
 		if strings.HasPrefix(in, "\ufeff") != strings.HasPrefix(text, "\ufeff") || strings.HasSuffix(in, "\n") != strings.HasSuffix(text, "}\n") {
 			t.Errorf("%q", out)

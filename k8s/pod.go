@@ -334,7 +334,8 @@ func fit(spec object) (resources object, why string) {
 		}
 		requests[name] = limit
 	}
-	for name, has := range requests {
+	limits := child(resources, "limits")
+	for name := range over(limits, requests) {
 		var want, running float64 // init containers run beside the native sidecars before them, and the others beside all
 		for _, c := range list(spec, "initContainers") {
 			if o, _ := c.(object); isNative(o) {
@@ -346,13 +347,17 @@ func fit(spec object) (resources object, why string) {
 		for _, c := range list(spec, "containers") {
 			running += of(c, name)
 		}
-		if want = max(want, running); want <= amount(has)*(1+1e-9) {
-			continue
+		want = max(want, running)
+		above := func(of object) bool { // where there is such an amount
+			has, ok := of[name]
+			return ok && quantityPattern.MatchString(fmt.Sprint(has)) && want > amount(has)*(1+1e-9)
 		}
-		if limit, ok := child(resources, "limits")[name]; ok && want > amount(limit)*(1+1e-9) {
-			return nil, fmt.Sprintf("spec.resources.limits.%s is %v, and with sluice its containers request %s: raise it, or lower sluice's by annotation %s", name, limit, quantity(name, want), aResources)
+		if above(limits) {
+			return nil, fmt.Sprintf("spec.resources.limits.%s is %v, and with sluice its containers request %s: raise it, or lower sluice's by annotation %s", name, limits[name], quantity(name, want), aResources)
 		}
-		requests[name] = quantity(name, want)
+		if above(requests) { // where there is none, the API server makes it of what the containers request
+			requests[name] = quantity(name, want)
+		}
 	}
 	if len(requests) == 0 {
 		return resources, ""

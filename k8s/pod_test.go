@@ -108,6 +108,7 @@ func TestInjectNot(t *testing.T) {
 		{"Windows, by its options", "", redis, "{securityContext: {windowsOptions: {runAsUserName: u}}, containers: [{name: envoy}]}", "Windows", ""},
 		{"Windows, by affinity", "", redis, "{affinity: {nodeAffinity: {requiredDuringSchedulingIgnoredDuringExecution: {nodeSelectorTerms: [{matchExpressions: [{key: disk, operator: Exists}, {key: kubernetes.io/os, operator: In, values: [windows]}]}]}}}, containers: [{name: envoy}]}", "Windows", ""},
 		{"no room", "", redis, "{resources: {requests: {cpu: 100m}, limits: {cpu: 120m}}, containers: [{name: envoy, resources: {requests: {cpu: 80m}}}]}", "spec.resources.limits.cpu is 120m, and with sluice its containers request 130m", ""},
+		{"no room, by the limit alone", "sluice.dev/inject: enabled", redis, "{resources: {limits: {cpu: 60m}}, containers: [{name: envoy, resources: {requests: {cpu: 30m}}}]}", "", "spec.resources.limits.cpu is 60m, and with sluice its containers request 80m"},
 		{"no room, asked for", "sluice.dev/inject: enabled", redis, "{resources: {requests: {memory: 32Mi}, limits: {memory: 32Mi}}, containers: [{name: envoy, resources: {requests: {memory: 1}}}]}", "", "spec.resources.limits.memory is 32Mi, and with sluice its containers request 33554433"},
 		{"other resources", "", redis + ", sluice.dev/resources: '{requests: {nvidia.com/gpu: 1}}'", "{containers: [{name: envoy}]}", "", "allowed are cpu, memory and ephemeral-storage"},
 		{"no Redis", "", "", "{containers: [{name: envoy}]}", "", "needs a Redis"},
@@ -148,6 +149,7 @@ func TestInjectAll(t *testing.T) {
 		"{resources: {requests: {cpu: 100m}}, containers: [{name: envoy, resources: {limits: {cpu: 80m}}}]}":                                                                                          `{"requests":{"cpu":"130m"}}`,
 		"{resources: {requests: {cpu: 100m}}, initContainers: [{name: i, resources: {requests: {cpu: 51m}}}], containers: [{name: envoy}]}":                                                           `{"requests":{"cpu":"101m"}}`,
 		"{resources: {requests: {cpu: 100m}, limits: {memory: 1Gi}}, initContainers: [{name: i, resources: {requests: {cpu: 50m}}}], containers: [{name: envoy, resources: {requests: {cpu: 50m}}}]}": `{"limits":{"memory":"1Gi"},"requests":{"cpu":"100m","memory":"1Gi"}}`,
+		"{resources: {requests: {cpu: nan}}, containers: [{name: envoy}]}":                                                                                                                            `{"requests":{"cpu":"nan"}}`, // the API server's to refuse
 		"{resources: {limits: {cpu: 4, memory: 1Gi}}, containers: [{name: envoy, resources: {requests: {memory: 50Mi}}}]}":                                                                            `{"limits":{"cpu":4,"memory":"1Gi"},"requests":{"cpu":4}}`,
 	} {
 		out, skipped, err := Inject(pod(t, "{metadata: {annotations: {sluice.dev/redis-secret: r}}, spec: "+spec+"}"), options)
