@@ -58,13 +58,7 @@ func TestMeshContour(t *testing.T) {
 	}
 	file := string(text)
 	dir := t.TempDir()
-	write := func(name, text string) string {
-		path := filepath.Join(dir, name)
-		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		return path
-	}
+	write := writeIn(t, dir)
 	c := cluster(t)
 	do := func(stdin string, args ...string) {
 		t.Helper()

@@ -175,6 +175,28 @@ func (c *controlPlane) kubectl(t *testing.T, stdin string, args ...string) (stri
 	return string(out), err
 }
 
+// do is kubectl where it has to succeed.
+func (c *controlPlane) do(t *testing.T, stdin string, args ...string) string {
+	t.Helper()
+	out, err := c.kubectl(t, stdin, args...)
+	if err != nil {
+		t.Fatalf("kubectl %s: %v\n%s", strings.Join(args, " "), err, out)
+	}
+	return out
+}
+
+// writeIn writes files in a directory, and returns their paths.
+func writeIn(t *testing.T, dir string) func(name, text string) string {
+	return func(name, text string) string {
+		t.Helper()
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+}
+
 // await polls what has no event to wait for.
 func await(t *testing.T, what string, there func() bool) {
 	t.Helper()

@@ -11,7 +11,6 @@ import (
 	"net"
 	"net/http"
 	"net/url"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -218,23 +217,9 @@ func TestMeshIstioEdge(t *testing.T) {
 		return
 	}
 	dir := t.TempDir()
-	write := func(name, text string) string {
-		path := filepath.Join(dir, name)
-		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		return path
-	}
+	write := writeIn(t, dir)
 	c := cluster(t, "--enable-aggregator-routing=true")
-	do := func(t *testing.T, stdin string, args ...string) string {
-		t.Helper()
-		out, err := c.kubectl(t, stdin, args...)
-		if err != nil {
-			t.Fatalf("kubectl %s: %v\n%s", strings.Join(args, " "), err, out)
-		}
-		return out
-	}
-	do(t, "", "create", "-f", definitions)
+	c.do(t, "", "create", "-f", definitions)
 	if out, err := helm(t, "install", "sluice", chartDir, "--kubeconfig", c.kubeconfig, "--namespace", release, "--create-namespace", "--set", "webhook.enabled=false,gateway.enabled=true,trialRedis.enabled=true"); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
@@ -255,12 +240,12 @@ func TestMeshIstioEdge(t *testing.T) {
 	}
 	namespace(t, c, "shop", nil)
 	istio.startIstiod(t, c, printed("istio-gateway"), "PILOT_ENABLE_AMBIENT=true")
-	do(t, istioEdges+"---"+istioOnly, "apply", "-f", "-")
+	c.do(t, istioEdges+"---"+istioOnly, "apply", "-f", "-")
 	running(t, c, "edge", edge)
 	running(t, c, "waypoint", waypoint)
 	endpoints(t, c.API, release, "sluice-gateway", "grpc", 9001, endpoint(addresses[0], true))
 	endpoints(t, c.API, "shop", "web", "http", 8080, endpoint(app, true))
-	do(t, "", "config", "set-context", "--current", "--namespace=shop") // as the files say
+	c.do(t, "", "config", "set-context", "--current", "--namespace=shop") // as the files say
 
 	seen := startApp(t, app+":8080")
 	certificate := startAgent(t, "/ns/shop/sa/default")
@@ -277,14 +262,14 @@ func TestMeshIstioEdge(t *testing.T) {
 	}{
 		{"istio-gateway", "router", "edge", edge, &from, "http://" + edge, nil},
 		{"istio-waypoint", "waypoint", "waypoint", waypoint, http.DefaultClient, "http://127.0.0.1:18080", func(t *testing.T) {
-			service := do(t, "", "get", "service", "web", "--output", "jsonpath={.spec.clusterIP}")
+			service := c.do(t, "", "get", "service", "web", "--output", "jsonpath={.spec.clusterIP}")
 			text := strings.NewReplacer("SERVICE", service, "WAYPOINT", waypoint, "CLIENT", client, "DIR", dir).Replace(hboneClient)
 			start(t, nil, istio.proxy, "--config-path", write("client.yaml", text), "--disable-hot-restart", "--concurrency", "1")
 		}},
 	} {
 		t.Run(row.kind, func(t *testing.T) {
 			file := printed(row.kind)
-			if said := do(t, file, "apply", "-f", "-"); strings.Contains(said, "Warning: unknown") {
+			if said := c.do(t, file, "apply", "-f", "-"); strings.Contains(said, "Warning: unknown") {
 				t.Errorf("%s", said)
 			}
 			limiter := start(t, nil, sluice, "run", "--config", config, "--grpc", addresses[0]+":9001", "--metrics", addresses[0]+":9003")
@@ -321,7 +306,7 @@ func TestMeshIstioEdge(t *testing.T) {
 			}
 			took(t)
 			if row.kind == "istio-gateway" { // a waypoint's has none
-				do(t, example(t, file), "apply", "-f", "-")
+				c.do(t, example(t, file), "apply", "-f", "-")
 				await(t, "the host's own limit", func() bool { return ask(http.MethodPost, "/").remaining == "4" })
 			}
 			_ = limiter.Process.Kill()

@@ -113,11 +113,8 @@ func (p istioParts) startProxy(t *testing.T, kind, pod, labels, address string) 
 // running says of a pod of shop what a kubelet would.
 func running(t *testing.T, c *controlPlane, name, address string) {
 	t.Helper()
-	out, err := c.kubectl(t, "", "patch", "pod", name, "--namespace", "shop", "--subresource", "status", "--type", "merge", "--patch",
+	c.do(t, "", "patch", "pod", name, "--namespace", "shop", "--subresource", "status", "--type", "merge", "--patch",
 		fmt.Sprintf(`{"status": {"phase": "Running", "podIP": "%s", "podIPs": [{"ip": "%[1]s"}], "conditions": [{"type": "Ready", "status": "True"}]}}`, address))
-	if err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
 }
 
 // istioRedirect is what istio-init does: what comes for the app's port goes to Envoy, unless Envoy itself sends it.
@@ -198,22 +195,8 @@ func TestMeshIstio(t *testing.T) {
 		return
 	}
 	dir := t.TempDir()
-	write := func(name, text string) string {
-		path := filepath.Join(dir, name)
-		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		return path
-	}
+	write := writeIn(t, dir)
 	c := cluster(t, "--enable-aggregator-routing=true")
-	do := func(t *testing.T, stdin string, args ...string) string {
-		t.Helper()
-		out, err := c.kubectl(t, stdin, args...)
-		if err != nil {
-			t.Fatalf("kubectl %s: %v\n%s", strings.Join(args, " "), err, out)
-		}
-		return out
-	}
 	r := install(t, c)
 	printed := func(t *testing.T, config string) string {
 		t.Helper()
@@ -234,7 +217,7 @@ func TestMeshIstio(t *testing.T) {
 
 	t.Run("injection", func(t *testing.T) {
 		namespace(t, c, "shop", object{"istio-injection": "enabled"})
-		do(t, istioPod, "apply", "-f", "-")
+		c.do(t, istioPod, "apply", "-f", "-")
 		got := must(t, c.API, http.MethodGet, "/api/v1/namespaces/shop/pods/web", nil)
 		injected(t, got, 2, "shop/web")
 		var names []string
@@ -271,7 +254,7 @@ func TestMeshIstio(t *testing.T) {
 	if t.Failed() {
 		return
 	}
-	do(t, "", "config", "set-context", "--current", "--namespace=shop") // as the file says
+	c.do(t, "", "config", "set-context", "--current", "--namespace=shop") // as the file says
 	running(t, c, "web", address)
 
 	seen := startApp(t, address+":8080")
@@ -333,7 +316,7 @@ spec:
 			if row.example {
 				file, method = example(t, file), http.MethodPost
 			}
-			if said := do(t, file+row.more, "apply", "-f", "-"); strings.Contains(said, "Warning: unknown") {
+			if said := c.do(t, file+row.more, "apply", "-f", "-"); strings.Contains(said, "Warning: unknown") {
 				t.Errorf("%s", said)
 			}
 			run := func() *process {
@@ -408,7 +391,7 @@ spec:
 			if status, _ := ask(t, http.MethodGet, "/probe", ""); status != http.StatusServiceUnavailable {
 				t.Errorf("without sluice: %d", status)
 			}
-			do(t, file+row.more, "delete", "-f", "-")
+			c.do(t, file+row.more, "delete", "-f", "-")
 		})
 	}
 	// The sidecar believes x-forwarded-for by the certificate of the gateway that sent it, and by no other.
@@ -416,7 +399,7 @@ spec:
 		file := printed(t, `client_ip: {xff_from_right: 1, from: ["spiffe://cluster.local/ns/ingress/sa/edge"]}
 limits: [{name: few, match: {paths: [/few]}, when: 'client.ip == "203.0.113.9"', rate: 3/h}, `+probe+"]\n")
 		strict := "---\napiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: strict, namespace: shop}\nspec: {mtls: {mode: STRICT}}\n"
-		do(t, file+strict, "apply", "-f", "-")
+		c.do(t, file+strict, "apply", "-f", "-")
 		authority := startAgent(t, "/ns/shop/sa/default")
 		start(t, nil, r.binary, "run", "--config", filepath.Join(dir, "sluice.yaml"))
 		istio.startProxy(t, "sidecar", "web", "app: web, sluice.dev/inject: enabled", address)

@@ -298,16 +298,6 @@ func (n *node) state(t *testing.T) string {
 	return said
 }
 
-// do runs kubectl, which has to succeed, and returns what it printed.
-func (n *node) do(t *testing.T, stdin string, args ...string) string {
-	t.Helper()
-	out, err := n.kubectl(t, stdin, args...)
-	if err != nil {
-		t.Fatalf("kubectl %s: %v\n%s", strings.Join(args, " "), err, out)
-	}
-	return out
-}
-
 // readme runs all commands of a section of this room's README, as they stand there, and returns what they printed.
 func (n *node) readme(t *testing.T, section string) string {
 	t.Helper()

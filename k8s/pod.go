@@ -8,14 +8,10 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
-	"math"
 	"reflect"
 	"regexp"
 	"slices"
 	"strconv"
-	"strings"
-
-	"go.yaml.in/yaml/v3"
 )
 
 // The names that users write, and find in their pods.
@@ -68,10 +64,9 @@ func CheckImage(image string) error {
 type object = map[string]any
 
 var (
-	domainPattern   = regexp.MustCompile(`^[A-Za-z0-9._/-]+$`)
-	imagePattern    = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._:/@-]*$`)
-	namePattern     = regexp.MustCompile(`^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$`)
-	quantityPattern = regexp.MustCompile(`^[0-9]+(\.[0-9]*)?([numkMGTPE]|[KMGTPE]i|[eE][0-9]+)?$`)
+	domainPattern = regexp.MustCompile(`^[A-Za-z0-9._/-]+$`)
+	imagePattern  = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._:/@-]*$`)
+	namePattern   = regexp.MustCompile(`^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$`)
 )
 
 // Inject returns the pod with sluice in it, as a copy; pod, a Pod or a pod template as read from JSON or YAML, is not changed.
@@ -260,125 +255,6 @@ func readAnnotations(metadata object) (annotations, error) {
 	return a, nil
 }
 
-// readResources reads a container's resources, as {requests: {cpu: 50m}, limits: {memory: 128Mi}}, in YAML or JSON.
-func readResources(text string) (object, error) {
-	var given map[string]map[string]string // amounts as they are written
-	if err := yaml.Unmarshal([]byte(text), &given); err != nil || len(given) == 0 {
-		return nil, fmt.Errorf("%q: allowed is a mapping such as {requests: {cpu: 50m}, limits: {memory: 128Mi}}", text)
-	}
-	resources := object{}
-	for kind, amounts := range given {
-		if kind != "requests" && kind != "limits" {
-			return nil, fmt.Errorf("%q: allowed are requests and limits", kind)
-		}
-		of := object{}
-		for name, amount := range amounts {
-			if name != "cpu" && name != "memory" && name != "ephemeral-storage" {
-				return nil, fmt.Errorf("%s.%s: allowed are cpu, memory and ephemeral-storage", kind, name)
-			}
-			if !quantityPattern.MatchString(amount) {
-				return nil, fmt.Errorf("%s.%s: %q: allowed is a quantity such as 50m or 128Mi", kind, name, amount)
-			}
-			of[name] = amount
-		}
-		resources[kind] = of
-	}
-	for name, request := range child(resources, "requests") {
-		if limit, ok := child(resources, "limits")[name]; ok && amount(request) > amount(limit) {
-			return nil, fmt.Errorf("requests.%s is %v, above limits.%s, which is %v", name, request, name, limit)
-		}
-	}
-	return resources, nil
-}
-
-// units are what a quantity's suffix multiplies by.
-var units = map[string]float64{
-	"": 1, "n": 1e-9, "u": 1e-6, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18,
-	"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40, "Pi": 1 << 50, "Ei": 1 << 60,
-}
-
-// amount is what a quantity that matches the pattern is as a number.
-func amount(quantity any) float64 {
-	text := fmt.Sprint(quantity)
-	if f, err := strconv.ParseFloat(text, 64); err == nil { // an exponent, perhaps
-		return f
-	}
-	number := strings.TrimRight(text, "numkMGTPEi")
-	f, _ := strconv.ParseFloat(number, 64)
-	return f * units[text[len(number):]]
-}
-
-// fit raises what a pod that has resources of its own requests, as pods may since Kubernetes 1.34, to what its containers do with sluice, where
-// that is more: the API server takes no less. It returns the pod's resources, or why that cannot be.
-func fit(spec object) (resources object, why string) {
-	resources = child(spec, "resources")
-	requests := over(child(resources, "requests"), nil)
-	of := func(c any, name string) float64 {
-		o, _ := c.(object)
-		v, ok := child(child(o, "resources"), "requests")[name]
-		if !ok {
-			v, ok = child(child(o, "resources"), "limits")[name] // the API server's default
-		}
-		if !ok {
-			return 0
-		}
-		return amount(v)
-	}
-	// A pod whose containers request nothing has its limits for requests, which it is to keep though sluice's container requests something.
-	for name, limit := range child(resources, "limits") {
-		if _, ok := requests[name]; ok || slices.ContainsFunc(append(list(spec, "initContainers"), list(spec, "containers")...), func(c any) bool {
-			o, _ := c.(object)
-			return o["name"] != containerName && of(c, name) > 0
-		}) {
-			continue
-		}
-		requests[name] = limit
-	}
-	limits := child(resources, "limits")
-	for name := range over(limits, requests) {
-		var want, running float64 // init containers run beside the native sidecars before them, and the others beside all
-		for _, c := range list(spec, "initContainers") {
-			if o, _ := c.(object); isNative(o) {
-				running += of(c, name)
-			} else {
-				want = max(want, running+of(c, name))
-			}
-		}
-		for _, c := range list(spec, "containers") {
-			running += of(c, name)
-		}
-		want = max(want, running)
-		above := func(of object) bool { // where there is such an amount
-			has, ok := of[name]
-			return ok && quantityPattern.MatchString(fmt.Sprint(has)) && want > amount(has)*(1+1e-9)
-		}
-		if above(limits) {
-			return nil, fmt.Sprintf("spec.resources.limits.%s is %v, and with sluice its containers request %s: raise it, or lower sluice's by annotation %s", name, limits[name], quantity(name, want), aResources)
-		}
-		if above(requests) { // where there is none, the API server makes it of what the containers request
-			requests[name] = quantity(name, want)
-		}
-	}
-	if len(requests) == 0 {
-		return resources, ""
-	}
-	return with(resources, "requests", requests), ""
-}
-
-// quantity is an amount as Kubernetes has it, rounded up.
-func quantity(name string, amount float64) string {
-	if name == "cpu" {
-		return strconv.FormatFloat(math.Ceil(amount*1000-1e-6), 'f', -1, 64) + "m"
-	}
-	amount = math.Ceil(amount - 1e-6)
-	for _, suffix := range []string{"Mi", "Ki"} {
-		if math.Mod(amount, units[suffix]) == 0 {
-			return strconv.FormatFloat(amount/units[suffix], 'f', -1, 64) + suffix
-		}
-	}
-	return strconv.FormatFloat(amount, 'f', -1, 64)
-}
-
 // onWindows says that a pod is to run there, so far as it says so.
 func onWindows(spec object) bool {
 	const key, old = "kubernetes.io/os", "beta.kubernetes.io/os"
@@ -562,24 +438,6 @@ func over(there, ours object) object {
 	out := object{}
 	maps.Copy(out, there)
 	maps.Copy(out, ours)
-	return out
-}
-
-// overlayResources is over, of amounts. Where a request would be above its limit, ours stands and the other becomes the same.
-func overlayResources(there, ours object) object {
-	requests, limits := over(child(there, "requests"), child(ours, "requests")), over(child(there, "limits"), child(ours, "limits"))
-	for name, limit := range limits {
-		if request, ok := requests[name]; !ok || amount(request) <= amount(limit) {
-			continue
-		}
-		if _, is := child(ours, "limits")[name]; is {
-			requests[name] = limit
-		} else {
-			limits[name] = requests[name]
-		}
-	}
-	out := over(there, ours)
-	out["requests"], out["limits"] = requests, limits
 	return out
 }
 
