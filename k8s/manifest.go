@@ -82,7 +82,7 @@ func Manifest(in []byte, o Options) (out []byte, skipped []string, err error) {
 		if err := merge(&node, root, changed); err != nil {
 			return nil, nil, fmt.Errorf("document %d: %w", i+1, err)
 		}
-		written, err := writeYAML(&node, changed, compact)
+		written, err := writeYAML(&node, changed, compact, body)
 		if err != nil {
 			return nil, nil, fmt.Errorf("document %d: %w", i+1, err)
 		}
@@ -104,8 +104,12 @@ func Manifest(in []byte, o Options) (out []byte, skipped []string, err error) {
 // directives are the lines such as %YAML 1.2 that a document may have before the --- that begins it, with the comments among them.
 var directives = regexp.MustCompile(`^([ \t]*(#[^\n]*)?\r?\n)*%[^\n]*\n((%[^\n]*|[ \t]*(#[^\n]*)?)\r?\n)*`)
 
-// writeYAML writes a node, which has to say changed.
-func writeYAML(node *yaml.Node, changed any, compact bool) ([]byte, error) {
+// writeYAML writes a node, which has to say changed, with the spacing of what it was read from.
+func writeYAML(node *yaml.Node, changed any, compact bool, like []byte) ([]byte, error) {
+	says := func(text []byte) bool {
+		var back any
+		return yaml.Unmarshal(text, &back) == nil && same(stringKeys(back), changed)
+	}
 	// The encoder has its faults, so that what it writes is read again. Of a folded scalar's lines it gets some wrong: it stays a block.
 	for _, plainer := range []func(*yaml.Node){func(*yaml.Node) {}, func(n *yaml.Node) {
 		if n.Style&yaml.FoldedStyle != 0 {
@@ -127,8 +131,10 @@ func writeYAML(node *yaml.Node, changed any, compact bool) ([]byte, error) {
 		if err := errors.Join(e.Encode(node), e.Close()); err != nil {
 			return nil, err
 		}
-		var back any
-		if err := yaml.Unmarshal(b.Bytes(), &back); err == nil && same(stringKeys(back), changed) {
+		if text := spaced(b.Bytes(), like); says(text) {
+			return text, nil
+		}
+		if says(b.Bytes()) {
 			return b.Bytes(), nil
 		}
 	}

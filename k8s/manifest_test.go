@@ -200,6 +200,13 @@ func TestManifestKeeps(t *testing.T) {
 			"kind: Pod\nmetadata: {name: x, annotations: {sluice.dev/in-process: \"true\", sluice.dev/domain: \"yes\"}}\nspec: {containers: [{name: envoy}]}\n",
 			[]string{"name: SLUICE_DOMAIN, value: \"yes\""},
 		},
+		"spacing": {
+			"# one\n\n\nkind: Pod   # two\n\nmetadata:\n  name:  x\n\n  annotations:\n    sluice.dev/in-process: \"true\"\nspec:\n\n  containers:\n  # three\n\n  - name: envoy\n    args:\n    - |\n      a\n\n       b   c\n\n\n---\nkind: ConfigMap\n",
+			[]string{
+				"# one\n\n\nkind: Pod   # two\n\nmetadata:\n  name:  x\n\n  annotations:\n    sluice.dev/in-process: \"true\"\n    sluice.dev/injected:",
+				"\nspec:\n\n  containers:\n  # three\n\n  - name: envoy\n    args:\n    - |\n      a\n\n       b   c\n", "name: sluice-socket\n\n\n---\nkind: ConfigMap\n",
+			},
+		},
 		"lists further in": {
 			around + "    containers:\n      - name: envoy\n        args:\n          - a\n    tolerations:\n      - operator: Exists\n",
 			[]string{"containers:\n    - name: envoy\n      args:\n        - a\n", "\n  initContainers:\n    - args:\n        - run\n"},
