@@ -74,11 +74,11 @@ func Manifest(in []byte, o Options) (out []byte, skipped []string, err error) {
 		}
 		root = stringKeys(root)
 		changed := inject(root)
-		compact := !indented(&node)
 		if reflect.DeepEqual(root, changed) {
 			b.Write(document)
 			continue
 		}
+		compact := !indented(&node) // as it was read
 		if err := merge(&node, root, changed); err != nil {
 			return nil, nil, fmt.Errorf("document %d: %w", i+1, err)
 		}

@@ -66,7 +66,7 @@ func amount(quantity any) float64 {
 // that is more: the API server takes no less. It returns the pod's resources, or why that cannot be.
 func fit(spec object) (resources object, why string) {
 	resources = child(spec, "resources")
-	requests := over(child(resources, "requests"), nil)
+	requests, limits := over(child(resources, "requests"), nil), child(resources, "limits")
 	of := func(c any, name string) float64 {
 		o, _ := c.(object)
 		v, ok := child(child(o, "resources"), "requests")[name]
@@ -79,7 +79,7 @@ func fit(spec object) (resources object, why string) {
 		return amount(v)
 	}
 	// A pod whose containers request nothing has its limits for requests, which it is to keep though sluice's container requests something.
-	for name, limit := range child(resources, "limits") {
+	for name, limit := range limits {
 		if _, ok := requests[name]; ok || slices.ContainsFunc(append(list(spec, "initContainers"), list(spec, "containers")...), func(c any) bool {
 			o, _ := c.(object)
 			return o["name"] != containerName && of(c, name) > 0
@@ -88,7 +88,6 @@ func fit(spec object) (resources object, why string) {
 		}
 		requests[name] = limit
 	}
-	limits := child(resources, "limits")
 	for name := range over(limits, requests) {
 		var want, running float64 // init containers run beside the native sidecars before them, and the others beside all
 		for _, c := range list(spec, "initContainers") {
