@@ -2,6 +2,7 @@ package limiter
 
 import (
 	"fmt"
+	"math"
 	"math/bits"
 	"time"
 )
@@ -98,12 +99,81 @@ type level struct {
 // full is the level that a bucket starts with.
 func (b Bucket) full() level { return level{tokens: b.burst} }
 
-// state is what a store keeps of a bucket: the level that it had at an instant, in microseconds of the store's
-// clock, and the shape that it had then. An absent bucket is a full one.
+// state is what a store keeps of a bucket: the level that it had at an instant,
+// in microseconds of the store's clock, and the shape that it had then.
+//
+// An absent bucket is a full one, whatever the shape that asks next. So a store
+// drops a bucket only when it is full in every shape that has used it since it
+// was last absent (fullAfter). If one shape's end counted, the other's burst
+// would be granted again each time: with a burst of 1000 at 1000/d and one of 10
+// at 10/s, every six seconds.
 type state struct {
 	shape Bucket
 	level level
 	at    int64
+	// other is a shape that fills no earlier, from any level, than each of the
+	// other shapes that have used the bucket since it was last absent or full in
+	// all of them. It is nil where shape itself is such a one; that is so for all
+	// buckets whose shape never changed.
+	other *Bucket
+}
+
+// fullAfter is how long after its instant the bucket is full in every shape that
+// has used it, if nothing is taken: the earliest that a store may drop it.
+func (s state) fullAfter() time.Duration {
+	own := s.shape.wait(s.level, s.shape.burst)
+	if s.other == nil {
+		return own
+	}
+	return max(own, time.Duration(math.Ceil(s.other.fillFrom(s.level.tokens)))*time.Microsecond)
+}
+
+// otherFor is the other of the state that follows s when the shape b uses the
+// bucket at an instant.
+func (s state) otherFor(b Bucket, now int64) *Bucket {
+	switch {
+	case s.shape == b && s.other == nil, max(0, now-s.at) >= s.fullAfter().Microseconds():
+		return nil
+	case s.shape == b:
+		return s.other
+	}
+	other := s.shape
+	if s.other != nil {
+		other = slower(s.shape, *s.other)
+	}
+	if b.covers(other) {
+		return nil
+	}
+	return &other
+}
+
+// fillFrom is about how many microseconds the bucket takes to be full from so
+// many tokens, at most MaxFill. The script computes the same number.
+func (b Bucket) fillFrom(tokens int64) float64 {
+	return min(float64(max(0, b.burst-tokens))*float64(b.p)/float64(b.n), float64(MaxFill.Microseconds()))
+}
+
+// covers reports whether b, from every level, is full no earlier than o. The time
+// to fill is linear in the tokens, so it is enough to compare the two ends.
+func (b Bucket) covers(o Bucket) bool {
+	return o.burst <= b.burst && o.fillFrom(0) <= b.fillFrom(0)
+}
+
+// slower returns a shape that covers a and o: one of them, or one of the larger
+// burst and the slower rate.
+func slower(a, o Bucket) Bucket {
+	switch {
+	case a.covers(o):
+		return a
+	case o.covers(a):
+		return o
+	}
+	both := a
+	if float64(o.n)/float64(o.p) < float64(a.n)/float64(a.p) {
+		both = o
+	}
+	both.burst = max(a.burst, o.burst)
+	return both
 }
 
 // draw is all the maths of a take: from what was stored, the limit's shape, and the instant of the take, to what the

@@ -343,7 +343,7 @@ func TestBatchAgreesWithDraw(t *testing.T) {
 				if ok != (raw != "") {
 					t.Fatalf("stored %q, want %+v (%v)", raw, kept, ok)
 				}
-				if ok && decode(t, raw) != kept {
+				if ok && !decode(t, raw).equal(kept) {
 					t.Fatalf("stored %+v, want %+v", decode(t, raw), kept)
 				}
 			}

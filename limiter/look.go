@@ -93,9 +93,9 @@ func levelOf(stored *redis.StringCmd, b Bucket, now time.Time) (level, error) {
 }
 
 const (
-	stateMagic   = "\xb5\x08"
-	stateVersion = 1
-	stateSize    = 37
+	stateMagic = "\xb5\x08"
+	stateSize  = 37 // of version 1
+	mixedSize  = 54 // of version 2, which has another shape
 )
 
 var (
@@ -103,24 +103,45 @@ var (
 	errNonsense = errors.New("what is stored makes no sense")
 )
 
-// parseState reads what the script has stored: STATE there.
+// parseState reads what the script has stored: STATE and MIXED there.
 func parseState(raw string) (state, error) {
-	if len(raw) > len(stateMagic) && strings.HasPrefix(raw, stateMagic) && raw[len(stateMagic)] > stateVersion {
-		return state{}, errNewer
+	if len(raw) <= len(stateMagic) || !strings.HasPrefix(raw, stateMagic) {
+		return state{}, errNonsense
 	}
-	if len(raw) != stateSize || !strings.HasPrefix(raw, stateMagic) || raw[len(stateMagic)] != stateVersion {
+	version := raw[len(stateMagic)]
+	switch {
+	case version == 1 && len(raw) == stateSize, version == 2 && len(raw) == mixedSize:
+	case version >= 2:
+		return state{}, errNewer
+	default:
 		return state{}, errNonsense
 	}
 	field := func(from, to int) int64 { return int64(bigEndian(raw[from:to])) }
+	shapeAt := func(from int) Bucket {
+		return Bucket{burst: field(from, from+4), n: field(from+4, from+11), p: field(from+11, from+17)}
+	}
 	s := state{
 		level: level{tokens: field(3, 7), frac: field(7, 13)},
 		at:    field(13, 20),
-		shape: Bucket{burst: field(20, 24), n: field(24, 31), p: field(31, 37)},
+		shape: shapeAt(20),
 	}
-	b := s.shape
-	if b.burst < 1 || b.burst > MaxTokens || b.n < 1 || b.n > MaxTokens*minPeriod || b.p < minPeriod || b.p > MaxPeriod.Microseconds() ||
-		s.level.tokens > b.burst || s.level.frac >= b.p || s.level.tokens == b.burst && s.level.frac > 0 || s.at >= 1<<53 {
+	if version == 2 {
+		other := shapeAt(stateSize)
+		if !other.inRange() {
+			return state{}, errNonsense
+		}
+		s.other = &other
+	}
+	if !s.shape.inRange() || s.level.tokens > s.shape.burst || s.level.frac >= s.shape.p ||
+		s.level.tokens == s.shape.burst && s.level.frac > 0 || s.at >= 1<<53 {
 		return state{}, errNonsense
 	}
 	return s, nil
+}
+
+// inRange reports whether the numbers of a stored shape are ones that a Bucket
+// can have.
+func (b Bucket) inRange() bool {
+	return b.burst >= 1 && b.burst <= MaxTokens && b.n >= 1 && b.n <= MaxTokens*minPeriod &&
+		b.p >= minPeriod && b.p <= MaxPeriod.Microseconds()
 }

@@ -142,6 +142,7 @@ func (m *Memory) Take(_ context.Context, charges []Charge, verdicts []Verdict) {
 		}
 		if ok {
 			s.before, s.moved = draw(stored, c.Bucket, now)
+			s.other = stored.otherFor(c.Bucket, now)
 		} else {
 			s.before = c.Bucket.full()
 		}
@@ -160,6 +161,7 @@ func (m *Memory) Take(_ context.Context, charges []Charge, verdicts []Verdict) {
 				shape: c.Bucket,
 				level: level{tokens: s.before.tokens - taken, frac: s.before.frac},
 				at:    now,
+				other: s.other,
 			}
 		} else if s.reserved {
 			m.entries.Add(-1) // nothing was taken from a full bucket: it stays absent
@@ -184,13 +186,15 @@ func (m *Memory) lower(key string, b Bucket, most int64) {
 		return // it would share the overflow bucket, which is not its own to lower
 	}
 	at, now := b.full(), m.now()
+	var other *Bucket
 	if ok {
 		at, _ = draw(stored, b, now)
+		other = stored.otherFor(b, now)
 	}
 	if at.tokens >= most {
 		at = level{tokens: most}
 	}
-	s.buckets[key] = state{shape: b, level: at, at: now}
+	s.buckets[key] = state{shape: b, level: at, at: now, other: other}
 }
 
 func (m *Memory) shardOf(key string) int { return int(maphash.String(m.seed, key) % shards) }
@@ -201,8 +205,9 @@ type slot struct {
 	index    int
 	key      string
 	before   level
-	moved    bool // the state has to be stored even if nothing is taken
-	reserved bool // the key is new, and counted in entries already
+	other    *Bucket // of the state that follows
+	moved    bool    // the state has to be stored even if nothing is taken
+	reserved bool    // the key is new, and counted in entries already
 }
 
 // lock locks the shards of slots, each once and in the order of their indexes, so that no two takes wait for each other. It returns
@@ -242,7 +247,7 @@ func (m *Memory) Run(ctx context.Context) {
 	}
 }
 
-// sweep drops the buckets that are full.
+// sweep drops the buckets that are full in every shape that has used them.
 func (m *Memory) sweep() {
 	var swept int
 	for i := range m.shards {
@@ -263,7 +268,7 @@ func (s *shard) sweep(now func() int64) (swept int) {
 	defer s.mu.Unlock()
 	at := now()
 	for key, stored := range s.buckets {
-		if l, _ := draw(stored, stored.shape, at); l.tokens == stored.shape.burst {
+		if at-stored.at >= stored.fullAfter().Microseconds() {
 			delete(s.buckets, key)
 			swept++
 		}

@@ -15,10 +15,12 @@
 -- All numbers are doubles, exact up to 2^53. The bounds, as the arguments and the stored states are held to them:
 -- n <= 1e15 < 2^50, p < 2^45, tokens and burst <= 1e9 < 2^30, now < 2^53. The arithmetic is bucket.go's, line by line.
 
-local MAGIC, VERSION = '\181\8', 1
--- magic, version, tokens, p-ths of a token, instant in microseconds, burst, n, p: 37 bytes, which with a key of
+local MAGIC = '\181\8'
+-- Version 1: magic, version, tokens, p-ths of a token, instant in microseconds, burst, n, p: 37 bytes, which with a key of
 -- ordinary length Redis still keeps in one allocation. Whatever a later version changes, magic and version stay.
 local STATE, STATE_SIZE = '>c2BI4I6I7I4I7I6', 37
+-- Version 2 has another shape behind it (burst, n, p): bucket.go says which. It is written only where there is one.
+local MIXED, MIXED_SIZE = '>c2BI4I6I7I4I7I6I4I7I6', 54
 local CHARGE, CHARGE_SIZE = '>I7I6I4I4B', 22
 -- What is given back: as a charge, with the instant of the take in the place of what holds others back.
 local GIFT, GIFT_SIZE = '>I7I6I4I4I7', 28
@@ -71,23 +73,66 @@ local function shape_ok(burst, n, p)
   return burst >= 1 and burst <= MAX_TOKENS and n >= 1 and n <= MAX_N and p >= MIN_P and p <= MAX_P
 end
 
--- load reads what is stored of a bucket, and returns what it holds now in the shape that it was stored with: tokens, p-ths, burst, n, p, and
--- whether that must be stored even if nothing is taken, as the clock went back. Of a newer version it returns nil, of what makes no
--- sense nothing at all: it then counts as empty from now on.
-local function load(raw, now)
-  if #raw == STATE_SIZE and string.sub(raw, 1, 2) == MAGIC and string.byte(raw, 3) == VERSION then
-    local _, _, tokens, frac, at, burst, n, p = struct.unpack(STATE, raw)
-    if shape_ok(burst, n, p) and tokens <= burst and frac < p and at < MAX_TIME and (tokens < burst or frac == 0) then
-      if now < at then
-        return tokens, frac, burst, n, p, true
+local MAX_FILL = 3155760000000000 -- microseconds: 100 years
+
+-- fill_from returns about how many microseconds a shape takes to be full from so many tokens.
+local function fill_from(tokens, burst, n, p)
+  return math.min(math.max(0, burst - tokens) * p / n, MAX_FILL)
+end
+
+-- covers reports whether the first shape, from every level, is full no earlier than the second.
+local function covers(burst, n, p, obst, on, op)
+  return obst <= burst and fill_from(0, obst, on, op) <= fill_from(0, burst, n, p)
+end
+
+-- other_for returns the other shape (burst, n, p; or nil) to keep when a bucket that another shape used, not full in all of them, is used by
+-- the shape of burst, n and p.
+local function other_for(old_burst, old_n, old_p, obst, on, op, burst, n, p)
+  if old_burst ~= burst or old_n ~= n or old_p ~= p then
+    if not obst or covers(old_burst, old_n, old_p, obst, on, op) then
+      obst, on, op = old_burst, old_n, old_p
+    elseif not covers(obst, on, op, old_burst, old_n, old_p) then
+      if not (on / op < old_n / old_p) then
+        on, op = old_n, old_p
       end
-      tokens, frac = refill(tokens, frac, now - at, burst, n, p)
-      return tokens, frac, burst, n, p, false
+      obst = math.max(obst, old_burst)
     end
-  elseif #raw > 2 and string.sub(raw, 1, 2) == MAGIC and string.byte(raw, 3) > VERSION then
-    return nil, true
   end
-  return nil, false
+  if not obst or covers(burst, n, p, obst, on, op) then
+    return nil
+  end
+  return obst, on, op
+end
+
+-- load reads what is stored of a bucket, and returns what it holds now in the shape that it was stored with: tokens, p-ths, burst, n, p,
+-- whether that must be stored even if nothing is taken, as the clock went back, and the other shape, if there is one and the bucket is not
+-- full in both. Of a newer version it returns nil, of what makes no sense nothing at all: it then counts as empty from now on.
+local function load(raw, now)
+  if #raw < 3 or string.sub(raw, 1, 2) ~= MAGIC then
+    return nil, false
+  end
+  local version = string.byte(raw, 3)
+  local _, tokens, frac, at, burst, n, p, obst, on, op
+  if version == 1 and #raw == STATE_SIZE then
+    _, _, tokens, frac, at, burst, n, p = struct.unpack(STATE, raw)
+  elseif version == 2 and #raw == MIXED_SIZE then
+    _, _, tokens, frac, at, burst, n, p, obst, on, op = struct.unpack(MIXED, raw)
+    if not shape_ok(obst, on, op) then
+      return nil, false
+    end
+  else
+    return nil, version >= 2
+  end
+  if not (shape_ok(burst, n, p) and tokens <= burst and frac < p and at < MAX_TIME and (tokens < burst or frac == 0)) then
+    return nil, false
+  end
+  local elapsed = math.max(0, now - at)
+  local due = obst and math.ceil(fill_from(tokens, obst, on, op))
+  tokens, frac = refill(tokens, frac, elapsed, burst, n, p)
+  if due and tokens == burst and elapsed >= due then
+    obst = nil
+  end
+  return tokens, frac, burst, n, p, now < at, obst, on, op
 end
 
 -- convert returns a level of the period old_p as one of another shape: at most its burst, and rounded down.
@@ -107,11 +152,18 @@ local function code(err)
   return string.sub(string.match(err, '^%S*'), 1, 10)
 end
 
--- store writes a bucket: one SET, which sets its value and its end together. It returns Redis's answer.
-local function store(key, tokens, frac, now, burst, n, p)
+-- store writes a bucket: one SET, which sets its value and its end together. It returns Redis's answer. obst may be nil.
+local function store(key, tokens, frac, now, burst, n, p, obst, on, op)
   -- A float's error in the microseconds until the bucket is full is far below the slack.
   local full = math.ceil(((burst - tokens) * p - frac) / n / 1000)
-  return redis.pcall('SET', key, struct.pack(STATE, MAGIC, VERSION, tokens, frac, now, burst, n, p), 'PX', string.format('%.0f', full + SLACK))
+  local value
+  if obst then
+    full = math.max(full, math.ceil(fill_from(tokens, obst, on, op) / 1000))
+    value = struct.pack(MIXED, MAGIC, 2, tokens, frac, now, burst, n, p, obst, on, op)
+  else
+    value = struct.pack(STATE, MAGIC, 1, tokens, frac, now, burst, n, p)
+  end
+  return redis.pcall('SET', key, value, 'PX', string.format('%.0f', full + SLACK))
 end
 
 local function take(now)
@@ -135,6 +187,7 @@ local function take(now)
   -- Read all buckets before anything is written: of[i] is charge i's.
   local of, seen = {}, {}
   local names, tokens, fracs, was_burst, was_n, was_p, absent, changed, trouble, nonsense = {}, {}, {}, {}, {}, {}, {}, {}, {}, {}
+  local obst, on, op = {}, {}, {} -- the other shapes
   local buckets = 0
   for i = 1, count do
     local key = KEYS[i]
@@ -146,9 +199,12 @@ local function take(now)
       if not raw then
         absent[b] = true
       elseif type(raw) == 'string' then
-        local held, frac, burst, n, p, back = load(raw, now)
+        local held, frac, burst, n, p, back, other, other_n, other_p = load(raw, now)
         if held then
           tokens[b], fracs[b], was_burst[b], was_n[b], was_p[b], changed[b] = held, frac, burst, n, p, back
+          if other then
+            obst[b], on[b], op[b] = other, other_n, other_p
+          end
         elseif frac then
           trouble[b] = 'NEWER'
         else
@@ -180,6 +236,9 @@ local function take(now)
       if absent[b] then -- full, whatever its shape
         tokens[b], fracs[b], was_burst[b], was_n[b], was_p[b] = burst, 0, burst, n, p
       elseif was_p[b] ~= p or was_n[b] ~= n or was_burst[b] ~= burst then
+        if obst[b] or tokens[b] < was_burst[b] then
+          obst[b], on[b], op[b] = other_for(was_burst[b], was_n[b], was_p[b], obst[b], on[b], op[b], burst, n, p)
+        end
         tokens[b], fracs[b] = convert(tokens[b], fracs[b], was_p[b], burst, p)
         was_burst[b], was_n[b], was_p[b], changed[b] = burst, n, p, true
       end
@@ -210,7 +269,7 @@ local function take(now)
 
   for b = 1, buckets do
     if changed[b] then
-      local done = store(names[b], tokens[b], fracs[b], now, was_burst[b], was_n[b], was_p[b])
+      local done = store(names[b], tokens[b], fracs[b], now, was_burst[b], was_n[b], was_p[b], obst[b], on[b], op[b])
       if done.err then -- the buckets before it stay charged: tokens lost, never given
         trouble[b] = code(done.err)
       end
@@ -252,9 +311,12 @@ local function give(now)
       end
       local raw = redis.pcall('GET', KEYS[i])
       if (tokens > 0 or frac > 0) and type(raw) == 'string' then
-        local held, part, old_burst, old_n, old_p = load(raw, now)
+        local held, part, old_burst, old_n, old_p, _, obst, on, op = load(raw, now)
         if held then
           if old_p ~= p or old_n ~= n or old_burst ~= burst then
+            if obst or held < old_burst then
+              obst, on, op = other_for(old_burst, old_n, old_p, obst, on, op, burst, n, p)
+            end
             held, part = convert(held, part, old_p, burst, p)
           end
           tokens, frac = held + tokens, part + frac
@@ -264,7 +326,7 @@ local function give(now)
           if tokens >= burst then
             tokens, frac = burst, 0
           end
-          store(KEYS[i], tokens, frac, now, burst, n, p)
+          store(KEYS[i], tokens, frac, now, burst, n, p, obst, on, op)
         end
       end
     end
