@@ -218,7 +218,7 @@ func (r *report) checked(v *verdict, began time.Time) {
 	now := time.Now()
 	d := &v.decision
 	outcome := d.Outcome
-	if d.Local {
+	if d.Local && (outcome == limiter.Allowed || outcome == limiter.Limited) {
 		outcome = limiter.FailedLocal
 	}
 	r.checks[outcome].Inc()
@@ -239,7 +239,7 @@ func (r *report) checked(v *verdict, began time.Time) {
 			continue
 		}
 		l := r.of(c.Limit)
-		r.charged(l, c, told, passed, now)
+		r.charged(l, c, told, d.Outcome.Spends(), now)
 		if d.Outcome == limiter.Limited && i == d.Telling {
 			r.denied(l, c, v, now)
 		}
@@ -285,7 +285,7 @@ func (r *report) failed(c *limiter.Charge, v *limiter.Verdict) {
 }
 
 // charged counts a limit's verdict.
-func (r *report) charged(l *limitReport, c *limiter.Charge, v *limiter.Verdict, passed bool, now time.Time) {
+func (r *report) charged(l *limitReport, c *limiter.Charge, v *limiter.Verdict, spends bool, now time.Time) {
 	l.ratio.Observe(float64(v.Remaining) / float64(c.Bucket.Burst()))
 	if t := r.topOf(l); t != nil {
 		t.add(keyOf(c), !v.Allowed, now)
@@ -298,7 +298,7 @@ func (r *report) charged(l *limitReport, c *limiter.Charge, v *limiter.Verdict, 
 		return
 	}
 	l.allowed.Inc()
-	if passed || c.Limit.Shadow {
+	if spends || c.Limit.Shadow {
 		l.taken.Add(float64(c.Cost))
 	}
 }

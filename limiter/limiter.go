@@ -109,9 +109,11 @@ func (b Bucket) verdict(before level, cost, taken int64, from Source) Verdict {
 // Store keeps buckets.
 //
 // Take fills verdicts[i] with what became of charges[i]; the slices have the same length, at least 1, and no two
-// charges have the same Key. All of the charges whose Limit is not Shadow are taken, or none of them: Take MUST NOT
-// take any where one of them is denied, nor where one of them has an Err and its Limit's OnFailure is not Allow. A
-// Shadow charge is taken exactly if its own bucket allows it. One bucket's trouble MUST NOT become another's.
+// charges have the same Key. Of the charges whose Limit is not Shadow, all that a
+// bucket answered for are taken, or none of them: none where one is denied, and
+// none where one has an Err and its Limit's OnFailure is Deny (Outcome.Spends).
+// A Shadow charge is taken exactly if its own bucket allows it. One bucket's
+// trouble MUST NOT become another's.
 //
 // Take MUST return by the deadline of ctx, and MUST execute at most once however it ends: an answer that is lost
 // may have taken tokens, and never gives one away. Where an enforced charge is denied it MAY leave others without a verdict, as zero
@@ -186,43 +188,58 @@ func Decide(ctx context.Context, store Store, charges []Charge) Decision {
 	}
 	d.Verdicts = make([]Verdict, len(charges))
 	store.Take(ctx, charges, d.Verdicts)
-	d.Outcome = Allowed
-	failure, left := Allow, false
+	d.Outcome = outcomeOf(charges, d.Verdicts)
 	for i := range charges {
-		c, v := &charges[i], &d.Verdicts[i]
-		switch {
-		case c.Limit.Shadow:
-		case v.Err != nil:
-			if d.Outcome == Allowed {
-				d.Outcome = FailedOpen
-			}
-			failure = max(failure, c.Limit.OnFailure)
-		case !v.Known(): // another one is denied; where none is, the store has failed
-			left = true
-		default:
-			d.Local = d.Local || v.Source == LocalSource
-			if !v.Allowed {
-				d.Outcome = Limited
-			}
-			if d.Telling < 0 || d.tells(i, d.Telling) {
-				d.Telling = i
-			}
+		v := &d.Verdicts[i]
+		if charges[i].Limit.Shadow || !v.Known() {
+			continue
 		}
-	}
-	// A bucket that is known to deny decides, whatever the ones would have said that did not answer.
-	if d.Outcome == FailedOpen {
-		switch failure {
-		case Deny:
-			d.Outcome = FailedClosed
-		case Delegate:
-			d.Outcome = Delegated
+		d.Local = d.Local || v.Source == LocalSource
+		if d.Telling < 0 || d.tells(i, d.Telling) {
+			d.Telling = i
 		}
-	}
-	if left && d.Outcome != Limited {
-		d.Outcome = FailedClosed
 	}
 	return d
 }
+
+// outcomeOf returns what becomes of a request from the verdicts on its charges
+// and their failure modes: Allowed, Limited, FailedOpen, FailedClosed or
+// Delegated. A bucket that is known to deny decides, whatever those would have
+// said that did not answer; where none denies and some failed, the strongest
+// failure mode does. What becomes of the charges is Outcome.Spends.
+//
+// It is the one place with this rule. The script has it in its own words
+// (appendCharge), and tests hold the two together.
+func outcomeOf(charges []Charge, verdicts []Verdict) Outcome {
+	failed, failure, unknown := false, Allow, false
+	for i := range charges {
+		c, v := &charges[i], &verdicts[i]
+		switch {
+		case c.Limit.Shadow:
+		case v.Err != nil:
+			failed, failure = true, max(failure, c.Limit.OnFailure)
+		case !v.Known(): // another one is denied; where none is, the store has failed
+			unknown = true
+		case !v.Allowed:
+			return Limited
+		}
+	}
+	switch {
+	case unknown || failed && failure == Deny:
+		return FailedClosed
+	case failed && failure == Delegate:
+		return Delegated
+	case failed: // under Local if nobody has decided in the store's place
+		return FailedOpen
+	}
+	return Allowed
+}
+
+// Spends reports whether a request with this outcome keeps what it took: it
+// passes, or, where it is Delegated, may pass. Otherwise its enforced charges are
+// not taken, or given back. Shadow charges are taken whatever the outcome, if
+// their own bucket allows it.
+func (o Outcome) Spends() bool { return o == Allowed || o == FailedOpen || o == Delegated }
 
 // tells reports whether charge i is more telling than charge j, both with a verdict.
 func (d *Decision) tells(i, j int) bool {

@@ -22,48 +22,44 @@ func anyLocal(charges []Charge) bool {
 
 func isLocal(c *Charge) bool { return c.Limit.OnFailure == Local && !c.Limit.Shadow }
 
-// fallBack decides here about the charges for which Redis failed and that say so. It reports whether a local bucket then denied, so that
-// what Redis gave the others has to go back.
-func (r *Redis) fallBack(charges []Charge, verdicts []Verdict) (denied bool) {
+// fallBack decides here about the charges for which Redis failed and that say so.
+// It takes nothing where the request is refused already.
+func (r *Redis) fallBack(charges []Charge, verdicts []Verdict) {
 	var indexes []int
 	var here []Charge
-	isHeld := false
 	for i := range charges {
 		c, v := &charges[i], &verdicts[i]
 		switch {
 		case !isLocal(c):
-			isHeld = isHeld || holds(c, v)
-		case v.Err == nil:
-			isHeld = isHeld || !v.Allowed
-			if v.Source == RedisSource && v.Remaining < c.Local.burst {
-				r.local.lower(c.Key, c.Local, v.Remaining)
-			}
-		default:
+		case v.Err != nil:
 			local := *c
 			local.Bucket = c.Local
 			indexes, here = append(indexes, i), append(here, local)
+		case v.Source == RedisSource && v.Remaining < c.Local.burst:
+			r.local.lower(c.Key, c.Local, v.Remaining)
 		}
 	}
 	if len(here) == 0 {
-		return false
+		return
 	}
-	said := make([]Verdict, len(here))
-	if isHeld { // the request is denied: nothing is taken, and what is told is what there is
+	if !outcomeOf(charges, verdicts).Spends() { // what is told is what there is
 		for i := range here {
 			here[i].Cost, here[i].Refused = 0, false
 		}
 	}
+	said := make([]Verdict, len(here))
 	r.local.Take(context.Background(), here, said)
 	for i, at := range indexes {
 		verdicts[at] = said[i]
 		verdicts[at].Source = LocalSource
-		denied = denied || !said[i].Allowed
 	}
-	return denied
 }
 
-// takeBack gives back what a script took beside a charge that was then denied here.
+// takeBack gives back what a script took for a request that was then refused.
 func (r *Redis) takeBack(ctx context.Context, charges []Charge, verdicts []Verdict, takes []taken) {
+	if !slices.ContainsFunc(takes, func(t taken) bool { return t.is }) {
+		return
+	}
 	node, ok := r.client.(*redis.Client)
 	if !ok {
 		var err error

@@ -123,7 +123,7 @@ func (m *Memory) Take(_ context.Context, charges []Charge, verdicts []Verdict) {
 	unlock := m.lock(slots)
 	now := m.now()
 
-	all, shared := true, false
+	shared := false
 	for i := range charges {
 		c, s := &charges[i], &slots[i]
 		stored, ok := s.shard.buckets[s.key]
@@ -146,14 +146,13 @@ func (m *Memory) Take(_ context.Context, charges []Charge, verdicts []Verdict) {
 		} else {
 			s.before = c.Bucket.full()
 		}
-		if !c.Limit.Shadow && s.before.tokens < c.needs() {
-			all = false
-		}
+		verdicts[i] = Verdict{Allowed: s.before.tokens >= c.needs(), Source: MemorySource}
 	}
+	spends := outcomeOf(charges, verdicts).Spends()
 	for i := range charges {
 		c, s := &charges[i], &slots[i]
 		var taken int64
-		if s.before.tokens >= c.needs() && (all || c.Limit.Shadow) {
+		if verdicts[i].Allowed && (spends || c.Limit.Shadow) {
 			taken = c.Cost
 		}
 		if taken > 0 || s.moved {

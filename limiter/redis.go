@@ -258,7 +258,8 @@ func (r *Redis) Take(ctx context.Context, charges []Charge, verdicts []Verdict) 
 	default:
 		takes := make([]taken, len(charges))
 		r.takeSlot(ctx, deadline, charges, verdicts, takes)
-		if r.fallBack(charges, verdicts) {
+		r.fallBack(charges, verdicts)
+		if !outcomeOf(charges, verdicts).Spends() {
 			r.takeBack(ctx, charges, verdicts, takes)
 		}
 	}
@@ -402,7 +403,7 @@ func (r *Redis) run(ctx context.Context, to processor, s *script, args ...any) (
 // What holds the other charges of a request back, as the script has it.
 const (
 	holdAlways = iota // a denial, or trouble
-	holdDenial        // a denial only: trouble lets the request pass
+	holdDenial        // a denial only: with trouble the request passes, or may
 	holdNever         // nothing: a shadow charge
 )
 
@@ -414,7 +415,7 @@ func appendCharge(b []byte, c *Charge, isLast bool) []byte {
 	switch {
 	case c.Limit.Shadow:
 		hold = holdNever
-	case c.Limit.OnFailure <= Local: // what becomes of local trouble is seen when the script has answered
+	case c.Limit.OnFailure != Deny:
 		hold = holdDenial
 	}
 	b = appendShape(b, c.Bucket)

@@ -286,7 +286,7 @@ func TestStoredTrouble(t *testing.T) {
 			shadow bool
 			left   int64 // in the other bucket
 		}{
-			{Deny, false, 5}, {Delegate, false, 5}, {Allow, false, 4}, {Deny, true, 4},
+			{Deny, false, 5}, {Delegate, false, 4}, {Allow, false, 4}, {Deny, true, 4},
 		} {
 			client.Del(ctx, good.Key)
 			newer := valid[:2] + "\x02 whatever it may look like"

@@ -78,11 +78,7 @@ func (r *Redis) takeSlots(ctx context.Context, deadline time.Time, charges []Cha
 	if anyLocal(charges) {
 		r.fallBack(charges, verdicts)
 	}
-	isHeld := false
-	for i := range charges {
-		isHeld = isHeld || holds(&charges[i], &verdicts[i])
-	}
-	if !isHeld {
+	if outcomeOf(charges, verdicts).Spends() {
 		return
 	}
 	r.giveAllBack(ctx, all...)
@@ -94,11 +90,6 @@ func (r *Redis) takeSlots(ctx context.Context, deadline time.Time, charges []Cha
 			}
 		}
 	}
-}
-
-// holds reports whether a charge's verdict holds its request's other charges back.
-func holds(c *Charge, v *Verdict) bool {
-	return !c.Limit.Shadow && (v.Err != nil && c.Limit.OnFailure != Allow || v.Err == nil && !v.Allowed)
 }
 
 // maxGifts is how many requests' gifts are under way at once. What is beyond is lost.

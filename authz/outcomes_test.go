@@ -1,0 +1,226 @@
+package authz
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/redis/go-redis/v9"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/sluiceproxy/sluice/limiter"
+	"github.com/sluiceproxy/sluice/limiter/redistest"
+)
+
+// What a limit's bucket says of a request.
+const (
+	bucketAllows = iota
+	bucketDenies
+	bucketFails
+)
+
+// limitKinds are the ways in which a limit can take part in a request's outcome.
+var limitKinds = []string{"on_failure: deny", "on_failure: delegate", "on_failure: local", "on_failure: allow", "mode: shadow"}
+
+// wantOutcome is the rule in a table's words: the decision, what it is
+// counted as, and whether the buckets that allowed the request stay charged.
+func wantOutcome(kinds [3]string, buckets [3]int) (decision, counted string, charged bool) {
+	has := func(kind string, bucket int) bool {
+		for i := range kinds {
+			if kinds[i] != "mode: shadow" && buckets[i] == bucket && (kind == "" || kinds[i] == kind) {
+				return true
+			}
+		}
+		return false
+	}
+	switch {
+	case has("", bucketDenies):
+		decision, charged = "limited", false
+	case has("on_failure: deny", bucketFails):
+		decision, charged = "failed_closed", false
+	case has("on_failure: delegate", bucketFails):
+		decision, charged = "delegated", true
+	case has("on_failure: allow", bucketFails):
+		decision, charged = "failed_open", true
+	default: // local buckets are full in this test
+		decision, charged = "allowed", true
+	}
+	counted = decision
+	if has("on_failure: local", bucketFails) && (decision == "allowed" || decision == "limited") {
+		counted = "failed_local"
+	}
+	return decision, counted, charged
+}
+
+// Every combination of three limits' failure modes and of what their buckets say
+// ends as README has it: the decision in the metadata, the metrics, and
+// what stays charged.
+func TestOutcomes(t *testing.T) {
+	const newer = "\xb5\x08\x09 of a version to come" // which fails the bucket, and no other
+	all := []int{bucketAllows, bucketDenies, bucketFails}
+	t.Run("redis", func(t *testing.T) {
+		server := redistest.Start(t)
+		testOutcomes(t, limiter.RedisOptions{URL: server.URL()}, newer, all)
+	})
+	t.Run("cluster", func(t *testing.T) {
+		o := limiter.RedisOptions{Mode: limiter.Cluster}
+		for _, node := range redistest.StartCluster(t, 3) {
+			o.Addresses = append(o.Addresses, node.Addr)
+		}
+		testOutcomes(t, o, newer, all)
+	})
+	t.Run("memory", func(t *testing.T) {
+		m := limiter.NewMemory(1_000_000, nil, prometheus.NewRegistry())
+		testOutcomesOf(t, m, m.Looking(), nil, all[:bucketFails])
+	})
+}
+
+func testOutcomes(t *testing.T, o limiter.RedisOptions, newer string, buckets []int) {
+	t.Helper()
+	o.Timeout = time.Minute
+	r, err := limiter.NewRedis(o, nil, prometheus.NewRegistry())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = r.Close() })
+	var client redis.UniversalClient
+	if o.Mode == limiter.Cluster {
+		client = redis.NewClusterClient(&redis.ClusterOptions{Addrs: o.Addresses})
+	} else {
+		client = redis.NewClient(&redis.Options{Network: "unix", Addr: strings.TrimPrefix(o.URL, "unix://")})
+	}
+	t.Cleanup(func() { _ = client.Close() })
+	testOutcomesOf(t, r, r.Looking(), func(key string) {
+		if err := client.Set(t.Context(), key, newer, time.Minute).Err(); err != nil {
+			t.Fatal(err)
+		}
+	}, buckets)
+}
+
+// testOutcomesOf runs all combinations on a store; fail makes a bucket fail.
+func testOutcomesOf(t *testing.T, store, looking limiter.Store, fail func(key string), buckets []int) {
+	t.Helper()
+	runs := 0
+	for _, a := range limitKinds {
+		for _, b := range limitKinds {
+			for _, c := range limitKinds {
+				kinds := [3]string{a, b, c}
+				var config strings.Builder
+				config.WriteString("local_share: 1\nlimits:\n")
+				for i, kind := range kinds {
+					// A header that is not sent denies, whatever the bucket holds.
+					fmt.Fprintf(&config, "- {name: l%d, rate: 1/d, burst: 5, key: 'request.headers[\"x-%[1]d\"]', absent: deny, %s}\n", i, kind)
+				}
+				for _, x := range buckets {
+					for _, y := range buckets {
+						for _, z := range buckets {
+							runs++
+							testOutcome(t, config.String(), store, looking, fail, kinds, [3]int{x, y, z}, runs)
+						}
+					}
+				}
+			}
+		}
+	}
+	t.Logf("%d combinations", runs)
+}
+
+func testOutcome(t *testing.T, config string, store, looking limiter.Store, fail func(string), kinds [3]string, buckets [3]int, run int) {
+	t.Helper()
+	s, registry, _ := newServer(t, config, store)
+	check := checkOf()
+	headers := check.GetAttributes().GetRequest().GetHttp().GetHeaders()
+	for i, bucket := range buckets {
+		if bucket != bucketDenies {
+			headers[fmt.Sprint("x-", i)] = fmt.Sprint("run ", run, " key ", i)
+		}
+	}
+	request, err := read(check)
+	if err != nil {
+		t.Fatal(err)
+	}
+	charges := s.config.Load().Draw(request).Charges
+	for i, bucket := range buckets {
+		if bucket == bucketFails {
+			fail(charges[i].Key)
+		}
+	}
+	decision, counted, charged := wantOutcome(kinds, buckets)
+	complain := func(format string, args ...any) {
+		t.Helper()
+		t.Errorf("%v, buckets %v: %s", kinds, buckets, fmt.Sprintf(format, args...))
+	}
+
+	answer, err := s.Check(t.Context(), check)
+	switch {
+	case decision == "delegated":
+		if status.Code(err) != codes.Unavailable {
+			complain("got %v, %v, want UNAVAILABLE", answer, err)
+		}
+	case err != nil:
+		complain("%v", err)
+	default:
+		if got := answer.GetDynamicMetadata().GetFields()["decision"].GetStringValue(); got != decision {
+			complain("metadata say %s, want %s", got, decision)
+		}
+	}
+	if got := countOf(t, registry, counted); got != 1 {
+		complain("sluice_checks_total{decision=%q} is %v, want 1", counted, got)
+	}
+	totals := map[string]LimitTotals{}
+	for _, l := range s.Limits() {
+		totals[l.Name] = l
+	}
+	for i, bucket := range buckets {
+		if bucket != bucketAllows {
+			continue
+		}
+		taken := kinds[i] == "mode: shadow" || charged
+		want, got := int64(5), leftOf(t, looking, charges[i])
+		if taken {
+			want = 4
+		}
+		if got != want {
+			complain("bucket %d holds %d tokens, want %d", i, got, want)
+		}
+		if got := totals[fmt.Sprint("l", i)].Taken; taken != (got == 1) {
+			complain("%d tokens of l%d counted as taken, want %v", got, i, taken)
+		}
+	}
+}
+
+// countOf is how many checks were counted as a decision.
+func countOf(t *testing.T, registry *prometheus.Registry, decision string) float64 {
+	t.Helper()
+	families, err := registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range families {
+		for _, m := range f.GetMetric() {
+			if f.GetName() == "sluice_checks_total" && m.GetLabel()[0].GetValue() == decision {
+				return m.GetCounter().GetValue()
+			}
+		}
+	}
+	return 0
+}
+
+// leftOf is how many tokens a bucket holds. What a cluster gives back lacks what
+// refilled meanwhile.
+func leftOf(t *testing.T, looking limiter.Store, c limiter.Charge) int64 {
+	t.Helper()
+	v := make([]limiter.Verdict, 1)
+	looking.Take(context.Background(), []limiter.Charge{c}, v)
+	if v[0].Err != nil {
+		t.Fatal(v[0].Err)
+	}
+	if v[0].NextAfter > 0 && v[0].NextAfter < time.Hour {
+		return v[0].Remaining + 1
+	}
+	return v[0].Remaining
+}
