@@ -17,16 +17,14 @@ const (
 	// maxCeilings is how many are kept: a few megabytes.
 	maxCeilings   = 1 << 15
 	ceilingShards = 64
-	// maxUnwaited is how many takes of shadow limits are under way beside requests that are denied without asking.
-	maxUnwaited = 1024
 )
 
 // Ceiling is a Store over another one, which it spares what is certain: where even the most that a bucket can hold by now is less than the
 // cost, the take is denied without asking. So a flood over a limit costs the other store next to nothing. The most is what the bucket held
 // after the last answer, and what its rate has brought since that was asked for. It never grants anything.
 //
-// Where it denies, the request's other enforced charges have no verdict (Verdict.Known), and its shadow charges are taken without waiting for
-// them. It is safe for concurrent use. Run sweeps it.
+// Where it denies, the request's other enforced charges have no verdict
+// (Verdict.Known). It is safe for concurrent use. Run sweeps it.
 type Ceiling struct {
 	store  Store
 	now    func() int64 // microseconds; a clock that no step of the machine's changes
@@ -36,8 +34,7 @@ type Ceiling struct {
 		known map[string]ceiling
 		_     [32]byte // a cache line of its own
 	}
-	entries  atomic.Int64
-	unwaited chan struct{} // has a place for each take that nobody waits for
+	entries atomic.Int64
 
 	sweeps, swept prometheus.Counter
 }
@@ -61,12 +58,11 @@ func NewCeiling(store Store, metrics prometheus.Registerer) *Ceiling {
 func newCeiling(store Store, now func() int64, metrics prometheus.Registerer) *Ceiling {
 	table := prometheus.Labels{"table": "ceilings"}
 	c := &Ceiling{
-		store:    store,
-		now:      now,
-		seed:     maphash.MakeSeed(),
-		unwaited: make(chan struct{}, maxUnwaited),
-		sweeps:   newSweeps(table),
-		swept:    newSwept(table),
+		store:  store,
+		now:    now,
+		seed:   maphash.MakeSeed(),
+		sweeps: newSweeps(table),
+		swept:  newSwept(table),
 	}
 	for i := range c.shards {
 		c.shards[i].known = make(map[string]ceiling)
@@ -79,7 +75,7 @@ func newCeiling(store Store, now func() int64, metrics prometheus.Registerer) *C
 func (c *Ceiling) Take(ctx context.Context, charges []Charge, verdicts []Verdict) {
 	now := c.now()
 	if c.deny(now, charges, verdicts) {
-		c.takeShadows(charges, verdicts)
+		c.takeShadows(ctx, now, charges, verdicts)
 		return
 	}
 	c.store.Take(ctx, charges, verdicts)
@@ -117,29 +113,27 @@ func (c *Ceiling) most(now int64, charge *Charge) (level, bool) {
 	return known.shape.refill(known.left, elapsed+elapsed/1000+1), true
 }
 
-// takeShadows takes the shadow charges of a request that was denied without asking, but for those that are denied for certain too.
-func (c *Ceiling) takeShadows(charges []Charge, verdicts []Verdict) {
+// takeShadows takes the shadow charges of a request that is denied without
+// asking, but for those that are denied for certain too. It waits for the
+// verdicts, as a shadow limit counts whatever becomes of the request. So of a
+// flood the store is asked about as many requests as the shadow's bucket allows.
+func (c *Ceiling) takeShadows(ctx context.Context, now int64, charges []Charge, verdicts []Verdict) {
+	var at []int
 	var shadows []Charge
 	for i := range charges {
 		if charges[i].Limit.Shadow && !verdicts[i].Known() {
-			shadows = append(shadows, charges[i])
+			at, shadows = append(at, i), append(shadows, charges[i])
 		}
 	}
 	if len(shadows) == 0 {
 		return
 	}
-	select {
-	case c.unwaited <- struct{}{}:
-	default:
-		return
+	said := make([]Verdict, len(shadows))
+	c.store.Take(ctx, shadows, said)
+	for i := range shadows {
+		c.learn(now, &shadows[i], &said[i])
+		verdicts[at[i]] = said[i]
 	}
-	go func() {
-		defer func() {
-			_ = recover() // nobody waits for it, and it must end no process
-			<-c.unwaited
-		}()
-		c.Take(context.Background(), shadows, make([]Verdict, len(shadows)))
-	}()
 }
 
 // learn keeps what an answer says of a bucket that is used up, unless it is known from a newer one.

@@ -135,12 +135,9 @@ func TestCeilingBesideOthers(t *testing.T) {
 	k.want("ok 0, ok 0", empty, denying)
 	asked := store.takes.Load()
 	d := Decide(t.Context(), c, []Charge{full, shadow, empty, denying})
-	if d.Outcome != Limited || d.Telling != 2 || d.Verdicts[0].Known() || d.Verdicts[1].Known() || d.Verdicts[3].Allowed ||
+	if d.Outcome != Limited || d.Telling != 2 || d.Verdicts[0].Known() || !d.Verdicts[1].Allowed || d.Verdicts[1].Remaining != 9 || d.Verdicts[3].Allowed ||
 		d.Verdicts[2].Source != CeilingSource || d.Verdicts[3].Source != CeilingSource {
 		t.Errorf("%+v", d)
-	}
-	for range cap(c.unwaited) { // all places are free again: the shadow's take is done
-		c.unwaited <- struct{}{}
 	}
 	if n := store.takes.Load() - asked; n != 1 {
 		t.Errorf("the store was asked %d times, want once for the shadow", n)
@@ -151,12 +148,20 @@ func TestCeilingBesideOthers(t *testing.T) {
 			t.Errorf("%s: %d left, want %d", name, v.Remaining, want)
 		}
 	}
-	// Where there is no place for one more, the shadow is left out and nobody waits.
-	k.take(empty, shadow)
-	// A shadow's certain denial denies nobody.
-	for range cap(c.unwaited) {
-		<-c.unwaited
+	// The shadow counts for itself, until it denies for certain, too: then nobody
+	// is asked.
+	allowed, denied := 1, 0
+	for range 20 {
+		if v := k.take(empty, shadow)[1]; v.Allowed {
+			allowed++
+		} else if v.Known() {
+			denied++
+		}
 	}
+	if n := store.takes.Load() - asked; allowed != 10 || denied != 11 || n > 12 {
+		t.Errorf("the shadow allowed %d and denied %d, want 10 and 11; the store was asked %d times", allowed, denied, n)
+	}
+	// A shadow's certain denial denies nobody.
 	k.want("no 0 retry 1h0m0s, ok 9", denying, full)
 	// Another shape is another question, and a cost of nothing is never denied.
 	wider := empty
