@@ -551,7 +551,7 @@ func TestRequestID(t *testing.T) {
 
 // A caller who is gone, or whose time is over, gets an answer all the same, and at once.
 func TestCallerIsGone(t *testing.T) {
-	s, _, _ := newServer(t, "limits: [{name: a, rate: 1/s}]", limiter.NewMemory(10, nil, prometheus.NewRegistry()))
+	s, _, _ := newServer(t, "limits: [{name: a, rate: 1/s}]", limiter.NewMemory(1<<20, nil, prometheus.NewRegistry()))
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	if r, err := s.Check(ctx, checkOf()); err != nil || codes.Code(r.GetStatus().GetCode()) != codes.OK {

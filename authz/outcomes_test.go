@@ -74,7 +74,7 @@ func TestOutcomes(t *testing.T) {
 		testOutcomes(t, o, newer, all)
 	})
 	t.Run("memory", func(t *testing.T) {
-		m := limiter.NewMemory(1_000_000, nil, prometheus.NewRegistry())
+		m := limiter.NewMemory(1<<24, nil, prometheus.NewRegistry())
 		testOutcomesOf(t, m, m.Looking(), nil, all[:bucketFails])
 	})
 }

@@ -58,7 +58,7 @@ func count(c prometheus.Counter) uint64 {
 }
 
 // Top returns a limit's keys with the most requests and those with the most denials in the last five to ten minutes, at most n each. None
-// are known of a limit that nobody knows, and of more than some hundred limits.
+// are known of a limit that nobody knows, and of more than a hundred limits.
 func (s *Server) Top(limit string, n int) (requests, denials []TopKey) {
 	known := *s.report.limits.Load()
 	for _, shadow := range []bool{false, true} {

@@ -216,7 +216,7 @@ limits:
 
 // Checks, a reader of all that is seen, and other configs, at once.
 func TestSeenAtOnce(t *testing.T) {
-	s, _, _ := newServer(t, "limits: [{name: a, rate: 1/d, burst: 10, key: 'request.headers[\"k\"]'}]", limiter.NewMemory(1000, nil, prometheus.NewRegistry()))
+	s, _, _ := newServer(t, "limits: [{name: a, rate: 1/d, burst: 10, key: 'request.headers[\"k\"]'}]", limiter.NewMemory(1<<20, nil, prometheus.NewRegistry()))
 	var wg sync.WaitGroup
 	for i := range 4 {
 		wg.Go(func() {

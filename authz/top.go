@@ -17,8 +17,9 @@ const (
 	topKeys = 64 // counters of one sketch
 	// topWindow is how long a sketch counts until another takes its place. What is told is of the last one and of this one.
 	topWindow = 5 * time.Minute
-	// maxTops is how many limits have sketches: some 20 kB each.
-	maxTops = 500
+	// maxTops is how many limits have sketches: some 20 kB each, and 64 kB more
+	// where all keys are of longestTop.
+	maxTops = 100
 	// longestTop bounds a key's text; what is longer is cut, and told apart no more after that.
 	longestTop = 256
 )

@@ -56,7 +56,7 @@ func serve(t testing.TB, s *Server, network, addr string) *grpc.ClientConn {
 func TestOverTheWire(t *testing.T) {
 	for network, addr := range map[string]string{"tcp": "127.0.0.1:0", "unix": filepath.Join(t.TempDir(), "s.sock")} {
 		t.Run(network, func(t *testing.T) {
-			s, _, _ := newServer(t, "limits: [{name: a, rate: 1/h, burst: 2, key: client.ip}]", limiter.NewMemory(10, nil, prometheus.NewRegistry()))
+			s, _, _ := newServer(t, "limits: [{name: a, rate: 1/h, burst: 2, key: client.ip}]", limiter.NewMemory(1<<20, nil, prometheus.NewRegistry()))
 			conn := serve(t, s, network, addr)
 			client := authv3.NewAuthorizationClient(conn)
 			for i, want := range []codes.Code{codes.OK, codes.OK, codes.ResourceExhausted} {
@@ -121,7 +121,7 @@ limits:
   - {name: a, rate: 1/s, burst: 3, key: [client.network, 'request.headers["x-api-key"]', request.url_path, request.method]}
   - {name: b, rate: 1/m, key: 'metadata.filter_metadata["x"].y', mode: shadow}
   - {name: c, rate: 1/s, match: {paths: ["/{a}/**"], hosts: ["*.example.com"]}, absent: deny, key: 'context["plan"]'}
-`, limiter.NewMemory(1000, nil, prometheus.NewRegistry()))
+`, limiter.NewMemory(1<<20, nil, prometheus.NewRegistry()))
 	s.report.log = zap.NewNop() // the observer would keep every line
 	f.Fuzz(func(t *testing.T, b []byte) {
 		var check authv3.CheckRequest
@@ -172,7 +172,7 @@ func BenchmarkCheck(b *testing.B) {
 		}
 	}
 	b.Run("in-process", func(b *testing.B) {
-		s, _, _ := newServer(b, config, limiter.NewMemory(10, nil, prometheus.NewRegistry()))
+		s, _, _ := newServer(b, config, limiter.NewMemory(1<<20, nil, prometheus.NewRegistry()))
 		r, err := s.Check(b.Context(), check)
 		good(b, r, err)
 		wire, err := proto.Marshal(check)
@@ -188,7 +188,7 @@ func BenchmarkCheck(b *testing.B) {
 		}
 	})
 	for network, addr := range map[string]string{"tcp": "127.0.0.1:0", "unix": filepath.Join(b.TempDir(), "s.sock")} {
-		s, _, _ := newServer(b, config, limiter.NewMemory(10, nil, prometheus.NewRegistry()))
+		s, _, _ := newServer(b, config, limiter.NewMemory(1<<20, nil, prometheus.NewRegistry()))
 		client := authv3.NewAuthorizationClient(serve(b, s, network, addr))
 		b.Run(network+"/serial", func(b *testing.B) {
 			for b.Loop() {

@@ -25,7 +25,7 @@ func BenchmarkTake(b *testing.B) {
 		open func(b *testing.B) (Store, *redistest.Server)
 	}{
 		{"memory", func(b *testing.B) (Store, *redistest.Server) {
-			return NewMemory(2*many, nil, prometheus.NewRegistry()), nil
+			return NewMemory(1<<30, nil, prometheus.NewRegistry()), nil
 		}},
 		{"redis", func(b *testing.B) (Store, *redistest.Server) {
 			s := redistest.Start(b)

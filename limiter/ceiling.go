@@ -13,9 +13,7 @@ import (
 const (
 	// ceilingLife is how long a store's answer is believed. So a denial that is wrong (the bucket was reset, its rate was raised elsewhere,
 	// Redis restarted, failed over or stepped its clock, or another slot's denial gave tokens back) lasts no longer.
-	ceilingLife = time.Second
-	// maxCeilings is how many are kept: a few megabytes.
-	maxCeilings   = 1 << 15
+	ceilingLife   = time.Second
 	ceilingShards = 64
 )
 
@@ -32,8 +30,10 @@ type Ceiling struct {
 	shards [ceilingShards]struct {
 		mu    sync.RWMutex
 		known map[string]ceiling
-		_     [32]byte // a cache line of its own
+		bytes int64    // that they take
+		_     [24]byte // a cache line of its own
 	}
+	budget  int64 // of bytes in a shard
 	entries atomic.Int64
 
 	sweeps, swept prometheus.Counter
@@ -49,6 +49,9 @@ type ceiling struct {
 	sent  int64 // when it was asked for, by this process's
 }
 
+// ceilingBudget is how many of the bytes of MemoryBudget a Ceiling takes.
+func ceilingBudget() int64 { return min(MemoryBudget()/8, 8<<20) }
+
 // NewCeiling returns a Ceiling over a store.
 func NewCeiling(store Store, metrics prometheus.Registerer) *Ceiling {
 	start := time.Now()
@@ -60,6 +63,7 @@ func newCeiling(store Store, now func() int64, metrics prometheus.Registerer) *C
 	c := &Ceiling{
 		store:  store,
 		now:    now,
+		budget: ceilingBudget() / ceilingShards,
 		seed:   maphash.MakeSeed(),
 		sweeps: newSweeps(table),
 		swept:  newSwept(table),
@@ -151,12 +155,14 @@ func (c *Ceiling) learn(sent int64, charge *Charge, v *Verdict) {
 	case !usedUp:
 		if ok {
 			delete(s.known, charge.Key)
+			s.bytes -= entrySize(charge.Key)
 			c.entries.Add(-1)
 		}
-	case !ok && len(s.known) >= maxCeilings/ceilingShards: // it is asked for again and again, until the janitor has made room
+	case !ok && s.bytes+entrySize(charge.Key) > c.budget: // it is asked for again and again, until the janitor has made room
 	default:
 		if !ok {
 			c.entries.Add(1)
+			s.bytes += entrySize(charge.Key)
 		}
 		s.known[charge.Key] = ceiling{shape: charge.Bucket, left: v.left, at: v.at, sent: sent}
 	}
@@ -185,6 +191,7 @@ func (c *Ceiling) sweep() {
 		for key, known := range s.known {
 			if now-known.sent > ceilingLife.Microseconds() {
 				delete(s.known, key)
+				s.bytes -= entrySize(key)
 				c.entries.Add(-1)
 				c.swept.Inc()
 			}

@@ -32,7 +32,7 @@ func (c *counted) Take(ctx context.Context, charges []Charge, verdicts []Verdict
 func underCeiling(t *testing.T) (*Ceiling, *counted, *testClock) {
 	clock := &testClock{t: t}
 	clock.set(begin)
-	store := &counted{Store: newMemory("buckets", 1_000_000, clock.now, nil, prometheus.NewRegistry())}
+	store := &counted{Store: newMemory("buckets", maxMemory, clock.now, nil, prometheus.NewRegistry())}
 	return newCeiling(store, clock.now, prometheus.NewRegistry()), store, clock
 }
 
@@ -44,7 +44,7 @@ func TestCeilingIsNeverWrong(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
 		clock := &testClock{t: t}
 		clock.set(begin)
-		m := newMemory("buckets", 1000, clock.now, nil, prometheus.NewRegistry())
+		m := newMemory("buckets", 1<<20, clock.now, nil, prometheus.NewRegistry())
 		sidecars := make([]*Ceiling, 2)
 		for i := range sidecars {
 			sidecars[i] = newCeiling(m, clock.now, prometheus.NewRegistry())
@@ -186,14 +186,19 @@ func TestCeilingIsBounded(t *testing.T) {
 	registry := prometheus.NewRegistry()
 	clock := &testClock{t: t}
 	clock.set(begin)
-	store := &counted{Store: newMemory("buckets", 1_000_000, clock.now, nil, prometheus.NewRegistry())}
+	store := &counted{Store: newMemory("buckets", maxMemory, clock.now, nil, prometheus.NewRegistry())}
 	c := newCeiling(store, clock.now, registry)
-	for i := range 2 * maxCeilings {
+	for i := range 80_000 {
 		taker{t, c}.want("ok 0", charge(bucket(t, 1, day, 1), fmt.Sprint(i)))
 	}
-	kept := c.entries.Load()
-	if kept > maxCeilings || kept < maxCeilings*9/10 {
-		t.Errorf("%d are kept", kept)
+	kept, bytes := c.entries.Load(), int64(0)
+	for i := range c.shards {
+		for key := range c.shards[i].known {
+			bytes += entrySize(key)
+		}
+	}
+	if bytes > ceilingBudget() || bytes < ceilingBudget()*9/10 {
+		t.Errorf("%d are kept, in %d bytes of %d", kept, bytes, ceilingBudget())
 	}
 	if n, err := testutil.GatherAndCount(registry, "sluice_janitor_entries"); n != 1 || err != nil {
 		t.Error(n, err)

@@ -290,7 +290,7 @@ func TestBatchAgreesWithDraw(t *testing.T) {
 	sequences, shared := 0, 0
 	rapid.Check(t, func(t *rapid.T) {
 		sequences++
-		m := newMemory("buckets", 1000, clock.now, nil, prometheus.NewRegistry())
+		m := newMemory("buckets", 1<<20, clock.now, nil, prometheus.NewRegistry())
 		clock.set(begin)
 		shapes := rapid.SliceOfN(anyBucket(), 1, 2).Draw(t, "shapes")
 		for range rapid.IntRange(1, 3).Draw(t, "calls") {

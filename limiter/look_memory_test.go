@@ -10,7 +10,7 @@ import (
 // A look is answered as a take would be, and takes nothing, nor keeps a bucket for who asked.
 func TestMemoryLooking(t *testing.T) {
 	clock := &testClock{t: t, at: begin}
-	m := newMemory("buckets", 10, clock.now, nil, prometheus.NewRegistry())
+	m := newMemory("buckets", 1<<20, clock.now, nil, prometheus.NewRegistry())
 	take, look := taker{t, m}, taker{t, m.Looking()}
 	c := charge(bucket(t, 1, time.Second, 3), "a")
 	for range 3 {

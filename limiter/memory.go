@@ -3,7 +3,6 @@ package limiter
 import (
 	"context"
 	"hash/maphash"
-	"math"
 	"runtime/debug"
 	"slices"
 	"sync"
@@ -15,9 +14,15 @@ import (
 )
 
 const (
-	maxBuckets = 1_000_000
-	// bytesPerBucket is what a bucket in process takes, measured with keys of 60 bytes and rounded up.
-	bytesPerBucket = 256
+	// maxMemory is the most that is kept in process, in bytes: a million buckets
+	// with keys of 60 bytes.
+	maxMemory = 1_000_000 * (60 + entryOverhead)
+	// entryOverhead is what an entry of a table takes beside its key, in bytes:
+	// measured with keys of 40 to 450 bytes and rounded up.
+	entryOverhead = 200
+	// maxOverflow is how many limits have an overflow bucket of their own. The
+	// names of routes' limits are anybody's who reaches the sidecar.
+	maxOverflow = 10_000
 	// sweepEvery is how often the janitor looks for full buckets. A sweep over a million takes some 50 ms of one core, and holds
 	// no lock for longer than a fraction of a millisecond.
 	sweepEvery = 5 * time.Second
@@ -28,14 +33,16 @@ const (
 // Memory is the Store that keeps its buckets in this process: no other sidecar sees them, and they end with it. It is safe for
 // concurrent use.
 //
-// It is bounded: past MaxBuckets (NewMemory) the new keys of a limit share one overflow bucket, as no bucket that is
-// not full is ever dropped. Run sweeps the ones that are full, which cannot be told from absent ones.
+// It is bounded: past its budget in bytes the new keys of a limit share one
+// overflow bucket, as no bucket that is not full is ever dropped. Run sweeps
+// those that are full in every shape that has used them.
 type Memory struct {
 	seed     maphash.Seed
 	shards   [shards]shard
 	overflow shard        // by domain and limit; locked after any other shard
 	entries  atomic.Int64 // buckets in shards
-	max      int64
+	bytes    atomic.Int64 // that they take
+	budget   int64        // of bytes
 	now      func() int64 // microseconds; a clock that no step of the machine's changes
 	log      *zap.Logger
 
@@ -52,30 +59,33 @@ type shard struct {
 
 var _ Store = (*Memory)(nil)
 
-// MaxBuckets is how many buckets a process keeps: a million, or fewer where a quarter of GOMEMLIMIT holds fewer.
-func MaxBuckets() int64 {
+// MemoryBudget is how many bytes a process spends on what it keeps for checks:
+// enough for a million buckets with keys of 60 bytes, or a quarter of GOMEMLIMIT
+// where that is less. NewMemory takes all of it; a Redis and a Ceiling share it.
+func MemoryBudget() int64 {
 	limit := debug.SetMemoryLimit(-1) // asks, and changes nothing
-	if limit == math.MaxInt64 {
-		return maxBuckets
-	}
-	return max(1, min(maxBuckets, limit/4/bytesPerBucket))
+	return min(maxMemory, limit/4)
 }
 
-// NewMemory returns an empty store of at most most buckets (at least 1; see MaxBuckets). A nil log logs nothing.
-func NewMemory(most int64, log *zap.Logger, metrics prometheus.Registerer) *Memory {
+// entrySize is about how many bytes an entry with a key takes.
+func entrySize(key string) int64 { return int64(len(key)) + entryOverhead }
+
+// NewMemory returns an empty store that keeps its buckets in about so many bytes
+// (see MemoryBudget). A nil log logs nothing.
+func NewMemory(budget int64, log *zap.Logger, metrics prometheus.Registerer) *Memory {
 	start := time.Now()
-	return newMemory("buckets", most, func() int64 { return time.Since(start).Microseconds() }, log, metrics)
+	return newMemory("buckets", budget, func() int64 { return time.Since(start).Microseconds() }, log, metrics)
 }
 
 // newMemory has a name for its metrics.
-func newMemory(name string, most int64, now func() int64, log *zap.Logger, metrics prometheus.Registerer) *Memory {
+func newMemory(name string, budget int64, now func() int64, log *zap.Logger, metrics prometheus.Registerer) *Memory {
 	if log == nil {
 		log = zap.NewNop()
 	}
 	table := prometheus.Labels{"table": name}
 	m := &Memory{
 		seed:   maphash.MakeSeed(),
-		max:    most,
+		budget: budget,
 		now:    now,
 		log:    log,
 		sweeps: newSweeps(table),
@@ -127,13 +137,12 @@ func (m *Memory) Take(_ context.Context, charges []Charge, verdicts []Verdict) {
 	for i := range charges {
 		c, s := &charges[i], &slots[i]
 		stored, ok := s.shard.buckets[s.key]
-		if !ok && m.entries.Add(1) > m.max {
-			m.entries.Add(-1)
+		if !ok && !m.reserve(s.key) {
 			if !shared {
 				m.overflow.mu.Lock()
 				shared = true
 			}
-			s.shard, s.key = &m.overflow, c.Limit.Domain+":"+c.Limit.Name
+			s.shard, s.key = &m.overflow, m.overflowKeyLocked(c.Limit)
 			stored, ok = s.shard.buckets[s.key]
 			m.shared.Inc()
 			m.sharedBefore.Add(1)
@@ -163,7 +172,7 @@ func (m *Memory) Take(_ context.Context, charges []Charge, verdicts []Verdict) {
 				other: s.other,
 			}
 		} else if s.reserved {
-			m.entries.Add(-1) // nothing was taken from a full bucket: it stays absent
+			m.release(1, entrySize(s.key)) // nothing was taken from a full bucket: it stays absent
 		}
 		verdicts[i] = c.Bucket.verdict(s.before, c.needs(), taken, MemorySource)
 		verdicts[i].at = now
@@ -180,8 +189,7 @@ func (m *Memory) lower(key string, b Bucket, most int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	stored, ok := s.buckets[key]
-	if !ok && m.entries.Add(1) > m.max {
-		m.entries.Add(-1)
+	if !ok && !m.reserve(key) {
 		return // it would share the overflow bucket, which is not its own to lower
 	}
 	at, now := b.full(), m.now()
@@ -194,6 +202,32 @@ func (m *Memory) lower(key string, b Bucket, most int64) {
 		at = level{tokens: most}
 	}
 	s.buckets[key] = state{shape: b, level: at, at: now, other: other}
+}
+
+// reserve counts one more bucket, unless there is no room for it.
+func (m *Memory) reserve(key string) bool {
+	size := entrySize(key)
+	if m.bytes.Add(size) > m.budget {
+		m.bytes.Add(-size)
+		return false
+	}
+	m.entries.Add(1)
+	return true
+}
+
+func (m *Memory) release(entries int, bytes int64) {
+	m.entries.Add(int64(-entries))
+	m.bytes.Add(-bytes)
+}
+
+// overflowKeyLocked is the key of the bucket that a limit's new keys share, or
+// that all limits' do that have none of their own yet where there are too many.
+func (m *Memory) overflowKeyLocked(l *Limit) string {
+	key := l.Domain + ":" + l.Name
+	if _, ok := m.overflow.buckets[key]; !ok && len(m.overflow.buckets) >= maxOverflow {
+		return ""
+	}
+	return key
 }
 
 func (m *Memory) shardOf(key string) int { return int(maphash.String(m.seed, key) % shards) }
@@ -250,30 +284,30 @@ func (m *Memory) Run(ctx context.Context) {
 func (m *Memory) sweep() {
 	var swept int
 	for i := range m.shards {
-		n := m.shards[i].sweep(m.now)
-		m.entries.Add(int64(-n))
+		n, bytes := m.shards[i].sweep(m.now)
+		m.release(n, bytes)
 		swept += n
 	}
 	m.overflow.sweep(m.now)
 	m.sweeps.Inc()
 	m.swept.Add(float64(swept))
 	if n := m.sharedBefore.Swap(0); n > 0 {
-		m.log.Warn("the table of buckets is full: new keys of a limit share one bucket", zap.Int64("buckets", m.max), zap.Int64("takes", n))
+		m.log.Warn("the table of buckets is full: new keys of a limit share one bucket", zap.Int64("buckets", m.entries.Load()), zap.Int64("takes", n))
 	}
 }
 
-func (s *shard) sweep(now func() int64) (swept int) {
+func (s *shard) sweep(now func() int64) (swept int, bytes int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	at := now()
 	for key, stored := range s.buckets {
 		if at-stored.at >= stored.fullAfter().Microseconds() {
 			delete(s.buckets, key)
-			swept++
+			swept, bytes = swept+1, bytes+entrySize(key)
 		}
 	}
 	if swept > 0 && len(s.buckets) == 0 {
 		s.buckets = make(map[string]state) // a map that was large keeps its memory
 	}
-	return swept
+	return swept, bytes
 }

@@ -18,7 +18,7 @@ import (
 
 func TestMemorySweepsWhatIsFull(t *testing.T) {
 	clock := &testClock{t: t, at: begin}
-	m := newMemory("buckets", 1000, clock.now, nil, prometheus.NewRegistry())
+	m := newMemory("buckets", 1<<20, clock.now, nil, prometheus.NewRegistry())
 	k := taker{t, m}
 	soon, late := charge(bucket(t, 1, time.Second, 3), "soon"), charge(bucket(t, 1, time.Hour, 3), "late")
 	k.want("ok 1", soon.costs(2))
@@ -42,7 +42,7 @@ func TestMemorySweepsWhatIsFull(t *testing.T) {
 }
 
 func TestMemoryRunsItsJanitor(t *testing.T) {
-	m := NewMemory(10, nil, prometheus.NewRegistry())
+	m := NewMemory(1<<20, nil, prometheus.NewRegistry())
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan struct{})
 	go func() {
@@ -57,7 +57,7 @@ func TestMemoryRunsItsJanitor(t *testing.T) {
 func TestMemoryIsBounded(t *testing.T) {
 	clock := &testClock{t: t, at: begin}
 	core, logs := observer.New(zap.WarnLevel)
-	m := newMemory("buckets", 3, clock.now, zap.New(core), prometheus.NewRegistry())
+	m := newMemory("buckets", 3*(entryOverhead+10), clock.now, zap.New(core), prometheus.NewRegistry())
 	k := taker{t, m}
 	b := bucket(t, 1, time.Hour, 2)
 	limit, other := &Limit{Domain: "d", Name: "one"}, &Limit{Domain: "d", Name: "two"}
@@ -93,7 +93,7 @@ func TestMemoryIsBounded(t *testing.T) {
 
 // A look, and a denied take of a full bucket, leave nothing behind.
 func TestMemoryKeepsNoFullBucket(t *testing.T) {
-	m := newMemory("buckets", 3, (&testClock{t: t, at: begin}).now, nil, prometheus.NewRegistry())
+	m := newMemory("buckets", 3*(entryOverhead+10), (&testClock{t: t, at: begin}).now, nil, prometheus.NewRegistry())
 	k := taker{t, m}
 	b := bucket(t, 1, time.Hour, 2)
 	for i := range 10 {
@@ -105,21 +105,38 @@ func TestMemoryKeepsNoFullBucket(t *testing.T) {
 	}
 }
 
-func TestMaxBuckets(t *testing.T) {
+func TestMemoryBudget(t *testing.T) {
 	old := debug.SetMemoryLimit(math.MaxInt64)
 	defer debug.SetMemoryLimit(old)
-	if n := MaxBuckets(); n != 1_000_000 {
-		t.Errorf("%d without GOMEMLIMIT", n)
+	if n := MemoryBudget(); n != maxMemory {
+		t.Errorf("%d bytes without GOMEMLIMIT", n)
 	}
 	debug.SetMemoryLimit(128 << 20)
-	if n := MaxBuckets(); n != 131072 {
-		t.Errorf("%d with 128 MiB", n)
+	if n := MemoryBudget(); n != 32<<20 {
+		t.Errorf("%d bytes with 128 MiB", n)
+	}
+}
+
+// The names of routes' limits are bounded, too: those past the bound share one
+// bucket.
+func TestOverflowIsBounded(t *testing.T) {
+	m := newMemory("buckets", 0, (&testClock{t: t, at: begin}).now, nil, prometheus.NewRegistry())
+	k := taker{t, m}
+	b := bucket(t, 1, time.Hour, 2)
+	for i := range maxOverflow {
+		k.want("ok 1", charge(b, fmt.Sprint(i)))
+	}
+	k.want("ok 1", charge(b, "late"))
+	k.want("ok 0", charge(b, "later"))
+	k.want("ok 0", charge(b, "0"))
+	if n := len(m.overflow.buckets); n != maxOverflow+1 {
+		t.Errorf("%d overflow buckets", n)
 	}
 }
 
 // Takes, sweeps and the bound at once: nothing is given twice. -race looks on.
 func TestMemoryUnderLoad(t *testing.T) {
-	m := NewMemory(50, nil, prometheus.NewRegistry())
+	m := NewMemory(50*(entryOverhead+10), nil, prometheus.NewRegistry())
 	b := bucket(t, 1, time.Hour, 100)
 	limit := &Limit{Domain: "d", Name: "one"}
 	var mu sync.Mutex
@@ -164,30 +181,32 @@ func TestMemoryUnderLoad(t *testing.T) {
 	}
 }
 
-// bytesPerBucket is what it says, with a million keys.
-func TestMemoryPerBucket(t *testing.T) {
+// What a table takes is what is counted, whatever the length of the keys.
+func TestMemoryInBytes(t *testing.T) {
 	heap := func() uint64 {
 		runtime.GC()
 		var s runtime.MemStats
 		runtime.ReadMemStats(&s)
 		return s.HeapAlloc
 	}
-	before := heap()
-	m := NewMemory(maxBuckets, nil, prometheus.NewRegistry())
 	limit := &Limit{Domain: "shop/checkout", Name: "per-client"}
 	b := bucket(t, 1, time.Hour, 100)
-	verdicts := make([]Verdict, 1)
-	for i := range maxBuckets {
-		c := Charge{Limit: limit, Bucket: b, Key: fmt.Sprintf("sluice:shop/checkout:per-client:{=15.198.51.%06d}", i), Cost: 1}
-		m.Take(t.Context(), []Charge{c}, verdicts)
+	for _, tt := range []struct{ keys, length int }{{1_000_000, 60}, {12_000, 450}, {200_000, 450}} {
+		before := heap()
+		m := NewMemory(32<<20, nil, prometheus.NewRegistry())
+		verdicts := make([]Verdict, 1)
+		for i := range tt.keys {
+			c := Charge{Limit: limit, Bucket: b, Key: fmt.Sprintf("sluice:shop/checkout:per-client:{%0*d}", tt.length-34, i), Cost: 1}
+			m.Take(t.Context(), []Charge{c}, verdicts)
+		}
+		took := heap() - before
+		t.Logf("%d keys of %d bytes: %d buckets in %d kB, counted as %d kB", tt.keys, tt.length, m.entries.Load(), took>>10, m.bytes.Load()>>10)
+		if took > 32<<20 {
+			t.Errorf("%d keys of %d bytes take %d kB, want at most 32 MiB", tt.keys, tt.length, took>>10)
+		}
+		start := time.Now()
+		m.sweep()
+		t.Logf("a sweep over %d buckets took %v", m.entries.Load(), time.Since(start))
+		runtime.KeepAlive(m)
 	}
-	each := (heap() - before) / maxBuckets
-	t.Logf("%d bytes a bucket", each)
-	if each > bytesPerBucket {
-		t.Errorf("%d bytes a bucket, more than %d", each, bytesPerBucket)
-	}
-	start := time.Now()
-	m.sweep()
-	t.Logf("a sweep over %d buckets took %v", m.entries.Load(), time.Since(start))
-	runtime.KeepAlive(m)
 }

@@ -106,7 +106,7 @@ func newRedis(o RedisOptions, clock string, log *zap.Logger, metrics prometheus.
 		return open
 	})
 	start := time.Now()
-	r.local = newMemory("local", MaxBuckets(), func() int64 { return time.Since(start).Microseconds() }, log, metrics)
+	r.local = newMemory("local", MemoryBudget()-ceilingBudget(), func() int64 { return time.Since(start).Microseconds() }, log, metrics)
 	if err := r.UseLogin(o); err != nil {
 		return nil, err
 	}

@@ -82,7 +82,7 @@ func TestScriptAgreesWithDraw(t *testing.T) {
 	var takes, sequences, mixed int
 	rapid.Check(t, func(t *rapid.T) {
 		sequences++
-		m := newMemory("buckets", 1000, clock.now, nil, prometheus.NewRegistry())
+		m := newMemory("buckets", 1<<20, clock.now, nil, prometheus.NewRegistry())
 		clock.set(begin)
 		began := time.Now()
 		shapes := rapid.SliceOfN(anyBucket(), 1, 3).Draw(t, "shapes")

@@ -82,7 +82,7 @@ func shapesRun(t *testing.T, random *rand.Rand, key string, s shapesStore) float
 // shapesMemory is a Memory that is swept by a rule before each take.
 func shapesMemory(ends func(state, int64) bool) (s shapesStore) {
 	clock := &testClock{}
-	m := newMemory("buckets", 1000, clock.now, nil, prometheus.NewRegistry())
+	m := newMemory("buckets", 1<<20, clock.now, nil, prometheus.NewRegistry())
 	take := func(c Charge) Verdict {
 		v := make([]Verdict, 1)
 		m.Take(context.Background(), []Charge{c}, v)

@@ -280,7 +280,7 @@ func foresee(ctx context.Context, store limiter.Store, draw policy.Draw) limiter
 		return limiter.Decision{Outcome: limiter.Allowed, Telling: -1}
 	}
 	if store == nil {
-		store = limiter.NewMemory(1000, nil, prometheus.NewRegistry())
+		store = limiter.NewMemory(1<<20, nil, prometheus.NewRegistry())
 	}
 	d := limiter.Decide(ctx, store, draw.Charges)
 	if draw.Invalid { // what the other limits hold may be of use all the same

@@ -81,7 +81,7 @@ func newSidecar(source configSource, stderr io.Writer) (*sidecar, error) {
 		s.redis, s.ceiling = redis, limiter.NewCeiling(traced(redis, "redis"), s.registry)
 		store = s.ceiling
 	} else {
-		s.memory = limiter.NewMemory(limiter.MaxBuckets(), log, s.stores)
+		s.memory = limiter.NewMemory(limiter.MemoryBudget(), log, s.stores)
 		store = traced(s.memory, "memory")
 	}
 	s.answered.Store(s.redis == nil || !cfg.FailsClosed())
