@@ -75,6 +75,13 @@ func (c *Config) Limits() []*limiter.Limit {
 	return limits
 }
 
+// Has reports whether l is one of Limits. A limit of a route is not, whatever
+// its name.
+func (c *Config) Has(l *limiter.Limit) bool {
+	i, ok := c.byName[l.Name]
+	return ok && c.rules[i].limit == l
+}
+
 // KeyPrefix is what all keys in Redis begin with, before the domain.
 func (c *Config) KeyPrefix() string { return c.inherited.keyPrefix }
 
@@ -223,7 +230,7 @@ func readConfig(name string, text []byte, getenv func(string) (string, bool), se
 		limitReader: newLimitReader(reader{file: name, getenv: getenv}),
 		settings:    settings,
 		store:       limiter.RedisOptions{Timeout: 100 * time.Millisecond},
-		config: Config{
+		config: &Config{
 			Listen:        Listen{GRPC: "127.0.0.1:9001", Admin: "127.0.0.1:9002", Metrics: "127.0.0.1:9003"},
 			FailureStatus: 503,
 			Headers:       Headers{XRateLimit: true, RetryAfter: true},
@@ -267,7 +274,7 @@ type configFile struct {
 	limitReader
 	onFailureAt node
 	settings    []Setting
-	config      Config
+	config      *Config // on its own: it outlives what was read, and must not keep it in memory
 
 	redis   bool
 	redisAt node
@@ -308,7 +315,7 @@ func checkTCP(s, also string) error {
 func tcp(s string) error { return checkTCP(s, "") }
 
 func (f *configFile) readFile(root node) {
-	c := &f.config
+	c := f.config
 	f.mapping(root, map[string]func(node){
 		"domain": f.checked(&f.domain, checkDomain),
 		"listen": func(n node) {
@@ -349,6 +356,20 @@ func (f *configFile) readLimits(n node) {
 			f.drafts = append(f.drafts, d)
 		}
 	})
+	if memory := memoryFor(len(f.drafts), len(f.expressions)); memory > shippedMemory {
+		f.warn(n, "%d limits need about %d MiB of memory, more than the %d MiB that a sidecar is injected with: raise its memory limit",
+			len(f.drafts), memory>>20, shippedMemory>>20)
+	}
+}
+
+// shippedMemory is the memory limit of an injected sidecar, in bytes.
+const shippedMemory = 128 << 20
+
+// memoryFor estimates, in bytes, what a sidecar needs at most for so many limits
+// and distinct expressions: while it reloads its config, and is scraped. The
+// figures were measured with 10,000 limits, with one expression and with 10,000.
+func memoryFor(limits, expressions int) int {
+	return 32<<20 + limits*12<<10 + expressions*6<<10
 }
 
 func (f *configFile) readExempt(n node) {
@@ -548,7 +569,7 @@ func (f *configFile) readClientIP(n node) {
 
 // set puts the settings in: the weak ones before the file is read, the others over what it says.
 func (f *configFile) set(weak bool) {
-	c := &f.config
+	c := f.config
 	for _, o := range f.settings {
 		if o.Weak != weak {
 			continue
@@ -587,7 +608,7 @@ func (f *configFile) set(weak bool) {
 
 // compile makes the Config of what was read.
 func (f *configFile) compile() *Config {
-	c := &f.config
+	c := f.config
 	c.Domain = f.domain
 	if f.redis {
 		o := f.store

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -325,6 +326,47 @@ func TestWarnings(t *testing.T) {
 			t.Errorf("%s\n%s\nwant\n%s", text, got, want)
 		}
 	}
+}
+
+// A config whose limits do not fit into an injected sidecar says so.
+func TestWarnsOfMemory(t *testing.T) {
+	for limits, want := range map[int]string{
+		1_000:  "",
+		10_000: "test.yaml:2:1: limits: 10000 limits need about 149 MiB of memory, more than the 128 MiB that a sidecar is injected with: raise its memory limit",
+	} {
+		var text strings.Builder
+		text.WriteString("limits:\n")
+		for i := range limits {
+			fmt.Fprintf(&text, "- {name: l%d, rate: 1/s, key: client.ip}\n", i)
+		}
+		if got := parse(t, text.String()).Warnings.Error(); got != want {
+			t.Errorf("%d limits: got %q, want %q", limits, got, want)
+		}
+	}
+}
+
+// What is read of a file is not kept beside the config that was made of it.
+func TestConfigDoesNotKeepItsFile(t *testing.T) {
+	var text strings.Builder
+	text.WriteString("limits:\n")
+	const limits = 2_000
+	for i := range limits {
+		fmt.Fprintf(&text, "- {name: l%d, rate: 1/s, key: client.ip}\n", i)
+	}
+	heap := func() uint64 {
+		for range 3 { // what is pooled goes with the second
+			runtime.GC()
+		}
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc
+	}
+	before := heap()
+	c := parse(t, text.String())
+	if each := (heap() - before) / limits; each > 1500 {
+		t.Errorf("%d bytes a limit, want at most 1500", each)
+	}
+	runtime.KeepAlive(c)
 }
 
 func TestByKey(t *testing.T) {
