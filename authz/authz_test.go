@@ -54,15 +54,21 @@ var failed = limiter.Verdict{Err: &limiter.StoreError{Kind: limiter.KindTimeout,
 // newServer is a server on a config and a store, and what it counts and logs.
 func newServer(t testing.TB, config string, store limiter.Store) (*Server, *prometheus.Registry, *observer.ObservedLogs) {
 	t.Helper()
-	c, err := policy.Parse("test.yaml", []byte(config), noEnv)
-	if err != nil {
-		t.Fatal(err)
-	}
+	c := configOf(t, config)
 	core, logs := observer.New(zap.DebugLevel)
 	registry := prometheus.NewRegistry()
 	s := New(Options{Config: c, Store: store, Log: zap.New(core), Metrics: registry})
 	s.jitter = func() int { return 7 }
 	return s, registry, logs
+}
+
+func configOf(t testing.TB, config string) *policy.Config {
+	t.Helper()
+	c, err := policy.Parse("test.yaml", []byte(config), noEnv)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
 }
 
 // checkOf is a check of GET / with headers given as name, value, name, value.

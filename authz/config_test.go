@@ -87,9 +87,13 @@ metadata cost=1 decision="allowed" limit="b" remaining=5 shadow=[] source="redis
 // counts reports whether /metrics has a line.
 func counts(t *testing.T, registry *prometheus.Registry, line string) bool {
 	t.Helper()
+	return strings.Contains(scrape(registry), line+"\n")
+}
+
+func scrape(registry *prometheus.Registry) string {
 	recorder := httptest.NewRecorder()
 	promhttp.HandlerFor(registry, promhttp.HandlerOpts{}).ServeHTTP(recorder, httptest.NewRequest("GET", "/metrics", nil))
-	return strings.Contains(recorder.Body.String(), line+"\n")
+	return recorder.Body.String()
 }
 
 // Another config is in force from the next check on, and each check is answered by one.
@@ -127,26 +131,39 @@ func TestUse(t *testing.T) {
 	}
 }
 
-// The limits of Envoy's routes may have any names; so many are counted by theirs, and the others together.
+// Limits past the bounds, a config's and those of Envoy's routes, are counted together.
 func TestNamesAreBounded(t *testing.T) {
 	s, registry, _ := newServer(t, "", nil)
+	config := s.config.Load()
+	count := func(name string, shadow bool) {
+		l := &limiter.Limit{Name: name, Shadow: shadow}
+		s.report.charged(s.report.limits.forLimit(config, l), &limiter.Charge{Limit: l, Bucket: bucketOf(t), Cost: 1},
+			&limiter.Verdict{Source: limiter.RedisSource}, true, time.Now())
+	}
 	var many []*limiter.Limit
-	for i := range maxLimits {
+	for i := range maxConfigLimits + 1 {
 		many = append(many, &limiter.Limit{Name: fmt.Sprint("l", i)})
 	}
-	s.report.use(many)
-	for i := range 3 {
-		for _, shadow := range []bool{false, true} {
-			late := &limiter.Limit{Name: fmt.Sprint("late-", i), Shadow: shadow}
-			s.report.charged(s.report.of(late), &limiter.Charge{Limit: late, Bucket: bucketOf(t), Cost: 1}, &limiter.Verdict{Source: limiter.RedisSource}, true, time.Now())
-		}
+	s.report.limits.setLimits(many)
+	count(many[maxConfigLimits].Name, false)
+	for i := range maxRouteLimits - 1 {
+		count(fmt.Sprint("route-", i), false)
 	}
-	for _, want := range []string{`sluice_rejections_total{limit="_other"} 3`, `sluice_limit_decisions_total{decision="shadow_limited",limit="_other"} 3`} {
-		if !counts(t, registry, want) {
+	for i := range 3 {
+		count(fmt.Sprint("late-", i), false)
+		count(fmt.Sprint("late-", i), true)
+	}
+	text := scrape(registry)
+	for _, want := range []string{
+		`sluice_rejections_total{limit="_other"} 4`,
+		`sluice_limit_decisions_total{decision="shadow_limited",limit="_other"} 3`,
+		`sluice_rejections_total{limit="route-1998"} 1`,
+	} {
+		if !strings.Contains(text, want+"\n") {
 			t.Errorf("no %s", want)
 		}
 	}
-	if n := len(*s.report.limits.Load()); n != maxLimits+2 {
+	if n := len(s.report.limits.all()); n != maxConfigLimits+maxRouteLimits+1 { // and the shared shadow
 		t.Errorf("%d names", n)
 	}
 	for i := range maxTold + 10 {

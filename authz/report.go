@@ -2,7 +2,6 @@ package authz
 
 import (
 	"errors"
-	"maps"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -27,41 +26,17 @@ type report struct {
 	panics   prometheus.Counter
 	mistakes *prometheus.CounterVec
 
-	decisions, rejections, taken *prometheus.CounterVec
-	ratio                        *prometheus.HistogramVec
-
-	// limits are the limits that are known, replaced whole where one comes.
-	limits atomic.Pointer[map[limitName]*limitReport]
+	limits *limitTable
 
 	last *denials
-	tops atomic.Int32 // limits that have a top
 
-	mu   sync.Mutex      // of what follows, and of replacing limits
+	mu   sync.Mutex      // guards told
 	told map[string]bool // the mistakes of the config in force that were logged
 }
 
-// The bounds of what is kept by name. Names are the config's and Envoy's routes', which change.
-const (
-	maxLimits = 20_000
-	maxTold   = 10_000
-	others    = "_other" // the name of all limits past the bound, which no limit can have
-)
-
-// limitName is what a limit's metrics are known by.
-type limitName struct {
-	name   string
-	shadow bool
-}
-
-// limitReport is what is kept ready for one limit.
-type limitReport struct {
-	ofMany                       bool               // past the bound
-	allowed, limited, rejections prometheus.Counter // rejections: nil where it is a shadow limit
-	taken                        prometheus.Counter
-	ratio                        prometheus.Observer
-	lines                        sampler             // which of its denials are logged
-	top                          atomic.Pointer[top] // nil: nobody asked for it yet, or there are too many limits
-}
+// maxTold bounds the mistakes that are remembered as logged. Those of Envoy's
+// routes have any number of names.
+const maxTold = 10_000
 
 // The denials of one limit that are logged: the first, and then one in so many, or the first after so long.
 const (
@@ -90,25 +65,9 @@ func newReport(log *zap.Logger, metrics prometheus.Registerer) *report {
 	checks := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "sluice_checks_total", Help: "Checks, by how they ended.",
 	}, []string{"decision"})
-	decisions := prometheus.NewCounterVec(prometheus.CounterOpts{
-		Name: "sluice_limit_decisions_total", Help: "Each limit's own verdicts, also where another limit denied.",
-	}, []string{"limit", "decision"})
-	rejections := prometheus.NewCounterVec(prometheus.CounterOpts{
-		Name: "sluice_rejections_total", Help: "Requests that an enforced limit denied.",
-	}, []string{"limit"})
-	taken := prometheus.NewCounterVec(prometheus.CounterOpts{
-		Name: "sluice_tokens_taken_total", Help: "Tokens that were taken.",
-	}, []string{"limit"})
-	ratio := prometheus.NewHistogramVec(prometheus.HistogramOpts{
-		Name: "sluice_tokens_remaining_ratio", Help: "The part of the burst that a check left, 0 to 1.",
-		Buckets: []float64{0, .05, .1, .25, .5, .75, .9, 1},
-	}, []string{"limit"})
 	r := &report{
-		log:        log,
-		decisions:  decisions,
-		rejections: rejections,
-		taken:      taken,
-		ratio:      ratio,
+		log:    log,
+		limits: newLimitTable(metrics),
 		seldom: log.WithOptions(zap.WrapCore(func(c zapcore.Core) zapcore.Core {
 			return zapcore.NewSamplerWithOptions(c, time.Second, 1, 0)
 		})),
@@ -128,89 +87,18 @@ func newReport(log *zap.Logger, metrics prometheus.Registerer) *report {
 	for _, o := range limiter.Outcomes {
 		r.checks = append(r.checks, checks.WithLabelValues(o.String()))
 	}
-	r.limits.Store(&map[limitName]*limitReport{})
-	metrics.MustRegister(checks, decisions, rejections, taken, ratio, r.seconds, r.panics, r.mistakes)
+	metrics.MustRegister(checks, r.seconds, r.panics, r.mistakes)
 	return r
 }
 
-// use makes a config's limits known, so that their metrics are there before the first check, and forgets all that only earlier configs
-// had. The limits of Envoy's routes come again with their next check.
-func (r *report) use(limits []*limiter.Limit) {
+// setConfig registers the limits of a config that comes into force, and removes
+// the series of the limits that are gone.
+func (r *report) setConfig(config *policy.Config) {
+	r.limits.setLimits(config.Limits())
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	keep := make(map[string]bool, len(limits))
-	for _, l := range limits {
-		keep[l.Name] = true
-	}
-	known := maps.Clone(*r.limits.Load())
-	for at := range known {
-		if keep[at.name] {
-			continue
-		}
-		if known[at].top.Load() != nil {
-			r.tops.Add(-1)
-		}
-		delete(known, at)
-		r.decisions.DeletePartialMatch(prometheus.Labels{"limit": at.name})
-		for _, v := range []interface{ DeleteLabelValues(...string) bool }{r.rejections, r.taken, r.ratio} {
-			v.DeleteLabelValues(at.name)
-		}
-	}
-	r.limits.Store(&known)
-	r.add(limits...)
 	clear(r.told)
 	r.mistakes.Reset()
-}
-
-// add makes limits known. The caller holds mu.
-func (r *report) add(limits ...*limiter.Limit) {
-	all := maps.Clone(*r.limits.Load())
-	for _, l := range limits {
-		at := limitName{l.Name, l.Shadow}
-		if all[at] != nil {
-			continue
-		}
-		name, limited := l.Name, "limited"
-		if len(all) >= maxLimits {
-			name = others
-		}
-		if l.Shadow {
-			limited = "shadow_limited"
-		}
-		known := &limitReport{
-			allowed: r.decisions.WithLabelValues(name, "allowed"),
-			limited: r.decisions.WithLabelValues(name, limited),
-			taken:   r.taken.WithLabelValues(name),
-			ratio:   r.ratio.WithLabelValues(name),
-		}
-		if !l.Shadow {
-			known.rejections = r.rejections.WithLabelValues(name)
-		}
-		if name == others {
-			known.ofMany = true
-			at = limitName{others, l.Shadow}
-		}
-		all[at] = known
-	}
-	r.limits.Store(&all)
-}
-
-// of is a limit's report. Those of a route's limits come with the first check that has them.
-func (r *report) of(l *limiter.Limit) *limitReport {
-	if known := (*r.limits.Load())[limitName{l.Name, l.Shadow}]; known != nil {
-		return known
-	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	all := *r.limits.Load()
-	if other := all[limitName{others, l.Shadow}]; other != nil && len(all) >= maxLimits {
-		return other
-	}
-	r.add(l)
-	if known := (*r.limits.Load())[limitName{l.Name, l.Shadow}]; known != nil {
-		return known
-	}
-	return (*r.limits.Load())[limitName{others, l.Shadow}]
 }
 
 // checked counts a check that began then and ends now, and logs what an operator should see of it.
@@ -238,14 +126,14 @@ func (r *report) checked(v *verdict, began time.Time) {
 		if !told.Known() {
 			continue
 		}
-		l := r.of(c.Limit)
+		l := r.limits.forLimit(v.config, c.Limit)
 		r.charged(l, c, told, d.Outcome.Spends(), now)
 		if d.Outcome == limiter.Limited && i == d.Telling {
 			r.denied(l, c, v, now)
 		}
 	}
 	for _, l := range v.unlimited {
-		r.of(l).allowed.Inc()
+		r.limits.forLimit(v.config, l).allowed.Inc()
 	}
 	for _, m := range v.mistakes {
 		r.mistaken(m)
@@ -258,7 +146,7 @@ func (r *report) checked(v *verdict, began time.Time) {
 // denied logs a denial by a limit: at debug each, else some of them.
 func (r *report) denied(l *limitReport, charge *limiter.Charge, v *verdict, now time.Time) {
 	told := &v.decision.Verdicts[v.decision.Telling]
-	leftOut, sampled := l.lines.next(now)
+	leftOut, sampled := l.denials.next(now)
 	level := zap.DebugLevel
 	if sampled {
 		level = zap.InfoLevel
@@ -287,7 +175,7 @@ func (r *report) failed(c *limiter.Charge, v *limiter.Verdict) {
 // charged counts a limit's verdict.
 func (r *report) charged(l *limitReport, c *limiter.Charge, v *limiter.Verdict, spends bool, now time.Time) {
 	l.ratio.Observe(float64(v.Remaining) / float64(c.Bucket.Burst()))
-	if t := r.topOf(l); t != nil {
+	if t := r.limits.topOf(l); t != nil {
 		t.add(keyOf(c), !v.Allowed, now)
 	}
 	if !v.Allowed {
@@ -301,17 +189,6 @@ func (r *report) charged(l *limitReport, c *limiter.Charge, v *limiter.Verdict, 
 	if spends || c.Limit.Shadow {
 		l.taken.Add(float64(c.Cost))
 	}
-}
-
-// topOf is a limit's, made for its first request; nil where there are too many.
-func (r *report) topOf(l *limitReport) *top {
-	if t := l.top.Load(); t != nil || l.ofMany {
-		return t
-	}
-	if r.tops.Add(1) > maxTops || !l.top.CompareAndSwap(nil, newTop()) {
-		r.tops.Add(-1)
-	}
-	return l.top.Load()
 }
 
 // fields are a log line's about a charge.
@@ -340,7 +217,7 @@ func (r *report) mistaken(err error) {
 	at := limit + "\n" + field
 	known := r.told[at]
 	if !known && len(r.told) >= maxTold {
-		limit, known = others, true // the limits of Envoy's routes have any number of names
+		limit, known = otherLimits, true // the limits of Envoy's routes have any number of names
 	}
 	if !known {
 		r.told[at] = true

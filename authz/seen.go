@@ -40,7 +40,7 @@ func (s *Server) Totals() Totals {
 
 // Limits returns the counts of each limit, the config's and those of Envoy's routes, by name.
 func (s *Server) Limits() []LimitTotals {
-	known := *s.report.limits.Load()
+	known := s.report.limits.all()
 	all := make([]LimitTotals, 0, len(known))
 	for name, l := range known {
 		all = append(all, LimitTotals{
@@ -60,12 +60,9 @@ func count(c prometheus.Counter) uint64 {
 // Top returns a limit's keys with the most requests and those with the most denials in the last five to ten minutes, at most n each. None
 // are known of a limit that nobody knows, and of more than a hundred limits.
 func (s *Server) Top(limit string, n int) (requests, denials []TopKey) {
-	known := *s.report.limits.Load()
-	for _, shadow := range []bool{false, true} {
-		if l := known[limitName{limit, shadow}]; l != nil {
-			if t := l.top.Load(); t != nil {
-				return t.told(n, time.Now())
-			}
+	for _, l := range s.report.limits.named(limit) {
+		if t := l.top.Load(); t != nil {
+			return t.told(n, time.Now())
 		}
 	}
 	return nil, nil

@@ -114,7 +114,7 @@ func TestWhatIsSeenIsBounded(t *testing.T) {
 	now := time.Now()
 	ask := func(key string) {
 		v.decision.Charges[0] = limiter.Charge{Limit: limit, Bucket: bucket, Key: "sluice:default:a:{" + key + "}", Cost: 1}
-		s.report.charged(s.report.of(limit), &v.decision.Charges[0], &v.decision.Verdicts[0], false, now)
+		s.report.charged(s.report.limits.forLimit(v.config, limit), &v.decision.Charges[0], &v.decision.Verdicts[0], false, now)
 		s.report.last.note(&v, now)
 	}
 	const clients = 1_000_000
@@ -140,7 +140,7 @@ func TestWhatIsSeenIsBounded(t *testing.T) {
 	if d := s.Denials()[0]; d.Key != long {
 		t.Errorf("%d bytes of key", len(d.Key))
 	}
-	if _, ok := s.report.of(limit).top.Load().now[0].find(long[:longestTop], hashOf(long[:longestTop])); !ok {
+	if _, ok := s.report.limits.forLimit(v.config, limit).top.Load().now[0].find(long[:longestTop], hashOf(long[:longestTop])); !ok {
 		t.Error("a long key is not cut")
 	}
 }
@@ -152,10 +152,10 @@ func TestTopsAreBounded(t *testing.T) {
 		for i := range maxTops + 3 {
 			limits = append(limits, &limiter.Limit{Name: fmt.Sprintf("l%d-%d", round, i)})
 		}
-		s.report.use(limits)
+		s.report.limits.setLimits(limits)
 		kept := 0
 		for _, l := range limits {
-			s.report.charged(s.report.of(l), &limiter.Charge{Limit: l, Bucket: bucketOf(t), Key: "p:{k}"}, &limiter.Verdict{Allowed: true, Source: limiter.MemorySource}, true, time.Now())
+			s.report.charged(s.report.limits.forLimit(s.config.Load(), l), &limiter.Charge{Limit: l, Bucket: bucketOf(t), Key: "p:{k}"}, &limiter.Verdict{Allowed: true, Source: limiter.MemorySource}, true, time.Now())
 			if requests, _ := s.Top(l.Name, 1); len(requests) == 1 && requests[0].Key == "k" {
 				kept++
 			}

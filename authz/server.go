@@ -79,7 +79,7 @@ func New(o Options) *Server {
 
 // Use makes the server answer by another config from the next check on. A check that is under way ends by the one that it began with.
 func (s *Server) Use(config *policy.Config) {
-	s.report.use(config.Limits())
+	s.report.setConfig(config)
 	s.config.Store(config)
 }
 

@@ -1,0 +1,311 @@
+package authz
+
+import (
+	"maps"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/sluiceproxy/sluice/limiter"
+	"github.com/sluiceproxy/sluice/limiter/policy"
+)
+
+const (
+	// maxConfigLimits is how many of a config's limits have metrics of their
+	// own. The others are counted together, as otherLimits.
+	maxConfigLimits = 20_000
+	// maxRouteLimits is the same for the limits of Envoy's routes, whose names
+	// whoever reaches the gRPC listener can choose.
+	maxRouteLimits = 2_000
+	// routeLimitLife is how long a route's limit keeps its metrics after the
+	// last check that named it.
+	routeLimitLife = time.Hour
+	// otherLimits is the label of limits past a bound. No limit can have this
+	// name.
+	otherLimits = "_other"
+)
+
+// limitTable finds the metrics of a limit. The limits of the config are there
+// from the start, so that their series exist before the first check; a limit of
+// Envoy's routes is added by the first check that names it and dropped when no
+// check has named it for routeLimitLife.
+//
+// It is safe for concurrent use. No lookup waits for a change of the config:
+// locks are held for one limit at a time.
+type limitTable struct {
+	decisions, rejections, taken *prometheus.CounterVec
+	ratio                        *prometheus.HistogramVec
+	now                          func() time.Time
+
+	// config holds the limits of the config in force. The map is replaced, never
+	// changed.
+	config atomic.Pointer[map[limitName]*limitReport]
+	// gone counts for limits of a config that is no longer in force. Nobody
+	// reads it.
+	gone *limitReport
+
+	// series is held while series are made or deleted, which waits for a scrape
+	// that is being collected. No lookup of a known limit waits for it.
+	series sync.Mutex
+	swept  time.Time // when routes was last looked through; guarded by series
+
+	mu     sync.RWMutex // guards routes, which only who holds series changes
+	routes map[limitName]*limitReport
+
+	tops atomic.Int32 // limits that have a top
+}
+
+// limitName identifies a limit's metrics.
+type limitName struct {
+	name   string
+	shadow bool
+}
+
+// limitReport is what is kept for one limit.
+type limitReport struct {
+	isShared                     bool               // by all limits past a bound
+	allowed, limited, rejections prometheus.Counter // rejections: nil if it is a shadow limit
+	taken                        prometheus.Counter
+	ratio                        prometheus.Observer
+	denials                      sampler             // says which denials are logged
+	top                          atomic.Pointer[top] // nil: not asked for yet, or too many limits have one
+	used                         atomic.Int64        // for a route's limit: the last check that named it, to the minute, in Unix seconds
+}
+
+func newLimitTable(metrics prometheus.Registerer) *limitTable {
+	t := &limitTable{
+		decisions: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "sluice_limit_decisions_total", Help: "Each limit's own verdicts, also where another limit denied.",
+		}, []string{"limit", "decision"}),
+		rejections: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "sluice_rejections_total", Help: "Requests that an enforced limit denied.",
+		}, []string{"limit"}),
+		taken: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "sluice_tokens_taken_total", Help: "Tokens that were taken.",
+		}, []string{"limit"}),
+		ratio: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "sluice_tokens_remaining_ratio", Help: "The part of the burst that a check left, 0 to 1.",
+			Buckets: []float64{0, .05, .1, .25, .5, .75, .9, 1},
+		}, []string{"limit"}),
+		now: time.Now,
+		gone: &limitReport{
+			isShared:   true,
+			allowed:    prometheus.NewCounter(prometheus.CounterOpts{}),
+			limited:    prometheus.NewCounter(prometheus.CounterOpts{}),
+			rejections: prometheus.NewCounter(prometheus.CounterOpts{}),
+			taken:      prometheus.NewCounter(prometheus.CounterOpts{}),
+			ratio:      prometheus.NewHistogram(prometheus.HistogramOpts{}),
+		},
+		routes: make(map[limitName]*limitReport),
+	}
+	t.config.Store(&map[limitName]*limitReport{})
+	metrics.MustRegister(t.decisions, t.rejections, t.taken, t.ratio)
+	return t
+}
+
+// limitedLabel is what sluice_limit_decisions_total calls a denial.
+func (n limitName) limitedLabel() string {
+	if n.shadow {
+		return "shadow_limited"
+	}
+	return "limited"
+}
+
+// setLimits registers the limits of a config that comes into force, and removes
+// the series of the limits that it no longer has.
+func (t *limitTable) setLimits(limits []*limiter.Limit) {
+	before := *t.config.Load()
+	next := make(map[limitName]*limitReport, len(limits))
+	for _, l := range limits {
+		name := limitName{l.Name, l.Shadow}
+		switch known := before[name]; {
+		case known != nil && !known.isShared:
+			next[name] = known
+		case len(next) >= maxConfigLimits:
+			next[name] = t.add(limitName{otherLimits, l.Shadow})
+		default:
+			next[name] = t.add(name)
+		}
+	}
+	t.config.Store(&next)
+	for name, l := range before {
+		if next[name] == nil && !l.isShared {
+			t.remove(name, l)
+		}
+	}
+}
+
+// add returns what is kept for a limit of the config, which may have been a
+// route's until now.
+func (t *limitTable) add(name limitName) *limitReport {
+	t.series.Lock()
+	defer t.series.Unlock()
+	known := t.route(name)
+	switch {
+	case known == nil:
+		known = t.newLocked(name)
+		if known.isShared {
+			t.setRouteLocked(name, known)
+		}
+	case !known.isShared:
+		t.setRouteLocked(name, nil)
+	}
+	return known
+}
+
+// route returns a route's limit, or nil.
+func (t *limitTable) route(name limitName) *limitReport {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	return t.routes[name]
+}
+
+// setRouteLocked puts a route's limit in, or takes it out where l is nil. The
+// caller holds series.
+func (t *limitTable) setRouteLocked(name limitName, l *limitReport) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if l == nil {
+		delete(t.routes, name)
+	} else {
+		t.routes[name] = l
+	}
+}
+
+func (t *limitTable) newLocked(name limitName) *limitReport {
+	l := &limitReport{
+		isShared: name.name == otherLimits,
+		allowed:  t.decisions.WithLabelValues(name.name, "allowed"),
+		limited:  t.decisions.WithLabelValues(name.name, name.limitedLabel()),
+		taken:    t.taken.WithLabelValues(name.name),
+		ratio:    t.ratio.WithLabelValues(name.name),
+	}
+	if !name.shadow {
+		l.rejections = t.rejections.WithLabelValues(name.name)
+	}
+	return l
+}
+
+// remove deletes the series of a limit that the config in force does not have.
+func (t *limitTable) remove(name limitName, l *limitReport) {
+	t.series.Lock()
+	defer t.series.Unlock()
+	t.removeLocked(name, l)
+}
+
+func (t *limitTable) removeLocked(name limitName, l *limitReport) {
+	if l.top.Load() != nil {
+		t.tops.Add(-1)
+	}
+	config := *t.config.Load()
+	if config[name] != nil || t.route(name) != nil {
+		return // a check or another config has named it again
+	}
+	t.decisions.DeleteLabelValues(name.name, name.limitedLabel())
+	if !name.shadow {
+		t.rejections.DeleteLabelValues(name.name)
+	}
+	// These it shares with a limit of the same name in the other mode.
+	if twin := (limitName{name.name, !name.shadow}); config[twin] == nil && t.route(twin) == nil {
+		t.decisions.DeleteLabelValues(name.name, "allowed")
+		t.taken.DeleteLabelValues(name.name)
+		t.ratio.DeleteLabelValues(name.name)
+	}
+}
+
+// forLimit returns what is kept for a limit that a check by config named.
+func (t *limitTable) forLimit(config *policy.Config, l *limiter.Limit) *limitReport {
+	name := limitName{l.Name, l.Shadow}
+	if known := (*t.config.Load())[name]; known != nil {
+		return known
+	}
+	now := t.now()
+	known := t.route(name)
+	switch {
+	case known != nil:
+	case config.Has(l): // which is no longer in force
+		return t.gone
+	default:
+		known = t.addRoute(name, now)
+	}
+	if minute := now.Unix() / 60 * 60; known.used.Load() != minute {
+		known.used.Store(minute)
+	}
+	return known
+}
+
+func (t *limitTable) addRoute(name limitName, now time.Time) *limitReport {
+	t.series.Lock()
+	defer t.series.Unlock()
+	if len(t.routes) >= maxRouteLimits || now.Sub(t.swept) >= routeLimitLife {
+		t.sweepLocked(now)
+	}
+	known := t.route(name)
+	if known == nil && len(t.routes) >= maxRouteLimits {
+		name.name = otherLimits
+		known = t.route(name)
+	}
+	if known == nil {
+		known = t.newLocked(name)
+		known.used.Store(now.Unix())
+		t.setRouteLocked(name, known)
+	}
+	return known
+}
+
+// sweepLocked drops the routes' limits that no check has named for long. It does
+// so once a minute at most.
+func (t *limitTable) sweepLocked(now time.Time) {
+	if now.Sub(t.swept) < time.Minute {
+		return
+	}
+	t.swept = now
+	for name, l := range t.routes {
+		if !l.isShared && now.Unix()-l.used.Load() > int64(routeLimitLife/time.Second) {
+			t.setRouteLocked(name, nil)
+			t.removeLocked(name, l)
+		}
+	}
+}
+
+// all returns every limit that has metrics of its own, and the shared ones.
+func (t *limitTable) all() map[limitName]*limitReport {
+	t.mu.RLock()
+	all := maps.Clone(t.routes)
+	t.mu.RUnlock()
+	for name, l := range *t.config.Load() {
+		if !l.isShared {
+			all[name] = l
+		}
+	}
+	return all
+}
+
+// named returns the limits of a name: none, an enforced one, a shadow, or both.
+func (t *limitTable) named(name string) []*limitReport {
+	var found []*limitReport
+	for _, shadow := range []bool{false, true} {
+		at := limitName{name, shadow}
+		for _, l := range []*limitReport{(*t.config.Load())[at], t.route(at)} {
+			if l != nil && !slices.Contains(found, l) {
+				found = append(found, l)
+			}
+		}
+	}
+	return found
+}
+
+// topOf returns the busiest keys of a limit, which the first call begins to
+// count; nil if too many limits have theirs counted.
+func (t *limitTable) topOf(l *limitReport) *top {
+	if top := l.top.Load(); top != nil || l.isShared {
+		return top
+	}
+	if t.tops.Add(1) > maxTops || !l.top.CompareAndSwap(nil, newTop()) {
+		t.tops.Add(-1)
+	}
+	return l.top.Load()
+}
