@@ -138,10 +138,7 @@ func (m *match) why(s *subject, field string) string {
 	case "methods":
 		return fmt.Sprintf("the method %s is none of match.methods", quoted(s.Method))
 	case "paths":
-		if len(s.readings) > 1 {
-			return fmt.Sprintf("the path %s, and its normal form %s, is none of match.paths", quoted(s.sent), quoted(s.readings[1]))
-		}
-		return fmt.Sprintf("the path %s is none of match.paths", quoted(s.sent))
+		return fmt.Sprintf("the path %s%s is none of match.paths", quoted(s.sent), alsoRead(s.readings[1:]))
 	case "clients":
 		if !s.client.IsValid() {
 			return "the client's address is not known, so that match.clients cannot hold"
@@ -152,6 +149,22 @@ func (m *match) why(s *subject, field string) string {
 		return "the peer has no principal, so that match.principals cannot hold"
 	}
 	return fmt.Sprintf("the principal %s is none of match.principals", quoted(s.Source.Principal))
+}
+
+// alsoRead lists the other readings of a path, or the first of them.
+func alsoRead(others []string) string {
+	const most = 4
+	if len(others) == 0 {
+		return ""
+	}
+	var texts []string
+	for _, reading := range others[:min(len(others), most)] {
+		texts = append(texts, quoted(reading))
+	}
+	if more := len(others) - most; more > 0 {
+		texts = append(texts, fmt.Sprintf("and %d more", more))
+	}
+	return ", also read as " + strings.Join(texts, ", ") + ","
 }
 
 // quoted is what a client sent, in quotes, escaped, and at most some 100 bytes of it.

@@ -1,0 +1,168 @@
+package policy
+
+import (
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"pgregory.net/rapid"
+)
+
+// Each row is a path as it was sent, a server that takes it for another, and that other path.
+func TestPathReadings(t *testing.T) {
+	for _, tt := range []struct{ sent, server, read string }{
+		// Encoded slashes that stay within their segment, beside something else that is not normal.
+		{"/v1/orders/a%2Fb/", "Express", "/v1/orders/a%2Fb"},
+		{"/v1/%6frders/a%2Fb", "Go's ServeMux", "/v1/orders/a%2Fb"},
+		{"/v1/%6Frders/a%5Cb", "Go's ServeMux", "/v1/orders/a%5Cb"},
+		{"/v1/./orders//a%2fb;x=1/", "one that keeps encoded slashes", "/v1/orders/a%2fb"},
+		{"/v1/orders/%2e%2e", "Go's ServeMux", "/v1/orders/.."},
+		{"/v1/%6frders/%2E%2e", "Go's ServeMux", "/v1/orders/.."},
+		{"/v1/%6frders/a\\b", "Fastify", `/v1/orders/a\b`},
+		{"/v1/%6frders/..;", "Go's ServeMux", "/v1/orders/..;"},
+		{"/v1/%6frders/;x", "Express 5 with a decoding proxy", "/v1/orders/;x"},
+		{"/v1/orders/;x/", "Express", "/v1/orders/;x"},
+		{"/v1/orders/../", "Express", "/v1/orders/.."},
+		{`/v1/orders/a\b/`, "Express", `/v1/orders/a\b`},
+		{"/v1/orders%2f..", "Flask", "/v1/orders/.."},
+		{"/v1%2Forders", "Flask", "/v1/orders"},
+
+		// Dot segments before and after decoding, and beside doubled slashes.
+		{"/public//../admin", "RFC 3986", "/public/admin"},
+		{"/public//../%61dmin", "RFC 3986", "/public/admin"},
+		{"/public//../%61dmin", "nginx", "/admin"},
+		{"/public/%2f../admin", "nginx with merge_slashes off", "/public/admin"},
+		{"/x/a%2fb/../../admin", "Jetty", "/admin"},
+		{"/x/a%2fb/../../admin", "nginx", "/x/admin"},
+		{"/x/../v1/orders/%2e%2e", "what decodes segments of a clean path", "/v1/orders/.."},
+		{"/v1/orders/x/..", "nginx", "/v1/orders"},
+		{"/../v1/orders", "nginx", "/v1/orders"},
+		{"/v1/%2e/orders", "a WHATWG URL", "/v1/orders"},
+		{`/v1\x\..\orders`, "a WHATWG URL", "/v1/orders"},
+
+		// ;parameters
+		{"/v1;a=b/orders;c", "Spring", "/v1/orders"},
+		{"/v1/orders/a%3Bb", "Spring", "/v1/orders/a;b"},
+		{"/v1;a/%6frders/%3bx", "Spring", "/v1/orders/;x"},
+		{"/v1;a%2fb/orders", "Tomcat", "/v1/orders"},
+		{"/x/..;/v1/orders", "Tomcat", "/v1/orders"},
+		{"/v1/orders;/7/pay", "Fastify 4", "/v1/orders"},
+		{"/v1/orders;/../../x", "Fastify 4", "/v1/orders"},
+
+		// What is no part of the path, or not for all.
+		{"/v1/orders#x", "Node's url.parse", "/v1/orders"},
+		{"/v1/orders#/../x", "Flask", "/v1/orders"},
+		{"/v1/orders%23x", "who decodes and parses again", "/v1/orders"},
+		{"/v1/orders%3Fx=1", "who decodes and parses again", "/v1/orders"},
+		{"/v1/orders%00.png", "who ends texts with a NUL", "/v1/orders"},
+		{"/v1/orders%0a", "Starlette", "/v1/orders"},
+		{"/v1/orders\xa0", "Node's url.parse", "/v1/orders"},
+		{"/v1/ord\ters", "Python's urlsplit", "/v1/orders"},
+		{"//h/v1/orders", "new URL(path, base)", "/v1/orders"},
+		{`/\h/v1/orders`, "new URL(path, base)", "/v1/orders"},
+		{"http://h/v1/orders", "new URL(path)", "/v1/orders"},
+		{"http://h", "new URL(path)", "/"},
+
+		// Escapes
+		{"/%76%31/orders", "Flask", "/v1/orders"},
+		{"/v1/orders/%zz", "Flask", "/v1/orders/%zz"},
+		{"/v1/%6frders/%4", "Flask", "/v1/orders/%4"},
+		{"/v1/%6frders/%ff%c0%af", "Flask", "/v1/orders/\xff\xc0\xaf"},
+		{"/v1/%256frders", "all", "/v1/%6frders"}, // once
+		{"*", "all", "/*"},
+		{"", "all", "/"},
+		{"v1/orders", "all", "/v1/orders"},
+	} {
+		readings := appendReadings(nil, tt.sent)
+		if readings[0] != tt.sent {
+			t.Errorf("%q: the first reading is %q", tt.sent, readings[0])
+		}
+		if !slices.Contains(readings, tt.read) {
+			t.Errorf("%q is %q for %s, and no reading: %q", tt.sent, tt.read, tt.server, readings)
+		}
+		if want := normalPath(tt.sent); want != tt.sent && readings[1] != want {
+			t.Errorf("%q: the second reading is %q, the normal form %q", tt.sent, readings[1], want)
+		}
+	}
+}
+
+// A path that nobody reads in another way has one reading, and it costs no allocation.
+func TestPlainPaths(t *testing.T) {
+	var few [3]string
+	for _, path := range []string{"/", "/v1/orders/7", "/a.b/c-d_e~f", "/a:b@c!$&'()*+,=d", "/v1/é", "/..a", "/a.."} {
+		if got := appendReadings(nil, path); len(got) != 1 || got[0] != path {
+			t.Errorf("%q: %q", path, got)
+		}
+		if strings.HasPrefix(path, "/.") {
+			continue // is looked at
+		}
+		if n := testing.AllocsPerRun(10, func() { appendReadings(few[:0], path) }); n != 0 {
+			t.Errorf("%q: %v allocations", path, n)
+		}
+	}
+}
+
+// pathPieces are what paths are made of in tests.
+var pathPieces = []string{
+	"/", "/", "/", "//", "a", "b", "v1", ".", "..", "/.", "/..", "\\", ";", ";x", "#", "%", "%2f", "%2F", "%5c", "%5C", "%2e", "%2E", "%3b", "%61", "%25", "%00", "%0a",
+	"%3f", "%23", "%zz", "%4", "\t", "\n", " ", "\xa0", "\xff", "é", "://", "\x00", "A", "%4F",
+}
+
+// checkReadings holds the readings of a path to what they are: those of all servers, without the short cuts of appendReadings.
+func checkReadings(t interface {
+	Helper()
+	Fatalf(string, ...any)
+}, path string) {
+	t.Helper()
+	got := appendReadings(nil, path)
+	want := map[string]bool{path: true}
+	for _, server := range servers {
+		r := read(path, server)
+		want[r] = true
+		if r == "" || r[0] != '/' || r != "/" && strings.HasSuffix(r, "/") || strings.Contains(r, "//") || len(r) > len(path)+1 {
+			t.Fatalf("%q, read with %b: %q", path, server, r)
+		}
+	}
+	if len(got) != len(want) {
+		t.Fatalf("%q: %d readings %q, want %d: %v", path, len(got), got, len(want), want)
+	}
+	for _, r := range got {
+		if !want[r] {
+			t.Fatalf("%q: %q is no server's", path, r)
+		}
+	}
+}
+
+// The habits that are left out as they change nothing really change nothing.
+func TestHabitsThatMatter(t *testing.T) {
+	setRapidChecks(t, 20_000)
+	rapid.Check(t, func(t *rapid.T) {
+		checkReadings(t, strings.Join(rapid.SliceOfN(rapid.SampledFrom(pathPieces), 0, 10).Draw(t, "path"), ""))
+	})
+}
+
+func FuzzPathReadings(f *testing.F) {
+	for _, seed := range []string{"", "/", "//", "/a", "/a/", "/a/../b", "/%2e%2e/a", "/a;b/c", "\\a", "/%", "/%4", "/\xff", "/a%2fb/", "/.a", "..;/x", "/a#b", "//h/x", "/a\t", "http://h/x"} {
+		f.Add(seed)
+	}
+	f.Fuzz(checkReadingsOf)
+}
+
+func checkReadingsOf(t *testing.T, path string) { checkReadings(t, path) }
+
+// A long path is read in time that grows with its length, whatever it is made of.
+func TestReadingsAreBounded(t *testing.T) {
+	for _, piece := range pathPieces {
+		path := "/" + strings.Repeat(piece, 60_000/len(piece))
+		best := time.Hour
+		for range 10 { // a busy machine is slow at times
+			began := time.Now()
+			appendReadings(nil, path)
+			best = min(best, time.Since(began))
+		}
+		if best > 10*time.Millisecond {
+			t.Errorf("%q: %v", piece, best)
+		}
+	}
+}
