@@ -26,7 +26,7 @@ var attributes = map[string]attribute{
 	"request.path":          {cel.StringType, false, func(s *subject) any { return s.Path }}, // with its query
 	"request.url_path":      {cel.StringType, true, func(s *subject) any { return s.sent }},
 	"request.query":         {cel.StringType, false, func(s *subject) any { return s.query }},
-	"request.host":          {cel.StringType, true, func(s *subject) any { return s.host }},
+	"request.host":          {cel.StringType, true, func(s *subject) any { return s.host() }},
 	"request.scheme":        {cel.StringType, true, func(s *subject) any { return s.Scheme }},
 	"request.method":        {cel.StringType, true, func(s *subject) any { return s.Method }},
 	"request.protocol":      {cel.StringType, true, func(s *subject) any { return s.Protocol }},

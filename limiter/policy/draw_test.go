@@ -487,7 +487,7 @@ func TestDraw(t *testing.T) {
 		{`limits: [{name: a, rate: 1/s, match: {paths: [/v1/orders]}}, {name: b, rate: 1/s, match: {hosts: ["[::1]", 10.0.0.1, h_1.example.com]}}]`, [][]string{
 			{"GET h/x%2fy/../v1/orders", "a -"},
 			{"GET [::1]:80/", "b -"},
-			{"GET [0:0::1]/", ""},
+			{"GET [0:0::1]/", "b -"},
 			{"GET 10.0.0.1:80/", "b -"},
 			{"GET H_1.example.com.:80/", "b -"},
 		}},

@@ -134,11 +134,11 @@ func (l *rule) partName(i int) string { return "part " + l.key[i].text }
 func (m *match) why(s *subject, field string) string {
 	switch field {
 	case "hosts":
-		return fmt.Sprintf("the host %s is none of match.hosts", quoted(s.host))
+		return fmt.Sprintf("the host %s is none of match.hosts", quoted(s.host()))
 	case "methods":
 		return fmt.Sprintf("the method %s is none of match.methods", quoted(s.Method))
 	case "paths":
-		return fmt.Sprintf("the path %s%s is none of match.paths", quoted(s.sent), alsoRead(s.readings[1:]))
+		return fmt.Sprintf("the path %s%s is none of match.paths", quoted(s.sent), alsoRead(s.paths[1:]))
 	case "clients":
 		if !s.client.IsValid() {
 			return "the client's address is not known, so that match.clients cannot hold"

@@ -149,11 +149,14 @@ func (x *index) find(s *subject, r reading) iter.Seq[int] {
 
 		clear(found)
 		x.anyHost.addTo(found)
-		host := s.hostOf(r)
-		x.hosts[host].addTo(found)
-		for i := max(1, len(host)-x.longestDomain-1); i < len(host); i++ {
-			if host[i] == '.' {
-				x.domains[host[i+1:]].addTo(found)
+		for i, host := range s.hosts {
+			if i > 0 && r == allReadings {
+				clear(also)
+				x.anyHost.addTo(also)
+				x.addHost(host, also)
+				found.intersect(also)
+			} else {
+				x.addHost(host, found)
 			}
 		}
 
@@ -164,7 +167,7 @@ func (x *index) find(s *subject, r reading) iter.Seq[int] {
 
 		clear(also)
 		x.anyPath.addTo(also)
-		for i, path := range s.readings {
+		for i, path := range s.paths {
 			if i > 0 && r == allReadings {
 				found.intersect(also)
 				clear(also)
@@ -180,6 +183,16 @@ func (x *index) find(s *subject, r reading) iter.Seq[int] {
 					return
 				}
 			}
+		}
+	}
+}
+
+// addHost adds the matches that one reading of a host fits.
+func (x *index) addHost(host string, into set) {
+	x.hosts[host].addTo(into)
+	for i := max(1, len(host)-x.longestDomain-1); i < len(host); i++ {
+		if host[i] == '.' {
+			x.domains[host[i+1:]].addTo(into)
 		}
 	}
 }

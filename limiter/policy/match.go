@@ -3,7 +3,6 @@ package policy
 import (
 	"fmt"
 	"net/netip"
-	"regexp"
 	"strings"
 )
 
@@ -19,27 +18,34 @@ type match struct {
 // subject is a request as matches and expressions see it: what is worked out from it is worked out once. It is for one goroutine.
 type subject struct {
 	*Request
-	host      string   // normalised
-	exactHost string   // the same, but for a final dot, which Envoy's own matching keeps
-	sent      string   // the path without its query
-	readings  []string // of the path: as sent, and those that differ from that
-	query     string
-	client    netip.Addr // invalid where it is unknown
-	isSure    bool       // the client's address is not the peer's for want of a better one
+	hosts  []string // the host's readings: as expressions see it, and those that differ from that
+	sent   string   // the path without its query
+	paths  []string // the path's readings: as sent, and those that differ from that
+	query  string
+	client netip.Addr // invalid where it is unknown
+	isSure bool       // the client's address is not the peer's for want of a better one
 
-	few [3]string
+	fewPaths, fewHosts [3]string
 }
 
 func newSubject(r *Request, ids *clientIP) *subject {
-	s := &subject{Request: r, exactHost: normalHost(r.Host)}
-	s.host = strings.TrimSuffix(s.exactHost, ".")
+	s := &subject{Request: r}
+	s.hosts = appendHosts(s.fewHosts[:0], r.Host)
 	s.client, s.isSure = ids.of(r)
 	s.sent, s.query, _ = strings.Cut(r.Path, "?")
-	s.readings = appendReadings(s.few[:0], s.sent)
+	s.paths = appendReadings(s.fewPaths[:0], s.sent)
 	return s
 }
 
-// reading says which of a path's readings have to match.
+// host is the request's host as expressions see it; empty where none is known.
+func (s *subject) host() string {
+	if len(s.hosts) == 0 {
+		return ""
+	}
+	return s.hosts[0]
+}
+
+// reading says which readings of a host and of a path have to match.
 type reading uint8
 
 const (
@@ -47,22 +53,14 @@ const (
 	allReadings                // an exemption's: no spelling slips into it
 )
 
-// hostOf is the host that a match sees. An exemption's is the one that Envoy's own routes see.
-func (s *subject) hostOf(r reading) string {
-	if r == allReadings {
-		return s.exactHost
-	}
-	return s.host
-}
-
 // mismatch is the first of the match's fields that does not hold, or empty.
 func (m *match) mismatch(s *subject, r reading) string {
 	switch {
-	case len(m.hosts) > 0 && !anyOf(m.hosts, s.hostOf(r), hostMatches):
+	case len(m.hosts) > 0 && !matchesReadings(m.hosts, s.hosts, r, hostMatches):
 		return "hosts"
 	case len(m.methods) > 0 && !anyOf(m.methods, s.Method, methodMatches):
 		return "methods"
-	case len(m.paths) > 0 && !m.path(s, r):
+	case len(m.paths) > 0 && !matchesReadings(m.paths, s.paths, r, pathPattern.matches):
 		return "paths"
 	}
 	return m.whoMismatches(s, r)
@@ -79,9 +77,10 @@ func (m *match) whoMismatches(s *subject, r reading) string {
 	return ""
 }
 
-func (m *match) path(s *subject, r reading) bool {
-	for _, path := range s.readings {
-		if anyOf(m.paths, path, pathPattern.matches) == (r == anyReading) {
+// matchesReadings reports whether any reading is one of the patterns', or all are.
+func matchesReadings[P any](patterns []P, readings []string, r reading, matches func(P, string) bool) bool {
+	for _, reading := range readings {
+		if anyOf(patterns, reading, matches) == (r == anyReading) {
 			return r == anyReading
 		}
 	}
@@ -102,70 +101,8 @@ func anyOf[P, V any](patterns []P, v V, matches func(P, V) bool) bool {
 	return false
 }
 
-func hostMatches(pattern, host string) bool {
-	if suffix, ok := strings.CutPrefix(pattern, "*"); ok {
-		return len(host) > len(suffix) && strings.HasSuffix(host, suffix)
-	}
-	return pattern == host
-}
-
 func methodMatches(pattern, method string) bool {
 	return pattern == method || pattern == "GET" && method == "HEAD"
-}
-
-// normalHost is a host in lower case, without its port. What is no host stays what it is.
-func normalHost(host string) string {
-	if i := strings.LastIndexByte(host, ':'); i >= 0 && isDigits(host[i+1:]) && (strings.IndexByte(host, ':') == i || host[i-1] == ']') {
-		host = host[:i]
-	}
-	if inner, ok := strings.CutPrefix(host, "["); ok {
-		if a, err := netip.ParseAddr(strings.TrimSuffix(inner, "]")); err == nil && a.Is6() && strings.HasSuffix(inner, "]") {
-			host = inner[:len(inner)-1]
-		}
-	}
-	for i := 0; i < len(host); i++ {
-		if c := host[i]; 'A' <= c && c <= 'Z' {
-			return lowerASCII(host)
-		}
-	}
-	return host
-}
-
-// lowerASCII lowers nothing else: hosts that differ in other letters are others.
-func lowerASCII(s string) string {
-	b := []byte(s)
-	for i, c := range b {
-		if 'A' <= c && c <= 'Z' {
-			b[i] = c + 'a' - 'A'
-		}
-	}
-	return string(b)
-}
-
-func isDigits(s string) bool {
-	for i := 0; i < len(s); i++ {
-		if s[i] < '0' || s[i] > '9' {
-			return false
-		}
-	}
-	return s != ""
-}
-
-var hostOfName = regexp.MustCompile(`^[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?$`)
-
-func parseHost(s string) (string, error) {
-	const allowed = "allowed are names such as api.example.com and *.example.com, and addresses, without a port"
-	name, isWild := strings.CutPrefix(s, "*.")
-	if a, err := netip.ParseAddr(strings.TrimSuffix(strings.TrimPrefix(s, "["), "]")); err == nil {
-		return a.String(), nil
-	}
-	if !hostOfName.MatchString(name) || strings.Contains(name, "..") {
-		return "", fmt.Errorf("%q is no host; %s", s, allowed)
-	}
-	if isWild {
-		return "*." + lowerASCII(name), nil
-	}
-	return lowerASCII(name), nil
 }
 
 func parseMethod(s string) (string, error) {

@@ -1,0 +1,143 @@
+package policy
+
+import (
+	"strings"
+	"testing"
+)
+
+// Each row is a host as it was sent, and how expressions see it.
+func TestHosts(t *testing.T) {
+	for sent, want := range map[string]string{
+		"":                        "",
+		"api.example.com":         "api.example.com",
+		"API.Example.com":         "api.example.com",
+		"api.example.com:8443":    "api.example.com",
+		"api.example.com:":        "api.example.com",
+		"api.example.com:x":       "api.example.com",
+		"api.example.com:-1":      "api.example.com",
+		"api.example.com:80a":     "api.example.com",
+		"api.example.com:80:80":   "api.example.com",
+		"api.example.com::":       "api.example.com",
+		"api.example.com.":        "api.example.com",
+		"api.example.com..":       "api.example.com",
+		"api.example.com.:80":     "api.example.com",
+		"api.example.com..:80.":   "api.example.com",
+		":80":                     "",
+		".":                       "",
+		"10.0.0.1:80":             "10.0.0.1",
+		"10.0.0.1.":               "10.0.0.1",
+		"10.0.0.1:80:80":          "10.0.0.1",
+		"2001:db8::1":             "2001:db8::1",
+		"2001:DB8:0:0::1":         "2001:db8::1",
+		"2001:db8::1:":            "2001:db8::1",
+		"2001:db8::1:x":           "2001:db8::1",
+		"[2001:DB8:0:0::1]":       "2001:db8::1",
+		"[2001:db8::1]:80":        "2001:db8::1",
+		"[2001:db8::1]:":          "2001:db8::1",
+		"[2001:db8::1]:80:80":     "2001:db8::1",
+		"[2001:db8::1].":          "2001:db8::1",
+		"[2001:db8::1].:80":       "2001:db8::1",
+		"[fe80::1%25eth0]:80":     "fe80::1",
+		"[::ffff:10.0.0.1]:80":    "10.0.0.1",
+		"[::FFFF:0a00:1]":         "10.0.0.1",
+		"[api.example.com]:80":    "[api.example.com]",
+		"[2001:db8::1]x":          "[2001:db8::1]x",
+		"x]:80":                   "x]",
+		"[":                       "[",
+		"\u212aelvin.example.com": "\u212aelvin.example.com",
+	} {
+		s := newSubject(&Request{Host: sent}, &clientIP{})
+		if got := s.host(); got != want {
+			t.Errorf("%q: %q, want %q", sent, got, want)
+		}
+		if again := newSubject(&Request{Host: want}, &clientIP{}).host(); again != want {
+			t.Errorf("%q is normal, and becomes %q", want, again)
+		}
+	}
+}
+
+// Whatever stands behind a host's colon, and however an address is written, the limit of the plain host applies.
+func TestHostVariants(t *testing.T) {
+	c := parse(t, `
+limits:
+  - {name: a, rate: 1/s, match: {hosts: [api.example.com]}}
+  - {name: b, rate: 1/s, match: {hosts: ["*.example.com"]}}
+  - {name: c, rate: 1/s, match: {hosts: ["2001:DB8:0::1", "[::ffff:10.0.0.1]"]}}
+`)
+	for want, hosts := range map[string][]string{
+		"a -, b -": {
+			"api.example.com", "api.example.com:", "api.example.com:x", "api.example.com:-1", "api.example.com:80a", "api.example.com:80:80",
+			"API.example.com..:80",
+		},
+		// A router may cut at the first colon, at the last, or at none: these are routed to *.example.com by one of them.
+		"b -": {"x.api.example.com:", "x.api.example.com:80:80", "x.example.com.:y", "x:y.example.com", "x:y.example.com:80", "x:80.example.com:y"},
+		"c -": {
+			"[2001:DB8:0:0::1]", "[2001:db8::1]:", "[2001:db8::1]:80:80", "2001:db8::1", "10.0.0.1", "10.0.0.1:", "[::ffff:a00:1]:x",
+		},
+		"": {"example.com:", "api.example.org", "[api.example.com]", "apiexample.com", "[2001:db8::2]", ":80"},
+	} {
+		for _, host := range hosts {
+			if got := drawn(t, c, "GET "+host+"/"); got != want {
+				t.Errorf("%s: %q, want %q", host, got, want)
+			}
+		}
+	}
+}
+
+// A host is exempt only if it is however it is read: what Envoy's own routes take for another host is not.
+func TestExemptHosts(t *testing.T) {
+	c := parse(t, `{exempt: [{match: {hosts: [free.example.com, "*.free.example.com", "2001:db8::1"]}}], limits: [{name: a, rate: 1/s}]}`)
+	for host, want := range map[string]string{
+		"free.example.com":        "exempt",
+		"FREE.example.com:80":     "exempt",
+		"x.free.example.com:80":   "exempt",
+		"[2001:db8::1]":           "exempt",
+		"[2001:DB8::1]:80":        "exempt",
+		"free.example.com:":       "a -",
+		"free.example.com:x":      "a -",
+		"free.example.com:80:80":  "a -",
+		"free.example.com.":       "a -",
+		"[2001:db8:0::1]":         "a -",
+		"[2001:db8::1]:x":         "a -",
+		"x:y.free.example.com":    "a -",
+		"x:y.free.example.com:80": "a -",
+		"x.free.example.com:":     "a -",
+	} {
+		if got := drawn(t, c, "GET "+host+"/"); got != want {
+			t.Errorf("%s: %q, want %q", host, got, want)
+		}
+	}
+}
+
+// A port makes no second bucket of a host's.
+func TestHostAsKey(t *testing.T) {
+	c := parse(t, "limits: [{name: a, rate: 1/s, key: request.host}]")
+	for _, host := range []string{"h", "H", "h:", "h:80", "h:80:80", "h:x", "h.", "h..:"} {
+		if got := drawn(t, c, "GET "+host+"/"); got != "a =1.h" {
+			t.Errorf("%s: %s", host, got)
+		}
+	}
+}
+
+func FuzzHosts(f *testing.F) {
+	for _, seed := range []string{"", "a.b", "A:80", "[::1]:80", "::1", "[", "]:", "a:b:c", ".", "[::ffff:1.2.3.4].", "a.:1"} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, sent string) {
+		s := newSubject(&Request{Host: sent}, &clientIP{})
+		if len(s.hosts) < 1 || len(s.hosts) > 3 {
+			t.Fatalf("%q: %q", sent, s.hosts)
+		}
+		host := s.host()
+		if strings.HasSuffix(host, ".") || strings.ContainsAny(host, "ABCDEFGHIJKLMNOPQRSTUVWXYZ") {
+			t.Fatalf("%q: %q", sent, host)
+		}
+		if !strings.ContainsAny(sent, "[]:") {
+			for _, same := range []string{sent + ":", sent + ":80", sent + ":80:80", sent + ":x", sent + "."} {
+				if got := newSubject(&Request{Host: same}, &clientIP{}).host(); got != host {
+					t.Fatalf("%q is %q, but %q is %q", sent, host, same, got)
+				}
+			}
+		}
+	})
+}
