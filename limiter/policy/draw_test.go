@@ -241,6 +241,28 @@ func TestDraw(t *testing.T) {
 			{"GET h/v1", ""},
 			{"GET h/", ""},
 		}},
+		// ignore_case: for upstreams that route paths without case.
+		{`limits: [{name: a, rate: 1/s, match: {ignore_case: true, paths: [/V1/Orders, "/v1/orders/{id}/pay", "/v2/**", "/Kilo/é"]}}, {name: b, rate: 1/s, match: {paths: [/v1/orders]}}, {name: c, rate: 1/s, match: {ignore_case: false, paths: [/V1/orders]}}]`, [][]string{
+			{"GET h/v1/orders", "a -, b -"},
+			{"GET h/V1/ORDERS", "a -"},
+			{"GET h/V1/orders/", "a -, c -"},
+			{"GET h/v1/%4frders", "a -"},
+			{"GET h/v1/%4frders/A%2FB/PAY/", "a -"},
+			{"GET h/V2/x", "a -"},
+			{"GET h/v1/ORDER", "", `a: the path "/v1/ORDER" is none of match.paths`},
+			// Some servers know more letters than A to Z.
+			{"GET h/%E2%84%AAilo/%C3%89", "a -"},
+			{"GET h/v1/order%C5%BF", "a -"},
+			{"GET h/kilo/\xc9", ""},
+		}},
+		{`{exempt: [{match: {ignore_case: true, paths: [/Kilo, "/public/**"]}}], limits: [{name: a, rate: 1/s}]}`, [][]string{
+			{"GET h/kilo", "exempt"},
+			{"GET h/KILO", "exempt"},
+			{"GET h/PUBLIC/x", "exempt"},
+			{"GET h/PUBLIC/../x", "a -"},
+			{"GET h/PUBLIC/%2E%2E/x", "a -"},
+			{"GET h/\u212ailo", "a -"},
+		}},
 		{`limits: [{name: root, rate: 1/s, match: {paths: [/]}}, {name: every, rate: 1/s, match: {paths: ["/**"]}}]`, [][]string{
 			{"GET h/", "root -, every -"},
 			{"GET h/?x", "root -, every -"},

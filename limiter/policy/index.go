@@ -20,6 +20,7 @@ type index struct {
 	longestDomain               int                // in bytes: a client's host may have thousands of dots
 	methods                     map[string]members
 	paths                       *pathNode
+	folded                      *pathNode // of matches that ignore case; nil where none does
 
 	scratch sync.Pool // of *[]uint64: two sets
 }
@@ -88,8 +89,15 @@ func newIndex(matches []*match) *index {
 		if len(m.paths) == 0 {
 			x.anyPath = x.with(x.anyPath, i)
 		}
+		root := x.paths
+		if m.ignoreCase && len(m.paths) > 0 {
+			if x.folded == nil {
+				x.folded = &pathNode{}
+			}
+			root = x.folded
+		}
 		for _, p := range m.paths {
-			n := x.paths
+			n := root
 			for _, segment := range p.segments {
 				n = n.child(segment)
 			}
@@ -174,6 +182,9 @@ func (x *index) find(s *subject, r reading) iter.Seq[int] {
 				x.anyPath.addTo(also)
 			}
 			x.paths.find(strings.TrimPrefix(path, "/"), also)
+			if x.folded != nil {
+				x.folded.find(strings.TrimPrefix(s.folded(r)[i], "/"), also)
+			}
 		}
 		found.intersect(also)
 

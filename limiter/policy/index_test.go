@@ -29,7 +29,8 @@ func TestIndex(t *testing.T) {
 	}
 	hosts := of("a.com", "b.a.com", "*.a.com", "*.com", "*.b.a.com", "1.2.3.4", "::1")
 	methods := of("GET", "HEAD", "POST")
-	paths := of("/", "/**", "/a", "/a/b", "/a/{x}", "/{x}/b", "/{x}/{y}", "/a/**", "/{x}/**", "/a/{x}/c/**", "/a/b/c/d")
+	paths := of("/", "/**", "/a", "/a/b", "/a/{x}", "/{x}/b", "/{x}/{y}", "/a/**", "/{x}/**", "/a/{x}/c/**", "/a/b/c/d", "/A/b", "/K/{x}")
+	ignoreCase := rapid.Bool()
 	clients := of("10.0.0.0/8", "203.0.113.7", "::/0")
 	matches := rapid.Custom(func(t *rapid.T) *match {
 		m := &match{}
@@ -48,6 +49,11 @@ func TestIndex(t *testing.T) {
 			add("", err)
 			m.paths = append(m.paths, p)
 		}
+		if m.ignoreCase = ignoreCase.Draw(t, "ignore_case"); m.ignoreCase {
+			for i, p := range m.paths {
+				m.paths[i] = p.folded()
+			}
+		}
 		for _, s := range clients.Draw(t, "clients") {
 			p, err := parsePrefix(s)
 			add("", err)
@@ -65,7 +71,7 @@ func TestIndex(t *testing.T) {
 			s := newSubject(&Request{
 				Method: rapid.SampledFrom([]string{"GET", "HEAD", "POST", "PUT", ""}).Draw(t, "method"),
 				Host:   rapid.SampledFrom([]string{"a.com", "A.com:80", "b.a.com", "c.b.a.com", ".a.com", "..a.com", "com", "[::1]:80", "", "x.", ".", "1.2.3.4", "a.com:", "a.com:x", "x:b.a.com", "x:y.a.com:80", "a.com..", "[0:0::1]:x"}).Draw(t, "host"),
-				Path:   strings.Join(rapid.SliceOfN(rapid.SampledFrom([]string{"/", "a", "b", "c", "/a", "/b", "..", "%2f", "%61", ";x", "?q", "d"}), 0, 9).Draw(t, "path"), ""),
+				Path:   strings.Join(rapid.SliceOfN(rapid.SampledFrom([]string{"/", "a", "b", "c", "/a", "/b", "..", "%2f", "%61", ";x", "?q", "d", "A", "/B", "%41", "k", "\u212a"}), 0, 9).Draw(t, "path"), ""),
 				Source: Peer{Address: rapid.SampledFrom([]string{"10.1.1.1", "203.0.113.7", "::2", ""}).Draw(t, "source")},
 			}, &ids)
 			for _, r := range []reading{anyReading, allReadings} {

@@ -168,14 +168,28 @@ func (f *limitReader) readOnFailure(n node, into *string) {
 var failureModes = map[string]limiter.FailureMode{"deny": limiter.Deny, "allow": limiter.Allow, "local": limiter.Local, "delegate": limiter.Delegate}
 
 func (f *limitReader) readMatch(n node, m *match) {
-	r := &f.reader
+	r, before := &f.reader, len(f.mistakes)
+	var ignoreCase node
 	f.mapping(n, map[string]func(node){
-		"hosts":      func(n node) { texts(r, n, &m.hosts, parseHost) },
-		"methods":    func(n node) { texts(r, n, &m.methods, parseMethod) },
-		"paths":      func(n node) { texts(r, n, &m.paths, parsePath) },
+		"hosts":   func(n node) { texts(r, n, &m.hosts, parseHost) },
+		"methods": func(n node) { texts(r, n, &m.methods, parseMethod) },
+		"paths":   func(n node) { texts(r, n, &m.paths, parsePath) },
+		"ignore_case": func(n node) {
+			if f.boolean(n, &m.ignoreCase); m.ignoreCase {
+				ignoreCase = n
+			}
+		},
 		"clients":    func(n node) { texts(r, n, &m.clients, parsePrefix) },
 		"principals": func(n node) { texts(r, n, &m.principals, parsePrincipal) },
 	})
+	if m.ignoreCase {
+		for i, p := range m.paths {
+			m.paths[i] = p.folded()
+		}
+		if len(m.paths) == 0 && len(f.mistakes) == before {
+			f.wrong(ignoreCase, "without paths; it is for how they are compared, as hosts always are without case")
+		}
+	}
 }
 
 func (f *limitReader) readKey(n node, into *[]*expression) {

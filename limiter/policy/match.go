@@ -11,6 +11,7 @@ type match struct {
 	hosts      []string // in lower case; *.example.com is one label or more before it
 	methods    []string
 	paths      []pathPattern
+	ignoreCase bool // of paths, whose patterns are then folded
 	clients    []netip.Prefix
 	principals []principalPattern
 }
@@ -26,6 +27,7 @@ type subject struct {
 	isSure bool       // the client's address is not the peer's for want of a better one
 
 	fewPaths, fewHosts [3]string
+	foldedPaths        [2][]string // see folded
 }
 
 func newSubject(r *Request, ids *clientIP) *subject {
@@ -53,6 +55,30 @@ const (
 	allReadings                // an exemption's: no spelling slips into it
 )
 
+// pathsFor is what a match's patterns are compared with.
+func (s *subject) pathsFor(m *match, r reading) []string {
+	if m.ignoreCase {
+		return s.folded(r)
+	}
+	return s.paths
+}
+
+// folded are the path's readings without case, each in its place. They are made when they are first asked for.
+func (s *subject) folded(r reading) []string {
+	if s.foldedPaths[r] == nil {
+		folded := make([]string, len(s.paths))
+		for i, path := range s.paths {
+			if r == allReadings {
+				folded[i] = lowerASCII(path)
+			} else {
+				folded[i] = foldPath(path)
+			}
+		}
+		s.foldedPaths[r] = folded
+	}
+	return s.foldedPaths[r]
+}
+
 // mismatch is the first of the match's fields that does not hold, or empty.
 func (m *match) mismatch(s *subject, r reading) string {
 	switch {
@@ -60,7 +86,7 @@ func (m *match) mismatch(s *subject, r reading) string {
 		return "hosts"
 	case len(m.methods) > 0 && !anyOf(m.methods, s.Method, methodMatches):
 		return "methods"
-	case len(m.paths) > 0 && !matchesReadings(m.paths, s.paths, r, pathPattern.matches):
+	case len(m.paths) > 0 && !matchesReadings(m.paths, s.pathsFor(m, r), r, pathPattern.matches):
 		return "paths"
 	}
 	return m.whoMismatches(s, r)

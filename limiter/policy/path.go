@@ -3,6 +3,8 @@ package policy
 import (
 	"fmt"
 	"strings"
+	"unicode"
+	"unicode/utf8"
 )
 
 // pathPattern is a path of a match: literal segments, {x} for any one segment, and ** at the end for all that follows,
@@ -41,6 +43,52 @@ func parsePath(s string) (pathPattern, error) {
 		}
 	}
 	return p, nil
+}
+
+// folded is the pattern for paths without case.
+func (p pathPattern) folded() pathPattern {
+	f := pathPattern{rest: p.rest}
+	for _, segment := range p.segments {
+		f.segments = append(f.segments, foldPath(segment))
+	}
+	return f
+}
+
+// foldPath is a path without case. Letters are one if any of Unicode's simple mappings makes them one, as some servers do: the Kelvin sign
+// is a k. An exemption is stricter, and takes only A to Z for a to z.
+func foldPath(path string) string {
+	for i := 0; i < len(path); i++ {
+		if path[i] >= utf8.RuneSelf {
+			return foldRunes(path)
+		}
+	}
+	return lowerASCII(path)
+}
+
+func foldRunes(path string) string {
+	folded := make([]byte, 0, len(path)+utf8.UTFMax)
+	for i := 0; i < len(path); {
+		r, size := utf8.DecodeRuneInString(path[i:])
+		if r == utf8.RuneError && size == 1 {
+			folded = append(folded, path[i]) // not UTF-8
+		} else {
+			folded = utf8.AppendRune(folded, foldRune(r))
+		}
+		i += size
+	}
+	return string(folded)
+}
+
+// foldRune is one letter for all that differ in case only: of ASCII the lower one.
+func foldRune(r rune) rune {
+	if lower := unicode.ToLower(unicode.ToUpper(r)); lower < utf8.RuneSelf {
+		return lower
+	}
+	least := r
+	for other := unicode.SimpleFold(r); other != r; other = unicode.SimpleFold(other) {
+		least = min(least, other)
+	}
+	return least
 }
 
 // matches reports whether a path without its query is one of the pattern's.

@@ -511,6 +511,23 @@ func (r *reader) whole(n node, into *int64, from, to int64) {
 	*into = v
 }
 
+// boolean reads true or false. A variable's value is a text, which may say it, too.
+func (r *reader) boolean(n node, into *bool) {
+	const allowed = "allowed are true and false"
+	switch v := n.Node.(type) {
+	case *ast.BoolNode:
+		*into = v.Value
+	case *ast.StringNode, *ast.LiteralNode:
+		if s, ok := r.text(n); ok && s != "true" && s != "false" {
+			r.wrong(n, "%q; %s", s, allowed)
+		} else {
+			*into = s == "true"
+		}
+	default:
+		r.wrong(n, "%s; %s", describe(n.Node), allowed)
+	}
+}
+
 // duration reads a Go duration in a range.
 func (r *reader) duration(n node, into *time.Duration, from, to time.Duration) {
 	s, ok := r.scalar(n) // a number lacks its unit, and is told so
