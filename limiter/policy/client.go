@@ -15,7 +15,8 @@ type clientIP struct {
 }
 
 // of returns the client's address: the peer's, unless the config takes it from a header and believes this peer. It is invalid where
-// not even the peer is known, and not sure where the header says something that is no address.
+// not even the peer is known. It is not sure where the header, which should have said it, does not: the address is then the peer's for
+// want of a better one, and nobody is exempt for it. A peer that is not believed is the client for sure.
 func (c *clientIP) of(r *Request) (client netip.Addr, isSure bool) {
 	peer := parseAddr(r.Source.Address)
 	if c.xffFromRight == 0 && c.header == "" || !c.believes(peer, r.Source.Principal) {
@@ -28,14 +29,15 @@ func (c *clientIP) of(r *Request) (client netip.Addr, isSure bool) {
 	if a := parseAddr(said); a.IsValid() {
 		return a, true
 	}
-	return peer, said == ""
+	return peer, false
 }
 
 func (c *clientIP) believes(peer netip.Addr, principal string) bool {
 	return c.anyone || peer.IsValid() && anyOf(c.networks, peer, netip.Prefix.Contains) || anyOf(c.principals, principal, principalPattern.matches)
 }
 
-// fromRight is the nth of a list's elements from its right end, or empty.
+// fromRight is the nth of a list's elements from its right end, or empty. An empty element counts as one, as in Envoy: who adds an element adds
+// an address, so that an empty one says that the list is not what the config takes it for.
 func fromRight(list string, n int) string {
 	for ; n > 1; n-- {
 		i := strings.LastIndexByte(list, ',')
@@ -62,13 +64,23 @@ func parseAddr(s string) netip.Addr {
 	return a.Unmap().WithZone("")
 }
 
-// network is the address, or for IPv6 its /64: who has one address of it has them all.
+// The prefixes of IPv4 addresses that a NAT64 gateway translated, which have one /64 for all clients.
+var (
+	nat64      = netip.MustParsePrefix("64:ff9b::/96")   // RFC 6052: the IPv4 address is the last 32 bits
+	nat64Local = netip.MustParsePrefix("64:ff9b:1::/48") // RFC 8215: where it is depends on the gateway
+)
+
+// network is what has one client's addresses: an IPv4 address, or an IPv6 address's /64, since who has one address of that has them all. An
+// address that a NAT64 gateway translated is the IPv4 address within it, and with a prefix of the gateway's own is by itself.
 func network(a netip.Addr) string {
-	if !a.IsValid() {
+	switch {
+	case !a.IsValid():
 		return ""
-	}
-	if a.Is4() {
+	case a.Is4(), nat64Local.Contains(a):
 		return a.String()
+	case nat64.Contains(a):
+		all := a.As16()
+		return netip.AddrFrom4([4]byte(all[12:])).String()
 	}
 	p, err := a.Prefix(64)
 	if err != nil {

@@ -137,6 +137,11 @@ func TestDraw(t *testing.T) {
 			{"GET h/ from 2001:DB8:0000:1:0:0:0:7", "a =15.2001:db8:0:1::7, b =17.2001:db8:0:1::/64"},
 			{"GET h/ from ::ffff:10.0.0.1", "a =8.10.0.0.1, b =8.10.0.0.1"},
 			{"GET h/ from fe80::1%25eth0", "a =7.fe80::1, b =9.fe80::/64"},
+			// What a NAT64 gateway translated is no one network.
+			{"GET h/ from 64:ff9b::203.0.113.7", "a =18.64:ff9b::cb00:7107, b =11.203.0.113.7"},
+			{"GET h/ from 64:ff9b::203.0.113.8", "a =18.64:ff9b::cb00:7108, b =11.203.0.113.8"},
+			{"GET h/ from 64:ff9b:1:fffe::203.0.113.7", "a =25.64:ff9b:1:fffe::cb00:7107, b =25.64:ff9b:1:fffe::cb00:7107"},
+			{"GET h/ from 64:ff9b:0:1::203.0.113.7", "a =22.64:ff9b:0:1::cb00:7107, b =16.64:ff9b:0:1::/64"},
 			{"GET h/ from nowhere", "a ~0., b ~0."},
 			{"GET h/ from 10.0.0.1 with x-forwarded-for=1.2.3.4", "a =8.10.0.0.1, b =8.10.0.0.1"},
 		}},
@@ -498,13 +503,34 @@ func TestDraw(t *testing.T) {
 		// Nobody is exempt for the address of a proxy that should have said another.
 		{"{client_ip: {header: x-real-ip}, exempt: [{match: {clients: [10.0.0.0/8]}}], limits: [{name: a, key: client.ip, rate: 1/s}]}", [][]string{
 			{"GET h/ from 10.0.0.1 with x-real-ip=10.0.0.2", "exempt"},
-			{"GET h/ from 10.0.0.1", "exempt"},
+			{"GET h/ from 9.9.9.9 with x-real-ip=10.0.0.2", "exempt"},
+			{"GET h/ from 10.0.0.1", "a =8.10.0.0.1"},
+			{"GET h/ from 10.0.0.1 with x-real-ip=", "a =8.10.0.0.1"},
+			{"GET h/ from 10.0.0.1 with x-real-ip=%20", "a =8.10.0.0.1"},
 			{"GET h/ from 10.0.0.1 with x-real-ip=junk", "a =8.10.0.0.1"},
 			{"GET h/ from 10.0.0.1 with x-real-ip=9.9.9.9,8.8.8.8", "a =8.10.0.0.1"},
 		}},
 		{"{client_ip: {xff_from_right: 2}, exempt: [{match: {clients: [10.0.0.0/8]}}], limits: [{name: a, key: client.ip, rate: 1/s}]}", [][]string{
+			{"GET h/ from 10.0.0.1 with x-forwarded-for=10.0.0.2,9.9.9.9", "exempt"},
 			{"GET h/ from 10.0.0.1 with x-forwarded-for=junk,9.9.9.9", "a =8.10.0.0.1"},
-			{"GET h/ from 10.0.0.1 with x-forwarded-for=9.9.9.9", "exempt"},
+			{"GET h/ from 10.0.0.1 with x-forwarded-for=9.9.9.9", "a =8.10.0.0.1"},
+			{"GET h/ from 10.0.0.1 with x-forwarded-for=,9.9.9.9", "a =8.10.0.0.1"},
+			{"GET h/ from 10.0.0.1 with x-forwarded-for=9.9.9.9,", "a =7.9.9.9.9"}, // an empty element is one, too
+			{"GET h/ from 10.0.0.1", "a =8.10.0.0.1"},
+		}},
+		{"{client_ip: {xff_from_right: 1}, exempt: [{match: {clients: [10.0.0.0/8]}}], limits: [{name: a, key: client.ip, rate: 1/s}]}", [][]string{
+			{"GET h/ from 10.0.0.1 with x-forwarded-for=9.9.9.9,10.0.0.2", "exempt"},
+			{"GET h/ from 10.0.0.1 with x-forwarded-for=10.0.0.2,", "a =8.10.0.0.1"},
+			{"GET h/ from 10.0.0.1 with x-forwarded-for=10.0.0.2,%20", "a =8.10.0.0.1"},
+		}},
+		// A peer that is not believed is the client, whatever it says of others.
+		{"{client_ip: {xff_from_right: 1, from: [10.9.0.0/16]}, exempt: [{match: {clients: [10.0.0.0/8]}}], limits: [{name: a, key: client.ip, rate: 1/s}]}", [][]string{
+			{"GET h/ from 10.1.0.1", "exempt"},
+			{"GET h/ from 10.1.0.1 with x-forwarded-for=9.9.9.9", "exempt"},
+			{"GET h/ from 9.9.9.9 with x-forwarded-for=10.0.0.2", "a =7.9.9.9.9"},
+			{"GET h/ from 10.9.0.1 with x-forwarded-for=10.0.0.2", "exempt"},
+			{"GET h/ from 10.9.0.1", "a =8.10.9.0.1"},
+			{"GET h/ from nowhere with x-forwarded-for=10.0.0.2", "a ~0."},
 		}},
 		{`limits: [{name: a, rate: 1/s, match: {paths: [/v1/orders]}}, {name: b, rate: 1/s, match: {hosts: ["[::1]", 10.0.0.1, h_1.example.com]}}]`, [][]string{
 			{"GET h/x%2fy/../v1/orders", "a -"},
