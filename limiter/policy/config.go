@@ -634,6 +634,7 @@ func (f *configFile) compile() *Config {
 		c.rules = append(c.rules, l)
 		matches = append(matches, &l.match)
 	}
+	f.warnOfGroups(f.drafts)
 	c.index, c.exempt = newIndex(matches), newIndex(f.exempt)
 	c.Warnings, f.warnings = f.warnings, nil
 	c.inherited = f.limitReader

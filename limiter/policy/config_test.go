@@ -315,7 +315,7 @@ func TestWarnings(t *testing.T) {
 		"- {name: a, rate: 20/s, cost: 2}":                        "", // the local burst is 2
 		"- {name: a, rate: 20/s, cost: 3}":                        "test.yaml:4:31: limits[0].cost: 3 is above the local burst of 2, which is local_share of 20: nothing passes while the store fails",
 		"- {name: a, rate: 5/s, cost: 1 + 1}":                     "test.yaml:4:30: limits[0].cost: 2 is above the local burst of 1, which is local_share of 5: nothing passes while the store fails",
-		"- {name: a, rate: 5/s, cost: int(request.size)}":         "", // nobody knows
+		"- {name: a, rate: 5/s, cost: int(source.port)}":          "", // nobody knows
 		"- {name: a, rate: 20/s, cost: 3, mode: shadow}":          "",
 		"- {name: a, rate: 20/s, cost: 3, on_failure: deny}":      "",
 		"- {name: a, rate: unlimited, cost: 3}":                   "",
@@ -367,6 +367,32 @@ func TestConfigDoesNotKeepItsFile(t *testing.T) {
 		t.Errorf("%d bytes a limit, want at most 1500", each)
 	}
 	runtime.KeepAlive(c)
+}
+
+// A group that leaves some requests alone, and a cost that some bodies do not have, are hardly meant.
+func TestWarningsOfAbsence(t *testing.T) {
+	const (
+		when  = `when: 'request.headers["a"] == "x"'`
+		group = "all limits of the group g have a when: a request for which none holds, or which leaves out what they read, is not limited by it; end the group with a limit that has none"
+		size  = `request.size is absent where a body comes without a content-length, as one in chunks does, and such a request costs 1; say what it costs: "content-length" in request.headers ? request.size : 1000`
+	)
+	for text, want := range map[string]string{
+		"- {name: a, rate: 1/s, group: g, " + when + "}":                                                                     "test.yaml:2:40: limits[0].when: " + group,
+		"- {name: a, rate: 1/s, group: g, " + when + "}\n- {name: b, rate: unlimited, group: g, " + when + "}":               "test.yaml:3:46: limits[1].when: " + group,
+		"- {name: a, rate: 1/s, group: g, " + when + "}\n- {name: b, rate: 2/s, group: g}":                                   "",
+		"- {name: a, rate: 1/s, group: g, " + when + "}\n- {name: b, rate: 2/s, group: g, when: true}":                       "",
+		"- {name: b, rate: 2/s, group: g}\n- {name: a, rate: 1/s, group: g, " + when + "}":                                   "",
+		"- {name: a, rate: 1/s, " + when + "}":                                                                               "",
+		"- {name: a, rate: 1/s, group: h}\n- {name: b, rate: 1/s, group: g, " + when + "}\n- {name: c, rate: 1/s, group: h}": "test.yaml:3:40: limits[1].when: " + group,
+		`- {name: a, rate: 9/s, cost: request.size / 100}`:                                                                   "test.yaml:2:30: limits[0].cost: " + size,
+		`- {name: a, rate: 9/s, cost: 'request.method == "POST" ? request.size : 1'}`:                                        "test.yaml:2:30: limits[0].cost: " + size,
+		`- {name: a, rate: 9/s, cost: '"content-length" in request.headers ? request.size : 1000'}`:                          "",
+		`- {name: a, rate: 9/s, when: request.size > 100, key: request.size}`:                                                "",
+	} {
+		if got := parse(t, "limits:\n"+text+"\n").Warnings.Error(); got != want {
+			t.Errorf("%s\n%s\nwant\n%s", text, got, want)
+		}
+	}
 }
 
 func TestByKey(t *testing.T) {

@@ -86,7 +86,8 @@ const (
 	foundExempt
 	foundMismatch
 	foundWhenFalse
-	foundSkipped // as a part of the key is absent
+	foundWhenAbsent // and the limit then does not apply
+	foundSkipped    // as a part of the key is absent
 	foundGroupTaken
 	foundOff      // by the route
 	foundReplaced // by the route's limit of the same name
@@ -139,6 +140,8 @@ func (d *drawing) judge(l *rule) finding {
 			return mistake("when", err)
 		case known && !holds:
 			return finding{kind: foundWhenFalse}
+		case !known && !l.appliesIfAbsent():
+			return finding{kind: foundWhenAbsent}
 		}
 		f.whenIs = absentWhen(!known)
 	}
@@ -162,6 +165,12 @@ func (d *drawing) judge(l *rule) finding {
 	f.refused = f.kind == foundPartAbsent && l.absent == absentDeny
 	return f
 }
+
+// appliesIfAbsent reports whether the limit applies where its when is absent, so that leaving something out slips past no limit. In a group
+// it does not apply, or it would keep the limits behind it, which may be stricter, from counting. An unlimited one does not either: all
+// that it does is to grant. The rate of an override is not asked: only a key that is there has one, and alone an override that is unlimited
+// grants as much as a limit that does not apply.
+func (l *rule) appliesIfAbsent() bool { return l.group == "" && !l.tier.unlimited }
 
 // appendPart appends a part of the limit's key that is there.
 func (l *rule) appendPart(key []byte, i int, value string, h *hasher) []byte {

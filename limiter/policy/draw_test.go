@@ -461,6 +461,29 @@ func TestDraw(t *testing.T) {
 			{"GET h/ with n=2", "c unlimited, a -", "d: c comes first in the group h"},
 		}},
 
+		// What leaves something out neither takes the first place in a group nor what is unlimited.
+		{`limits: [{name: internal, group: g, rate: unlimited, when: 'request.headers["x-team"] in ["ops"]'}, {name: beta, group: g, rate: 99/s, when: 'request.headers["x-beta"].startsWith("o")'}, {name: rest, group: g, rate: 1/s}]`, [][]string{
+			{"GET h/", "rest -",
+				`internal: when is absent, and in a group does not hold then: request.headers["x-team"] in ["ops"]`,
+				`beta: when is absent, and in a group does not hold then: request.headers["x-beta"].startsWith("o")`},
+			{"GET h/ with x-team=", "rest -"},
+			{"GET h/ with x-team=ops", "internal unlimited"},
+			{"GET h/ with x-team=dev", "rest -", `internal: when is false: request.headers["x-team"] in ["ops"]`},
+			{"GET h/ with x-beta=on", "beta -"},
+			{"GET h/ context sluice.limit.big={rate:_unlimited,_group:_h,_when:_'context.tier.startsWith(\"g\")'} context sluice.limit.slow={rate:_1/s,_group:_h}", "rest -, slow -",
+				`big: when is absent, and in a group does not hold then: context.tier.startsWith("g")`},
+		}},
+		{`limits: [{name: a, rate: unlimited, when: 'int(request.headers["level"]) > 5'}, {name: b, rate: unlimited, when: 'metadata.filter_metadata.jwt.payload.admin'}, {name: c, rate: unlimited, when: 'request.headers.exists(k, request.headers[k].contains("x"))'}]`, [][]string{
+			{"GET h/", "", `a: when is absent, and for the rate unlimited does not hold then: int(request.headers["level"]) > 5`},
+			{"GET h/ with level=9 claim admin=true", "a unlimited, b unlimited"},
+		}},
+		// An override's rate is that of a key, which is there: the limit applies as it does to others.
+		{`limits: [{name: a, rate: 1/s, key: request.headers.k, when: 'request.headers["a"].startsWith("x")', overrides: [{key: ours, rate: unlimited}]}]`, [][]string{
+			{"GET h/ with k=ours", "a unlimited", "a: it matches; when is absent, and then it applies; its rate is that of overrides[0]"},
+			{"GET h/ with k=other", "a #(other)"},
+			{"GET h/", "a ~11.203.0.113.7"},
+		}},
+
 		// unlimited
 		{`limits: [{name: a, rate: unlimited, match: {clients: [10.0.0.0/8]}}, {name: b, rate: unlimited, key: request.headers.k, absent: share, cost: 5}]`, [][]string{
 			{"GET h/", "b unlimited"},

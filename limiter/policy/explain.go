@@ -94,6 +94,11 @@ func (c *Config) reason(s *subject, l *rule, f finding) string {
 		return l.match.why(s, f.field)
 	case foundWhenFalse:
 		return "when is false: " + l.when.text
+	case foundWhenAbsent:
+		if l.group != "" {
+			return "when is absent, and in a group does not hold then: " + l.when.text
+		}
+		return "when is absent, and for the rate unlimited does not hold then: " + l.when.text
 	case foundSkipped:
 		return fmt.Sprintf("its key's %s is absent, and absent: skip", l.partName(f.part))
 	case foundGroupTaken:

@@ -75,6 +75,8 @@ type expression struct {
 	constant bool
 	// metadata says that it reads what Envoy's filters leave behind.
 	metadata bool
+	// unaskedSize says that it reads request.size and does not look at content-length, without which that is absent.
+	unaskedSize bool
 	// direct reads the value of an expression that is just an attribute or a header, without CEL's machinery; else nil.
 	direct func(*subject) string
 }
@@ -130,6 +132,7 @@ func compile(text string, p purpose) (*expression, []expressionError) {
 		if a, ok := attributes[r.Name]; ok {
 			e.constant = false
 			e.metadata = e.metadata || r.Name == filterMetadata
+			e.unaskedSize = e.unaskedSize || r.Name == "request.size" && !readsHeader(native, "content-length")
 			if !a.open {
 				e.open = e.direct != nil && r.Name == "request.path" // whole: appendOpen sees whether it has a query
 			}
@@ -148,6 +151,16 @@ func checkHeaderNames(tree *ast.AST) (found []expressionError) {
 		}
 	}))
 	return found
+}
+
+// readsHeader reports whether an expression looks at a header, or asks whether it is there.
+func readsHeader(tree *ast.AST, header string) (reads bool) {
+	ast.PreOrderVisit(tree.Expr(), ast.NewExprVisitor(func(e ast.Expr) {
+		if name, ok := headerName(tree, e); ok && name == header {
+			reads = true
+		}
+	}))
+	return reads
 }
 
 // headerName is the name in request.headers["name"], request.headers.name, and "name" in request.headers.

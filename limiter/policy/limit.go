@@ -79,6 +79,7 @@ type draft struct {
 	nameAt          node
 	match           match
 	when            *expression
+	whenAt          node
 	key             []*expression
 	absent          absence
 	cost            cost
@@ -110,7 +111,7 @@ func (f *limitReader) readLimit(n node, d *draft) bool {
 	bad := len(f.mistakes)
 	fields := map[string]func(node){
 		"match": func(n node) { f.readMatch(n, &d.match) },
-		"when":  func(n node) { d.when = f.expression(n, forWhen) },
+		"when":  func(n node) { d.whenAt = n; d.when = f.expression(n, forWhen) },
 		"key":   func(n node) { f.readKey(n, &d.key) },
 		"absent": func(n node) {
 			var s string
@@ -423,6 +424,10 @@ func (f *limitReader) rule(d *draft) *rule {
 		Shadow:    f.mode == "shadow" || d.mode == "shadow",
 		OnFailure: failureModes[cmp.Or(d.onFailure, f.onFailure)],
 	}
+	if e := d.cost.expression; e != nil && e.unaskedSize {
+		f.warn(d.costAt, `request.size is absent where a body comes without a content-length, as one in chunks does, and such a request costs 1; `+
+			`say what it costs: "content-length" in request.headers ? request.size : 1000`)
+	}
 	prefix := f.keyPrefix + ":" + l.Domain + ":" + l.Name + ":{"
 	share := 0.0
 	if l.OnFailure == limiter.Local {
@@ -474,6 +479,29 @@ func (f *limitReader) warnOfShare(d *draft, o *overrides) {
 	if above > 0 {
 		f.warn(d.costAt, "%d is above the local burst of %d overrides, which is local_share of theirs: nothing of those passes while the store fails",
 			d.cost.constant, above)
+	}
+}
+
+// warnOfGroups notes where all limits of a group have a when, so that who has none of them hold is not limited by the group.
+func (f *limitReader) warnOfGroups(drafts []*draft) {
+	last := make(map[string]*draft) // of the groups without a limit that always applies
+	for _, d := range drafts {
+		if d.group == "" {
+			continue
+		}
+		before, known := last[d.group]
+		switch {
+		case d.when == nil || d.when.constant:
+			last[d.group] = nil
+		case !known || before != nil:
+			last[d.group] = d
+		}
+	}
+	for _, d := range drafts {
+		if last[d.group] == d {
+			f.warn(d.whenAt, "all limits of the group %s have a when: a request for which none holds, or which leaves out what they read, is not limited by it; "+
+				"end the group with a limit that has none", d.group)
+		}
 	}
 }
 
