@@ -2,6 +2,7 @@ package policy
 
 import (
 	"errors"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -208,20 +209,38 @@ type lookup struct {
 // Exec is CEL's.
 func (l lookup) Exec(frame *interpreter.ExecutionFrame) ref.Val {
 	v := l.InterpretableAttribute.Exec(frame)
-	if !isAbsent(v) {
+	if !isAbsent(v) || !l.readsAbsent(frame) {
 		return v
 	}
 	if l.asks {
 		return types.False
 	}
-	if a, ok := l.Attr().(interpreter.NamespacedAttribute); ok {
-		for _, q := range a.Qualifiers() {
-			if q.IsOptional() {
-				return types.OptionalNone
-			}
+	for _, q := range l.Attr().(interpreter.NamespacedAttribute).Qualifiers() {
+		if q.IsOptional() {
+			return types.OptionalNone
 		}
 	}
 	return v
+}
+
+// readsAbsent reports whether a lookup that is absent reads what is not there, and does not use something else that is absent: as a key, or
+// in what it looks into. The variables in which macros gather their results are no readings, either.
+func (l lookup) readsAbsent(vars interpreter.Activation) bool {
+	a, ofVariable := l.Attr().(interpreter.NamespacedAttribute)
+	if !ofVariable {
+		return false
+	}
+	for _, q := range a.Qualifiers() {
+		if key, ok := q.(interpreter.Attribute); ok {
+			if v, err := key.Resolve(vars); isAbsent(err) || isAbsent(v) {
+				return false
+			}
+		}
+	}
+	return len(a.Qualifiers()) > 0 || slices.ContainsFunc(a.CandidateVariableNames(), func(name string) bool {
+		_, ok := attributes[name]
+		return ok
+	})
 }
 
 // Eval is CEL's.
@@ -256,10 +275,8 @@ func (e *equality) Eval(a interpreter.Activation) ref.Val {
 // nullable is an operand's value, null where it is a reading of what is absent.
 func nullable(operand interpreter.InterpretableV2, frame *interpreter.ExecutionFrame) ref.Val {
 	v := operand.Exec(frame)
-	if l, ok := operand.(lookup); ok && isAbsent(v) {
-		if _, ofVariable := l.Attr().(interpreter.NamespacedAttribute); ofVariable {
-			return types.NullValue
-		}
+	if l, ok := operand.(lookup); ok && isAbsent(v) && l.readsAbsent(frame) {
+		return types.NullValue
 	}
 	return v
 }
