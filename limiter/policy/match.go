@@ -26,16 +26,16 @@ type subject struct {
 	client netip.Addr // invalid where it is unknown
 	isSure bool       // the client's address is not the peer's for want of a better one
 
-	fewPaths, fewHosts [3]string
-	foldedPaths        [2][]string // see folded
+	onePath, oneHost [1]string    // what paths and hosts are in, where there is one reading, as of most requests
+	foldedPaths      *[2][]string // see folded; nil until it is asked
 }
 
 func newSubject(r *Request, ids *clientIP) *subject {
 	s := &subject{Request: r}
-	s.hosts = appendHosts(s.fewHosts[:0], r.Host)
+	s.hosts = appendHosts(s.oneHost[:0], r.Host)
 	s.client, s.isSure = ids.of(r)
 	s.sent, s.query, _ = strings.Cut(r.Path, "?")
-	s.paths = appendReadings(s.fewPaths[:0], s.sent)
+	s.paths = appendReadings(s.onePath[:0], s.sent)
 	return s
 }
 
@@ -65,6 +65,9 @@ func (s *subject) pathsFor(m *match, r reading) []string {
 
 // folded are the path's readings without case, each in its place. They are made when they are first asked for.
 func (s *subject) folded(r reading) []string {
+	if s.foldedPaths == nil {
+		s.foldedPaths = new([2][]string)
+	}
 	if s.foldedPaths[r] == nil {
 		folded := make([]string, len(s.paths))
 		for i, path := range s.paths {
