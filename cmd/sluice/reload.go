@@ -18,24 +18,33 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/policy"
 )
 
-// configSource is where a config comes from, again and again.
+// configSource is where a config comes from.
 type configSource struct {
 	file string // as mistakes name it
-	load func() (*policy.Config, policy.Inputs, error)
+	// load reads it for the first time, and reload again.
+	load   func() (*policy.Config, policy.Inputs, error)
+	reload func(before policy.Inputs) (*policy.Config, policy.Inputs, error)
 }
 
 // configFile is the source of a file, empty for none.
 func (p *program) configFile(file string, settings []policy.Setting) configSource {
-	return configSource{file, func() (*policy.Config, policy.Inputs, error) { return policy.Load(file, p.getenv, settings...) }}
+	return configSource{
+		file: file,
+		load: func() (*policy.Config, policy.Inputs, error) { return policy.Load(file, p.getenv, settings...) },
+		reload: func(before policy.Inputs) (*policy.Config, policy.Inputs, error) {
+			return policy.Reload(file, before, p.getenv, settings...)
+		},
+	}
 }
 
-// loadWhole is load for the first time, when nobody knows yet which files there are: until two readings in a row are the same, so
-// that what is read is no mixture of two versions.
+// loadWhole reads a config for the first time, when nobody knows yet which
+// files there are. It reads until two readings in a row are equal, so that
+// what it returns is no mixture of two versions.
 func (c configSource) loadWhole() (*policy.Config, policy.Inputs, error) {
 	cfg, inputs, err := c.load()
 	for range 5 {
-		before := inputs.Hash
-		if cfg, inputs, err = c.load(); inputs.Hash == before {
+		before := inputs
+		if cfg, inputs, err = c.reload(before); inputs.Hash == before.Hash {
 			break
 		}
 	}
@@ -96,6 +105,10 @@ func newReloader(source configSource, cfg *policy.Config, inputs policy.Inputs, 
 
 // run reloads when the files change, and when hangup says so, until ctx ends.
 func (r *reloader) run(ctx context.Context, hangup <-chan os.Signal) {
+	if r.inputs.Piped {
+		r.log.Warn("the config was read from a pipe: it cannot be reloaded, only the files that it names can; a change takes a restart",
+			zap.String("config", r.source.file))
+	}
 	var events chan fsnotify.Event
 	var watchErrors chan error
 	watcher, err := fsnotify.NewWatcher()
@@ -164,10 +177,10 @@ func (r *reloader) reload(inAnyCase bool) bool {
 	if before == r.state && !inAnyCase {
 		return true
 	}
-	cfg, inputs, err := r.source.load()
+	cfg, inputs, err := r.source.reload(r.inputs)
 	if !slices.Equal(inputs.Paths, r.inputs.Paths) { // there are other files now: what were they like before?
 		before = stateOf(inputs.Paths)
-		cfg, inputs, err = r.source.load()
+		cfg, inputs, err = r.source.reload(inputs)
 	}
 	after := stateOf(inputs.Paths)
 	same := inputs.Hash == r.inputs.Hash
@@ -178,9 +191,6 @@ func (r *reloader) reload(inAnyCase bool) bool {
 	}
 	if same && !inAnyCase {
 		return true
-	}
-	if inputs.Blank && err == nil {
-		err = policy.Mistakes{{File: r.source.file, Message: "the file is empty, as one that is being written; to mean no limits, write limits: []"}}
 	}
 	if err == nil {
 		err = r.use(cfg)

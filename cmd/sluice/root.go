@@ -41,10 +41,17 @@ Envoy hands each request to it through the ext_authz gRPC API. sluice draws from
 under, in one atomic Redis call, and answers with a 429, or with an allow that carries the rate-limit headers.
 
 Exit status: 0 good, 1 the answer is no, 2 wrong usage.`,
-		Args:             cobra.NoArgs,
-		SilenceErrors:    true,
-		SilenceUsage:     true,
-		PersistentPreRun: func(*cobra.Command, []string) { started = true },
+		Args:          cobra.NoArgs,
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		PersistentPreRunE: func(c *cobra.Command, _ []string) error {
+			// A variable that is not set would become a config without limits.
+			if f := c.Flags().Lookup("config"); f != nil && f.Changed && f.Value.String() == "" {
+				return errors.New("--config is empty: want the name of a file, or leave the flag out")
+			}
+			started = true
+			return nil
+		},
 		RunE: func(*cobra.Command, []string) error {
 			return usageError{errors.New("a command is missing")}
 		},

@@ -39,7 +39,9 @@ The config's files are watched, and reread on SIGHUP: a new config takes the pla
 at all. listen and store take a restart.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
-			return p.runSidecar(c.Context(), config, p.settings(c.Flags()))
+			ctx, stop := untilSignal(c.Context())
+			defer stop()
+			return p.runSidecar(ctx, config, p.settings(c.Flags()))
 		},
 	}
 	c.Flags().StringVar(&config, "config", "", "`file` with the limits (default $SLUICE_CONFIG)")
@@ -73,8 +75,11 @@ func (p *program) runSidecar(ctx context.Context, config string, settings []poli
 		config, _ = p.getenv("SLUICE_CONFIG")
 	}
 	tuneGC(p.getenv)
-	s, err := newSidecar(p.configFile(config, settings), p.stderr)
-	if err != nil {
+	s, err := startSidecar(ctx, p.configFile(config, settings), p.stderr)
+	switch {
+	case ctx.Err() != nil && s == nil:
+		return nil // told to stop before there was anything to stop
+	case err != nil:
 		return p.sayMistakes(err)
 	}
 	return s.serve(ctx)

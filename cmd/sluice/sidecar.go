@@ -103,6 +103,34 @@ func newSidecar(source configSource, stderr io.Writer) (*sidecar, error) {
 	return s, nil
 }
 
+// startSidecar is newSidecar, given up when ctx ends: a config from a pipe, or
+// the lock on a socket's directory, takes as long as others like. The sidecar
+// is then nil and the error ctx's.
+func startSidecar(ctx context.Context, source configSource, stderr io.Writer) (*sidecar, error) {
+	return unlessDone(ctx, func() (*sidecar, error) { return newSidecar(source, stderr) })
+}
+
+// unlessDone returns what f returns or, if ctx ends first, its error. f then
+// goes on until the process ends.
+func unlessDone[T any](ctx context.Context, f func() (T, error)) (T, error) {
+	type result struct {
+		value T
+		err   error
+	}
+	done := make(chan result, 1)
+	go func() {
+		value, err := f()
+		done <- result{value, err}
+	}()
+	select {
+	case r := <-done:
+		return r.value, r.err
+	case <-ctx.Done():
+		var none T
+		return none, ctx.Err()
+	}
+}
+
 // use puts another config in force, unless it says what only a restart can bring about.
 func (s *sidecar) use(cfg *policy.Config) error {
 	if err := cfg.Replaces(s.cfg.Load(), s.reload.source.file); err != nil {

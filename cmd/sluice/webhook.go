@@ -40,7 +40,11 @@ func (p *program) webhookCommand() *cobra.Command {
 It makes its certificates by itself, from a CA in a Secret, and keeps the caBundle of its configuration; --cert-dir takes tls.crt and
 tls.key from elsewhere instead, as from cert-manager, and asks nothing of the cluster.`,
 		Args: cobra.NoArgs,
-		RunE: func(c *cobra.Command, _ []string) error { return p.runWebhook(c.Context(), w) },
+		RunE: func(c *cobra.Command, _ []string) error {
+			ctx, stop := untilSignal(c.Context())
+			defer stop()
+			return p.runWebhook(ctx, w)
+		},
 	}
 	f := c.Flags()
 	f.StringVar(&w.listen, "listen", ":9443", "`address` for the API server's reviews, host:port")

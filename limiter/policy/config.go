@@ -5,12 +5,9 @@ package policy
 import (
 	"bytes"
 	"cmp"
-	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"hash"
-	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -133,15 +130,31 @@ func (c *Config) Replaces(old *Config, file string) error {
 	return m
 }
 
-// Load reads a config file; "" is a file that says nothing. settings are over what it says, the later ones over the earlier. getenv is
-// what ${NAME} in it looks up. The error is a Mistakes, with every mistake in it; the Inputs are good also then.
+// Load reads a config file; an empty name is a config that says nothing. A
+// pipe, such as /dev/stdin, is read to its end. settings take precedence over
+// the file, later ones over earlier ones. getenv looks up ${NAME}. The error
+// is a Mistakes that holds every mistake; the Inputs are good in any case.
 func Load(file string, getenv func(string) (string, bool), settings ...Setting) (*Config, Inputs, error) {
+	return load(file, nil, getenv, settings)
+}
+
+// Reload is Load for a file that was loaded before. A config that came
+// through a pipe then stays what it was, and only the files that it names are
+// read again.
+func Reload(file string, before Inputs, getenv func(string) (string, bool), settings ...Setting) (*Config, Inputs, error) {
+	return load(file, &before, getenv, settings)
+}
+
+func load(file string, before *Inputs, getenv func(string) (string, bool), settings []Setting) (*Config, Inputs, error) {
 	in := newInputs()
 	if file == "" {
-		c, err := readConfig("", nil, getenv, settings, in)
+		c, err := readConfig(reader{getenv: getenv}, nil, settings, in)
 		return c, in.done(), err
 	}
-	text, err := in.read(file, maxFile)
+	text, err := in.config(file, before)
+	if err == nil && len(bytes.TrimSpace(withoutBOM(text))) == 0 {
+		err = errors.New("the file is empty, as one that is being written; to mean no limits, write limits: []")
+	}
 	if err != nil {
 		var path *os.PathError
 		if errors.As(err, &path) {
@@ -149,85 +162,27 @@ func Load(file string, getenv func(string) (string, bool), settings ...Setting) 
 		}
 		return nil, in.done(), Mistakes{{File: file, Message: err.Error()}}
 	}
-	_, _ = in.said.Write(text)
-	text = bytes.TrimPrefix(text, []byte("\xef\xbb\xbf")) // the mark that some editors begin a file with
-	c, err := readConfig(file, text, getenv, settings, in)
-	made := in.done()
-	made.Blank = strings.TrimSpace(string(text)) == ""
-	return c, made, err
+	r := reader{file: file, dir: filepath.Dir(file), getenv: getenv}
+	if in.Piped {
+		r.dir = "." // a pipe's own directory holds no files
+	}
+	c, err := readConfig(r, text, settings, in)
+	return c, in.done(), err
 }
 
 // Parse is Load for a text that is already there. name is what mistakes call it; the files that it names are relative to name's
 // directory.
 func Parse(name string, text []byte, getenv func(string) (string, bool), settings ...Setting) (*Config, error) {
-	return readConfig(name, text, getenv, settings, newInputs())
+	return readConfig(reader{file: name, dir: filepath.Dir(name), getenv: getenv}, text, settings, newInputs())
 }
 
-// Inputs are what a config was read from, or could not be read from.
-type Inputs struct {
-	// Paths are the files, and the directories in which there may come more: where one changes, the config may.
-	Paths []string
-	// Hash is of the contents of all files: where it is the same, so is the config. It is a secret if a file holds one.
-	Hash [sha256.Size]byte
-	// Blank says that the config file holds nothing at all.
-	Blank bool
-}
+// withoutBOM is a text without the byte order mark that some editors begin a
+// file with.
+func withoutBOM(text []byte) []byte { return bytes.TrimPrefix(text, []byte("\xef\xbb\xbf")) }
 
-// inputs are Inputs that grow.
-type inputs struct {
-	paths []string
-	all   hash.Hash // of all contents
-	said  hash.Hash // of those that hold no secrets in files of their own
-}
-
-func newInputs() *inputs { return &inputs{all: sha256.New(), said: sha256.New()} }
-
-func (in *inputs) add(path string) { in.paths = append(in.paths, path) }
-
-// failed notes a file that could not be read: it is another config once it can be.
-func (in *inputs) failed(file string, err error) {
-	in.add(file)
-	_, _ = fmt.Fprintf(in.all, "\x00%q\x01%v\x00", file, err)
-}
-
-// read reads a file, of which most bytes are allowed; of a longer one it returns the first, and one more.
-func (in *inputs) read(file string, most int) ([]byte, error) {
-	text, err := readAtMost(file, most+1)
-	if err != nil {
-		in.failed(file, err)
-		return nil, err
-	}
-	in.add(file)
-	_, _ = fmt.Fprintf(in.all, "%s %d ", file, len(text))
-	_, _ = in.all.Write(text)
-	return text, nil
-}
-
-// reading notes what is read of a file that holds no secret. Nothing else may be read meanwhile.
-func (in *inputs) reading(file string, r io.Reader) io.Reader {
-	in.add(file)
-	both := io.MultiWriter(in.all, in.said)
-	_, _ = fmt.Fprintf(both, "\x00%q\x00", file) // what follows has no such name in it, or is no CSV
-	return io.TeeReader(r, both)
-}
-
-func readAtMost(file string, most int) ([]byte, error) {
-	f, err := os.Open(file)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = f.Close() }()
-	return io.ReadAll(io.LimitReader(f, int64(most)))
-}
-
-func (in *inputs) done() Inputs {
-	slices.Sort(in.paths)
-	return Inputs{Paths: slices.Compact(in.paths), Hash: [sha256.Size]byte(in.all.Sum(nil))}
-}
-
-func readConfig(name string, text []byte, getenv func(string) (string, bool), settings []Setting, in *inputs) (*Config, error) {
+func readConfig(r reader, text []byte, settings []Setting, in *inputs) (*Config, error) {
 	f := configFile{
-		limitReader: newLimitReader(reader{file: name, getenv: getenv}),
+		limitReader: newLimitReader(r),
 		settings:    settings,
 		store:       limiter.RedisOptions{Timeout: 100 * time.Millisecond},
 		config: &Config{
@@ -241,7 +196,7 @@ func readConfig(name string, text []byte, getenv func(string) (string, bool), se
 	}
 	f.inputs = in
 	f.set(true)
-	if root := f.document(text); root != nil {
+	if root := f.document(withoutBOM(text)); root != nil {
 		f.readFile(*root)
 	}
 	f.set(false)
@@ -252,7 +207,7 @@ func readConfig(name string, text []byte, getenv func(string) (string, bool), se
 			switch {
 			case m.Line == 0:
 				return 0
-			case m.File == name:
+			case m.File == r.file:
 				return 1
 			}
 			return 2

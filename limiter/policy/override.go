@@ -13,6 +13,8 @@ import (
 	"strings"
 
 	"github.com/goccy/go-yaml/ast"
+
+	"github.com/sluiceproxy/sluice/limiter"
 )
 
 // The bounds of what overrides_file names, over all files of a limit.
@@ -187,7 +189,7 @@ func (f *limitReader) glob(n node, pattern string) []string {
 	}
 	written := pattern
 	if !filepath.IsAbs(pattern) { // the config's own directory is no pattern
-		pattern = filepath.Join(escapeMeta(filepath.Dir(f.file)), pattern)
+		pattern = filepath.Join(escapeMeta(f.dir), pattern)
 	}
 	names, err := filepath.Glob(pattern)
 	if err != nil {
@@ -241,7 +243,7 @@ func unescapeMeta(pattern string) string {
 
 // readOverridesFile reads a CSV file: a header row, then a row for each key: its parts, a rate, a burst.
 func (f *limitReader) readOverridesFile(n node, d *draft, o *overrides, name string, bytes *int64) {
-	file, err := os.Open(name)
+	file, err := limiter.OpenFile(name)
 	if err != nil {
 		f.inputs.failed(name, err)
 		f.wrong(n, "%v", err)

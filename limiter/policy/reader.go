@@ -32,6 +32,7 @@ const (
 // reader reads a config's YAML strictly, and goes on after a mistake to find them all.
 type reader struct {
 	file     string
+	dir      string                      // that the files it names are relative to
 	getenv   func(string) (string, bool) // nil: no variables
 	mistakes Mistakes
 	// variables are the names of those whose values stand in the config, by their values; short ones are left out, as they are in
@@ -547,5 +548,5 @@ func (r *reader) path(name string) string {
 	if filepath.IsAbs(name) {
 		return name
 	}
-	return filepath.Join(filepath.Dir(r.file), name)
+	return filepath.Join(r.dir, name)
 }
