@@ -16,6 +16,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/goccy/go-yaml/ast"
 
@@ -231,11 +232,12 @@ type configFile struct {
 	settings    []Setting
 	config      *Config // on its own: it outlives what was read, and must not keep it in memory
 
-	redis   bool
-	redisAt node
-	store   limiter.RedisOptions
-	drafts  []*draft
-	exempt  []*match
+	redis     bool
+	redisAt   node // its URL, or redisNode
+	redisNode node
+	store     limiter.RedisOptions
+	drafts    []*draft
+	exempt    []*match
 }
 
 var (
@@ -366,14 +368,14 @@ func (f *configFile) readLocalShare(n node) {
 	}
 	v, err := strconv.ParseFloat(s, 64)
 	if err != nil || !(v >= 1e-6 && v <= 1) { // so that NaN is refused, too
-		f.wrong(n, "%s; allowed are numbers above 0, from a millionth, to 1", s)
+		f.wrong(n, "%s; allowed are numbers above 0, from a millionth, to 1", shown(n, s))
 		return
 	}
 	f.localShare = v
 }
 
 func (f *configFile) readRedis(n node) {
-	f.redisAt = n
+	f.redisAt, f.redisNode = n, n
 	var passwords []node
 	password := func(read func(node) (string, bool)) func(node) {
 		return func(n node) {
@@ -428,21 +430,22 @@ func (f *configFile) readTLS(n node) {
 	})
 }
 
-// secretFile reads the file that a value names. The line's end at its end, which editors add, is no part of the secret.
+// secretFile reads the file that a value names. A byte order mark at its
+// beginning and line ends at its end, which editors add, are no part of the
+// secret.
 func (f *configFile) secretFile(n node) (string, bool) {
 	name, ok := f.text(n)
 	if !ok {
 		return "", false
 	}
-	name = f.path(name)
-	text, err := f.inputs.read(name, maxSecret)
+	text, err := f.inputs.read(f.path(name), maxSecret)
 	if err != nil {
-		f.wrong(n, "%v", err)
+		f.wrongFile(n, err)
 		return "", false
 	}
-	secret := strings.TrimRight(string(text), "\r\n")
-	if secret == "" || len(secret) > maxSecret {
-		f.wrong(n, "%s holds %d bytes or more; allowed are 1 to %d", name, len(secret), maxSecret)
+	secret := strings.TrimRight(string(withoutBOM(text)), "\r\n")
+	if secret == "" || len(text) > maxSecret {
+		f.wrong(n, "%s holds %d bytes or more; allowed are 1 to %d", shown(n, f.path(name)), len(secret), maxSecret)
 		return "", false
 	}
 	return secret, true
@@ -561,6 +564,23 @@ func (f *configFile) set(weak bool) {
 	}
 }
 
+// hideStore is hide for what is wrong with store.redis as a whole. Some of it
+// is the library's, which does not quote: there whatever may be a secret is
+// hidden, up to the semicolon behind which sluice says what is allowed.
+func (f *configFile) hideStore(message string) string {
+	message = f.hide(f.redisNode.Node, message)
+	what, allowed, more := strings.Cut(message, "; ")
+	if more {
+		allowed = "; " + allowed
+	}
+	for name, value := range f.variables {
+		if strings.ContainsFunc(value, func(c rune) bool { return !unicode.IsLetter(c) }) { // else it may be a word of the message
+			what = strings.ReplaceAll(what, value, "${"+name+"}")
+		}
+	}
+	return what + allowed
+}
+
 // compile makes the Config of what was read.
 func (f *configFile) compile() *Config {
 	c := f.config
@@ -568,7 +588,7 @@ func (f *configFile) compile() *Config {
 	if f.redis {
 		o := f.store
 		if err := o.Validate(); err != nil && f.redisAt.Node != nil {
-			f.wrong(f.redisAt, "%v", err)
+			f.wrong(f.redisAt, "%s", f.hideStore(err.Error()))
 		}
 		c.Redis = &o
 	}

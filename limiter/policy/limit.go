@@ -237,8 +237,8 @@ func (f *limitReader) compile(n node, text string, p purpose) *expression {
 	if e == nil {
 		return nil
 	}
-	if written := f.written(n); written != "" {
-		e.text = written
+	if text := written(n.Node); text != "" {
+		e.text = text // with the names of variables
 	}
 	if !e.constant {
 		return e
@@ -262,23 +262,12 @@ func (f *limitReader) compile(n node, text string, p purpose) *expression {
 	return e
 }
 
-// written is a text as it stands in the file, with the names of variables and not their values.
-func (f *limitReader) written(n node) string {
-	switch v := n.Node.(type) {
-	case *ast.StringNode:
-		return v.Value
-	case *ast.LiteralNode:
-		return v.Value.Value
-	}
-	return ""
-}
-
 // wrongExpression notes a mistake within an expression: at its own place where the expression stands in the file as it is, else at
 // the value's.
 func (f *limitReader) wrongExpression(n node, e expressionError) {
 	t := n.GetToken()
 	m := Mistake{File: f.file, Field: n.field, Message: e.message, Line: t.Position.Line, Column: t.Position.Column}
-	if strings.Contains(f.written(n), "${") { // CEL's words may be a part of a variable's value
+	if takesVariables(n) { // CEL's words may be a part of a variable's value
 		m.Message = "not a good expression with its variables put in"
 	} else if s, ok := n.Node.(*ast.StringNode); ok && e.line == 1 && strings.Contains(t.Origin, s.Value) {
 		m.Column += e.column - 1
@@ -296,7 +285,7 @@ func (f *limitReader) readCost(n node, into *cost) {
 		s, _ := f.scalar(n)
 		v, err := strconv.ParseFloat(strings.ReplaceAll(s, "_", ""), 64)
 		if err != nil || math.IsInf(v, 0) {
-			f.wrong(n, "%s; allowed are numbers from 0 on, and CEL", s)
+			f.wrong(n, "%s; allowed are numbers from 0 on, and CEL", shown(n, s))
 			return
 		}
 		if into.constant, err = wholeCost(v); err != nil {

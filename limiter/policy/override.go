@@ -206,7 +206,7 @@ func (f *limitReader) glob(n node, pattern string) []string {
 	dir = unescapeMeta(dir)
 	f.inputs.add(dir)
 	if _, err := os.ReadDir(dir); err != nil && !errors.Is(err, os.ErrNotExist) {
-		f.wrong(n, "%v", err)
+		f.wrongFile(n, err)
 	}
 	slices.Sort(names)
 	return names
@@ -246,7 +246,7 @@ func (f *limitReader) readOverridesFile(n node, d *draft, o *overrides, name str
 	file, err := limiter.OpenFile(name)
 	if err != nil {
 		f.inputs.failed(name, err)
-		f.wrong(n, "%v", err)
+		f.wrongFile(n, err)
 		return
 	}
 	defer func() { _ = file.Close() }()

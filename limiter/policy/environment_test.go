@@ -1,0 +1,115 @@
+package policy
+
+import (
+	"fmt"
+	"regexp"
+	"strings"
+	"testing"
+)
+
+// Defaults count as in a shell: also where the variable is empty.
+func TestVariableDefaults(t *testing.T) {
+	for text, want := range map[string]string{
+		"${SET}":               "shop",
+		"${SET:-other}":        "shop",
+		"${EMPTY:-other}":      "other",
+		"${UNSET:-other}":      "other",
+		"a${EMPTY}":            "a",
+		"a${UNSET:-}":          "a",
+		"${SET}/${EMPTY:-b}":   "shop/b",
+		"${SET}${SET:-x}":      "shopshop",
+		"${UNSET:-a-b:-c}":     `"a-b:-c"; allowed are 1 to 253 of letters, digits and . _ / -`,
+		"${UNSET:-$$}":         `"$$"; allowed are 1 to 253 of letters, digits and . _ / -`,
+		"$${SET}":              `"${SET}"; allowed are 1 to 253 of letters, digits and . _ / -`,
+		"${UNSET}":             "the environment variable UNSET is not set; ${UNSET:-default} gives it a default",
+		"${UNSET:-${SET}}":     "a variable in the default of UNSET; a default is a plain text",
+		"${SET:-${UNSET}}":     "a variable in the default of SET; a default is a plain text",
+		"${SET:-$${UNSET}}":    "a variable in the default of SET; a default is a plain text",
+		"${UNSET-x}":           `"UNSET" is no variable's name; ` + variableForms,
+		"${UNSET:?hunter2}":    `"UNSET" is no variable's name; ` + variableForms,
+		"${UNSET:=hunter2}":    `"UNSET" is no variable's name; ` + variableForms,
+		"${}":                  `"" is no variable's name; ` + variableForms,
+		"${UNSET":              "a variable without its closing brace; " + variableForms,
+		"${EMPTY:-${UNSET}-$x": "a variable in the default of EMPTY; a default is a plain text",
+	} {
+		c, err := Parse("f", []byte("domain: '"+text+"'\n"), env("SET", "shop", "EMPTY", ""))
+		got := ""
+		if err != nil {
+			got = strings.TrimPrefix(mistakes(t, err)[0].Message, "f:1:9: domain: ")
+		} else {
+			got = c.Domain
+		}
+		if got != want {
+			t.Errorf("%s: %s\nwant %s", text, got, want)
+		}
+	}
+	// A well-known key would make hashes guessable.
+	if _, err := Parse("f", []byte("key_secret: ${A:-${B}}\n"), env("B", "secret")); err == nil {
+		t.Error("the secret is the text ${B}")
+	}
+}
+
+// withVariable are fields that take V and are then wrong, whatever it is.
+var withVariable = []string{
+	"domain: '${V}?!'", "listen: {grpc: '${V}?!'}", "listen: {admin: '${V}?!'}", "mode: '${V}?!'", "on_failure: '${V}?!'", "log_level: '${V}?!'",
+	"local_share: '${V}?!'", "failure_status: '${V}?!'", "grace: '${V}?!'", "headers: ['${V}?!']", "key_secret_file: 'none/${V}?!'",
+	"client_ip: {header: '${V} ?!'}", "client_ip: {xff_from_right: '${V}?!'}", "client_ip: {xff_from_right: 1, from: ['${V}?!']}",
+	"client_ip: {xff_from_right: 1, from: ['://${V}', 'x', '${V}?!']}",
+	"store: {redis: {url: '${V}?!'}}", "store: {redis: {url: 'http://${V}'}}", "store: {redis: {url: 'redis://h', mode: '${V}?!'}}",
+	"store: {redis: {url: 'redis://h', timeout: '${V}?!'}}", "store: {redis: {mode: cluster, addresses: ['${V}?!']}}",
+	"store: {redis: {url: 'redis://h', key_prefix: '${V}?!'}}", "store: {redis: {url: 'rediss://h', tls: {ca_file: 'none/${V}'}}}",
+	"store: {redis: {url: 'redis://h', password_file: 'none/${V}'}}",
+	"limits: [{name: '${V}?!', rate: 1/s}]", "limits: [{name: a, rate: '${V}?!'}]", "limits: [{name: a, rate: 1/s, burst: '${V}?!'}]",
+	"limits: [{name: a, rate: 1/s, group: '${V}?!'}]", "limits: [{name: a, rate: 1/s, absent: '${V}?!'}]",
+	"limits: [{name: a, rate: 1/s, match: {hosts: ['${V}?!']}}]", "limits: [{name: a, rate: 1/s, match: {methods: ['${V}?!']}}]",
+	"limits: [{name: a, rate: 1/s, match: {paths: ['${V}?!']}}]", "limits: [{name: a, rate: 1/s, match: {clients: ['${V}?!']}}]",
+	"limits: [{name: a, rate: 1/s, match: {principals: ['${V}?!']}}]",
+	"limits: [{name: a, rate: 1/s, when: '${V}?!'}]", "limits: [{name: a, rate: 1/s, key: '${V}?!'}]", "limits: [{name: a, rate: 1/s, cost: '${V}?!'}]",
+	"limits: [{name: a, rate: 1/s, key: client.ip, overrides: [{key: x, rate: '${V}?!'}]}]",
+	"limits: [{name: a, rate: 1/s, key: client.ip, overrides_file: 'none/${V}'}]",
+	"limits: [{name: a, rate: 1/s, key: client.ip, overrides_file: '[${V}'}]",
+}
+
+// No message tells a variable's value, wherever it stands.
+func TestNoMessageTellsAVariable(t *testing.T) {
+	for _, secret := range []string{"hunter2-the-secret", "hunter2:x@h", `hunter2"\x`, "hunter2 2"} {
+		for _, text := range withVariable {
+			_, err := Parse("f", []byte(text), env("V", secret))
+			if err == nil {
+				t.Errorf("%s: no mistake", text)
+			} else if strings.Contains(err.Error(), "hunter2") {
+				t.Errorf("%s: %v", text, err)
+			}
+		}
+	}
+}
+
+// Whatever a variable's value is, sluice's own words stay whole: a message
+// with it is the message without it, but for what is quoted.
+func TestMessagesKeepTheirWords(t *testing.T) {
+	word := regexp.MustCompile(`[A-Za-z0-9]+`)
+	quotes := regexp.MustCompile(`"[^"]*"`)
+	for _, text := range withVariable {
+		if strings.Contains(text, "redis: {url: '") || strings.Contains(text, "cost:") || strings.Contains(text, "when:") || strings.Contains(text, "key: '") {
+			continue // the store's own words, and CEL's
+		}
+		message := func(value string) string {
+			_, err := Parse("f", []byte(text), env("V", value))
+			if err == nil {
+				return ""
+			}
+			return quotes.ReplaceAllString(mistakes(t, err)[0].Message, "QUOTED")
+		}
+		plain := message("zzzz")
+		for _, w := range append(word.FindAllString(plain, -1), "10/s", "host:port") {
+			if got := message(w); got != plain && strings.Count(got, " ") == strings.Count(plain, " ") {
+				t.Errorf("%s with %s: %s\nwithout %s", text, w, got, plain)
+			}
+		}
+	}
+	// The value of a variable that another field takes is a word like any other.
+	_, err := Parse("f", []byte("domain: ${V}\nmode: allowed\n"), env("V", "allowed"))
+	if got := fmt.Sprint(err); got != `f:2:7: mode: "allowed"; allowed are enforce, shadow` {
+		t.Error(got)
+	}
+}
