@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+	_ "time/tzdata" // expressions name time zones, and an image may have none
 )
 
 func main() {

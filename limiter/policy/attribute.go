@@ -4,7 +4,6 @@ import (
 	"errors"
 	"slices"
 	"strconv"
-	"strings"
 
 	"cel.dev/cel-go/cel"
 	"cel.dev/cel-go/common/operators"
@@ -191,12 +190,9 @@ func decorator(asks map[int64]bool) interpreter.InterpretableDecoratorV2 {
 		switch args := call.Args(); call.Function() {
 		case operators.Equals, operators.NotEquals:
 			return &equality{call, args[0], args[1], call.Function() == operators.NotEquals}, nil
-		case "replace", "join":
-			return &bounded{call, args}, nil
-		case "string":
-			return &printed{call, args[0]}, nil
+		default:
+			return price(call, args)
 		}
-		return i, nil
 	}
 }
 
@@ -264,6 +260,7 @@ func (e *equality) Exec(frame *interpreter.ExecutionFrame) ref.Val {
 	if types.IsUnknownOrError(right) {
 		return right
 	}
+	charge(frame, e.ID(), equalUnits(left, right))
 	return types.Bool((types.Equal(left, right) == types.True) != e.negated)
 }
 
@@ -279,113 +276,4 @@ func nullable(operand interpreter.InterpretableV2, frame *interpreter.ExecutionF
 		return types.NullValue
 	}
 	return v
-}
-
-// bounded is replace or join, whose result may be the product of texts that a client chooses, while CEL's own cost sees it when it is
-// too late.
-type bounded struct {
-	interpreter.InterpretableCall
-	args []interpreter.InterpretableV2
-}
-
-const maxGrown = 256 << 10 // bytes of a text that is made of others
-
-// Exec is CEL's.
-func (b *bounded) Exec(frame *interpreter.ExecutionFrame) ref.Val {
-	args := make([]ref.Val, len(b.args))
-	for i, arg := range b.args {
-		if args[i] = arg.Exec(frame); types.IsUnknownOrError(args[i]) {
-			return args[i]
-		}
-	}
-	if b.Function() == "join" {
-		return joined(args)
-	}
-	return replaced(args)
-}
-
-// Eval is CEL's.
-func (b *bounded) Eval(a interpreter.Activation) ref.Val {
-	return interpreter.EvalActivation(a, b.Exec)
-}
-
-var (
-	errGrown    = types.NewErr("a text grows too large")
-	errOverload = types.NewErr("no such overload")
-)
-
-// replaced is text.replace(old, new) and text.replace(old, new, times).
-func replaced(args []ref.Val) ref.Val {
-	text, ok1 := args[0].(types.String)
-	old, ok2 := args[1].(types.String)
-	by, ok3 := args[2].(types.String)
-	if !ok1 || !ok2 || !ok3 {
-		return errOverload
-	}
-	times := -1
-	if len(args) == 4 {
-		n, ok := args[3].(types.Int)
-		if !ok {
-			return errOverload
-		}
-		times = int(min(n, maxGrown))
-	}
-	found := strings.Count(string(text), string(old))
-	if times >= 0 {
-		found = min(found, times)
-	}
-	if len(text)+found*max(0, len(by)-len(old)) > maxGrown {
-		return errGrown
-	}
-	return types.String(strings.Replace(string(text), string(old), string(by), times))
-}
-
-// joined is texts.join() and texts.join(between).
-func joined(args []ref.Val) ref.Val {
-	texts, ok := args[0].(traits.Lister)
-	between := types.String("")
-	if ok && len(args) == 2 {
-		between, ok = args[1].(types.String)
-	}
-	if !ok {
-		return errOverload
-	}
-	var b strings.Builder
-	for i, first := texts.Iterator(), true; i.HasNext() == types.True; first = false {
-		text, ok := i.Next().(types.String)
-		if !ok {
-			return errOverload
-		}
-		if b.Len()+len(between)+len(text) > maxGrown {
-			return errGrown
-		}
-		if !first {
-			b.WriteString(string(between))
-		}
-		b.WriteString(string(text))
-	}
-	return types.String(b.String())
-}
-
-// printed is string(), which prints numbers without an exponent.
-type printed struct {
-	interpreter.InterpretableCall
-	arg interpreter.InterpretableV2
-}
-
-// Exec is CEL's.
-func (p *printed) Exec(frame *interpreter.ExecutionFrame) ref.Val {
-	v := p.arg.Exec(frame)
-	if types.IsUnknownOrError(v) {
-		return v
-	}
-	if f, ok := v.(types.Double); ok {
-		return types.String(strconv.FormatFloat(float64(f), 'f', -1, 64))
-	}
-	return v.ConvertToType(types.StringType)
-}
-
-// Eval is CEL's.
-func (p *printed) Eval(a interpreter.Activation) ref.Val {
-	return interpreter.EvalActivation(a, p.Exec)
 }

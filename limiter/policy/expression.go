@@ -18,10 +18,7 @@ import (
 	"github.com/sluiceproxy/sluice/limiter"
 )
 
-const (
-	maxExpression = 4096   // bytes
-	maxEvaluation = 10_000 // CEL's units of cost; a comparison of two short strings is some 2
-)
+const maxExpression = 4096 // bytes
 
 // purpose is what an expression is for.
 type purpose uint8
@@ -114,13 +111,16 @@ func compile(text string, p purpose) (*expression, []expressionError) {
 	if out := checked.OutputType(); !p.accepts(out) {
 		return wrong("%s, and this is %v", p.wanted(), out)
 	}
+	if found := checkConstants(env, native); found != nil {
+		return nil, found
+	}
 	asks := make(map[int64]bool)
 	ast.PreOrderVisit(native.Expr(), ast.NewExprVisitor(func(e ast.Expr) {
 		if e.Kind() == ast.SelectKind && e.AsSelect().IsTestOnly() {
 			asks[e.ID()] = true
 		}
 	}))
-	program, err := env.Program(checked, cel.CostLimit(maxEvaluation), cel.EvalOptions(cel.OptOptimize), cel.CustomDecoratorV2(decorator(asks)))
+	program, err := env.Program(checked, planOptions(asks)...)
 	if err != nil {
 		return wrong("%v", err)
 	}
@@ -139,6 +139,14 @@ func compile(text string, p purpose) (*expression, []expressionError) {
 		}
 	}
 	return e, nil
+}
+
+// planOptions are how an expression is planned. asks are those of its parts
+// that are has().
+func planOptions(asks map[int64]bool) []cel.ProgramOption {
+	return []cel.ProgramOption{
+		cel.CostTracking(chargedUnits{}), cel.CostLimit(maxEvaluation), cel.EvalOptions(cel.OptOptimize), cel.CustomDecoratorV2(decorator(asks)),
+	}
 }
 
 // checkHeaderNames finds headers that no request can have, since Envoy's are in lower case.
@@ -236,12 +244,18 @@ func (e *expression) eval(s *subject) (ref.Val, error) {
 	}
 }
 
+// failures are what the errors of CEL and of its functions begin with. What
+// follows may be a client's.
+var failures = []string{
+	"no such key", "no such overload", "index out of bounds", "index out of range", "invalid substring range", "division by zero", "modulus by zero",
+	"integer overflow", "unsigned integer overflow", "duration overflow", "timestamp overflow", "type conversion error",
+	"invalid RFC 3339 timestamp", errZone.Error(), "time: invalid location name", "timezone offset", "error parsing regexp", errPattern.Error(), errGrown.Error(),
+	"operation cancelled: actual cost limit exceeded",
+}
+
 // failure is an evaluation's error without its words for values, which a client may have sent.
 func failure(err error) error {
-	for _, known := range []string{
-		"no such key", "no such overload", "index out of bounds", "division by zero", "modulus by zero", "integer overflow", "unsigned integer overflow",
-		"type conversion error", "operation cancelled: actual cost limit exceeded", "a text grows too large",
-	} {
+	for _, known := range failures {
 		if strings.HasPrefix(err.Error(), known) {
 			return errors.New("the expression fails: " + known)
 		}

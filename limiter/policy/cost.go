@@ -1,0 +1,575 @@
+package policy
+
+import (
+	"errors"
+	"fmt"
+	"regexp"
+	"regexp/syntax"
+	"strconv"
+	"strings"
+	"sync"
+	"unicode/utf8"
+
+	"cel.dev/cel-go/common/functions"
+	"cel.dev/cel-go/common/types"
+	"cel.dev/cel-go/common/types/ref"
+	"cel.dev/cel-go/common/types/traits"
+	"cel.dev/cel-go/interpreter"
+)
+
+// What an evaluation may cost. CEL charges a call after it ran, which is too
+// late where its time is a product of texts that clients choose, and some calls
+// it does not charge by their texts at all. The calls of pricedCalls are
+// therefore charged here, from their arguments, before they run; what CEL
+// charges for the others is a fair price for work that is linear.
+const (
+	maxEvaluation = 10_000    // units of an evaluation; a unit is some 100 to 400 ns
+	maxGrown      = 256 << 10 // bytes of a text that is made of others
+	maxProgram    = 4096      // instructions of a regular expression
+)
+
+// pricedCalls are the functions whose calls are charged before they run.
+var pricedCalls = map[string]pricedCall{
+	"replace":     {units: replaceUnits, run: replaced},
+	"join":        {units: joinUnits, run: joined},
+	"format":      {units: formatUnits},
+	"split":       {units: splitUnits},
+	"indexOf":     {units: scanUnits, run: indexOf},
+	"lastIndexOf": {units: scanUnits, run: lastIndexOf},
+	"size":        {units: func(args []ref.Val) (int, error) { return 1 + textLen(args[0])/100, nil }},
+	"int":         {units: scanUnits},
+	"uint":        {units: scanUnits},
+	"double":      {units: scanUnits},
+	"duration":    {units: scanUnits}, // their errors quote the text
+	"timestamp":   {units: scanUnits},
+	"string":      {units: scanUnits, run: printed},
+	// With a time zone these read a file.
+	"getFullYear": {units: zoneUnits}, "getMonth": {units: zoneUnits}, "getDate": {units: zoneUnits}, "getDayOfMonth": {units: zoneUnits},
+	"getDayOfYear": {units: zoneUnits}, "getDayOfWeek": {units: zoneUnits}, "getHours": {units: zoneUnits}, "getMinutes": {units: zoneUnits},
+	"getSeconds": {units: zoneUnits}, "getMilliseconds": {units: zoneUnits},
+}
+
+// pricedCall is how one function is charged and run.
+type pricedCall struct {
+	// units says what a call costs. An error is the call's result.
+	units func(args []ref.Val) (int, error)
+	// run is the function; nil: CEL's own.
+	run func(args []ref.Val) ref.Val
+}
+
+// price is a call as it is planned: one of pricedCalls as a priced node.
+func price(call interpreter.InterpretableCall, args []interpreter.InterpretableV2) (interpreter.InterpretableV2, error) {
+	if call.Function() == "matches" && len(args) == 2 {
+		return priceMatch(call, args)
+	}
+	p, ok := pricedCalls[call.Function()]
+	if !ok || len(args) == 0 {
+		return call, nil
+	}
+	if p.run == nil {
+		if isConstant(args) {
+			return call, nil // CEL evaluates it once
+		}
+		own, err := builtins()
+		if err != nil {
+			return nil, err
+		}
+		f := own[call.Function()]
+		if f == nil {
+			return call, nil
+		}
+		p.run = func(args []ref.Val) ref.Val { return invoke(f, args) }
+	}
+	return &priced{id: call.ID(), args: args, pricedCall: p}, nil
+}
+
+func isConstant(args []interpreter.InterpretableV2) bool {
+	for _, a := range args {
+		if _, ok := a.(interpreter.InterpretableConst); !ok {
+			return false
+		}
+	}
+	return true
+}
+
+// builtins are CEL's own implementations of its functions, by their names.
+var builtins = sync.OnceValues(func() (map[string]*functions.Overload, error) {
+	env, err := environment()
+	if err != nil {
+		return nil, err
+	}
+	own := make(map[string]*functions.Overload)
+	for name, f := range env.Functions() {
+		overloads, err := f.Bindings()
+		if err != nil {
+			return nil, err
+		}
+		for _, o := range overloads {
+			if o.Operator == name {
+				own[name] = o
+			}
+		}
+	}
+	return own, nil
+})
+
+// invoke calls one of CEL's functions.
+func invoke(f *functions.Overload, args []ref.Val) ref.Val {
+	switch {
+	case f.OperandTrait != 0 && !args[0].Type().HasTrait(f.OperandTrait):
+		return errOverload
+	case len(args) == 1 && f.Unary != nil:
+		return f.Unary(args[0])
+	case len(args) == 2 && f.Binary != nil:
+		return f.Binary(args[0], args[1])
+	case f.Function != nil:
+		return f.Function(args...)
+	}
+	return errOverload
+}
+
+// priced is a call of a function that is charged before it runs. It is none of
+// CEL's calls any more, so that CEL does not optimise it into one.
+type priced struct {
+	pricedCall
+	id   int64
+	args []interpreter.InterpretableV2
+}
+
+// ID is CEL's.
+func (p *priced) ID() int64 { return p.id }
+
+// Exec is CEL's.
+func (p *priced) Exec(frame *interpreter.ExecutionFrame) ref.Val {
+	args := make([]ref.Val, len(p.args))
+	for i, arg := range p.args {
+		if args[i] = arg.Exec(frame); types.IsUnknownOrError(args[i]) {
+			return args[i]
+		}
+	}
+	units, err := p.units(args)
+	if err != nil {
+		return types.WrapErr(err)
+	}
+	charge(frame, p.id, units)
+	return p.run(args)
+}
+
+// Eval is CEL's.
+func (p *priced) Eval(a interpreter.Activation) ref.Val { return interpreter.EvalActivation(a, p.Exec) }
+
+// charge adds to what the evaluation has cost, and ends it where that is too
+// much. A single unit it leaves out, which would allocate more than it counts:
+// CEL charges for the arguments of such a call.
+func charge(frame *interpreter.ExecutionFrame, id int64, units int) {
+	if units <= 1 {
+		return
+	}
+	if costs := frame.CostTracker(); costs != nil {
+		costs.EvalUnary(frame, id, chargeCall{}, types.Int(units), nil)
+	}
+}
+
+// chargeCall is what charge has the tracker see.
+type chargeCall struct{}
+
+const chargeName = "sluice_charge"
+
+// Function is CEL's.
+func (chargeCall) Function() string { return chargeName }
+
+// OverloadID is CEL's.
+func (chargeCall) OverloadID() string { return chargeName }
+
+// chargedUnits tells CEL's tracker what charge means.
+type chargedUnits struct{}
+
+// CallCost is CEL's; nil leaves a call to CEL's own prices.
+func (chargedUnits) CallCost(_, overload string, args []ref.Val, _ ref.Val) *uint64 {
+	if overload != chargeName {
+		return nil
+	}
+	units := uint64(max(0, args[0].(types.Int)))
+	return &units
+}
+
+var (
+	errZone     = errors.New("unknown time zone")
+	errGrown    = errors.New("a text grows too large")
+	errPattern  = fmt.Errorf("a regular expression of more than %d instructions", maxProgram)
+	errOverload = types.NewErr("no such overload")
+)
+
+// textLen is the length of a text in bytes; 0 of what is none.
+func textLen(v ref.Val) int {
+	switch v := v.(type) {
+	case types.String:
+		return len(v)
+	case types.Bytes:
+		return len(v)
+	}
+	return 0
+}
+
+// scanUnits is the price of reading the arguments, as CEL counts it.
+func scanUnits(args []ref.Val) (int, error) {
+	n := 0
+	for _, a := range args {
+		n += textLen(a)
+	}
+	return 1 + n/10, nil
+}
+
+func zoneUnits(args []ref.Val) (int, error) {
+	if len(args) < 2 {
+		return 1, nil
+	}
+	if textLen(args[1]) > 64 {
+		return 0, errZone
+	}
+	return 200, nil
+}
+
+// equalUnits is the price of comparing two values.
+func equalUnits(left, right ref.Val) int {
+	if _, isText := left.(types.String); isText {
+		return 1 + min(textLen(left), textLen(right))/100
+	}
+	if !isContainer(left) || !isContainer(right) {
+		return 1
+	}
+	elements, bytes := 0, 0
+	measure(left, &elements, &bytes)
+	return 1 + elements + bytes/100
+}
+
+func isContainer(v ref.Val) bool {
+	switch v.(type) {
+	case traits.Lister, traits.Mapper:
+		return true
+	}
+	return false
+}
+
+// measure adds the elements and the bytes of a value with all that is in it,
+// until there are more of them than any evaluation may handle.
+func measure(v ref.Val, elements, bytes *int) {
+	if *elements++; *elements > maxEvaluation || *bytes > maxGrown {
+		return
+	}
+	switch v := v.(type) {
+	case traits.Mapper:
+		for i := v.Iterator(); i.HasNext() == types.True && *elements <= maxEvaluation && *bytes <= maxGrown; {
+			key := i.Next()
+			measure(key, elements, bytes)
+			measure(v.Get(key), elements, bytes)
+		}
+	case traits.Lister:
+		for i := v.Iterator(); i.HasNext() == types.True && *elements <= maxEvaluation && *bytes <= maxGrown; {
+			measure(i.Next(), elements, bytes)
+		}
+	default:
+		*bytes += textLen(v)
+	}
+}
+
+// formatUnits is the price of text.format(values), which writes each value
+// once.
+func formatUnits(args []ref.Val) (int, error) {
+	elements, bytes := 0, textLen(args[0])
+	for _, v := range args[1:] {
+		measure(v, &elements, &bytes)
+	}
+	if bytes > maxGrown {
+		return 0, errGrown
+	}
+	return 1 + elements + bytes/10, nil
+}
+
+// splitUnits is the price of text.split(separator), which makes a list.
+func splitUnits(args []ref.Val) (int, error) {
+	if len(args) < 2 {
+		return 1, nil
+	}
+	text, _ := args[0].(types.String)
+	separator, _ := args[1].(types.String)
+	parts := strings.Count(string(text), string(separator)) + 1
+	if len(args) == 3 {
+		if most, ok := args[2].(types.Int); ok && most >= 0 {
+			parts = min(parts, int(min(most, maxGrown)))
+		}
+	}
+	return 1 + parts + len(text)/100, nil
+}
+
+// replacing is what text.replace(old, new) and text.replace(old, new, times)
+// ask for.
+type replacing struct {
+	text, old, by string
+	times         int // -1: all
+}
+
+func replacingOf(args []ref.Val) (r replacing, ok bool) {
+	if len(args) != 3 && len(args) != 4 {
+		return r, false
+	}
+	text, ok1 := args[0].(types.String)
+	old, ok2 := args[1].(types.String)
+	by, ok3 := args[2].(types.String)
+	r = replacing{string(text), string(old), string(by), -1}
+	if len(args) == 4 {
+		n, ok := args[3].(types.Int)
+		if !ok {
+			return r, false
+		}
+		r.times = int(min(n, maxGrown))
+	}
+	return r, ok1 && ok2 && ok3
+}
+
+func replaceUnits(args []ref.Val) (int, error) {
+	r, ok := replacingOf(args)
+	if !ok {
+		return 1, nil
+	}
+	found := strings.Count(r.text, r.old)
+	if r.times >= 0 {
+		found = min(found, r.times)
+	}
+	grown := len(r.text) + found*max(0, len(r.by)-len(r.old))
+	if grown > maxGrown {
+		return 0, errGrown
+	}
+	return 1 + found/10 + grown/100, nil
+}
+
+func replaced(args []ref.Val) ref.Val {
+	r, ok := replacingOf(args)
+	if !ok {
+		return errOverload
+	}
+	return types.String(strings.Replace(r.text, r.old, r.by, r.times))
+}
+
+// joinUnits is the price of texts.join() and texts.join(between).
+func joinUnits(args []ref.Val) (int, error) {
+	texts, ok := args[0].(traits.Lister)
+	if !ok {
+		return 1, nil
+	}
+	elements, bytes := 0, 0
+	measure(texts, &elements, &bytes)
+	if len(args) == 2 {
+		bytes += elements * textLen(args[1])
+	}
+	if bytes > maxGrown {
+		return 0, errGrown
+	}
+	return 1 + elements + bytes/100, nil
+}
+
+func joined(args []ref.Val) ref.Val {
+	texts, ok := args[0].(traits.Lister)
+	between := types.String("")
+	if ok && len(args) == 2 {
+		between, ok = args[1].(types.String)
+	}
+	if !ok {
+		return errOverload
+	}
+	var b strings.Builder
+	for i, first := texts.Iterator(), true; i.HasNext() == types.True; first = false {
+		text, ok := i.Next().(types.String)
+		if !ok {
+			return errOverload
+		}
+		if !first {
+			b.WriteString(string(between))
+		}
+		b.WriteString(string(text))
+	}
+	return types.String(b.String())
+}
+
+// indexOf is text.indexOf(part) and text.indexOf(part, from), in code points
+// as CEL counts them, in linear time. CEL's own takes the product of both.
+func indexOf(args []ref.Val) ref.Val {
+	text, part, from, ok := searching(args)
+	switch {
+	case !ok:
+		return errOverload
+	case from < 0:
+		return types.NewErr("index out of range: %d", from)
+	}
+	at, ok := byteOffset(text, from)
+	if !ok {
+		at, from = len(text), int64(utf8.RuneCountInString(text))
+		if part != "" {
+			return types.Int(-1)
+		}
+	}
+	i := strings.Index(text[at:], part)
+	if i < 0 {
+		return types.Int(-1)
+	}
+	return types.Int(from + int64(utf8.RuneCountInString(text[at:at+i])))
+}
+
+// lastIndexOf is text.lastIndexOf(part), and text.lastIndexOf(part, from),
+// where the part begins at from or before it.
+func lastIndexOf(args []ref.Val) ref.Val {
+	text, part, from, ok := searching(args)
+	if !ok {
+		return errOverload
+	}
+	if len(args) == 2 {
+		from = int64(utf8.RuneCountInString(text))
+	}
+	if from < 0 {
+		return types.NewErr("index out of range: %d", from)
+	}
+	at, within := byteOffset(text, from)
+	if !within {
+		at = len(text)
+		if part != "" && len(args) == 3 {
+			return types.Int(-1) // as CEL has it
+		}
+	} else if len(args) == 3 && at == len(text) && part != "" {
+		return types.Int(-1)
+	}
+	i := strings.LastIndex(text[:min(len(text), at+len(part))], part)
+	if i < 0 {
+		return types.Int(-1)
+	}
+	return types.Int(utf8.RuneCountInString(text[:i]))
+}
+
+// searching are the arguments of indexOf and lastIndexOf.
+func searching(args []ref.Val) (text, part string, from int64, ok bool) {
+	if len(args) != 2 && len(args) != 3 {
+		return "", "", 0, false
+	}
+	t, ok1 := args[0].(types.String)
+	p, ok2 := args[1].(types.String)
+	if len(args) == 3 {
+		n, ok3 := args[2].(types.Int)
+		if !ok3 {
+			return "", "", 0, false
+		}
+		from = int64(n)
+	}
+	return string(t), string(p), from, ok1 && ok2
+}
+
+// byteOffset is where a text's nth code point begins, or its end for the one
+// behind the last; ok is false for one behind that.
+func byteOffset(text string, n int64) (at int, ok bool) {
+	for ; n > 0 && at < len(text); n-- {
+		_, size := utf8.DecodeRuneInString(text[at:])
+		at += size
+	}
+	return at, n == 0
+}
+
+// printed is string(), which prints numbers without an exponent.
+func printed(args []ref.Val) ref.Val {
+	if f, ok := args[0].(types.Double); ok {
+		return types.String(strconv.FormatFloat(float64(f), 'f', -1, 64))
+	}
+	return args[0].ConvertToType(types.StringType)
+}
+
+// priceMatch plans text.matches(pattern). Go's regular expressions take time
+// that is linear in the text's length times the program's size, and so is the
+// price. A pattern that is a constant is compiled once.
+func priceMatch(call interpreter.InterpretableCall, args []interpreter.InterpretableV2) (interpreter.InterpretableV2, error) {
+	p := &priced{id: call.ID(), args: args, pricedCall: pricedCall{units: matchUnits, run: matched}}
+	c, ok := args[1].(interpreter.InterpretableConst)
+	if !ok {
+		return p, nil
+	}
+	pattern, ok := c.Value().(types.String)
+	if !ok {
+		return call, nil
+	}
+	size, err := programSize(string(pattern))
+	if err != nil {
+		return nil, err
+	}
+	compiled, err := regexp.Compile(string(pattern))
+	if err != nil {
+		return nil, err
+	}
+	p.units = func(args []ref.Val) (int, error) { return 1 + textLen(args[0])*size/stepsPerUnit, nil }
+	p.run = func(args []ref.Val) ref.Val {
+		text, ok := args[0].(types.String)
+		if !ok {
+			return errOverload
+		}
+		return types.Bool(compiled.MatchString(string(text)))
+	}
+	return p, nil
+}
+
+const (
+	stepsPerUnit  = 40 // of a match: an instruction at a byte
+	compileFactor = 10 // units to compile an instruction
+)
+
+// matchUnits is the price of a match whose pattern is known only now.
+func matchUnits(args []ref.Val) (int, error) {
+	pattern, ok := args[1].(types.String)
+	if !ok {
+		return 1, nil
+	}
+	if len(pattern) > maxExpression {
+		return 0, errPattern
+	}
+	size, err := programSize(string(pattern))
+	if err != nil {
+		return 0, err
+	}
+	return 1 + size*compileFactor + textLen(args[0])*size/stepsPerUnit, nil
+}
+
+func matched(args []ref.Val) ref.Val {
+	text, ok1 := args[0].(types.String)
+	pattern, ok2 := args[1].(types.String)
+	if !ok1 || !ok2 {
+		return errOverload
+	}
+	compiled, err := regexp.Compile(string(pattern))
+	if err != nil {
+		return types.WrapErr(err)
+	}
+	return types.Bool(compiled.MatchString(string(text)))
+}
+
+// programSize is about how many instructions a pattern compiles to, found
+// without compiling it: repetitions multiply. It is never 0.
+func programSize(pattern string) (int, error) {
+	tree, err := syntax.Parse(pattern, syntax.Perl)
+	if err != nil {
+		return 0, err
+	}
+	if n := 2 + instructions(tree); n <= maxProgram {
+		return n, nil
+	}
+	return 0, errPattern
+}
+
+func instructions(re *syntax.Regexp) int {
+	n := 0
+	for _, sub := range re.Sub {
+		n = min(n+instructions(sub), maxProgram+1) // so that products stay small
+	}
+	switch re.Op {
+	case syntax.OpLiteral:
+		return len(re.Rune)
+	case syntax.OpRepeat: // x{2,5} is xx(x(x(x)?)?)?, and x{2,} is xxx*
+		return max(re.Min, re.Max, 1)*max(n, 1) + max(re.Max-re.Min, 1)
+	case syntax.OpConcat:
+		return n
+	}
+	return n + 2
+}
