@@ -17,7 +17,7 @@ import (
 
 // execEnv makes this test binary be sluice itself, so that tests run the real program as the processes that users run, with
 // -race where the tests have it.
-const execEnv = "SLUICE_TEST_EXEC"
+const execEnv = "TEST_SLUICE_EXEC"
 
 func TestMain(m *testing.M) {
 	switch os.Getenv(execEnv) {

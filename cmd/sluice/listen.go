@@ -19,6 +19,9 @@ func splitAddress(addr string) (network, address string, err error) {
 		if !filepath.IsAbs(path) {
 			return "", "", fmt.Errorf("%q: allowed are host:port and unix:///absolute/path", addr)
 		}
+		if most := 107; len(path) > most { // of Linux
+			return "", "", fmt.Errorf("%q: a path of %d bytes; a unix socket's has at most %d", addr, len(path), most)
+		}
 		return "unix", path, nil
 	}
 	if _, port, err := net.SplitHostPort(addr); err != nil || port == "" {

@@ -130,9 +130,9 @@ func TestConfigFromAPipe(t *testing.T) {
 // What a pipe brings is validated, and a mistake in it found.
 func TestValidateAPipe(t *testing.T) {
 	for config, want := range map[string]string{
-		limit("a"):               "/dev/fd/3: ok\n",
+		limit("a"):              "/dev/fd/3: ok\n",
 		"limits: [{name: a}]\n": "/dev/fd/3:1:10: limits[0].rate: missing; a limit has a name and a rate\n",
-		"":                       "/dev/fd/3: the file is empty, as one that is being written; to mean no limits, write limits: []\n",
+		"":                      "/dev/fd/3: the file is empty, as one that is being written; to mean no limits, write limits: []\n",
 	} {
 		p := start(t, "sluice", nil, "validate", "/dev/fd/3")
 		piped(t, p, config)

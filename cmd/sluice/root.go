@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 
 	"github.com/spf13/cobra"
 )
@@ -19,18 +20,22 @@ const (
 // program is what the commands have of the outside world.
 type program struct {
 	getenv         func(string) (string, bool)
+	environ        func() []string // all that getenv looks up, as NAME=value
 	stdout, stderr io.Writer
 }
 
 // errNo ends a command whose output has said already that the answer is no.
 var errNo = errors.New("no")
 
+// errUsage is errNo where the command line is wrong.
+var errUsage = errors.New("wrong usage")
+
 // usageError is a wrong command line that only the command itself can tell.
 type usageError struct{ error }
 
 // run is the whole program: it runs the command that args name until it is done or ctx ends, and returns the exit status.
 func run(ctx context.Context, args []string, getenv func(string) (string, bool), stdout, stderr io.Writer) int {
-	p := &program{getenv: getenv, stdout: stdout, stderr: stderr}
+	p := &program{getenv: getenv, environ: os.Environ, stdout: stdout, stderr: stderr}
 	started := false // from then on an error is the command's answer, and not wrong usage
 	root := &cobra.Command{
 		Use:   "sluice",
@@ -68,6 +73,8 @@ Exit status: 0 good, 1 the answer is no, 2 wrong usage.`,
 		return statusGood
 	case errors.Is(err, errNo):
 		return statusNo
+	case errors.Is(err, errUsage):
+		return statusUsage
 	case !started || errors.As(err, &usage):
 		_, _ = fmt.Fprintf(stderr, "sluice: %v\nSee '%s --help'.\n", err, command.CommandPath())
 		return statusUsage

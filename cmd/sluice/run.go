@@ -4,10 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"regexp"
 	"runtime/debug"
+	"slices"
+	"strings"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
+	"go.uber.org/zap"
 
 	"github.com/sluiceproxy/sluice/limiter/policy"
 )
@@ -75,12 +79,23 @@ func (p *program) runSidecar(ctx context.Context, config string, settings []poli
 		config, _ = p.getenv("SLUICE_CONFIG")
 	}
 	tuneGC(p.getenv)
-	s, err := startSidecar(ctx, p.configFile(config, settings), p.stderr)
+	taken, getenv := make(map[string]bool), p.getenv
+	recording := *p
+	recording.getenv = func(name string) (string, bool) {
+		taken[name] = true
+		return getenv(name)
+	}
+	source := p.configFile(config, settings)
+	source.load = recording.configFile(config, settings).load
+	s, err := startSidecar(ctx, source, p.stderr)
 	switch {
 	case ctx.Err() != nil && s == nil:
 		return nil // told to stop before there was anything to stop
 	case err != nil:
 		return p.sayMistakes(err)
+	}
+	if unknown := p.unknownVariables(taken); len(unknown) > 0 {
+		s.log.Warn("unknown environment variables, which mean nothing to sluice", zap.Strings("variables", unknown))
 	}
 	return s.serve(ctx)
 }
@@ -91,17 +106,46 @@ func (p *program) load(file string, settings ...policy.Setting) (*policy.Config,
 	return cfg, p.sayMistakes(err)
 }
 
-// sayMistakes prints the mistakes of a config; the error that it returns needs no more words.
+// sayMistakes prints the mistakes of a config; the error that it returns needs
+// no more words. A wrong flag is wrong usage.
 func (p *program) sayMistakes(err error) error {
 	var mistakes policy.Mistakes
 	if !errors.As(err, &mistakes) {
 		return err
 	}
+	result := errNo
 	for _, m := range mistakes {
 		_, _ = fmt.Fprintln(p.stderr, m)
+		if strings.HasPrefix(m.File, "--") {
+			result = errUsage
+		}
 	}
-	return errNo
+	return result
 }
+
+// unknownVariables are the names of environment variables that look as if they
+// were sluice's and mean nothing: they are misspelt. What Kubernetes and Docker
+// make of a Service's name is none of them, and neither is what the config
+// takes.
+func (p *program) unknownVariables(taken map[string]bool) []string {
+	known := map[string]bool{"SLUICE_CONFIG": true}
+	for _, s := range settings {
+		known[s.env] = true
+	}
+	var unknown []string
+	for _, v := range p.environ() {
+		name, value, _ := strings.Cut(v, "=")
+		if strings.HasPrefix(name, "SLUICE_") && !known[name] && !taken[name] && !serviceVariable.MatchString(name) && !strings.Contains(value, "://") {
+			unknown = append(unknown, name)
+		}
+	}
+	slices.Sort(unknown)
+	return unknown
+}
+
+// serviceVariable are the variables that Kubernetes and Docker set for
+// Services and links. SLUICE_PORT, which is one, has a URL for a value.
+var serviceVariable = regexp.MustCompile(`_SERVICE_(HOST|PORT)(_[A-Z0-9_]+)?$|_PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$`)
 
 // tuneGC lets the heap grow to three times what is live before it is collected. A sidecar's live heap is a few megabytes, and
 // Go's default of twice would collect hundreds of times a second under load, a fifth of all its processor time. GOGC is over

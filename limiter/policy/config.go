@@ -253,8 +253,14 @@ func checkDomain(s string) error {
 	return nil
 }
 
+// maxSocketPath is how long a unix socket's path may be on Linux, in bytes.
+const maxSocketPath = 107
+
 func checkListen(s string) error {
 	if path, ok := strings.CutPrefix(s, "unix://"); ok && filepath.IsAbs(path) {
+		if len(path) > maxSocketPath {
+			return fmt.Errorf("%q: a path of %d bytes; a unix socket's has at most %d", s, len(path), maxSocketPath)
+		}
 		return nil
 	}
 	return checkTCP(s, " and unix:///absolute/path")

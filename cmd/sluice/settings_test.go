@@ -1,0 +1,54 @@
+package main
+
+import (
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// A wrong value of a flag is wrong usage; one of the environment or the file is
+// a config that is wrong.
+func TestWrongSettings(t *testing.T) {
+	long := "unix:///" + strings.Repeat("x", 107)
+	for _, tt := range []struct {
+		args   []string
+		status int
+		stderr string
+	}{
+		{[]string{"run", "--grpc", "nowhere"}, 2, `--grpc: listen.grpc: "nowhere"; allowed are host:port`},
+		{[]string{"run", "--grpc", ""}, 2, `--grpc: listen.grpc: ""; allowed are host:port`},
+		{[]string{"run", "--grace", "soon"}, 2, `--grace: grace: "soon"; allowed are durations`},
+		{[]string{"run", "--log-level", "loud"}, 2, `--log-level: log_level: "loud"; allowed are debug`},
+		{[]string{"run", "--domain", "a b"}, 2, `--domain: domain: "a b"; allowed are`},
+		{[]string{"run", "--redis", "http://h"}, 2, `--redis: store.redis.url: `},
+		{[]string{"run", "--grpc", long}, 2, `: a path of 108 bytes; a unix socket's has at most 107`},
+		{[]string{"demo", "--redis", "http://h"}, 2, `--redis: store.redis.url: `},
+		{[]string{"healthcheck", "--grpc", long}, 2, `: a path of 108 bytes; a unix socket's has at most 107`},
+		{[]string{"run", "--config", file(t, "sluice.yaml", "listen: {grpc: '"+long+"'}\n")}, 1, `: a path of 108 bytes; a unix socket's has at most 107`},
+		{[]string{"run", "--config", file(t, "sluice.yaml", "mode: x\n")}, 1, `mode: "x"; allowed are enforce, shadow`},
+	} {
+		if status, stdout, stderr := sluice(t, nil, tt.args...); status != tt.status || stdout != "" || !strings.Contains(stderr, tt.stderr) {
+			t.Errorf("%v: %d %s%s\nwant %d %s", tt.args, status, stdout, stderr, tt.status, tt.stderr)
+		}
+	}
+	if status, _, stderr := sluice(t, []string{"SLUICE_GRACE=soon"}, "run"); status != 1 || !strings.HasPrefix(stderr, "SLUICE_GRACE: grace: ") {
+		t.Errorf("%d %s", status, stderr)
+	}
+}
+
+// A variable that is misspelt is named when the sidecar starts.
+func TestUnknownVariables(t *testing.T) {
+	p := start(t, "sluice", []string{
+		"SLUICE_GRCP=127.0.0.1:1", "SLUICE_ONFAILURE=allow", "SLUICE_SHOP=shop", "SLUICE_DOMAIN=known", // misspelt, unknown, of the config, known
+		"SLUICE_PORT=tcp://10.0.0.1:9001", "SLUICE_SERVICE_HOST=10.0.0.1", "SLUICE_SERVICE_PORT_GRPC=9001", "SLUICE_PORT_9001_TCP_ADDR=10.0.0.1", "SLUICE_WEB_SERVICE_PORT=80",
+	}, "run", "--config", file(t, "sluice.yaml", freePorts+"store: {redis: {url: 'redis://127.0.0.1:1', key_prefix: '${SLUICE_SHOP}'}}\n"))
+	l := startLines(t, p)
+	await(t, func() bool { return l.count(`"serving"`) == 1 })
+	if l.count(`"variables":["SLUICE_GRCP","SLUICE_ONFAILURE"]`) != 1 {
+		t.Errorf("%s", l.said)
+	}
+	if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	<-p.done
+}
