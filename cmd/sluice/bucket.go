@@ -54,8 +54,11 @@ func (p *program) bucketCommand() *cobra.Command {
 	for _, sub := range []*cobra.Command{get, reset} {
 		f := sub.Flags()
 		f.StringVar(&a.config, "config", "", "`file` with the limits (default $SLUICE_CONFIG)")
-		f.StringVar(&a.limit, "limit", "", "`name` of the limit")
-		f.StringArrayVar(&a.parts, "key", nil, "a `part` of the key, in clear; one for each, in the file's order")
+		f.StringVar(&a.name.Limit, "limit", "", "`name` of the limit")
+		f.StringArrayVar(&a.name.Parts, "key", nil, "a `part` of the key, in clear; one for each, in the file's order")
+		f.StringVar(&a.name.Key, "key-hash", "", "the whole `key`, as logs and metadata show it")
+		f.StringVar(&a.absent, "absent", "", "the bucket of who sends no key, or of the parts that are empty; with absent: client, of the network of this `address` (--absent=ADDRESS)")
+		f.Lookup("absent").NoOptDefVal = noAddress
 		outputFlag(sub, &a.output)
 		c.AddCommand(sub)
 	}
@@ -64,9 +67,13 @@ func (p *program) bucketCommand() *cobra.Command {
 
 // askedBucket is which bucket is meant.
 type askedBucket struct {
-	config, limit, output string
-	parts                 []string
+	config, output string
+	name           policy.BucketName
+	absent         string // an address, or noAddress; empty: no part is absent
 }
+
+// noAddress is what --absent is without a value.
+const noAddress = "-"
 
 // bucketState is the result, as JSON has it: tokens are whole, and reset is in seconds.
 type bucketState struct {
@@ -85,8 +92,15 @@ func (p *program) bucket(ctx context.Context, a *askedBucket, reset bool) error 
 	if err != nil {
 		return err
 	}
-	if a.limit == "" {
+	name := a.name
+	switch {
+	case name.Limit == "":
 		return usageError{errors.New("--limit is missing: the name of a limit")}
+	case name.Key != "" && (len(name.Parts) > 0 || a.absent != ""):
+		return usageError{errors.New("--key-hash is the whole key; leave --key and --absent out")}
+	}
+	if name.Absent = a.absent != ""; a.absent != noAddress {
+		name.Client = a.absent
 	}
 	if a.config == "" {
 		a.config, _ = p.getenv("SLUICE_CONFIG")
@@ -95,7 +109,7 @@ func (p *program) bucket(ctx context.Context, a *askedBucket, reset bool) error 
 	if err != nil {
 		return err
 	}
-	b, err := cfg.Bucket(a.limit, a.parts)
+	b, err := cfg.Bucket(name)
 	if err != nil {
 		return err
 	}
@@ -107,8 +121,9 @@ func (p *program) bucket(ctx context.Context, a *askedBucket, reset bool) error 
 		return err
 	}
 	defer func() { _ = redis.Close() }()
+	existed := false
 	if reset {
-		if _, err := redis.Reset(ctx, b.Charge.Key); err != nil {
+		if existed, err = redis.Reset(ctx, b.Charge.Key); err != nil {
 			return err
 		}
 	}
@@ -117,15 +132,18 @@ func (p *program) bucket(ctx context.Context, a *askedBucket, reset bool) error 
 		return err
 	}
 	s := bucketState{
-		Limit: a.limit, Key: b.Key, Exists: exists, Tokens: v.Remaining, Burst: b.Charge.Bucket.Burst(), Rate: b.Rate,
+		Limit: name.Limit, Key: b.Key, Exists: exists, Tokens: v.Remaining, Burst: b.Charge.Bucket.Burst(), Rate: b.Rate,
 		Reset: int64((v.FullAfter + time.Second - 1) / time.Second),
 	}
 	if asJSON {
 		return p.printJSON(s)
 	}
 	full := "full"
-	if s.Reset > 0 {
+	switch {
+	case s.Reset > 0:
 		full = fmt.Sprintf("full in %d s", s.Reset)
+	case !s.Exists && !existed:
+		full = "full: there is no such bucket, as it was not used or has refilled since"
 	}
 	_, err = fmt.Fprintf(p.stdout, "%s {%s}: %d of %d tokens, refilled at %s, %s\n", s.Limit, s.Key, s.Tokens, s.Burst, s.Rate, full)
 	return err

@@ -23,7 +23,8 @@ func TestBucket(t *testing.T) {
 	}
 	of := []string{"--config", config, "--limit", "orders", "--key", "k", "--key", "POST"}
 	get, reset := append([]string{"get"}, of...), append([]string{"reset"}, of...)
-	ask("orders {"+key+"}: 7 of 7 tokens, refilled at 60/d, full\n", get...)
+	const none = "full: there is no such bucket, as it was not used or has refilled since\n"
+	ask("orders {"+key+"}: 7 of 7 tokens, refilled at 60/d, "+none, get...)
 	if got := check(t, conn, request); got != "ok" {
 		t.Fatal(got)
 	}
@@ -41,7 +42,10 @@ func TestBucket(t *testing.T) {
 	if got := check(t, conn, request); got != "429" {
 		t.Error(got)
 	}
+	shown := []string{"--config", config, "--limit", "orders", "--key-hash", key}
+	ask("orders {"+key+"}: 2 of 7 tokens, refilled at 60/d, full in 7200 s\n", append([]string{"get"}, shown...)...)
 	ask("orders {"+key+"}: 7 of 7 tokens, refilled at 60/d, full\n", reset...)
+	ask("orders {"+key+"}: 7 of 7 tokens, refilled at 60/d, "+none, append([]string{"reset"}, shown...)...)
 	ask(`{
   "limit": "orders",
   "key": "`+key+`",
@@ -58,8 +62,12 @@ func TestBucket(t *testing.T) {
 			t.Fatal("limited long after a reset")
 		}
 	}
-	ask("orders {#43."+hashOf("gold")+"=4.POST}: 100 of 100 tokens, refilled at 1/d, full\n", "get", "--config", config, "--limit", "orders", "--key", "gold", "--key", "POST")
-	ask("fallback {-}: 1 of 1 tokens, refilled at 1/d, full\n", "get", "--config", config, "--limit", "fallback")
+	ask("orders {#43."+hashOf("gold")+"=4.POST}: 100 of 100 tokens, refilled at 1/d, "+none, "get", "--config", config, "--limit", "orders", "--key", "gold", "--key", "POST")
+	ask("orders {#43."+hashOf("gold")+"=4.POST}: 100 of 100 tokens, refilled at 1/d, "+none, "get", "--config", config, "--limit", "orders", "--key-hash", "#43."+hashOf("gold")+"=4.POST")
+	ask("orders {~11.203.0.113.7=4.POST}: 7 of 7 tokens, refilled at 60/d, "+none, "get", "--config", config, "--limit", "orders", "--absent=203.0.113.7", "--key=", "--key", "POST")
+	ask("orders {~13.2001:db8::/64~13.2001:db8::/64}: 7 of 7 tokens, refilled at 60/d, "+none, "get", "--config", config, "--limit", "orders", "--absent=2001:db8::1")
+	ask("fallback {-}: 1 of 1 tokens, refilled at 1/d, "+none, "get", "--config", config, "--limit", "fallback", "--key-hash", "-")
+	ask("fallback {-}: 1 of 1 tokens, refilled at 1/d, "+none, "get", "--config", config, "--limit", "fallback")
 
 	alone := file(t, "alone.yaml", explained)
 	for _, tt := range []struct {
@@ -70,10 +78,18 @@ func TestBucket(t *testing.T) {
 		{"", 2, "sluice: a command is missing: get or reset\nSee 'sluice bucket --help'.\n"},
 		{"look", 2, "sluice: unknown command \"look\" for \"sluice bucket\"\nSee 'sluice bucket --help'.\n"},
 		{"get", 2, "sluice: --limit is missing: the name of a limit\nSee 'sluice bucket get --help'.\n"},
-		{"get --config CONFIG --limit none", 1, "sluice: the config has no limit \"none\"; there are per-client, orders, fallback, watched, inside\n"},
+		{"get --config CONFIG --limit none", 1, "sluice: unknown limit \"none\"; the config has: per-client, orders, fallback, watched, inside\n"},
 		{"get --config CONFIG --limit orders --key k", 1, "sluice: 1 parts of a key; the limit orders has 2\n"},
 		{"get --config CONFIG --limit orders --key k --key=", 1, "sluice: an empty part of a key, which no request has: it is absent there\n"},
 		{"get --config CONFIG --limit inside", 1, "sluice: the limit inside is unlimited for this key, and so has no bucket\n"},
+		{"get --config CONFIG --limit orders --key k --key get", 1, "sluice: part 2 of the key, request.method: no method; allowed are upper-case names such as GET and POST\n"},
+		{"get --config CONFIG --limit orders --absent", 1, "sluice: the limit orders has absent: client, and so a bucket for each network of who sends no key; give the client's address\n"},
+		{"get --config CONFIG --limit orders --absent=10.0.0.1 --key k --key POST", 1, "sluice: no part of the key is absent; give an absent one as an empty part\n"},
+		{"get --config CONFIG --limit fallback --absent", 1, "sluice: the limit fallback has no key, of which a part could be absent\n"},
+		{"get --config CONFIG --limit orders --key-hash =4.POST", 1, "sluice: \"=4.POST\" is no key of the limit orders; want its 2 parts as logs and metadata show them, such as #43.<hash> or =4.POST\n"},
+		{"get --config CONFIG --limit orders --key-hash =4.POST=1.ax", 1, "sluice: \"=4.POST=1.ax\" is no key of the limit orders; want its 2 parts as logs and metadata show them, such as #43.<hash> or =4.POST\n"},
+		{"get --config CONFIG --limit fallback --key-hash a", 1, "sluice: \"a\" is no key of the limit fallback, which has one bucket: \"-\"\n"},
+		{"get --config CONFIG --limit orders --key-hash a --key k", 2, "sluice: --key-hash is the whole key; leave --key and --absent out\nSee 'sluice bucket get --help'.\n"},
 		{"get --config ALONE --limit fallback", 1, "sluice: the config has no Redis: the buckets are in the sidecar's own process, where no other can look\n"},
 		{"reset --config ALONE --limit fallback", 1, "sluice: the config has no Redis: the buckets are in the sidecar's own process, where no other can look\n"},
 	} {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -273,6 +274,9 @@ func TestOneInterruptIsEnough(t *testing.T) {
 			t.Fatal(err)
 		}
 		l := startLines(t, p)
+		if _, err := stdin.Write(bytes.Repeat([]byte("#\n"), 100_000)); err != nil { // more than a pipe holds: it reads
+			t.Fatal(err)
+		}
 		if err := p.cmd.Process.Signal(syscall.SIGINT); err != nil {
 			t.Fatal(err)
 		}

@@ -1,8 +1,13 @@
 package policy
 
 import (
+	"cmp"
 	"crypto/sha256"
+	"encoding/base64"
+	"errors"
 	"fmt"
+	"net/url"
+	"strconv"
 	"strings"
 
 	"github.com/sluiceproxy/sluice/limiter"
@@ -15,45 +20,171 @@ type Bucket struct {
 	Rate   string         // as the config writes it, of an override where one holds
 }
 
-// Bucket finds the bucket that requests with these parts of a limit's key have, in clear and in the file's order.
-func (c *Config) Bucket(limit string, parts []string) (Bucket, error) {
-	i, ok := c.byName[limit]
+// BucketName says which of a limit's buckets is meant.
+type BucketName struct {
+	Limit string
+	// Parts are the key's parts, in clear and in the file's order. An empty
+	// one is absent where Absent says so.
+	Parts []string
+	// Key is the whole key as logs, metadata and Redis show it, in the place
+	// of Parts; empty: none.
+	Key string
+	// Absent says that parts of the key are absent: those that are empty, or
+	// all where there are none. Client is then the address of who sends the
+	// request, of which a limit with `absent: client` has the network.
+	Absent bool
+	Client string
+}
+
+// Bucket finds a bucket of one of the file's limits. Of a key that is shown as
+// an HMAC nobody knows whether it has an override: it has the limit's own rate.
+func (c *Config) Bucket(name BucketName) (Bucket, error) {
+	i, ok := c.byName[name.Limit]
 	if !ok {
 		names := make([]string, len(c.rules))
 		for i, l := range c.rules {
 			names[i] = l.limit.Name
 		}
-		return Bucket{}, fmt.Errorf("the config has no limit %q; there are %s", limit, strings.Join(names, ", "))
+		return Bucket{}, fmt.Errorf("unknown limit %q; the config has: %s", name.Limit, cmp.Or(strings.Join(names, ", "), "none"))
 	}
 	l := c.rules[i]
-	if len(parts) != len(l.key) {
-		return Bucket{}, fmt.Errorf("%d parts of a key; the limit %s has %d", len(parts), limit, len(l.key))
-	}
-	b := Bucket{Key: noKey}
-	tier := l.tier
-	if len(parts) > 0 {
-		var key []byte
-		digests := make([]digest, len(parts))
-		for i, part := range parts {
-			if part == "" {
-				return Bucket{}, fmt.Errorf("an empty part of a key, which no request has: it is absent there")
-			}
-			key = l.appendPart(key, i, part, &c.hasher)
-			digests[i] = sha256.Sum256([]byte(part))
+	key, tier := []byte(name.Key), l.tier
+	if name.Key != "" {
+		if err := l.checkKey(name.Key); err != nil {
+			return Bucket{}, err
 		}
-		b.Key = string(key)
-		if l.overrides != nil {
-			if o, ok := l.overrides.find(digestOf(digests)); ok {
+		if sum, ok := c.hasher.digestOfKey(name.Key); ok && l.overrides != nil {
+			if o, ok := l.overrides.find(sum); ok {
 				tier = o.tier
 			}
 		}
+	} else {
+		var err error
+		if key, tier, err = c.keyOf(l, name); err != nil {
+			return Bucket{}, err
+		}
 	}
 	if tier.unlimited {
-		return Bucket{}, fmt.Errorf("the limit %s is unlimited for this key, and so has no bucket", limit)
+		return Bucket{}, fmt.Errorf("the limit %s is unlimited for this key, and so has no bucket", name.Limit)
 	}
-	b.Rate = tier.rate
-	b.Charge = limiter.Charge{Limit: l.limit, Bucket: tier.bucket, Key: l.prefix + b.Key + "}"}
-	return b, nil
+	return Bucket{
+		Key:    string(key),
+		Rate:   tier.rate,
+		Charge: limiter.Charge{Limit: l.limit, Bucket: tier.bucket, Key: l.prefix + string(key) + "}"},
+	}, nil
+}
+
+// checkKey reports whether a key as it is shown is one of the limit's.
+func (l *rule) checkKey(key string) error {
+	if len(l.key) == 0 {
+		if key != noKey {
+			return fmt.Errorf("%q is no key of the limit %s, which has one bucket: %q", key, l.limit.Name, noKey)
+		}
+		return nil
+	}
+	parts, length := KeyParts(key), 0
+	for _, p := range parts {
+		length += 2 + len(strconv.Itoa(len(p.Text))) + len(p.Text)
+	}
+	if len(parts) != len(l.key) || length != len(key) {
+		return fmt.Errorf("%q is no key of the limit %s; want its %d parts as logs and metadata show them, such as #43.<hash> or =4.POST",
+			key, l.limit.Name, len(l.key))
+	}
+	return nil
+}
+
+// digestOfKey is what a key that is shown is looked up by among overrides; ok
+// is false where a part of it is absent, or an HMAC.
+func (h *hasher) digestOfKey(key string) (sum digest, ok bool) {
+	var digests []digest
+	for _, p := range KeyParts(key) {
+		var d digest
+		switch p.Kind {
+		case KeyOpen:
+			text, err := url.PathUnescape(p.Text)
+			if err != nil {
+				return sum, false
+			}
+			d = sha256.Sum256([]byte(text))
+		case KeyHash:
+			if n, err := base64.RawURLEncoding.Decode(d[:], []byte(p.Text)); err != nil || n != len(d) || len(h.secret) > 0 {
+				return sum, false
+			}
+		default:
+			return sum, false
+		}
+		digests = append(digests, d)
+	}
+	if len(digests) == 0 {
+		return sum, false
+	}
+	return digestOf(digests), true
+}
+
+// keyOf makes the key of a name's parts, as requests have it.
+func (c *Config) keyOf(l *rule, name BucketName) (key []byte, t *tier, err error) {
+	parts := name.Parts
+	if name.Absent && len(parts) == 0 {
+		parts = make([]string, len(l.key))
+	}
+	switch {
+	case len(parts) != len(l.key):
+		return nil, nil, fmt.Errorf("%d parts of a key; the limit %s has %d", len(parts), l.limit.Name, len(l.key))
+	case len(l.key) == 0 && name.Absent:
+		return nil, nil, fmt.Errorf("the limit %s has no key, of which a part could be absent", l.limit.Name)
+	case len(l.key) == 0:
+		return []byte(noKey), l.tier, nil
+	}
+	standIn := ""
+	if name.Absent {
+		if standIn, err = l.standIn(name.Client); err != nil {
+			return nil, nil, err
+		}
+	}
+	digests := make([]digest, len(parts))
+	whole := true
+	for i, part := range parts {
+		switch {
+		case part == "" && name.Absent:
+			key = c.hasher.appendAbsent(key, standIn)
+			whole = false
+			continue
+		case part == "":
+			return nil, nil, errEmptyPart
+		}
+		if part, err = canonicalPart(l.key[i].attribute, part); err != nil {
+			return nil, nil, fmt.Errorf("part %d of the key, %s: %w", i+1, l.key[i].text, err)
+		}
+		key = l.appendPart(key, i, part, &c.hasher)
+		digests[i] = sha256.Sum256([]byte(part))
+	}
+	if name.Absent && whole {
+		return nil, nil, errors.New("no part of the key is absent; give an absent one as an empty part")
+	}
+	if whole && l.overrides != nil {
+		if o, ok := l.overrides.find(digestOf(digests)); ok {
+			return key, o.tier, nil
+		}
+	}
+	return key, l.tier, nil
+}
+
+// standIn is what takes the place of an absent part in the limit's keys.
+func (l *rule) standIn(client string) (string, error) {
+	address := parseAddr(client)
+	switch {
+	case l.absent == absentSkip:
+		return "", fmt.Errorf("the limit %s has absent: skip, and so no bucket for who sends no key", l.limit.Name)
+	case l.absent == absentDeny:
+		return "", fmt.Errorf("the limit %s has absent: deny, and so no bucket for who sends no key", l.limit.Name)
+	case l.absent == absentShare && client != "":
+		return "", fmt.Errorf("the limit %s has absent: share, and so one bucket for all who send no key; leave the address out", l.limit.Name)
+	case l.absent == absentShare:
+		return "", nil
+	case !address.IsValid():
+		return "", fmt.Errorf("the limit %s has absent: client, and so a bucket for each network of who sends no key; give the client's address", l.limit.Name)
+	}
+	return network(address), nil
 }
 
 // ByKey are the names of the file's limits that have buckets, those together whose keys are always the same. On a Redis Cluster such limits share

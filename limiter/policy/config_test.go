@@ -323,7 +323,7 @@ func TestWarnings(t *testing.T) {
 		"- {name: a, rate: 20/s, cost: 3, on_failure: deny}":      "",
 		"- {name: a, rate: unlimited, cost: 3}":                   "",
 		"- {name: a, rate: 5/s}\n- {name: b, rate: 5/s, cost: 2}": "test.yaml:5:30: limits[1].cost: 2 is above the local burst of 1, which is local_share of 5: nothing passes while the store fails",
-		"- name: a\n  rate: 40/s\n  cost: 4\n  key: client.ip\n  overrides: [{key: x, rate: 30/s}, {key: y, rate: 39/s}, {key: z, rate: 40/s}, {key: u, rate: unlimited}]": "test.yaml:6:9: limits[0].cost: 4 is above the local burst of 2 overrides, which is local_share of theirs: nothing of those passes while the store fails",
+		"- name: a\n  rate: 40/s\n  cost: 4\n  key: client.ip\n  overrides: [{key: 10.0.0.1, rate: 30/s}, {key: 10.0.0.2, rate: 39/s}, {key: 10.0.0.3, rate: 40/s}, {key: 10.0.0.4, rate: unlimited}]": "test.yaml:6:9: limits[0].cost: 4 is above the local burst of 2 overrides, which is local_share of theirs: nothing of those passes while the store fails",
 	} {
 		if got := parse(t, common+text+"\n").Warnings.Error(); got != want {
 			t.Errorf("%s\n%s\nwant\n%s", text, got, want)
@@ -408,7 +408,7 @@ limits:
   - {name: e, rate: 1/s, absent: skip}
   - {name: f, rate: 1/s, key: client.ip, absent: share}
   - {name: g, rate: unlimited, key: client.network}
-  - {name: h, rate: unlimited, key: client.network, overrides: [{key: x, rate: 1/s}]}
+  - {name: h, rate: unlimited, key: client.network, overrides: [{key: 10.0.0.1, rate: 1/s}]}
 `)
 	if got := fmt.Sprint(c.ByKey()); got != "[[a e] [b d] [c] [f] [h]]" {
 		t.Error(got)

@@ -9,7 +9,7 @@ import (
 func TestDescribe(t *testing.T) {
 	c, err := Parse("t.yaml", []byte(`
 limits:
-  - {name: a, rate: 10/s, burst: 20, key: [client.ip, 'request.headers["k"]'], group: g, overrides: [{key: [x, y], rate: 1/s}]}
+  - {name: a, rate: 10/s, burst: 20, key: [client.ip, 'request.headers["k"]'], group: g, overrides: [{key: [10.0.0.1, y], rate: 1/s}]}
   - {name: b, rate: unlimited}
 `), func(string) (string, bool) { return "", false })
 	if err != nil {

@@ -584,7 +584,7 @@ func TestDraw(t *testing.T) {
 			{"GET h/ context sluice.limit.b={rate:_5/m,_key:_client.ip} context sluice.limit.a={rate:_1/s,_match:_{methods:_[POST]}}", "b =11.203.0.113.7", `a: the method "GET" is none of match.methods`},
 			{"GET h/ context sluice.limit.a=off", ""},
 			{"GET h/ context sluice.limit.a={rate:_5/m,_key:_'request.headers[\"k\"]',_cost:_2,_absent:_share} with k=v", "a #(v) costs 2"},
-			{"GET h/ context sluice.limit.a={rate:_5/x}", `limit a: context_extensions: sluice.limit.a:1:8: rate: "5/x"; allowed are tokens/period such as 10/s, 100/m, 5000/24h and 3/250ms: a period is s, m, h, d or a Go duration; or unlimited`},
+			{"GET h/ context sluice.limit.a={rate:_5/x}", `limit a: context_extensions: sluice.limit.a:1:8: rate: "5/x"; allowed are tokens/period such as 10/s, 100/m, 5000/24h, 10/7d and 3/250ms: a period is us, ms, s, m, h or d, or a number of them; or unlimited`},
 			{"GET h/ context sluice.limit.a={rate:_5/m,_name:_b}", "limit a: context_extensions: sluice.limit.a:1:13: name: unknown field; allowed are absent, burst, cost, domain, group, key, match, mode, on_failure, overrides, rate, when"},
 			{"GET h/ context sluice.limit.a={rate:_5/m,_overrides-file:_x}", "limit a: context_extensions: sluice.limit.a:1:13: overrides-file: unknown field; allowed are absent, burst, cost, domain, group, key, match, mode, on_failure, overrides, rate, when"},
 			{"GET h/ context sluice.limit.a={rate:_'${RATE}'}", "limit a: context_extensions: sluice.limit.a:1:8: rate: ${...} stands for a variable in the config file only"},

@@ -74,6 +74,8 @@ type expression struct {
 	metadata bool
 	// unaskedSize says that it reads request.size and does not look at content-length, without which that is absent.
 	unaskedSize bool
+	// attribute is the attribute that it is, and nothing else; empty: none.
+	attribute string
 	// direct reads the value of an expression that is just an attribute or a header, without CEL's machinery; else nil.
 	direct func(*subject) string
 }
@@ -127,6 +129,9 @@ func compile(text string, p purpose) (*expression, []expressionError) {
 	e := &expression{text: text, program: program, open: true, constant: true}
 	if p == forKey {
 		e.direct = directRead(native)
+		if r := native.ReferenceMap()[native.Expr().ID()]; r != nil && attributes[r.Name].kind != nil {
+			e.attribute = r.Name
+		}
 	}
 	for _, r := range native.ReferenceMap() {
 		if a, ok := attributes[r.Name]; ok {

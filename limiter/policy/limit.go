@@ -364,9 +364,9 @@ func (f *limitReader) tierOf(rate, burst string) (*tier, error) {
 	return t, nil
 }
 
-// parseRate reads tokens/period: 10/s, 5000/24h, 3/250ms; or unlimited, whose period is 0.
+// parseRate reads tokens/period: 10/s, 10/7d, 5000/24h, 3/250ms; or unlimited, whose period is 0.
 func parseRate(s string) (tokens int64, period time.Duration, err error) {
-	const allowed = "allowed are tokens/period such as 10/s, 100/m, 5000/24h and 3/250ms: a period is s, m, h, d or a Go duration; or unlimited"
+	const allowed = "allowed are tokens/period such as 10/s, 100/m, 5000/24h, 10/7d and 3/250ms: a period is us, ms, s, m, h or d, or a number of them; or unlimited"
 	if s == unlimited {
 		return 0, 0, nil
 	}
@@ -375,24 +375,26 @@ func parseRate(s string) (tokens int64, period time.Duration, err error) {
 	if !ok || err != nil || strings.HasPrefix(count, "+") {
 		return 0, 0, fmt.Errorf("%q; %s", s, allowed)
 	}
-	switch every {
-	case "s":
-		period = time.Second
-	case "m":
-		period = time.Minute
-	case "h":
-		period = time.Hour
-	case "d":
-		period = 24 * time.Hour
-	default:
-		if period, err = time.ParseDuration(every); err != nil {
-			return 0, 0, fmt.Errorf("%q; %s", s, allowed)
-		}
+	if period, err = parsePeriod(every); err != nil {
+		return 0, 0, fmt.Errorf("%q; %s", s, allowed)
 	}
 	if _, err := limiter.NewBucket(tokens, period, 1); err != nil {
 		return 0, 0, fmt.Errorf("%q: %w", s, err)
 	}
 	return tokens, period, nil
+}
+
+// parsePeriod reads a Go duration, a unit alone, or a number of days.
+func parsePeriod(s string) (time.Duration, error) {
+	switch s {
+	case "us", "\u00b5s", "\u03bcs", "ms", "s", "m", "h", "d":
+		s = "1" + s
+	}
+	if days, ok := strings.CutSuffix(s, "d"); ok {
+		n, err := strconv.ParseUint(days, 10, 16)
+		return time.Duration(n) * 24 * time.Hour, err
+	}
+	return time.ParseDuration(s)
 }
 
 const noShare = "local, without local_share: this sidecar's part of each limit, such as 0.1 where there are ten"

@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"bufio"
 	"crypto/sha256"
 	"encoding/csv"
 	"encoding/hex"
@@ -53,20 +54,34 @@ func digestOf(parts []digest) digest {
 	return d
 }
 
-// digestOfPart is a part's as it is written: in clear, or as sha256: and the digest in hex.
-func digestOfPart(part string) (digest, error) {
-	text, ok := strings.CutPrefix(part, "sha256:")
-	if !ok {
-		if part == "" {
-			return digest{}, errors.New("an empty part of a key, which no request has: it is absent there")
-		}
-		return sha256.Sum256([]byte(part)), nil
+const hexPrefix = "sha256:" // of a part that is given by its digest
+
+// checkPart reports whether a key's part is one at all: a text, or sha256: and
+// 64 hex digits.
+func checkPart(part string) error {
+	if part == "" {
+		return errEmptyPart
 	}
-	var d digest
-	if n, err := hex.Decode(d[:], []byte(text[:min(len(text), 2*len(d))])); err != nil || n != len(d) || len(text) != 2*len(d) {
-		return digest{}, fmt.Errorf("sha256: with %d characters behind it; wanted are 64 hex digits", len(text))
+	text, isDigest := strings.CutPrefix(part, hexPrefix)
+	if !isDigest {
+		return nil
 	}
-	return d, nil
+	if sum, err := hex.DecodeString(text); err != nil || len(sum) != sha256.Size {
+		return fmt.Errorf("sha256: with %d characters behind it; wanted are 64 hex digits", len(text))
+	}
+	return nil
+}
+
+var errEmptyPart = errors.New("an empty part of a key, which no request has: it is absent there")
+
+// digestOfPart is the digest of a key's part that checkPart accepts.
+func (e *expression) digestOfPart(part string) (d digest, err error) {
+	if text, isDigest := strings.CutPrefix(part, hexPrefix); isDigest {
+		_, err = hex.Decode(d[:], []byte(text))
+		return d, err
+	}
+	part, err = canonicalPart(e.attribute, part)
+	return sha256.Sum256([]byte(part)), err
 }
 
 // find is the override of the key with a digest, if it has one.
@@ -160,6 +175,9 @@ func (f *limitReader) readInline(d *draft, o *overrides) {
 		f.addOverride(o.inline, d, parts, override{tier: tier, row: int32(index)}, func(_ int, format string, args ...any) {
 			f.wrong(key, format, args...)
 		})
+		if spacedPart(d.key, parts) >= 0 {
+			f.warn(key, spaced)
+		}
 	})
 }
 
@@ -208,6 +226,9 @@ func (f *limitReader) glob(n node, pattern string) []string {
 	if _, err := os.ReadDir(dir); err != nil && !errors.Is(err, os.ErrNotExist) {
 		f.wrongFile(n, err)
 	}
+	if len(names) == 0 {
+		f.warn(n, "no file has such a name yet")
+	}
 	slices.Sort(names)
 	return names
 }
@@ -252,7 +273,7 @@ func (f *limitReader) readOverridesFile(n node, d *draft, o *overrides, name str
 	defer func() { _ = file.Close() }()
 	limit := &io.LimitedReader{R: f.inputs.reading(name, file), N: maxOverrideBytes - *bytes + 1}
 	defer func() { *bytes = maxOverrideBytes - limit.N + 1 }()
-	rows := csv.NewReader(limit)
+	rows := csv.NewReader(skipBOM(limit))
 	rows.ReuseRecord = true
 	rows.FieldsPerRecord = -1
 	o.files = append(o.files, name)
@@ -287,7 +308,8 @@ func (f *limitReader) readOverridesFile(n node, d *draft, o *overrides, name str
 		parts := len(d.key)
 		if header {
 			header = false
-			if len(row) != parts+2 || strings.TrimSpace(row[parts]) != "rate" || strings.TrimSpace(row[parts+1]) != "burst" {
+			is := func(i int, name string) bool { return strings.EqualFold(strings.TrimSpace(row[i]), name) }
+			if len(row) != parts+2 || !is(parts, "rate") || !is(parts+1, "burst") {
 				wrong(line, 1, "the header row has %d columns; wanted are %d for the key's parts, then rate and burst", len(row), parts)
 				return
 			}
@@ -311,7 +333,21 @@ func (f *limitReader) readOverridesFile(n node, d *draft, o *overrides, name str
 			_, column := rows.FieldPos(part)
 			wrong(line, column, format, args...)
 		})
+		if part := spacedPart(d.key, row[:parts]); part >= 0 && len(f.warnings) < maxMistakes {
+			_, column := rows.FieldPos(part)
+			f.warnings = append(f.warnings, Mistake{File: name, Line: line, Column: column, Field: n.field, Message: spaced})
+		}
 	}
+}
+
+// skipBOM reads r without the byte order mark that some editors begin a file
+// with.
+func skipBOM(r io.Reader) io.Reader {
+	b := bufio.NewReader(r)
+	if mark, err := b.Peek(3); err == nil && len(withoutBOM(mark)) == 0 {
+		_, _ = b.Discard(len(mark))
+	}
+	return b
 }
 
 // addOverride adds a row to a table, or says what is wrong with it, and with which of its parts.
@@ -320,10 +356,8 @@ func (f *limitReader) addOverride(table map[digest]override, d *draft, parts []s
 		wrong(0, "%d parts; the limit's key has %d", len(parts), len(d.key))
 		return
 	}
-	var few [maxKeyParts]digest
 	for i, part := range parts {
-		var err error
-		if few[i], err = digestOfPart(part); err != nil {
+		if err := checkPart(part); err != nil {
 			wrong(i, "%v", err)
 			return
 		}
@@ -331,6 +365,14 @@ func (f *limitReader) addOverride(table map[digest]override, d *draft, parts []s
 	if t := row.tier; d.cost.expression == nil && !t.unlimited && d.cost.constant > t.bucket.Burst() {
 		wrong(0, "a burst of %d is below the limit's cost of %d, which it would never allow", t.bucket.Burst(), d.cost.constant)
 		return
+	}
+	var few [maxKeyParts]digest
+	for i, part := range parts {
+		var err error
+		if few[i], err = d.key[i].digestOfPart(part); err != nil {
+			wrong(i, "%v", err)
+			return
+		}
 	}
 	sum := digestOf(few[:len(parts)])
 	if _, twice := table[sum]; twice {

@@ -75,7 +75,7 @@ limits:
 
 // A wrong row says where it stands and what is allowed, and nothing of a key.
 func TestOverrideMistakes(t *testing.T) {
-	const rate = "allowed are tokens/period such as 10/s, 100/m, 5000/24h and 3/250ms: a period is s, m, h, d or a Go duration; or unlimited"
+	const rate = "allowed are tokens/period such as 10/s, 100/m, 5000/24h, 10/7d and 3/250ms: a period is us, ms, s, m, h or d, or a number of them; or unlimited"
 	for _, tt := range []struct {
 		config string // of the limit a, besides its name
 		csv    string
@@ -287,5 +287,106 @@ func TestVariablesAreNotTold(t *testing.T) {
 		if x := fmt.Sprintf("%+v", c.Explain(request(t, line)).Limits[0]); strings.Contains(x, "hunter2") {
 			t.Errorf("%s: %s", line, x)
 		}
+	}
+}
+
+// A part that is just an attribute is written as requests have it, or in
+// another spelling of that. What no request can have is an error.
+func TestPartsOfAttributes(t *testing.T) {
+	const network = "which is an IPv4 address or an IPv6 /64; write "
+	for _, tt := range []struct {
+		key, part, line string // a request that it is for, or
+		wrong           string // what is wrong with it
+	}{
+		{"client.network", "203.0.113.7", "GET h/ from 203.0.113.7", ""},
+		{"client.network", " 203.0.113.7 ", "GET h/ from 203.0.113.7", ""},
+		{"client.network", "203.0.113.7/32", "GET h/ from 203.0.113.7", ""},
+		{"client.network", "::ffff:203.0.113.7", "GET h/ from 203.0.113.7", ""},
+		{"client.network", "2001:db8::/64", "GET h/ from 2001:db8::5", ""},
+		{"client.network", "2001:0DB8:0:0::/64", "GET h/ from 2001:db8::5", ""},
+		{"client.network", "2001:db8::1", "", "2001:db8::1 is the network of no client, " + network + "2001:db8::/64"},
+		{"client.network", "2001:db8::1/64", "", "2001:db8::1/64 is the network of no client, " + network + "2001:db8::/64"},
+		{"client.network", "2001:db8::/32", "", "2001:db8::/32 is the network of no client, " + network + "2001:db8::/64"},
+		{"client.network", "10.0.0.0/8", "", "10.0.0.0/8 is the network of no client, " + network + "10.0.0.0"},
+		{"client.network", "gold", "", "no network of a client; allowed is an address such as 203.0.113.7, or an IPv6 /64 such as 2001:db8::/64"},
+		{"client.ip", "2001:DB8::1", "GET h/ from 2001:db8::1", ""},
+		{"client.ip", "2001:db8::/64", "", "no address; allowed is one such as 203.0.113.7 or 2001:db8::1"},
+		{"source.address", "10.0.0.1:80", "", "no address; allowed is one such as 203.0.113.7 or 2001:db8::1"},
+		{"request.method", "GET ", "GET h/", ""},
+		{"request.method", "get", "", "no method; allowed are upper-case names such as GET and POST"},
+		{"request.method", "GET POST", "", "no method; allowed are upper-case names such as GET and POST"},
+		{"request.host", "Shop.Example.COM", "GET shop.example.com/", ""},
+		{"request.host", "shop.example.com.", "GET shop.example.com/", ""},
+		{"request.host", "shop.example.com:443", "", "a host with a port, which no key has; write it without"},
+		{"request.host", "*.example.com", "", "a pattern; a key's part is one host"},
+		{"request.host", "https://shop.example.com", "", "no host; allowed are names such as api.example.com, and addresses, without a port"},
+		{"request.url_path", "/a", "GET h/a?b=c", ""},
+		{"request.url_path", "/a?b=c", "", "a path with a query, which is no part of request.url_path; write it without"},
+		{"request.url_path", "a", "", "no path, which begins with /"},
+		{"request.scheme", "HTTPS", "", "no scheme; allowed are http and https"},
+		{"request.protocol", "HTTP/2.0", "", "no protocol; allowed are HTTP/1.0, HTTP/1.1, HTTP/2 and HTTP/3"},
+		{"source.port", "0443", "", ""},
+		{"source.port", "https", "", "no whole number from 0 on"},
+		{"source.principal", "spiffe://a/*", "", "a pattern; a key's part is one principal"},
+		{"source.principal", "shop", "", "no principal, which is a URI such as spiffe://cluster.local/ns/web/sa/shop"},
+		{"request.host + request.method", "anything at all", "", ""},
+	} {
+		for _, file := range []bool{false, true} {
+			overrides := fmt.Sprintf("overrides: [{key: %q, rate: 7/s}]", tt.part)
+			if file {
+				overrides = "overrides_file: o.csv"
+			}
+			config := directory(t, "sluice.yaml", fmt.Sprintf("limits: [{name: a, rate: 1/s, key: %s, %s}]\n", tt.key, overrides),
+				"o.csv", fmt.Sprintf("Key,Rate,Burst\n%q,7/s,\n", tt.part))
+			c, _, err := Load(config, env())
+			got := ""
+			if err != nil {
+				got = mistakes(t, err)[0].Message
+			}
+			if got != tt.wrong {
+				t.Errorf("%s under %s: %s\nwant %s", tt.part, tt.key, got, tt.wrong)
+			}
+			if err == nil && tt.line != "" {
+				if l := c.Explain(request(t, tt.line)).Limits[0]; l.Rate != "7/s" {
+					t.Errorf("%s under %s is not for %s", tt.part, tt.key, tt.line)
+				}
+				if _, err := c.Bucket(BucketName{Limit: "a", Parts: []string{tt.part}}); err != nil {
+					t.Errorf("%s under %s: %v", tt.part, tt.key, err)
+				}
+			}
+		}
+	}
+}
+
+// A byte order mark is no part of what it stands before.
+func TestByteOrderMarks(t *testing.T) {
+	const bom = "\ufeff"
+	config := directory(t, "sluice.yaml", bom+"key_secret_file: secret\nlimits: [{name: a, rate: 1/s, key: request.headers.k, overrides_file: o.csv}]\n",
+		"secret", bom+"pepper\r\n", "o.csv", bom+"\"key\",rate,burst\ngold,7/s,\n")
+	c, _, err := Load(config, env())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if string(c.hasher.secret) != "pepper" {
+		t.Errorf("%q", c.hasher.secret)
+	}
+	if l := c.Explain(request(t, "GET h/ with k=gold")).Limits[0]; l.Rate != "7/s" {
+		t.Error(l.Rate)
+	}
+}
+
+// What no request is likely to have is warned of, in the file that says it.
+func TestOverrideWarnings(t *testing.T) {
+	config := directory(t, "sluice.yaml", "limits: [{name: a, rate: 1/s, key: request.headers.k, overrides: [{key: ' x', rate: 1/s}], overrides_file: [o.csv, 'none/*.csv']}]\n",
+		"o.csv", "key,rate,burst\ngold ,7/s,\nsilver,7/s,\n")
+	c, _, err := Load(config, env())
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := "DIR/sluice.yaml:1:73: limits[0].overrides[0].key: " + spaced + "\n" +
+		"DIR/o.csv:2:1: limits[0].overrides_file[0]: " + spaced + "\n" +
+		"DIR/sluice.yaml:1:116: limits[0].overrides_file[1]: no file has such a name yet"
+	if got := strings.ReplaceAll(c.Warnings.Error(), filepath.Dir(config), "DIR"); got != want {
+		t.Errorf("%s\nwant\n%s", got, want)
 	}
 }

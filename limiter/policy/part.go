@@ -1,0 +1,157 @@
+package policy
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"regexp"
+	"strconv"
+	"strings"
+)
+
+// canonicalPart is a part of a key, as somebody wrote it, in the one spelling
+// that requests have where the part is the attribute name. What no request can
+// have there is an error, which says what to write instead. Of other parts it
+// knows nothing, and returns them as they are.
+func canonicalPart(name, part string) (string, error) {
+	if canonical := canonicalParts[name]; canonical != nil {
+		return canonical(strings.TrimSpace(part))
+	}
+	return part, nil
+}
+
+var canonicalParts = map[string]func(string) (string, error){
+	"client.network":        canonicalNetwork,
+	"client.ip":             canonicalAddress,
+	"source.address":        canonicalAddress,
+	"destination.address":   canonicalAddress,
+	"source.port":           canonicalNumber,
+	"destination.port":      canonicalNumber,
+	"request.size":          canonicalNumber,
+	"request.method":        canonicalMethod,
+	"request.host":          canonicalHost,
+	"request.scheme":        canonicalScheme,
+	"request.protocol":      canonicalProtocol,
+	"request.path":          canonicalPath,
+	"request.url_path":      canonicalURLPath,
+	"source.principal":      canonicalPrincipal,
+	"destination.principal": canonicalPrincipal,
+}
+
+func canonicalAddress(s string) (string, error) {
+	a, err := netip.ParseAddr(s)
+	if err != nil {
+		return "", errors.New("no address; allowed is one such as 203.0.113.7 or 2001:db8::1")
+	}
+	return bareAddress(a.String()), nil
+}
+
+func canonicalNetwork(s string) (string, error) {
+	a, err := netip.ParseAddr(s)
+	prefix, prefixErr := netip.ParsePrefix(s)
+	if prefixErr == nil {
+		a, err = prefix.Addr(), nil
+	}
+	if err != nil {
+		return "", errors.New("no network of a client; allowed is an address such as 203.0.113.7, or an IPv6 /64 such as 2001:db8::/64")
+	}
+	network := network(parseAddr(a.String()))
+	same := bareAddress(a.String()) == network // a client that is a network of itself
+	if prefixErr == nil {
+		same = prefix.Masked().String() == network || same && prefix.IsSingleIP()
+		same = same && prefix.Masked() == prefix
+	}
+	if !same {
+		return "", fmt.Errorf("%s is the network of no client, which is an IPv4 address or an IPv6 /64; write %s", s, network)
+	}
+	return network, nil
+}
+
+func canonicalNumber(s string) (string, error) {
+	n, err := strconv.ParseInt(s, 10, 64)
+	if err != nil || n < 0 {
+		return "", errors.New("no whole number from 0 on")
+	}
+	return strconv.FormatInt(n, 10), nil
+}
+
+func canonicalMethod(s string) (string, error) {
+	if !methodOf.MatchString(s) {
+		return "", errors.New("no method; allowed are upper-case names such as GET and POST")
+	}
+	return s, nil
+}
+
+// methodOf is a token of RFC 9110 without lower-case letters, which no method
+// has.
+var methodOf = regexp.MustCompile("^[A-Z0-9!#$%&'*+.^_`|~-]+$")
+
+func canonicalHost(s string) (string, error) {
+	const noHost = "no host; allowed are names such as api.example.com, and addresses, without a port"
+	if strings.Contains(s, "/") { // a URL, whose colon begins no port
+		return "", errors.New(noHost)
+	}
+	host := strings.TrimSuffix(normalHost(s), ".")
+	switch parsed, err := parseHost(host); {
+	case err != nil:
+		return "", errors.New(noHost)
+	case strings.HasPrefix(host, "*"):
+		return "", errors.New("a pattern; a key's part is one host")
+	case strings.TrimSuffix(lowerASCII(s), ".") != parsed && strings.Trim(lowerASCII(s), "[]") != parsed:
+		return "", errors.New("a host with a port, which no key has; write it without")
+	default:
+		return parsed, nil
+	}
+}
+
+func canonicalScheme(s string) (string, error) {
+	if s != "http" && s != "https" {
+		return "", errors.New("no scheme; allowed are http and https")
+	}
+	return s, nil
+}
+
+func canonicalProtocol(s string) (string, error) {
+	switch s {
+	case "HTTP/1.0", "HTTP/1.1", "HTTP/2", "HTTP/3":
+		return s, nil
+	}
+	return "", errors.New("no protocol; allowed are HTTP/1.0, HTTP/1.1, HTTP/2 and HTTP/3")
+}
+
+func canonicalPath(s string) (string, error) {
+	if !strings.HasPrefix(s, "/") && s != "*" {
+		return "", errors.New("no path, which begins with /")
+	}
+	return s, nil
+}
+
+func canonicalURLPath(s string) (string, error) {
+	if strings.Contains(s, "?") {
+		return "", errors.New("a path with a query, which is no part of request.url_path; write it without")
+	}
+	return canonicalPath(s)
+}
+
+func canonicalPrincipal(s string) (string, error) {
+	switch {
+	case strings.Contains(s, "*"):
+		return "", errors.New("a pattern; a key's part is one principal")
+	case !strings.Contains(s, ":"):
+		return "", errors.New("no principal, which is a URI such as spiffe://cluster.local/ns/web/sa/shop")
+	}
+	return s, nil
+}
+
+// spacedPart is the first of a key's parts that has a space at an edge, where
+// requests could have one but hardly do; -1: none.
+func spacedPart(key []*expression, parts []string) int {
+	for i, part := range parts {
+		if i < len(key) && canonicalParts[key[i].attribute] == nil && strings.TrimSpace(part) != part {
+			return i
+		}
+	}
+	return -1
+}
+
+const spaced = "a part with a space at its edge, which counts; no header's value has one"
