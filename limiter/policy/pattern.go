@@ -1,0 +1,110 @@
+package policy
+
+import (
+	"fmt"
+	"regexp"
+	"regexp/syntax"
+
+	"cel.dev/cel-go/common/types"
+	"cel.dev/cel-go/common/types/ref"
+	"cel.dev/cel-go/interpreter"
+)
+
+const maxProgram = 4096 // instructions of a regular expression
+
+var errPattern = fmt.Errorf("a regular expression of more than %d instructions", maxProgram)
+
+// priceMatch plans text.matches(pattern). Go's regular expressions take time
+// that is linear in the text's length times the program's size, and so is the
+// price. A pattern that is a constant is compiled once.
+func priceMatch(call interpreter.InterpretableCall, args []interpreter.InterpretableV2) (interpreter.InterpretableV2, error) {
+	p := &priced{id: call.ID(), args: args, pricedCall: pricedCall{units: matchUnits, run: matched}}
+	c, ok := args[1].(interpreter.InterpretableConst)
+	if !ok {
+		return p, nil
+	}
+	pattern, ok := c.Value().(types.String)
+	if !ok {
+		return call, nil
+	}
+	size, err := programSize(string(pattern))
+	if err != nil {
+		return nil, err
+	}
+	compiled, err := regexp.Compile(string(pattern))
+	if err != nil {
+		return nil, err
+	}
+	p.units = func(args []ref.Val) (int, error) { return 1 + textLen(args[0])*size/stepsPerUnit, nil }
+	p.run = func(args []ref.Val) ref.Val {
+		text, ok := args[0].(types.String)
+		if !ok {
+			return errOverload
+		}
+		return types.Bool(compiled.MatchString(string(text)))
+	}
+	return p, nil
+}
+
+const (
+	stepsPerUnit  = 40 // of a match: an instruction at a byte
+	compileFactor = 10 // units to compile an instruction
+)
+
+// matchUnits is the price of a match whose pattern is known only now.
+func matchUnits(args []ref.Val) (int, error) {
+	pattern, ok := args[1].(types.String)
+	if !ok {
+		return 1, nil
+	}
+	if len(pattern) > maxExpression {
+		return 0, errPattern
+	}
+	size, err := programSize(string(pattern))
+	if err != nil {
+		return 0, err
+	}
+	return 1 + size*compileFactor + textLen(args[0])*size/stepsPerUnit, nil
+}
+
+func matched(args []ref.Val) ref.Val {
+	text, ok1 := args[0].(types.String)
+	pattern, ok2 := args[1].(types.String)
+	if !ok1 || !ok2 {
+		return errOverload
+	}
+	compiled, err := regexp.Compile(string(pattern))
+	if err != nil {
+		return types.WrapErr(err)
+	}
+	return types.Bool(compiled.MatchString(string(text)))
+}
+
+// programSize is about how many instructions a pattern compiles to, found
+// without compiling it: repetitions multiply. It is never 0.
+func programSize(pattern string) (int, error) {
+	tree, err := syntax.Parse(pattern, syntax.Perl)
+	if err != nil {
+		return 0, err
+	}
+	if n := 2 + instructions(tree); n <= maxProgram {
+		return n, nil
+	}
+	return 0, errPattern
+}
+
+func instructions(re *syntax.Regexp) int {
+	n := 0
+	for _, sub := range re.Sub {
+		n = min(n+instructions(sub), maxProgram+1) // so that products stay small
+	}
+	switch re.Op {
+	case syntax.OpLiteral:
+		return len(re.Rune)
+	case syntax.OpRepeat: // x{2,5} is xx(x(x(x)?)?)?, and x{2,} is xxx*
+		return max(re.Min, re.Max, 1)*max(n, 1) + max(re.Max-re.Min, 1)
+	case syntax.OpConcat:
+		return n
+	}
+	return n + 2
+}
