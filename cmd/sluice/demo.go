@@ -9,7 +9,6 @@ import (
 	"net/http"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/spf13/cobra"
 	"go.uber.org/zap"
@@ -170,7 +169,7 @@ Ctrl-C stops all of it. Envoy's access log:
 
 // echo is the demo's upstream: it answers each request with what it got.
 type echo struct {
-	server *http.Server
+	server *server
 	addr   string
 }
 
@@ -181,19 +180,15 @@ func startEcho(log *zap.Logger) (*echo, error) {
 	}
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(true)
-	protocols.SetUnencryptedHTTP2(true) // Envoy speaks to it as the client speaks
-	e := &echo{addr: l.Addr().String(), server: &http.Server{
-		Handler:           http.HandlerFunc(echoRequest),
-		Protocols:         protocols,
-		ReadHeaderTimeout: 5 * time.Second,
-		ErrorLog:          zap.NewStdLog(log),
-	}}
+	protocols.SetUnencryptedHTTP2(true)                                                   // Envoy speaks to it as the client speaks
+	server := newServer(l, http.HandlerFunc(echoRequest), log, bounds{connections: 1024}) // as many as Envoy opens
+	server.Protocols = protocols
 	go func() {
-		if err := e.server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+		if err := server.run(); err != nil {
 			log.Error("the echo server broke", zap.Error(err))
 		}
 	}()
-	return e, nil
+	return &echo{server: server, addr: l.Addr().String()}, nil
 }
 
 func echoRequest(w http.ResponseWriter, r *http.Request) {

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -208,24 +207,13 @@ func (s *sidecar) stopGracefully(server stopper) {
 
 // addHTTP adds an HTTP server on l to the group.
 func (s *sidecar) addHTTP(all *group.Group, l net.Listener, h http.Handler) {
-	server := &http.Server{
-		Handler:           h,
-		ReadHeaderTimeout: 5 * time.Second,
-		MaxHeaderBytes:    16 << 10,
-		ErrorLog:          zap.NewStdLog(s.log),
-	}
-	all.Add(func() error {
-		if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
-			return err
-		}
-		return nil
-	}, func(error) { _ = server.Close() })
+	server := newServer(l, h, s.log, bounds{})
+	all.Add(server.run, func(error) { _ = server.Close() })
 }
 
 func (s *sidecar) metricsHandler() http.Handler {
 	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(prometheus.Gatherers{s.registry, s.stores}, promhttp.HandlerOpts{
-		ErrorLog:          zap.NewStdLog(s.log),
+	mux.Handle("GET /metrics", scrapes(prometheus.Gatherers{s.registry, s.stores}, s.log, promhttp.HandlerOpts{
 		EnableOpenMetrics: true, // for exemplars
 	}))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { sayStatus(w, http.StatusOK, "ok") })
