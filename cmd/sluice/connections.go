@@ -3,8 +3,10 @@ package main
 import (
 	"errors"
 	"io"
+	"maps"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -23,7 +25,8 @@ const stalled = time.Second
 // closed instead.
 type boundedListener struct {
 	net.Listener
-	most int
+	most   int
+	inflow *inflow // nil for HTTP, where a connection has one request at a time
 
 	mu    sync.Mutex
 	conns map[*boundedConn]struct{}
@@ -99,6 +102,13 @@ func (l *boundedListener) removeLocked(c *boundedConn) {
 	}
 }
 
+// all returns the connections that there are.
+func (l *boundedListener) all() []*boundedConn {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return slices.Collect(maps.Keys(l.conns))
+}
+
 // boundedConn is a connection of a boundedListener.
 type boundedConn struct {
 	net.Conn
@@ -106,6 +116,8 @@ type boundedConn struct {
 	peer     netip.Addr
 	active   atomic.Int64 // when it last carried a byte, in Unix nanoseconds
 	received atomic.Int64 // bytes
+
+	calls callsOf // with gRPC
 
 	raw  syscall.RawConn // for ReadOnReady, made when it is first used
 	read readyRead
@@ -117,8 +129,14 @@ func (c *boundedConn) got(n int) {
 	if n > 0 {
 		c.touch()
 		c.received.Add(int64(n))
+		if f := c.listener.inflow; f != nil {
+			f.received(c, int64(n))
+		}
 	}
 }
+
+// RemoteAddr is net.Conn's. It leads back to the connection.
+func (c *boundedConn) RemoteAddr() net.Addr { return remoteAddr{c.Conn.RemoteAddr(), c} }
 
 // Read is net.Conn's.
 func (c *boundedConn) Read(b []byte) (int, error) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"runtime/debug"
 
 	"github.com/spf13/cobra"
@@ -77,6 +78,7 @@ func (p *program) runSidecar(ctx context.Context, config string, settings []poli
 	if err != nil {
 		return p.sayMistakes(err)
 	}
+	leaveRoom()
 	return s.serve(ctx)
 }
 
@@ -104,5 +106,13 @@ func (p *program) sayMistakes(err error) error {
 func tuneGC(getenv func(string) (string, bool)) {
 	if _, ok := getenv("GOGC"); !ok {
 		debug.SetGCPercent(200)
+	}
+}
+
+// leaveRoom lowers the memory limit of the Go runtime by a fifth. GOMEMLIMIT is, as shipped, all that the container may use, and the
+// runtime counts neither the program's own pages nor the kernel's socket buffers, which the container's limit does.
+func leaveRoom() {
+	if limit := debug.SetMemoryLimit(-1); limit < math.MaxInt64 {
+		debug.SetMemoryLimit(limit - limit/5)
 	}
 }

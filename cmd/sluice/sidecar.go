@@ -19,6 +19,7 @@ import (
 	"go.opentelemetry.io/otel/trace"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
+	"google.golang.org/grpc"
 
 	"github.com/sluiceproxy/sluice/authz"
 	"github.com/sluiceproxy/sluice/limiter"
@@ -158,8 +159,10 @@ func (s *sidecar) serve(ctx context.Context) error {
 		}
 		return nil
 	}, func(error) { close(stopped) })
-	server := s.check.GRPC()
-	all.Add(func() error { return server.Serve(s.grpc) }, func(error) {
+	checks := bounded(s.grpc, grpcConnections())
+	calls := newInflow(checks, s.answerTime(), s.log, s.registry)
+	server := s.check.GRPC(grpc.InTapHandle(calls.begin))
+	all.Add(func() error { return server.Serve(checks) }, func(error) {
 		s.draining.Store(true)
 		s.check.Drain()
 		s.stopGracefully(server)
@@ -167,6 +170,7 @@ func (s *sidecar) serve(ctx context.Context) error {
 	s.addHTTP(&all, s.metrics, s.metricsHandler())
 	operators := &admin{sidecar: s, stores: s.stores, began: time.Now()}
 	s.addHTTP(&all, s.admin, operators.handler())
+	all.Add(func() error { calls.run(background); return nil }, func(error) { cancel() })
 	all.Add(func() error { operators.history.run(background, operators.sample); return nil }, func(error) { cancel() })
 	if s.memory != nil {
 		all.Add(func() error { s.memory.Run(background); return nil }, func(error) { cancel() })
@@ -187,6 +191,14 @@ func (s *sidecar) serve(ctx context.Context) error {
 	err := all.Run()
 	s.log.Info("stopped", zap.Error(err))
 	return err
+}
+
+// answerTime is the longest that an answer to a check takes.
+func (s *sidecar) answerTime() time.Duration {
+	if redis := s.cfg.Load().Redis; redis != nil {
+		return redis.Timeout
+	}
+	return 0
 }
 
 // stopper is what stopGracefully needs of a gRPC server.
