@@ -161,7 +161,11 @@ func (s *sidecar) serve(ctx context.Context) error {
 	}, func(error) { close(stopped) })
 	checks := bounded(s.grpc, grpcConnections())
 	calls := newInflow(checks, s.answerTime(), s.log, s.registry)
-	server := s.check.GRPC(grpc.InTapHandle(calls.begin))
+	options := []grpc.ServerOption{grpc.InTapHandle(calls.begin)}
+	if s.cfg.Load().ListenTLS != nil {
+		options = append(options, grpc.Creds(newLoggedTLS(serverTLS(s.cfg.Load), s.log)))
+	}
+	server := s.check.GRPC(options...)
 	all.Add(func() error { return server.Serve(checks) }, func(error) {
 		s.draining.Store(true)
 		s.check.Drain()

@@ -29,13 +29,14 @@ import (
 type Config struct {
 	Domain        string
 	Listen        Listen
+	ListenTLS     *ListenTLS            // of Listen.GRPC; nil: none
 	Redis         *limiter.RedisOptions // nil: the buckets are in this process
 	FailureStatus int                   // the HTTP status of a refused request, 500 to 599
 	Headers       Headers
 	Grace         time.Duration // for what is in flight at the end; 0 or more
 	LogLevel      string        // debug, info, warn or error
 
-	// Hash is the config's text and that of its overrides_files, in a form that names it: 16 hex digits.
+	// Hash names the config: 16 hex digits of a hash of its text and of its overrides_files. Secrets are not in it.
 	Hash string
 
 	// Warnings are of what is allowed and hardly meant, in the file's order; at most 200.
@@ -50,6 +51,9 @@ type Config struct {
 	passwordFile bool        // Redis's password is that of a file
 	inherited    limitReader // what a route's limit has of the file
 	routes       routeTable
+
+	noRouteLimits bool     // Envoy's routes bring no limits
+	routeDomains  []string // for which they may; nil: any
 }
 
 // Listen is where the sidecar listens: host:port each, or for GRPC also unix:///path.
@@ -112,6 +116,7 @@ func (c *Config) Replaces(old *Config, file string) error {
 		}
 	}
 	refuse("listen.grpc", c.Listen.GRPC != old.Listen.GRPC)
+	refuse("listen.tls", !c.ListenTLS.same(old.ListenTLS))
 	refuse("listen.admin", c.Listen.Admin != old.Listen.Admin)
 	refuse("listen.metrics", c.Listen.Metrics != old.Listen.Metrics)
 	refuse("store.redis", (c.Redis == nil) != (old.Redis == nil))
@@ -149,7 +154,6 @@ func Load(file string, getenv func(string) (string, bool), settings ...Setting) 
 		}
 		return nil, in.done(), Mistakes{{File: file, Message: err.Error()}}
 	}
-	_, _ = in.said.Write(text)
 	text = bytes.TrimPrefix(text, []byte("\xef\xbb\xbf")) // the mark that some editors begin a file with
 	c, err := readConfig(file, text, getenv, settings, in)
 	made := in.done()
@@ -240,11 +244,13 @@ func readConfig(name string, text []byte, getenv func(string) (string, bool), se
 		},
 	}
 	f.inputs = in
+	f.hidden = make(map[[2]int]string)
 	f.set(true)
 	if root := f.document(text); root != nil {
 		f.readFile(*root)
 	}
 	f.set(false)
+	f.say(text)
 	c := f.compile()
 	if len(f.mistakes) > 0 {
 		// What is without a line comes first, and the files that the config names last.
@@ -273,6 +279,8 @@ func readConfig(name string, text []byte, getenv func(string) (string, bool), se
 type configFile struct {
 	limitReader
 	onFailureAt node
+	listenTLSAt node
+	hidden      map[[2]int]string // what stands for secrets, by their line and column
 	settings    []Setting
 	config      *Config // on its own: it outlives what was read, and must not keep it in memory
 
@@ -323,11 +331,13 @@ func (f *configFile) readFile(root node) {
 				"grpc":    f.checked(&c.Listen.GRPC, checkListen),
 				"admin":   f.checked(&c.Listen.Admin, tcp),
 				"metrics": f.checked(&c.Listen.Metrics, tcp),
+				"tls":     f.readListenTLS,
 			})
 		},
 		"store": func(n node) {
 			f.mapping(n, map[string]func(node){"redis": f.readRedis})
 		},
+		"routes":      f.readRoutes,
 		"mode":        func(n node) { f.oneOf(n, &f.mode, "enforce", "shadow") },
 		"on_failure":  func(n node) { f.onFailureAt = n; f.readOnFailure(n, &f.onFailure) },
 		"local_share": f.readLocalShare,
@@ -336,9 +346,12 @@ func (f *configFile) readFile(root node) {
 			f.whole(n, &v, 500, 599)
 			c.FailureStatus = int(v)
 		},
-		"grace":           func(n node) { f.duration(n, &c.Grace, 0, time.Hour) },
-		"log_level":       func(n node) { f.oneOf(n, &c.LogLevel, "debug", "info", "warn", "error") },
-		"key_secret":      func(n node) { f.readSecret(n, f.text) },
+		"grace":     func(n node) { f.duration(n, &c.Grace, 0, time.Hour) },
+		"log_level": func(n node) { f.oneOf(n, &c.LogLevel, "debug", "info", "warn", "error") },
+		"key_secret": func(n node) {
+			f.hide(n, "")
+			f.readSecret(n, f.text)
+		},
 		"key_secret_file": func(n node) { f.readSecret(n, f.secretFile) },
 		"headers":         f.readHeaders,
 		"client_ip":       f.readClientIP,
@@ -436,6 +449,7 @@ func (f *configFile) readRedis(n node) {
 		"url": func(n node) {
 			f.redisAt = n
 			f.store.URL, _ = f.text(n)
+			f.hide(n, withoutUser(f.store.URL))
 		},
 		"mode": func(n node) {
 			var s string
@@ -445,10 +459,13 @@ func (f *configFile) readRedis(n node) {
 		"addresses": func(n node) {
 			texts(&f.reader, n, &f.store.Addresses, func(s string) (string, error) { return s, tcp(s) })
 		},
-		"master":        func(n node) { f.store.Master, _ = f.text(n) },
-		"tls":           f.readTLS,
-		"username":      func(n node) { f.store.Username, _ = f.text(n) },
-		"password":      password(f.text),
+		"master":   func(n node) { f.store.Master, _ = f.text(n) },
+		"tls":      f.readTLS,
+		"username": func(n node) { f.store.Username, _ = f.text(n) },
+		"password": password(func(n node) (string, bool) {
+			f.hide(n, "")
+			return f.text(n)
+		}),
 		"password_file": password(f.secretFile),
 		"key_prefix":    f.checked(&f.keyPrefix, checkDomain),
 		"timeout":       func(n node) { f.duration(n, &f.store.Timeout, time.Millisecond, time.Minute) },
@@ -616,6 +633,9 @@ func (f *configFile) compile() *Config {
 			f.wrong(f.redisAt, "%v", err)
 		}
 		c.Redis = &o
+	}
+	if f.listenTLSAt.Node != nil && strings.HasPrefix(c.Listen.GRPC, "unix://") {
+		f.wrong(f.listenTLSAt, "listen.grpc is a unix socket, whose directory says who may ask; TLS is for host:port")
 	}
 	if f.onFailure == "local" && f.localShare == 0 {
 		f.wrong(f.onFailureAt, noShare)
