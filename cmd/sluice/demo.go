@@ -52,7 +52,7 @@ func (p *program) demo(ctx context.Context, port int, config, redis string) erro
 		return p.sayMistakes(err)
 	}
 	// Envoy would say it too, but only after it was installed.
-	listener := fmt.Sprintf("0.0.0.0:%d", port)
+	listener := fmt.Sprintf("127.0.0.1:%d", port) // what it echoes is for nobody else
 	taken, err := net.Listen("tcp", listener)
 	if err != nil {
 		return fmt.Errorf("port %d: %w; choose another with --port", port, plain(err))

@@ -95,7 +95,7 @@ func newSidecar(source configSource, stderr io.Writer) (*sidecar, error) {
 		{"listen.metrics", cfg.Listen.Metrics, &s.metrics},
 		{"listen.admin", cfg.Listen.Admin, &s.admin},
 	} {
-		if *l.to, err = listen(l.addr); err != nil {
+		if *l.to, err = listen(l.addr, log); err != nil {
 			s.close()
 			return nil, fmt.Errorf("%s: %w", l.field, err)
 		}

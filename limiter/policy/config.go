@@ -280,6 +280,7 @@ type configFile struct {
 	limitReader
 	onFailureAt node
 	listenTLSAt node
+	clientIPAt  node
 	hidden      map[[2]int]string // what stands for secrets, by their line and column
 	settings    []Setting
 	config      *Config // on its own: it outlives what was read, and must not keep it in memory
@@ -328,8 +329,11 @@ func (f *configFile) readFile(root node) {
 		"domain": f.checked(&f.domain, checkDomain),
 		"listen": func(n node) {
 			f.mapping(n, map[string]func(node){
-				"grpc":    f.checked(&c.Listen.GRPC, checkListen),
-				"admin":   f.checked(&c.Listen.Admin, tcp),
+				"grpc": f.checked(&c.Listen.GRPC, checkListen),
+				"admin": func(n node) {
+					f.checked(&c.Listen.Admin, tcp)(n)
+					f.warnOfAdmin(n, c.Listen.Admin)
+				},
 				"metrics": f.checked(&c.Listen.Metrics, tcp),
 				"tls":     f.readListenTLS,
 			})
@@ -354,9 +358,12 @@ func (f *configFile) readFile(root node) {
 		},
 		"key_secret_file": func(n node) { f.readSecret(n, f.secretFile) },
 		"headers":         f.readHeaders,
-		"client_ip":       f.readClientIP,
-		"exempt":          f.readExempt,
-		"limits":          f.readLimits,
+		"client_ip": func(n node) {
+			f.clientIPAt = n
+			f.readClientIP(n)
+		},
+		"exempt": f.readExempt,
+		"limits": f.readLimits,
 	})
 }
 
@@ -502,6 +509,7 @@ func (f *configFile) secretFile(n node) (string, bool) {
 		f.wrong(n, "%v", err)
 		return "", false
 	}
+	f.warnOfReaders(n, name)
 	secret := strings.TrimRight(string(text), "\r\n")
 	if secret == "" || len(secret) > maxSecret {
 		f.wrong(n, "%s holds %d bytes or more; allowed are 1 to %d", name, len(secret), maxSecret)
@@ -522,6 +530,9 @@ func (f *configFile) readSecret(n node, read func(node) (string, bool)) {
 	if s == "" {
 		f.wrong(n, "an empty secret; leave the field out, or give it a value")
 		return
+	}
+	if len(s) < shortSecret {
+		f.warn(n, "a secret of %d bytes, which can be found by trial; write %d or more, at random", len(s), shortSecret)
 	}
 	f.config.hasher.secret = []byte(s)
 }
@@ -636,6 +647,10 @@ func (f *configFile) compile() *Config {
 	}
 	if f.listenTLSAt.Node != nil && strings.HasPrefix(c.Listen.GRPC, "unix://") {
 		f.wrong(f.listenTLSAt, "listen.grpc is a unix socket, whose directory says who may ask; TLS is for host:port")
+	}
+	if c.client.byHeader() && c.client.anyone && f.clientIPAt.Node != nil &&
+		slices.ContainsFunc(f.exempt, func(m *match) bool { return len(m.clients) > 0 }) {
+		f.warn(f.clientIPAt, "without from, whoever asks this sluice or its Envoy directly writes an exempt address into the header; write from: the networks of your proxies")
 	}
 	if f.onFailure == "local" && f.localShare == 0 {
 		f.wrong(f.onFailureAt, noShare)

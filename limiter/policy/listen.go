@@ -5,7 +5,10 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"net"
+	"net/netip"
 	"net/url"
+	"os"
 	"regexp"
 	"strings"
 	"time"
@@ -191,4 +194,25 @@ func withoutUser(s string) string {
 	}
 	u.User, u.RawQuery = nil, ""
 	return u.String()
+}
+
+// shortSecret is the length in bytes below which a key_secret is warned of.
+const shortSecret = 16
+
+// warnOfAdmin warns of an admin listener that everybody can reach: its page and profiles show what is asked and by whom.
+func (f *configFile) warnOfAdmin(n node, addr string) {
+	host, _, err := net.SplitHostPort(addr)
+	if err != nil {
+		return // a mistake that was noted
+	}
+	if ip, err := netip.ParseAddr(host); host == "" || err == nil && ip.IsUnspecified() {
+		f.warn(n, "%s is on all addresses, for everybody who can reach this machine; write 127.0.0.1 and use kubectl port-forward", addr)
+	}
+}
+
+// warnOfReaders warns of a secret's file that every user of the machine can read.
+func (f *configFile) warnOfReaders(n node, file string) {
+	if info, err := os.Stat(file); err == nil && info.Mode().IsRegular() && info.Mode().Perm()&0o004 != 0 {
+		f.warn(n, "%s can be read by every user (mode %#o); write chmod o-r, or defaultMode: 0440 for a Secret's volume", file, info.Mode().Perm())
+	}
 }

@@ -165,3 +165,48 @@ func TestHashHoldsNoSecret(t *testing.T) {
 		t.Error("another password, another hash")
 	}
 }
+
+// What validate warns of: it is allowed, and hardly meant.
+func TestSecurityWarnings(t *testing.T) {
+	dir := t.TempDir()
+	for name, mode := range map[string]os.FileMode{"open": 0o644, "closed": 0o640} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte("a-secret-of-some-bytes"), mode); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chmod(filepath.Join(dir, name), mode); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const exempt = "exempt: [{match: {clients: [10.0.0.0/8]}}]\n"
+	for text, want := range map[string]string{
+		exempt + "client_ip: {xff_from_right: 1}":                     "without from",
+		exempt + "client_ip: {header: x-real-ip}":                     "without from",
+		exempt + "client_ip: {xff_from_right: 1, from: [10.0.0.0/8]}": "",
+		exempt:                               "",
+		"client_ip: {xff_from_right: 1}":     "",
+		"key_secret: short":                  "a secret of 5 bytes",
+		"key_secret: a-secret-of-some-bytes": "",
+		"key_secret_file: open":              "open can be read by every user (mode 0644)",
+		"key_secret_file: closed":            "",
+		"listen: {admin: ':9002'}":           "on all addresses",
+		"listen: {admin: '0.0.0.0:9002'}":    "on all addresses",
+		"listen: {admin: '[::]:9002'}":       "on all addresses",
+		"listen: {admin: '10.0.0.1:9002'}":   "",
+	} {
+		c, err := Parse(filepath.Join(dir, "sluice.yaml"), []byte(text), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		switch {
+		case want == "" && len(c.Warnings) > 0:
+			t.Errorf("%s: %v", text, c.Warnings)
+		case want != "" && (len(c.Warnings) != 1 || !strings.Contains(c.Warnings[0].Message, want)):
+			t.Errorf("%s: %v; want %s", text, c.Warnings, want)
+		}
+		for _, w := range c.Warnings {
+			if strings.Contains(w.Message, "short\"") || strings.Contains(w.Message, "a-secret") {
+				t.Errorf("a warning quotes the secret: %s", w.Message)
+			}
+		}
+	}
+}
