@@ -32,6 +32,10 @@ const (
 	maxMessage = 1 << 20  // bytes of a check
 	maxHeaders = 16 << 10 // bytes of the gRPC call's own headers
 	maxStreams = 4096     // checks at once on one connection; Envoy then opens another
+
+	streamWindow = 64 << 10 // bytes of one call that nobody has read yet; of a longer message all is asked for as it is read
+	connWindow   = 1 << 20  // bytes on their way on one connection
+	handshake    = 5 * time.Second
 )
 
 // streamWorkers is how many goroutines take checks as they come, so that a check rarely needs one of its own, whose stack would have to
@@ -83,9 +87,11 @@ func (s *Server) Use(config *policy.Config) {
 	s.config.Store(config)
 }
 
-// GRPC returns a gRPC server with the checks, health and reflection on it. Its health is SERVING.
-func (s *Server) GRPC() *grpc.Server {
-	g := grpc.NewServer(append(transport(), grpc.UnaryInterceptor(s.calls.unary), grpc.StreamInterceptor(s.calls.stream))...)
+// GRPC returns a gRPC server with the checks, health and reflection on it. Its health is SERVING. options are how it is reached, such as
+// credentials, and are over its own.
+func (s *Server) GRPC(options ...grpc.ServerOption) *grpc.Server {
+	own := append(transport(), grpc.UnaryInterceptor(s.calls.unary), grpc.StreamInterceptor(s.calls.stream))
+	g := grpc.NewServer(append(own, options...)...)
 	g.RegisterService(&service, s)
 	healthv1.RegisterHealthServer(g, s.health)
 	reflection.Register(g)
@@ -102,8 +108,13 @@ func transport() []grpc.ServerOption {
 		grpc.MaxHeaderListSize(maxHeaders),
 		grpc.MaxConcurrentStreams(maxStreams),
 		grpc.NumStreamWorkers(streamWorkers),
+		grpc.StaticStreamWindowSize(streamWindow),
+		grpc.StaticConnWindowSize(connWindow),
+		grpc.SharedWriteBuffer(true), // an idle connection holds none
+		grpc.ConnectionTimeout(handshake),
 		grpc.ForceServerCodecV2(newCodec()),
 		// Envoy's keepalive pings are at intervals that grpc-go would by default answer by closing the connection.
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute, Timeout: 20 * time.Second}), // finds peers that are gone
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
 	}
 }

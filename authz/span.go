@@ -15,8 +15,9 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/policy"
 )
 
-// startSpan begins a check's span in the trace of the request: Envoy names its own span of the check in the call's metadata. Where Envoy
-// does not trace, what the client or the proxy before sent is in the request's headers.
+// startSpan begins a check's span. Where Envoy traces, it is a child of Envoy's own span of the call, which the call's metadata name. Where
+// Envoy does not, the request's headers hold what a client sent, who must neither decide what is sampled nor choose the ID of an
+// exemplar: the span is then the root of a trace of its own, with a link to the client's.
 func startSpan(ctx context.Context, tracer trace.Tracer, r *policy.Request, began time.Time) (context.Context, trace.Span) {
 	parent := propagation.MapCarrier{}
 	for _, name := range []string{"traceparent", "tracestate"} {
@@ -24,10 +25,14 @@ func startSpan(ctx context.Context, tracer trace.Tracer, r *policy.Request, bega
 			parent[name] = all[0]
 		}
 	}
+	options := []trace.SpanStartOption{trace.WithTimestamp(began), trace.WithSpanKind(trace.SpanKindServer)}
 	if len(parent) == 0 {
-		parent = propagation.MapCarrier{"traceparent": r.Headers["traceparent"], "tracestate": r.Headers["tracestate"]}
+		client := propagation.MapCarrier{"traceparent": r.Headers["traceparent"], "tracestate": r.Headers["tracestate"]}
+		if link := trace.SpanContextFromContext(propagation.TraceContext{}.Extract(ctx, client)); link.IsValid() {
+			options = append(options, trace.WithLinks(trace.Link{SpanContext: link}))
+		}
 	}
-	return tracer.Start(propagation.TraceContext{}.Extract(ctx, parent), "sluice check", trace.WithTimestamp(began), trace.WithSpanKind(trace.SpanKindServer))
+	return tracer.Start(propagation.TraceContext{}.Extract(ctx, parent), "sluice check", options...)
 }
 
 // endSpan ends a check's span, which then says what the log would.

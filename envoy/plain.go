@@ -26,6 +26,14 @@ type Options struct {
 	Limits []string
 	// Metadata says that the config reads what other filters leave behind, such as the claims of a JWT.
 	Metadata bool
+	// TLS is how sluice's gRPC address is asked by TLS; nil for cleartext.
+	TLS *TLS
+}
+
+// TLS says what Envoy needs to ask a sluice whose config has listen.tls.
+type TLS struct {
+	Name       string // a DNS name in sluice's certificate; empty for none, where Envoy then checks the CA alone
+	ClientCert bool   // sluice wants a certificate of its clients
 }
 
 // endpoint is an address as the files write it. All texts are quoted for YAML.

@@ -42,12 +42,21 @@ type fields map[string]string
 
 // fields are those that all files have.
 func (o Options) fields() fields {
-	f := fields{"Limit": "", "Limits": "", "Metadata": "", "Waypoint": ""}
+	f := fields{"Limit": "", "Limits": "", "Metadata": "", "Waypoint": "", "TLS": "", "TLSName": "", "ClientCert": ""}
 	if some := o.Limits[:min(len(o.Limits), 8)]; len(some) > 0 { // as many as an example shows
 		f["Limit"], f["Limits"] = some[0], strings.Join(some, ",")
 	}
 	if o.Metadata {
 		f["Metadata"] = "true"
+	}
+	if o.TLS != nil {
+		f["TLS"] = "true"
+		if o.TLS.Name != "" {
+			f["TLSName"] = strconv.Quote(o.TLS.Name)
+		}
+		if o.TLS.ClientCert {
+			f["ClientCert"] = "true"
+		}
 	}
 	return f
 }

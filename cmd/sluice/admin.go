@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"mime"
 	"net"
 	"net/http"
 	"net/http/pprof"
@@ -127,8 +128,11 @@ func isOwnHost(host, listen string) bool {
 	return name == "localhost" || strings.HasSuffix(name, ".localhost") || name != "" && name == strings.ToLower(own)
 }
 
-// badRequest is what who asked can mend.
+// badRequest marks an error that the client can correct; it is answered with 400.
 type badRequest struct{ error }
+
+// badMedia marks a body of a type that is not read here; it is answered with 415.
+type badMedia struct{ error }
 
 // tell serves what find finds, as JSON.
 func tell(find func(*http.Request) (any, error)) http.HandlerFunc {
@@ -140,6 +144,9 @@ func tell(find func(*http.Request) (any, error)) http.HandlerFunc {
 			status = http.StatusInternalServerError
 			if errors.As(err, new(badRequest)) {
 				status = http.StatusBadRequest
+			}
+			if errors.As(err, new(badMedia)) {
+				status = http.StatusUnsupportedMediaType
 			}
 			found = struct {
 				Error string `json:"error"`
@@ -402,6 +409,10 @@ func reasonOf(d *authz.Denial) string {
 }
 
 func (a *admin) explain(r *http.Request) (any, error) {
+	const form = "application/x-www-form-urlencoded"
+	if media, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); r.ContentLength != 0 && (err != nil || media != form) {
+		return nil, badMedia{errors.New("the request's body must be " + form)}
+	}
 	if err := r.ParseForm(); err != nil {
 		return nil, badRequest{fmt.Errorf("the form: %w", err)}
 	}

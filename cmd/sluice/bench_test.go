@@ -300,13 +300,18 @@ func evalshas(b *testing.B, s *redistest.Server) int {
 }
 
 // rss is a process's resident memory in bytes.
-func rss(b testing.TB, pid int) int {
+func rss(b testing.TB, pid int) int { return memory(b, pid, "VmRSS") }
+
+// peak is the most memory that a process has held.
+func peak(b testing.TB, pid int) int { return memory(b, pid, "VmHWM") }
+
+func memory(b testing.TB, pid int, field string) int {
 	b.Helper()
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
 		b.Fatal(err)
 	}
-	found := regexp.MustCompile(`VmRSS:\s+(\d+) kB`).FindSubmatch(text)
+	found := regexp.MustCompile(field + `:\s+(\d+) kB`).FindSubmatch(text)
 	kB, err := strconv.Atoi(string(found[1]))
 	if err != nil {
 		b.Fatal(err)

@@ -9,7 +9,6 @@ import (
 	"net/http"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/spf13/cobra"
 	"go.uber.org/zap"
@@ -63,7 +62,7 @@ func (p *program) demo(ctx context.Context, port int, config, redis string) erro
 	cfg := loaded.config
 	source.load = func() (*policy.Config, policy.Inputs, error) { return source.reload(loaded.inputs) } // a pipe is read once
 	// Envoy would say it too, but only after it was installed.
-	listener := fmt.Sprintf("0.0.0.0:%d", port)
+	listener := fmt.Sprintf("127.0.0.1:%d", port) // what it echoes is for nobody else
 	taken, err := net.Listen("tcp", listener)
 	if err != nil {
 		return fmt.Errorf("port %d: %w; choose another with --port", port, plain(err))
@@ -190,7 +189,7 @@ Ctrl-C stops all of it. Envoy's access log:
 
 // echo is the demo's upstream: it answers each request with what it got.
 type echo struct {
-	server *http.Server
+	server *server
 	addr   string
 }
 
@@ -201,19 +200,15 @@ func startEcho(log *zap.Logger) (*echo, error) {
 	}
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(true)
-	protocols.SetUnencryptedHTTP2(true) // Envoy speaks to it as the client speaks
-	e := &echo{addr: l.Addr().String(), server: &http.Server{
-		Handler:           http.HandlerFunc(echoRequest),
-		Protocols:         protocols,
-		ReadHeaderTimeout: 5 * time.Second,
-		ErrorLog:          zap.NewStdLog(log),
-	}}
+	protocols.SetUnencryptedHTTP2(true)                                                   // Envoy speaks to it as the client speaks
+	server := newServer(l, http.HandlerFunc(echoRequest), log, bounds{connections: 1024}) // as many as Envoy opens
+	server.Protocols = protocols
 	go func() {
-		if err := e.server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+		if err := server.run(); err != nil {
 			log.Error("the echo server broke", zap.Error(err))
 		}
 	}()
-	return e, nil
+	return &echo{server: server, addr: l.Addr().String()}, nil
 }
 
 func echoRequest(w http.ResponseWriter, r *http.Request) {

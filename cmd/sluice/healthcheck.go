@@ -7,6 +7,7 @@ import (
 
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/status"
@@ -16,11 +17,15 @@ import (
 const healthTimeout = 900 * time.Millisecond
 
 func (p *program) healthcheckCommand() *cobra.Command {
-	var addr string
+	var addr, cert, key string
 	c := &cobra.Command{
 		Use:   "healthcheck",
 		Short: "Ask the running sidecar's gRPC health service, for exec probes",
-		Args:  cobra.NoArgs,
+		Long: `Ask the running sidecar's gRPC health service, for exec probes.
+
+Where the config has listen.tls, --tls-cert and --tls-key are its cert_file and key_file: the probe shows them to the server, which
+always lets in whoever has its own key, and expects the same certificate of it.`,
+		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			if addr == "" {
 				addr = defaultGRPC
@@ -28,14 +33,25 @@ func (p *program) healthcheckCommand() *cobra.Command {
 					addr = env
 				}
 			}
-			return healthcheck(c.Context(), addr)
+			secure := insecure.NewCredentials()
+			if cert != "" || key != "" {
+				config, err := ownTLS(cert, key)
+				if err != nil {
+					return fmt.Errorf("--tls-cert and --tls-key: %w", err)
+				}
+				secure = credentials.NewTLS(config)
+			}
+			return healthcheck(c.Context(), addr, secure)
 		},
 	}
 	c.Flags().StringVar(&addr, "grpc", "", "the sidecar's gRPC `address`, host:port or unix:///path (default $SLUICE_GRPC, else "+defaultGRPC+")")
+	c.Flags().StringVar(&cert, "tls-cert", "", "the server's own certificate, a `file`, where the config has listen.tls")
+	c.Flags().StringVar(&key, "tls-key", "", "the certificate's key, a `file`")
+	c.MarkFlagsRequiredTogether("tls-cert", "tls-key")
 	return c
 }
 
-func healthcheck(ctx context.Context, addr string) error {
+func healthcheck(ctx context.Context, addr string, secure credentials.TransportCredentials) error {
 	target := addr
 	if _, _, err := splitAddress(addr); err != nil {
 		return usageError{err}
@@ -44,7 +60,7 @@ func healthcheck(ctx context.Context, addr string) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, healthTimeout)
 	defer cancel()
-	conn, err := grpc.NewClient(target, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	conn, err := grpc.NewClient(target, grpc.WithTransportCredentials(secure))
 	if err != nil {
 		return fmt.Errorf("%s: %w", addr, err)
 	}

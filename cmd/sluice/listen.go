@@ -9,6 +9,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"go.uber.org/zap"
 )
 
 const defaultGRPC = "127.0.0.1:9001"
@@ -32,7 +34,7 @@ func splitAddress(addr string) (network, address string, err error) {
 
 // listen binds an address. On a unix socket everybody may connect: Envoy runs as another user, and who may reach the socket is
 // for its directory to say.
-func listen(addr string) (net.Listener, error) {
+func listen(addr string, log *zap.Logger) (net.Listener, error) {
 	network, address, err := splitAddress(addr)
 	if err != nil {
 		return nil, err
@@ -41,11 +43,11 @@ func listen(addr string) (net.Listener, error) {
 		l, err := net.Listen(network, address)
 		return l, plain(err)
 	}
-	return listenUnix(address)
+	return listenUnix(address, log)
 }
 
 // listenUnix binds a socket's path. A socket that nobody listens on any more is replaced; one that somebody listens on is in use.
-func listenUnix(path string) (net.Listener, error) {
+func listenUnix(path string, log *zap.Logger) (net.Listener, error) {
 	// Two processes that start at once must not take each other's fresh socket for a stale one, so the directory is
 	// locked from the look to the bind.
 	dir, err := os.Open(filepath.Dir(path))
@@ -53,7 +55,12 @@ func listenUnix(path string) (net.Listener, error) {
 		return nil, err
 	}
 	defer func() { _ = dir.Close() }()
-	if err := syscall.Flock(int(dir.Fd()), syscall.LOCK_EX); err != nil {
+	err = syscall.Flock(int(dir.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+	if errors.Is(err, syscall.EWOULDBLOCK) {
+		log.Warn("waiting for another process to release its lock on the socket's directory", zap.String("directory", dir.Name()))
+		err = syscall.Flock(int(dir.Fd()), syscall.LOCK_EX)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("lock %s: %w", dir.Name(), err)
 	}
 

@@ -6,21 +6,25 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
+
+	"go.uber.org/zap"
+	"go.uber.org/zap/zaptest/observer"
 )
 
 func TestListenUnix(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, "s.sock")
 	addr := "unix://" + path
-	first, err := listen(addr)
+	first, err := listen(addr, zap.NewNop())
 	if err != nil {
 		t.Fatal(err)
 	}
 	if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o666 {
 		t.Errorf("%v, %v", info.Mode(), err)
 	}
-	if _, err := listen(addr); err == nil || err.Error() != "listen unix "+path+": address already in use" {
+	if _, err := listen(addr, zap.NewNop()); err == nil || err.Error() != "listen unix "+path+": address already in use" {
 		t.Errorf("a live one: %v", err)
 	}
 
@@ -28,7 +32,7 @@ func TestListenUnix(t *testing.T) {
 	if err := first.Close(); err != nil {
 		t.Fatal(err)
 	}
-	second, err := listen(addr)
+	second, err := listen(addr, zap.NewNop())
 	if err != nil {
 		t.Fatalf("a stale one: %v", err)
 	}
@@ -49,13 +53,13 @@ func TestListenUnix(t *testing.T) {
 	if err := os.WriteFile(file, []byte("precious"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := listen("unix://" + file); err == nil || err.Error() != file+" is there and is no socket" {
+	if _, err := listen("unix://"+file, zap.NewNop()); err == nil || err.Error() != file+" is there and is no socket" {
 		t.Errorf("a file: %v", err)
 	}
 	if b, err := os.ReadFile(file); err != nil || string(b) != "precious" {
 		t.Errorf("the file is %q, %v", b, err)
 	}
-	if _, err := listen("unix://" + filepath.Join(dir, "no", "s.sock")); err == nil || !strings.Contains(err.Error(), "no such file or directory") {
+	if _, err := listen("unix://"+filepath.Join(dir, "no", "s.sock"), zap.NewNop()); err == nil || !strings.Contains(err.Error(), "no such file or directory") {
 		t.Errorf("no directory: %v", err)
 	}
 }
@@ -63,7 +67,7 @@ func TestListenUnix(t *testing.T) {
 // Of many that start at once on a stale socket one gets it, and keeps it.
 func TestListenUnixAtOnce(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "s.sock")
-	stale, err := listen("unix://" + path)
+	stale, err := listen("unix://"+path, zap.NewNop())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -73,7 +77,7 @@ func TestListenUnixAtOnce(t *testing.T) {
 	var got []net.Listener
 	for range 20 {
 		wg.Go(func() {
-			if l, err := listen("unix://" + path); err == nil {
+			if l, err := listen("unix://"+path, zap.NewNop()); err == nil {
 				mu.Lock()
 				defer mu.Unlock()
 				got = append(got, l)
@@ -90,7 +94,7 @@ func TestListenUnixAtOnce(t *testing.T) {
 }
 
 func TestListenErrors(t *testing.T) {
-	l, err := listen("127.0.0.1:0")
+	l, err := listen("127.0.0.1:0", zap.NewNop())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -102,8 +106,37 @@ func TestListenErrors(t *testing.T) {
 		"unix://s.sock":    `"unix://s.sock": allowed are host:port and unix:///absolute/path`,
 		"127.0.0.1:999999": "listen tcp: address 999999: invalid port",
 	} {
-		if _, err := listen(addr); err == nil || err.Error() != want {
+		if _, err := listen(addr, zap.NewNop()); err == nil || err.Error() != want {
 			t.Errorf("%s: %v, want %s", addr, err, want)
 		}
+	}
+}
+
+// A start that waits for the socket's lock says so.
+func TestListenUnixLocked(t *testing.T) {
+	dir := t.TempDir()
+	held, err := os.Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = held.Close() }()
+	if err := syscall.Flock(int(held.Fd()), syscall.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	core, logged := observer.New(zap.WarnLevel)
+	bound := make(chan error, 1)
+	go func() {
+		l, err := listen("unix://"+filepath.Join(dir, "s.sock"), zap.New(core))
+		if err == nil {
+			err = l.Close()
+		}
+		bound <- err
+	}()
+	await(t, func() bool { return logged.Len() == 1 })
+	if err := syscall.Flock(int(held.Fd()), syscall.LOCK_UN); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-bound; err != nil {
+		t.Error(err)
 	}
 }

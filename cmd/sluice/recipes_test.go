@@ -148,7 +148,11 @@ func TestRecipes(t *testing.T) {
 		}
 	})
 	t.Run("Health checks and callers from inside are exempt", func(t *testing.T) {
-		s := serveRecipe(t, recipe(t, "Health checks and callers from inside are exempt"), nil)
+		text := recipe(t, "Health checks and callers from inside are exempt")
+		// Asked directly, and not through the load balancer, nobody is believed to be inside.
+		direct := serveRecipe(t, text, nil)
+		direct.want(10, 15, "GET /", "x-forwarded-for", "10.1.2.3")
+		s := serveRecipe(t, strings.Replace(text, "192.0.2.0/24", "127.0.0.0/8", 1), nil)
 		s.want(30, 30, "GET /healthz", "x-forwarded-for", "203.0.113.1")
 		s.want(30, 30, "GET /", "x-forwarded-for", "10.1.2.3")
 		s.want(30, 30, "GET /", "x-forwarded-for", "fd00::7")

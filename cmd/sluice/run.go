@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"regexp"
 	"runtime/debug"
 	"slices"
@@ -97,6 +98,7 @@ func (p *program) runSidecar(ctx context.Context, config string, settings []poli
 	if unknown := p.unknownVariables(taken); len(unknown) > 0 {
 		s.log.Warn("unknown environment variables, which mean nothing to sluice", zap.Strings("variables", unknown))
 	}
+	leaveRoom()
 	return s.serve(ctx)
 }
 
@@ -153,5 +155,13 @@ var serviceVariable = regexp.MustCompile(`_SERVICE_(HOST|PORT)(_[A-Z0-9_]+)?$|_P
 func tuneGC(getenv func(string) (string, bool)) {
 	if _, ok := getenv("GOGC"); !ok {
 		debug.SetGCPercent(200)
+	}
+}
+
+// leaveRoom lowers the memory limit of the Go runtime by a fifth. GOMEMLIMIT is, as shipped, all that the container may use, and the
+// runtime counts neither the program's own pages nor the kernel's socket buffers, which the container's limit does.
+func leaveRoom() {
+	if limit := debug.SetMemoryLimit(-1); limit < math.MaxInt64 {
+		debug.SetMemoryLimit(limit - limit/5)
 	}
 }

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -20,6 +19,7 @@ import (
 	"go.opentelemetry.io/otel/trace"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
+	"google.golang.org/grpc"
 
 	"github.com/sluiceproxy/sluice/authz"
 	"github.com/sluiceproxy/sluice/limiter"
@@ -95,7 +95,7 @@ func newSidecar(source configSource, stderr io.Writer) (*sidecar, error) {
 		{"listen.metrics", cfg.Listen.Metrics, &s.metrics},
 		{"listen.admin", cfg.Listen.Admin, &s.admin},
 	} {
-		if *l.to, err = listen(l.addr); err != nil {
+		if *l.to, err = listen(l.addr, log); err != nil {
 			s.close()
 			return nil, fmt.Errorf("%s: %w", l.field, err)
 		}
@@ -187,8 +187,14 @@ func (s *sidecar) serve(ctx context.Context) error {
 		}
 		return nil
 	}, func(error) { close(stopped) })
-	server := s.check.GRPC()
-	all.Add(func() error { return server.Serve(s.grpc) }, func(error) {
+	checks := bounded(s.grpc, grpcConnections())
+	calls := newInflow(checks, s.answerTime(), s.log, s.registry)
+	options := []grpc.ServerOption{grpc.InTapHandle(calls.begin)}
+	if s.cfg.Load().ListenTLS != nil {
+		options = append(options, grpc.Creds(newLoggedTLS(serverTLS(s.cfg.Load), s.log)))
+	}
+	server := s.check.GRPC(options...)
+	all.Add(func() error { return server.Serve(checks) }, func(error) {
 		s.draining.Store(true)
 		s.check.Drain()
 		s.stopGracefully(server)
@@ -196,6 +202,7 @@ func (s *sidecar) serve(ctx context.Context) error {
 	s.addHTTP(&all, s.metrics, s.metricsHandler())
 	operators := &admin{sidecar: s, stores: s.stores, began: time.Now()}
 	s.addHTTP(&all, s.admin, operators.handler())
+	all.Add(func() error { calls.run(background); return nil }, func(error) { cancel() })
 	all.Add(func() error { operators.history.run(background, operators.sample); return nil }, func(error) { cancel() })
 	if s.memory != nil {
 		all.Add(func() error { s.memory.Run(background); return nil }, func(error) { cancel() })
@@ -218,6 +225,14 @@ func (s *sidecar) serve(ctx context.Context) error {
 	return err
 }
 
+// answerTime is the longest that an answer to a check takes.
+func (s *sidecar) answerTime() time.Duration {
+	if redis := s.cfg.Load().Redis; redis != nil {
+		return redis.Timeout
+	}
+	return 0
+}
+
 // stopper is what stopGracefully needs of a gRPC server.
 type stopper interface {
 	GracefulStop()
@@ -236,24 +251,13 @@ func (s *sidecar) stopGracefully(server stopper) {
 
 // addHTTP adds an HTTP server on l to the group.
 func (s *sidecar) addHTTP(all *group.Group, l net.Listener, h http.Handler) {
-	server := &http.Server{
-		Handler:           h,
-		ReadHeaderTimeout: 5 * time.Second,
-		MaxHeaderBytes:    16 << 10,
-		ErrorLog:          zap.NewStdLog(s.log),
-	}
-	all.Add(func() error {
-		if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
-			return err
-		}
-		return nil
-	}, func(error) { _ = server.Close() })
+	server := newServer(l, h, s.log, bounds{})
+	all.Add(server.run, func(error) { _ = server.Close() })
 }
 
 func (s *sidecar) metricsHandler() http.Handler {
 	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(prometheus.Gatherers{s.registry, s.stores}, promhttp.HandlerOpts{
-		ErrorLog:          zap.NewStdLog(s.log),
+	mux.Handle("GET /metrics", scrapes(prometheus.Gatherers{s.registry, s.stores}, s.log, promhttp.HandlerOpts{
 		EnableOpenMetrics: true, // for exemplars
 	}))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { sayStatus(w, http.StatusOK, "ok") })

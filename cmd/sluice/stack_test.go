@@ -95,6 +95,12 @@ func startEnvoy(t testing.TB, sluice, upstream string, change ...func(string) st
 	if err != nil {
 		t.Fatal(err)
 	}
+	return startEnvoyOn(t, binary, bootstrap, change...)
+}
+
+// startEnvoyOn is startEnvoy for any bootstrap.
+func startEnvoyOn(t testing.TB, binary string, bootstrap []byte, change ...func(string) string) string {
+	t.Helper()
 	for _, c := range change {
 		changed := c(string(bootstrap))
 		if changed == string(bootstrap) {

@@ -96,12 +96,10 @@ func (p *program) runWebhook(ctx context.Context, w webhook) error {
 	mux := http.NewServeMux()
 	mux.Handle("/inject", k8s.Webhook(k8s.Options{Image: w.image, Version: buildVersion()}, log, registry))
 	var draining atomic.Bool
-	server := &http.Server{
-		Handler: leaving(&draining, mux), ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 16 << 10, ErrorLog: zap.NewStdLog(log),
-		TLSConfig: &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: certificate},
-	}
+	server := newServer(reviews, leaving(&draining, mux), log, bounds{connections: 256})
+	server.TLSConfig = &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: certificate}
 	status := http.NewServeMux()
-	status.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
+	status.Handle("GET /metrics", scrapes(registry, log, promhttp.HandlerOpts{}))
 	status.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { sayStatus(w, http.StatusOK, "ok") })
 	status.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
 		if draining.Load() {
@@ -110,7 +108,7 @@ func (p *program) runWebhook(ctx context.Context, w webhook) error {
 		}
 		sayStatus(w, http.StatusOK, "ok")
 	})
-	side := &http.Server{Handler: status, ReadHeaderTimeout: 5 * time.Second, MaxHeaderBytes: 16 << 10, ErrorLog: zap.NewStdLog(log)}
+	side := newServer(metrics, status, log, bounds{})
 
 	background, cancel := context.WithCancel(context.Background())
 	defer cancel()
@@ -132,13 +130,13 @@ func (p *program) runWebhook(ctx context.Context, w webhook) error {
 		}
 		return nil
 	}, func(error) { close(stopped) })
-	all.Add(func() error { return unlessClosed(server.ServeTLS(reviews, "", "")) }, func(error) {
+	all.Add(server.run, func(error) {
 		ctx, over := context.WithTimeout(context.Background(), w.grace)
 		defer over()
 		_ = server.Shutdown(ctx)
 		_ = server.Close()
 	})
-	all.Add(func() error { return unlessClosed(side.Serve(metrics)) }, func(error) { _ = side.Close() })
+	all.Add(side.run, func(error) { _ = side.Close() })
 	all.Add(func() error { maintain(background); return nil }, func(error) { cancel() })
 	log.Info("serving", zap.String("version", buildVersion()), zap.String("stamp", k8s.Stamp(k8s.Options{Image: w.image, Version: buildVersion()})),
 		zap.Stringer("listen", reviews.Addr()), zap.Stringer("metrics", metrics.Addr()))
@@ -156,14 +154,6 @@ func leaving(draining *atomic.Bool, h http.Handler) http.Handler {
 		}
 		h.ServeHTTP(w, q)
 	})
-}
-
-// unlessClosed is nil where a server was told to stop.
-func unlessClosed(err error) error {
-	if errors.Is(err, http.ErrServerClosed) {
-		return nil
-	}
-	return err
 }
 
 type getCertificate = func(*tls.ClientHelloInfo) (*tls.Certificate, error)

@@ -14,6 +14,9 @@ type clientIP struct {
 	anyone       bool // neither networks nor principals are given: every peer is believed
 }
 
+// byHeader reports whether a header says which address it is.
+func (c *clientIP) byHeader() bool { return c.xffFromRight > 0 || c.header != "" }
+
 // of returns the client's address: the peer's, unless the config takes it from a header and believes this peer. It is invalid where
 // not even the peer is known. It is not sure where the header, which should have said it, does not: the address is then the peer's for
 // want of a better one, and nobody is exempt for it. A peer that is not believed is the client for sure.

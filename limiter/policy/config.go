@@ -27,13 +27,14 @@ import (
 type Config struct {
 	Domain        string
 	Listen        Listen
+	ListenTLS     *ListenTLS            // of Listen.GRPC; nil: none
 	Redis         *limiter.RedisOptions // nil: the buckets are in this process
 	FailureStatus int                   // the HTTP status of a refused request, 500 to 599
 	Headers       Headers
 	Grace         time.Duration // for what is in flight at the end; 0 or more
 	LogLevel      string        // debug, info, warn or error
 
-	// Hash is the config's text and that of its overrides_files, in a form that names it: 16 hex digits.
+	// Hash names the config: 16 hex digits of a hash of its text and of its overrides_files. Secrets are not in it.
 	Hash string
 
 	// Warnings are of what is allowed and hardly meant, in the file's order; at most 200.
@@ -48,6 +49,9 @@ type Config struct {
 	passwordFile bool        // Redis's password is that of a file
 	inherited    limitReader // what a route's limit has of the file
 	routes       routeTable
+
+	noRouteLimits bool     // Envoy's routes bring no limits
+	routeDomains  []string // for which they may; nil: any
 }
 
 // Listen is where the sidecar listens: host:port each, or for GRPC also unix:///path.
@@ -110,6 +114,7 @@ func (c *Config) Replaces(old *Config, file string) error {
 		}
 	}
 	refuse("listen.grpc", c.Listen.GRPC != old.Listen.GRPC)
+	refuse("listen.tls", !c.ListenTLS.same(old.ListenTLS))
 	refuse("listen.admin", c.Listen.Admin != old.Listen.Admin)
 	refuse("listen.metrics", c.Listen.Metrics != old.Listen.Metrics)
 	refuse("store.redis", (c.Redis == nil) != (old.Redis == nil))
@@ -196,11 +201,14 @@ func readConfig(r reader, text []byte, settings []Setting, in *inputs) (*Config,
 		},
 	}
 	f.inputs = in
+	f.hidden = make(map[[2]int]string)
 	f.set(true)
-	if root := f.document(withoutBOM(text)); root != nil {
+	text = withoutBOM(text)
+	if root := f.document(text); root != nil {
 		f.readFile(*root)
 	}
 	f.set(false)
+	f.say(text)
 	c := f.compile()
 	if len(f.mistakes) > 0 {
 		// What is without a line comes first, and the files that the config names last.
@@ -229,6 +237,9 @@ func readConfig(r reader, text []byte, settings []Setting, in *inputs) (*Config,
 type configFile struct {
 	limitReader
 	onFailureAt node
+	listenTLSAt node
+	clientIPAt  node
+	hidden      map[[2]int]string // what stands for secrets, by their line and column
 	settings    []Setting
 	config      *Config // on its own: it outlives what was read, and must not keep it in memory
 
@@ -283,14 +294,19 @@ func (f *configFile) readFile(root node) {
 		"domain": f.checked(&f.domain, checkDomain),
 		"listen": func(n node) {
 			f.mapping(n, map[string]func(node){
-				"grpc":    f.checked(&c.Listen.GRPC, checkListen),
-				"admin":   f.checked(&c.Listen.Admin, tcp),
+				"grpc": f.checked(&c.Listen.GRPC, checkListen),
+				"admin": func(n node) {
+					f.checked(&c.Listen.Admin, tcp)(n)
+					f.warnOfAdmin(n, c.Listen.Admin)
+				},
 				"metrics": f.checked(&c.Listen.Metrics, tcp),
+				"tls":     f.readListenTLS,
 			})
 		},
 		"store": func(n node) {
 			f.mapping(n, map[string]func(node){"redis": f.readRedis})
 		},
+		"routes":      f.readRoutes,
 		"mode":        func(n node) { f.oneOf(n, &f.mode, "enforce", "shadow") },
 		"on_failure":  func(n node) { f.onFailureAt = n; f.readOnFailure(n, &f.onFailure) },
 		"local_share": f.readLocalShare,
@@ -299,14 +315,20 @@ func (f *configFile) readFile(root node) {
 			f.whole(n, &v, 500, 599)
 			c.FailureStatus = int(v)
 		},
-		"grace":           func(n node) { f.duration(n, &c.Grace, 0, time.Hour) },
-		"log_level":       func(n node) { f.oneOf(n, &c.LogLevel, "debug", "info", "warn", "error") },
-		"key_secret":      func(n node) { f.readSecret(n, f.text) },
+		"grace":     func(n node) { f.duration(n, &c.Grace, 0, time.Hour) },
+		"log_level": func(n node) { f.oneOf(n, &c.LogLevel, "debug", "info", "warn", "error") },
+		"key_secret": func(n node) {
+			f.leaveOut(n, "")
+			f.readSecret(n, f.text)
+		},
 		"key_secret_file": func(n node) { f.readSecret(n, f.secretFile) },
 		"headers":         f.readHeaders,
-		"client_ip":       f.readClientIP,
-		"exempt":          f.readExempt,
-		"limits":          f.readLimits,
+		"client_ip": func(n node) {
+			f.clientIPAt = n
+			f.readClientIP(n)
+		},
+		"exempt": f.readExempt,
+		"limits": f.readLimits,
 	})
 }
 
@@ -399,6 +421,7 @@ func (f *configFile) readRedis(n node) {
 		"url": func(n node) {
 			f.redisAt = n
 			f.store.URL, _ = f.text(n)
+			f.leaveOut(n, withoutUser(f.store.URL))
 		},
 		"mode": func(n node) {
 			var s string
@@ -408,10 +431,13 @@ func (f *configFile) readRedis(n node) {
 		"addresses": func(n node) {
 			texts(&f.reader, n, &f.store.Addresses, func(s string) (string, error) { return s, tcp(s) })
 		},
-		"master":        func(n node) { f.store.Master, _ = f.text(n) },
-		"tls":           f.readTLS,
-		"username":      func(n node) { f.store.Username, _ = f.text(n) },
-		"password":      password(f.text),
+		"master":   func(n node) { f.store.Master, _ = f.text(n) },
+		"tls":      f.readTLS,
+		"username": func(n node) { f.store.Username, _ = f.text(n) },
+		"password": password(func(n node) (string, bool) {
+			f.leaveOut(n, "")
+			return f.text(n)
+		}),
 		"password_file": password(f.secretFile),
 		"key_prefix":    f.checked(&f.keyPrefix, checkDomain),
 		"timeout":       func(n node) { f.duration(n, &f.store.Timeout, time.Millisecond, time.Minute) },
@@ -449,6 +475,7 @@ func (f *configFile) secretFile(n node) (string, bool) {
 		f.wrongFile(n, err)
 		return "", false
 	}
+	f.warnOfReaders(n, f.path(name))
 	secret := strings.TrimRight(string(withoutBOM(text)), "\r\n")
 	if secret == "" || len(text) > maxSecret {
 		f.wrong(n, "%s holds %d bytes or more; allowed are 1 to %d", shown(n, f.path(name)), len(secret), maxSecret)
@@ -469,6 +496,9 @@ func (f *configFile) readSecret(n node, read func(node) (string, bool)) {
 	if s == "" {
 		f.wrong(n, "an empty secret; leave the field out, or give it a value")
 		return
+	}
+	if len(s) < shortSecret {
+		f.warn(n, "a secret of %d bytes, which can be found by trial; write %d or more, at random", len(s), shortSecret)
 	}
 	f.config.hasher.secret = []byte(s)
 }
@@ -597,6 +627,13 @@ func (f *configFile) compile() *Config {
 			f.wrong(f.redisAt, "%s", f.hideStore(err.Error()))
 		}
 		c.Redis = &o
+	}
+	if f.listenTLSAt.Node != nil && strings.HasPrefix(c.Listen.GRPC, "unix://") {
+		f.wrong(f.listenTLSAt, "listen.grpc is a unix socket, whose directory says who may ask; TLS is for host:port")
+	}
+	if c.client.byHeader() && c.client.anyone && f.clientIPAt.Node != nil &&
+		slices.ContainsFunc(f.exempt, func(m *match) bool { return len(m.clients) > 0 }) {
+		f.warn(f.clientIPAt, "without from, whoever asks this sluice or its Envoy directly writes an exempt address into the header; write from: the networks of your proxies")
 	}
 	if f.onFailure == "local" && f.localShare == 0 {
 		f.wrong(f.onFailureAt, noShare)

@@ -85,6 +85,7 @@ type routeText struct{ key, value string }
 
 // routeTable keeps what was understood of context_extensions, so that each is parsed once. It is safe for concurrent use.
 type routeTable struct {
+	reading sync.Mutex // one text at a time: a fresh expression takes milliseconds, and who invents them gets one core at most
 	mu      sync.RWMutex
 	entries map[routeText]*routeEntry
 	bytes   int // of the texts
@@ -97,15 +98,20 @@ func (t *routeTable) entry(c *Config, text routeText) *routeEntry {
 	if e != nil {
 		return e
 	}
+	t.reading.Lock()
+	defer t.reading.Unlock()
+	t.mu.RLock()
+	e = t.entries[text]
+	t.mu.RUnlock()
+	if e != nil {
+		return e // somebody else was quicker
+	}
 	e = c.readRoute(text)
 	if len(text.key)+len(text.value) > maxRouteText {
 		return e // a mistake, and not kept
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if known := t.entries[text]; known != nil {
-		return known // somebody else was quicker
-	}
 	if t.entries == nil {
 		t.entries = make(map[routeText]*routeEntry)
 	}
@@ -139,6 +145,9 @@ func (c *Config) readRoute(text routeText) *routeEntry {
 	if err := checkName(name); err != nil {
 		return wrong("", fmt.Errorf("%s: the name %w", routeLimit, err))
 	}
+	if c.noRouteLimits {
+		return wrong(name, errors.New("routes.limits is false in this config: no route may bring a limit, nor switch one off"))
+	}
 	e := &routeEntry{replaces: -1}
 	if i, ok := c.byName[name]; ok {
 		e.replaces = i
@@ -159,6 +168,9 @@ func (c *Config) readRoute(text routeText) *routeEntry {
 	d := &draft{name: name}
 	if f.readLimit(*root, d) {
 		e.rule = f.rule(d)
+	}
+	if e.rule != nil && c.routeDomains != nil && !slices.Contains(c.routeDomains, e.rule.limit.Domain) {
+		return wrong(name, fmt.Errorf("the domain %q; routes.domains in this config allows %s", e.rule.limit.Domain, strings.Join(c.routeDomains, ", ")))
 	}
 	if len(f.mistakes) > 0 {
 		e := wrong(name, f.mistakes)

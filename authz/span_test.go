@@ -1,0 +1,34 @@
+package authz
+
+import (
+	"context"
+	"testing"
+	"time"
+
+	sdktrace "go.opentelemetry.io/otel/sdk/trace"
+	"google.golang.org/grpc/metadata"
+
+	"github.com/sluiceproxy/sluice/limiter/policy"
+)
+
+// What a client sends decides neither what is sampled nor the trace's ID; what Envoy says of its own trace does.
+func TestClientDoesNotSample(t *testing.T) {
+	const parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+	never := sdktrace.NewTracerProvider(sdktrace.WithSampler(sdktrace.ParentBased(sdktrace.NeverSample()))).Tracer("test")
+	always := sdktrace.NewTracerProvider().Tracer("test")
+	client := &policy.Request{Headers: map[string]string{"traceparent": parent}}
+	if _, s := startSpan(context.Background(), never, client, time.Now()); s.SpanContext().IsSampled() {
+		t.Error("a client's traceparent was sampled against the operator's sampler")
+	}
+	_, s := startSpan(context.Background(), always, client, time.Now())
+	if s.SpanContext().TraceID().String() == "4bf92f3577b34da6a3ce929d0e0e4736" {
+		t.Error("a client chose the trace's ID")
+	}
+	if links := s.(sdktrace.ReadOnlySpan).Links(); len(links) != 1 || links[0].SpanContext.TraceID().String() != "4bf92f3577b34da6a3ce929d0e0e4736" {
+		t.Errorf("no link to the client's trace: %v", links)
+	}
+	envoy := metadata.NewIncomingContext(context.Background(), metadata.Pairs("traceparent", parent))
+	if _, s := startSpan(envoy, never, client, time.Now()); s.SpanContext().TraceID().String() != "4bf92f3577b34da6a3ce929d0e0e4736" || !s.SpanContext().IsSampled() {
+		t.Error("Envoy's own trace is not continued")
+	}
+}

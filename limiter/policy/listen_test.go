@@ -1,0 +1,212 @@
+package policy
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"math/big"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// certificate writes a certificate that signs itself, and its key, into dir.
+func certificate(t *testing.T, dir, name string, until time.Time) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: name}, NotBefore: time.Now().Add(-48 * time.Hour), NotAfter: until, DNSNames: []string{name},
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	keyDER, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for file, block := range map[string]*pem.Block{
+		name + ".crt": {Type: "CERTIFICATE", Bytes: der}, name + ".key": {Type: "PRIVATE KEY", Bytes: keyDER},
+	} {
+		if err := os.WriteFile(filepath.Join(dir, file), pem.EncodeToMemory(block), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// What listen.tls and routes refuse, and what they say.
+func TestListenTLS(t *testing.T) {
+	dir := t.TempDir()
+	certificate(t, dir, "a", time.Now().Add(time.Hour))
+	certificate(t, dir, "old", time.Now().Add(-time.Hour))
+	if err := os.WriteFile(filepath.Join(dir, "no.pem"), []byte("no certificate"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	parse := func(text string) (*Config, error) {
+		return Parse(filepath.Join(dir, "sluice.yaml"), []byte(text), nil)
+	}
+	for text, want := range map[string]string{
+		`listen: {tls: {cert_file: a.crt}}`:                                                                "cert_file and key_file are both required",
+		`listen: {tls: {cert_file: a.crt, key_file: old.key}}`:                                             "are no certificate with its key",
+		`listen: {tls: {cert_file: none.crt, key_file: a.key}}`:                                            "no such file",
+		`listen: {tls: {cert_file: a.crt, key_file: a.key, client_names: [x]}}`:                            "client_names requires client_ca_file",
+		`listen: {tls: {cert_file: a.crt, key_file: a.key, client_ca_file: no.pem}}`:                       "holds no certificate in PEM",
+		`listen: {tls: {cert_file: a.crt, key_file: a.key, client_ca_file: a.crt, client_names: ["a b"]}}`: "is no name of a client",
+		`listen: {grpc: "unix:///s.sock", tls: {cert_file: a.crt, key_file: a.key}}`:                       "listen.grpc is a unix socket",
+		`routes: {limits: "no"}`:   "wanted is true or false",
+		`routes: {domains: []}`:    "an empty list",
+		`routes: {domains: [a b]}`: "allowed are 1 to 253",
+	} {
+		if _, err := parse(text); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v; want %s", text, err, want)
+		}
+	}
+	c, err := parse(`listen: {tls: {cert_file: old.crt, key_file: old.key}}`)
+	if err != nil || len(c.Warnings) != 1 || !strings.Contains(c.Warnings[0].Message, "expired") {
+		t.Errorf("an old certificate: %v", err)
+	}
+	c, err = parse(`listen: {tls: {cert_file: a.crt, key_file: a.key, client_ca_file: a.crt, client_names: ["spiffe://cluster.local/ns/gateways/*", "*.example.com"]}}`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	spiffe := func(s string) []*url.URL {
+		u, err := url.Parse(s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return []*url.URL{u}
+	}
+	for _, allowed := range []*x509.Certificate{
+		{URIs: spiffe("spiffe://cluster.local/ns/gateways/sa/envoy")}, {DNSNames: []string{"other", "gw.example.com"}},
+	} {
+		if err := c.ListenTLS.AllowsClient(allowed); err != nil {
+			t.Error(err)
+		}
+	}
+	for _, refused := range []*x509.Certificate{
+		{}, {URIs: spiffe("spiffe://cluster.local/ns/web/sa/envoy")}, {DNSNames: []string{"example.com"}}, {Subject: pkix.Name{CommonName: "gw.example.com"}},
+	} {
+		if err := c.ListenTLS.AllowsClient(refused); err == nil {
+			t.Errorf("%v %v is allowed", refused.URIs, refused.DNSNames)
+		}
+	}
+}
+
+// A route brings no limits where the config says so, or those of the domains that it says.
+func TestRoutesSwitch(t *testing.T) {
+	ask := func(config, key, value string) string {
+		t.Helper()
+		c, err := Parse("sluice.yaml", []byte(config), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		d := c.Draw(&Request{Method: "GET", Path: "/", Context: map[string]string{key: value}})
+		if d.Invalid {
+			return d.Mistakes[0].Error()
+		}
+		var names []string
+		for _, charge := range d.Charges {
+			names = append(names, charge.Limit.Domain+":"+charge.Limit.Name)
+		}
+		return strings.Join(names, " ")
+	}
+	const limits = "domain: shop\nlimits: [{name: a, rate: 1/s}]\n"
+	for _, row := range []struct{ config, key, value, want string }{
+		{limits, "sluice.limit.b", "{rate: 1/s}", "shop:a shop:b"},
+		{limits + "routes: {limits: true}", "sluice.limit.b", "{rate: 1/s}", "shop:a shop:b"},
+		{limits + "routes: {limits: false}", "sluice.limit.b", "{rate: 1/s}", "routes.limits is false"},
+		{limits + "routes: {limits: false}", "sluice.limit.a", "off", "routes.limits is false"},
+		{limits + "routes: {limits: false}", "sluice.limits", "a", "shop:a"},
+		{limits + "routes: {domains: [shop]}", "sluice.limit.b", "{rate: 1/s}", "shop:a shop:b"},
+		{limits + "routes: {domains: [shop]}", "sluice.limit.b", "{rate: 1/s, domain: bank}", `"bank"; routes.domains in this config allows shop`},
+		{limits + "routes: {domains: [bank]}", "sluice.limit.b", "{rate: 1/s}", `"shop"; routes.domains in this config allows bank`},
+		{limits + "routes: {domains: [bank]}", "sluice.limit.a", "off", ""},
+	} {
+		if got := ask(row.config, row.key, row.value); !strings.Contains(got, row.want) || row.want == "" && got != "" {
+			t.Errorf("%s, %s: %q: %q; want %q", row.config, row.key, row.value, got, row.want)
+		}
+	}
+}
+
+// A config's hash, which is a metric, is the same whatever its secrets are, and another for another config.
+func TestHashHoldsNoSecret(t *testing.T) {
+	hash := func(secret, rest string) string {
+		t.Helper()
+		c, err := Parse("sluice.yaml", []byte("key_secret: "+secret+"\nstore: {redis: {url: 'redis://user:"+secret+"@127.0.0.1:6379/0'}}\n"+rest), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c.Hash
+	}
+	password := func(secret string) string {
+		c, err := Parse("sluice.yaml", []byte("store: {redis: {url: 'redis://127.0.0.1', password: "+secret+"}}\nkey_secret: |\n  "+secret+"\n"), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c.Hash
+	}
+	first := hash("one-secret-of-many", "")
+	if other := hash("another-secret-of-many", ""); other != first {
+		t.Errorf("%s and %s: another secret, another hash", first, other)
+	}
+	if other := hash("one-secret-of-many", "domain: other"); other == first {
+		t.Error("another config has the same hash")
+	}
+	if password("one-secret-of-many") != password("another-secret-of-many") {
+		t.Error("another password, another hash")
+	}
+}
+
+// What validate warns of: it is allowed, and hardly meant.
+func TestSecurityWarnings(t *testing.T) {
+	dir := t.TempDir()
+	for name, mode := range map[string]os.FileMode{"open": 0o644, "closed": 0o640} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte("a-secret-of-some-bytes"), mode); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chmod(filepath.Join(dir, name), mode); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const exempt = "exempt: [{match: {clients: [10.0.0.0/8]}}]\n"
+	for text, want := range map[string]string{
+		exempt + "client_ip: {xff_from_right: 1}":                     "without from",
+		exempt + "client_ip: {header: x-real-ip}":                     "without from",
+		exempt + "client_ip: {xff_from_right: 1, from: [10.0.0.0/8]}": "",
+		exempt:                               "",
+		"client_ip: {xff_from_right: 1}":     "",
+		"key_secret: short":                  "a secret of 5 bytes",
+		"key_secret: a-secret-of-some-bytes": "",
+		"key_secret_file: open":              "open can be read by every user (mode 0644)",
+		"key_secret_file: closed":            "",
+		"listen: {admin: ':9002'}":           "on all addresses",
+		"listen: {admin: '0.0.0.0:9002'}":    "on all addresses",
+		"listen: {admin: '[::]:9002'}":       "on all addresses",
+		"listen: {admin: '10.0.0.1:9002'}":   "",
+	} {
+		c, err := Parse(filepath.Join(dir, "sluice.yaml"), []byte(text), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		switch {
+		case want == "" && len(c.Warnings) > 0:
+			t.Errorf("%s: %v", text, c.Warnings)
+		case want != "" && (len(c.Warnings) != 1 || !strings.Contains(c.Warnings[0].Message, want)):
+			t.Errorf("%s: %v; want %s", text, c.Warnings, want)
+		}
+		for _, w := range c.Warnings {
+			if strings.Contains(w.Message, "short\"") || strings.Contains(w.Message, "a-secret") {
+				t.Errorf("a warning quotes the secret: %s", w.Message)
+			}
+		}
+	}
+}
