@@ -212,7 +212,7 @@ func TestReviewsInTime(t *testing.T) {
 // The bodies that are read or wait hold no more than the bound.
 func TestReviewHead(t *testing.T) {
 	for text, want := range map[string]reviewHead{
-		reviewOf("shop", "{}"): {"u", "shop"},
+		reviewOf("shop", "{}"):                                                      {"u", "shop"},
 		`{"request":{"namespace":"a","uid":"b","object":{`:                          {"b", "a"},
 		`{"x":{"request":{"uid":"c"}},"request":{"y":{"uid":"d"},"uid":"e"`:         {"e", ""},
 		`{"request":{"object":{"uid":"a"},"uid":"b"}}`:                              {},
