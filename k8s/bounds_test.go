@@ -16,6 +16,7 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 	"go.uber.org/zap/zaptest/observer"
+	"go.yaml.in/yaml/v3"
 )
 
 // allocates returns how many bytes a function allocates in all.
@@ -326,6 +327,44 @@ func TestPodResourcesOfManyNames(t *testing.T) {
 	p := object{"metadata": object{"annotations": object{aInProcess: "true"}}, "spec": object{"resources": object{"limits": limits}, "containers": containers}}
 	if cost := allocates(func() { inject(t, p, options) }); cost > 64<<20 { // a copy of the containers for each name is 6 GB
 		t.Errorf("%d MiB", cost>>20)
+	}
+}
+
+// What is wrong with a manifest is said once, whatever the number of places.
+func TestManifestWithEqualKeys(t *testing.T) {
+	in := "a:\n" + strings.Repeat("  k: 1\n", 4000)
+	var err error
+	if cost := allocates(func() { _, _, err = Manifest([]byte(in), options) }); cost > 64<<20 { // each pair of lines is 3.5 GB
+		t.Errorf("%d MiB", cost>>20)
+	}
+	if err == nil || !strings.Contains(err.Error(), `document 1: line 3: mapping key "k" already defined at line 2`) || len(err.Error()) > 400 {
+		t.Errorf("%.500v", err)
+	}
+}
+
+// A list of many is found again in time that grows with it.
+func TestManifestOfMany(t *testing.T) {
+	old, changed := make([]any, 2000), make([]any, 2000)
+	node := &yaml.Node{Kind: yaml.SequenceNode}
+	for i := range old {
+		old[i] = object{"metadata": object{"name": fmt.Sprint(i)}}
+		changed[i] = object{"metadata": object{"name": fmt.Sprint(i), "labels": object{"a": "b"}}}
+		element, err := fresh(old[i])
+		if err != nil {
+			t.Fatal(err)
+		}
+		node.Content = append(node.Content, element)
+	}
+	if cost := allocates(func() {
+		if err := mergeList(node, old, changed); err != nil {
+			t.Error(err)
+		}
+	}); cost > 128<<20 { // all against all is twice that, and takes 20 s
+		t.Errorf("%d MiB", cost>>20)
+	}
+	var got []any
+	if err := node.Decode(&got); err != nil || !same(got, changed) {
+		t.Errorf("%v: they are not what they were made", err)
 	}
 }
 
