@@ -15,7 +15,9 @@ import (
 	"math/big"
 	"net"
 	"net/http"
+	"os"
 	"path/filepath"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -326,4 +328,61 @@ func (f *CertFiles) Get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 		return was, nil
 	}
 	return nil, err
+}
+
+// ClientCA lets in only those TLS clients that show a certificate of a CA in
+// File, which is reread for each handshake. Where Names has any, the common
+// name or a DNS name of the certificate must be one of them. It is safe for
+// concurrent use.
+type ClientCA struct {
+	File  string
+	Names []string
+	was   atomic.Pointer[x509.CertPool]
+}
+
+// pool returns the CAs; while the file is being replaced, those that it had.
+func (c *ClientCA) pool() (*x509.CertPool, error) {
+	text, err := os.ReadFile(c.File)
+	if err == nil {
+		pool := x509.NewCertPool()
+		if pool.AppendCertsFromPEM(text) {
+			c.was.Store(pool)
+			return pool, nil
+		}
+		err = fmt.Errorf("%s holds no certificate in PEM", c.File)
+	}
+	if was := c.was.Load(); was != nil {
+		return was, nil
+	}
+	return nil, err
+}
+
+// Require returns a copy of a server's config that lets in nobody else. Its
+// error says what is wrong with the file.
+func (c *ClientCA) Require(server *tls.Config) (*tls.Config, error) {
+	if _, err := c.pool(); err != nil {
+		return nil, err
+	}
+	out := server.Clone()
+	out.GetConfigForClient = func(*tls.ClientHelloInfo) (*tls.Config, error) {
+		pool, err := c.pool()
+		if err != nil {
+			return nil, err
+		}
+		config := server.Clone()
+		config.ClientAuth, config.ClientCAs, config.VerifyConnection = tls.RequireAndVerifyClientCert, pool, c.named
+		return config, nil
+	}
+	return out, nil
+}
+
+// named refuses a client by its names.
+func (c *ClientCA) named(s tls.ConnectionState) error {
+	client := s.PeerCertificates[0]
+	for _, name := range append([]string{client.Subject.CommonName}, client.DNSNames...) {
+		if len(c.Names) == 0 || slices.Contains(c.Names, name) {
+			return nil
+		}
+	}
+	return errors.New("the client's certificate has none of the names that are let in")
 }

@@ -125,7 +125,14 @@ var sets = map[string][]string{
 	"single replicas":          {"--set", "gateway.enabled=true,gateway.redis.url=redis://buckets:6379,gateway.replicas=1,webhook.replicas=1"},
 	"only the trial Redis":     {"--set", "trialRedis.enabled=true,networkPolicy.enabled=true"},
 	"a gateway alone":          {"--set", "webhook.enabled=false,gateway.enabled=true,gateway.redis.url=redis://r,networkPolicy.enabled=true"},
-	"no budgets":               {"--set", "gateway.enabled=true,gateway.redis.url=redis://r,gateway.podDisruptionBudget.enabled=false,webhook.podDisruptionBudget.enabled=false"},
+	"certificates of clients": {
+		"--set", "gateway.enabled=true,gateway.redis.url=redis://r,gateway.tls.issuerRef.name=ours,gateway.tls.clientNames={spiffe://cluster.local/ns/gateways/*}",
+		"--set", "webhook.clientCA.configMap=api,webhook.clientCA.names={api},networkPolicy.enabled=true",
+		"--set-json", `networkPolicy.from=[{"namespaceSelector":{"matchLabels":{"kubernetes.io/metadata.name":"gateways"}}}]`,
+		"--set-json", `networkPolicy.metricsFrom=[{"ipBlock":{"cidr":"10.0.0.0/8"}}]`, "--set-json", `networkPolicy.webhookFrom=[{"ipBlock":{"cidr":"192.0.2.3/32"}}]`,
+		"--set-json", `gateway.config="# ours\nlisten: {admin: 127.0.0.1:9002}\nlimits:\n  - {name: all, rate: 1/s, key: 'request.headers[\"a\"]'}\n"`,
+	},
+	"no budgets": {"--set", "gateway.enabled=true,gateway.redis.url=redis://r,gateway.podDisruptionBudget.enabled=false,webhook.podDisruptionBudget.enabled=false"},
 }
 
 func TestChartLint(t *testing.T) {
@@ -156,9 +163,13 @@ func TestChartObjects(t *testing.T) {
 		"cert-manager":             append([]string{"Issuer/sluice-webhook-self-signed", "Certificate/sluice-webhook-issuer", "Issuer/sluice-webhook-issuer"}, managed...),
 		"cert-manager with issuer": managed,
 		"gateway and trial Redis":  slices.Concat(ours, gateway, redis, []string{"PodDisruptionBudget/sluice-webhook", "PodDisruptionBudget/sluice-gateway"}),
-		"single replicas":          slices.Concat(ours, gateway, []string{"ConfigMap/sluice-gateway"}),
-		"a gateway alone":          append([]string{"ConfigMap/sluice-gateway", "PodDisruptionBudget/sluice-gateway", "NetworkPolicy/sluice-gateway"}, gateway...),
-		"no budgets":               slices.Concat(ours, gateway, []string{"ConfigMap/sluice-gateway"}),
+		"certificates of clients": slices.Concat(ours, gateway[:2], []string{
+			"ConfigMap/sluice-gateway", "Certificate/sluice-gateway", "PodDisruptionBudget/sluice-webhook", "PodDisruptionBudget/sluice-gateway",
+			"NetworkPolicy/sluice-webhook", "NetworkPolicy/sluice-gateway",
+		}),
+		"single replicas": slices.Concat(ours, gateway, []string{"ConfigMap/sluice-gateway"}),
+		"a gateway alone": append([]string{"ConfigMap/sluice-gateway", "PodDisruptionBudget/sluice-gateway", "NetworkPolicy/sluice-gateway"}, gateway...),
+		"no budgets":      slices.Concat(ours, gateway, []string{"ConfigMap/sluice-gateway"}),
 		"only the trial Redis": slices.Concat(ours, redis, []string{
 			"PodDisruptionBudget/sluice-webhook", "NetworkPolicy/sluice-webhook", "NetworkPolicy/sluice-trial-redis",
 		}),
@@ -312,6 +323,72 @@ func TestChartRights(t *testing.T) {
 	}
 }
 
+// What the gateway service has to prove, and who has to prove what to it.
+func TestChartCertificates(t *testing.T) {
+	all := render(t, sets["certificates of clients"]...)
+	var config any
+	if err := yaml.Unmarshal([]byte(at(find(t, all, "ConfigMap/sluice-gateway"), "data", "sluice.yaml").(string)), &config); err != nil {
+		t.Fatal(err)
+	}
+	want := map[string]any{
+		"listen": map[string]any{"admin": "127.0.0.1:9002", "tls": map[string]any{
+			"cert_file": "/etc/sluice-tls/tls.crt", "key_file": "/etc/sluice-tls/tls.key", "client_ca_file": "/etc/sluice-tls/ca.crt",
+			"client_names": []any{"spiffe://cluster.local/ns/gateways/*"},
+		}},
+		"limits": []any{map[string]any{"name": "all", "rate": "1/s", "key": `request.headers["a"]`}},
+	}
+	if diff := cmp.Diff(want, config); diff != "" {
+		t.Errorf("the config (-want +got):\n%s", diff)
+	}
+	pod := func(deployment string) any { return at(find(t, all, deployment), "spec", "template", "spec") }
+	mounted := func(pod any, name, path string, volume any) {
+		t.Helper()
+		container := at(pod, "containers").([]any)[0]
+		mounts, volumes := at(container, "volumeMounts").([]any), at(pod, "volumes").([]any)
+		i, j := named(mounts, name), named(volumes, name)
+		if i < 0 || j < 0 {
+			t.Fatalf("no %s: %v, %v", name, mounts, volumes)
+		}
+		if diff := cmp.Diff([]any{map[string]any{"name": name, "mountPath": path, "readOnly": true}, volume}, []any{mounts[i], volumes[j]}); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", name, diff)
+		}
+	}
+	mounted(pod("Deployment/sluice-gateway"), "tls", "/etc/sluice-tls", map[string]any{"name": "tls", "secret": map[string]any{"secretName": "sluice-gateway-tls", "defaultMode": uint64(0o444)}})
+	mounted(pod("Deployment/sluice-webhook"), "client-ca", "/etc/sluice-client-ca", map[string]any{"name": "client-ca", "configMap": map[string]any{"name": "api"}})
+	args := fmt.Sprint(at(at(pod("Deployment/sluice-webhook"), "containers").([]any)[0], "args"))
+	if !strings.Contains(args, "--client-ca-file=/etc/sluice-client-ca/ca.crt") || !strings.Contains(args, "--client-name=api") {
+		t.Errorf("%s", args)
+	}
+	if secret := at(find(t, all, "Certificate/sluice-gateway"), "spec", "secretName"); secret != "sluice-gateway-tls" {
+		t.Errorf("cert-manager writes %v", secret)
+	}
+	if protocol := at(at(find(t, all, "Service/sluice-gateway"), "spec", "ports").([]any)[0], "appProtocol"); protocol != "https" {
+		t.Errorf("appProtocol is %v", protocol)
+	}
+	metrics := map[string]any{"ports": []any{map[string]any{"port": uint64(9003), "protocol": "TCP"}}, "from": []any{map[string]any{"ipBlock": map[string]any{"cidr": "10.0.0.0/8"}}}}
+	for policy, first := range map[string]any{
+		"NetworkPolicy/sluice-gateway": map[string]any{
+			"ports": []any{map[string]any{"port": uint64(9001), "protocol": "TCP"}},
+			"from":  []any{map[string]any{"namespaceSelector": map[string]any{"matchLabels": map[string]any{"kubernetes.io/metadata.name": "gateways"}}}},
+		},
+		"NetworkPolicy/sluice-webhook": map[string]any{
+			"ports": []any{map[string]any{"port": uint64(8443), "protocol": "TCP"}}, "from": []any{map[string]any{"ipBlock": map[string]any{"cidr": "192.0.2.3/32"}}},
+		},
+	} {
+		if diff := cmp.Diff([]any{first, metrics}, at(find(t, all, policy), "spec", "ingress")); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", policy, diff)
+		}
+	}
+	// A Secret of one's own, and a config that says listen.tls itself.
+	all = render(t, "--set", "gateway.enabled=true,gateway.redis.url=redis://r,gateway.tls.secret=mine,gateway.existingConfigMap=limits")
+	mounted(pod("Deployment/sluice-gateway"), "tls", "/etc/sluice-tls", map[string]any{"name": "tls", "secret": map[string]any{"secretName": "mine", "defaultMode": uint64(0o444)}})
+	// Servers alone prove who they are.
+	all = render(t, "--set", "gateway.enabled=true,gateway.redis.url=redis://r,gateway.tls.secret=mine,gateway.tls.clientCertificates=false")
+	if text := fmt.Sprint(at(find(t, all, "ConfigMap/sluice-gateway"), "data")); !strings.Contains(text, "tls.crt") || strings.Contains(text, "client") {
+		t.Errorf("%s", text)
+	}
+}
+
 func TestChartRefuses(t *testing.T) {
 	for name, c := range map[string]struct{ set, want string }{
 		"unknown value":             {"webhok.replicas=2", "webhok"},
@@ -327,6 +404,13 @@ func TestChartRefuses(t *testing.T) {
 		"issuer without a name":     {"certManager.issuerRef.kind=ClusterIssuer", "issuerRef"},
 		"port that there is not":    {"networkPolicy.apiServerPorts={70000}", "apiServerPorts"},
 		"interval without its unit": {"serviceMonitor.interval=30", "interval"},
+		"two certificates":          {"gateway.enabled=true,gateway.redis.url=redis://a,gateway.tls.secret=a,gateway.tls.issuerRef.name=b", "leave one out"},
+		"names without TLS":         {"gateway.enabled=true,gateway.redis.url=redis://a,gateway.tls.clientNames={a}", "clientNames"},
+		"names of nobody":           {"gateway.enabled=true,gateway.redis.url=redis://a,gateway.tls.secret=a,gateway.tls.clientCertificates=false,gateway.tls.clientNames={a}", "clientNames"},
+		"TLS in two places":         {"gateway.enabled=true,gateway.redis.url=redis://a,gateway.tls.secret=a,gateway.config=listen: {tls: {cert_file: x}}", "gateway.config"},
+		"a config that is no YAML":  {"gateway.enabled=true,gateway.redis.url=redis://a,gateway.tls.secret=a,gateway.config=a: b: c", "gateway.config"},
+		"API servers' names alone":  {"webhook.clientCA.names={a}", "webhook.clientCA"},
+		"a peer that is none":       {"networkPolicy.from[0]=a", "from"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if _, err := rendered(t, "--set", c.set); err == nil || !strings.Contains(err.Error(), c.want) {
@@ -341,6 +425,7 @@ func otherValues() (base []string, others map[string]string) {
 	for _, group := range []string{"gateway", "trialRedis", "networkPolicy", "serviceMonitor", "certManager"} {
 		base = append(base, "--set-json", group+".enabled=true") // and not --set, which helm lets win over what comes later
 	}
+	base = append(base, "--set-json", `gateway.tls.secret="tls"`, "--set-json", `webhook.clientCA.configMap="ca"`)
 	place := func(group string) map[string]string {
 		return map[string]string{
 			group + ".replicas": `3`, group + ".resources.requests.cpu": `"1"`, group + ".resources.requests.memory": `"96Mi"`, group + ".resources.limits.memory": `"1Gi"`,
@@ -355,12 +440,27 @@ func otherValues() (base []string, others map[string]string) {
 		"gateway.existingConfigMap": `"a"`, "gateway.domain": `"a"`, "gateway.redis.url": `"redis://a"`, "gateway.redis.secret": `"a"`,
 		"trialRedis.enabled": `false`, "trialRedis.image": `"a"`, "trialRedis.pullPolicy": `"Never"`, "trialRedis.resources.requests.cpu": `"1"`,
 		"trialRedis.resources.requests.memory": `"96Mi"`, "trialRedis.resources.limits.memory": `"1Gi"`,
-		"networkPolicy.enabled": `false`, "networkPolicy.apiServerPorts": `[8443]`,
+		"networkPolicy.enabled": `false`, "networkPolicy.apiServerPorts": `[8443]`, "networkPolicy.from": `[{"podSelector":{}}]`,
+		"networkPolicy.metricsFrom": `[{"podSelector":{}}]`, "networkPolicy.webhookFrom": `[{"podSelector":{}}]`,
+		"gateway.tls.secret": `"a"`, "gateway.tls.issuerRef": `{"name":"a"}`, "gateway.tls.clientCertificates": `false`, "gateway.tls.clientNames": `["a"]`,
+		"webhook.clientCA.configMap": `"a"`, "webhook.clientCA.names": `["a"]`,
 		"serviceMonitor.enabled": `false`, "serviceMonitor.interval": `"1m"`, "serviceMonitor.labels": `{"a":"b"}`, "tests.namespace": `"a"`,
 	}
 	maps.Copy(others, place("webhook"))
 	maps.Copy(others, place("gateway"))
 	return base, others
+}
+
+// withOther are the options with another value, and with what goes with it.
+func withOther(base []string, path, other string) []string {
+	args := append(slices.Clone(base), "--set-json", path+"="+other)
+	switch path {
+	case "trialRedis.enabled":
+		args = append(args, "--set", "gateway.redis.url=redis://a")
+	case "gateway.tls.issuerRef":
+		args = append(args, "--set", "gateway.tls.secret=")
+	}
+	return args
 }
 
 // Every value does something: another one makes another rendering.
@@ -382,10 +482,7 @@ func TestChartValuesAreUsed(t *testing.T) {
 		t.Fatal(err)
 	}
 	for path, other := range others {
-		args := append(slices.Clone(base), "--set-json", path+"="+other)
-		if path == "trialRedis.enabled" {
-			args = append(args, "--set", "gateway.redis.url=redis://a")
-		}
+		args := withOther(base, path, other)
 		if after, err := rendered(t, args...); err != nil {
 			t.Errorf("%s: %v", path, err)
 		} else if after == before {

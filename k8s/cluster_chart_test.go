@@ -62,11 +62,7 @@ func TestClusterChart(t *testing.T) {
 	}
 	base, others := otherValues()
 	for path, other := range others {
-		args := append(slices.Clone(base), "--set-json", path+"="+other)
-		if path == "trialRedis.enabled" {
-			args = append(args, "--set", "gateway.redis.url=redis://a")
-		}
-		add(rendered(t, args...))
+		add(rendered(t, withOther(base, path, other)...))
 	}
 	for _, file := range []string{"sluice.yaml", "trial-redis.yaml"} {
 		text, err := os.ReadFile(filepath.Join("manifests", file))

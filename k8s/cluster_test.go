@@ -277,6 +277,13 @@ func istiod(t *testing.T, a *API, name string) {
 		}
 		_ = json.NewEncoder(w).Encode(review{APIVersion: in.APIVersion, Kind: in.Kind, Response: answer})
 	})
+	serveWebhook(t, a, name, handler, object{name: "enabled"})
+}
+
+// serveWebhook has an API server ask a handler of this process about pods in
+// namespaces with these labels.
+func serveWebhook(t *testing.T, a *API, name string, handler http.Handler, namespaces object) {
+	t.Helper()
 	certificate := selfSigned(t, x509.Certificate{IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}})
 	listener, err := tls.Listen("tcp", "127.0.0.1:0", &tls.Config{Certificates: []tls.Certificate{certificate}})
 	if err != nil {
@@ -290,7 +297,7 @@ func istiod(t *testing.T, a *API, name string) {
 		"webhooks": []any{object{
 			"name": "sidecar.istio.io", "admissionReviewVersions": []any{"v1"}, "sideEffects": "None", "failurePolicy": "Fail", "reinvocationPolicy": "Never",
 			"clientConfig":      object{"url": "https://" + listener.Addr().String() + "/inject", "caBundle": pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: certificate.Certificate[0]})},
-			"namespaceSelector": object{"matchLabels": object{name: "enabled"}},
+			"namespaceSelector": object{"matchLabels": namespaces},
 			"rules":             []any{object{"apiGroups": []any{""}, "apiVersions": []any{"v1"}, "operations": []any{"CREATE"}, "resources": []any{"pods"}}},
 		}},
 	})

@@ -68,6 +68,9 @@ func Manifest(in []byte, o Options) (out []byte, skipped []string, err error) {
 		if !errors.Is(d.Decode(new(yaml.Node)), io.EOF) {
 			return nil, nil, fmt.Errorf("document %d: another begins within it without a line ---, as after a line ...; begin each with ---", i+1)
 		}
+		if err := checkKeys(&node); err != nil {
+			return nil, nil, fmt.Errorf("document %d: %w", i+1, err)
+		}
 		var root any
 		if err := node.Decode(&root); err != nil {
 			return nil, nil, fmt.Errorf("document %d: %w", i+1, err)
@@ -99,6 +102,30 @@ func Manifest(in []byte, o Options) (out []byte, skipped []string, err error) {
 		return nil, skipped, errors.Join(mistakes...)
 	}
 	return b.Bytes(), skipped, nil
+}
+
+// checkKeys reports the first key that stands twice in a mapping. yaml.v3 would
+// report each pair of equal ones, in memory that grows with their square.
+func checkKeys(node *yaml.Node) (err error) {
+	visit(node, func(n *yaml.Node) {
+		if n.Kind != yaml.MappingNode || err != nil {
+			return
+		}
+		type key struct {
+			kind  yaml.Kind
+			value string
+		}
+		first := make(map[key]int, len(n.Content)/2)
+		for i := 0; i+1 < len(n.Content); i += 2 {
+			k := n.Content[i]
+			if line, twice := first[key{k.Kind, k.Value}]; twice {
+				err = fmt.Errorf("line %d: mapping key %s already defined at line %d", k.Line, quote(k.Value), line)
+				return
+			}
+			first[key{k.Kind, k.Value}] = k.Line
+		}
+	})
+	return err
 }
 
 // directives are the lines such as %YAML 1.2 that a document may have before the --- that begins it, with the comments among them.
@@ -378,8 +405,21 @@ func mergeList(node *yaml.Node, old, changed []any) error {
 		return -1
 	}
 	from := make([]int, len(changed))
+	for at, v := range changed { // at its own place first: a list may have thousands, of which few change
+		if from[at] = -1; at < len(old) && reflect.DeepEqual(old[at], v) {
+			from[at], used[at] = at, true
+		}
+	}
+	// What has no name, in a list of the same length, is found by its place.
+	byPlace := func(v any) bool {
+		o, _ := v.(object)
+		_, ok := o["name"].(string)
+		return !ok && len(old) == len(changed)
+	}
 	for at, v := range changed {
-		from[at] = find(func(i int) bool { return reflect.DeepEqual(old[i], v) })
+		if from[at] < 0 && !byPlace(v) {
+			from[at] = find(func(i int) bool { return reflect.DeepEqual(old[i], v) })
+		}
 	}
 	for at, v := range changed {
 		if from[at] >= 0 {
@@ -388,8 +428,8 @@ func mergeList(node *yaml.Node, old, changed []any) error {
 		o, _ := v.(object)
 		if name, ok := o["name"].(string); ok {
 			from[at] = find(func(i int) bool { o, _ := old[i].(object); return o["name"] == name })
-		} else if len(old) == len(changed) {
-			from[at] = find(func(i int) bool { return i == at })
+		} else if byPlace(v) && !used[at] {
+			from[at], used[at] = at, true
 		}
 	}
 	content := make([]*yaml.Node, 0, len(changed))

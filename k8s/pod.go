@@ -12,6 +12,7 @@ import (
 	"regexp"
 	"slices"
 	"strconv"
+	"unicode/utf8"
 )
 
 // The names that users write, and find in their pods.
@@ -37,6 +38,19 @@ const (
 	aInProcess = "sluice.dev/in-process"
 )
 
+// Bounds on what others write, in bytes.
+const (
+	// longestAnnotation bounds each annotation that sluice reads, before it is
+	// parsed. The longest that makes sense is an image with a digest.
+	longestAnnotation = 512
+	// longestName is the longest name that Kubernetes allows.
+	longestName = 253
+	// longestDomain is the longest domain that sluice run takes.
+	longestDomain = 253
+	// longestQuote bounds what a message quotes of a value.
+	longestQuote = 80
+)
+
 // The ports that sluice binds in a pod. The first only where Envoy is istio-proxy, which is asked by loopback TCP.
 const (
 	grpcPort    = 9001
@@ -54,8 +68,8 @@ type Options struct {
 
 // CheckImage reports an image that no pod can have.
 func CheckImage(image string) error {
-	if !imagePattern.MatchString(image) {
-		return fmt.Errorf("%q: allowed is an image, such as registry.example.com/sluice:v1", image)
+	if len(image) > longestAnnotation || !imagePattern.MatchString(image) {
+		return fmt.Errorf("%s: allowed is an image of at most %d bytes, such as registry.example.com/sluice:v1", quote(image), longestAnnotation)
 	}
 	return nil
 }
@@ -85,11 +99,11 @@ func Inject(pod map[string]any, o Options) (injected map[string]any, skipped str
 	case v == "disabled":
 		return pod, "", nil
 	default:
-		return nil, "", fmt.Errorf("label %s: %q: allowed are enabled and disabled", label, fmt.Sprint(v))
+		return nil, "", fmt.Errorf("label %s: %s: allowed are enabled and disabled", label, quote(v))
 	}
 	if v := spec["hostNetwork"]; v != nil {
 		if _, ok := v.(bool); !ok { // YAML 1.1's yes and on are texts to some readers and true to others
-			return nil, "", fmt.Errorf("spec.hostNetwork: %q: allowed are true and false", fmt.Sprint(v))
+			return nil, "", fmt.Errorf("spec.hostNetwork: %s: allowed are true and false", quote(v))
 		}
 	}
 	a, err := readAnnotations(metadata)
@@ -111,6 +125,13 @@ func Inject(pod map[string]any, o Options) (injected map[string]any, skipped str
 	}
 	if a.redis == "" && !a.inProcess {
 		return nil, "", fmt.Errorf("sluice needs a Redis, or each pod would have buckets of its own: name a Secret with the key url in annotation %s, or set %s: \"true\"", aRedis, aInProcess)
+	}
+
+	if len(o.Workload) > longestName {
+		return nil, "", fmt.Errorf("the name %s has %d bytes; allowed are %d", quote(o.Workload), len(o.Workload), longestName)
+	}
+	if n := len(o.Namespace) + len("/") + len(o.Workload); a.domain == "" && n > longestDomain {
+		return nil, "", fmt.Errorf("the default domain, namespace/workload, has %d bytes, and sluice takes at most %d: set annotation %s", n, longestDomain, aDomain)
 	}
 
 	tcp := envoy == istioProxy
@@ -218,28 +239,32 @@ func readAnnotations(metadata object) (annotations, error) {
 	for _, f := range []struct {
 		name    string
 		to      *string
+		longest int
 		pattern *regexp.Regexp
 		allowed string
 	}{
-		{aConfig, &a.config, namePattern, "a ConfigMap's name"},
-		{aRedis, &a.redis, namePattern, "a Secret's name"},
-		{aDomain, &a.domain, domainPattern, "A-Z a-z 0-9 . _ / -"},
-		{aImage, &a.image, imagePattern, "an image"},
-		{aEnvoy, &a.envoy, namePattern, "a container's name"},
+		{aConfig, &a.config, longestName, namePattern, "a ConfigMap's name"},
+		{aRedis, &a.redis, longestName, namePattern, "a Secret's name"},
+		{aDomain, &a.domain, longestDomain, domainPattern, "A-Z a-z 0-9 . _ / -"},
+		{aImage, &a.image, longestAnnotation, imagePattern, "an image"},
+		{aEnvoy, &a.envoy, longestName, namePattern, "a container's name"},
 	} {
 		v, ok := given[f.name]
 		if !ok {
 			continue
 		}
 		text, _ := v.(string)
+		if len(text) > f.longest {
+			return a, tooLong(f.name, text, f.longest)
+		}
 		if !f.pattern.MatchString(text) {
-			return a, fmt.Errorf("annotation %s: %q: allowed is %s", f.name, fmt.Sprint(v), f.allowed)
+			return a, fmt.Errorf("annotation %s: %s: allowed is %s", f.name, quote(v), f.allowed)
 		}
 		*f.to = text
 	}
 	if v, ok := given[aInProcess]; ok {
 		if v != "true" && v != "false" {
-			return a, fmt.Errorf("annotation %s: %q: allowed are \"true\" and \"false\"", aInProcess, fmt.Sprint(v))
+			return a, fmt.Errorf("annotation %s: %s: allowed are \"true\" and \"false\"", aInProcess, quote(v))
 		}
 		a.inProcess = v == "true"
 	}
@@ -247,12 +272,56 @@ func readAnnotations(metadata object) (annotations, error) {
 		return a, fmt.Errorf("annotations %s and %s say different things: keep one", aInProcess, aRedis)
 	}
 	if v, ok := given[aResources]; ok {
+		text, ok := v.(string)
+		if !ok {
+			return a, fmt.Errorf("annotation %s: %s: allowed is a string; quote it", aResources, quote(v))
+		}
+		if len(text) > longestAnnotation {
+			return a, tooLong(aResources, text, longestAnnotation)
+		}
 		var err error
-		if a.resources, err = readResources(fmt.Sprint(v)); err != nil {
+		if a.resources, err = readResources(text); err != nil {
 			return a, fmt.Errorf("annotation %s: %w", aResources, err)
 		}
 	}
 	return a, nil
+}
+
+// tooLong reports an annotation of more bytes than are allowed.
+func tooLong(name, text string, allowed int) error {
+	return fmt.Errorf("annotation %s: %s has %d bytes; allowed are %d", name, quote(text), len(text), allowed)
+}
+
+// quote returns what a pod or a manifest says, quoted and short enough for a
+// message, whatever its type and size: at most longestQuote bytes of a text,
+// and only the kind of an object or a list.
+func quote(v any) string {
+	var text string
+	switch v := v.(type) {
+	case object:
+		return "an object"
+	case []any:
+		return "a list"
+	case string:
+		text = v
+	default: // a number, whose text may be long too, a boolean or null
+		text = fmt.Sprint(v)
+	}
+	if start := cut(text, longestQuote); len(start) < len(text) {
+		return strconv.Quote(start) + "..."
+	}
+	return strconv.Quote(text)
+}
+
+// cut returns the text, or what whole runes of it fit into so many bytes.
+func cut(text string, most int) string {
+	if len(text) <= most {
+		return text
+	}
+	for most > 0 && !utf8.RuneStart(text[most]) {
+		most--
+	}
+	return text[:most]
 }
 
 // onWindows says that a pod is to run there, so far as it says so.
@@ -326,7 +395,7 @@ func fits(metadata, spec object, a annotations) (envoy, why string, err error) {
 		for _, p := range list(c, "ports") {
 			p, _ := p.(object)
 			if n, err := strconv.Atoi(fmt.Sprint(p["containerPort"])); err == nil && slices.Contains(ports, n) && (p["protocol"] == nil || p["protocol"] == "TCP") {
-				return "", fmt.Sprintf("container %v has port %d, which sluice needs", c["name"], n), nil
+				return "", fmt.Sprintf("container %s has port %d, which sluice needs", quote(c["name"]), n), nil
 			}
 		}
 		for _, m := range list(c, "volumeMounts") {

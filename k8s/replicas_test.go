@@ -104,6 +104,7 @@ type replicas struct {
 	c         *controlPlane
 	binary    string
 	args, env []string
+	within    *memoryGroup // for those that are started next; nil: all memory
 	running   [2]*process
 	ready     [2]atomic.Bool
 }
@@ -151,7 +152,11 @@ func asPods(t *testing.T, c *controlPlane) *replicas {
 func (r *replicas) run(t *testing.T, i int, args ...string) {
 	t.Helper()
 	a := addresses[i]
-	p := start(t, r.env, r.binary, slices.Concat(r.args, []string{"--listen=" + a + ":8443", "--metrics=" + a + ":9003"}, args)...)
+	name, args := r.binary, slices.Concat(r.args, []string{"--listen=" + a + ":8443", "--metrics=" + a + ":9003"}, args)
+	if r.within != nil {
+		name, args = r.within.command(name, args...)
+	}
+	p := start(t, r.env, name, args...)
 	await(t, "the webhook's /readyz", func() bool {
 		select {
 		case <-p.exited:

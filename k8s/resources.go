@@ -11,6 +11,9 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
+// resourceNames are the resources that sluice's container may request.
+var resourceNames = []string{"cpu", "memory", "ephemeral-storage"}
+
 // quantityPattern is of amounts, as Kubernetes has them.
 var quantityPattern = regexp.MustCompile(`^[0-9]+(\.[0-9]*)?([numkMGTPE]|[KMGTPE]i|[eE][0-9]+)?$`)
 
@@ -18,20 +21,20 @@ var quantityPattern = regexp.MustCompile(`^[0-9]+(\.[0-9]*)?([numkMGTPE]|[KMGTPE
 func readResources(text string) (object, error) {
 	var given map[string]map[string]string // amounts as they are written
 	if err := yaml.Unmarshal([]byte(text), &given); err != nil || len(given) == 0 {
-		return nil, fmt.Errorf("%q: allowed is a mapping such as {requests: {cpu: 50m}, limits: {memory: 128Mi}}", text)
+		return nil, fmt.Errorf("%s: allowed is a mapping such as {requests: {cpu: 50m}, limits: {memory: 128Mi}}", quote(text))
 	}
 	resources := object{}
 	for kind, amounts := range given {
 		if kind != "requests" && kind != "limits" {
-			return nil, fmt.Errorf("%q: allowed are requests and limits", kind)
+			return nil, fmt.Errorf("%s: allowed are requests and limits", quote(kind))
 		}
 		of := object{}
 		for name, amount := range amounts {
-			if name != "cpu" && name != "memory" && name != "ephemeral-storage" {
-				return nil, fmt.Errorf("%s.%s: allowed are cpu, memory and ephemeral-storage", kind, name)
+			if !slices.Contains(resourceNames, name) {
+				return nil, fmt.Errorf("%s: %s: allowed are cpu, memory and ephemeral-storage", kind, quote(name))
 			}
 			if !quantityPattern.MatchString(amount) {
-				return nil, fmt.Errorf("%s.%s: %q: allowed is a quantity such as 50m or 128Mi", kind, name, amount)
+				return nil, fmt.Errorf("%s.%s: %s: allowed is a quantity such as 50m or 128Mi", kind, name, quote(amount))
 			}
 			of[name] = amount
 		}
@@ -39,7 +42,7 @@ func readResources(text string) (object, error) {
 	}
 	for name, request := range child(resources, "requests") {
 		if limit, ok := child(resources, "limits")[name]; ok && amount(request) > amount(limit) {
-			return nil, fmt.Errorf("requests.%s is %v, above limits.%s, which is %v", name, request, name, limit)
+			return nil, fmt.Errorf("requests.%s is %s, above limits.%s, which is %s", name, quote(request), name, quote(limit))
 		}
 	}
 	return resources, nil
@@ -51,8 +54,13 @@ var units = map[string]float64{
 	"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40, "Pi": 1 << 50, "Ei": 1 << 60,
 }
 
-// amount is what a quantity that matches the pattern is as a number.
+// amount returns a quantity that matches quantityPattern as a number, and 0
+// for an object or a list, which are none.
 func amount(quantity any) float64 {
+	switch quantity.(type) {
+	case object, []any:
+		return 0
+	}
 	text := fmt.Sprint(quantity)
 	if f, err := strconv.ParseFloat(text, 64); err == nil { // an exponent, perhaps
 		return f
@@ -79,8 +87,9 @@ func fit(spec object) (resources object, why string) {
 		return amount(v)
 	}
 	// A pod whose containers request nothing has its limits for requests, which it is to keep though sluice's container requests something.
-	for name, limit := range limits {
-		if _, ok := requests[name]; ok || slices.ContainsFunc(append(list(spec, "initContainers"), list(spec, "containers")...), func(c any) bool {
+	for _, name := range resourceNames { // sluice's container changes nothing of others
+		limit, limited := limits[name]
+		if _, ok := requests[name]; ok || !limited || slices.ContainsFunc(append(list(spec, "initContainers"), list(spec, "containers")...), func(c any) bool {
 			o, _ := c.(object)
 			return o["name"] != containerName && of(c, name) > 0
 		}) {
@@ -88,7 +97,7 @@ func fit(spec object) (resources object, why string) {
 		}
 		requests[name] = limit
 	}
-	for name := range over(limits, requests) {
+	for _, name := range resourceNames {
 		var want, running float64 // init containers run beside the native sidecars before them, and the others beside all
 		for _, c := range list(spec, "initContainers") {
 			if o, _ := c.(object); isNative(o) {
@@ -103,7 +112,8 @@ func fit(spec object) (resources object, why string) {
 		want = max(want, running)
 		above := func(of object) bool { // where there is such an amount
 			has, ok := of[name]
-			return ok && quantityPattern.MatchString(fmt.Sprint(has)) && want > amount(has)*(1+1e-9)
+			text := fmt.Sprint(has)
+			return ok && len(text) <= longestQuote && quantityPattern.MatchString(text) && want > amount(has)*(1+1e-9)
 		}
 		if above(limits) {
 			return nil, fmt.Sprintf("spec.resources.limits.%s is %v, and with sluice its containers request %s: raise it, or lower sluice's by annotation %s", name, limits[name], quantity(name, want), aResources)

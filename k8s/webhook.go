@@ -9,16 +9,15 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 )
 
-// maxReview bounds what is read of an admission review; etcd takes no object above 1.5 MiB.
-const maxReview = 4 << 20
-
 type reviews struct {
 	o       Options
+	turns   *turns
 	log     *zap.Logger
 	counts  *prometheus.CounterVec
 	seconds prometheus.Histogram
@@ -53,13 +52,16 @@ type response struct {
 
 // Webhook answers admission reviews (admission.k8s.io/v1) of pods that are created: with what Inject makes of them, a warning where it
 // skips one, a refusal where it refuses one. o's Namespace and Workload are taken from each pod.
+//
+// What reviews cost is bounded, whoever sends them: a pod of more than 4 MiB or 100,000 values of JSON is refused, and a review that gets
+// no turn within two seconds is answered with status 429 and Retry-After, after which API servers ask again.
 func Webhook(o Options, log *zap.Logger, metrics prometheus.Registerer) http.Handler {
 	r := &reviews{
-		o: o, log: log,
-		counts:  prometheus.NewCounterVec(prometheus.CounterOpts{Name: "sluice_webhook_reviews_total", Help: "Admission reviews, by what became of the pod."}, []string{"result"}),
-		seconds: prometheus.NewHistogram(prometheus.HistogramOpts{Name: "sluice_webhook_review_seconds", Help: "A whole admission review.", Buckets: []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .5, 1, 5}}),
+		o: o, log: log, turns: newTurns(),
+		counts:  prometheus.NewCounterVec(prometheus.CounterOpts{Name: "sluice_webhook_reviews_total", Help: "Total number of admission reviews, by result."}, []string{"result"}),
+		seconds: prometheus.NewHistogram(prometheus.HistogramOpts{Name: "sluice_webhook_review_seconds", Help: "Duration of an admission review in seconds.", Buckets: []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .5, 1, 5}}),
 	}
-	for _, result := range []string{"injected", "unchanged", "skipped", "refused", "invalid"} {
+	for _, result := range []string{"injected", "unchanged", "skipped", "refused", "invalid", "busy"} {
 		r.counts.WithLabelValues(result)
 	}
 	metrics.MustRegister(r.counts, r.seconds)
@@ -69,27 +71,55 @@ func Webhook(o Options, log *zap.Logger, metrics prometheus.Registerer) http.Han
 func (r *reviews) ServeHTTP(w http.ResponseWriter, q *http.Request) {
 	timer := prometheus.NewTimer(r.seconds)
 	defer timer.ObserveDuration()
-	var in review
-	decoder := json.NewDecoder(http.MaxBytesReader(w, q.Body, maxReview))
-	decoder.UseNumber()
-	err := decoder.Decode(&in)
-	switch {
-	case q.Method != http.MethodPost:
-		err = errors.New("allowed is POST")
-	case errors.Is(err, io.EOF):
-		err = errors.New("the body is empty")
-	case err == nil && (in.Kind != "AdmissionReview" || in.APIVersion != "admission.k8s.io/v1" || in.Request == nil):
-		err = errors.New("allowed is an AdmissionReview of admission.k8s.io/v1 with a request")
-	}
-	if err != nil {
-		r.counts.WithLabelValues("invalid").Inc()
-		http.Error(w, err.Error(), http.StatusBadRequest)
+	if q.Method != http.MethodPost {
+		r.fail(w, "invalid", "allowed is POST", http.StatusBadRequest)
 		return
 	}
-	answer, result := r.answer(in.Request)
+	err := r.turns.read(w, q, func(in *review) {
+		if in.Kind != "AdmissionReview" || in.APIVersion != "admission.k8s.io/v1" || in.Request == nil {
+			r.fail(w, "invalid", "allowed is an AdmissionReview of admission.k8s.io/v1 with a request", http.StatusBadRequest)
+			return
+		}
+		answer, result := r.answer(in.Request)
+		r.write(w, answer, result)
+	})
+	tooLarge := (*tooLargeError)(nil)
+	switch {
+	case err == nil:
+	case errors.Is(err, errBusy):
+		w.Header().Set("Retry-After", "1")
+		r.fail(w, "busy", err.Error(), http.StatusTooManyRequests)
+	case errors.As(err, &tooLarge):
+		if tooLarge.UID == "" { // no API server's
+			r.fail(w, "invalid", err.Error(), http.StatusBadRequest)
+			return
+		}
+		r.log.Info("refused", zap.String("namespace", tooLarge.Namespace), zap.Error(err))
+		r.write(w, refusal(tooLarge.UID, err), "refused")
+	case errors.Is(err, io.EOF):
+		r.fail(w, "invalid", "the body is empty", http.StatusBadRequest)
+	default:
+		r.fail(w, "invalid", err.Error(), http.StatusBadRequest)
+	}
+}
+
+// write answers a review.
+func (r *reviews) write(w http.ResponseWriter, answer *response, result string) {
 	r.counts.WithLabelValues(result).Inc()
 	w.Header().Set("Content-Type", "application/json")
-	_ = json.NewEncoder(w).Encode(review{APIVersion: in.APIVersion, Kind: in.Kind, Response: answer})
+	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(r.turns.wait)) // who does not read it keeps others waiting
+	_ = json.NewEncoder(w).Encode(review{APIVersion: "admission.k8s.io/v1", Kind: "AdmissionReview", Response: answer})
+}
+
+// fail answers what is no review, or none that was looked at.
+func (r *reviews) fail(w http.ResponseWriter, result, message string, status int) {
+	r.counts.WithLabelValues(result).Inc()
+	http.Error(w, message, status)
+}
+
+// refusal is the answer that keeps a pod from being created.
+func refusal(uid string, why error) *response {
+	return &response{UID: uid, Status: object{"code": http.StatusForbidden, "reason": "Forbidden", "message": "sluice: " + why.Error()}}
 }
 
 func (r *reviews) answer(q *request) (*response, string) {
@@ -99,14 +129,12 @@ func (r *reviews) answer(q *request) (*response, string) {
 	}
 	o := r.o
 	o.Namespace, o.Workload = q.Namespace, workload(q.Object)
-	log := r.log.With(zap.String("namespace", o.Namespace), zap.String("workload", o.Workload))
+	log := r.log.With(zap.String("namespace", cut(o.Namespace, longestName)), zap.String("workload", cut(o.Workload, longestName)))
 	injected, skipped, err := Inject(q.Object, o)
 	switch {
 	case err != nil:
 		log.Info("refused", zap.Error(err))
-		answer.Allowed = false
-		answer.Status = object{"code": http.StatusForbidden, "reason": "Forbidden", "message": "sluice: " + err.Error()}
-		return answer, "refused"
+		return refusal(q.UID, err), "refused"
 	case skipped != "":
 		log.Info("skipped", zap.String("why", skipped))
 		answer.Warnings = []string{"sluice is not injected: " + skipped}

@@ -28,6 +28,7 @@ type webhook struct {
 	listen, metrics, account, certs, logLevel, image string
 	linger, grace                                    time.Duration
 	own                                              k8s.CertOptions
+	client                                           k8s.ClientCA
 }
 
 func (p *program) webhookCommand() *cobra.Command {
@@ -43,7 +44,7 @@ tls.key from elsewhere instead, as from cert-manager, and asks nothing of the cl
 		RunE: func(c *cobra.Command, _ []string) error {
 			ctx, stop := untilSignal(c.Context())
 			defer stop()
-			return p.runWebhook(ctx, w)
+			return p.runWebhook(ctx, &w)
 		},
 	}
 	f := c.Flags()
@@ -59,13 +60,15 @@ tls.key from elsewhere instead, as from cert-manager, and asks nothing of the cl
 	f.DurationVar(&w.own.Every, "ca-check", time.Minute, "`duration` between two looks at the CA")
 	f.StringVar(&w.account, "service-account", "/var/run/secrets/kubernetes.io/serviceaccount", "`directory` with the token, ca.crt and namespace")
 	f.StringVar(&w.certs, "cert-dir", "", "`directory` with tls.crt and tls.key, reread when they change (default: it makes its own)")
+	f.StringVar(&w.client.File, "client-ca-file", "", "`file` with the CAs of clients, in PEM, reread when it changes: who shows no certificate of theirs is refused (default: all are answered)")
+	f.StringArrayVar(&w.client.Names, "client-name", nil, "`name` that a client's certificate must have as common name or DNS name, for each one that is let in (default any)")
 	f.DurationVar(&w.linger, "linger", 5*time.Second, "`duration` for which it answers on when told to stop, until no API server asks it any more")
 	f.DurationVar(&w.grace, "grace", 10*time.Second, "`duration` for what is in flight after that")
 	f.StringVar(&w.logLevel, "log-level", "info", "`level`: debug, info, warn or error")
 	return c
 }
 
-func (p *program) runWebhook(ctx context.Context, w webhook) error {
+func (p *program) runWebhook(ctx context.Context, w *webhook) error {
 	log, _, err := newLog(p.stderr, w.logLevel)
 	if err != nil {
 		return usageError{err}
@@ -76,9 +79,18 @@ func (p *program) runWebhook(ctx context.Context, w webhook) error {
 	if err := k8s.CheckImage(w.image); err != nil {
 		return usageError{fmt.Errorf("--image %w", err)}
 	}
+	if len(w.client.Names) > 0 && w.client.File == "" {
+		return usageError{errors.New("--client-name requires --client-ca-file")}
+	}
 	certificate, maintain, err := p.certificates(ctx, w, log)
 	if err != nil {
 		return err
+	}
+	tlsConfig := &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: certificate}
+	if w.client.File != "" {
+		if tlsConfig, err = w.client.Require(tlsConfig); err != nil {
+			return fmt.Errorf("--client-ca-file: %w", err)
+		}
 	}
 	reviews, err := net.Listen("tcp", w.listen)
 	if err != nil {
@@ -97,7 +109,7 @@ func (p *program) runWebhook(ctx context.Context, w webhook) error {
 	mux.Handle("/inject", k8s.Webhook(k8s.Options{Image: w.image, Version: buildVersion()}, log, registry))
 	var draining atomic.Bool
 	server := newServer(reviews, leaving(&draining, mux), log, bounds{connections: 256})
-	server.TLSConfig = &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: certificate}
+	server.TLSConfig = tlsConfig
 	status := http.NewServeMux()
 	status.Handle("GET /metrics", scrapes(registry, log, promhttp.HandlerOpts{}))
 	status.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { sayStatus(w, http.StatusOK, "ok") })
@@ -159,7 +171,7 @@ func leaving(draining *atomic.Bool, h http.Handler) http.Handler {
 type getCertificate = func(*tls.ClientHelloInfo) (*tls.Certificate, error)
 
 // certificates returns what serves, which is there already, and what keeps it so until its context ends.
-func (p *program) certificates(ctx context.Context, w webhook, log *zap.Logger) (getCertificate, func(context.Context), error) {
+func (p *program) certificates(ctx context.Context, w *webhook, log *zap.Logger) (getCertificate, func(context.Context), error) {
 	if w.certs != "" {
 		files := k8s.CertFiles{Dir: w.certs}
 		if _, err := files.Get(nil); err != nil {

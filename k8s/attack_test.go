@@ -1,0 +1,339 @@
+//go:build linux
+
+package k8s
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// shipped is the memory limit of the chart's webhook, in bytes, which is its
+// GOMEMLIMIT, too.
+const shipped = 128 << 20
+
+// memoryGroup is a control group with a bound on memory.
+type memoryGroup struct {
+	dir                 string
+	limit, peak, events string // the names of files
+}
+
+// newMemoryGroup makes one of the shipped size, which only root can do.
+func newMemoryGroup(t *testing.T, name string) *memoryGroup {
+	t.Helper()
+	const root = "/sys/fs/cgroup"
+	name = fmt.Sprintf("sluice-%d-%s", os.Getpid(), name)
+	g := &memoryGroup{filepath.Join(root, "memory", name), "memory.limit_in_bytes", "memory.max_usage_in_bytes", "memory.oom_control"}
+	if _, err := os.Stat(filepath.Join(root, "memory")); err != nil { // version 2
+		g = &memoryGroup{filepath.Join(root, name), "memory.max", "memory.peak", "memory.events"}
+		_ = os.WriteFile(filepath.Join(root, "cgroup.subtree_control"), []byte("+memory"), 0) // it may be on already
+	}
+	if err := os.Mkdir(g.dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { // after its processes have ended
+		if err := os.Remove(g.dir); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := os.WriteFile(filepath.Join(g.dir, g.limit), []byte(strconv.Itoa(shipped)), 0); err != nil {
+		t.Fatal(err)
+	}
+	return g
+}
+
+// command is what runs a program within the group from its first byte on.
+func (g *memoryGroup) command(program string, args ...string) (string, []string) {
+	return "/bin/sh", append([]string{"-c", `echo $$ >"$0" && exec "$@"`, filepath.Join(g.dir, "cgroup.procs"), program}, args...)
+}
+
+// killed says that the kernel has killed something in it for want of memory.
+func (g *memoryGroup) killed(t *testing.T) bool {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join(g.dir, g.events))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(text)) {
+		if n, ok := strings.CutPrefix(line, "oom_kill "); ok {
+			return strings.TrimSpace(n) != "0"
+		}
+	}
+	t.Fatalf("%s: %s", g.events, text)
+	return true
+}
+
+// most is the most memory that it has held, in MiB.
+func (g *memoryGroup) most() string {
+	text, err := os.ReadFile(filepath.Join(g.dir, g.peak))
+	n, _ := strconv.Atoi(strings.TrimSpace(string(text)))
+	if err != nil {
+		return err.Error()
+	}
+	return fmt.Sprint(n>>20, " MiB")
+}
+
+// beside measures calls, paced, while quiet and then beside an attack by so
+// many at once: none may fail, and 99 % take no more than twice as long, or less
+// than floor, where the machine's own work is not told from the webhook's.
+func beside(t *testing.T, attackers, calls int, pace, floor time.Duration, call func() error, attack func(i int)) {
+	t.Helper()
+	measure := func(what string, attack func(i int)) time.Duration {
+		var attacks atomic.Int64
+		var wg sync.WaitGroup
+		done := make(chan struct{})
+		for i := range attackers {
+			if attack == nil {
+				break
+			}
+			wg.Go(func() {
+				for n := i; open(done); n++ {
+					attack(n)
+					attacks.Add(1)
+				}
+			})
+		}
+		var all []time.Duration
+		ticker := time.NewTicker(pace)
+		defer ticker.Stop()
+		for range calls {
+			<-ticker.C
+			began := time.Now()
+			if err := call(); err != nil {
+				t.Errorf("an honest call: %v", err)
+			}
+			all = append(all, time.Since(began))
+		}
+		close(done)
+		wg.Wait()
+		slices.Sort(all)
+		p99 := all[len(all)*99/100]
+		t.Logf("p99 %v %s, beside %d attacks", p99, what, attacks.Load())
+		return p99
+	}
+	quiet := measure("quiet", nil)
+	if attacked := measure("attacked", attack); attacked > 2*quiet && attacked > floor {
+		t.Errorf("p99 of honest calls: %v, and %v quiet", attacked, quiet)
+	}
+}
+
+// costly are bodies that would cost a webhook without bounds more memory, or
+// time, than it has; and the worst that are within the bounds.
+func costly(namespace string) [][]byte {
+	var all [][]byte
+	for _, p := range []string{
+		podWith(many(330_000, `{"name":""}`)),
+		podWith(many(500_000, `{"a":0}`)),
+		podWith(many(33_000, `{"a":0}`)),
+		podWith(`{"name":"` + strings.Repeat("x", maxReview-2000) + `"}`),
+		podWith(`{"name":"` + strings.Repeat("x", 2*maxReview) + `"}`),
+		podWith(many(9_900, `0`)),
+		`{"metadata":{"annotations":{"sluice.dev/resources":"{limits: {` + strings.Repeat("a: 1, ", 110_000) + `}}"}},"spec":{"containers":[{"name":"envoy"}]}}`,
+		`{"metadata":{"labels":{"sluice.dev/inject":"` + strings.Repeat("x", 700_000) + `"}},"spec":{"containers":[{"name":"envoy"}]}}`,
+		`{"metadata":{"name":"` + strings.Repeat("x", 700_000) + `","annotations":{"sluice.dev/in-process":"true"}},"spec":{"containers":[{"name":"envoy"}]}}`,
+	} {
+		all = append(all, []byte(reviewOf(namespace, p)))
+	}
+	return all
+}
+
+// TestClusterAttackDirect runs the webhook in the memory that it has in the
+// chart, and sends it what nobody should, without an API server between.
+func TestClusterAttackDirect(t *testing.T) {
+	if os.Getenv("SLUICE_LONG") == "" {
+		t.Skip("takes half a minute, and root: SLUICE_LONG=1")
+	}
+	dir := t.TempDir()
+	certificate := selfSigned(t, x509.Certificate{IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}})
+	key, err := x509.MarshalPKCS8PrivateKey(certificate.PrivateKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	write := writeIn(t, dir)
+	write("tls.crt", string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: certificate.Certificate[0]})))
+	write("tls.key", string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key})))
+	ports := freePorts(t, 2)
+	g := newMemoryGroup(t, "direct")
+	name, args := g.command(program(t), "webhook", "--listen=127.0.0.1:"+ports[0], "--metrics=127.0.0.1:"+ports[1], "--cert-dir="+dir, "--log-level=error")
+	p := start(t, []string{"GOMEMLIMIT=" + strconv.Itoa(shipped)}, name, args...)
+	roots := x509.NewCertPool()
+	roots.AddCert(certificate.Leaf)
+	client := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots, NextProtos: []string{"http/1.1"}}, MaxIdleConnsPerHost: 50}}
+	post := func(ctx context.Context, body io.Reader, retries int) (int, []byte, error) {
+		text, err := io.ReadAll(body)
+		if err != nil {
+			return 0, nil, err
+		}
+		for {
+			q, err := http.NewRequestWithContext(ctx, http.MethodPost, "https://127.0.0.1:"+ports[0]+"/inject", bytes.NewReader(text))
+			if err != nil {
+				return 0, nil, err
+			}
+			response, err := client.Do(q)
+			if err != nil {
+				return 0, nil, err
+			}
+			answer, err := io.ReadAll(response.Body)
+			_ = response.Body.Close()
+			if response.StatusCode != http.StatusTooManyRequests || retries == 0 {
+				return response.StatusCode, answer, err
+			}
+			retries--
+			time.Sleep(time.Second) // as its Retry-After says, which API servers do
+		}
+	}
+	honest := []byte(reviewOf("shop", podWith(many(100, `{"name":"NAME","value":"some value of a variable"}`))))
+	call := func() error {
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second) // an API server's timeout
+		defer cancel()
+		status, answer, err := post(ctx, bytes.NewReader(honest), 3)
+		if err != nil || status != http.StatusOK {
+			return fmt.Errorf("%d, %w", status, err)
+		}
+		var r review
+		if err := json.Unmarshal(answer, &r); err != nil || r.Response == nil || r.Response.Patch == nil {
+			return fmt.Errorf("%.300s", answer)
+		}
+		return nil
+	}
+	await(t, "the webhook", func() bool { return call() == nil })
+	bodies := costly("greedy")
+	beside(t, 3, 400, 20*time.Millisecond, 50*time.Millisecond, call, func(i int) {
+		_, _, _ = post(t.Context(), bytes.NewReader(bodies[i%len(bodies)]), 0)
+		time.Sleep(rand.N(200 * time.Millisecond)) // the attackers' own work is not to be what is measured
+	})
+	// All at once, from as many namespaces.
+	var wg sync.WaitGroup
+	for i := range 40 {
+		wg.Go(func() {
+			for _, body := range costly(fmt.Sprint("greedy-", i))[i%3 : i%3+3] {
+				_, _, _ = post(t.Context(), bytes.NewReader(body), 0)
+			}
+		})
+	}
+	wg.Wait()
+	if err := call(); err != nil {
+		t.Errorf("after it: %v", err)
+	}
+	select {
+	case <-p.exited:
+		t.Errorf("it ended: %v", p.ProcessState)
+	default:
+	}
+	if t.Logf("at most %s", g.most()); g.killed(t) {
+		t.Error("it was killed for want of memory")
+	}
+}
+
+// TestClusterAttack is that through a real API server: pods that somebody
+// creates in one namespace, and honest ones in another.
+func TestClusterAttack(t *testing.T) {
+	if !long(t) {
+		return
+	}
+	c := cluster(t, "--enable-aggregator-routing=true")
+	r := install(t, c)
+	r.env = append(r.env, "GOMEMLIMIT="+strconv.Itoa(shipped))
+	var groups []*memoryGroup
+	for i := range r.running {
+		g := newMemoryGroup(t, strconv.Itoa(i))
+		groups = append(groups, g)
+		r.within = g
+		r.run(t, i)
+	}
+	for _, name := range []string{"shop", "greedy"} {
+		namespace(t, c, name, object{label: "enabled"})
+	}
+	honest := pod(t, strings.Replace(podText("", "{containers: [{name: envoy, SECURE}]}"), "{metadata: {", "{metadata: {generateName: h-, ", 1))
+	call := func() error {
+		var out object
+		if err := c.call(t.Context(), http.MethodPost, "/api/v1/namespaces/shop/pods", honest, &out); err != nil {
+			return err
+		}
+		if named(list(child(out, "spec"), "initContainers"), "sluice") != 0 {
+			return fmt.Errorf("not injected: %v", out)
+		}
+		return nil
+	}
+	attacks := []object{
+		pod(t, `{metadata: {generateName: a-}, spec: {containers: [{name: envoy, image: x, env: [`+many(330_000, "{}")+`]}]}}`),
+		pod(t, `{metadata: {generateName: a-, annotations: {sluice.dev/in-process: "true", sluice.dev/resources: "{limits: {`+strings.Repeat("a: 1, ", 110_000)+`}}"}}, spec: {containers: [{name: envoy, image: x}]}}`),
+		pod(t, `{metadata: {generateName: a-, annotations: {sluice.dev/in-process: "true"}}, spec: {containers: [{name: envoy, image: x, env: [`+many(5000, "{name: A}")+`]}]}}`),
+		pod(t, `{metadata: {generateName: a-, annotations: {sluice.dev/in-process: "true"}}, spec: {containers: [`+many(20_000, "{}")+`]}}`),
+	}
+	// Who sends it hears why.
+	for i, want := range []string{"the pod is too large to be injected", "annotation sluice.dev/resources"} {
+		err := c.call(t.Context(), http.MethodPost, "/api/v1/namespaces/greedy/pods", attacks[i], &object{})
+		if !isStatus(err, http.StatusForbidden) || !strings.Contains(err.Error(), want) {
+			t.Errorf("%.500v; want one with %q", err, want)
+		}
+	}
+	// Such pods keep an API server busy by themselves, for a second each on a
+	// small machine, so that here only its timeout bounds an honest call.
+	beside(t, 2, 200, 50*time.Millisecond, 5*time.Second, call, func(i int) {
+		_ = c.call(t.Context(), http.MethodPost, "/api/v1/namespaces/greedy/pods", attacks[i%len(attacks)], &object{})
+		time.Sleep(rand.N(time.Second))
+	})
+	for i, g := range groups {
+		select {
+		case <-r.running[i].exited:
+			t.Errorf("replica %d ended: %v", i, r.running[i].ProcessState)
+		default:
+		}
+		if t.Logf("replica %d: at most %s", i, g.most()); g.killed(t) {
+			t.Errorf("replica %d was killed for want of memory", i)
+		}
+	}
+}
+
+// TestClusterBusy sees that an API server asks again where a webhook says 429.
+func TestClusterBusy(t *testing.T) {
+	if !long(t) {
+		return
+	}
+	c := cluster(t)
+	var asked atomic.Int64
+	h := testWebhook()
+	handler := http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
+		if asked.Add(1) == 1 {
+			for range cap(h.turns.small) {
+				h.turns.small <- struct{}{}
+			}
+			h.turns.wait = time.Millisecond
+			h.ServeHTTP(w, q)
+			h.turns.wait = reviewWait
+			for range cap(h.turns.small) {
+				<-h.turns.small
+			}
+			return
+		}
+		h.ServeHTTP(w, q)
+	})
+	serveWebhook(t, c.API, "busy.sluice.dev", handler, object{label: "enabled"})
+	namespace(t, c, "shop", object{label: "enabled"})
+	var out object
+	p := pod(t, `{metadata: {name: web, annotations: {sluice.dev/in-process: "true"}}, spec: {containers: [{name: envoy, image: x}]}}`)
+	if err := c.call(t.Context(), http.MethodPost, "/api/v1/namespaces/shop/pods", p, &out); err != nil {
+		t.Fatal(err)
+	}
+	if asked.Load() < 2 || named(list(child(out, "spec"), "initContainers"), "sluice") != 0 {
+		t.Errorf("asked %d times: %v", asked.Load(), out)
+	}
+}
