@@ -4,6 +4,7 @@ package built
 import (
 	"crypto/sha256"
 	"encoding/hex"
+	"fmt"
 	"os"
 	"os/exec"
 	"path"
@@ -78,4 +79,59 @@ func once(t *testing.T, name, version string, build func(part string) *exec.Cmd)
 		t.Fatal(err)
 	}
 	return program
+}
+
+// Packages returns a directory in the user's cache that holds what an
+// installer made of files, which pin the versions. The installer runs once
+// for each content of files, in an empty directory that has a copy of them.
+// Its first run takes up to some minutes, and the network.
+func Packages(t *testing.T, files []string, command ...string) string {
+	t.Helper()
+	hash := sha256.New()
+	for _, arg := range command {
+		fmt.Fprintf(hash, "%q", arg)
+	}
+	texts := map[string][]byte{}
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		fmt.Fprintf(hash, "%q%q", filepath.Base(file), text)
+		texts[filepath.Base(file)] = text
+	}
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		t.Fatal(err)
+	}
+	home := filepath.Join(cache, "sluice", fmt.Sprintf("packages-%s-%x", filepath.Base(filepath.Dir(files[0])), hash.Sum(nil)[:6]))
+	if info, err := os.Stat(home); err == nil && info.IsDir() {
+		return home
+	}
+	if err := os.MkdirAll(filepath.Dir(home), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	part, err := os.MkdirTemp(filepath.Dir(home), "installing-") // so that what is there under its name is whole
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = os.RemoveAll(part) }()
+	for name, text := range texts {
+		if err := os.WriteFile(filepath.Join(part, name), text, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Logf("installing %s with %s; this happens once", home, command[0])
+	install := exec.CommandContext(t.Context(), command[0], command[1:]...)
+	install.Dir = part
+	if out, err := install.CombinedOutput(); err != nil {
+		t.Fatalf("%q: %v\n%s", command, err, out)
+	}
+	if err := os.Rename(part, home); err != nil {
+		if _, there := os.Stat(home); there == nil { // another process was faster
+			return home
+		}
+		t.Fatal(err)
+	}
+	return home
 }

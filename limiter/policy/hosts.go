@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"regexp"
+	"strconv"
 	"strings"
 )
 
@@ -15,7 +16,7 @@ func appendHosts(readings []string, sent string) []string {
 		return append(readings, sent)
 	}
 	lower := lowerASCII(sent)
-	for _, host := range [...]string{normalHost(lower), withoutBrackets(withoutPort(lower)), withoutBrackets(beforeLastColon(lower))} {
+	for _, host := range [...]string{normalHost(lower), withoutBrackets(withoutPort(lower)), withoutBrackets(beforeLastColon(lower)), inBrackets(lower)} {
 		known := false
 		for _, other := range readings {
 			known = known || other == host
@@ -24,17 +25,34 @@ func appendHosts(readings []string, sent string) []string {
 			readings = append(readings, host)
 		}
 	}
+	if !isName(readings[0]) && !strings.Contains(readings[0], ":") {
+		// A server may read nothing in what is no host. No pattern matches
+		// this, so that no exemption by host holds.
+		readings = append(readings, "")
+	}
 	return readings
 }
 
 // isNormalHost reports whether a host is surely its only reading.
 func isNormalHost(host string) bool {
+	return host == "" || isName(host)
+}
+
+// isName reports whether a host is labels of a to z, 0 to 9, - and _ with
+// dots between them, as a name in lower case or an IPv4 address is.
+func isName(host string) bool {
+	dot := true // before the first label, as behind each
 	for i := 0; i < len(host); i++ {
-		if c := host[i]; c == ':' || c == '[' || 'A' <= c && c <= 'Z' {
+		switch c := host[i]; {
+		case 'a' <= c && c <= 'z', '0' <= c && c <= '9', c == '-', c == '_':
+			dot = false
+		case c == '.' && !dot:
+			dot = true
+		default:
 			return false
 		}
 	}
-	return host == "" || host[len(host)-1] != '.'
+	return !dot
 }
 
 // normalHost is a host in lower case without its port, which is all from the first colon on, and without final dots. An address is in
@@ -79,9 +97,10 @@ func hostAddress(host string) (string, bool) {
 // canonical is an address's one spelling: without a zone, and IPv4 in IPv6 as IPv4.
 func canonical(a netip.Addr) string { return a.Unmap().WithZone("").String() }
 
-// withoutPort is a host without its port, where that is digits.
+// withoutPort is a host without its port, where that is a number from 1 to
+// 65535 without leading zeros.
 func withoutPort(host string) string {
-	if i := strings.LastIndexByte(host, ':'); i >= 0 && isDigits(host[i+1:]) && (strings.IndexByte(host, ':') == i || host[i-1] == ']') {
+	if i := strings.LastIndexByte(host, ':'); i >= 0 && isPort(host[i+1:]) && (strings.IndexByte(host, ':') == i || host[i-1] == ']') {
 		return host[:i]
 	}
 	return host
@@ -95,6 +114,17 @@ func withoutBrackets(host string) string {
 		}
 	}
 	return host
+}
+
+// inBrackets is what stands in brackets before a port, since Go's
+// net.SplitHostPort drops them from a name, too; or else the normal host.
+func inBrackets(host string) string {
+	if inner, ok := strings.CutPrefix(host, "["); ok {
+		if inner, after, closed := strings.Cut(inner, "]"); closed && strings.HasPrefix(after, ":") {
+			return inner
+		}
+	}
+	return normalHost(host)
 }
 
 // beforeLastColon is a host without the last colon that is not in brackets, and what follows it.
@@ -156,4 +186,10 @@ func isDigits(s string) bool {
 		}
 	}
 	return s != ""
+}
+
+// isPort reports whether s is a port as servers write it.
+func isPort(s string) bool {
+	_, err := strconv.ParseUint(s, 10, 16)
+	return err == nil && s[0] != '0'
 }

@@ -67,7 +67,7 @@ limits:
 	for want, hosts := range map[string][]string{
 		"a -, b -": {
 			"api.example.com", "api.example.com:", "api.example.com:x", "api.example.com:-1", "api.example.com:80a", "api.example.com:80:80",
-			"API.example.com..:80",
+			"API.example.com..:80", "[api.example.com]:", "[API.example.com]:80", "[api.example.com]:+80",
 		},
 		// A router may cut at the first colon, at the last, or at none: these are routed to *.example.com by one of them.
 		"b -": {"x.api.example.com:", "x.api.example.com:80:80", "x.example.com.:y", "x:y.example.com", "x:y.example.com:80", "x:80.example.com:y"},
@@ -102,6 +102,20 @@ func TestExemptHosts(t *testing.T) {
 		"x:y.free.example.com":    "a -",
 		"x:y.free.example.com:80": "a -",
 		"x.free.example.com:":     "a -",
+		// What Envoy does not strip as a port, and what servers refuse to read.
+		"free.example.com:65535":       "exempt",
+		"free.example.com:65536":       "a -",
+		"free.example.com:99999999999": "a -",
+		"free.example.com:00080":       "a -",
+		"free.example.com:0":           "a -",
+		"free.example.com:+80":         "a -",
+		"@x.free.example.com":          "a -",
+		"user@x.free.example.com:80":   "a -",
+		"*.free.example.com":           "a -",
+		"%78.free.example.com":         "a -",
+		"x..free.example.com":          "a -",
+		".free.example.com":            "a -",
+		"x_1.y-2.free.example.com":     "exempt",
 	} {
 		if got := drawn(t, c, "GET "+host+"/"); got != want {
 			t.Errorf("%s: %q, want %q", host, got, want)

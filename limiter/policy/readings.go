@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"slices"
 	"strings"
+	"unicode"
 )
 
 // Servers disagree about which resource a path names. Each of the habits below is one thing that a server may do to a path
@@ -35,6 +36,9 @@ const (
 	dropAuthority
 	// cutDecoded drops the first NUL, ? or # that decoding brings, and all that follows, and line ends at the end.
 	cutDecoded
+	// refuseControls takes a path in which decoding brings a control
+	// character for the root, so that it is none that a router has.
+	refuseControls
 	// dropParams drops what follows a ; in each segment.
 	dropParams
 	// mergeSlashes drops empty segments before dots are resolved. (After that all servers have them dropped.)
@@ -69,6 +73,8 @@ var servers = [...]habits{
 	// Gin, Flask, Starlette: decoded as a whole. Python's urlsplit drops tabs and line ends, and its $ does not see a line end.
 	cutFragment | decode | decodeSlashes,
 	dropBlanks | cutFragment | decode | decodeSlashes | cutDecoded,
+	// Starlette's {name:path} and Flask's <path:name> match no line end.
+	decode | refuseControls,
 	// Spring: segments without their parameters, each decoded.
 	dropRawParams | decode,
 	// Tomcat: parameters go first, then the path is decoded and cleaned.
@@ -127,6 +133,9 @@ func look(path string) (matters habits, plain bool) {
 			}
 		case c == '%':
 			matters |= decode | cutDecoded
+			if i+2 < len(path) && (path[i+1] == '0' || path[i+1] == '1' || path[i+1] == '7') {
+				matters |= refuseControls
+			}
 			if i+2 < len(path) {
 				switch path[i+1 : i+3] {
 				case "2f", "2F", "5c", "5C":
@@ -148,7 +157,7 @@ func look(path string) (matters habits, plain bool) {
 		case c == '#':
 			matters |= cutFragment | cutDecoded
 		case isBlank(c):
-			matters |= dropBlanks | cutDecoded
+			matters |= dropBlanks | cutDecoded | refuseControls
 			slashes = true
 		}
 	}
@@ -194,6 +203,9 @@ func read(path string, h habits) string {
 	}
 	if has(cutDecoded) {
 		b = bytes.TrimRight(cutAt(b, "\x00?#"), "\r\n")
+	}
+	if has(refuseControls) && bytes.ContainsFunc(b, unicode.IsControl) {
+		return "/"
 	}
 	if has(dropParams) {
 		b = withoutParams(b)

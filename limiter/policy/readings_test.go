@@ -58,6 +58,7 @@ func TestPathReadings(t *testing.T) {
 		{"/v1/orders%00.png", "who ends texts with a NUL", "/v1/orders"},
 		{"/v1/orders%0a", "Starlette", "/v1/orders"},
 		{"/v1/orders\xa0", "Node's url.parse", "/v1/orders"},
+		{"/static/a%0ab", "Starlette's {name:path}", "/"},
 		{"/v1/ord\ters", "Python's urlsplit", "/v1/orders"},
 		{"//h/v1/orders", "new URL(path, base)", "/v1/orders"},
 		{`/\h/v1/orders`, "new URL(path, base)", "/v1/orders"},
