@@ -3,6 +3,8 @@ package authz
 import (
 	"context"
 	"errors"
+	"maps"
+	"slices"
 	"testing"
 	"time"
 
@@ -66,6 +68,7 @@ func agree(t interface{ Errorf(string, ...any) }, wire []byte) (isCheck, isQuick
 func TestParseAgrees(t *testing.T) {
 	text := rapid.OneOf(rapid.StringN(0, 20, -1), rapid.SampledFrom([]string{"", "x", "/v1/orders?page=2", string(make([]byte, 300))}))
 	texts := rapid.MapOfN(text, text, 0, 20)
+	name := rapid.OneOf(text, rapid.SampledFrom([]string{"a", "A", "cookie", "Cookie", "x-api-key"}))
 	quick := 0
 	rapid.Check(t, func(t *rapid.T) {
 		maybe := func(what string) bool { return rapid.IntRange(0, 9).Draw(t, what) > 0 }
@@ -108,8 +111,18 @@ func TestParseAgrees(t *testing.T) {
 						Scheme: text.Draw(t, "scheme"), Query: text.Draw(t, "query"), Fragment: "f", Size: rapid.Int64().Draw(t, "size"),
 						Protocol: text.Draw(t, "protocol"), Body: text.Draw(t, "body"), RawBody: []byte("\xff"),
 					}
-					if seldom("raw") {
-						a.Request.Http.HeaderMap = &corev3.HeaderMap{Headers: []*corev3.HeaderValue{{Key: "A", RawValue: []byte("b")}, {Key: "a", Value: "c"}}}
+					if rapid.Bool().Draw(t, "raw") {
+						if maybe("raw only") {
+							a.Request.Http.Headers = nil
+						}
+						a.Request.Http.HeaderMap = &corev3.HeaderMap{}
+						for range rapid.IntRange(0, 20).Draw(t, "lines") {
+							line := &corev3.HeaderValue{Key: name.Draw(t, "name"), RawValue: []byte(rapid.StringN(0, 20, -1).Draw(t, "value") + "\xff")}
+							if seldom("sanitised") {
+								line.Value, line.RawValue = text.Draw(t, "value"), nil
+							}
+							a.Request.Http.HeaderMap.Headers = append(a.Request.Http.HeaderMap.Headers, line)
+						}
 					}
 				}
 			}
@@ -149,16 +162,67 @@ func FuzzParseCheck(f *testing.F) {
 	f.Fuzz(func(t *testing.T, wire []byte) { agree(t, wire) })
 }
 
-// BenchmarkParse reads a check as the generated code does, and from the wire.
+// asEnvoySends is a browser's request as the shipped chain has Envoy send it: header by header and with metadata, which are empty. With
+// isRaw false it is what Envoy sends without encode_raw_headers.
+func asEnvoySends(isRaw bool) *authv3.CheckRequest {
+	check := checkOf(
+		":authority", "shop.example.com", ":path", "/v1/orders?page=2", ":method", "GET", ":scheme", "https",
+		"user-agent", "Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/140.0.0.0 Safari/537.36",
+		"accept", "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8", "accept-encoding", "gzip, deflate, br, zstd",
+		"accept-language", "en-GB,en;q=0.9", "cookie", "session=0123456789abcdef0123456789abcdef; theme=dark", "referer", "https://shop.example.com/",
+		"sec-ch-ua-platform", `"Linux"`, "sec-fetch-mode", "navigate", "x-api-key", "0123456789abcdef0123456789abcdef",
+		"x-request-id", "b4bda79a-8746-42bd-a76b-a81165877d54", "x-forwarded-for", "203.0.113.7", "x-forwarded-proto", "https",
+		"x-envoy-external-address", "203.0.113.7",
+	)
+	a := check.GetAttributes()
+	a.Destination = address("10.0.0.2", 8443)
+	a.MetadataContext, a.RouteMetadataContext = &corev3.Metadata{}, &corev3.Metadata{}
+	a.Request.Time = timestamppb.New(time.Unix(1_700_000_000, 5))
+	http := a.Request.Http
+	http.Path, http.Id = "/v1/orders?page=2", "8214536076756794993"
+	if isRaw {
+		http.HeaderMap = &corev3.HeaderMap{}
+		for _, name := range slices.Sorted(maps.Keys(http.Headers)) {
+			http.HeaderMap.Headers = append(http.HeaderMap.Headers, &corev3.HeaderValue{Key: name, RawValue: []byte(http.Headers[name])})
+		}
+		http.Headers = nil
+	}
+	return check
+}
+
+// What Envoy sends is read quickly in either form, and alike.
+func TestParseIsQuick(t *testing.T) {
+	var read [2]*policy.Request
+	for i, isRaw := range []bool{false, true} {
+		wire, err := proto.Marshal(asEnvoySends(isRaw))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, quick := agree(t, wire); !quick {
+			t.Errorf("with header_map %v, it is not read quickly", isRaw)
+		}
+		if read[i], err = parse(string(wire)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if diff := cmp.Diff(read[0], read[1]); diff != "" {
+		t.Error(diff)
+	}
+}
+
+// BenchmarkParse reads a check as the generated code does, and from the wire, with headers and with header_map.
 //
 //	go test ./authz -run '^$' -bench Parse
 func BenchmarkParse(b *testing.B) {
-	wire, err := proto.Marshal(checkOf())
+	for name, isRaw := range map[string]bool{"headers": false, "header_map": true} {
+		b.Run(name, func(b *testing.B) { benchmarkParse(b, asEnvoySends(isRaw)) })
+	}
+}
+
+func benchmarkParse(b *testing.B, check *authv3.CheckRequest) {
+	wire, err := proto.Marshal(check)
 	if err != nil {
 		b.Fatal(err)
-	}
-	if _, quick := agree(b, wire); !quick {
-		b.Fatal("an ordinary check is not read quickly")
 	}
 	b.Run("generated", func(b *testing.B) {
 		b.ReportAllocs()

@@ -7,6 +7,7 @@ import (
 	"time"
 	"unicode/utf8"
 
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
 	"google.golang.org/grpc/encoding"
 	"google.golang.org/grpc/encoding/proto"
@@ -72,9 +73,9 @@ func parse(wire string) (*policy.Request, error) {
 }
 
 // quickly reads what nearly all checks are made of. It reports whether there was an HTTP request, and not ok where the check is malformed,
-// or has what it does not read: metadata, raw headers, a pipe's address.
+// or has what it does not read: a pipe's address, and a message that came in two pieces, which would have to be merged.
 func quickly(wire string, r *policy.Request) (hasHTTP, ok bool) {
-	hasTime := false
+	hasTime, hasMetadata := false, false
 	check := message{rest: wire}
 	for check.next() {
 		if check.number != 1 { // attributes
@@ -92,10 +93,11 @@ func quickly(wire string, r *policy.Request) (hasHTTP, ok bool) {
 				for request.next() {
 					switch request.number {
 					case 1:
-						check.bad = check.bad || hasTime // two would have to be merged
+						check.bad = check.bad || hasTime
 						hasTime = true
 						check.join(quickTime(request.inner(), &r.Time))
 					case 2:
+						check.bad = check.bad || hasHTTP
 						hasHTTP = true
 						check.join(quickHTTP(request.inner(), r))
 					}
@@ -103,8 +105,10 @@ func quickly(wire string, r *policy.Request) (hasHTTP, ok bool) {
 				check.join(request)
 			case 10: // context_extensions
 				attributes.entry(&r.Context)
-			case 11: // metadata_context
-				return false, false
+			case 11: // metadata_context, which Envoy always sends and which is mostly empty
+				check.bad = check.bad || hasMetadata
+				hasMetadata = true
+				check.join(quickMetadata(attributes.inner(), r))
 			}
 		}
 		check.join(attributes)
@@ -156,7 +160,21 @@ func quickTime(stamp message, to *time.Time) message {
 	return stamp
 }
 
+// quickMetadata leaves metadata to the generated code: its values are of many types.
+func quickMetadata(metadata message, r *policy.Request) message {
+	if metadata.bad || metadata.rest == "" {
+		return metadata
+	}
+	var read corev3.Metadata
+	if err := protobuf.Unmarshal([]byte(metadata.rest), &read); err != nil {
+		return message{bad: true}
+	}
+	r.Metadata = read.GetFilterMetadata()
+	return metadata
+}
+
 func quickHTTP(http message, r *policy.Request) message {
+	hasRaw := false
 	for http.next() {
 		switch http.number {
 		case 2:
@@ -165,6 +183,7 @@ func quickHTTP(http message, r *policy.Request) message {
 			if r.Headers == nil {
 				r.Headers = make(map[string]string, 16) // what a browser's request has
 			}
+			http.bad = http.bad || hasRaw
 			http.entry(&r.Headers)
 		case 4:
 			r.Path = http.text()
@@ -174,11 +193,73 @@ func quickHTTP(http message, r *policy.Request) message {
 			r.Scheme = http.text()
 		case 10:
 			r.Protocol = http.text()
-		case 13: // header_map
-			return message{bad: true}
+		case 13: // header_map, which Envoy sends in the place of headers
+			http.bad = http.bad || hasRaw || r.Headers != nil
+			hasRaw = true
+			http.join(quickHeaders(http.inner(), r))
 		}
 	}
 	return http
+}
+
+// quickHeaders reads a header_map, which has an element for each header line.
+func quickHeaders(list message, r *policy.Request) message {
+	lines, counted := 0, list
+	for counted.next() {
+		lines++
+	}
+	if lines == 0 {
+		return counted
+	}
+	r.Headers = make(map[string]string, lines)
+	isRepeated := false
+	rest := list
+	for rest.next() {
+		if rest.number != 1 {
+			continue
+		}
+		name, value, line := rest.headerLine()
+		counted.join(line)
+		before := len(r.Headers)
+		r.Headers[name] = value
+		isRepeated = isRepeated || len(r.Headers) == before
+	}
+	if !isRepeated || counted.bad {
+		return counted
+	}
+	clear(r.Headers)
+	r.SetHeaders(func(yield func(name, value string) bool) {
+		rest := list
+		for rest.next() {
+			if rest.number != 1 {
+				continue
+			}
+			if name, value, _ := rest.headerLine(); !yield(name, value) {
+				return
+			}
+		}
+	})
+	return counted
+}
+
+// headerLine reads the HeaderValue that the field is: its name, in lower case, and its value, which Envoy writes as bytes.
+func (m *message) headerLine() (name, value string, line message) {
+	line = m.inner()
+	raw := ""
+	for line.next() {
+		switch line.number {
+		case 1:
+			name = line.text()
+		case 2:
+			value = line.text()
+		case 3:
+			raw = line.data()
+		}
+	}
+	if value == "" {
+		value = raw
+	}
+	return strings.ToLower(name), value, line
 }
 
 // message is a message's fields, one after another. What is malformed, or not of the type that it is read as, makes them bad.
@@ -254,6 +335,11 @@ func (m *message) integer() uint64 {
 func (m *message) inner() message {
 	m.bad = m.bad || m.kind != protowire.BytesType
 	return message{rest: m.bytes, bad: m.bad}
+}
+
+func (m *message) data() string {
+	m.bad = m.bad || m.kind != protowire.BytesType
+	return m.bytes
 }
 
 func (m *message) text() string {

@@ -28,6 +28,8 @@ type subject struct {
 	isSure    bool       // the client's address is not the peer's for want of a better one
 
 	few [3]string
+
+	forKeys *keySubject // made where a key wants it
 }
 
 func newSubject(r *Request, ids *clientIP) *subject {
