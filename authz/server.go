@@ -137,10 +137,10 @@ var service = grpc.ServiceDesc{
 // panic.
 func (s *Server) check(ctx context.Context, asked *question) (answer *reply, err error) {
 	began := time.Now()
-	v := verdict{config: s.config.Load(), size: len(asked.wire)}
+	v := verdict{config: s.config.Load(), wire: asked.wire}
 	defer func() {
 		if p := recover(); p != nil {
-			v = verdict{config: v.config, request: v.request, size: v.size, span: v.span, decision: limiter.Decision{Outcome: limiter.FailedClosed, Telling: -1}}
+			v = verdict{config: v.config, request: v.request, wire: v.wire, span: v.span, decision: limiter.Decision{Outcome: limiter.FailedClosed, Telling: -1}}
 			s.report.panicked(fmt.Sprintf("%T", p), debug.Stack())
 			answer, err = s.answer(&v)
 		}
@@ -156,7 +156,7 @@ func (s *Server) check(ctx context.Context, asked *question) (answer *reply, err
 type verdict struct {
 	config    *policy.Config  // by which it is answered, whatever comes after
 	request   *policy.Request // nil where the check held none
-	size      int             // of the check in bytes, which its request's texts keep in memory
+	wire      string          // the check, which its request's texts are parts of
 	decision  limiter.Decision
 	unlimited []*limiter.Limit // that apply, and have no bucket
 	mistakes  []error          // of the config, that the check shows

@@ -262,6 +262,52 @@ func (m *message) headerLine() (name, value string, line message) {
 	return strings.ToLower(name), value, line
 }
 
+// headerSize returns how many header lines the request of a check has in Envoy, and the bytes of their names and values. Where the
+// check holds headers already joined it is the most that these can be: each comma may have joined two lines.
+func headerSize(wire string) (lines, bytes int) {
+	check := message{rest: wire}
+	for check.next() {
+		if check.number != 1 { // attributes
+			continue
+		}
+		attributes := check.inner()
+		for attributes.next() {
+			if attributes.number != 4 { // request
+				continue
+			}
+			request := attributes.inner()
+			for request.next() {
+				if request.number != 2 { // http
+					continue
+				}
+				l, b := sizeOfHeaders(request.inner())
+				lines, bytes = lines+l, bytes+b
+			}
+		}
+	}
+	return lines, bytes
+}
+
+func sizeOfHeaders(http message) (lines, bytes int) {
+	for http.next() {
+		switch http.number {
+		case 3:
+			name, value := http.pair()
+			commas := strings.Count(value, ",")
+			lines, bytes = lines+1+commas, bytes+(1+commas)*len(name)+len(value)
+		case 13: // header_map
+			list := http.inner()
+			for list.next() {
+				if list.number == 1 {
+					name, value, _ := list.headerLine()
+					lines, bytes = lines+1, bytes+len(name)+len(value)
+				}
+			}
+		}
+	}
+	return lines, bytes
+}
+
 // message is a message's fields, one after another. What is malformed, or not of the type that it is read as, makes them bad.
 type message struct {
 	rest   string
@@ -349,7 +395,15 @@ func (m *message) text() string {
 
 // entry puts the entry that the field is into a map.
 func (m *message) entry(to *map[string]string) {
-	var key, value string
+	key, value := m.pair()
+	if *to == nil {
+		*to = make(map[string]string)
+	}
+	(*to)[key] = value
+}
+
+// pair reads the entry of a map that the field is.
+func (m *message) pair() (key, value string) {
 	pair := m.inner()
 	for pair.next() {
 		switch pair.number {
@@ -359,11 +413,8 @@ func (m *message) entry(to *map[string]string) {
 			value = pair.text()
 		}
 	}
-	if *to == nil {
-		*to = make(map[string]string)
-	}
-	(*to)[key] = value
 	m.join(pair)
+	return key, value
 }
 
 // join makes m bad where a message within it is.
