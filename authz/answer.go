@@ -21,6 +21,7 @@ const (
 	deny                   // a 429
 	refuse                 // a 5xx: not the client's fault
 	delegate               // an error, which Envoy's failure_mode_allow judges
+	hangUp                 // an error that nobody sees
 )
 
 // manners holds every outcome's. What the outcomes are called in metadata, metrics and logs is their String.
@@ -34,6 +35,7 @@ var manners = map[limiter.Outcome]manner{
 	limiter.FailedClosed: refuse,
 	limiter.Invalid:      refuse,
 	limiter.Delegated:    delegate,
+	limiter.Canceled:     hangUp,
 }
 
 // The fields of an answer that are written. Their numbers are envoy/service/auth/v3/external_auth.proto's.
@@ -67,6 +69,8 @@ func (s *Server) answer(v *verdict) (*reply, error) {
 		s.deny(e, v)
 	case delegate:
 		return nil, status.Error(codes.Unavailable, "the store of the rate limiter does not answer")
+	case hangUp:
+		return nil, status.Error(codes.Canceled, "the caller hung up")
 	default:
 		s.refuse(e, v)
 	}

@@ -357,6 +357,7 @@ func TestMetrics(t *testing.T) {
 # HELP sluice_checks_total Checks, by how they ended.
 # TYPE sluice_checks_total counter
 sluice_checks_total{decision="allowed"} 2
+sluice_checks_total{decision="canceled"} 0
 sluice_checks_total{decision="delegated"} 0
 sluice_checks_total{decision="exempt"} 0
 sluice_checks_total{decision="failed_closed"} 2
@@ -556,5 +557,22 @@ func TestCallerIsGone(t *testing.T) {
 	cancel()
 	if r, err := s.Check(ctx, checkOf()); err != nil || codes.Code(r.GetStatus().GetCode()) != codes.OK {
 		t.Error(r, err)
+	}
+}
+
+// A caller who hung up before the store answered was refused nothing: the check is counted as canceled, and neither logged nor shown as a
+// denial.
+func TestCallerHungUp(t *testing.T) {
+	s, registry, logs := newServer(t, "limits: [{name: a, rate: 1/s}]", said{{Err: &limiter.StoreError{Kind: limiter.KindOther, Err: context.Canceled}}})
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := s.Check(ctx, checkOf()); status.Code(err) != codes.Canceled {
+		t.Error(err)
+	}
+	if n := testutil.ToFloat64(s.report.checks[limiter.Canceled]); n != 1 || logs.Len() != 0 || len(s.report.last.told()) != 0 {
+		t.Errorf("%v canceled; logged %v; denials %v", n, logs.All(), s.report.last.told())
+	}
+	if n, err := testutil.GatherAndCount(registry, "sluice_checks_total"); err != nil || n != len(limiter.Outcomes) {
+		t.Errorf("%d decisions, %v", n, err)
 	}
 }

@@ -1,6 +1,7 @@
 package authz
 
 import (
+	"context"
 	"errors"
 	"maps"
 	"sync"
@@ -218,7 +219,7 @@ func (r *report) checked(v *verdict, began time.Time) {
 	now := time.Now()
 	d := &v.decision
 	outcome := d.Outcome
-	if d.Local {
+	if d.Local && outcome != limiter.Canceled {
 		outcome = limiter.FailedLocal
 	}
 	r.checks[outcome].Inc()
@@ -232,7 +233,9 @@ func (r *report) checked(v *verdict, began time.Time) {
 	for i := range d.Charges {
 		c, told := &d.Charges[i], &d.Verdicts[i]
 		if told.Err != nil {
-			r.failed(c, told)
+			if !errors.Is(told.Err, context.Canceled) {
+				r.failed(c, told)
+			}
 			continue
 		}
 		if !told.Known() {
@@ -250,7 +253,7 @@ func (r *report) checked(v *verdict, began time.Time) {
 	for _, m := range v.mistakes {
 		r.mistaken(m)
 	}
-	if !passed {
+	if !passed && d.Outcome != limiter.Canceled {
 		r.last.note(v, now)
 	}
 }

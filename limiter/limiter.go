@@ -74,7 +74,8 @@ type Verdict struct {
 	RetryAfter time.Duration // until it holds the cost; 0 where Allowed, Never where the cost is above the burst
 	FullAfter  time.Duration // until it is full; 0 where it is
 	NextAfter  time.Duration // until it holds one whole token more; 0 where it is full
-	// Err says why the store has no verdict: a *StoreError, and then the other fields are zero.
+	// Err says why the store has no verdict: a *StoreError, and then the other fields are zero. It wraps context.Canceled
+	// where the caller hung up, which is no failure of the store's.
 	Err error
 
 	// By which the verdict was found: what the bucket holds now, and the store's clock in microseconds.
@@ -134,10 +135,11 @@ const (
 	Exempt                      // the config exempts the request from all limits
 	Invalid                     // the request shows a mistake of the config
 	FailedLocal                 // this process decided in the store's place; as a Decision's Outcome it is Allowed or Limited
+	Canceled                    // the caller hung up before the store answered: nobody learns of the decision
 )
 
 // Outcomes are all of them, in order.
-var Outcomes = []Outcome{Unmatched, Allowed, Limited, FailedOpen, FailedClosed, Delegated, Exempt, Invalid, FailedLocal}
+var Outcomes = []Outcome{Unmatched, Allowed, Limited, FailedOpen, FailedClosed, Delegated, Exempt, Invalid, FailedLocal, Canceled}
 
 // String is the outcome's name in metrics, metadata and logs.
 func (o Outcome) String() string {
@@ -160,6 +162,8 @@ func (o Outcome) String() string {
 		return "invalid"
 	case FailedLocal:
 		return "failed_local"
+	case Canceled:
+		return "canceled"
 	}
 	return fmt.Sprintf("Outcome(%d)", uint8(o))
 }
@@ -187,9 +191,10 @@ func Decide(ctx context.Context, store Store, charges []Charge) Decision {
 	d.Verdicts = make([]Verdict, len(charges))
 	store.Take(ctx, charges, d.Verdicts)
 	d.Outcome = Allowed
-	failure, left := Allow, false
+	failure, left, isFailed := Allow, false, false
 	for i := range charges {
 		c, v := &charges[i], &d.Verdicts[i]
+		isFailed = isFailed || v.Err != nil
 		switch {
 		case c.Limit.Shadow:
 		case v.Err != nil:
@@ -220,6 +225,10 @@ func Decide(ctx context.Context, store Store, charges []Charge) Decision {
 	}
 	if left && d.Outcome != Limited {
 		d.Outcome = FailedClosed
+	}
+	// The store has not failed a caller that did not wait for it.
+	if (isFailed || left) && d.Outcome != Limited && errors.Is(ctx.Err(), context.Canceled) {
+		d.Outcome = Canceled
 	}
 	return d
 }

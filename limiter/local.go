@@ -2,6 +2,7 @@ package limiter
 
 import (
 	"context"
+	"errors"
 	"slices"
 
 	"github.com/redis/go-redis/v9"
@@ -38,6 +39,8 @@ func (r *Redis) fallBack(charges []Charge, verdicts []Verdict) (denied bool) {
 			if v.Source == RedisSource && v.Remaining < c.Local.burst {
 				r.local.lower(c.Key, c.Local, v.Remaining)
 			}
+		case errors.Is(v.Err, context.Canceled): // nobody waits for an answer, so that none is looked for here
+			isHeld = true
 		default:
 			local := *c
 			local.Bucket = c.Local

@@ -144,7 +144,7 @@ limits:
 	}
 
 	named := regexp.MustCompile(`^(?:strict|shadow|swept|open|asked|bad` + // limits
-		`|allowed|limited|shadow_limited|unmatched|exempt|failed_open|failed_closed|failed_local|delegated|invalid` + // decisions
+		`|allowed|limited|shadow_limited|unmatched|exempt|failed_open|failed_closed|failed_local|delegated|invalid|canceled` + // decisions
 		`|timeout|connection|auth|readonly|oom|loading|script|state|overload|other` + // kinds of a store's errors
 		`|success|failure|buckets|ceilings|local|key|[0-9a-f]{16}|unary|[A-Z][A-Za-z]+|envoy\.service\.auth\.v3\.Authorization)$`)
 	label := regexp.MustCompile(`([a-z_]+)=("(?:[^"\\]|\\.)*")`)
