@@ -290,9 +290,10 @@ func (s *Server) metadata(e *encoder, v *verdict, shadows []string) {
 			e.numberEntry("retry_after", float64(seconds(told.RetryAfter)))
 		}
 	} else {
-		e.textEntry("limit", "")
-		e.numberEntry("remaining", 0)
-		e.numberEntry("cost", 0)
+		// Of null Envoy's access log says "-".
+		e.nullEntry("limit")
+		e.nullEntry("remaining")
+		e.nullEntry("cost")
 		e.textEntry("source", sources[limiter.NoSource])
 	}
 	e.listEntry("shadow", shadows)

@@ -130,6 +130,8 @@ func spell(r *authv3.CheckResponse, err error) string {
 			b.WriteString(strconv.FormatFloat(v.NumberValue, 'f', -1, 64))
 		case *structpb.Value_ListValue:
 			fmt.Fprint(&b, v.ListValue.AsSlice())
+		case *structpb.Value_NullValue:
+			b.WriteString("null")
 		}
 	}
 	return b.String() + "\n"
@@ -150,7 +152,7 @@ func TestCheck(t *testing.T) {
 	}{
 		{"no limit applies", "", said{}, checkOf(), `status 0
 allow
-metadata cost=0 decision="unmatched" limit="" remaining=0 shadow=[] source="none"
+metadata cost=null decision="unmatched" limit=null remaining=null shadow=[] source="none"
 `},
 		{"allowed", one, said{ok(50, 30*time.Second, 600*time.Millisecond)}, checkOf(), `status 0
 allow
@@ -253,28 +255,28 @@ metadata cost=1 decision="allowed" limit="orders" remaining=99 shadow=[] source=
 `},
 		{"nothing but shadow, and the store does not answer", "mode: shadow\n" + one, said{failed}, checkOf(), `status 0
 allow
-metadata cost=0 decision="allowed" limit="" remaining=0 shadow=[] source="none"
+metadata cost=null decision="allowed" limit=null remaining=null shadow=[] source="none"
 `},
 		{"failed closed", one, said{failed}, checkOf(), `status 14
 deny 503
 client retry-after: 7
 client content-type: application/problem+json
 body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter could not decide about this request.","retry_after":7}
-metadata cost=0 decision="failed_closed" limit="" remaining=0 shadow=[] source="none"
+metadata cost=null decision="failed_closed" limit=null remaining=null shadow=[] source="none"
 `},
 		{"failed closed, by another status", "failure_status: 502\n" + one, said{failed}, checkOf(), `status 14
 deny 502
 client retry-after: 7
 client content-type: application/problem+json
 body {"title":"Rate Limiter Unavailable","status":502,"detail":"The rate limiter could not decide about this request.","retry_after":7}
-metadata cost=0 decision="failed_closed" limit="" remaining=0 shadow=[] source="none"
+metadata cost=null decision="failed_closed" limit=null remaining=null shadow=[] source="none"
 `},
 		{"failed closed, for a gRPC call", one, said{failed}, checkOf("content-type", "application/grpc"), `status 14
 deny 503
 client retry-after: 7
 client grpc-status: 14
 body The rate limiter could not decide about this request.
-metadata cost=0 decision="failed_closed" limit="" remaining=0 shadow=[] source="none"
+metadata cost=null decision="failed_closed" limit=null remaining=null shadow=[] source="none"
 `},
 		{"failed closed beside a limit that allows: no x-ratelimit", two, said{ok(3, 1, 1), failed}, checkOf(), `status 14
 deny 503
@@ -285,7 +287,7 @@ metadata cost=1 decision="failed_closed" limit="orders" remaining=3 shadow=[] so
 `},
 		{"failed open", "on_failure: allow\n" + one, said{failed}, checkOf(), `status 0
 allow
-metadata cost=0 decision="failed_open" limit="" remaining=0 shadow=[] source="none"
+metadata cost=null decision="failed_open" limit=null remaining=null shadow=[] source="none"
 `},
 		{"left to Envoy", "on_failure: delegate\n" + one, said{failed}, checkOf(), "error Unavailable\n"},
 		{"a panic", one, panics{}, checkOf(), `status 14
@@ -293,28 +295,28 @@ deny 503
 client retry-after: 7
 client content-type: application/problem+json
 body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter could not decide about this request.","retry_after":7}
-metadata cost=0 decision="failed_closed" limit="" remaining=0 shadow=[] source="none"
+metadata cost=null decision="failed_closed" limit=null remaining=null shadow=[] source="none"
 `},
 		{"a mistake of the config", `limits: [{name: a, rate: 1/s, key: 'request.path.split("?")[1]'}]`, said{}, checkOf(), `status 14
 deny 503
 client retry-after: 7
 client content-type: application/problem+json
 body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter could not decide about this request.","retry_after":7}
-metadata cost=0 decision="invalid" limit="" remaining=0 shadow=[] source="none"
+metadata cost=null decision="invalid" limit=null remaining=null shadow=[] source="none"
 `},
 		{"no HTTP in it", one, said{}, &authv3.CheckRequest{}, `status 14
 deny 503
 client retry-after: 7
 client content-type: application/problem+json
 body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter could not decide about this request.","retry_after":7}
-metadata cost=0 decision="invalid" limit="" remaining=0 shadow=[] source="none"
+metadata cost=null decision="invalid" limit=null remaining=null shadow=[] source="none"
 `},
 		{"nothing at all", one, said{}, nil, `status 14
 deny 503
 client retry-after: 7
 client content-type: application/problem+json
 body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter could not decide about this request.","retry_after":7}
-metadata cost=0 decision="invalid" limit="" remaining=0 shadow=[] source="none"
+metadata cost=null decision="invalid" limit=null remaining=null shadow=[] source="none"
 `},
 	} {
 		s, _, logs := newServer(t, tt.config, tt.store)

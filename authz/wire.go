@@ -463,7 +463,7 @@ func (e *encoder) header(number protowire.Number, key, value string) {
 	e.close(option)
 }
 
-// textEntry, numberEntry and listEntry write an entry of a Struct.
+// textEntry, numberEntry, nullEntry and listEntry write an entry of a Struct.
 
 func (e *encoder) textEntry(key, text string) {
 	at := e.open(1)
@@ -479,6 +479,15 @@ func (e *encoder) numberEntry(key string, n float64) {
 	e.text(1, key)
 	value := e.open(2)
 	e.b = protowire.AppendFixed64(protowire.AppendTag(e.b, 2, protowire.Fixed64Type), math.Float64bits(n))
+	e.close(value)
+	e.close(at)
+}
+
+func (e *encoder) nullEntry(key string) {
+	at := e.open(1)
+	e.text(1, key)
+	value := e.open(2)
+	e.integer(1, 0)
 	e.close(value)
 	e.close(at)
 }
