@@ -27,9 +27,10 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/policy"
 )
 
-// The bounds of what a connection may send. Envoy's headers are at most 60 kB by default, and some more in a check.
+// The bounds of what a connection may send. Envoy's headers are at most 60 kB by default, and some more in a check; with_request_body
+// adds as much of the body as it says, which is not kept (withoutBody).
 const (
-	maxMessage = 1 << 20  // bytes of a check
+	maxMessage = 16 << 20 // bytes of a check
 	maxHeaders = 16 << 10 // bytes of the gRPC call's own headers
 	maxStreams = 4096     // checks at once on one connection; Envoy then opens another
 )
@@ -119,12 +120,14 @@ var service = grpc.ServiceDesc{
 		MethodName: "Check",
 		// It counts its calls itself: an interceptor would cost each check a closure and a description of the method.
 		Handler: func(s any, ctx context.Context, decode func(any) error, _ grpc.UnaryServerInterceptor) (any, error) {
-			asked := new(question)
-			if err := decode(asked); err != nil {
-				return nil, err
-			}
 			calls := s.(*Server).calls.check
 			calls.started.Inc()
+			asked := new(question)
+			if err := decode(asked); err != nil {
+				s.(*Server).report.notRead(err)
+				calls.ended(err)
+				return nil, err
+			}
 			answer, err := s.(*Server).check(ctx, asked)
 			calls.ended(err)
 			return answer, err

@@ -2,7 +2,9 @@ package authz
 
 import (
 	"encoding/binary"
+	"io"
 	"math"
+	"slices"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -47,6 +49,10 @@ func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
 	if !ok {
 		return c.CodecV2.Unmarshal(data, v)
 	}
+	if data.Len() > maxWhole {
+		q.wire = withoutBody(data)
+		return nil
+	}
 	var wire strings.Builder // the buffers are gRPC's again after this
 	wire.Grow(data.Len())
 	for _, b := range data {
@@ -54,6 +60,90 @@ func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
 	}
 	q.wire = wire.String()
 	return nil
+}
+
+// maxWhole is the size of a check, in bytes, above which its body is left out. Envoy's own bound of headers is 60 KiB, and a check is
+// hardly ever larger but for a body.
+const maxWhole = 128 << 10
+
+// withoutBody returns a check without the request's body, which with_request_body adds and nothing here reads. What is not a check
+// comes out as what is not one either.
+func withoutBody(data mem.BufferSlice) string {
+	r := bodyFilter{in: data.Reader()}
+	defer func() { _ = r.in.Close() }()
+	r.copy(data.Len(), []int{1, 4, 2}) // attributes, request, http
+	if r.bad {
+		return "\x00" // no message begins so
+	}
+	return string(r.out.b)
+}
+
+// bodyFilter copies a check, but for its body, buffer by buffer.
+type bodyFilter struct {
+	in  *mem.Reader
+	out encoder
+	bad bool
+}
+
+// copy copies a message of n bytes. path has the fields that lead from it to the HTTP request; without any it is the HTTP request.
+func (f *bodyFilter) copy(n int, path []int) {
+	end := f.in.Remaining() - n
+	for !f.bad && f.in.Remaining() > end {
+		tag := f.uvarint()
+		number := int(tag >> 3)
+		switch protowire.Type(tag & 7) {
+		case protowire.VarintType:
+			f.out.b = protowire.AppendVarint(protowire.AppendVarint(f.out.b, tag), f.uvarint())
+		case protowire.Fixed32Type:
+			f.out.b = protowire.AppendVarint(f.out.b, tag)
+			f.take(4)
+		case protowire.Fixed64Type:
+			f.out.b = protowire.AppendVarint(f.out.b, tag)
+			f.take(8)
+		case protowire.BytesType:
+			size := f.uvarint()
+			if f.bad || size > uint64(f.in.Remaining()-end) {
+				f.bad = true
+				return
+			}
+			switch {
+			case len(path) == 0 && (number == httpBody || number == httpRawBody):
+				_, err := f.in.Discard(int(size))
+				f.bad = f.bad || err != nil
+			case len(path) > 0 && number == path[0]:
+				at := f.out.open(protowire.Number(number))
+				f.copy(int(size), path[1:])
+				f.out.close(at)
+			default:
+				f.out.b = protowire.AppendVarint(protowire.AppendVarint(f.out.b, tag), size)
+				f.take(int(size))
+			}
+		default: // groups, which no field is
+			f.bad = true
+		}
+	}
+	f.bad = f.bad || f.in.Remaining() < end // a field that is cut has taken of what is after the message
+}
+
+// The fields of an HTTP request that hold its body.
+const (
+	httpBody    = 11
+	httpRawBody = 12
+)
+
+// take copies n bytes.
+func (f *bodyFilter) take(n int) {
+	at := len(f.out.b)
+	f.out.b = slices.Grow(f.out.b, n)[:at+n]
+	if _, err := io.ReadFull(f.in, f.out.b[at:]); err != nil {
+		f.bad = true
+	}
+}
+
+func (f *bodyFilter) uvarint() uint64 {
+	v, err := binary.ReadUvarint(f.in)
+	f.bad = f.bad || err != nil
+	return v
 }
 
 // parse is read, from the wire. Its error is errNoHTTP or errNoCheck.

@@ -55,7 +55,7 @@ limits: [{name: strict, rate: 1/d, match: {paths: [/strict]}}]
 		}
 		return strings.Join(said, "\n")
 	}
-	await(t, func() bool { return strings.Count(logged(), "\n") == 3 })
+	proxy.Stop() // which writes what it still holds
 	if want := `sluice=unmatched limit=- remaining=-
 sluice=exempt limit=- remaining=-
 sluice=allowed limit=strict remaining=0
