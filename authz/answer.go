@@ -21,6 +21,7 @@ const (
 	deny                   // a 429
 	refuse                 // a 5xx: not the client's fault
 	delegate               // an error, which Envoy's failure_mode_allow judges
+	hangUp                 // an error that nobody sees
 )
 
 // manners holds every outcome's. What the outcomes are called in metadata, metrics and logs is their String.
@@ -34,6 +35,7 @@ var manners = map[limiter.Outcome]manner{
 	limiter.FailedClosed: refuse,
 	limiter.Invalid:      refuse,
 	limiter.Delegated:    delegate,
+	limiter.Canceled:     hangUp,
 }
 
 // The fields of an answer that are written. Their numbers are envoy/service/auth/v3/external_auth.proto's.
@@ -67,6 +69,8 @@ func (s *Server) answer(v *verdict) (*reply, error) {
 		s.deny(e, v)
 	case delegate:
 		return nil, status.Error(codes.Unavailable, "the store of the rate limiter does not answer")
+	case hangUp:
+		return nil, status.Error(codes.Canceled, "the caller hung up")
 	default:
 		s.refuse(e, v)
 	}
@@ -77,13 +81,19 @@ func (s *Server) pass(e *encoder, v *verdict) {
 	e.close(e.open(statusField)) // its code is 0
 	shadows := denyingShadows(&v.decision)
 	ok := e.open(okField)
+	isSet := false
 	if len(shadows) > 0 {
-		e.header(okUpstreamHeaders, "x-sluice-shadow", strings.Join(shadows, ","))
+		names := strings.Join(shadows, ",")
+		if isSet = hasRoom(v.wire, shadowHeader, names); isSet {
+			e.header(okUpstreamHeaders, shadowHeader, names)
+		}
 	}
 	if v.request != nil {
+		// A client's own headers of this kind are removed even from a request that Envoy then refuses, since it still has too many
+		// headers: passing them on would be worse, and nobody else's request is concerned. The shipped chain has removed them before.
 		for name := range v.request.Headers {
 			// What is removed beats what is set, so one that is set, and so replaced, is not removed.
-			if strings.HasPrefix(name, "x-sluice-") && (len(shadows) == 0 || name != "x-sluice-shadow") {
+			if strings.HasPrefix(name, "x-sluice-") && (!isSet || name != shadowHeader) && isToken(name) {
 				e.text(okRemovedHeaders, name)
 			}
 		}
@@ -91,6 +101,33 @@ func (s *Server) pass(e *encoder, v *verdict) {
 	limitHeaders(e, okClientHeaders, v)
 	e.close(ok)
 	s.metadata(e, v, shadows)
+}
+
+// shadowHeader tells the upstream which shadow limits would have denied the request.
+const shadowHeader = "x-sluice-shadow"
+
+// Envoy's default bounds of a request's headers, max_headers_count and max_request_headers_kb. Since 1.37 it answers 500 where an
+// ext_authz server's changes leave more than that, also where the request had more from the start, since Envoy adds some of its own.
+const (
+	maxHeaderLines = 100
+	maxHeaderBytes = 60 << 10 // of names and values
+)
+
+// hasRoom reports whether Envoy can add a header to the request of a check. It is not asked where none is to be added.
+func hasRoom(wire, name, value string) bool {
+	lines, bytes := headerSize(wire)
+	return lines < maxHeaderLines && bytes+len(name)+len(value) <= maxHeaderBytes
+}
+
+// isToken reports whether a header's name is one by RFC 9110. All that Envoy passes on are.
+func isToken(name string) bool {
+	for i := 0; i < len(name); i++ {
+		c := name[i]
+		if (c < '0' || c > '9') && (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && strings.IndexByte("!#$%&'*+-.^_`|~", c) < 0 {
+			return false
+		}
+	}
+	return name != ""
 }
 
 func (s *Server) deny(e *encoder, v *verdict) {
@@ -253,9 +290,10 @@ func (s *Server) metadata(e *encoder, v *verdict, shadows []string) {
 			e.numberEntry("retry_after", float64(seconds(told.RetryAfter)))
 		}
 	} else {
-		e.textEntry("limit", "")
-		e.numberEntry("remaining", 0)
-		e.numberEntry("cost", 0)
+		// Of null Envoy's access log says "-".
+		e.nullEntry("limit")
+		e.nullEntry("remaining")
+		e.nullEntry("cost")
 		e.textEntry("source", sources[limiter.NoSource])
 	}
 	e.listEntry("shadow", shadows)

@@ -136,6 +136,8 @@ func spell(r *authv3.CheckResponse, err error) string {
 			b.WriteString(strconv.FormatFloat(v.NumberValue, 'f', -1, 64))
 		case *structpb.Value_ListValue:
 			fmt.Fprint(&b, v.ListValue.AsSlice())
+		case *structpb.Value_NullValue:
+			b.WriteString("null")
 		}
 	}
 	return b.String() + "\n"
@@ -156,7 +158,7 @@ func TestCheck(t *testing.T) {
 	}{
 		{"no limit applies", "", said{}, checkOf(), `status 0
 allow
-metadata cost=0 decision="unmatched" limit="" remaining=0 shadow=[] source="none"
+metadata cost=null decision="unmatched" limit=null remaining=null shadow=[] source="none"
 `},
 		{"allowed", one, said{ok(50, 30*time.Second, 600*time.Millisecond)}, checkOf(), `status 0
 allow
@@ -259,28 +261,28 @@ metadata cost=1 decision="allowed" limit="orders" remaining=99 shadow=[] source=
 `},
 		{"nothing but shadow, and the store does not answer", "mode: shadow\n" + one, said{failed}, checkOf(), `status 0
 allow
-metadata cost=0 decision="allowed" limit="" remaining=0 shadow=[] source="none"
+metadata cost=null decision="allowed" limit=null remaining=null shadow=[] source="none"
 `},
 		{"failed closed", one, said{failed}, checkOf(), `status 14
 deny 503
 client retry-after: 7
 client content-type: application/problem+json
 body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter could not decide about this request.","retry_after":7}
-metadata cost=0 decision="failed_closed" limit="" remaining=0 shadow=[] source="none"
+metadata cost=null decision="failed_closed" limit=null remaining=null shadow=[] source="none"
 `},
 		{"failed closed, by another status", "failure_status: 502\n" + one, said{failed}, checkOf(), `status 14
 deny 502
 client retry-after: 7
 client content-type: application/problem+json
 body {"title":"Rate Limiter Unavailable","status":502,"detail":"The rate limiter could not decide about this request.","retry_after":7}
-metadata cost=0 decision="failed_closed" limit="" remaining=0 shadow=[] source="none"
+metadata cost=null decision="failed_closed" limit=null remaining=null shadow=[] source="none"
 `},
 		{"failed closed, for a gRPC call", one, said{failed}, checkOf("content-type", "application/grpc"), `status 14
 deny 503
 client retry-after: 7
 client grpc-status: 14
 body The rate limiter could not decide about this request.
-metadata cost=0 decision="failed_closed" limit="" remaining=0 shadow=[] source="none"
+metadata cost=null decision="failed_closed" limit=null remaining=null shadow=[] source="none"
 `},
 		{"failed closed beside a limit that allows: no x-ratelimit", two, said{ok(3, 1, 1), failed}, checkOf(), `status 14
 deny 503
@@ -291,7 +293,7 @@ metadata cost=1 decision="failed_closed" limit="orders" remaining=3 shadow=[] so
 `},
 		{"failed open", "on_failure: allow\n" + one, said{failed}, checkOf(), `status 0
 allow
-metadata cost=0 decision="failed_open" limit="" remaining=0 shadow=[] source="none"
+metadata cost=null decision="failed_open" limit=null remaining=null shadow=[] source="none"
 `},
 		{"left to Envoy", "on_failure: delegate\n" + one, said{failed}, checkOf(), "error Unavailable\n"},
 		{"a panic", one, panics{}, checkOf(), `status 14
@@ -299,28 +301,28 @@ deny 503
 client retry-after: 7
 client content-type: application/problem+json
 body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter could not decide about this request.","retry_after":7}
-metadata cost=0 decision="failed_closed" limit="" remaining=0 shadow=[] source="none"
+metadata cost=null decision="failed_closed" limit=null remaining=null shadow=[] source="none"
 `},
 		{"a mistake of the config", `limits: [{name: a, rate: 1/s, key: 'request.path.split("?")[1]'}]`, said{}, checkOf(), `status 14
 deny 503
 client retry-after: 7
 client content-type: application/problem+json
 body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter could not decide about this request.","retry_after":7}
-metadata cost=0 decision="invalid" limit="" remaining=0 shadow=[] source="none"
+metadata cost=null decision="invalid" limit=null remaining=null shadow=[] source="none"
 `},
 		{"no HTTP in it", one, said{}, &authv3.CheckRequest{}, `status 14
 deny 503
 client retry-after: 7
 client content-type: application/problem+json
 body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter could not decide about this request.","retry_after":7}
-metadata cost=0 decision="invalid" limit="" remaining=0 shadow=[] source="none"
+metadata cost=null decision="invalid" limit=null remaining=null shadow=[] source="none"
 `},
 		{"nothing at all", one, said{}, nil, `status 14
 deny 503
 client retry-after: 7
 client content-type: application/problem+json
 body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter could not decide about this request.","retry_after":7}
-metadata cost=0 decision="invalid" limit="" remaining=0 shadow=[] source="none"
+metadata cost=null decision="invalid" limit=null remaining=null shadow=[] source="none"
 `},
 	} {
 		s, _, logs := newServer(t, tt.config, tt.store)
@@ -363,6 +365,7 @@ func TestMetrics(t *testing.T) {
 # HELP sluice_checks_total Checks, by how they ended.
 # TYPE sluice_checks_total counter
 sluice_checks_total{decision="allowed"} 2
+sluice_checks_total{decision="canceled"} 0
 sluice_checks_total{decision="delegated"} 0
 sluice_checks_total{decision="exempt"} 0
 sluice_checks_total{decision="failed_closed"} 2
@@ -562,5 +565,22 @@ func TestCallerIsGone(t *testing.T) {
 	cancel()
 	if r, err := s.Check(ctx, checkOf()); err != nil || codes.Code(r.GetStatus().GetCode()) != codes.OK {
 		t.Error(r, err)
+	}
+}
+
+// A caller who hung up before the store answered was refused nothing: the check is counted as canceled, and neither logged nor shown as a
+// denial.
+func TestCallerHungUp(t *testing.T) {
+	s, registry, logs := newServer(t, "limits: [{name: a, rate: 1/s}]", said{{Err: &limiter.StoreError{Kind: limiter.KindOther, Err: context.Canceled}}})
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := s.Check(ctx, checkOf()); status.Code(err) != codes.Canceled {
+		t.Error(err)
+	}
+	if n := testutil.ToFloat64(s.report.checks[limiter.Canceled]); n != 1 || logs.Len() != 0 || len(s.report.last.told()) != 0 {
+		t.Errorf("%v canceled; logged %v; denials %v", n, logs.All(), s.report.last.told())
+	}
+	if n, err := testutil.GatherAndCount(registry, "sluice_checks_total"); err != nil || n != len(limiter.Outcomes) {
+		t.Errorf("%d decisions, %v", n, err)
 	}
 }

@@ -3,12 +3,15 @@ package authz
 import (
 	"context"
 	"errors"
+	"maps"
+	"slices"
 	"testing"
 	"time"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
 	"github.com/google/go-cmp/cmp"
+	"google.golang.org/grpc/mem"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/testing/protocmp"
 	"google.golang.org/protobuf/types/known/structpb"
@@ -66,6 +69,7 @@ func agree(t interface{ Errorf(string, ...any) }, wire []byte) (isCheck, isQuick
 func TestParseAgrees(t *testing.T) {
 	text := rapid.OneOf(rapid.StringN(0, 20, -1), rapid.SampledFrom([]string{"", "x", "/v1/orders?page=2", string(make([]byte, 300))}))
 	texts := rapid.MapOfN(text, text, 0, 20)
+	name := rapid.OneOf(text, rapid.SampledFrom([]string{"a", "A", "cookie", "Cookie", "x-api-key"}))
 	quick := 0
 	rapid.Check(t, func(t *rapid.T) {
 		maybe := func(what string) bool { return rapid.IntRange(0, 9).Draw(t, what) > 0 }
@@ -108,8 +112,18 @@ func TestParseAgrees(t *testing.T) {
 						Scheme: text.Draw(t, "scheme"), Query: text.Draw(t, "query"), Fragment: "f", Size: rapid.Int64().Draw(t, "size"),
 						Protocol: text.Draw(t, "protocol"), Body: text.Draw(t, "body"), RawBody: []byte("\xff"),
 					}
-					if seldom("raw") {
-						a.Request.Http.HeaderMap = &corev3.HeaderMap{Headers: []*corev3.HeaderValue{{Key: "A", RawValue: []byte("b")}, {Key: "a", Value: "c"}}}
+					if rapid.Bool().Draw(t, "raw") {
+						if maybe("raw only") {
+							a.Request.Http.Headers = nil
+						}
+						a.Request.Http.HeaderMap = &corev3.HeaderMap{}
+						for range rapid.IntRange(0, 20).Draw(t, "lines") {
+							line := &corev3.HeaderValue{Key: name.Draw(t, "name"), RawValue: []byte(rapid.StringN(0, 20, -1).Draw(t, "value") + "\xff")}
+							if seldom("sanitised") {
+								line.Value, line.RawValue = text.Draw(t, "value"), nil
+							}
+							a.Request.Http.HeaderMap.Headers = append(a.Request.Http.HeaderMap.Headers, line)
+						}
 					}
 				}
 			}
@@ -135,6 +149,40 @@ func TestParseAgrees(t *testing.T) {
 	}
 }
 
+// Without its body a check is what it was else, in however many buffers it comes; what is cut is no check with it and without.
+func TestWithoutBody(t *testing.T) {
+	for _, isRaw := range []bool{false, true} {
+		check := asEnvoySends(isRaw)
+		write := proto.MarshalOptions{Deterministic: true} // maps are in one order
+		bare, err := write.Marshal(check)
+		if err != nil {
+			t.Fatal(err)
+		}
+		check.Attributes.Request.Http.Body, check.Attributes.Request.Http.RawBody = "some body", []byte("\xff\xfe")
+		wire, err := write.Marshal(check)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for size := 1; size <= len(wire); size = size*3/2 + 1 {
+			var data mem.BufferSlice
+			for chunk := range slices.Chunk(wire, size) {
+				data = append(data, mem.SliceBuffer(chunk))
+			}
+			if got := withoutBody(data); got != string(bare) {
+				t.Fatalf("in buffers of %d bytes: %q\nwant %q", size, got, bare)
+			}
+		}
+		for end := range wire {
+			var with, without authv3.CheckRequest
+			cut := wire[:end]
+			err := proto.Unmarshal([]byte(withoutBody(mem.BufferSlice{mem.SliceBuffer(cut)})), &without)
+			if (err == nil) != (proto.Unmarshal(cut, &with) == nil) {
+				t.Errorf("cut to %d bytes: %v", end, err)
+			}
+		}
+	}
+}
+
 // Bytes of any form, as whoever reaches the socket may send them.
 func FuzzParseCheck(f *testing.F) {
 	check := checkOf()
@@ -146,19 +194,79 @@ func FuzzParseCheck(f *testing.F) {
 	f.Add(wire)
 	f.Add([]byte("\x0a\x04\x0a\x02\x0a\x00"))
 	f.Add([]byte("\x0a\x02\x22\x00"))
-	f.Fuzz(func(t *testing.T, wire []byte) { agree(t, wire) })
+	f.Fuzz(func(t *testing.T, wire []byte) {
+		if _, isQuick := agree(t, wire); !isQuick {
+			return // groups are read by the generated code only
+		}
+		with, err := parse(string(wire))
+		without, err2 := parse(withoutBody(mem.BufferSlice{mem.SliceBuffer(wire)}))
+		if err == nil && (err2 != nil || !cmp.Equal(with, without, protocmp.Transform())) {
+			t.Errorf("%q without its body: %v, %s", wire, err2, cmp.Diff(with, without, protocmp.Transform()))
+		}
+	})
 }
 
-// BenchmarkParse reads a check as the generated code does, and from the wire.
+// asEnvoySends is a browser's request as the shipped chain has Envoy send it: header by header and with metadata, which are empty. With
+// isRaw false it is what Envoy sends without encode_raw_headers.
+func asEnvoySends(isRaw bool) *authv3.CheckRequest {
+	check := checkOf(
+		":authority", "shop.example.com", ":path", "/v1/orders?page=2", ":method", "GET", ":scheme", "https",
+		"user-agent", "Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/140.0.0.0 Safari/537.36",
+		"accept", "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8", "accept-encoding", "gzip, deflate, br, zstd",
+		"accept-language", "en-GB,en;q=0.9", "cookie", "session=0123456789abcdef0123456789abcdef; theme=dark", "referer", "https://shop.example.com/",
+		"sec-ch-ua-platform", `"Linux"`, "sec-fetch-mode", "navigate", "x-api-key", "0123456789abcdef0123456789abcdef",
+		"x-request-id", "b4bda79a-8746-42bd-a76b-a81165877d54", "x-forwarded-for", "203.0.113.7", "x-forwarded-proto", "https",
+		"x-envoy-external-address", "203.0.113.7",
+	)
+	a := check.GetAttributes()
+	a.Destination = address("10.0.0.2", 8443)
+	a.MetadataContext, a.RouteMetadataContext = &corev3.Metadata{}, &corev3.Metadata{}
+	a.Request.Time = timestamppb.New(time.Unix(1_700_000_000, 5))
+	http := a.Request.Http
+	http.Path, http.Id = "/v1/orders?page=2", "8214536076756794993"
+	if isRaw {
+		http.HeaderMap = &corev3.HeaderMap{}
+		for _, name := range slices.Sorted(maps.Keys(http.Headers)) {
+			http.HeaderMap.Headers = append(http.HeaderMap.Headers, &corev3.HeaderValue{Key: name, RawValue: []byte(http.Headers[name])})
+		}
+		http.Headers = nil
+	}
+	return check
+}
+
+// What Envoy sends is read quickly in either form, and alike.
+func TestParseIsQuick(t *testing.T) {
+	var read [2]*policy.Request
+	for i, isRaw := range []bool{false, true} {
+		wire, err := proto.Marshal(asEnvoySends(isRaw))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, quick := agree(t, wire); !quick {
+			t.Errorf("with header_map %v, it is not read quickly", isRaw)
+		}
+		if read[i], err = parse(string(wire)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if diff := cmp.Diff(read[0], read[1]); diff != "" {
+		t.Error(diff)
+	}
+}
+
+// BenchmarkParse reads a check as the generated code does, and from the wire, with headers and with header_map.
 //
 //	go test ./authz -run '^$' -bench Parse
 func BenchmarkParse(b *testing.B) {
-	wire, err := proto.Marshal(checkOf())
+	for name, isRaw := range map[string]bool{"headers": false, "header_map": true} {
+		b.Run(name, func(b *testing.B) { benchmarkParse(b, asEnvoySends(isRaw)) })
+	}
+}
+
+func benchmarkParse(b *testing.B, check *authv3.CheckRequest) {
+	wire, err := proto.Marshal(check)
 	if err != nil {
 		b.Fatal(err)
-	}
-	if _, quick := agree(b, wire); !quick {
-		b.Fatal("an ordinary check is not read quickly")
 	}
 	b.Run("generated", func(b *testing.B) {
 		b.ReportAllocs()

@@ -22,7 +22,7 @@ deny 503
 client retry-after: 7
 client content-type: application/problem+json
 body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter could not decide about this request.","retry_after":7}
-metadata cost=0 decision="invalid" limit="" remaining=0 shadow=[] source="none"
+metadata cost=null decision="invalid" limit=null remaining=null shadow=[] source="none"
 `
 	const allowed = `status 0
 allow
@@ -32,7 +32,7 @@ client x-ratelimit-reset: 1
 metadata cost=1 decision="allowed" limit="b" remaining=5 shadow=[] source="redis"
 `
 	nothing := func(decision string) string {
-		return "status 0\nallow\nmetadata cost=0 decision=\"" + decision + "\" limit=\"\" remaining=0 shadow=[] source=\"none\"\n"
+		return "status 0\nallow\nmetadata cost=null decision=\"" + decision + "\" limit=null remaining=null shadow=[] source=\"none\"\n"
 	}
 	five := said{ok(5, time.Second, 1)}
 	for _, tt := range []struct {

@@ -84,7 +84,7 @@ func (d *denials) note(v *verdict, now time.Time) {
 		like.key = limit + "\n" + field
 	}
 	request, large := v.request, (*shown)(nil)
-	if request != nil && v.size > largestKept {
+	if request != nil && len(v.wire) > largestKept {
 		request, large = nil, show(request).clone()
 	}
 	hash := like.hash()

@@ -1,7 +1,9 @@
 package authz
 
 import (
+	"context"
 	"errors"
+	"fmt"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -9,6 +11,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/sluiceproxy/sluice/limiter"
 	"github.com/sluiceproxy/sluice/limiter/policy"
@@ -24,6 +28,7 @@ type report struct {
 	checks   []prometheus.Counter // by outcome
 	seconds  prometheus.Histogram
 	panics   prometheus.Counter
+	tooLarge prometheus.Counter
 	mistakes *prometheus.CounterVec
 
 	limits *limitTable
@@ -78,6 +83,10 @@ func newReport(log *zap.Logger, metrics prometheus.Registerer) *report {
 		panics: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "sluice_panics_total", Help: "Checks that a mistake in sluice itself ended; each was refused.",
 		}),
+		tooLarge: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "sluice_checks_too_large_total",
+			Help: fmt.Sprintf("Total number of checks above %d MiB, which got no decision.", maxMessage>>20),
+		}),
 		mistakes: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "sluice_config_mistakes_total", Help: "Checks that showed a mistake of the config; such are refused, but for a shadow limit's.",
 		}, []string{"limit", "field"}),
@@ -87,7 +96,7 @@ func newReport(log *zap.Logger, metrics prometheus.Registerer) *report {
 	for _, o := range limiter.Outcomes {
 		r.checks = append(r.checks, checks.WithLabelValues(o.String()))
 	}
-	metrics.MustRegister(checks, r.seconds, r.panics, r.mistakes)
+	metrics.MustRegister(checks, r.seconds, r.panics, r.tooLarge, r.mistakes)
 	return r
 }
 
@@ -120,7 +129,9 @@ func (r *report) checked(v *verdict, began time.Time) {
 	for i := range d.Charges {
 		c, told := &d.Charges[i], &d.Verdicts[i]
 		if told.Err != nil {
-			r.failed(c, told)
+			if !errors.Is(told.Err, context.Canceled) {
+				r.failed(c, told)
+			}
 			continue
 		}
 		if !told.Known() {
@@ -138,7 +149,7 @@ func (r *report) checked(v *verdict, began time.Time) {
 	for _, m := range v.mistakes {
 		r.mistaken(m)
 	}
-	if !passed {
+	if !passed && d.Outcome != limiter.Canceled {
 		r.last.note(v, now)
 	}
 }
@@ -227,6 +238,16 @@ func (r *report) mistaken(err error) {
 	if !known {
 		r.log.Error("a mistake of the config: "+effect+" (said once)", zap.String("limit", limit), zap.String("field", field), zap.Error(err))
 	}
+}
+
+// notRead counts and logs a check that gRPC did not read, as it is larger than maxMessage. What ends it otherwise is the caller's doing.
+func (r *report) notRead(err error) {
+	if status.Code(err) != codes.ResourceExhausted {
+		return
+	}
+	r.tooLarge.Inc()
+	r.seldom.Warn(fmt.Sprintf("a check above %d MiB got no decision, so that failure_mode_allow of Envoy's ext_authz filter decides about the request: "+
+		"remove with_request_body there, since sluice reads no body, or lower its max_request_bytes", maxMessage>>20))
 }
 
 // panicked counts and logs a panic. What the panic says may hold what a client sent, so only its type is logged, and where it was.

@@ -60,7 +60,7 @@ func silent() *grpc.ServiceDesc {
 			if err := decode(asked); err != nil {
 				return nil, err
 			}
-			v := verdict{config: s.(*Server).config.Load(), size: len(asked.wire)}
+			v := verdict{config: s.(*Server).config.Load(), wire: asked.wire}
 			if err := s.(*Server).decide(ctx, asked, time.Time{}, &v); err != nil {
 				return nil, err
 			}

@@ -3,6 +3,8 @@ package authz
 import (
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 	"time"
 
@@ -33,13 +35,13 @@ func read(check *authv3.CheckRequest) (*policy.Request, error) {
 		Host:        http.GetHost(),
 		Path:        http.GetPath(),
 		Protocol:    http.GetProtocol(),
-		Headers:     headers(http),
 		Source:      peer(attributes.GetSource()),
 		Destination: peer(attributes.GetDestination()),
 		Context:     attributes.GetContextExtensions(),
 		Metadata:    attributes.GetMetadataContext().GetFilterMetadata(),
 		Time:        attributes.GetRequest().GetTime().AsTime(),
 	}
+	setHeaders(r, http)
 	return r, nil
 }
 
@@ -53,10 +55,16 @@ func ParseRequest(text []byte) (*policy.Request, error) {
 	if err != nil {
 		return nil, err
 	}
-	names := r.Headers
-	r.Headers = make(map[string]string, len(names))
-	for name, value := range names {
-		r.Headers[strings.ToLower(name)] = value // as Envoy writes them, who else may not
+	if http := check.GetAttributes().GetRequest().GetHttp(); len(http.GetHeaderMap().GetHeaders()) == 0 {
+		// Envoy's names are in lower case; those of a file that people wrote need not be.
+		r.Headers = make(map[string]string, len(http.GetHeaders()))
+		r.SetHeaders(func(yield func(name, value string) bool) {
+			for _, name := range slices.Sorted(maps.Keys(http.GetHeaders())) {
+				if !yield(name, http.GetHeaders()[name]) {
+					return
+				}
+			}
+		})
 	}
 	if check.GetAttributes().GetRequest().GetTime() == nil {
 		r.Time = time.Now()
@@ -64,29 +72,29 @@ func ParseRequest(text []byte) (*policy.Request, error) {
 	return r, nil
 }
 
-// headers are a check's: Envoy puts them into headers, or with encode_raw_headers into header_map, there with their duplicates and
-// bytes as sent. Both come out the same: names in lower case, a header that was sent twice as one, joined by ",".
-func headers(http *authv3.AttributeContext_HttpRequest) map[string]string {
+// setHeaders reads a check's headers: Envoy puts them into headers, with the values of a header that was sent several times
+// joined by ",", or with encode_raw_headers into header_map, line by line. If both are there, header_map takes precedence.
+func setHeaders(r *policy.Request, http *authv3.AttributeContext_HttpRequest) {
+	r.Headers = http.GetHeaders()
 	raw := http.GetHeaderMap().GetHeaders()
 	if len(raw) == 0 {
-		return http.GetHeaders() // in this form already
+		return
 	}
-	all := make(map[string]string, len(raw)+len(http.GetHeaders()))
-	for k, v := range http.GetHeaders() {
-		all[strings.ToLower(k)] = v
+	r.Headers = make(map[string]string, len(raw)+len(http.GetHeaders()))
+	for name, value := range http.GetHeaders() {
+		r.Headers[strings.ToLower(name)] = value
 	}
-	seen := make(map[string]bool, len(raw))
-	for _, h := range raw {
-		name, value := strings.ToLower(h.GetKey()), h.GetValue()
-		if value == "" {
-			value = string(h.GetRawValue())
+	r.SetHeaders(func(yield func(name, value string) bool) {
+		for _, line := range raw {
+			value := line.GetValue()
+			if value == "" {
+				value = string(line.GetRawValue())
+			}
+			if !yield(line.GetKey(), value) {
+				return
+			}
 		}
-		if seen[name] {
-			value = all[name] + "," + value
-		}
-		all[name], seen[name] = value, true
-	}
-	return all
+	})
 }
 
 // peer is one end of a connection. A pipe has no address.

@@ -2,6 +2,7 @@ package authz
 
 import (
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -29,7 +30,7 @@ func BenchmarkSeen(b *testing.B) {
 				if told.Allowed {
 					outcome = limiter.Allowed
 				}
-				verdicts[i] = verdict{config: config, request: request, size: 1000, decision: limiter.Decision{
+				verdicts[i] = verdict{config: config, request: request, wire: strings.Repeat(" ", 1000), decision: limiter.Decision{
 					Outcome:  outcome,
 					Charges:  []limiter.Charge{{Limit: limit, Bucket: bucket, Key: fmt.Sprintf("sluice:default:a:{=9.10.0.0.%d}", i), Cost: 1}},
 					Verdicts: []limiter.Verdict{told},

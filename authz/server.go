@@ -27,9 +27,10 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/policy"
 )
 
-// The bounds of what a connection may send. Envoy's headers are at most 60 kB by default, and some more in a check.
+// The bounds of what a connection may send. Envoy's headers are at most 60 kB by default, and some more in a check; with_request_body
+// adds as much of the body as it says, which is not kept (withoutBody).
 const (
-	maxMessage = 1 << 20  // bytes of a check
+	maxMessage = 16 << 20 // bytes of a check
 	maxHeaders = 16 << 10 // bytes of the gRPC call's own headers
 	maxStreams = 4096     // checks at once on one connection; Envoy then opens another
 
@@ -110,7 +111,6 @@ func transport() []grpc.ServerOption {
 		grpc.NumStreamWorkers(streamWorkers),
 		grpc.StaticStreamWindowSize(streamWindow),
 		grpc.StaticConnWindowSize(connWindow),
-		grpc.SharedWriteBuffer(true), // an idle connection holds none
 		grpc.ConnectionTimeout(handshake),
 		grpc.ForceServerCodecV2(newCodec()),
 		// Envoy's keepalive pings are at intervals that grpc-go would by default answer by closing the connection.
@@ -130,12 +130,14 @@ var service = grpc.ServiceDesc{
 		MethodName: "Check",
 		// It counts its calls itself: an interceptor would cost each check a closure and a description of the method.
 		Handler: func(s any, ctx context.Context, decode func(any) error, _ grpc.UnaryServerInterceptor) (any, error) {
-			asked := new(question)
-			if err := decode(asked); err != nil {
-				return nil, err
-			}
 			calls := s.(*Server).calls.check
 			calls.started.Inc()
+			asked := new(question)
+			if err := decode(asked); err != nil {
+				s.(*Server).report.notRead(err)
+				calls.ended(err)
+				return nil, err
+			}
 			answer, err := s.(*Server).check(ctx, asked)
 			calls.ended(err)
 			return answer, err
@@ -148,10 +150,10 @@ var service = grpc.ServiceDesc{
 // panic.
 func (s *Server) check(ctx context.Context, asked *question) (answer *reply, err error) {
 	began := time.Now()
-	v := verdict{config: s.config.Load(), size: len(asked.wire)}
+	v := verdict{config: s.config.Load(), wire: asked.wire}
 	defer func() {
 		if p := recover(); p != nil {
-			v = verdict{config: v.config, request: v.request, size: v.size, span: v.span, decision: limiter.Decision{Outcome: limiter.FailedClosed, Telling: -1}}
+			v = verdict{config: v.config, request: v.request, wire: v.wire, span: v.span, decision: limiter.Decision{Outcome: limiter.FailedClosed, Telling: -1}}
 			s.report.panicked(fmt.Sprintf("%T", p), debug.Stack())
 			answer, err = s.answer(&v)
 		}
@@ -167,7 +169,7 @@ func (s *Server) check(ctx context.Context, asked *question) (answer *reply, err
 type verdict struct {
 	config    *policy.Config  // by which it is answered, whatever comes after
 	request   *policy.Request // nil where the check held none
-	size      int             // of the check in bytes, which its request's texts keep in memory
+	wire      string          // the check, which its request's texts are parts of
 	decision  limiter.Decision
 	unlimited []*limiter.Limit // that apply, and have no bucket
 	mistakes  []error          // of the config, that the check shows

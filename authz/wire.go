@@ -2,11 +2,14 @@ package authz
 
 import (
 	"encoding/binary"
+	"io"
 	"math"
+	"slices"
 	"strings"
 	"time"
 	"unicode/utf8"
 
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
 	"google.golang.org/grpc/encoding"
 	"google.golang.org/grpc/encoding/proto"
@@ -46,6 +49,10 @@ func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
 	if !ok {
 		return c.CodecV2.Unmarshal(data, v)
 	}
+	if data.Len() > maxWhole {
+		q.wire = withoutBody(data)
+		return nil
+	}
 	var wire strings.Builder // the buffers are gRPC's again after this
 	wire.Grow(data.Len())
 	for _, b := range data {
@@ -53,6 +60,90 @@ func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
 	}
 	q.wire = wire.String()
 	return nil
+}
+
+// maxWhole is the size of a check, in bytes, above which its body is left out. Envoy's own bound of headers is 60 KiB, and a check is
+// hardly ever larger but for a body.
+const maxWhole = 128 << 10
+
+// withoutBody returns a check without the request's body, which with_request_body adds and nothing here reads. What is not a check
+// comes out as what is not one either.
+func withoutBody(data mem.BufferSlice) string {
+	r := bodyFilter{in: data.Reader()}
+	defer func() { _ = r.in.Close() }()
+	r.copy(data.Len(), []int{1, 4, 2}) // attributes, request, http
+	if r.bad {
+		return "\x00" // no message begins so
+	}
+	return string(r.out.b)
+}
+
+// bodyFilter copies a check, but for its body, buffer by buffer.
+type bodyFilter struct {
+	in  *mem.Reader
+	out encoder
+	bad bool
+}
+
+// copy copies a message of n bytes. path has the fields that lead from it to the HTTP request; without any it is the HTTP request.
+func (f *bodyFilter) copy(n int, path []int) {
+	end := f.in.Remaining() - n
+	for !f.bad && f.in.Remaining() > end {
+		tag := f.uvarint()
+		number := int(tag >> 3)
+		switch protowire.Type(tag & 7) {
+		case protowire.VarintType:
+			f.out.b = protowire.AppendVarint(protowire.AppendVarint(f.out.b, tag), f.uvarint())
+		case protowire.Fixed32Type:
+			f.out.b = protowire.AppendVarint(f.out.b, tag)
+			f.take(4)
+		case protowire.Fixed64Type:
+			f.out.b = protowire.AppendVarint(f.out.b, tag)
+			f.take(8)
+		case protowire.BytesType:
+			size := f.uvarint()
+			if f.bad || size > uint64(f.in.Remaining()-end) {
+				f.bad = true
+				return
+			}
+			switch {
+			case len(path) == 0 && (number == httpBody || number == httpRawBody):
+				_, err := f.in.Discard(int(size))
+				f.bad = f.bad || err != nil
+			case len(path) > 0 && number == path[0]:
+				at := f.out.open(protowire.Number(number))
+				f.copy(int(size), path[1:])
+				f.out.close(at)
+			default:
+				f.out.b = protowire.AppendVarint(protowire.AppendVarint(f.out.b, tag), size)
+				f.take(int(size))
+			}
+		default: // groups, which no field is
+			f.bad = true
+		}
+	}
+	f.bad = f.bad || f.in.Remaining() < end // a field that is cut has taken of what is after the message
+}
+
+// The fields of an HTTP request that hold its body.
+const (
+	httpBody    = 11
+	httpRawBody = 12
+)
+
+// take copies n bytes.
+func (f *bodyFilter) take(n int) {
+	at := len(f.out.b)
+	f.out.b = slices.Grow(f.out.b, n)[:at+n]
+	if _, err := io.ReadFull(f.in, f.out.b[at:]); err != nil {
+		f.bad = true
+	}
+}
+
+func (f *bodyFilter) uvarint() uint64 {
+	v, err := binary.ReadUvarint(f.in)
+	f.bad = f.bad || err != nil
+	return v
 }
 
 // parse is read, from the wire. Its error is errNoHTTP or errNoCheck.
@@ -72,9 +163,9 @@ func parse(wire string) (*policy.Request, error) {
 }
 
 // quickly reads what nearly all checks are made of. It reports whether there was an HTTP request, and not ok where the check is malformed,
-// or has what it does not read: metadata, raw headers, a pipe's address.
+// or has what it does not read: a pipe's address, and a message that came in two pieces, which would have to be merged.
 func quickly(wire string, r *policy.Request) (hasHTTP, ok bool) {
-	hasTime := false
+	hasTime, hasMetadata := false, false
 	check := message{rest: wire}
 	for check.next() {
 		if check.number != 1 { // attributes
@@ -92,10 +183,11 @@ func quickly(wire string, r *policy.Request) (hasHTTP, ok bool) {
 				for request.next() {
 					switch request.number {
 					case 1:
-						check.bad = check.bad || hasTime // two would have to be merged
+						check.bad = check.bad || hasTime
 						hasTime = true
 						check.join(quickTime(request.inner(), &r.Time))
 					case 2:
+						check.bad = check.bad || hasHTTP
 						hasHTTP = true
 						check.join(quickHTTP(request.inner(), r))
 					}
@@ -103,8 +195,10 @@ func quickly(wire string, r *policy.Request) (hasHTTP, ok bool) {
 				check.join(request)
 			case 10: // context_extensions
 				attributes.entry(&r.Context)
-			case 11: // metadata_context
-				return false, false
+			case 11: // metadata_context, which Envoy always sends and which is mostly empty
+				check.bad = check.bad || hasMetadata
+				hasMetadata = true
+				check.join(quickMetadata(attributes.inner(), r))
 			}
 		}
 		check.join(attributes)
@@ -156,7 +250,21 @@ func quickTime(stamp message, to *time.Time) message {
 	return stamp
 }
 
+// quickMetadata leaves metadata to the generated code: its values are of many types.
+func quickMetadata(metadata message, r *policy.Request) message {
+	if metadata.bad || metadata.rest == "" {
+		return metadata
+	}
+	var read corev3.Metadata
+	if err := protobuf.Unmarshal([]byte(metadata.rest), &read); err != nil {
+		return message{bad: true}
+	}
+	r.Metadata = read.GetFilterMetadata()
+	return metadata
+}
+
 func quickHTTP(http message, r *policy.Request) message {
+	hasRaw := false
 	for http.next() {
 		switch http.number {
 		case 2:
@@ -165,6 +273,7 @@ func quickHTTP(http message, r *policy.Request) message {
 			if r.Headers == nil {
 				r.Headers = make(map[string]string, 16) // what a browser's request has
 			}
+			http.bad = http.bad || hasRaw
 			http.entry(&r.Headers)
 		case 4:
 			r.Path = http.text()
@@ -174,11 +283,119 @@ func quickHTTP(http message, r *policy.Request) message {
 			r.Scheme = http.text()
 		case 10:
 			r.Protocol = http.text()
-		case 13: // header_map
-			return message{bad: true}
+		case 13: // header_map, which Envoy sends in the place of headers
+			http.bad = http.bad || hasRaw || r.Headers != nil
+			hasRaw = true
+			http.join(quickHeaders(http.inner(), r))
 		}
 	}
 	return http
+}
+
+// quickHeaders reads a header_map, which has an element for each header line.
+func quickHeaders(list message, r *policy.Request) message {
+	lines, counted := 0, list
+	for counted.next() {
+		lines++
+	}
+	if lines == 0 {
+		return counted
+	}
+	r.Headers = make(map[string]string, lines)
+	isRepeated := false
+	rest := list
+	for rest.next() {
+		if rest.number != 1 {
+			continue
+		}
+		name, value, line := rest.headerLine()
+		counted.join(line)
+		before := len(r.Headers)
+		r.Headers[name] = value
+		isRepeated = isRepeated || len(r.Headers) == before
+	}
+	if !isRepeated || counted.bad {
+		return counted
+	}
+	clear(r.Headers)
+	r.SetHeaders(func(yield func(name, value string) bool) {
+		rest := list
+		for rest.next() {
+			if rest.number != 1 {
+				continue
+			}
+			if name, value, _ := rest.headerLine(); !yield(name, value) {
+				return
+			}
+		}
+	})
+	return counted
+}
+
+// headerLine reads the HeaderValue that the field is: its name, in lower case, and its value, which Envoy writes as bytes.
+func (m *message) headerLine() (name, value string, line message) {
+	line = m.inner()
+	raw := ""
+	for line.next() {
+		switch line.number {
+		case 1:
+			name = line.text()
+		case 2:
+			value = line.text()
+		case 3:
+			raw = line.data()
+		}
+	}
+	if value == "" {
+		value = raw
+	}
+	return strings.ToLower(name), value, line
+}
+
+// headerSize returns how many header lines the request of a check has in Envoy, and the bytes of their names and values. Where the
+// check holds headers already joined it is the most that these can be: each comma may have joined two lines.
+func headerSize(wire string) (lines, bytes int) {
+	check := message{rest: wire}
+	for check.next() {
+		if check.number != 1 { // attributes
+			continue
+		}
+		attributes := check.inner()
+		for attributes.next() {
+			if attributes.number != 4 { // request
+				continue
+			}
+			request := attributes.inner()
+			for request.next() {
+				if request.number != 2 { // http
+					continue
+				}
+				l, b := sizeOfHeaders(request.inner())
+				lines, bytes = lines+l, bytes+b
+			}
+		}
+	}
+	return lines, bytes
+}
+
+func sizeOfHeaders(http message) (lines, bytes int) {
+	for http.next() {
+		switch http.number {
+		case 3:
+			name, value := http.pair()
+			commas := strings.Count(value, ",")
+			lines, bytes = lines+1+commas, bytes+(1+commas)*len(name)+len(value)
+		case 13: // header_map
+			list := http.inner()
+			for list.next() {
+				if list.number == 1 {
+					name, value, _ := list.headerLine()
+					lines, bytes = lines+1, bytes+len(name)+len(value)
+				}
+			}
+		}
+	}
+	return lines, bytes
 }
 
 // message is a message's fields, one after another. What is malformed, or not of the type that it is read as, makes them bad.
@@ -256,6 +473,11 @@ func (m *message) inner() message {
 	return message{rest: m.bytes, bad: m.bad}
 }
 
+func (m *message) data() string {
+	m.bad = m.bad || m.kind != protowire.BytesType
+	return m.bytes
+}
+
 func (m *message) text() string {
 	m.bad = m.bad || m.kind != protowire.BytesType || !utf8.ValidString(m.bytes)
 	return m.bytes
@@ -263,7 +485,15 @@ func (m *message) text() string {
 
 // entry puts the entry that the field is into a map.
 func (m *message) entry(to *map[string]string) {
-	var key, value string
+	key, value := m.pair()
+	if *to == nil {
+		*to = make(map[string]string)
+	}
+	(*to)[key] = value
+}
+
+// pair reads the entry of a map that the field is.
+func (m *message) pair() (key, value string) {
 	pair := m.inner()
 	for pair.next() {
 		switch pair.number {
@@ -273,11 +503,8 @@ func (m *message) entry(to *map[string]string) {
 			value = pair.text()
 		}
 	}
-	if *to == nil {
-		*to = make(map[string]string)
-	}
-	(*to)[key] = value
 	m.join(pair)
+	return key, value
 }
 
 // join makes m bad where a message within it is.
@@ -326,7 +553,7 @@ func (e *encoder) header(number protowire.Number, key, value string) {
 	e.close(option)
 }
 
-// textEntry, numberEntry and listEntry write an entry of a Struct.
+// textEntry, numberEntry, nullEntry and listEntry write an entry of a Struct.
 
 func (e *encoder) textEntry(key, text string) {
 	at := e.open(1)
@@ -342,6 +569,15 @@ func (e *encoder) numberEntry(key string, n float64) {
 	e.text(1, key)
 	value := e.open(2)
 	e.b = protowire.AppendFixed64(protowire.AppendTag(e.b, 2, protowire.Fixed64Type), math.Float64bits(n))
+	e.close(value)
+	e.close(at)
+}
+
+func (e *encoder) nullEntry(key string) {
+	at := e.open(1)
+	e.text(1, key)
+	value := e.open(2)
+	e.integer(1, 0)
 	e.close(value)
 	e.close(at)
 }

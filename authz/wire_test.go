@@ -1,6 +1,7 @@
 package authz
 
 import (
+	"bytes"
 	"net"
 	"path/filepath"
 	"strings"
@@ -56,7 +57,7 @@ func serve(t testing.TB, s *Server, network, addr string) *grpc.ClientConn {
 func TestOverTheWire(t *testing.T) {
 	for network, addr := range map[string]string{"tcp": "127.0.0.1:0", "unix": filepath.Join(t.TempDir(), "s.sock")} {
 		t.Run(network, func(t *testing.T) {
-			s, _, _ := newServer(t, "limits: [{name: a, rate: 1/h, burst: 2, key: client.ip}]", limiter.NewMemory(1<<20, nil, prometheus.NewRegistry()))
+			s, _, logs := newServer(t, "limits: [{name: a, rate: 1/h, burst: 2, key: client.ip}]", limiter.NewMemory(1<<20, nil, prometheus.NewRegistry()))
 			conn := serve(t, s, network, addr)
 			client := authv3.NewAuthorizationClient(conn)
 			for i, want := range []codes.Code{codes.OK, codes.OK, codes.ResourceExhausted} {
@@ -89,6 +90,18 @@ func TestOverTheWire(t *testing.T) {
 			large := checkOf("x-large", strings.Repeat("x", maxMessage))
 			if _, err := client.Check(t.Context(), large); status.Code(err) != codes.ResourceExhausted {
 				t.Errorf("a check of more than %d bytes: %v", maxMessage, err)
+			}
+			if n := testutil.ToFloat64(s.report.tooLarge); n != 1 || logs.FilterLevelExact(zap.WarnLevel).Len() != 1 {
+				t.Errorf("%v counted; logged %v", n, logs.All())
+			}
+			// One with a large body is answered, in either form, and nothing of the body is kept.
+			body := checkOf("x-mine", "kept")
+			body.Attributes.Request.Http.Body, body.Attributes.Request.Http.RawBody = strings.Repeat("b", 7<<20), bytes.Repeat([]byte("\xff"), 7<<20)
+			if r, err := client.Check(t.Context(), body); err != nil || codes.Code(r.GetStatus().GetCode()) != codes.ResourceExhausted {
+				t.Errorf("a check with a large body: %v, %v", r, err)
+			}
+			if kept := s.report.last.told()[0].request; kept == nil || kept.Headers["x-mine"] != "kept" {
+				t.Errorf("kept %+v", kept)
 			}
 			s.Drain()
 			if r, err := health.Check(t.Context(), &healthv1.HealthCheckRequest{}); err != nil || r.Status != healthv1.HealthCheckResponse_NOT_SERVING {

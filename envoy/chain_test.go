@@ -43,7 +43,10 @@ type authorizer struct {
 func (a *authorizer) Check(_ context.Context, r *authv3.CheckRequest) (*authv3.CheckResponse, error) {
 	a.checks.Add(1)
 	request := r.GetAttributes().GetRequest().GetHttp()
-	headers := request.GetHeaders()
+	headers := make(map[string]string)
+	for _, h := range request.GetHeaderMap().GetHeaders() {
+		headers[h.GetKey()] = string(h.GetRawValue())
+	}
 	a.claims.Store(&headers)
 	set := func(name, value string) *corev3.HeaderValueOption {
 		return &corev3.HeaderValueOption{

@@ -450,8 +450,8 @@ func took(t *testing.T) {
 		t.Fatal("no ext_authz filter")
 	}
 	for _, f := range filters {
-		got := []any{at(f, "grpc_service", "timeout"), at(f, "failure_mode_allow"), at(f, "status_on_error", "code"), at(f, "validate_mutations"), at(f, "charge_cluster_response_stats")}
-		if diff := cmp.Diff([]any{"0.200s", nil, "ServiceUnavailable", true, false}, got); diff != "" {
+		got := []any{at(f, "grpc_service", "timeout"), at(f, "failure_mode_allow"), at(f, "status_on_error", "code"), at(f, "validate_mutations"), at(f, "charge_cluster_response_stats"), at(f, "encode_raw_headers")}
+		if diff := cmp.Diff([]any{"0.200s", nil, "ServiceUnavailable", true, false, true}, got); diff != "" {
 			t.Errorf("-want +got:\n%s", diff)
 		}
 	}

@@ -10,6 +10,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 )
 
@@ -74,7 +75,8 @@ type Verdict struct {
 	RetryAfter time.Duration // until it holds the cost; 0 where Allowed, Never where the cost is above the burst
 	FullAfter  time.Duration // until it is full; 0 where it is
 	NextAfter  time.Duration // until it holds one whole token more; 0 where it is full
-	// Err says why the store has no verdict: a *StoreError, and then the other fields are zero.
+	// Err says why the store has no verdict: a *StoreError, and then the other fields are zero. It wraps context.Canceled
+	// where the caller hung up, which is no failure of the store's.
 	Err error
 
 	// By which the verdict was found: what the bucket holds now, and the store's clock in microseconds.
@@ -136,10 +138,11 @@ const (
 	Exempt                      // the config exempts the request from all limits
 	Invalid                     // the request shows a mistake of the config
 	FailedLocal                 // this process decided in the store's place; as a Decision's Outcome it is Allowed or Limited
+	Canceled                    // the caller hung up before the store answered: nobody learns of the decision
 )
 
 // Outcomes are all of them, in order.
-var Outcomes = []Outcome{Unmatched, Allowed, Limited, FailedOpen, FailedClosed, Delegated, Exempt, Invalid, FailedLocal}
+var Outcomes = []Outcome{Unmatched, Allowed, Limited, FailedOpen, FailedClosed, Delegated, Exempt, Invalid, FailedLocal, Canceled}
 
 // String is the outcome's name in metrics, metadata and logs.
 func (o Outcome) String() string {
@@ -162,6 +165,8 @@ func (o Outcome) String() string {
 		return "invalid"
 	case FailedLocal:
 		return "failed_local"
+	case Canceled:
+		return "canceled"
 	}
 	return fmt.Sprintf("Outcome(%d)", uint8(o))
 }
@@ -198,6 +203,11 @@ func Decide(ctx context.Context, store Store, charges []Charge) Decision {
 		if d.Telling < 0 || d.tells(i, d.Telling) {
 			d.Telling = i
 		}
+	}
+	// The store has not failed a caller that did not wait for it.
+	if d.Outcome != Limited && errors.Is(ctx.Err(), context.Canceled) &&
+		slices.ContainsFunc(d.Verdicts, func(v Verdict) bool { return !v.Known() }) {
+		d.Outcome = Canceled
 	}
 	return d
 }

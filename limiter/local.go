@@ -2,6 +2,7 @@ package limiter
 
 import (
 	"context"
+	"errors"
 	"slices"
 
 	"github.com/redis/go-redis/v9"
@@ -31,6 +32,7 @@ func (r *Redis) fallBack(charges []Charge, verdicts []Verdict) {
 		c, v := &charges[i], &verdicts[i]
 		switch {
 		case !isLocal(c):
+		case errors.Is(v.Err, context.Canceled): // nobody waits for an answer, so that none is looked for here
 		case v.Err != nil:
 			local := *c
 			local.Bucket = c.Local

@@ -118,7 +118,7 @@ func newRedis(o RedisOptions, clock string, log *zap.Logger, metrics prometheus.
 	r.cluster, _ = r.client.(*redis.ClusterClient)
 	vec := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "sluice_store_errors_total",
-		Help: "Takes that Redis did not answer for, and stored states that made no sense, by kind.",
+		Help: "Takes that Redis did not answer for, and stored states that made no sense, by kind. Takes whose callers hung up are not among them.",
 	}, []string{"kind"})
 	for _, k := range ErrorKinds {
 		r.errors[k] = vec.WithLabelValues(string(k))
@@ -288,7 +288,9 @@ func (r *Redis) takeSlot(ctx context.Context, deadline time.Time, charges []Char
 	}
 	if err != nil {
 		failed := storeError(err)
-		r.errors[failed.Kind].Inc()
+		if !errors.Is(failed, context.Canceled) { // the caller hung up: nothing is known of Redis
+			r.errors[failed.Kind].Inc()
+		}
 		failAll(verdicts, failed)
 	}
 }

@@ -68,8 +68,7 @@ func (l *boundedListener) admit(c *boundedConn) (ok bool, victim *boundedConn) {
 	if len(l.conns) >= l.most {
 		var most int
 		for other := range l.conns {
-			switch n := l.held[other.peer]; {
-			case n > most || n == most && other.active.Load() < victim.active.Load():
+			if n := l.held[other.peer]; n > most || n == most && other.active.Load() < victim.active.Load() {
 				most, victim = n, other
 			}
 		}

@@ -152,6 +152,7 @@ func (p *program) demoSource(config, redis string) configSource {
 		return p.configFile(config, settings)
 	}
 	const name = "the demo's config"
+	//nolint:unparam // as a config's file has it; this one names no files
 	load := func() (*policy.Config, policy.Inputs, error) {
 		cfg, err := policy.Parse(name, []byte(demoConfig), p.getenv, settings...)
 		return cfg, policy.Inputs{}, err

@@ -85,7 +85,7 @@ envoy-gateway   for a Gateway of Envoy Gateway's. Apply it with kubectl, too`,
 			if o.Metadata && edge {
 				warn("reads metadata, which Istio has its gateways and waypoints send to no ext_authz service: it is always absent")
 			}
-			if o.TLS != nil && kind != "plain" && !(kind == "istio" && o.Metadata) {
+			if o.TLS != nil && kind != "plain" && (kind != "istio" || !o.Metadata) {
 				warn("has listen.tls, for which nothing is printed here: in a mesh say it by a DestinationRule, behind Envoy Gateway by a BackendTLSPolicy")
 			}
 			switch _, port, _ := net.SplitHostPort(o.Sluice); {

@@ -105,17 +105,13 @@ func (a *asked) request(flags *pflag.FlagSet) (*policy.Request, error) {
 	if err != nil {
 		return nil, err
 	}
-	if r.Headers == nil {
-		r.Headers = make(map[string]string)
-	}
-	replaced := make(map[string]bool) // the file's, and then several values are one
-	for _, h := range headers {
-		name, value := strings.ToLower(h[0]), h[1]
-		if replaced[name] {
-			value = r.Headers[name] + "," + value
+	r.SetHeaders(func(yield func(name, value string) bool) {
+		for _, h := range headers {
+			if !yield(h[0], h[1]) {
+				return
+			}
 		}
-		r.Headers[name], replaced[name] = value, true
-	}
+	})
 	context, err := pairs("context", a.context)
 	if err != nil {
 		return nil, err

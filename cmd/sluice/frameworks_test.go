@@ -94,7 +94,7 @@ func TestFrameworks(t *testing.T) {
 type habit int
 
 const (
-	noHabit habit = iota
+	_ habit = iota
 	// hostCase takes a host in capitals for another. Routing by host in Envoy
 	// closes it.
 	hostCase

@@ -145,6 +145,7 @@ func (a *admin) sample() sample {
 			s.limited += n
 		case limiter.FailedClosed, limiter.Delegated, limiter.Invalid:
 			s.refused += n
+		case limiter.Canceled: // neither: nobody learned of the decision
 		default:
 			s.passed += n
 		}

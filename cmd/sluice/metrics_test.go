@@ -14,6 +14,8 @@ import (
 
 	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
@@ -93,6 +95,11 @@ limits:
 		t.Fatal(err)
 	}
 	send(onRedis, "203.0.113.1", "/open")
+	large := from("203.0.113.1", "/open")
+	large.Attributes.Request.Http.Body = strings.Repeat("b", 17<<20)
+	if _, err := authv3.NewAuthorizationClient(conns[onRedis]).Check(t.Context(), large); status.Code(err) != codes.ResourceExhausted {
+		t.Errorf("a check of 17 MiB: %v", err)
+	}
 	redis.Kill()
 	for range 6 { // the breaker opens
 		for _, path := range []string{"/strict", "/swept", "/open", "/asked"} {
@@ -144,7 +151,7 @@ limits:
 	}
 
 	named := regexp.MustCompile(`^(?:strict|shadow|swept|open|asked|bad` + // limits
-		`|allowed|limited|shadow_limited|unmatched|exempt|failed_open|failed_closed|failed_local|delegated|invalid` + // decisions
+		`|allowed|limited|shadow_limited|unmatched|exempt|failed_open|failed_closed|failed_local|delegated|invalid|canceled` + // decisions
 		`|timeout|connection|auth|readonly|oom|loading|script|state|overload|other` + // kinds of a store's errors
 		`|success|failure|buckets|ceilings|local|key|[0-9a-f]{16}|unary|[A-Z][A-Za-z]+|envoy\.service\.auth\.v3\.Authorization)$`)
 	label := regexp.MustCompile(`([a-z_]+)=("(?:[^"\\]|\\.)*")`)

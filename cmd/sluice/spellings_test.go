@@ -34,7 +34,7 @@ var spellingPaths = []string{
 // pathEdits are the ways in which a path can be written so that some server
 // may read it as another, or as the same.
 var pathEdits = []edit{
-	{"encode a byte", atByte(func(r *rand.Rand, c byte) string { return percent(r, c) })},
+	{"encode a byte", atByte(percent)},
 	{"encode a byte twice", atByte(func(r *rand.Rand, c byte) string { return "%25" + percent(r, c)[1:] })},
 	{"change a letter's case", atByte(func(_ *rand.Rand, c byte) string { return swapCase(string(c)) })},
 	{"change all letters' case", func(_ *rand.Rand, s string) string { return swapCase(s) }},
@@ -73,7 +73,7 @@ var hostEdits = []edit{
 	{"a dot", after(`.`, `..`, `.:80`, `.:`, `..:80`, `.:x`, `. `)},
 	{"change a letter's case", atByte(func(_ *rand.Rand, c byte) string { return swapCase(string(c)) })},
 	{"change all letters' case", func(_ *rand.Rand, s string) string { return swapCase(s) }},
-	{"encode a byte", atByte(func(r *rand.Rand, c byte) string { return percent(r, c) })},
+	{"encode a byte", atByte(percent)},
 	{"something before it", before(`user@`, `user:80@`, `.`, `x.`, ` `, `@`, `//`, `http://`, `[`, `x:`, `:`, "\t", `*.`)},
 	{"something after it", after(`/`, `/x`, `,`, `,other.example.com`, ` `, "\t", `#`, `?x`, `@`, `@other.example.com`, `%00`, `%20`, `]`, `;a`, `\`, `_`, `%2e`, "\xff")},
 	{"brackets", func(_ *rand.Rand, s string) string { return "[" + s + "]" }},

@@ -68,6 +68,13 @@ func (u *upstream) got() http.Header {
 	return u.last
 }
 
+// forget forgets them.
+func (u *upstream) forget() {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.last = http.Header{}
+}
+
 // echoSocket takes the connection over, as for a websocket, and sends one line back.
 func echoSocket(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Connection", "Upgrade")

@@ -113,7 +113,7 @@ func (s tracedStore) Take(ctx context.Context, charges []limiter.Charge, verdict
 		span.SetAttributes(attribute.Int("db.operation.batch.size", int(n)))
 	}
 	for i := range verdicts {
-		if err := verdicts[i].Err; err != nil {
+		if err := verdicts[i].Err; err != nil && !errors.Is(err, context.Canceled) {
 			span.SetAttributes(attribute.String("error.type", string(limiter.KindOf(err))))
 			span.SetStatus(codes.Error, err.Error())
 			return

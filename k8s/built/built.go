@@ -89,7 +89,7 @@ func Packages(t *testing.T, files []string, command ...string) string {
 	t.Helper()
 	hash := sha256.New()
 	for _, arg := range command {
-		fmt.Fprintf(hash, "%q", arg)
+		_, _ = fmt.Fprintf(hash, "%q", arg)
 	}
 	texts := map[string][]byte{}
 	for _, file := range files {
@@ -97,7 +97,7 @@ func Packages(t *testing.T, files []string, command ...string) string {
 		if err != nil {
 			t.Fatal(err)
 		}
-		fmt.Fprintf(hash, "%q%q", filepath.Base(file), text)
+		_, _ = fmt.Fprintf(hash, "%q%q", filepath.Base(file), text)
 		texts[filepath.Base(file)] = text
 	}
 	cache, err := os.UserCacheDir()

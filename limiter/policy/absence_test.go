@@ -174,7 +174,7 @@ func call(function string, isMember bool, args []string) string {
 }
 
 // within are the functions that only macros use, which are tried by themselves.
-var within = []string{operators.NotStrictlyFalse, operators.OldNotStrictlyFalse}
+var within = []string{operators.NotStrictlyFalse, "__not_strictly_false__"} // and its name of old
 
 // combinations are all lists with one of each of choices, at most some hundred.
 func combinations(choices [][]string) [][]string {

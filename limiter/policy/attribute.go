@@ -2,6 +2,7 @@ package policy
 
 import (
 	"errors"
+	"maps"
 	"slices"
 	"strconv"
 
@@ -63,6 +64,38 @@ func (s *subject) ResolveName(name string) (any, bool) {
 
 // Parent is CEL's; there is none.
 func (*subject) Parent() cel.Activation { return nil }
+
+// keySubject gives CEL the attributes as a key sees them: without the headers that were sent more than once.
+type keySubject struct {
+	*subject
+	headers map[string]string
+}
+
+// keySubject returns what the expressions of keys are evaluated on.
+func (s *subject) keySubject() cel.Activation {
+	if len(s.Repeated) == 0 {
+		return s
+	}
+	if s.forKeys == nil {
+		headers := maps.Clone(s.Headers)
+		for _, name := range s.Repeated {
+			delete(headers, name)
+		}
+		s.forKeys = &keySubject{s, headers}
+	}
+	return s.forKeys
+}
+
+// ResolveName is CEL's.
+func (k *keySubject) ResolveName(name string) (any, bool) {
+	switch name {
+	case "request.headers":
+		return present(k.headers), true
+	case "request.id":
+		return k.headers["x-request-id"], true
+	}
+	return k.subject.ResolveName(name)
+}
 
 // size is the length of the body by its header, which may be absent.
 func (s *subject) size() any {

@@ -208,7 +208,9 @@ func readConfig(r reader, text []byte, settings []Setting, in *inputs) (*Config,
 		f.readFile(*root)
 	}
 	f.set(false)
-	f.say(text)
+	if len(f.mistakes) == 0 { // what was refused for its size is not read again
+		f.say(text)
+	}
 	c := f.compile()
 	if len(f.mistakes) > 0 {
 		// What is without a line comes first, and the files that the config names last.

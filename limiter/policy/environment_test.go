@@ -33,7 +33,7 @@ func TestVariableDefaults(t *testing.T) {
 		"${EMPTY:-${UNSET}-$x": "a variable in the default of EMPTY; a default is a plain text",
 	} {
 		c, err := Parse("f", []byte("domain: '"+text+"'\n"), env("SET", "shop", "EMPTY", ""))
-		got := ""
+		var got string
 		if err != nil {
 			got = strings.TrimPrefix(mistakes(t, err)[0].Message, "f:1:9: domain: ")
 		} else {

@@ -100,7 +100,7 @@ func (c *Config) reason(s *subject, l *rule, f finding) string {
 		}
 		return "when is absent, and for the rate unlimited does not hold then: " + l.when.text
 	case foundSkipped:
-		return fmt.Sprintf("its key's %s is absent, and absent: skip", l.partName(f.part))
+		return fmt.Sprintf("its key's %s is absent%s, and absent: skip", l.partName(f.part), l.whyAbsent(s, f.part))
 	case foundGroupTaken:
 		return fmt.Sprintf("%s comes first in the group %s", f.other.limit.Name, l.group)
 	case foundOff:
@@ -123,7 +123,7 @@ func (c *Config) reason(s *subject, l *rule, f finding) string {
 	case foundOverridden:
 		reason += "; its rate is that of " + l.overrides.place(f.sum)
 	case foundPartAbsent:
-		reason += fmt.Sprintf("; its key's %s is absent: ", l.partName(f.part)) + map[absence]string{
+		reason += fmt.Sprintf("; its key's %s is absent%s: ", l.partName(f.part), l.whyAbsent(s, f.part)) + map[absence]string{
 			absentClient: "the client's network takes its place",
 			absentShare:  "all such requests share a bucket",
 			absentDeny:   "the request is denied",
@@ -134,6 +134,14 @@ func (c *Config) reason(s *subject, l *rule, f finding) string {
 
 // partName is a part of a key, for people.
 func (l *rule) partName(i int) string { return "part " + l.key[i].text }
+
+// whyAbsent says, in parentheses after a space, why a part of a key is absent although the header is there; else it is empty.
+func (l *rule) whyAbsent(s *subject, i int) string {
+	if header := l.key[i].header; header != "" && s.isRepeated(header) {
+		return " (the header was sent more than once)"
+	}
+	return ""
+}
 
 // why says why a field of the match does not hold.
 func (m *match) why(s *subject, field string) string {

@@ -78,6 +78,8 @@ type expression struct {
 	attribute string
 	// direct reads the value of an expression that is just an attribute or a header, without CEL's machinery; else nil.
 	direct func(*subject) string
+	// header is the header's name where the expression is just that; else empty.
+	header string
 }
 
 // expressionError is what is wrong with an expression, and where in it: line and column from 1, or 0.
@@ -128,7 +130,7 @@ func compile(text string, p purpose) (*expression, []expressionError) {
 	}
 	e := &expression{text: text, program: program, open: true, constant: true}
 	if p == forKey {
-		e.direct = directRead(native)
+		e.direct, e.header = directRead(native)
 		if r := native.ReferenceMap()[native.Expr().ID()]; r != nil && attributes[r.Name].kind != nil {
 			e.attribute = r.Name
 		}
@@ -206,27 +208,38 @@ func isHeaders(tree *ast.AST, e ast.Expr) bool {
 	return r != nil && r.Name == "request.headers"
 }
 
-// directRead is the read of an expression that is nothing but a text attribute or a header, else nil. TestDirectReads holds it to
-// what CEL says.
-func directRead(tree *ast.AST) func(*subject) string {
+// directRead is the read of a key's part that is nothing but a text attribute or a header, with the header's name, else nil.
+// TestDirectReads holds it to what CEL says.
+func directRead(tree *ast.AST) (read func(*subject) string, header string) {
 	e := tree.Expr()
 	if name, ok := headerName(tree, e); ok && (e.Kind() == ast.SelectKind && !e.AsSelect().IsTestOnly() ||
 		e.Kind() == ast.CallKind && e.AsCall().FunctionName() == operators.Index) {
-		return func(s *subject) string { return s.Headers[name] }
+		return func(s *subject) string { return s.keyHeader(name) }, name
 	}
 	r := tree.ReferenceMap()[e.ID()]
 	if r == nil {
-		return nil
+		return nil, ""
+	}
+	if r.Name == "request.id" {
+		return func(s *subject) string { return s.keyHeader("x-request-id") }, "x-request-id"
 	}
 	a, ok := attributes[r.Name]
 	if !ok || a.kind != cel.StringType {
-		return nil
+		return nil, ""
 	}
-	return func(s *subject) string { return a.of(s).(string) }
+	return func(s *subject) string { return a.of(s).(string) }, ""
+}
+
+// keyHeader is a header as a key's part: empty, and so absent, where it was sent more than once.
+func (r *Request) keyHeader(name string) string {
+	if r.isRepeated(name) {
+		return ""
+	}
+	return r.Headers[name]
 }
 
 // eval is the expression's value; nil where it is absent. The error says nothing of what the client sent.
-func (e *expression) eval(s *subject) (ref.Val, error) {
+func (e *expression) eval(s cel.Activation) (ref.Val, error) {
 	v, _, err := e.program.Eval(s)
 	if err != nil {
 		if isAbsent(err) {
@@ -273,7 +286,7 @@ func (e *expression) part(s *subject) (string, error) {
 	if e.direct != nil {
 		return e.direct(s), nil
 	}
-	v, err := e.eval(s)
+	v, err := e.eval(s.keySubject())
 	if err != nil || v == nil {
 		return "", err
 	}

@@ -28,6 +28,7 @@ type subject struct {
 
 	onePath, oneHost [1]string    // what paths and hosts are in, where there is one reading, as of most requests
 	foldedPaths      *[2][]string // see folded; nil until it is asked
+	forKeys          *keySubject  // made where a key wants it
 }
 
 func newSubject(r *Request, ids *clientIP) *subject {

@@ -1,6 +1,9 @@
 package policy
 
 import (
+	"iter"
+	"slices"
+	"strings"
 	"time"
 
 	"google.golang.org/protobuf/types/known/structpb"
@@ -20,6 +23,11 @@ type Request struct {
 	// by ",". Pseudo-headers may be among them.
 	Headers map[string]string
 
+	// Repeated names the headers that were sent more than once, in ascending order; cookie is never among them. Such a
+	// header is absent as a part of a key: the upstream may read any one of its values, so with the joined one a client
+	// would have a bucket for each second value that it makes up.
+	Repeated []string
+
 	Source, Destination Peer
 
 	// Context is what the route says: context_extensions, which no client can set.
@@ -34,4 +42,40 @@ type Peer struct {
 	Address   string // a bare IP, or empty
 	Port      uint32
 	Principal string // the URI SAN of its certificate, or empty
+}
+
+// SetHeaders sets headers from their lines, a name and a value each, in the order in which they were sent. It replaces
+// what Headers and Repeated say of these names. The lines of one header are joined by ",", those of cookie by "; "
+// (RFC 9113, section 8.2.3).
+func (r *Request) SetHeaders(lines iter.Seq2[string, string]) {
+	values := make(map[string][]string)
+	for name, value := range lines {
+		name = strings.ToLower(name)
+		values[name] = append(values[name], value)
+	}
+	if r.Headers == nil {
+		r.Headers = make(map[string]string, len(values))
+	}
+	repeated := slices.DeleteFunc(slices.Clone(r.Repeated), func(name string) bool { return values[name] != nil })
+	for name, all := range values {
+		separator := ","
+		switch {
+		case name == "cookie":
+			separator = "; "
+		case len(all) > 1:
+			repeated = append(repeated, name)
+		}
+		r.Headers[name] = strings.Join(all, separator)
+	}
+	slices.Sort(repeated)
+	r.Repeated = repeated
+}
+
+// isRepeated reports whether a header was sent more than once.
+func (r *Request) isRepeated(name string) bool {
+	if len(r.Repeated) == 0 {
+		return false
+	}
+	_, found := slices.BinarySearch(r.Repeated, name)
+	return found
 }

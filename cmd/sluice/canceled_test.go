@@ -1,0 +1,68 @@
+package main
+
+import (
+	"fmt"
+	"net"
+	"regexp"
+	"strconv"
+	"testing"
+	"time"
+
+	"github.com/sluiceproxy/sluice/limiter/redistest"
+)
+
+// Clients that hang up while a slow Redis is asked are no failure of Redis's, and nobody was refused: no alert fires for them.
+func TestClientsHangUp(t *testing.T) {
+	const clients, rounds = 50, 20
+	redis := redistest.StartProxy(t, redistest.StartNode(t).Addr)
+	s := serveRecipe(t, fmt.Sprintf(`
+store: {redis: {url: "redis://%s/0", timeout: 15s}}
+limits:
+  - {name: per-key, key: 'request.headers["x-api-key"]', rate: 1/d}
+`, redis.Addr), nil)
+	s.want(1, 1, "GET /", "x-api-key", "first")
+	counted := func(pattern string) (sum int) {
+		_, metrics := get(t, "http://"+s.p.metrics+"/metrics")
+		for _, m := range regexp.MustCompile(`(?m)^`+pattern+` (\d+)$`).FindAllStringSubmatch(metrics, -1) {
+			n, err := strconv.Atoi(m[1])
+			if err != nil {
+				t.Fatal(err)
+			}
+			sum += n
+		}
+		return sum
+	}
+	began := func() int { return counted(`grpc_server_started_total\{.*method="Check".*\}`) }
+	ended := func() int { return counted(`sluice_checks_total\{decision="[a-z_]+"\}`) }
+
+	redis.Delay(2 * time.Second)
+	for round := range rounds {
+		before := began()
+		var all []net.Conn
+		for i := range clients {
+			conn, err := net.Dial("tcp", s.addr)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := fmt.Fprintf(conn, "GET / HTTP/1.1\r\nHost: h\r\nx-api-key: %d-%d\r\n\r\n", round, i); err != nil {
+				t.Fatal(err)
+			}
+			all = append(all, conn)
+		}
+		await(t, func() bool { return began() == before+clients })
+		for _, conn := range all {
+			_ = conn.Close()
+		}
+	}
+	redis.Mend()
+	await(t, func() bool { return ended() == began() })
+	if n := counted(`sluice_store_errors_total\{kind="[a-z]+"\}`); n != 0 {
+		t.Errorf("%d errors of the store", n)
+	}
+	// Those in whose calls the takes of others went have their answer.
+	canceled, allowed := counted(`sluice_checks_total\{decision="canceled"\}`), counted(`sluice_checks_total\{decision="allowed"\}`)
+	if canceled < clients*rounds/2 || canceled+allowed != clients*rounds+1 {
+		t.Errorf("%d canceled and %d allowed of %d checks", canceled, allowed, ended())
+	}
+	s.want(1, 2, "GET /", "x-api-key", "last")
+}
