@@ -7,4 +7,5 @@ import "time"
 const (
 	raceAllocations = 0
 	bombTime        = 100 * time.Millisecond
+	absenceStep     = 1
 )

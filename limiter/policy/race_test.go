@@ -9,4 +9,6 @@ const (
 	raceAllocations = 2
 	// bombTime is how long a bad config may take.
 	bombTime = time.Second
+	// absenceStep has TestAbsence try each of its expressions with one source in so many, as all take a minute.
+	absenceStep = 5
 )
