@@ -48,15 +48,15 @@ func InCluster(getenv func(string) (string, bool), account string) (*API, error)
 }
 
 // apiError is what the API server refused.
-type apiError struct {
+type statusError struct {
 	status int
 	text   string
 }
 
-func (e *apiError) Error() string { return fmt.Sprintf("%d: %s", e.status, e.text) }
+func (e *statusError) Error() string { return fmt.Sprintf("%d: %s", e.status, e.text) }
 
-func isStatus(err error, status int) bool {
-	var e *apiError
+func hasStatus(err error, status int) bool {
+	var e *statusError
 	return errors.As(err, &e) && e.status == status
 }
 
@@ -96,7 +96,7 @@ func (a *API) call(ctx context.Context, method, path string, in, out any) error 
 		if json.Unmarshal(text, &status) != nil || status.Message == "" {
 			status.Message = http.StatusText(response.StatusCode)
 		}
-		return fmt.Errorf("%s %s: %w", method, path, &apiError{response.StatusCode, status.Message})
+		return fmt.Errorf("%s %s: %w", method, path, &statusError{response.StatusCode, status.Message})
 	}
 	return json.Unmarshal(text, out)
 }

@@ -207,7 +207,7 @@ func TestClusterAttackDirect(t *testing.T) {
 		if err != nil || status != http.StatusOK {
 			return fmt.Errorf("%d, %w", status, err)
 		}
-		var r review
+		var r admissionReview
 		if err := json.Unmarshal(answer, &r); err != nil || r.Response == nil || r.Response.Patch == nil {
 			return fmt.Errorf("%.300s", answer)
 		}
@@ -259,7 +259,7 @@ func TestClusterAttack(t *testing.T) {
 		r.run(t, i)
 	}
 	for _, name := range []string{"shop", "greedy"} {
-		namespace(t, c, name, object{label: "enabled"})
+		namespace(t, c, name, object{injectLabel: "enabled"})
 	}
 	honest := pod(t, strings.Replace(podText("", "{containers: [{name: envoy, SECURE}]}"), "{metadata: {", "{metadata: {generateName: h-, ", 1))
 	call := func() error {
@@ -267,7 +267,7 @@ func TestClusterAttack(t *testing.T) {
 		if err := c.call(t.Context(), http.MethodPost, "/api/v1/namespaces/shop/pods", honest, &out); err != nil {
 			return err
 		}
-		if named(list(child(out, "spec"), "initContainers"), "sluice") != 0 {
+		if indexByName(listField(objectField(out, "spec"), "initContainers"), "sluice") != 0 {
 			return fmt.Errorf("not injected: %v", out)
 		}
 		return nil
@@ -281,7 +281,7 @@ func TestClusterAttack(t *testing.T) {
 	// Who sends it hears why.
 	for i, want := range []string{"the pod is too large to be injected", "annotation sluice.dev/resources"} {
 		err := c.call(t.Context(), http.MethodPost, "/api/v1/namespaces/greedy/pods", attacks[i], &object{})
-		if !isStatus(err, http.StatusForbidden) || !strings.Contains(err.Error(), want) {
+		if !hasStatus(err, http.StatusForbidden) || !strings.Contains(err.Error(), want) {
 			t.Errorf("%.500v; want one with %q", err, want)
 		}
 	}
@@ -313,27 +313,27 @@ func TestClusterBusy(t *testing.T) {
 	h := testWebhook()
 	handler := http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
 		if asked.Add(1) == 1 {
-			for range cap(h.turns.small) {
-				h.turns.small <- struct{}{}
+			for range cap(h.slots.small) {
+				h.slots.small <- struct{}{}
 			}
-			h.turns.wait = time.Millisecond
+			h.slots.wait = time.Millisecond
 			h.ServeHTTP(w, q)
-			h.turns.wait = reviewWait
-			for range cap(h.turns.small) {
-				<-h.turns.small
+			h.slots.wait = reviewWait
+			for range cap(h.slots.small) {
+				<-h.slots.small
 			}
 			return
 		}
 		h.ServeHTTP(w, q)
 	})
-	serveWebhook(t, c.API, "busy.sluice.dev", handler, object{label: "enabled"})
-	namespace(t, c, "shop", object{label: "enabled"})
+	serveWebhook(t, c.API, "busy.sluice.dev", handler, object{injectLabel: "enabled"})
+	namespace(t, c, "shop", object{injectLabel: "enabled"})
 	var out object
 	p := pod(t, `{metadata: {name: web, annotations: {sluice.dev/in-process: "true"}}, spec: {containers: [{name: envoy, image: x}]}}`)
 	if err := c.call(t.Context(), http.MethodPost, "/api/v1/namespaces/shop/pods", p, &out); err != nil {
 		t.Fatal(err)
 	}
-	if asked.Load() < 2 || named(list(child(out, "spec"), "initContainers"), "sluice") != 0 {
+	if asked.Load() < 2 || indexByName(listField(objectField(out, "spec"), "initContainers"), "sluice") != 0 {
 		t.Errorf("asked %d times: %v", asked.Load(), out)
 	}
 }

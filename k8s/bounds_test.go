@@ -42,8 +42,8 @@ func podWith(env string) string {
 // many is a list's elements, n times the same.
 func many(n int, element string) string { return strings.Repeat(element+",", n-1) + element }
 
-func testWebhook() *reviews {
-	return Webhook(Options{Image: "sluice:test", Version: "v1"}, zap.NewNop(), prometheus.NewRegistry()).(*reviews)
+func testWebhook() *webhook {
+	return Webhook(Options{Image: "sluice:test", Version: "v1"}, zap.NewNop(), prometheus.NewRegistry()).(*webhook)
 }
 
 // A review costs no more than the bound, whatever is in it, and who creates the
@@ -76,7 +76,7 @@ func TestReviewCost(t *testing.T) {
 			if cost > most {
 				t.Errorf("%d MiB for %d bytes", cost>>20, len(body))
 			}
-			var r review
+			var r admissionReview
 			if err := json.Unmarshal(w.Body.Bytes(), &r); err != nil || r.Response == nil || r.Response.UID != "u" {
 				t.Fatalf("%d: %.300s", w.Code, w.Body)
 			}
@@ -121,7 +121,7 @@ func started(t *testing.T, url, text string) (end func() (int, http.Header)) {
 // those of its own are told to come again, and small ones do not notice.
 func TestReviewsInTurn(t *testing.T) {
 	h := testWebhook()
-	h.turns.wait = time.Minute
+	h.slots.wait = time.Minute
 	server := httptest.NewServer(h)
 	defer server.Close()
 	large := podWith(many(20_000, `{"name":"a"}`))
@@ -138,9 +138,9 @@ func TestReviewsInTurn(t *testing.T) {
 		}
 	}
 	waiting := func() int {
-		h.turns.mu.Lock()
-		defer h.turns.mu.Unlock()
-		return len(h.turns.waiting)
+		h.slots.mu.Lock()
+		defer h.slots.mu.Unlock()
+		return len(h.slots.largeNamespaces)
 	}
 	await("the first large review has no turn", func() bool { return waiting() == 1 })
 	if status, header := post("greedy", large); status != http.StatusTooManyRequests || header.Get("Retry-After") != "1" {
@@ -168,7 +168,7 @@ func TestReviewsInTurn(t *testing.T) {
 	if status := <-other; status != http.StatusOK {
 		t.Errorf("the other namespace's: %d", status)
 	}
-	await("what was under way is forgotten", func() bool { return waiting() == 0 && len(h.turns.large) == 0 })
+	await("what was under way is forgotten", func() bool { return waiting() == 0 && len(h.slots.large) == 0 })
 	if status, _ := post("greedy", large); status != http.StatusOK {
 		t.Errorf("again: %d", status)
 	}
@@ -177,7 +177,7 @@ func TestReviewsInTurn(t *testing.T) {
 // Whoever sends slowly holds nothing for long, and nobody waits for ever.
 func TestReviewsInTime(t *testing.T) {
 	h := testWebhook()
-	h.turns.wait = 50 * time.Millisecond
+	h.slots.wait = 50 * time.Millisecond
 	server := httptest.NewServer(h)
 	defer server.Close()
 	for _, pod := range []string{podWith(`{"name":"A"}`), podWith(many(20_000, `{"name":"a"}`))} {
@@ -193,7 +193,7 @@ func TestReviewsInTime(t *testing.T) {
 			t.Errorf("half a body: %d", response.StatusCode)
 		}
 	}
-	for _, room := range []chan struct{}{h.turns.small, h.turns.bodies} {
+	for _, room := range []chan struct{}{h.slots.small, h.slots.bodies} {
 		for range cap(room) {
 			room <- struct{}{}
 		}
@@ -205,7 +205,7 @@ func TestReviewsInTime(t *testing.T) {
 			<-room
 		}
 	}
-	if n := len(h.turns.bodies) + len(h.turns.small) + len(h.turns.large); n > 0 {
+	if n := len(h.slots.bodies) + len(h.slots.small) + len(h.slots.large); n > 0 {
 		t.Errorf("%d turns are not given back", n)
 	}
 }
@@ -220,7 +220,7 @@ func TestReviewHead(t *testing.T) {
 		`{"request":{"uid":1,"namespace":"` + strings.Repeat("a", 300) + `","z":[]`: {},
 		`[{"request"`: {}, "": {}, `{"request":[{"uid":"a"}]}`: {}, `{"request":{"uid":"\ud800"`: {"\ufffd", ""},
 	} {
-		if got := readHead([]byte(text)); got != want {
+		if got := parseReviewHead([]byte(text)); got != want {
 			t.Errorf("%.60q: %+v, want %+v", text, got, want)
 		}
 	}
@@ -232,14 +232,14 @@ func TestAnnotationsAreBounded(t *testing.T) {
 	long := strings.Repeat("a: 1, ", 120_000)
 	annotate := func(name, value string) object {
 		return object{
-			"metadata": object{"annotations": object{aInProcess: "true", name: value}, "labels": object{}},
+			"metadata": object{"annotations": object{annotationInProcess: "true", name: value}, "labels": object{}},
 			"spec":     object{"containers": []any{object{"name": "envoy"}}},
 		}
 	}
 	var all []string
-	for _, name := range []string{aConfig, aRedis, aDomain, aImage, aResources, aEnvoy, aInProcess} {
+	for _, name := range []string{annotationConfig, annotationRedisSecret, annotationDomain, annotationImage, annotationResources, annotationEnvoyContainer, annotationInProcess} {
 		all = append(all, name)
-		for _, value := range []string{"{limits: {" + long + "}}", strings.Repeat("a", 700_000), strings.Repeat("a", longestAnnotation+1), "\xff" + strings.Repeat("é", 400)} {
+		for _, value := range []string{"{limits: {" + long + "}}", strings.Repeat("a", 700_000), strings.Repeat("a", maxAnnotation+1), "\xff" + strings.Repeat("é", 400)} {
 			var err error
 			var out object
 			cost := allocates(func() { out, _, err = Inject(annotate(name, value), options) })
@@ -264,11 +264,11 @@ func TestAnnotationsAreBounded(t *testing.T) {
 	}
 	long = strings.Repeat("x", 1_000_000)
 	for name, p := range map[string]object{
-		"label":            {"metadata": object{"labels": object{label: long}}, "spec": object{"containers": []any{}}},
-		"label, a list":    {"metadata": object{"labels": object{label: large}}, "spec": object{"containers": []any{}}},
+		"label":            {"metadata": object{"labels": object{injectLabel: long}}, "spec": object{"containers": []any{}}},
+		"label, a list":    {"metadata": object{"labels": object{injectLabel: large}}, "spec": object{"containers": []any{}}},
 		"hostNetwork":      {"spec": object{"hostNetwork": long, "containers": []any{}}},
-		"resources":        {"metadata": object{"annotations": object{aInProcess: "true", aResources: large}}, "spec": object{"containers": []any{object{"name": "envoy"}}}},
-		"container's name": {"metadata": object{"annotations": object{aInProcess: "true"}, "labels": object{label: "enabled"}}, "spec": object{"containers": []any{object{"name": "envoy"}, object{"name": long, "ports": []any{object{"containerPort": 9002}}}}}},
+		"resources":        {"metadata": object{"annotations": object{annotationInProcess: "true", annotationResources: large}}, "spec": object{"containers": []any{object{"name": "envoy"}}}},
+		"container's name": {"metadata": object{"annotations": object{annotationInProcess: "true"}, "labels": object{injectLabel: "enabled"}}, "spec": object{"containers": []any{object{"name": "envoy"}, object{"name": long, "ports": []any{object{"containerPort": 9002}}}}}},
 	} {
 		var err error
 		cost := allocates(func() { _, _, err = Inject(p, options) })
@@ -279,8 +279,8 @@ func TestAnnotationsAreBounded(t *testing.T) {
 			t.Errorf("%s: %d bytes are allocated", name, cost)
 		}
 	}
-	p := annotate(aConfig, "limits")
-	if _, _, err := Inject(p, Options{Image: "i", Namespace: "shop", Workload: strings.Repeat("w", 250)}); err == nil || !strings.Contains(err.Error(), aDomain) {
+	p := annotate(annotationConfig, "limits")
+	if _, _, err := Inject(p, Options{Image: "i", Namespace: "shop", Workload: strings.Repeat("w", 250)}); err == nil || !strings.Contains(err.Error(), annotationDomain) {
 		t.Errorf("a default domain that sluice does not take: %v", err)
 	}
 	if _, _, err := Inject(p, Options{Image: "i", Namespace: "shop", Workload: strings.Repeat("w", 254)}); err == nil || len(err.Error()) > 400 {
@@ -324,7 +324,7 @@ func TestPodResourcesOfManyNames(t *testing.T) {
 	for i := range 10_000 {
 		containers = append(containers, object{"name": fmt.Sprint("c", i)})
 	}
-	p := object{"metadata": object{"annotations": object{aInProcess: "true"}}, "spec": object{"resources": object{"limits": limits}, "containers": containers}}
+	p := object{"metadata": object{"annotations": object{annotationInProcess: "true"}}, "spec": object{"resources": object{"limits": limits}, "containers": containers}}
 	if cost := allocates(func() { inject(t, p, options) }); cost > 64<<20 { // a copy of the containers for each name is 6 GB
 		t.Errorf("%d MiB", cost>>20)
 	}
@@ -349,21 +349,21 @@ func TestManifestOfMany(t *testing.T) {
 	for i := range old {
 		old[i] = object{"metadata": object{"name": fmt.Sprint(i)}}
 		changed[i] = object{"metadata": object{"name": fmt.Sprint(i), "labels": object{"a": "b"}}}
-		element, err := fresh(old[i])
+		element, err := newNode(old[i])
 		if err != nil {
 			t.Fatal(err)
 		}
 		node.Content = append(node.Content, element)
 	}
 	if cost := allocates(func() {
-		if err := mergeList(node, old, changed); err != nil {
+		if err := mergeSequence(node, old, changed); err != nil {
 			t.Error(err)
 		}
 	}); cost > 128<<20 { // all against all is twice that, and takes 20 s
 		t.Errorf("%d MiB", cost>>20)
 	}
 	var got []any
-	if err := node.Decode(&got); err != nil || !same(got, changed) {
+	if err := node.Decode(&got); err != nil || !equalJSON(got, changed) {
 		t.Errorf("%v: they are not what they were made", err)
 	}
 }
@@ -391,7 +391,7 @@ func FuzzReview(f *testing.F) {
 // FuzzAnnotation bounds what an annotation allocates, however long it is, and
 // what is said of it.
 func FuzzAnnotation(f *testing.F) {
-	names := []string{aConfig, aRedis, aDomain, aImage, aResources, aEnvoy, aInProcess}
+	names := []string{annotationConfig, annotationRedisSecret, annotationDomain, annotationImage, annotationResources, annotationEnvoyContainer, annotationInProcess}
 	for i := range names {
 		for _, value := range []string{"a", "true", "{requests: {cpu: 50m}, limits: {memory: 128Mi}}", "{limits: &a {cpu: *a}}", "{<<: [&a {limits: {cpu: 1}}, *a, *a]}", strings.Repeat("k: 1\n", 100), strings.Repeat("[", 500)} {
 			f.Add(byte(i), value)

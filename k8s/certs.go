@@ -30,12 +30,12 @@ type CertOptions struct {
 	Service       string        // the Service that the API server asks
 	Secret        string        // holds the CA, in Namespace; made where it is not there
 	Configuration string        // the MutatingWebhookConfiguration whose caBundle is kept
-	Life          time.Duration // a CA's; default ten years
+	Lifetime      time.Duration // a CA's; default ten years
 	Overlap       time.Duration // how long a new CA is believed before it signs, and an old one after; default an hour
-	Every         time.Duration // between two looks at the cluster; default a minute
+	Interval      time.Duration // between two looks at the cluster; default a minute
 }
 
-const servingLife = 24 * time.Hour
+const servingLifetime = 24 * time.Hour
 
 // Certs are the webhook's certificates, made by itself: a CA in a Secret, which all replicas share, and short-lived serving
 // certificates that are never written anywhere.
@@ -54,14 +54,14 @@ type Certs struct {
 
 // NewCerts returns certificates that are there once Step has returned nil.
 func NewCerts(api *API, o CertOptions, log *zap.Logger) *Certs {
-	if o.Life == 0 {
-		o.Life = 10 * 365 * 24 * time.Hour
+	if o.Lifetime == 0 {
+		o.Lifetime = 10 * 365 * 24 * time.Hour
 	}
 	if o.Overlap == 0 {
 		o.Overlap = time.Hour
 	}
-	if o.Every == 0 {
-		o.Every = time.Minute
+	if o.Interval == 0 {
+		o.Interval = time.Minute
 	}
 	return &Certs{api: api, o: o, log: log, host: o.Service + "." + o.Namespace + ".svc"}
 }
@@ -76,7 +76,7 @@ func (c *Certs) Get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 
 // Run looks at the cluster until ctx ends. An error is logged, and what is there serves on.
 func (c *Certs) Run(ctx context.Context) {
-	tick := time.NewTicker(c.o.Every)
+	tick := time.NewTicker(c.o.Interval)
 	defer tick.Stop()
 	for {
 		select {
@@ -84,7 +84,7 @@ func (c *Certs) Run(ctx context.Context) {
 			return
 		case <-tick.C:
 		}
-		if err := c.Step(ctx); err != nil && ctx.Err() == nil {
+		if err := c.Reconcile(ctx); err != nil && ctx.Err() == nil {
 			c.log.Error("certificates: the cluster cannot be asked, what is there serves on", zap.Error(err))
 		}
 	}
@@ -92,10 +92,10 @@ func (c *Certs) Run(ctx context.Context) {
 
 // The Secret's keys.
 const (
-	caCert, caKey     = "ca.crt", "ca.key"
-	nextCert, nextKey = "next.crt", "next.key"
-	oldCert           = "old.crt"
-	changed           = "changed" // when the last step was taken, RFC 3339
+	caCertKey, caPrivateKey     = "ca.crt", "ca.key"
+	nextCertKey, nextPrivateKey = "next.crt", "next.key"
+	oldCertKey                  = "old.crt"
+	rotatedKey                  = "changed" // when the last step was taken, RFC 3339
 )
 
 type secret struct {
@@ -108,32 +108,32 @@ type secret struct {
 
 // Step brings the Secret, the webhook's configuration and the serving certificate to where they should be now. It is not safe for
 // concurrent use.
-func (c *Certs) Step(ctx context.Context) error {
-	s, err := c.current(ctx)
+func (c *Certs) Reconcile(ctx context.Context) error {
+	s, err := c.reconcileSecret(ctx)
 	if err != nil {
 		return err
 	}
-	bundle := bytes.Join([][]byte{s.Data[caCert], s.Data[nextCert], s.Data[oldCert]}, nil)
-	if err := c.publish(ctx, bundle); err != nil {
+	bundle := bytes.Join([][]byte{s.Data[caCertKey], s.Data[nextCertKey], s.Data[oldCertKey]}, nil)
+	if err := c.publishCABundle(ctx, bundle); err != nil {
 		return err
 	}
-	return c.sign(s.Data[caCert], s.Data[caKey])
+	return c.ensureServingCert(s.Data[caCertKey], s.Data[caPrivateKey])
 }
 
 // current returns the Secret, after the step that is due.
-func (c *Certs) current(ctx context.Context) (*secret, error) {
+func (c *Certs) reconcileSecret(ctx context.Context) (*secret, error) {
 	path := "/api/v1/namespaces/" + c.o.Namespace + "/secrets"
 	for range 5 {
 		var s secret
 		err := c.api.call(ctx, http.MethodGet, path+"/"+c.o.Secret, nil, &s)
 		method, to := http.MethodPut, path+"/"+c.o.Secret
-		if isStatus(err, http.StatusNotFound) {
+		if hasStatus(err, http.StatusNotFound) {
 			method, to = http.MethodPost, path
 			s = secret{APIVersion: "v1", Kind: "Secret", Metadata: object{"name": c.o.Secret, "namespace": c.o.Namespace}, Type: "Opaque"}
 		} else if err != nil {
 			return nil, err
 		}
-		due, err := c.advance(&s)
+		due, err := c.advanceRotation(&s)
 		if err != nil || !due {
 			return &s, err
 		}
@@ -142,7 +142,7 @@ func (c *Certs) current(ctx context.Context) (*secret, error) {
 		if err == nil {
 			return &stored, nil
 		}
-		if !isStatus(err, http.StatusConflict) { // where another replica was faster, its step counts
+		if !hasStatus(err, http.StatusConflict) { // where another replica was faster, its step counts
 			return nil, err
 		}
 	}
@@ -150,56 +150,56 @@ func (c *Certs) current(ctx context.Context) (*secret, error) {
 }
 
 // advance takes the step that is due, and says whether one was.
-func (c *Certs) advance(s *secret) (bool, error) {
+func (c *Certs) advanceRotation(s *secret) (bool, error) {
 	now := time.Now()
 	if s.Data == nil {
 		s.Data = map[string][]byte{}
 	}
 	since, ahead := time.Duration(1<<63-1), false
-	if t, err := time.Parse(time.RFC3339Nano, string(s.Data[changed])); err == nil {
+	if t, err := time.Parse(time.RFC3339Nano, string(s.Data[rotatedKey])); err == nil {
 		since = now.Sub(t)
-		ahead = since < -c.o.Every // by a clock that was wrong: counted from now, or the next step would never be due
+		ahead = since < -c.o.Interval // by a clock that was wrong: counted from now, or the next step would never be due
 	}
-	ca, err := tls.X509KeyPair(s.Data[caCert], s.Data[caKey])
-	if err == nil && len(s.Data[nextCert]) > 0 {
-		if _, err := tls.X509KeyPair(s.Data[nextCert], s.Data[nextKey]); err != nil { // another is made
-			delete(s.Data, nextCert)
-			delete(s.Data, nextKey)
+	ca, err := tls.X509KeyPair(s.Data[caCertKey], s.Data[caPrivateKey])
+	if err == nil && len(s.Data[nextCertKey]) > 0 {
+		if _, err := tls.X509KeyPair(s.Data[nextCertKey], s.Data[nextPrivateKey]); err != nil { // another is made
+			delete(s.Data, nextCertKey)
+			delete(s.Data, nextPrivateKey)
 		}
 	}
 	switch {
-	case err != nil && len(s.Data[caCert]) > 0:
+	case err != nil && len(s.Data[caCertKey]) > 0:
 		return false, fmt.Errorf("Secret %s/%s: %w; take its data away, and a new CA is made", c.o.Namespace, c.o.Secret, err)
 	case err != nil || now.After(ca.Leaf.NotAfter): // what it signed is believed by nobody
-		for _, key := range []string{nextCert, nextKey, oldCert} {
+		for _, key := range []string{nextCertKey, nextPrivateKey, oldCertKey} {
 			delete(s.Data, key)
 		}
-		s.Data[caCert], s.Data[caKey], err = newCA(now, c.o.Life)
+		s.Data[caCertKey], s.Data[caPrivateKey], err = newCA(now, c.o.Lifetime)
 	case ahead:
-	case len(s.Data[nextCert]) > 0:
+	case len(s.Data[nextCertKey]) > 0:
 		if since < c.o.Overlap {
 			return false, nil
 		}
-		s.Data[oldCert] = s.Data[caCert]
-		s.Data[caCert], s.Data[caKey] = s.Data[nextCert], s.Data[nextKey]
-		delete(s.Data, nextCert)
-		delete(s.Data, nextKey)
-	case len(s.Data[oldCert]) > 0:
+		s.Data[oldCertKey] = s.Data[caCertKey]
+		s.Data[caCertKey], s.Data[caPrivateKey] = s.Data[nextCertKey], s.Data[nextPrivateKey]
+		delete(s.Data, nextCertKey)
+		delete(s.Data, nextPrivateKey)
+	case len(s.Data[oldCertKey]) > 0:
 		if since < c.o.Overlap {
 			return false, nil
 		}
-		delete(s.Data, oldCert)
-	case ca.Leaf.NotAfter.Sub(now) < c.o.Life/5:
-		s.Data[nextCert], s.Data[nextKey], err = newCA(now, c.o.Life)
+		delete(s.Data, oldCertKey)
+	case ca.Leaf.NotAfter.Sub(now) < c.o.Lifetime/5:
+		s.Data[nextCertKey], s.Data[nextPrivateKey], err = newCA(now, c.o.Lifetime)
 	default:
 		return false, nil
 	}
-	s.Data[changed] = []byte(now.UTC().Format(time.RFC3339Nano))
+	s.Data[rotatedKey] = []byte(now.UTC().Format(time.RFC3339Nano))
 	return true, err
 }
 
 // publish writes the bundle into the webhook's configuration, where it is another.
-func (c *Certs) publish(ctx context.Context, bundle []byte) error {
+func (c *Certs) publishCABundle(ctx context.Context, bundle []byte) error {
 	path := "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations/" + c.o.Configuration
 	for range 5 {
 		var configuration struct {
@@ -226,7 +226,7 @@ func (c *Certs) publish(ctx context.Context, bundle []byte) error {
 		}
 		var out object
 		err := c.api.call(ctx, http.MethodPatch, path, patch, &out)
-		if !isStatus(err, http.StatusConflict) && !isStatus(err, http.StatusUnprocessableEntity) {
+		if !hasStatus(err, http.StatusConflict) && !hasStatus(err, http.StatusUnprocessableEntity) {
 			return err
 		}
 	}
@@ -234,8 +234,8 @@ func (c *Certs) publish(ctx context.Context, bundle []byte) error {
 }
 
 // sign makes a new serving certificate, where the one that is there is of another CA or past half of its life.
-func (c *Certs) sign(certificate, key []byte) error {
-	if s := c.serving.Load(); s != nil && bytes.Equal(c.issuer, certificate) && time.Until(s.Leaf.NotAfter) > servingLife/2 {
+func (c *Certs) ensureServingCert(certificate, key []byte) error {
+	if s := c.serving.Load(); s != nil && bytes.Equal(c.issuer, certificate) && time.Until(s.Leaf.NotAfter) > servingLifetime/2 {
 		return nil
 	}
 	ca, err := tls.X509KeyPair(certificate, key)
@@ -248,10 +248,10 @@ func (c *Certs) sign(certificate, key []byte) error {
 	}
 	now := time.Now()
 	template := &x509.Certificate{
-		SerialNumber: serial(),
+		SerialNumber: newSerial(),
 		Subject:      pkix.Name{CommonName: c.host},
 		NotBefore:    now.Add(-time.Hour), // clocks differ
-		NotAfter:     now.Add(servingLife),
+		NotAfter:     now.Add(servingLifetime),
 		KeyUsage:     x509.KeyUsageDigitalSignature,
 		ExtKeyUsage:  []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
 	}
@@ -280,7 +280,7 @@ func newCA(now time.Time, life time.Duration) (certificate, key []byte, err erro
 	if err != nil {
 		return nil, nil, err
 	}
-	number := serial()
+	number := newSerial()
 	template := &x509.Certificate{
 		SerialNumber: number,
 		// Each has a name of its own, by which a verifier picks the right one out of a bundle.
@@ -303,7 +303,7 @@ func newCA(now time.Time, life time.Duration) (certificate, key []byte, err erro
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: text}), nil
 }
 
-func serial() *big.Int {
+func newSerial() *big.Int {
 	var b [16]byte
 	_, _ = rand.Read(b[:]) // it never fails
 	b[0] &= 0x7f
@@ -313,18 +313,18 @@ func serial() *big.Int {
 // CertFiles are certificates that others keep, as cert-manager does: tls.crt and tls.key in Dir, reread for each handshake, of which
 // an API server makes few. It is safe for concurrent use.
 type CertFiles struct {
-	Dir string
-	was atomic.Pointer[tls.Certificate]
+	Dir  string
+	last atomic.Pointer[tls.Certificate]
 }
 
 // Get is for tls.Config.GetCertificate. While files are being replaced it returns what it had last.
 func (f *CertFiles) Get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	pair, err := tls.LoadX509KeyPair(filepath.Join(f.Dir, "tls.crt"), filepath.Join(f.Dir, "tls.key"))
 	if err == nil {
-		f.was.Store(&pair)
+		f.last.Store(&pair)
 		return &pair, nil
 	}
-	if was := f.was.Load(); was != nil {
+	if was := f.last.Load(); was != nil {
 		return was, nil
 	}
 	return nil, err
@@ -337,7 +337,7 @@ func (f *CertFiles) Get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 type ClientCA struct {
 	File  string
 	Names []string
-	was   atomic.Pointer[x509.CertPool]
+	last  atomic.Pointer[x509.CertPool]
 }
 
 // pool returns the CAs; while the file is being replaced, those that it had.
@@ -346,12 +346,12 @@ func (c *ClientCA) pool() (*x509.CertPool, error) {
 	if err == nil {
 		pool := x509.NewCertPool()
 		if pool.AppendCertsFromPEM(text) {
-			c.was.Store(pool)
+			c.last.Store(pool)
 			return pool, nil
 		}
 		err = fmt.Errorf("%s holds no certificate in PEM", c.File)
 	}
-	if was := c.was.Load(); was != nil {
+	if was := c.last.Load(); was != nil {
 		return was, nil
 	}
 	return nil, err
@@ -370,14 +370,14 @@ func (c *ClientCA) Require(server *tls.Config) (*tls.Config, error) {
 			return nil, err
 		}
 		config := server.Clone()
-		config.ClientAuth, config.ClientCAs, config.VerifyConnection = tls.RequireAndVerifyClientCert, pool, c.named
+		config.ClientAuth, config.ClientCAs, config.VerifyConnection = tls.RequireAndVerifyClientCert, pool, c.verifyName
 		return config, nil
 	}
 	return out, nil
 }
 
 // named refuses a client by its names.
-func (c *ClientCA) named(s tls.ConnectionState) error {
+func (c *ClientCA) verifyName(s tls.ConnectionState) error {
 	client := s.PeerCertificates[0]
 	for _, name := range append([]string{client.Subject.CommonName}, client.DNSNames...) {
 		if len(c.Names) == 0 || slices.Contains(c.Names, name) {

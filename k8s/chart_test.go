@@ -345,7 +345,7 @@ func TestChartCertificates(t *testing.T) {
 		t.Helper()
 		container := at(pod, "containers").([]any)[0]
 		mounts, volumes := at(container, "volumeMounts").([]any), at(pod, "volumes").([]any)
-		i, j := named(mounts, name), named(volumes, name)
+		i, j := indexByName(mounts, name), indexByName(volumes, name)
 		if i < 0 || j < 0 {
 			t.Fatalf("no %s: %v, %v", name, mounts, volumes)
 		}

@@ -48,7 +48,7 @@ func TestClusterCertManager(t *testing.T) {
 		if c.call(t.Context(), http.MethodGet, "/api/v1/namespaces/"+release+"/secrets/sluice-webhook-tls", nil, &s) != nil {
 			return nil
 		}
-		return child(s, "data")
+		return objectField(s, "data")
 	}
 	content := func(encoded any) []byte {
 		t.Helper()
@@ -94,13 +94,13 @@ func TestClusterCertManager(t *testing.T) {
 		all := bundles(t, c.API)
 		return len(all) == 2 && len(all[0]) > 0 && reflect.DeepEqual(all[0], all[1])
 	})
-	namespace(t, c, "shop", object{label: "enabled"})
+	namespace(t, c, "shop", object{injectLabel: "enabled"})
 	made := 0
 	create := func() {
 		t.Helper()
 		p := pod(t, strings.Replace(podText("", "{containers: [{name: envoy, SECURE}]}"), "{metadata: {", "{metadata: {generateName: r-, ", 1))
 		var out object
-		if err := c.call(t.Context(), http.MethodPost, "/api/v1/namespaces/shop/pods", p, &out); err != nil || named(list(child(out, "spec"), "initContainers"), "sluice") != 0 {
+		if err := c.call(t.Context(), http.MethodPost, "/api/v1/namespaces/shop/pods", p, &out); err != nil || indexByName(listField(objectField(out, "spec"), "initContainers"), "sluice") != 0 {
 			t.Errorf("pod: %v", err)
 		}
 		made++

@@ -34,7 +34,7 @@ func plain(t *testing.T, pod object) object {
 		t.Fatal(err)
 	}
 	for _, field := range []string{"uid", "creationTimestamp", "managedFields", "resourceVersion", "generation"} {
-		delete(child(out, "metadata"), field)
+		delete(objectField(out, "metadata"), field)
 	}
 	delete(out, "status")
 	return out
@@ -49,15 +49,15 @@ func sorted(pod object) object {
 		})
 		return l
 	}
-	spec := child(pod, "spec")
-	spec["volumes"] = by(list(spec, "volumes"))
-	for name, v := range child(child(spec, "resources"), "requests") { // the same amount, by another sum
-		child(child(spec, "resources"), "requests")[name] = quantity(name, amount(v))
+	spec := objectField(pod, "spec")
+	spec["volumes"] = by(listField(spec, "volumes"))
+	for name, v := range objectField(objectField(spec, "resources"), "requests") { // the same amount, by another sum
+		objectField(objectField(spec, "resources"), "requests")[name] = formatQuantity(name, quantityValue(v))
 	}
 	for _, field := range []string{"containers", "initContainers"} {
-		for _, c := range list(spec, field) {
+		for _, c := range listField(spec, field) {
 			c := c.(object)
-			c["volumeMounts"] = by(list(c, "volumeMounts"))
+			c["volumeMounts"] = by(listField(c, "volumeMounts"))
 		}
 	}
 	return pod
@@ -177,10 +177,10 @@ func TestClusterRandomPods(t *testing.T) {
 	for i := range r.running {
 		r.run(t, i)
 	}
-	must(t, c.API, http.MethodPatch, "/api/v1/namespaces/shop", []any{object{"op": "add", "path": "/metadata/labels/" + strings.ReplaceAll(label, "/", "~1"), "value": "enabled"}})
+	must(t, c.API, http.MethodPatch, "/api/v1/namespaces/shop", []any{object{"op": "add", "path": "/metadata/labels/" + strings.ReplaceAll(injectLabel, "/", "~1"), "value": "enabled"}})
 	await(t, "the label to count", func() bool {
 		got, err := create(pod(t, "{metadata: {name: probe, annotations: {sluice.dev/in-process: 'true'}}, spec: {containers: [{name: envoy, image: x}]}}"))
-		return err == nil && len(list(child(got, "spec"), "initContainers")) == 1
+		return err == nil && len(listField(objectField(got, "spec"), "initContainers")) == 1
 	})
 	for _, o := range all {
 		name := at(o.pod, "metadata", "name")
@@ -188,7 +188,7 @@ func TestClusterRandomPods(t *testing.T) {
 		got, err := create(o.pod)
 		said := heard.take()
 		if !accepted(o) {
-			if !isStatus(err, http.StatusForbidden) || !strings.Contains(err.Error(), "sluice: "+o.refused) {
+			if !hasStatus(err, http.StatusForbidden) || !strings.Contains(err.Error(), "sluice: "+o.refused) {
 				t.Errorf("%v is refused for %q by the manifest, and by the webhook: %v", name, o.refused, err)
 			}
 			continue

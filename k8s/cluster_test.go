@@ -42,14 +42,14 @@ func TestCluster(t *testing.T) {
 	for i := range r.running {
 		r.run(t, i, "--linger=0s")
 	}
-	restricted := object{label: "enabled", "pod-security.kubernetes.io/enforce": "restricted"}
+	restricted := object{injectLabel: "enabled", "pod-security.kubernetes.io/enforce": "restricted"}
 	namespace(t, c, "shop", restricted)
 	heard.take()
 	const pods = "/api/v1/namespaces/shop/pods"
 	create := func(t *testing.T, path, name, text string) object {
 		t.Helper()
 		p := pod(t, text)
-		metadata := child(p, "metadata")
+		metadata := objectField(p, "metadata")
 		if metadata == nil {
 			metadata = object{}
 			p["metadata"] = metadata
@@ -75,7 +75,7 @@ func TestCluster(t *testing.T) {
 	t.Run("init containers", func(t *testing.T) {
 		got := create(t, pods, "inits", podText("", "{initContainers: [{name: migrate, SECURE}, {name: log, restartPolicy: Always, SECURE}], containers: [{name: envoy, SECURE}]}"))
 		injected(t, got, 0, "shop/inits")
-		if init := list(child(got, "spec"), "initContainers"); len(init) != 3 || named(init, "migrate") != 1 || named(init, "log") != 2 {
+		if init := listField(objectField(got, "spec"), "initContainers"); len(init) != 3 || indexByName(init, "migrate") != 1 || indexByName(init, "log") != 2 {
 			t.Errorf("%v", init)
 		}
 	})
@@ -103,7 +103,7 @@ func TestCluster(t *testing.T) {
 			}
 			var got []any
 			await(t, "pods of "+kind, func() bool {
-				got = list(must(t, c.API, http.MethodGet, pods+"?labelSelector=app%3D"+kind, nil), "items")
+				got = listField(must(t, c.API, http.MethodGet, pods+"?labelSelector=app%3D"+kind, nil), "items")
 				return len(got) > 0 && (kind != "deployments" || len(got) == 2)
 			})
 			for _, p := range got {
@@ -114,11 +114,11 @@ func TestCluster(t *testing.T) {
 	t.Run("opted out", func(t *testing.T) {
 		heard.take()
 		got := create(t, pods, "out", podText("sluice.dev/inject: disabled", "{containers: [{name: envoy, SECURE}]}"))
-		if said := heard.take(); len(list(child(got, "spec"), "initContainers")) > 0 || said != "" {
+		if said := heard.take(); len(listField(objectField(got, "spec"), "initContainers")) > 0 || said != "" {
 			t.Errorf("injected, or warned %q", said)
 		}
 		got = create(t, "/api/v1/namespaces/default/pods", "elsewhere", podText("", "{containers: [{name: envoy, SECURE}]}"))
-		if len(list(child(got, "spec"), "initContainers")) > 0 {
+		if len(listField(objectField(got, "spec"), "initContainers")) > 0 {
 			t.Error("injected in a namespace without the label")
 		}
 		got = create(t, "/api/v1/namespaces/default/pods", "asks", podText("sluice.dev/inject: enabled", "{containers: [{name: envoy, SECURE}]}"))
@@ -131,7 +131,7 @@ func TestCluster(t *testing.T) {
 		} {
 			heard.take()
 			got := create(t, pods, fmt.Sprintf("skipped-%d", len(why)), podText("", name))
-			if said := heard.take(); len(list(child(got, "spec"), "initContainers")) > 0 || !strings.Contains(said, "sluice is not injected: ") || !strings.Contains(said, why) {
+			if said := heard.take(); len(listField(objectField(got, "spec"), "initContainers")) > 0 || !strings.Contains(said, "sluice is not injected: ") || !strings.Contains(said, why) {
 				t.Errorf("%s: warned %q", why, said)
 			}
 		}
@@ -140,7 +140,7 @@ func TestCluster(t *testing.T) {
 		for _, namespace := range []string{"shop", "default"} {
 			var out object
 			err := c.call(t.Context(), http.MethodPost, "/api/v1/namespaces/"+namespace+"/pods", pod(t, strings.Replace(podText("sluice.dev/inject: enabled", "{containers: [{name: app, SECURE}]}"), "{metadata: {", "{metadata: {name: no, ", 1)), &out)
-			if !isStatus(err, http.StatusForbidden) || !strings.Contains(err.Error(), "sluice cannot be injected: no container is named") {
+			if !hasStatus(err, http.StatusForbidden) || !strings.Contains(err.Error(), "sluice cannot be injected: no container is named") {
 				t.Errorf("%s: %v", namespace, err)
 			}
 		}
@@ -167,13 +167,13 @@ func TestCluster(t *testing.T) {
 		// One is asked before sluice, as Istio's own is, one after.
 		for name, before := range map[string]bool{"istio-sidecar-injector": true, "zz-istio-sidecar-injector": false} {
 			istiod(t, c.API, name)
-			namespace(t, c, name, object{label: "enabled", name: "enabled"})
+			namespace(t, c, name, object{injectLabel: "enabled", name: "enabled"})
 			heard.take()
 			path := "/api/v1/namespaces/" + name + "/pods"
 			got := create(t, path, "web", podText("", "{initContainers: [{name: migrate, image: x}], containers: [{name: app, image: x}]}"))
 			injected(t, got, 2, name+"/web")
 			var names []string
-			for _, v := range list(child(got, "spec"), "initContainers") {
+			for _, v := range listField(objectField(got, "spec"), "initContainers") {
 				names = append(names, v.(object)["name"].(string))
 			}
 			if diff := cmp.Diff([]string{"istio-init", "istio-proxy", "sluice", "migrate"}, names); diff != "" {
@@ -188,18 +188,18 @@ func TestCluster(t *testing.T) {
 		}
 	})
 	t.Run("under a LimitRange", func(t *testing.T) { // its amounts stay where the pod is injected again
-		namespace(t, c, "limited", object{label: "enabled"})
+		namespace(t, c, "limited", object{injectLabel: "enabled"})
 		must(t, c.API, http.MethodPost, "/api/v1/namespaces/limited/limitranges", object{
 			"metadata": object{"name": "cpu"}, "spec": object{"limits": []any{object{"type": "Container", "default": object{"cpu": "750m"}, "defaultRequest": object{"cpu": "10m"}}}},
 		})
 		limits := func(pod object) any {
-			return at(list(child(pod, "spec"), "initContainers")[0], "resources", "limits", "cpu")
+			return at(listField(objectField(pod, "spec"), "initContainers")[0], "resources", "limits", "cpu")
 		}
 		once := create(t, "/api/v1/namespaces/limited/pods", "once", podText("", "{containers: [{name: envoy, SECURE}]}"))
 		injected(t, once, 0, "limited/once")
 		must(t, c.API, http.MethodDelete, "/api/v1/namespaces/limited/limitranges/cpu", nil)
 		again := plain(t, once)
-		child(again, "metadata")["name"] = "again"
+		objectField(again, "metadata")["name"] = "again"
 		again = must(t, c.API, http.MethodPost, "/api/v1/namespaces/limited/pods", again)
 		injected(t, again, 0, "limited/again")
 		if limits(once) != "750m" || limits(again) != "750m" {
@@ -211,8 +211,8 @@ func TestCluster(t *testing.T) {
 		if out, err := helm(t, "upgrade", "sluice", chartDir, "--kubeconfig", c.kubeconfig, "--namespace", release, "--set", "webhook.excludedNamespaces={ops}"); err != nil {
 			t.Fatalf("%v\n%s", err, out)
 		}
-		data := child(must(t, c.API, http.MethodGet, "/api/v1/namespaces/"+release+"/secrets/sluice-webhook-ca", nil), "data")
-		if after := bundles(t, c.API); !reflect.DeepEqual(after, before) || data[caCert] == nil {
+		data := objectField(must(t, c.API, http.MethodGet, "/api/v1/namespaces/"+release+"/secrets/sluice-webhook-ca", nil), "data")
+		if after := bundles(t, c.API); !reflect.DeepEqual(after, before) || data[caCertKey] == nil {
 			t.Errorf("an upgrade takes away what the webhook filled in: %s", after)
 		}
 		injected(t, create(t, pods, "upgraded", podText("", "{containers: [{name: envoy, SECURE}]}")), 0, "shop/upgraded")
@@ -223,7 +223,7 @@ func TestCluster(t *testing.T) {
 		}
 		var out object
 		err := c.call(t.Context(), http.MethodPost, pods, pod(t, strings.Replace(podText("", "{containers: [{name: envoy, SECURE}]}"), "{metadata: {", "{metadata: {name: gone, ", 1)), &out)
-		if !isStatus(err, http.StatusInternalServerError) || !strings.Contains(err.Error(), "namespace.inject.sluice.dev") {
+		if !hasStatus(err, http.StatusInternalServerError) || !strings.Contains(err.Error(), "namespace.inject.sluice.dev") {
 			t.Errorf("%v", err)
 		}
 		must(t, c.API, http.MethodPost, "/api/v1/namespaces/default/pods", pod(t, "{metadata: {name: fine}, spec: {containers: [{name: envoy, image: x}]}}"))
@@ -243,7 +243,7 @@ func TestCluster(t *testing.T) {
 			return left == ""
 		})
 		got := create(t, pods, "after", podText("", "{containers: [{name: envoy, SECURE}]}"))
-		if len(list(child(got, "spec"), "initContainers")) > 0 {
+		if len(listField(objectField(got, "spec"), "initContainers")) > 0 {
 			t.Error("injected")
 		}
 	})
@@ -254,13 +254,13 @@ func TestCluster(t *testing.T) {
 func istiod(t *testing.T, a *API, name string) {
 	t.Helper()
 	handler := http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
-		var in review
+		var in admissionReview
 		if err := json.NewDecoder(q.Body).Decode(&in); err != nil {
 			http.Error(w, err.Error(), http.StatusBadRequest)
 			return
 		}
-		answer := &response{UID: in.Request.UID, Allowed: true}
-		if init := list(child(in.Request.Object, "spec"), "initContainers"); named(init, istioProxy) < 0 {
+		answer := &admissionResponse{UID: in.Request.UID, Allowed: true}
+		if init := listField(objectField(in.Request.Object, "spec"), "initContainers"); indexByName(init, istioProxy) < 0 {
 			init = append([]any{
 				object{"name": "istio-init", "image": "proxyv2", "securityContext": object{"capabilities": object{"add": []any{"NET_ADMIN", "NET_RAW"}}, "runAsUser": 0}},
 				object{
@@ -269,13 +269,13 @@ func istiod(t *testing.T, a *API, name string) {
 					"volumeMounts": []any{object{"name": "istio-envoy", "mountPath": "/etc/istio/proxy"}},
 				},
 			}, init...)
-			volumes := append(list(child(in.Request.Object, "spec"), "volumes"), object{"name": "istio-envoy", "emptyDir": object{"medium": "Memory"}})
+			volumes := append(listField(objectField(in.Request.Object, "spec"), "volumes"), object{"name": "istio-envoy", "emptyDir": object{"medium": "Memory"}})
 			answer.PatchType = "JSONPatch"
 			answer.Patch, _ = json.Marshal([]object{
 				{"op": "add", "path": "/spec/initContainers", "value": init}, {"op": "add", "path": "/spec/volumes", "value": volumes},
 			})
 		}
-		_ = json.NewEncoder(w).Encode(review{APIVersion: in.APIVersion, Kind: in.Kind, Response: answer})
+		_ = json.NewEncoder(w).Encode(admissionReview{APIVersion: in.APIVersion, Kind: in.Kind, Response: answer})
 	})
 	serveWebhook(t, a, name, handler, object{name: "enabled"})
 }
@@ -315,7 +315,7 @@ func TestClusterRotation(t *testing.T) {
 	for i := range r.running {
 		r.run(t, i, quick...)
 	}
-	namespace(t, c, "shop", object{label: "enabled"})
+	namespace(t, c, "shop", object{injectLabel: "enabled"})
 
 	var wg sync.WaitGroup
 	done := make(chan struct{})
@@ -326,7 +326,7 @@ func TestClusterRotation(t *testing.T) {
 				var out object
 				p := pod(t, strings.Replace(podText("", "{containers: [{name: envoy, SECURE}]}"), "{metadata: {", "{metadata: {generateName: r-, ", 1))
 				err := c.call(t.Context(), http.MethodPost, "/api/v1/namespaces/shop/pods", p, &out)
-				if made.Add(1); err != nil || named(list(child(out, "spec"), "initContainers"), "sluice") != 0 {
+				if made.Add(1); err != nil || indexByName(listField(objectField(out, "spec"), "initContainers"), "sluice") != 0 {
 					failed.Add(1)
 					t.Errorf("pod: %v", err)
 				}
@@ -398,7 +398,7 @@ func TestClusterRights(t *testing.T) {
 	role, clusterRole := roles+"namespaces/"+release+"/roles/sluice-webhook", roles+"clusterroles/"+configuration
 	for _, path := range []string{role, clusterRole} {
 		whole := must(t, c.API, http.MethodGet, path, nil)
-		verbs := at(list(whole, "rules")[0], "verbs").([]any)
+		verbs := at(listField(whole, "rules")[0], "verbs").([]any)
 		set := func(verbs []any) {
 			t.Helper()
 			must(t, c.API, http.MethodPatch, path, []any{object{"op": "replace", "path": "/rules/0/verbs", "value": verbs}})
@@ -428,10 +428,10 @@ func TestClusterRights(t *testing.T) {
 	r.run(t, 0)
 	filled := func() (object, [][]byte) {
 		t.Helper()
-		return child(must(t, c.API, http.MethodGet, secrets+"/sluice-webhook-ca", nil), "data"), bundles(t, c.API)
+		return objectField(must(t, c.API, http.MethodGet, secrets+"/sluice-webhook-ca", nil), "data"), bundles(t, c.API)
 	}
 	data, all := filled()
-	if len(all) != 2 || len(all[0]) == 0 || !reflect.DeepEqual(all[0], all[1]) || data[caCert] == nil || data[caKey] == nil {
+	if len(all) != 2 || len(all[0]) == 0 || !reflect.DeepEqual(all[0], all[1]) || data[caCertKey] == nil || data[caPrivateKey] == nil {
 		t.Fatalf("not filled: %v\n%s", data, all)
 	}
 	// What the webhook filled in is left alone when the manifests are applied again.

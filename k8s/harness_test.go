@@ -224,7 +224,7 @@ func signed(t *testing.T, template x509.Certificate, by *tls.Certificate) tls.Ce
 	if err != nil {
 		t.Fatal(err)
 	}
-	template.SerialNumber, template.IsCA, template.BasicConstraintsValid = serial(), true, true
+	template.SerialNumber, template.IsCA, template.BasicConstraintsValid = newSerial(), true, true
 	template.NotBefore, template.NotAfter = time.Now().Add(-time.Minute), time.Now().Add(time.Hour)
 	parent, signer := &template, any(key)
 	if by != nil {

@@ -167,13 +167,13 @@ func (p istioParts) startIstiod(t *testing.T, c *controlPlane, printed string, m
 			t.Fatalf("%v\n%s", err, out)
 		}
 	}
-	container := list(child(child(child(must(t, c.API, http.MethodGet, "/apis/apps/v1/namespaces/istio-system/deployments/istiod", nil), "spec"), "template"), "spec"), "containers")[0]
+	container := listField(objectField(objectField(objectField(must(t, c.API, http.MethodGet, "/apis/apps/v1/namespaces/istio-system/deployments/istiod", nil), "spec"), "template"), "spec"), "containers")[0]
 	args := []string{}
 	for _, a := range at(container, "args").([]any) {
 		args = append(args, a.(string))
 	}
 	env := append([]string{"POD_NAME=istiod", "POD_NAMESPACE=istio-system", "SERVICE_ACCOUNT=istiod"}, more...)
-	for _, v := range list(container.(object), "env") {
+	for _, v := range listField(container.(object), "env") {
 		if value, ok := at(v, "value").(string); ok && at(v, "name") != "KUBECONFIG" {
 			env = append(env, at(v, "name").(string)+"="+value)
 		}
@@ -183,7 +183,7 @@ func (p istioParts) startIstiod(t *testing.T, c *controlPlane, printed string, m
 	await(t, "istiod", func() bool { return get(t.Context(), "http://127.0.0.1:15080/ready").status == http.StatusOK })
 	await(t, "its caBundle", func() bool {
 		configuration := must(t, c.API, http.MethodGet, "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations/istio-sidecar-injector", nil)
-		return !slices.ContainsFunc(list(configuration, "webhooks"), func(v any) bool { return at(v, "clientConfig", "caBundle") == nil })
+		return !slices.ContainsFunc(listField(configuration, "webhooks"), func(v any) bool { return at(v, "clientConfig", "caBundle") == nil })
 	})
 }
 
@@ -222,7 +222,7 @@ func TestMeshIstio(t *testing.T) {
 		got := must(t, c.API, http.MethodGet, "/api/v1/namespaces/shop/pods/web", nil)
 		injected(t, got, 2, "shop/web")
 		var names []string
-		init := list(child(got, "spec"), "initContainers")
+		init := listField(objectField(got, "spec"), "initContainers")
 		for _, v := range init {
 			names = append(names, v.(object)["name"].(string))
 		}
@@ -234,18 +234,18 @@ func TestMeshIstio(t *testing.T) {
 		if err := yaml.Unmarshal([]byte(istioPod[strings.LastIndex(istioPod, "---")+3:]), &old); err != nil {
 			t.Fatal(err)
 		}
-		child(old, "metadata")["name"] = "old"
-		child(old, "metadata")["annotations"] = map[string]any{"sluice.dev/in-process": "true", "sidecar.istio.io/nativeSidecar": "false"}
+		objectField(old, "metadata")["name"] = "old"
+		objectField(old, "metadata")["annotations"] = map[string]any{"sluice.dev/in-process": "true", "sidecar.istio.io/nativeSidecar": "false"}
 		old = must(t, c.API, http.MethodPost, "/api/v1/namespaces/shop/pods?dryRun=All", old)
-		if spec := child(old, "spec"); named(list(spec, "initContainers"), "sluice") != 0 || named(list(spec, "containers"), istioProxy) < 0 {
+		if spec := objectField(old, "spec"); indexByName(listField(spec, "initContainers"), "sluice") != 0 || indexByName(listField(spec, "containers"), istioProxy) < 0 {
 			t.Errorf("%v", spec)
 		}
 		// Again, as a restored pod would be.
 		again := plain(t, got)
-		metadata := child(again, "metadata")
+		metadata := objectField(again, "metadata")
 		metadata["name"] = "again"
-		delete(child(again, "spec"), "nodeName")
-		if got := must(t, c.API, http.MethodPost, "/api/v1/namespaces/shop/pods?dryRun=All", again); len(list(child(got, "spec"), "initContainers")) != 4 {
+		delete(objectField(again, "spec"), "nodeName")
+		if got := must(t, c.API, http.MethodPost, "/api/v1/namespaces/shop/pods?dryRun=All", again); len(listField(objectField(got, "spec"), "initContainers")) != 4 {
 			t.Errorf("%v", got)
 		}
 		if said := heard.take(); said != "" {

@@ -18,7 +18,7 @@ var byteOrderMark = []byte("\ufeff")
 
 // jsonObjects are the objects that JSON text holds, one after the other, each with the space before it and the last with what is after it;
 // false where it is none.
-func jsonObjects(text []byte) ([][]byte, bool) {
+func splitJSON(text []byte) ([][]byte, bool) {
 	body := bytes.TrimPrefix(text, byteOrderMark)
 	d := json.NewDecoder(bytes.NewReader(body))
 	var ends []int64
@@ -48,11 +48,11 @@ func jsonObjects(text []byte) ([][]byte, bool) {
 // injectJSON returns what becomes of one of the objects, with the space around it.
 func injectJSON(text []byte, inject func(any) any) ([]byte, error) {
 	body := bytes.TrimSpace(bytes.TrimPrefix(text, byteOrderMark))
-	node, err := readJSON(body)
+	node, err := parseJSON(body)
 	if err != nil {
 		return nil, err
 	}
-	root, err := numbered(body)
+	root, err := decodeJSON(body)
 	if err != nil {
 		return nil, err
 	}
@@ -60,14 +60,14 @@ func injectJSON(text []byte, inject func(any) any) ([]byte, error) {
 	if reflect.DeepEqual(root, changed) {
 		return text, nil
 	}
-	if err := merge(node, root, changed); err != nil {
+	if err := mergeNode(node, root, changed); err != nil {
 		return nil, err
 	}
 	written, err := writeJSON(node, body)
 	if err != nil {
 		return nil, err
 	}
-	if back, err := numbered(written); err != nil || !same(back, changed) { // as writeYAML does
+	if back, err := decodeJSON(written); err != nil || !equalJSON(back, changed) { // as writeYAML does
 		return nil, errors.New("it cannot be written with the sidecar without changing something else")
 	}
 	if bytes.Contains(body, []byte("\r\n")) {
@@ -78,7 +78,7 @@ func injectJSON(text []byte, inject func(any) any) ([]byte, error) {
 }
 
 // numbered is what JSON says, with its numbers as they are written.
-func numbered(text []byte) (any, error) {
+func decodeJSON(text []byte) (any, error) {
 	d := json.NewDecoder(bytes.NewReader(text))
 	d.UseNumber()
 	var v any
@@ -87,13 +87,13 @@ func numbered(text []byte) (any, error) {
 }
 
 // readJSON reads JSON as the node that YAML would have for it, whose fields keep their order.
-func readJSON(text []byte) (*yaml.Node, error) {
+func parseJSON(text []byte) (*yaml.Node, error) {
 	d := json.NewDecoder(bytes.NewReader(text))
 	d.UseNumber()
-	return readNode(d)
+	return parseJSONNode(d)
 }
 
-func readNode(d *json.Decoder) (*yaml.Node, error) {
+func parseJSONNode(d *json.Decoder) (*yaml.Node, error) {
 	token, err := d.Token()
 	if err != nil {
 		return nil, err
@@ -106,7 +106,7 @@ func readNode(d *json.Decoder) (*yaml.Node, error) {
 		}
 		fields := map[string]bool{}
 		for d.More() { // an object's are keys and values in turn, as YAML's are
-			element, err := readNode(d)
+			element, err := parseJSONNode(d)
 			if err != nil {
 				return nil, err
 			}
@@ -141,15 +141,15 @@ func readNode(d *json.Decoder) (*yaml.Node, error) {
 }
 
 // indentation is what JSON that has lines begins its second one with.
-var indentation = regexp.MustCompile(`^\s*\{\r?\n([ \t]+)`)
+var indentPattern = regexp.MustCompile(`^\s*\{\r?\n([ \t]+)`)
 
 // writeJSON writes a node that says no more than JSON can, in lines as like has them.
 func writeJSON(node *yaml.Node, like []byte) ([]byte, error) {
 	var compact, out bytes.Buffer
-	if err := writeNode(&compact, node); err != nil {
+	if err := writeJSONNode(&compact, node); err != nil {
 		return nil, err
 	}
-	if m := indentation.FindSubmatch(like); m != nil {
+	if m := indentPattern.FindSubmatch(like); m != nil {
 		if err := json.Indent(&out, compact.Bytes(), "", string(m[1])); err != nil {
 			return nil, err
 		}
@@ -159,7 +159,7 @@ func writeJSON(node *yaml.Node, like []byte) ([]byte, error) {
 	return out.Bytes(), nil
 }
 
-func writeNode(b *bytes.Buffer, node *yaml.Node) error {
+func writeJSONNode(b *bytes.Buffer, node *yaml.Node) error {
 	ends, separators := "[]", ",,"
 	switch {
 	case node.Kind == yaml.ScalarNode && node.ShortTag() != "!!str":
@@ -179,7 +179,7 @@ func writeNode(b *bytes.Buffer, node *yaml.Node) error {
 		if i > 0 {
 			b.WriteByte(separators[i%2])
 		}
-		if err := writeNode(b, element); err != nil {
+		if err := writeJSONNode(b, element); err != nil {
 			return err
 		}
 	}

@@ -15,10 +15,10 @@ import (
 )
 
 // groups are the API groups of the kinds in templates, the core's empty one among them: another group's Job is none of these.
-var groups = []string{"", "apps", "batch", "extensions", "argoproj.io"}
+var workloadGroups = []string{"", "apps", "batch", "extensions", "argoproj.io"}
 
-// templates say where a kind has its pod template. What is not here, and no list, has none.
-var templates = map[string][]string{
+// podTemplatePaths say where a kind has its pod template. What is not here, and no list, has none.
+var podTemplatePaths = map[string][]string{
 	"Pod":                   {},
 	"PodTemplate":           {"template"},
 	"Deployment":            {"spec", "template"},
@@ -37,9 +37,9 @@ var templates = map[string][]string{
 func Manifest(in []byte, o Options) (out []byte, skipped []string, err error) {
 	var mistakes []error
 	inject := func(root any) any {
-		return walk(root, "", o, func(s string) { skipped = append(skipped, s) }, func(err error) { mistakes = append(mistakes, err) })
+		return injectObject(root, "", o, func(s string) { skipped = append(skipped, s) }, func(err error) { mistakes = append(mistakes, err) })
 	}
-	if objects, ok := jsonObjects(in); ok {
+	if objects, ok := splitJSON(in); ok {
 		var b bytes.Buffer
 		for _, text := range objects {
 			out, err := injectJSON(text, inject)
@@ -54,8 +54,8 @@ func Manifest(in []byte, o Options) (out []byte, skipped []string, err error) {
 		return b.Bytes(), skipped, nil
 	}
 	var b bytes.Buffer
-	for i, document := range documents(in) {
-		directives := directives.Find(document)
+	for i, document := range splitDocuments(in) {
+		directives := directivesPattern.Find(document)
 		body := document[len(directives):]
 		d := yaml.NewDecoder(bytes.NewReader(body))
 		var node yaml.Node
@@ -75,14 +75,14 @@ func Manifest(in []byte, o Options) (out []byte, skipped []string, err error) {
 		if err := node.Decode(&root); err != nil {
 			return nil, nil, fmt.Errorf("document %d: %w", i+1, err)
 		}
-		root = stringKeys(root)
+		root = stringifyKeys(root)
 		changed := inject(root)
 		if reflect.DeepEqual(root, changed) {
 			b.Write(document)
 			continue
 		}
-		compact := !indented(&node) // as it was read
-		if err := merge(&node, root, changed); err != nil {
+		compact := !indentsSequences(&node) // as it was read
+		if err := mergeNode(&node, root, changed); err != nil {
 			return nil, nil, fmt.Errorf("document %d: %w", i+1, err)
 		}
 		written, err := writeYAML(&node, changed, compact, body)
@@ -107,7 +107,7 @@ func Manifest(in []byte, o Options) (out []byte, skipped []string, err error) {
 // checkKeys reports the first key that stands twice in a mapping. yaml.v3 would
 // report each pair of equal ones, in memory that grows with their square.
 func checkKeys(node *yaml.Node) (err error) {
-	visit(node, func(n *yaml.Node) {
+	walkNodes(node, func(n *yaml.Node) {
 		if n.Kind != yaml.MappingNode || err != nil {
 			return
 		}
@@ -129,13 +129,13 @@ func checkKeys(node *yaml.Node) (err error) {
 }
 
 // directives are the lines such as %YAML 1.2 that a document may have before the --- that begins it, with the comments among them.
-var directives = regexp.MustCompile(`^([ \t]*(#[^\n]*)?\r?\n)*%[^\n]*\n((%[^\n]*|[ \t]*(#[^\n]*)?)\r?\n)*`)
+var directivesPattern = regexp.MustCompile(`^([ \t]*(#[^\n]*)?\r?\n)*%[^\n]*\n((%[^\n]*|[ \t]*(#[^\n]*)?)\r?\n)*`)
 
 // writeYAML writes a node, which has to say changed, with the spacing of what it was read from.
 func writeYAML(node *yaml.Node, changed any, compact bool, like []byte) ([]byte, error) {
 	says := func(text []byte) bool {
 		var back any
-		return yaml.Unmarshal(text, &back) == nil && same(stringKeys(back), changed)
+		return yaml.Unmarshal(text, &back) == nil && equalJSON(stringifyKeys(back), changed)
 	}
 	// The encoder has its faults, so that what it writes is read again. Of a folded scalar's lines it gets some wrong: it stays a block.
 	for _, plainer := range []func(*yaml.Node){func(*yaml.Node) {}, func(n *yaml.Node) {
@@ -143,7 +143,7 @@ func writeYAML(node *yaml.Node, changed any, compact bool, like []byte) ([]byte,
 			n.Style = n.Style&^yaml.FoldedStyle | yaml.LiteralStyle
 		}
 	}} {
-		visit(node, func(n *yaml.Node) {
+		walkNodes(node, func(n *yaml.Node) {
 			if n.Tag == "!!merge" { // it would be written
 				n.Tag = ""
 			}
@@ -158,7 +158,7 @@ func writeYAML(node *yaml.Node, changed any, compact bool, like []byte) ([]byte,
 		if err := errors.Join(e.Encode(node), e.Close()); err != nil {
 			return nil, err
 		}
-		if text := spaced(b.Bytes(), like); says(text) {
+		if text := restoreSpacing(b.Bytes(), like); says(text) {
 			return text, nil
 		}
 		if says(b.Bytes()) {
@@ -169,9 +169,9 @@ func writeYAML(node *yaml.Node, changed any, compact bool, like []byte) ([]byte,
 }
 
 // indented says that a list, the first in a node that is below its key, is further in than the key.
-func indented(node *yaml.Node) bool {
+func indentsSequences(node *yaml.Node) bool {
 	is, decided := false, false
-	visit(node, func(n *yaml.Node) {
+	walkNodes(node, func(n *yaml.Node) {
 		for i := 1; n.Kind == yaml.MappingNode && i < len(n.Content) && !decided; i += 2 {
 			if key, v := n.Content[i-1], n.Content[i]; v.Kind == yaml.SequenceNode && v.Style&yaml.FlowStyle == 0 && v.Line > key.Line {
 				is, decided = v.Column > key.Column, true
@@ -181,36 +181,36 @@ func indented(node *yaml.Node) bool {
 	return is
 }
 
-func visit(node *yaml.Node, each func(*yaml.Node)) {
+func walkNodes(node *yaml.Node, each func(*yaml.Node)) {
 	each(node)
 	for _, n := range node.Content {
-		visit(n, each)
+		walkNodes(n, each)
 	}
 }
 
 // stringKeys is a value with every mapping's keys texts, as they are in JSON.
-func stringKeys(v any) any {
+func stringifyKeys(v any) any {
 	switch v := v.(type) {
 	case map[any]any:
 		out := object{}
 		for k, w := range v {
-			out[fmt.Sprint(k)] = stringKeys(w)
+			out[fmt.Sprint(k)] = stringifyKeys(w)
 		}
 		return out
 	case object:
 		for k, w := range v {
-			v[k] = stringKeys(w)
+			v[k] = stringifyKeys(w)
 		}
 	case []any:
 		for i, w := range v {
-			v[i] = stringKeys(w)
+			v[i] = stringifyKeys(w)
 		}
 	}
 	return v
 }
 
 // documents cuts a stream before each line that begins a document, directives before it included.
-func documents(in []byte) [][]byte {
+func splitDocuments(in []byte) [][]byte {
 	var all [][]byte
 	start := 0
 	for at := 0; at < len(in); {
@@ -218,7 +218,7 @@ func documents(in []byte) [][]byte {
 		if i := bytes.IndexByte(in[at:], '\n'); i >= 0 {
 			end = at + i + 1
 		}
-		if line := strings.TrimRight(string(in[at:end]), "\r\n"); at > start && (line == "---" || strings.HasPrefix(line, "--- ") || strings.HasPrefix(line, "---\t")) && len(directives.Find(in[start:at])) < at-start {
+		if line := strings.TrimRight(string(in[at:end]), "\r\n"); at > start && (line == "---" || strings.HasPrefix(line, "--- ") || strings.HasPrefix(line, "---\t")) && len(directivesPattern.Find(in[start:at])) < at-start {
 			all = append(all, in[start:at])
 			start = at
 		}
@@ -228,10 +228,10 @@ func documents(in []byte) [][]byte {
 }
 
 // walk returns what becomes of an object and all that it bears.
-func walk(root any, where string, o Options, skip func(string), refuse func(error)) any {
+func injectObject(root any, where string, o Options, skip func(string), refuse func(error)) any {
 	top, _ := root.(object)
 	kind, _ := top["kind"].(string)
-	metadata := child(top, "metadata")
+	metadata := objectField(top, "metadata")
 	name, _ := metadata["name"].(string)
 	if name == "" {
 		generate, _ := metadata["generateName"].(string)
@@ -247,33 +247,33 @@ func walk(root any, where string, o Options, skip func(string), refuse func(erro
 				for k, v := range item {
 					typed[k] = v
 				}
-				done := walk(typed, fmt.Sprintf("item %d: ", i+1), o, skip, refuse).(object)
+				done := injectObject(typed, fmt.Sprintf("item %d: ", i+1), o, skip, refuse).(object)
 				delete(done, "kind")
 				items[i] = done
 				continue
 			}
-			items[i] = walk(items[i], fmt.Sprintf("item %d: ", i+1), o, skip, refuse)
+			items[i] = injectObject(items[i], fmt.Sprintf("item %d: ", i+1), o, skip, refuse)
 		}
-		return with(top, "items", items)
+		return withField(top, "items", items)
 	}
-	path, ok := templates[kind]
+	path, ok := podTemplatePaths[kind]
 	version, _ := top["apiVersion"].(string)
 	group, _, hasGroup := strings.Cut(version, "/")
-	if !ok || hasGroup && !slices.Contains(groups, group) {
+	if !ok || hasGroup && !slices.Contains(workloadGroups, group) {
 		return root
 	}
 	if o.Workload = name; name == "" {
 		o.Workload = strings.ToLower(kind)
 	}
 	if kind == "Job" {
-		o.Workload = cronJob(name)
+		o.Workload = cronJobName(name)
 	}
 	o.Namespace, _ = metadata["namespace"].(string)
 	pod := top
 	for _, p := range path {
-		pod = child(pod, p)
+		pod = objectField(pod, p)
 	}
-	if pod == nil && kind == "Rollout" && child(top, "spec")["workloadRef"] != nil { // it has its pods of a Deployment
+	if pod == nil && kind == "Rollout" && objectField(top, "spec")["workloadRef"] != nil { // it has its pods of a Deployment
 		return root
 	}
 	if pod == nil {
@@ -288,18 +288,18 @@ func walk(root any, where string, o Options, skip func(string), refuse func(erro
 	if skipped != "" {
 		skip(where + ": " + skipped)
 	}
-	return replace(top, path, injected)
+	return withFieldAt(top, path, injected)
 }
 
-func replace(o object, path []string, value object) object {
+func withFieldAt(o object, path []string, value object) object {
 	if len(path) == 0 {
 		return value
 	}
-	return with(o, path[0], replace(child(o, path[0]), path[1:], value))
+	return withField(o, path[0], withFieldAt(objectField(o, path[0]), path[1:], value))
 }
 
 // with is a copy of an object with another field.
-func with(o object, name string, value any) object {
+func withField(o object, name string, value any) object {
 	out := make(object, len(o))
 	for k, v := range o {
 		out[k] = v
@@ -309,7 +309,7 @@ func with(o object, name string, value any) object {
 }
 
 // merge makes a node, which says old, say changed, and touches nothing that stays.
-func merge(node *yaml.Node, old, changed any) error {
+func mergeNode(node *yaml.Node, old, changed any) error {
 	if reflect.DeepEqual(old, changed) {
 		return nil
 	}
@@ -318,9 +318,9 @@ func merge(node *yaml.Node, old, changed any) error {
 	}
 	switch node.Kind {
 	case yaml.DocumentNode:
-		return merge(node.Content[0], old, changed)
+		return mergeNode(node.Content[0], old, changed)
 	case yaml.AliasNode: // what is written once stands for others too, which must not change with it
-		fresh, err := fresh(changed)
+		fresh, err := newNode(changed)
 		if err == nil {
 			*node = *fresh
 		}
@@ -333,10 +333,10 @@ func merge(node *yaml.Node, old, changed any) error {
 		}
 	case []any:
 		if o, ok := old.([]any); ok && node.Kind == yaml.SequenceNode {
-			return mergeList(node, o, c)
+			return mergeSequence(node, o, c)
 		}
 	}
-	fresh, err := fresh(changed)
+	fresh, err := newNode(changed)
 	if err != nil {
 		return err
 	}
@@ -346,19 +346,19 @@ func merge(node *yaml.Node, old, changed any) error {
 }
 
 // fresh is a node that says v.
-func fresh(v any) (*yaml.Node, error) {
+func newNode(v any) (*yaml.Node, error) {
 	text, err := json.Marshal(v) // yaml's own way makes texts of JSON's numbers
 	if err != nil {
 		return nil, err
 	}
-	return readJSON(text)
+	return parseJSON(text)
 }
 
 func mergeMapping(node *yaml.Node, old, changed object) error {
 	for i := 0; i+1 < len(node.Content); i += 2 {
 		key := node.Content[i].Value
 		if v, ok := changed[key]; ok {
-			if err := merge(node.Content[i+1], old[key], v); err != nil {
+			if err := mergeNode(node.Content[i+1], old[key], v); err != nil {
 				return err
 			}
 		} else if _, was := old[key]; was {
@@ -378,8 +378,8 @@ func mergeMapping(node *yaml.Node, old, changed object) error {
 	}
 	slices.Sort(added)
 	for _, key := range added {
-		k, errKey := fresh(key)
-		v, errValue := fresh(changed[key])
+		k, errKey := newNode(key)
+		v, errValue := newNode(changed[key])
 		if err := errors.Join(errKey, errValue); err != nil {
 			return err
 		}
@@ -393,7 +393,7 @@ func mergeMapping(node *yaml.Node, old, changed object) error {
 
 // mergeList finds the old elements again: those that are the same, else by their names, which may stand several times as those of mounts
 // do, else, of a list whose elements have none, by their places.
-func mergeList(node *yaml.Node, old, changed []any) error {
+func mergeSequence(node *yaml.Node, old, changed []any) error {
 	used := make([]bool, len(old))
 	find := func(is func(i int) bool) int {
 		for i := range old {
@@ -438,9 +438,9 @@ func mergeList(node *yaml.Node, old, changed []any) error {
 		var err error
 		if i := from[at]; i >= 0 {
 			element = node.Content[i]
-			err = merge(element, old[i], v)
+			err = mergeNode(element, old[i], v)
 		} else {
-			element, err = fresh(v)
+			element, err = newNode(v)
 		}
 		if err != nil {
 			return err

@@ -17,7 +17,7 @@ import (
 func TestManifestSeparator(t *testing.T) {
 	const one = "kind: Pod\nmetadata: {name: a, annotations: {sluice.dev/in-process: \"true\"}}\nspec: {containers: [{name: envoy}]}\n"
 	out, _, err := Manifest([]byte(one+"--- # two\n"+one), options)
-	if err != nil || len(documents(out)) != 2 {
+	if err != nil || len(splitDocuments(out)) != 2 {
 		t.Errorf("%v\n%s", err, out)
 	}
 }
@@ -85,7 +85,7 @@ func TestManifest(t *testing.T) {
 
 // Every kind that bears pods.
 func TestManifestKinds(t *testing.T) {
-	for kind, path := range templates {
+	for kind, path := range podTemplatePaths {
 		var text strings.Builder
 		text.WriteString("{kind: " + kind + ", metadata: {name: x}, ")
 		if len(path) == 0 {

@@ -197,7 +197,7 @@ func TestNode(t *testing.T) {
 	pods := func() []podState {
 		t.Helper()
 		var all []podState
-		for _, v := range list(must(t, n.API, http.MethodGet, "/api/v1/namespaces/shop/pods?labelSelector=app%3Dweb", nil), "items") {
+		for _, v := range listField(must(t, n.API, http.MethodGet, "/api/v1/namespaces/shop/pods?labelSelector=app%3Dweb", nil), "items") {
 			p := podState{name: at(v, "metadata", "name").(string)}
 			p.ip, _ = at(v, "status", "podIP").(string)
 			p.phase, _ = at(v, "status", "phase").(string)
@@ -214,7 +214,7 @@ func TestNode(t *testing.T) {
 			if compressed > 30e6 || compressed < 1e6 {
 				t.Errorf("%d bytes", compressed)
 			}
-			config := child(said, "config")
+			config := objectField(said, "config")
 			if config["User"] != "65532:65532" || fmt.Sprint(config["Entrypoint"], config["Cmd"]) != "[/sluice] [run]" || fmt.Sprint(said["os"], said["architecture"]) != "linux"+arch {
 				t.Errorf("%v", said)
 			}

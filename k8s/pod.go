@@ -17,38 +17,38 @@ import (
 
 // The names that users write, and find in their pods.
 const (
-	label         = "sluice.dev/inject" // on a namespace or a pod: enabled or disabled
-	stampName     = "sluice.dev/injected"
-	containerName = "sluice"
-	configVolume  = "sluice-config"
-	socketVolume  = "sluice-socket"
-	socketDir     = "/run/sluice"
-	configDir     = "/etc/sluice"
-	istioProxy    = "istio-proxy"
+	injectLabel        = "sluice.dev/inject" // on a namespace or a pod: enabled or disabled
+	annotationInjected = "sluice.dev/injected"
+	containerName      = "sluice"
+	configVolume       = "sluice-config"
+	socketVolume       = "sluice-socket"
+	socketDir          = "/run/sluice"
+	configDir          = "/etc/sluice"
+	istioProxy         = "istio-proxy"
 )
 
 // The annotations that users write.
 const (
-	aConfig    = "sluice.dev/config"
-	aRedis     = "sluice.dev/redis-secret"
-	aDomain    = "sluice.dev/domain"
-	aImage     = "sluice.dev/image"
-	aResources = "sluice.dev/resources"
-	aEnvoy     = "sluice.dev/envoy-container"
-	aInProcess = "sluice.dev/in-process"
+	annotationConfig         = "sluice.dev/config"
+	annotationRedisSecret    = "sluice.dev/redis-secret"
+	annotationDomain         = "sluice.dev/domain"
+	annotationImage          = "sluice.dev/image"
+	annotationResources      = "sluice.dev/resources"
+	annotationEnvoyContainer = "sluice.dev/envoy-container"
+	annotationInProcess      = "sluice.dev/in-process"
 )
 
 // Bounds on what others write, in bytes.
 const (
 	// longestAnnotation bounds each annotation that sluice reads, before it is
 	// parsed. The longest that makes sense is an image with a digest.
-	longestAnnotation = 512
+	maxAnnotation = 512
 	// longestName is the longest name that Kubernetes allows.
-	longestName = 253
+	maxName = 253
 	// longestDomain is the longest domain that sluice run takes.
-	longestDomain = 253
+	maxDomain = 253
 	// longestQuote bounds what a message quotes of a value.
-	longestQuote = 80
+	maxQuote = 80
 )
 
 // The ports that sluice binds in a pod. The first only where Envoy is istio-proxy, which is asked by loopback TCP.
@@ -68,8 +68,8 @@ type Options struct {
 
 // CheckImage reports an image that no pod can have.
 func CheckImage(image string) error {
-	if len(image) > longestAnnotation || !imagePattern.MatchString(image) {
-		return fmt.Errorf("%s: allowed is an image of at most %d bytes, such as registry.example.com/sluice:v1", quote(image), longestAnnotation)
+	if len(image) > maxAnnotation || !imagePattern.MatchString(image) {
+		return fmt.Errorf("%s: allowed is an image of at most %d bytes, such as registry.example.com/sluice:v1", quote(image), maxAnnotation)
 	}
 	return nil
 }
@@ -87,19 +87,19 @@ var (
 // Where the pod is not to have one it returns pod itself, and in skipped why, unless that is because the pod says so. An error is a
 // refusal: the pod asks for what it cannot have, and must not start without it. Injecting twice is injecting once.
 func Inject(pod map[string]any, o Options) (injected map[string]any, skipped string, err error) {
-	metadata, spec := child(pod, "metadata"), child(pod, "spec")
+	metadata, spec := objectField(pod, "metadata"), objectField(pod, "spec")
 	if len(spec) == 0 {
 		return nil, "", fmt.Errorf("it has no spec")
 	}
 	explicit := false
-	switch v, given := child(metadata, "labels")[label]; {
+	switch v, given := objectField(metadata, "labels")[injectLabel]; {
 	case !given:
 	case v == "enabled":
 		explicit = true
 	case v == "disabled":
 		return pod, "", nil
 	default:
-		return nil, "", fmt.Errorf("label %s: %s: allowed are enabled and disabled", label, quote(v))
+		return nil, "", fmt.Errorf("label %s: %s: allowed are enabled and disabled", injectLabel, quote(v))
 	}
 	if v := spec["hostNetwork"]; v != nil {
 		if _, ok := v.(bool); !ok { // YAML 1.1's yes and on are texts to some readers and true to others
@@ -116,7 +116,7 @@ func Inject(pod map[string]any, o Options) (injected map[string]any, skipped str
 		}
 		return pod, why, nil
 	}
-	envoy, why, err := fits(metadata, spec, a)
+	envoy, why, err := findEnvoy(metadata, spec, a)
 	if err != nil {
 		return nil, "", err
 	}
@@ -124,49 +124,49 @@ func Inject(pod map[string]any, o Options) (injected map[string]any, skipped str
 		return skip(why)
 	}
 	if a.redis == "" && !a.inProcess {
-		return nil, "", fmt.Errorf("sluice needs a Redis, or each pod would have buckets of its own: name a Secret with the key url in annotation %s, or set %s: \"true\"", aRedis, aInProcess)
+		return nil, "", fmt.Errorf("sluice needs a Redis, or each pod would have buckets of its own: name a Secret with the key url in annotation %s, or set %s: \"true\"", annotationRedisSecret, annotationInProcess)
 	}
 
-	if len(o.Workload) > longestName {
-		return nil, "", fmt.Errorf("the name %s has %d bytes; allowed are %d", quote(o.Workload), len(o.Workload), longestName)
+	if len(o.Workload) > maxName {
+		return nil, "", fmt.Errorf("the name %s has %d bytes; allowed are %d", quote(o.Workload), len(o.Workload), maxName)
 	}
-	if n := len(o.Namespace) + len("/") + len(o.Workload); a.domain == "" && n > longestDomain {
-		return nil, "", fmt.Errorf("the default domain, namespace/workload, has %d bytes, and sluice takes at most %d: set annotation %s", n, longestDomain, aDomain)
+	if n := len(o.Namespace) + len("/") + len(o.Workload); a.domain == "" && n > maxDomain {
+		return nil, "", fmt.Errorf("the default domain, namespace/workload, has %d bytes, and sluice takes at most %d: set annotation %s", n, maxDomain, annotationDomain)
 	}
 
 	tcp := envoy == istioProxy
-	container := template(o, a, tcp)
+	container := sidecarContainer(o, a, tcp)
 	out, metadata, spec := maps.Clone(pod), maps.Clone(metadata), maps.Clone(spec)
 	out["metadata"], out["spec"] = metadata, spec
 
-	init := list(spec, "initContainers")
-	if i := named(init, containerName); i >= 0 {
-		container = overlay(init[i].(object), container)
+	init := listField(spec, "initContainers")
+	if i := indexByName(init, containerName); i >= 0 {
+		container = mergeContainer(init[i].(object), container)
 		init = slices.Delete(init, i, i+1)
 	}
 	at := 0
-	if i := named(init, istioProxy); i >= 0 && isNative(init[i].(object)) {
+	if i := indexByName(init, istioProxy); i >= 0 && isNativeSidecar(init[i].(object)) {
 		at = i + 1
 	}
 	spec["initContainers"] = slices.Insert(init, at, any(container))
-	if len(child(spec, "resources")) > 0 {
-		resources, why := fit(spec)
+	if len(objectField(spec, "resources")) > 0 {
+		resources, why := raisePodRequests(spec)
 		if why != "" {
 			return skip(why)
 		}
 		spec["resources"] = resources
 	}
 
-	volumes := list(spec, "volumes")
+	volumes := listField(spec, "volumes")
 	if a.config != "" {
-		volumes = put(volumes, object{"name": configVolume, "configMap": object{"name": a.config, "optional": false, "defaultMode": 420}})
+		volumes = upsert(volumes, object{"name": configVolume, "configMap": object{"name": a.config, "optional": false, "defaultMode": 420}})
 	} else {
-		volumes = without(volumes, configVolume)
+		volumes = removeByName(volumes, configVolume)
 	}
 	if tcp {
-		volumes = without(volumes, socketVolume)
+		volumes = removeByName(volumes, socketVolume)
 	} else {
-		volumes = put(volumes, object{"name": socketVolume, "emptyDir": object{}})
+		volumes = upsert(volumes, object{"name": socketVolume, "emptyDir": object{}})
 	}
 	if len(volumes) > 0 {
 		spec["volumes"] = volumes
@@ -174,18 +174,18 @@ func Inject(pod map[string]any, o Options) (injected map[string]any, skipped str
 		delete(spec, "volumes")
 	}
 	for _, field := range []string{"initContainers", "containers"} {
-		containers := list(spec, field)
+		containers := listField(spec, field)
 		for i, c := range containers {
 			c, _ := c.(object)
 			if c == nil || c["name"] == containerName {
 				continue
 			}
-			mounts := list(c, "volumeMounts")
+			mounts := listField(c, "volumeMounts")
 			switch {
 			case !tcp && c["name"] == envoy:
-				mounts = put(mounts, object{"name": socketVolume, "mountPath": socketDir, "readOnly": true})
-			case named(mounts, socketVolume) >= 0:
-				mounts = without(mounts, socketVolume)
+				mounts = upsert(mounts, object{"name": socketVolume, "mountPath": socketDir, "readOnly": true})
+			case indexByName(mounts, socketVolume) >= 0:
+				mounts = removeByName(mounts, socketVolume)
 			default:
 				continue
 			}
@@ -199,11 +199,11 @@ func Inject(pod map[string]any, o Options) (injected map[string]any, skipped str
 			spec[field] = containers
 		}
 	}
-	annotations := maps.Clone(child(metadata, "annotations"))
+	annotations := maps.Clone(objectField(metadata, "annotations"))
 	if annotations == nil {
 		annotations = object{}
 	}
-	annotations[stampName] = Stamp(o)
+	annotations[annotationInjected] = Stamp(o)
 	metadata["annotations"] = annotations
 	if reflect.DeepEqual(out, pod) {
 		return pod, "", nil
@@ -216,7 +216,7 @@ func Inject(pod map[string]any, o Options) (injected map[string]any, skipped str
 func Stamp(o Options) string {
 	h := sha256.New()
 	for _, tcp := range []bool{false, true} {
-		if err := json.NewEncoder(h).Encode(template(Options{Image: o.Image}, everything, tcp)); err != nil {
+		if err := json.NewEncoder(h).Encode(sidecarContainer(Options{Image: o.Image}, allAnnotations, tcp)); err != nil {
 			panic(err) // it is made of strings and numbers
 		}
 	}
@@ -230,12 +230,12 @@ type annotations struct {
 	inProcess                           bool
 }
 
-// everything is what makes template write each field that it can, over both of its forms.
-var everything = annotations{config: "config", redis: "redis"}
+// allAnnotations is what makes template write each field that it can, over both of its forms.
+var allAnnotations = annotations{config: "config", redis: "redis"}
 
 func readAnnotations(metadata object) (annotations, error) {
 	var a annotations
-	given := child(metadata, "annotations")
+	given := objectField(metadata, "annotations")
 	for _, f := range []struct {
 		name    string
 		to      *string
@@ -243,11 +243,11 @@ func readAnnotations(metadata object) (annotations, error) {
 		pattern *regexp.Regexp
 		allowed string
 	}{
-		{aConfig, &a.config, longestName, namePattern, "a ConfigMap's name"},
-		{aRedis, &a.redis, longestName, namePattern, "a Secret's name"},
-		{aDomain, &a.domain, longestDomain, domainPattern, "A-Z a-z 0-9 . _ / -"},
-		{aImage, &a.image, longestAnnotation, imagePattern, "an image"},
-		{aEnvoy, &a.envoy, longestName, namePattern, "a container's name"},
+		{annotationConfig, &a.config, maxName, namePattern, "a ConfigMap's name"},
+		{annotationRedisSecret, &a.redis, maxName, namePattern, "a Secret's name"},
+		{annotationDomain, &a.domain, maxDomain, domainPattern, "A-Z a-z 0-9 . _ / -"},
+		{annotationImage, &a.image, maxAnnotation, imagePattern, "an image"},
+		{annotationEnvoyContainer, &a.envoy, maxName, namePattern, "a container's name"},
 	} {
 		v, ok := given[f.name]
 		if !ok {
@@ -262,26 +262,26 @@ func readAnnotations(metadata object) (annotations, error) {
 		}
 		*f.to = text
 	}
-	if v, ok := given[aInProcess]; ok {
+	if v, ok := given[annotationInProcess]; ok {
 		if v != "true" && v != "false" {
-			return a, fmt.Errorf("annotation %s: %s: allowed are \"true\" and \"false\"", aInProcess, quote(v))
+			return a, fmt.Errorf("annotation %s: %s: allowed are \"true\" and \"false\"", annotationInProcess, quote(v))
 		}
 		a.inProcess = v == "true"
 	}
 	if a.inProcess && a.redis != "" {
-		return a, fmt.Errorf("annotations %s and %s say different things: keep one", aInProcess, aRedis)
+		return a, fmt.Errorf("annotations %s and %s say different things: keep one", annotationInProcess, annotationRedisSecret)
 	}
-	if v, ok := given[aResources]; ok {
+	if v, ok := given[annotationResources]; ok {
 		text, ok := v.(string)
 		if !ok {
-			return a, fmt.Errorf("annotation %s: %s: allowed is a string; quote it", aResources, quote(v))
+			return a, fmt.Errorf("annotation %s: %s: allowed is a string; quote it", annotationResources, quote(v))
 		}
-		if len(text) > longestAnnotation {
-			return a, tooLong(aResources, text, longestAnnotation)
+		if len(text) > maxAnnotation {
+			return a, tooLong(annotationResources, text, maxAnnotation)
 		}
 		var err error
 		if a.resources, err = readResources(text); err != nil {
-			return a, fmt.Errorf("annotation %s: %w", aResources, err)
+			return a, fmt.Errorf("annotation %s: %w", annotationResources, err)
 		}
 	}
 	return a, nil
@@ -307,14 +307,14 @@ func quote(v any) string {
 	default: // a number, whose text may be long too, a boolean or null
 		text = fmt.Sprint(v)
 	}
-	if start := cut(text, longestQuote); len(start) < len(text) {
+	if start := truncate(text, maxQuote); len(start) < len(text) {
 		return strconv.Quote(start) + "..."
 	}
 	return strconv.Quote(text)
 }
 
-// cut returns the text, or what whole runes of it fit into so many bytes.
-func cut(text string, most int) string {
+// truncate returns the text, or what whole runes of it fit into so many bytes.
+func truncate(text string, most int) string {
 	if len(text) <= most {
 		return text
 	}
@@ -324,61 +324,61 @@ func cut(text string, most int) string {
 	return text[:most]
 }
 
-// onWindows says that a pod is to run there, so far as it says so.
-func onWindows(spec object) bool {
+// runsOnWindows says that a pod is to run there, so far as it says so.
+func runsOnWindows(spec object) bool {
 	const key, old = "kubernetes.io/os", "beta.kubernetes.io/os"
-	selector := child(spec, "nodeSelector")
-	if child(spec, "os")["name"] == "windows" || selector[key] == "windows" || selector[old] == "windows" || len(child(child(spec, "securityContext"), "windowsOptions")) > 0 {
+	selector := objectField(spec, "nodeSelector")
+	if objectField(spec, "os")["name"] == "windows" || selector[key] == "windows" || selector[old] == "windows" || len(objectField(objectField(spec, "securityContext"), "windowsOptions")) > 0 {
 		return true
 	}
-	terms := list(child(child(child(spec, "affinity"), "nodeAffinity"), "requiredDuringSchedulingIgnoredDuringExecution"), "nodeSelectorTerms")
+	terms := listField(objectField(objectField(objectField(spec, "affinity"), "nodeAffinity"), "requiredDuringSchedulingIgnoredDuringExecution"), "nodeSelectorTerms")
 	return len(terms) > 0 && !slices.ContainsFunc(terms, func(term any) bool { // one of which has to hold
 		o, _ := term.(object)
-		return !slices.ContainsFunc(list(o, "matchExpressions"), func(expression any) bool {
+		return !slices.ContainsFunc(listField(o, "matchExpressions"), func(expression any) bool {
 			e, _ := expression.(object)
 			return (e["key"] == key || e["key"] == old) && e["operator"] == "In" && reflect.DeepEqual(e["values"], []any{"windows"})
 		})
 	})
 }
 
-// fits returns the name of the pod's Envoy, or why the pod can have no sluice. An error is a mistake of the annotations'.
-func fits(metadata, spec object, a annotations) (envoy, why string, err error) {
-	given := child(metadata, "annotations")
-	_, ours := given[stampName]
+// findEnvoy returns the name of the pod's Envoy, or why the pod can have no sluice. An error is a mistake of the annotations'.
+func findEnvoy(metadata, spec object, a annotations) (envoy, why string, err error) {
+	given := objectField(metadata, "annotations")
+	_, ours := given[annotationInjected]
 	if _, mirror := given["kubernetes.io/config.mirror"]; mirror {
 		return "", "the pod is a static pod's mirror", nil
 	}
 	if spec["hostNetwork"] == true {
 		return "", "the pod is in the node's network (hostNetwork), where its ports would be everybody's", nil
 	}
-	if onWindows(spec) {
+	if runsOnWindows(spec) {
 		return "", "the pod runs on Windows, and sluice on Linux", nil
 	}
-	init, containers := list(spec, "initContainers"), list(spec, "containers")
+	init, containers := listField(spec, "initContainers"), listField(spec, "containers")
 	running := slices.Clone(containers)
 	for _, c := range init {
-		if c, _ := c.(object); c != nil && isNative(c) {
+		if c, _ := c.(object); c != nil && isNativeSidecar(c) {
 			running = append(running, c)
 		}
 	}
 	for _, name := range []string{a.envoy, istioProxy, "envoy"} {
-		if name != "" && name != containerName && named(running, name) >= 0 {
+		if name != "" && name != containerName && indexByName(running, name) >= 0 {
 			envoy = name
 			break
 		}
 		if name != "" && name == a.envoy {
-			return "", "", fmt.Errorf("annotation %s: no container that keeps running is named %q", aEnvoy, name)
+			return "", "", fmt.Errorf("annotation %s: no container that keeps running is named %q", annotationEnvoyContainer, name)
 		}
 	}
 	if envoy == "" {
-		return "", fmt.Sprintf("no container is named istio-proxy or envoy; annotation %s can name another", aEnvoy), nil
+		return "", fmt.Sprintf("no container is named istio-proxy or envoy; annotation %s can name another", annotationEnvoyContainer), nil
 	}
-	if named(containers, containerName) >= 0 || !ours && named(init, containerName) >= 0 {
+	if indexByName(containers, containerName) >= 0 || !ours && indexByName(init, containerName) >= 0 {
 		return "", "the pod has a container named sluice already", nil
 	}
 	if !ours {
 		for _, name := range []string{configVolume, socketVolume} {
-			if named(list(spec, "volumes"), name) >= 0 {
+			if indexByName(listField(spec, "volumes"), name) >= 0 {
 				return "", "the pod has a volume named " + name + " already", nil
 			}
 		}
@@ -392,13 +392,13 @@ func fits(metadata, spec object, a annotations) (envoy, why string, err error) {
 		if c == nil || c["name"] == containerName {
 			continue
 		}
-		for _, p := range list(c, "ports") {
+		for _, p := range listField(c, "ports") {
 			p, _ := p.(object)
 			if n, err := strconv.Atoi(fmt.Sprint(p["containerPort"])); err == nil && slices.Contains(ports, n) && (p["protocol"] == nil || p["protocol"] == "TCP") {
 				return "", fmt.Sprintf("container %s has port %d, which sluice needs", quote(c["name"]), n), nil
 			}
 		}
-		for _, m := range list(c, "volumeMounts") {
+		for _, m := range listField(c, "volumeMounts") {
 			if m, _ := m.(object); c["name"] == envoy && m["mountPath"] == socketDir && m["name"] != socketVolume {
 				return "", fmt.Sprintf("container %s has something else mounted at %s", envoy, socketDir), nil
 			}
@@ -407,9 +407,9 @@ func fits(metadata, spec object, a annotations) (envoy, why string, err error) {
 	return envoy, "", nil
 }
 
-// template is sluice's container. Defaults of Kubernetes are written out where it would write them into what it stores: what comes
+// sidecarContainer is sluice's container. Defaults of Kubernetes are written out where it would write them into what it stores: what comes
 // back is then what was sent.
-func template(o Options, a annotations, tcp bool) object {
+func sidecarContainer(o Options, a annotations, tcp bool) object {
 	image, domain := o.Image, a.domain
 	if a.image != "" {
 		image = a.image
@@ -447,7 +447,7 @@ func template(o Options, a annotations, tcp bool) object {
 	if !tcp {
 		mounts = append(mounts, object{"name": socketVolume, "mountPath": socketDir})
 	}
-	resources := overlayResources(object{"requests": object{"cpu": "50m", "memory": "32Mi"}, "limits": object{"memory": "128Mi"}}, a.resources)
+	resources := mergeResources(object{"requests": object{"cpu": "50m", "memory": "32Mi"}, "limits": object{"memory": "128Mi"}}, a.resources)
 	c := object{
 		"name":          containerName,
 		"image":         image,
@@ -472,83 +472,83 @@ func template(o Options, a annotations, tcp bool) object {
 	return c
 }
 
-// overlay is the container that ours makes of the one that is there already. Ours is over what template can say; what others have added
+// mergeContainer is the container that ours makes of the one that is there already. Ours is over what template can say; what others have added
 // since stays: other webhooks' variables and mounts, the mount of a service account's token, what a LimitRange gave it, the defaults of
 // Kubernetes. So a resource that the annotation named once and names no more stays too, where a template was injected with it.
-func overlay(there, ours object) object {
-	merged := maps.Clone(ours)
-	most := template(Options{}, everything, false)
+func mergeContainer(there, ours object) object {
+	fields := maps.Clone(ours)
+	most := sidecarContainer(Options{}, allAnnotations, false)
 	for _, field := range []string{"env", "volumeMounts"} {
-		theirs := slices.DeleteFunc(list(there, field), func(v any) bool {
+		theirs := slices.DeleteFunc(listField(there, field), func(v any) bool {
 			o, _ := v.(object)
 			name, _ := o["name"].(string)
-			return named(list(most, field), name) >= 0
+			return indexByName(listField(most, field), name) >= 0
 		})
-		if all := append(list(ours, field), theirs...); len(all) > 0 {
-			merged[field] = all
+		if all := append(listField(ours, field), theirs...); len(all) > 0 {
+			fields[field] = all
 		}
 	}
-	merged["resources"] = overlayResources(child(there, "resources"), child(ours, "resources"))
-	merged["securityContext"] = over(child(there, "securityContext"), child(ours, "securityContext"))
+	fields["resources"] = mergeResources(objectField(there, "resources"), objectField(ours, "resources"))
+	fields["securityContext"] = merged(objectField(there, "securityContext"), objectField(ours, "securityContext"))
 	out := maps.Clone(there)
-	for k, v := range merged {
-		if !same(out[k], v) {
+	for k, v := range fields {
+		if !equalJSON(out[k], v) {
 			out[k] = v
 		}
 	}
-	if _, ok := merged["volumeMounts"]; !ok {
+	if _, ok := fields["volumeMounts"]; !ok {
 		delete(out, "volumeMounts")
 	}
 	return out
 }
 
 // over is ours, and what else there is.
-func over(there, ours object) object {
+func merged(there, ours object) object {
 	out := object{}
 	maps.Copy(out, there)
 	maps.Copy(out, ours)
 	return out
 }
 
-// same compares as JSON does, to which 1 is 1 whatever Go's type.
-func same(a, b any) bool {
+// equalJSON compares as JSON does, to which 1 is 1 whatever Go's type.
+func equalJSON(a, b any) bool {
 	x, errX := json.Marshal(a)
 	y, errY := json.Marshal(b)
 	return errX == nil && errY == nil && string(x) == string(y)
 }
 
-// child is an object's field that is an object; nil, which can be read, where it is none.
-func child(o object, name string) object {
+// objectField is an object's field that is an object; nil, which can be read, where it is none.
+func objectField(o object, name string) object {
 	c, _ := o[name].(object)
 	return c
 }
 
-// list is a copy of an object's field that is a list.
-func list(o object, name string) []any {
+// listField is a copy of an object's field that is a listField.
+func listField(o object, name string) []any {
 	l, _ := o[name].([]any)
 	return slices.Clone(l)
 }
 
-// named is the index of the list's object of that name, or -1.
-func named(l []any, name string) int {
+// indexByName is the index of the list's object of that name, or -1.
+func indexByName(l []any, name string) int {
 	return slices.IndexFunc(l, func(v any) bool { o, _ := v.(object); return o["name"] == name })
 }
 
-// put puts an object where the one of its name is, or at the end. One that says the same stays as it is.
-func put(l []any, o object) []any {
+// upsert puts an object where the one of its name is, or at the end. One that says the same stays as it is.
+func upsert(l []any, o object) []any {
 	name, _ := o["name"].(string)
-	i := named(l, name)
+	i := indexByName(l, name)
 	if i < 0 {
 		return append(l, o)
 	}
-	if !same(l[i], o) {
+	if !equalJSON(l[i], o) {
 		l[i] = o
 	}
 	return l
 }
 
-func without(l []any, name string) []any {
+func removeByName(l []any, name string) []any {
 	return slices.DeleteFunc(l, func(v any) bool { o, _ := v.(object); return o["name"] == name })
 }
 
-func isNative(container object) bool { return container["restartPolicy"] == "Always" }
+func isNativeSidecar(container object) bool { return container["restartPolicy"] == "Always" }

@@ -45,13 +45,13 @@ spec:
 
 func TestInject(t *testing.T) {
 	out := inject(t, pod(t, withEnvoy), options)
-	spec := child(out, "spec")
-	init := list(spec, "initContainers")
-	if len(init) != 2 || named(init, "sluice") != 0 {
+	spec := objectField(out, "spec")
+	init := listField(spec, "initContainers")
+	if len(init) != 2 || indexByName(init, "sluice") != 0 {
 		t.Fatalf("init containers: %v", init)
 	}
 	env := map[string]any{}
-	for _, e := range list(init[0].(object), "env") {
+	for _, e := range listField(init[0].(object), "env") {
 		env[e.(object)["name"].(string)] = e
 	}
 	if v := env["SLUICE_DOMAIN"].(object)["value"]; v != "shop/web" {
@@ -62,15 +62,15 @@ func TestInject(t *testing.T) {
 			t.Errorf("no %s", name)
 		}
 	}
-	containers := list(spec, "containers")
-	if named(list(containers[0].(object), "volumeMounts"), socketVolume) >= 0 {
+	containers := listField(spec, "containers")
+	if indexByName(listField(containers[0].(object), "volumeMounts"), socketVolume) >= 0 {
 		t.Error("the app has the socket")
 	}
-	mounts := list(containers[1].(object), "volumeMounts")
+	mounts := listField(containers[1].(object), "volumeMounts")
 	if len(mounts) != 1 || mounts[0].(object)["readOnly"] != true {
 		t.Errorf("Envoy's mounts: %v", mounts)
 	}
-	if got := child(child(out, "metadata"), "annotations")[stampName]; got != Stamp(options) || !strings.HasPrefix(Stamp(options), "v1-") {
+	if got := objectField(objectField(out, "metadata"), "annotations")[annotationInjected]; got != Stamp(options) || !strings.HasPrefix(Stamp(options), "v1-") {
 		t.Errorf("stamp %v", got)
 	}
 }
@@ -83,8 +83,8 @@ spec:
   initContainers: [{name: istio-init}, {name: istio-proxy, restartPolicy: Always}, {name: migrate}]
   containers: [{name: app}, {name: envoy}]
 `), options)
-	spec := child(out, "spec")
-	if i := named(list(spec, "initContainers"), "sluice"); i != 2 {
+	spec := objectField(out, "spec")
+	if i := indexByName(listField(spec, "initContainers"), "sluice"); i != 2 {
 		t.Errorf("sluice is at %d", i)
 	}
 	if text := fmt.Sprint(spec); strings.Contains(text, socketVolume) || !strings.Contains(text, "127.0.0.1:9001") {
@@ -153,10 +153,10 @@ func TestInjectAll(t *testing.T) {
 		"{resources: {limits: {cpu: 4, memory: 1Gi}}, containers: [{name: envoy, resources: {requests: {memory: 50Mi}}}]}":                                                                            `{"limits":{"cpu":4,"memory":"1Gi"},"requests":{"cpu":4}}`,
 	} {
 		out, skipped, err := Inject(pod(t, "{metadata: {annotations: {sluice.dev/redis-secret: r}}, spec: "+spec+"}"), options)
-		if err != nil || skipped != "" || named(list(child(out, "spec"), "initContainers"), "sluice") != 0 {
+		if err != nil || skipped != "" || indexByName(listField(objectField(out, "spec"), "initContainers"), "sluice") != 0 {
 			t.Errorf("%s: %v, skipped %q", spec, err, skipped)
 		}
-		if got, _ := json.Marshal(child(out, "spec")["resources"]); string(got) != want {
+		if got, _ := json.Marshal(objectField(out, "spec")["resources"]); string(got) != want {
 			t.Errorf("%s: %s, want %s", spec, got, want)
 		}
 	}
@@ -173,7 +173,7 @@ func TestResources(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got, _ := json.Marshal(template(options, annotations{resources: r}, false)["resources"]); string(got) != want {
+		if got, _ := json.Marshal(sidecarContainer(options, annotations{resources: r}, false)["resources"]); string(got) != want {
 			t.Errorf("%s: %s", text, got)
 		}
 	}
@@ -215,8 +215,8 @@ var randomPod = rapid.Custom(func(t *rapid.T) object {
 	}
 	a := object{}
 	for name, values := range map[string][]string{
-		aRedis: {"redis"}, aConfig: {"limits"}, aDomain: {"a/b"}, aInProcess: {"true", "false"}, aImage: {"other:2"},
-		aEnvoy: {"envoy", "app", "gone"}, aResources: {"{limits: {memory: 64Mi}}", "{requests: {cpu: 1}}"},
+		annotationRedisSecret: {"redis"}, annotationConfig: {"limits"}, annotationDomain: {"a/b"}, annotationInProcess: {"true", "false"}, annotationImage: {"other:2"},
+		annotationEnvoyContainer: {"envoy", "app", "gone"}, annotationResources: {"{limits: {memory: 64Mi}}", "{requests: {cpu: 1}}"},
 	} {
 		if rapid.Bool().Draw(t, name) {
 			a[name] = rapid.SampledFrom(values).Draw(t, "value")
@@ -224,7 +224,7 @@ var randomPod = rapid.Custom(func(t *rapid.T) object {
 	}
 	metadata := object{"annotations": a, "labels": object{"app": "web"}, "name": "web", "namespace": "shop"}
 	if rapid.IntRange(0, 3).Draw(t, "labelled") == 0 {
-		metadata["labels"] = object{label: rapid.SampledFrom([]string{"enabled", "disabled"}).Draw(t, "label")}
+		metadata["labels"] = object{injectLabel: rapid.SampledFrom([]string{"enabled", "disabled"}).Draw(t, "label")}
 	}
 	return object{"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
 })
@@ -266,7 +266,7 @@ func TestInjectTwice(t *testing.T) {
 		if err := yaml.Unmarshal(out, &filtered); err != nil {
 			t.Fatal(err)
 		}
-		if !same(filtered, once) {
+		if !equalJSON(filtered, once) {
 			t.Fatalf("the manifest has %v\nand the pod %v", filtered, once)
 		}
 		if again, _, err := Manifest(out, o); err != nil || string(again) != string(out) {
@@ -281,31 +281,31 @@ func TestInjectTwice(t *testing.T) {
 // What others have added to sluice's container stays, also where sluice's own part changes.
 func TestInjectKeepsWhatOthersAdded(t *testing.T) {
 	added := inject(t, pod(t, withEnvoy), options)
-	container := list(child(added, "spec"), "initContainers")[0].(object)
-	container["env"] = append(list(container, "env"), object{"name": "OTEL_SERVICE_NAME", "value": "web"})
-	container["volumeMounts"] = append(list(container, "volumeMounts"), object{"name": "token", "mountPath": "/var/run/secrets"})
-	child(child(container, "resources"), "limits")["cpu"] = "1" // a LimitRange's
-	child(container, "securityContext")["seLinuxOptions"] = object{"level": "s0:c1"}
+	container := listField(objectField(added, "spec"), "initContainers")[0].(object)
+	container["env"] = append(listField(container, "env"), object{"name": "OTEL_SERVICE_NAME", "value": "web"})
+	container["volumeMounts"] = append(listField(container, "volumeMounts"), object{"name": "token", "mountPath": "/var/run/secrets"})
+	objectField(objectField(container, "resources"), "limits")["cpu"] = "1" // a LimitRange's
+	objectField(container, "securityContext")["seLinuxOptions"] = object{"level": "s0:c1"}
 	if out := inject(t, added, options); !reflect.DeepEqual(out, added) {
 		t.Errorf("changed to %v\nfrom %v", out, added)
 	}
-	annotations := child(child(added, "metadata"), "annotations")
-	delete(annotations, aConfig)
-	annotations[aResources] = "{requests: {cpu: 2}, limits: {memory: 64Mi}}"
+	annotations := objectField(objectField(added, "metadata"), "annotations")
+	delete(annotations, annotationConfig)
+	annotations[annotationResources] = "{requests: {cpu: 2}, limits: {memory: 64Mi}}"
 	out := inject(t, added, Options{Image: "sluice:next", Version: "v2"})
-	c := list(child(out, "spec"), "initContainers")[0].(object)
-	env := list(c, "env")
-	if named(env, "OTEL_SERVICE_NAME") < 0 || named(env, "SLUICE_CONFIG") >= 0 || named(env, "SLUICE_REDIS") < 0 || c["image"] != "sluice:next" {
+	c := listField(objectField(out, "spec"), "initContainers")[0].(object)
+	env := listField(c, "env")
+	if indexByName(env, "OTEL_SERVICE_NAME") < 0 || indexByName(env, "SLUICE_CONFIG") >= 0 || indexByName(env, "SLUICE_REDIS") < 0 || c["image"] != "sluice:next" {
 		t.Errorf("%v", c)
 	}
-	if mounts := list(c, "volumeMounts"); len(mounts) != 2 || named(mounts, "token") < 0 || named(mounts, socketVolume) < 0 {
+	if mounts := listField(c, "volumeMounts"); len(mounts) != 2 || indexByName(mounts, "token") < 0 || indexByName(mounts, socketVolume) < 0 {
 		t.Errorf("mounts %v", mounts)
 	}
 	want := object{"requests": object{"cpu": "2", "memory": "32Mi"}, "limits": object{"memory": "64Mi", "cpu": "2"}} // 1 CPU is below what is asked for
-	if !same(c["resources"], want) {
+	if !equalJSON(c["resources"], want) {
 		t.Errorf("resources %v", c["resources"])
 	}
-	if child(c, "securityContext")["seLinuxOptions"] == nil || child(c, "securityContext")["runAsUser"] != 65532 {
+	if objectField(c, "securityContext")["seLinuxOptions"] == nil || objectField(c, "securityContext")["runAsUser"] != 65532 {
 		t.Errorf("security context %v", c["securityContext"])
 	}
 }

@@ -52,20 +52,20 @@ type tooLargeError struct {
 }
 
 func (e *tooLargeError) Error() string {
-	return fmt.Sprintf("the pod is too large to be injected: its admission review has more than %d %s; with label %s: disabled it is left alone", e.bound, e.of, label)
+	return fmt.Sprintf("the pod is too large to be injected: its admission review has more than %d %s; with label %s: disabled it is left alone", e.bound, e.of, injectLabel)
 }
 
 // meter counts the values in JSON text, before anything is made of them. It
 // needs no memory, and counts at least one for each object, list, field and
 // element, whether or not the text is well-formed.
-type meter struct {
+type jsonCounter struct {
 	bytes, values, depth int
 	inString, escaped    bool
 }
 
 // add counts the next part of the text. It returns a *tooLargeError where the
 // text is now above a bound.
-func (m *meter) add(text []byte) error {
+func (m *jsonCounter) add(text []byte) error {
 	m.bytes += len(text)
 	for _, c := range text {
 		switch {
@@ -96,14 +96,14 @@ func (m *meter) add(text []byte) error {
 }
 
 // metered reads a body through a meter.
-type metered struct {
+type meteredReader struct {
 	io.Reader
-	m *meter
+	counter *jsonCounter
 }
 
-func (r metered) Read(p []byte) (int, error) {
+func (r meteredReader) Read(p []byte) (int, error) {
 	n, err := r.Reader.Read(p)
-	if tooLarge := r.m.add(p[:n]); tooLarge != nil {
+	if tooLarge := r.counter.add(p[:n]); tooLarge != nil {
 		return 0, tooLarge
 	}
 	return n, err
@@ -111,24 +111,24 @@ func (r metered) Read(p []byte) (int, error) {
 
 // turns keeps reviews within what may be under way at once. It is safe for
 // concurrent use.
-type turns struct {
+type reviewSlots struct {
 	wait                 time.Duration
 	bodies, small, large chan struct{}
 
-	mu      sync.Mutex
-	waiting map[string]bool // namespaces with a large review that waits or is decoded
+	mu              sync.Mutex
+	largeNamespaces map[string]bool // namespaces with a large review that waits or is decoded
 }
 
-func newTurns() *turns {
-	return &turns{
+func newReviewSlots() *reviewSlots {
+	return &reviewSlots{
 		wait:   reviewWait,
 		bodies: make(chan struct{}, bodiesAtOnce), small: make(chan struct{}, smallAtOnce), large: make(chan struct{}, 1),
-		waiting: map[string]bool{},
+		largeNamespaces: map[string]bool{},
 	}
 }
 
 // enter waits for room, and returns what gives it back; nil where ctx ends first.
-func enter(ctx context.Context, room chan struct{}) (leave func()) {
+func acquire(ctx context.Context, room chan struct{}) (leave func()) {
 	select {
 	case room <- struct{}{}:
 		return func() { <-room }
@@ -139,20 +139,20 @@ func enter(ctx context.Context, room chan struct{}) (leave func()) {
 
 // enterLarge is enter for a large review. Of each namespace one may wait, so
 // that none can keep the others out.
-func (t *turns) enterLarge(ctx context.Context, namespace string) (leave func()) {
+func (t *reviewSlots) acquireLarge(ctx context.Context, namespace string) (leave func()) {
 	t.mu.Lock()
-	if t.waiting[namespace] || len(t.waiting) >= largeWaiting {
+	if t.largeNamespaces[namespace] || len(t.largeNamespaces) >= largeWaiting {
 		t.mu.Unlock()
 		return nil
 	}
-	t.waiting[namespace] = true
+	t.largeNamespaces[namespace] = true
 	t.mu.Unlock()
 	forget := func() {
 		t.mu.Lock()
 		defer t.mu.Unlock()
-		delete(t.waiting, namespace)
+		delete(t.largeNamespaces, namespace)
 	}
-	room := enter(ctx, t.large)
+	room := acquire(ctx, t.large)
 	if room == nil {
 		forget()
 		return nil
@@ -163,7 +163,7 @@ func (t *turns) enterLarge(ctx context.Context, namespace string) (leave func())
 // read reads a review, and calls answer with it, which is to write the answer
 // before it returns. Its error, of a review that answer was not called with, is
 // errBusy, a *tooLargeError, or what is wrong with the body.
-func (t *turns) read(w http.ResponseWriter, q *http.Request, answer func(*review)) (err error) {
+func (t *reviewSlots) readReview(w http.ResponseWriter, q *http.Request, answer func(*admissionReview)) (err error) {
 	ctx, cancel := context.WithTimeout(q.Context(), t.wait)
 	defer cancel()
 	connection := http.NewResponseController(w)
@@ -173,14 +173,14 @@ func (t *turns) read(w http.ResponseWriter, q *http.Request, answer func(*review
 	defer func() {   // after the turns have been given back
 		tooLarge := (*tooLargeError)(nil)
 		if errors.As(err, &tooLarge) {
-			tooLarge.reviewHead = readHead(start)
+			tooLarge.reviewHead = parseReviewHead(start)
 		} else if !errors.Is(err, errBusy) {
 			return
 		}
 		inTime()
 		_, _ = io.Copy(io.Discard, io.LimitReader(q.Body, maxDrain))
 	}()
-	leave := enter(ctx, t.bodies)
+	leave := acquire(ctx, t.bodies)
 	if leave == nil {
 		return errBusy
 	}
@@ -190,8 +190,8 @@ func (t *turns) read(w http.ResponseWriter, q *http.Request, answer func(*review
 		size = min(size, q.ContentLength)
 	}
 	start = make([]byte, size+1)
-	m := &meter{}
-	body := metered{q.Body, m}
+	m := &jsonCounter{}
+	body := meteredReader{q.Body, m}
 	n, err := io.ReadFull(body, start)
 	whole := errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)
 	if err != nil && !whole {
@@ -200,9 +200,9 @@ func (t *turns) read(w http.ResponseWriter, q *http.Request, answer func(*review
 	start = start[:n]
 	text := io.Reader(bytes.NewReader(start))
 	if whole && m.values <= smallValues {
-		leave = enter(ctx, t.small)
+		leave = acquire(ctx, t.small)
 	} else {
-		leave = t.enterLarge(ctx, readHead(start).Namespace)
+		leave = t.acquireLarge(ctx, parseReviewHead(start).Namespace)
 		text = io.MultiReader(text, body)
 		inTime()
 	}
@@ -210,7 +210,7 @@ func (t *turns) read(w http.ResponseWriter, q *http.Request, answer func(*review
 		return errBusy
 	}
 	defer leave()
-	var in review
+	var in admissionReview
 	decoder := json.NewDecoder(text)
 	decoder.UseNumber()
 	if err := decoder.Decode(&in); err != nil {
@@ -229,7 +229,7 @@ type reviewHead struct {
 
 // readHead reads the beginning of a review. A field is empty where it does not
 // stand before the object, or is longer than a name can be.
-func readHead(text []byte) (head reviewHead) {
+func parseReviewHead(text []byte) (head reviewHead) {
 	d := json.NewDecoder(bytes.NewReader(text))
 	// fields calls each with the names of an object's fields, before the value
 	// that follows is read, until it returns false or the text ends.
@@ -250,7 +250,7 @@ func readHead(text []byte) (head reviewHead) {
 		if d.Decode(&raw) != nil {
 			return false
 		}
-		if into != nil && len(raw) <= longestName {
+		if into != nil && len(raw) <= maxName {
 			_ = json.Unmarshal(raw, into) // it stays empty where it is no string
 		}
 		return true

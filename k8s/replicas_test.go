@@ -125,7 +125,7 @@ func asPods(t *testing.T, c *controlPlane) *replicas {
 	deployment := must(t, c.API, http.MethodGet, "/apis/apps/v1/namespaces/"+release+"/deployments/sluice-webhook", nil)
 	pod := at(deployment, "spec", "template", "spec")
 	r := &replicas{c: c, binary: program(t)}
-	for _, a := range at(list(pod.(object), "containers")[0], "args").([]any) {
+	for _, a := range at(listField(pod.(object), "containers")[0], "args").([]any) {
 		r.args = append(r.args, a.(string))
 	}
 	account := t.TempDir()
@@ -213,7 +213,7 @@ func endpoints(t *testing.T, a *API, namespace, service, port string, number int
 		"endpoints": all, "ports": []any{object{"name": port, "port": number, "protocol": "TCP"}},
 	}
 	err := a.call(t.Context(), http.MethodPut, path+"/"+name, slice, &object{})
-	if isStatus(err, http.StatusNotFound) {
+	if hasStatus(err, http.StatusNotFound) {
 		err = a.call(t.Context(), http.MethodPost, path, slice, &object{})
 	}
 	if err != nil {
@@ -240,16 +240,16 @@ func bundles(t *testing.T, a *API) [][]byte {
 // injected fails unless the pod, as it is stored, has sluice as its init container of that index, with that domain.
 func injected(t *testing.T, pod object, index int, domain string) {
 	t.Helper()
-	init := list(child(pod, "spec"), "initContainers")
-	i := named(init, "sluice")
+	init := listField(objectField(pod, "spec"), "initContainers")
+	i := indexByName(init, "sluice")
 	if i != index {
 		t.Fatalf("sluice is init container %d, want %d:\n%v", i, index, pod)
 	}
-	env := list(init[i].(object), "env")
-	if d := named(env, "SLUICE_DOMAIN"); d < 0 || at(env[d], "value") != domain {
+	env := listField(init[i].(object), "env")
+	if d := indexByName(env, "SLUICE_DOMAIN"); d < 0 || at(env[d], "value") != domain {
 		t.Errorf("domain: %v, want %s", env, domain)
 	}
-	if stamp, _ := at(pod, "metadata", "annotations", stampName).(string); stamp == "" {
+	if stamp, _ := at(pod, "metadata", "annotations", annotationInjected).(string); stamp == "" {
 		t.Error("no stamp")
 	}
 	if metadata := at(pod, "metadata").(object); metadata["uid"] == nil {

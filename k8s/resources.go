@@ -40,8 +40,8 @@ func readResources(text string) (object, error) {
 		}
 		resources[kind] = of
 	}
-	for name, request := range child(resources, "requests") {
-		if limit, ok := child(resources, "limits")[name]; ok && amount(request) > amount(limit) {
+	for name, request := range objectField(resources, "requests") {
+		if limit, ok := objectField(resources, "limits")[name]; ok && quantityValue(request) > quantityValue(limit) {
 			return nil, fmt.Errorf("requests.%s is %s, above limits.%s, which is %s", name, quote(request), name, quote(limit))
 		}
 	}
@@ -49,14 +49,14 @@ func readResources(text string) (object, error) {
 }
 
 // units are what a quantity's suffix multiplies by.
-var units = map[string]float64{
+var quantitySuffixes = map[string]float64{
 	"": 1, "n": 1e-9, "u": 1e-6, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18,
 	"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40, "Pi": 1 << 50, "Ei": 1 << 60,
 }
 
 // amount returns a quantity that matches quantityPattern as a number, and 0
 // for an object or a list, which are none.
-func amount(quantity any) float64 {
+func quantityValue(quantity any) float64 {
 	switch quantity.(type) {
 	case object, []any:
 		return 0
@@ -67,29 +67,29 @@ func amount(quantity any) float64 {
 	}
 	number := strings.TrimRight(text, "numkMGTPEi")
 	f, _ := strconv.ParseFloat(number, 64)
-	return f * units[text[len(number):]]
+	return f * quantitySuffixes[text[len(number):]]
 }
 
-// fit raises what a pod that has resources of its own requests, as pods may since Kubernetes 1.34, to what its containers do with sluice, where
+// raisePodRequests raises what a pod that has resources of its own requests, as pods may since Kubernetes 1.34, to what its containers do with sluice, where
 // that is more: the API server takes no less. It returns the pod's resources, or why that cannot be.
-func fit(spec object) (resources object, why string) {
-	resources = child(spec, "resources")
-	requests, limits := over(child(resources, "requests"), nil), child(resources, "limits")
+func raisePodRequests(spec object) (resources object, why string) {
+	resources = objectField(spec, "resources")
+	requests, limits := merged(objectField(resources, "requests"), nil), objectField(resources, "limits")
 	of := func(c any, name string) float64 {
 		o, _ := c.(object)
-		v, ok := child(child(o, "resources"), "requests")[name]
+		v, ok := objectField(objectField(o, "resources"), "requests")[name]
 		if !ok {
-			v, ok = child(child(o, "resources"), "limits")[name] // the API server's default
+			v, ok = objectField(objectField(o, "resources"), "limits")[name] // the API server's default
 		}
 		if !ok {
 			return 0
 		}
-		return amount(v)
+		return quantityValue(v)
 	}
 	// A pod whose containers request nothing has its limits for requests, which it is to keep though sluice's container requests something.
 	for _, name := range resourceNames { // sluice's container changes nothing of others
 		limit, limited := limits[name]
-		if _, ok := requests[name]; ok || !limited || slices.ContainsFunc(append(list(spec, "initContainers"), list(spec, "containers")...), func(c any) bool {
+		if _, ok := requests[name]; ok || !limited || slices.ContainsFunc(append(listField(spec, "initContainers"), listField(spec, "containers")...), func(c any) bool {
 			o, _ := c.(object)
 			return o["name"] != containerName && of(c, name) > 0
 		}) {
@@ -99,63 +99,63 @@ func fit(spec object) (resources object, why string) {
 	}
 	for _, name := range resourceNames {
 		var want, running float64 // init containers run beside the native sidecars before them, and the others beside all
-		for _, c := range list(spec, "initContainers") {
-			if o, _ := c.(object); isNative(o) {
+		for _, c := range listField(spec, "initContainers") {
+			if o, _ := c.(object); isNativeSidecar(o) {
 				running += of(c, name)
 			} else {
 				want = max(want, running+of(c, name))
 			}
 		}
-		for _, c := range list(spec, "containers") {
+		for _, c := range listField(spec, "containers") {
 			running += of(c, name)
 		}
 		want = max(want, running)
 		above := func(of object) bool { // where there is such an amount
 			has, ok := of[name]
 			text := fmt.Sprint(has)
-			return ok && len(text) <= longestQuote && quantityPattern.MatchString(text) && want > amount(has)*(1+1e-9)
+			return ok && len(text) <= maxQuote && quantityPattern.MatchString(text) && want > quantityValue(has)*(1+1e-9)
 		}
 		if above(limits) {
-			return nil, fmt.Sprintf("spec.resources.limits.%s is %v, and with sluice its containers request %s: raise it, or lower sluice's by annotation %s", name, limits[name], quantity(name, want), aResources)
+			return nil, fmt.Sprintf("spec.resources.limits.%s is %v, and with sluice its containers request %s: raise it, or lower sluice's by annotation %s", name, limits[name], formatQuantity(name, want), annotationResources)
 		}
 		if above(requests) { // where there is none, the API server makes it of what the containers request
-			requests[name] = quantity(name, want)
+			requests[name] = formatQuantity(name, want)
 		}
 	}
 	if len(requests) == 0 {
 		return resources, ""
 	}
-	return with(resources, "requests", requests), ""
+	return withField(resources, "requests", requests), ""
 }
 
 // quantity is an amount as Kubernetes has it, rounded up.
-func quantity(name string, amount float64) string {
+func formatQuantity(name string, amount float64) string {
 	if name == "cpu" {
 		return strconv.FormatFloat(math.Ceil(amount*1000-1e-6), 'f', -1, 64) + "m"
 	}
 	amount = math.Ceil(amount - 1e-6)
 	for _, suffix := range []string{"Mi", "Ki"} {
-		if math.Mod(amount, units[suffix]) == 0 {
-			return strconv.FormatFloat(amount/units[suffix], 'f', -1, 64) + suffix
+		if math.Mod(amount, quantitySuffixes[suffix]) == 0 {
+			return strconv.FormatFloat(amount/quantitySuffixes[suffix], 'f', -1, 64) + suffix
 		}
 	}
 	return strconv.FormatFloat(amount, 'f', -1, 64)
 }
 
-// overlayResources is over, of amounts. Where a request would be above its limit, ours stands and the other becomes the same.
-func overlayResources(there, ours object) object {
-	requests, limits := over(child(there, "requests"), child(ours, "requests")), over(child(there, "limits"), child(ours, "limits"))
+// mergeResources is over, of amounts. Where a request would be above its limit, ours stands and the other becomes the same.
+func mergeResources(there, ours object) object {
+	requests, limits := merged(objectField(there, "requests"), objectField(ours, "requests")), merged(objectField(there, "limits"), objectField(ours, "limits"))
 	for name, limit := range limits {
-		if request, ok := requests[name]; !ok || amount(request) <= amount(limit) {
+		if request, ok := requests[name]; !ok || quantityValue(request) <= quantityValue(limit) {
 			continue
 		}
-		if _, is := child(ours, "limits")[name]; is {
+		if _, is := objectField(ours, "limits")[name]; is {
 			requests[name] = limit
 		} else {
 			limits[name] = requests[name]
 		}
 	}
-	out := over(there, ours)
+	out := merged(there, ours)
 	out["requests"], out["limits"] = requests, limits
 	return out
 }

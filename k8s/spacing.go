@@ -10,7 +10,7 @@ const maxAligned = 4_000_000
 
 // spaced is a text, as the encoder of YAML writes it, with the spacing that like has where their lines are the same but for it: blank lines,
 // which the encoder forgets, and blanks before comments. What it means has to be seen anew: of block scalars it knows nothing.
-func spaced(text, like []byte) []byte {
+func restoreSpacing(text, like []byte) []byte {
 	lines := func(text []byte) []string {
 		return strings.Split(strings.TrimSuffix(strings.ReplaceAll(string(text), "\r\n", "\n"), "\n"), "\n")
 	}
@@ -32,7 +32,7 @@ func spaced(text, like []byte) []byte {
 	for j, line := range written {
 		is[j] = words(line)
 	}
-	from := aligned(was, is)
+	from := alignLines(was, is)
 	var out bytes.Buffer
 	for j, line := range written {
 		if i := from[j]; i >= 0 {
@@ -57,7 +57,7 @@ func spaced(text, like []byte) []byte {
 }
 
 // aligned says of each line which of the old ones it is, or -1: a longest common subsequence, beside what both begin and end with.
-func aligned(old, lines []string) []int {
+func alignLines(old, lines []string) []int {
 	m, n := len(old), len(lines)
 	from := make([]int, n)
 	for j := range from {

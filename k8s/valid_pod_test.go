@@ -305,7 +305,7 @@ func (s *shape) podSpec(containers, init []string) object {
 	switch {
 	case s.rarely(5):
 		spec["hostNetwork"] = true
-		delete(child(spec, "securityContext"), "sysctls") // they would be the node's
+		delete(objectField(spec, "securityContext"), "sysctls") // they would be the node's
 	case s.rarely(4):
 		spec["nodeSelector"] = object{"kubernetes.io/os": "windows"}
 	case s.maybe():
@@ -333,7 +333,7 @@ func (s *shape) podSpec(containers, init []string) object {
 		}
 		with := maps.Clone(spec)
 		if with["resources"] = own; len(own) > 0 {
-			if fitting, why := fit(with); why == "" {
+			if fitting, why := raisePodRequests(with); why == "" {
 				spec["resources"] = fitting
 			}
 		}
@@ -374,28 +374,28 @@ var validPod = rapid.Custom(func(t *rapid.T) object {
 	init := rapid.SliceOfNDistinct(rapid.SampledFrom(all), 0, 3, rapid.ID).Draw(t, "init")
 	spec := s.podSpec(containers, init)
 
-	a := object{aRedis: "redis"}
+	a := object{annotationRedisSecret: "redis"}
 	if s.rarely(2) {
-		a = object{aInProcess: "true"}
+		a = object{annotationInProcess: "true"}
 	}
 	if s.rarely(5) {
 		a = object{"other": s.text()}
 	}
 	maps.Copy(a, s.some(map[string]func() any{
-		aConfig: s.oneOf("limits", "limits.v2"), aDomain: s.oneOf("a/b", "on", "1e3", "0x1f"), aImage: s.oneOf("other:2", "r.example:5000/s@sha256:"+strings.Repeat("0", 64)),
-		aResources: s.oneOf("{limits: {memory: 64Mi}}", "{requests: {cpu: 1}}", `{"requests": {"memory": "1Gi", "ephemeral-storage": "1Gi"}}`, "limits:\n  cpu: 500m\n  memory: 1e8\n"),
+		annotationConfig: s.oneOf("limits", "limits.v2"), annotationDomain: s.oneOf("a/b", "on", "1e3", "0x1f"), annotationImage: s.oneOf("other:2", "r.example:5000/s@sha256:"+strings.Repeat("0", 64)),
+		annotationResources: s.oneOf("{limits: {memory: 64Mi}}", "{requests: {cpu: 1}}", `{"requests": {"memory": "1Gi", "ephemeral-storage": "1Gi"}}`, "limits:\n  cpu: 500m\n  memory: 1e8\n"),
 	}))
 	if slices.Contains(containers, "proxy") && !s.rarely(3) {
-		a[aEnvoy] = "proxy"
+		a[annotationEnvoyContainer] = "proxy"
 	} else if s.rarely(4) {
-		a[aEnvoy] = s.one("proxy", "envoy", "app")
+		a[annotationEnvoyContainer] = s.one("proxy", "envoy", "app")
 	}
 	if s.maybe() {
 		a["example.com/words"] = s.text()
 	}
 	metadata := object{"annotations": a, "labels": object{"app": s.one("web", "1", "yes", "")}}
 	if s.rarely(3) {
-		child(metadata, "labels")[label] = s.one("enabled", "disabled")
+		objectField(metadata, "labels")[injectLabel] = s.one("enabled", "disabled")
 	}
 	return object{"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
 })

@@ -15,22 +15,22 @@ import (
 	"go.uber.org/zap"
 )
 
-type reviews struct {
+type webhook struct {
 	o       Options
-	turns   *turns
+	slots   *reviewSlots
 	log     *zap.Logger
 	counts  *prometheus.CounterVec
 	seconds prometheus.Histogram
 }
 
-type review struct {
-	APIVersion string    `json:"apiVersion"`
-	Kind       string    `json:"kind"`
-	Request    *request  `json:"request,omitempty"`
-	Response   *response `json:"response,omitempty"`
+type admissionReview struct {
+	APIVersion string             `json:"apiVersion"`
+	Kind       string             `json:"kind"`
+	Request    *admissionRequest  `json:"request,omitempty"`
+	Response   *admissionResponse `json:"response,omitempty"`
 }
 
-type request struct {
+type admissionRequest struct {
 	UID       string `json:"uid"`
 	Operation string `json:"operation"`
 	Namespace string `json:"namespace"`
@@ -41,7 +41,7 @@ type request struct {
 	Object object `json:"object"`
 }
 
-type response struct {
+type admissionResponse struct {
 	UID       string   `json:"uid"`
 	Allowed   bool     `json:"allowed"`
 	Status    object   `json:"status,omitempty"`
@@ -56,8 +56,8 @@ type response struct {
 // What reviews cost is bounded, whoever sends them: a pod of more than 4 MiB or 100,000 values of JSON is refused, and a review that gets
 // no turn within two seconds is answered with status 429 and Retry-After, after which API servers ask again.
 func Webhook(o Options, log *zap.Logger, metrics prometheus.Registerer) http.Handler {
-	r := &reviews{
-		o: o, log: log, turns: newTurns(),
+	r := &webhook{
+		o: o, log: log, slots: newReviewSlots(),
 		counts:  prometheus.NewCounterVec(prometheus.CounterOpts{Name: "sluice_webhook_reviews_total", Help: "Total number of admission reviews, by result."}, []string{"result"}),
 		seconds: prometheus.NewHistogram(prometheus.HistogramOpts{Name: "sluice_webhook_review_seconds", Help: "Duration of an admission review in seconds.", Buckets: []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .5, 1, 5}}),
 	}
@@ -68,19 +68,19 @@ func Webhook(o Options, log *zap.Logger, metrics prometheus.Registerer) http.Han
 	return r
 }
 
-func (r *reviews) ServeHTTP(w http.ResponseWriter, q *http.Request) {
+func (r *webhook) ServeHTTP(w http.ResponseWriter, q *http.Request) {
 	timer := prometheus.NewTimer(r.seconds)
 	defer timer.ObserveDuration()
 	if q.Method != http.MethodPost {
 		r.fail(w, "invalid", "allowed is POST", http.StatusBadRequest)
 		return
 	}
-	err := r.turns.read(w, q, func(in *review) {
+	err := r.slots.readReview(w, q, func(in *admissionReview) {
 		if in.Kind != "AdmissionReview" || in.APIVersion != "admission.k8s.io/v1" || in.Request == nil {
 			r.fail(w, "invalid", "allowed is an AdmissionReview of admission.k8s.io/v1 with a request", http.StatusBadRequest)
 			return
 		}
-		answer, result := r.answer(in.Request)
+		answer, result := r.respond(in.Request)
 		r.write(w, answer, result)
 	})
 	tooLarge := (*tooLargeError)(nil)
@@ -95,7 +95,7 @@ func (r *reviews) ServeHTTP(w http.ResponseWriter, q *http.Request) {
 			return
 		}
 		r.log.Info("refused", zap.String("namespace", tooLarge.Namespace), zap.Error(err))
-		r.write(w, refusal(tooLarge.UID, err), "refused")
+		r.write(w, denied(tooLarge.UID, err), "refused")
 	case errors.Is(err, io.EOF):
 		r.fail(w, "invalid", "the body is empty", http.StatusBadRequest)
 	default:
@@ -104,43 +104,43 @@ func (r *reviews) ServeHTTP(w http.ResponseWriter, q *http.Request) {
 }
 
 // write answers a review.
-func (r *reviews) write(w http.ResponseWriter, answer *response, result string) {
+func (r *webhook) write(w http.ResponseWriter, answer *admissionResponse, result string) {
 	r.counts.WithLabelValues(result).Inc()
 	w.Header().Set("Content-Type", "application/json")
-	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(r.turns.wait)) // who does not read it keeps others waiting
-	_ = json.NewEncoder(w).Encode(review{APIVersion: "admission.k8s.io/v1", Kind: "AdmissionReview", Response: answer})
+	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(r.slots.wait)) // who does not read it keeps others waiting
+	_ = json.NewEncoder(w).Encode(admissionReview{APIVersion: "admission.k8s.io/v1", Kind: "AdmissionReview", Response: answer})
 }
 
 // fail answers what is no review, or none that was looked at.
-func (r *reviews) fail(w http.ResponseWriter, result, message string, status int) {
+func (r *webhook) fail(w http.ResponseWriter, result, message string, status int) {
 	r.counts.WithLabelValues(result).Inc()
 	http.Error(w, message, status)
 }
 
 // refusal is the answer that keeps a pod from being created.
-func refusal(uid string, why error) *response {
-	return &response{UID: uid, Status: object{"code": http.StatusForbidden, "reason": "Forbidden", "message": "sluice: " + why.Error()}}
+func denied(uid string, why error) *admissionResponse {
+	return &admissionResponse{UID: uid, Status: object{"code": http.StatusForbidden, "reason": "Forbidden", "message": "sluice: " + why.Error()}}
 }
 
-func (r *reviews) answer(q *request) (*response, string) {
-	answer := &response{UID: q.UID, Allowed: true}
+func (r *webhook) respond(q *admissionRequest) (*admissionResponse, string) {
+	answer := &admissionResponse{UID: q.UID, Allowed: true}
 	if q.Operation != "CREATE" || q.Resource.Group != "" || q.Resource.Resource != "pods" {
 		return answer, "unchanged"
 	}
 	o := r.o
-	o.Namespace, o.Workload = q.Namespace, workload(q.Object)
-	log := r.log.With(zap.String("namespace", cut(o.Namespace, longestName)), zap.String("workload", cut(o.Workload, longestName)))
+	o.Namespace, o.Workload = q.Namespace, workloadName(q.Object)
+	log := r.log.With(zap.String("namespace", truncate(o.Namespace, maxName)), zap.String("workload", truncate(o.Workload, maxName)))
 	injected, skipped, err := Inject(q.Object, o)
 	switch {
 	case err != nil:
 		log.Info("refused", zap.Error(err))
-		return refusal(q.UID, err), "refused"
+		return denied(q.UID, err), "refused"
 	case skipped != "":
 		log.Info("skipped", zap.String("why", skipped))
 		answer.Warnings = []string{"sluice is not injected: " + skipped}
 		return answer, "skipped"
 	}
-	patch := difference(q.Object, injected)
+	patch := jsonPatch(q.Object, injected)
 	if len(patch) == 0 {
 		return answer, "unchanged"
 	}
@@ -153,10 +153,10 @@ func (r *reviews) answer(q *request) (*response, string) {
 }
 
 // difference is the JSON patch of what Inject changes: fields of metadata and spec, each as a whole.
-func difference(before, after object) []object {
+func jsonPatch(before, after object) []object {
 	var patch []object
 	for _, part := range []string{"metadata", "spec"} {
-		was, is := child(before, part), child(after, part)
+		was, is := objectField(before, part), objectField(after, part)
 		var names []string
 		for name := range is {
 			names = append(names, name)
@@ -180,16 +180,16 @@ func difference(before, after object) []object {
 }
 
 // scheduled is what a CronJob adds to its name for a Job's.
-var scheduled = regexp.MustCompile(`-[0-9]{8,}$`)
+var cronJobSuffix = regexp.MustCompile(`-[0-9]{8,}$`)
 
 // cronJob is the name of the CronJob that a Job of this name looks to be of, since its pods do not say; else the Job's.
-func cronJob(job string) string { return scheduled.ReplaceAllString(job, "") }
+func cronJobName(job string) string { return cronJobSuffix.ReplaceAllString(job, "") }
 
 // workload is the name of what a pod belongs to: its controller's, of a ReplicaSet the Deployment's and of a CronJob's Job the
 // CronJob's; else its own.
-func workload(pod object) string {
-	metadata := child(pod, "metadata")
-	for _, owner := range list(metadata, "ownerReferences") {
+func workloadName(pod object) string {
+	metadata := objectField(pod, "metadata")
+	for _, owner := range listField(metadata, "ownerReferences") {
 		owner, _ := owner.(object)
 		name, _ := owner["name"].(string)
 		if owner["controller"] != true || name == "" {
@@ -197,14 +197,14 @@ func workload(pod object) string {
 		}
 		switch owner["kind"] {
 		case "ReplicaSet":
-			if hash, _ := child(metadata, "labels")["pod-template-hash"].(string); hash != "" {
+			if hash, _ := objectField(metadata, "labels")["pod-template-hash"].(string); hash != "" {
 				return strings.TrimSuffix(name, "-"+hash)
 			}
-			if hash, _ := child(metadata, "labels")["rollouts-pod-template-hash"].(string); hash != "" {
+			if hash, _ := objectField(metadata, "labels")["rollouts-pod-template-hash"].(string); hash != "" {
 				return strings.TrimSuffix(name, "-"+hash)
 			}
 		case "Job":
-			return cronJob(name)
+			return cronJobName(name)
 		}
 		return name
 	}

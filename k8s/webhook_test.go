@@ -13,14 +13,14 @@ import (
 )
 
 // ask sends a review of a pod's creation.
-func ask(t *testing.T, h http.Handler, body string) (int, *response) {
+func ask(t *testing.T, h http.Handler, body string) (int, *admissionResponse) {
 	t.Helper()
 	w := httptest.NewRecorder()
 	h.ServeHTTP(w, httptest.NewRequest(http.MethodPost, "/inject", strings.NewReader(body)))
 	if w.Code != http.StatusOK {
 		return w.Code, nil
 	}
-	var r review
+	var r admissionReview
 	if err := json.Unmarshal(w.Body.Bytes(), &r); err != nil || r.Response == nil || r.APIVersion != "admission.k8s.io/v1" {
 		t.Fatalf("%v: %s", err, w.Body)
 	}
@@ -58,7 +58,7 @@ func TestWorkload(t *testing.T) {
 		"{ownerReferences: [{kind: Job, name: once, controller: true}]}":                                           "once",
 		"{name: x, ownerReferences: [{kind: StatefulSet, name: db, controller: true}]}":                            "db",
 	} {
-		if got := workload(pod(t, "{metadata: "+text+"}")); got != want {
+		if got := workloadName(pod(t, "{metadata: "+text+"}")); got != want {
 			t.Errorf("%s: %q", text, got)
 		}
 	}
@@ -66,36 +66,36 @@ func TestWorkload(t *testing.T) {
 
 // A CA that nears its end is replaced step by step, and what signs is at each step in what is believed.
 func TestCA(t *testing.T) {
-	c := NewCerts(nil, CertOptions{Service: "s", Namespace: "n", Life: 100 * time.Hour}, zap.NewNop())
+	c := NewCerts(nil, CertOptions{Service: "s", Namespace: "n", Lifetime: 100 * time.Hour}, zap.NewNop())
 	s := &secret{}
 	step := func(want bool) {
 		t.Helper()
-		if due, err := c.advance(s); err != nil || due != want {
+		if due, err := c.advanceRotation(s); err != nil || due != want {
 			t.Fatalf("due %v, %v", due, err)
 		}
 	}
-	later := func() { s.Data[changed] = []byte(time.Now().Add(-2 * c.o.Overlap).Format(time.RFC3339Nano)) }
+	later := func() { s.Data[rotatedKey] = []byte(time.Now().Add(-2 * c.o.Overlap).Format(time.RFC3339Nano)) }
 	step(true)
 	step(false)
 	var err error
-	if s.Data[caCert], s.Data[caKey], err = newCA(time.Now().Add(-90*time.Hour), c.o.Life); err != nil {
+	if s.Data[caCertKey], s.Data[caPrivateKey], err = newCA(time.Now().Add(-90*time.Hour), c.o.Lifetime); err != nil {
 		t.Fatal(err)
 	}
-	first := string(s.Data[caCert])
+	first := string(s.Data[caCertKey])
 	step(true)
-	next := string(s.Data[nextCert])
-	if step(false); next == "" || string(s.Data[caCert]) != first {
+	next := string(s.Data[nextCertKey])
+	if step(false); next == "" || string(s.Data[caCertKey]) != first {
 		t.Error("it signs before it is believed")
 	}
 	later()
 	step(true)
-	if string(s.Data[caCert]) != next || string(s.Data[oldCert]) != first || len(s.Data[nextKey]) > 0 {
+	if string(s.Data[caCertKey]) != next || string(s.Data[oldCertKey]) != first || len(s.Data[nextPrivateKey]) > 0 {
 		t.Error("the next CA does not sign, or the old one is not believed any more")
 	}
 	step(false)
 	later()
 	step(true)
-	if len(s.Data[oldCert]) > 0 {
+	if len(s.Data[oldCertKey]) > 0 {
 		t.Error("the old CA is still there")
 	}
 	step(false)
@@ -103,34 +103,34 @@ func TestCA(t *testing.T) {
 	// What goes wrong on the way: a next CA that is none, a clock that was ahead, a CA that nobody replaced while no webhook ran.
 	aged := func(age time.Duration) {
 		t.Helper()
-		if s.Data[caCert], s.Data[caKey], err = newCA(time.Now().Add(-age), c.o.Life); err != nil {
+		if s.Data[caCertKey], s.Data[caPrivateKey], err = newCA(time.Now().Add(-age), c.o.Lifetime); err != nil {
 			t.Fatal(err)
 		}
 	}
 	aged(90 * time.Hour)
-	s.Data[nextCert], s.Data[nextKey] = []byte("broken"), []byte("broken")
+	s.Data[nextCertKey], s.Data[nextPrivateKey] = []byte("broken"), []byte("broken")
 	later()
 	step(true)
-	if string(s.Data[nextCert]) == "broken" || len(s.Data[oldCert]) > 0 {
+	if string(s.Data[nextCertKey]) == "broken" || len(s.Data[oldCertKey]) > 0 {
 		t.Errorf("a broken CA is taken: %s", s.Data)
 	}
-	s.Data[changed] = []byte(time.Now().Add(1000 * time.Hour).Format(time.RFC3339Nano))
+	s.Data[rotatedKey] = []byte(time.Now().Add(1000 * time.Hour).Format(time.RFC3339Nano))
 	step(true)
 	step(false)
 	later()
 	step(true)
-	if len(s.Data[oldCert]) == 0 {
+	if len(s.Data[oldCertKey]) == 0 {
 		t.Error("a clock that was ahead holds the next CA back")
 	}
 	aged(101 * time.Hour)
-	ended := string(s.Data[caCert])
+	ended := string(s.Data[caCertKey])
 	step(true)
-	if string(s.Data[caCert]) == ended || len(s.Data[oldCert]) > 0 {
+	if string(s.Data[caCertKey]) == ended || len(s.Data[oldCertKey]) > 0 {
 		t.Error("a CA that has ended still signs")
 	}
 	step(false)
-	s.Data[caCert] = []byte("broken")
-	if _, err := c.advance(s); err == nil || !strings.Contains(err.Error(), "Secret n/") {
+	s.Data[caCertKey] = []byte("broken")
+	if _, err := c.advanceRotation(s); err == nil || !strings.Contains(err.Error(), "Secret n/") {
 		t.Errorf("a broken Secret: %v", err)
 	}
 }
