@@ -20,7 +20,7 @@ import (
 	"github.com/goccy/go-yaml"
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/sluiceproxy/sluice/k8s/built"
+	"github.com/sluiceproxy/sluice/k8s/testenv"
 )
 
 const (
@@ -34,7 +34,7 @@ var update = flag.Bool("update", false, "write the plain manifests anew")
 // helmBinary is the path of the helm that the tests want.
 func helmBinary(t *testing.T) string {
 	t.Helper()
-	return built.Program(t, "helm.sh/helm/v3/cmd/helm", helmVersion)
+	return testenv.Program(t, "helm.sh/helm/v3/cmd/helm", helmVersion)
 }
 
 // helm runs helm, away from the user's own settings, and returns what it prints and how it ended.

@@ -18,7 +18,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/sluiceproxy/sluice/k8s/built"
+	"github.com/sluiceproxy/sluice/k8s/testenv"
 )
 
 const certManager = "github.com/cert-manager/cert-manager@v1.21.2"
@@ -28,7 +28,7 @@ const certManager = "github.com/cert-manager/cert-manager@v1.21.2"
 func TestClusterCertManager(t *testing.T) {
 	var controllers, definitions string
 	if os.Getenv("SLUICE_LONG") != "" {
-		controllers = built.Own(t, filepath.Join("testdata", "certmanager"))
+		controllers = testenv.LocalProgram(t, filepath.Join("testdata", "certmanager"))
 		definitions = filepath.Join(module(t, certManager), "deploy", "crds")
 	}
 	if !long(t) {

@@ -20,8 +20,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/sluiceproxy/sluice/envoy"
-	"github.com/sluiceproxy/sluice/k8s/built"
-	"github.com/sluiceproxy/sluice/k8s/isolated"
+	"github.com/sluiceproxy/sluice/k8s/testenv"
 )
 
 const contourVersion = "v1.33.8"
@@ -42,14 +41,14 @@ func TestMeshContour(t *testing.T) {
 	}
 	kubernetesBinaries(t)
 	helmBinary(t)
-	contour := built.Program(t, "github.com/projectcontour/contour/cmd/contour", contourVersion)
+	contour := testenv.Program(t, "github.com/projectcontour/contour/cmd/contour", contourVersion)
 	definitions := filepath.Join(module(t, "github.com/projectcontour/contour@"+contourVersion), "examples", "contour", "01-crds.yaml")
 	proxy, err := envoy.Binary(t.Context(), func(said string) { t.Log(said) })
 	if err != nil {
 		t.Fatal(err)
 	}
 	const app = "192.0.2.5"
-	if !isolated.Network(t, append(addresses, home, app)...) {
+	if !testenv.Network(t, append(addresses, home, app)...) {
 		return
 	}
 	text, err := os.ReadFile("../envoy/contour.yaml")

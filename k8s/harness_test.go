@@ -31,7 +31,7 @@ import (
 var kubernetes = []string{"kube-apiserver", "kube-controller-manager", "kube-scheduler", "kube-proxy", "kubelet", "kubectl"}
 
 // kubernetesBinaries is the directory with them, which the first call builds into the user's cache, from a module of their own: k8s/cluster.
-// It takes minutes, and the network: call it before isolated.Network.
+// It takes minutes, and the network: call it before testenv.Network.
 func kubernetesBinaries(t *testing.T) string {
 	t.Helper()
 	cache, err := os.UserCacheDir()

@@ -24,7 +24,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/types/known/anypb"
 
-	"github.com/sluiceproxy/sluice/k8s/isolated"
+	"github.com/sluiceproxy/sluice/k8s/testenv"
 )
 
 const gatewayAPI = "sigs.k8s.io/gateway-api@v1.6.0"
@@ -213,7 +213,7 @@ func TestMeshIstioEdge(t *testing.T) {
 	istio := prepareIstio(t)
 	definitions := filepath.Join(module(t, gatewayAPI), "config", "crd", "standard")
 	const app, edge, waypoint, client = "192.0.2.5", "192.0.2.6", "192.0.2.7", "192.0.2.8"
-	if !isolated.Network(t, append(addresses, home, app, edge, waypoint, client)...) {
+	if !testenv.Network(t, append(addresses, home, app, edge, waypoint, client)...) {
 		return
 	}
 	dir := t.TempDir()

@@ -26,8 +26,7 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"github.com/sluiceproxy/sluice/envoy"
-	"github.com/sluiceproxy/sluice/k8s/built"
-	"github.com/sluiceproxy/sluice/k8s/isolated"
+	"github.com/sluiceproxy/sluice/k8s/testenv"
 )
 
 const istioVersion = "v0.0.0-20260827124520-eed52ebb66ad" // there are no tags to be had
@@ -141,7 +140,7 @@ func prepareIstio(t *testing.T) istioParts {
 		t.Fatal(err)
 	}
 	return istioParts{
-		pilot:  built.Program(t, "istio.io/istio/pilot/cmd/pilot-discovery", istioVersion),
+		pilot:  testenv.Program(t, "istio.io/istio/pilot/cmd/pilot-discovery", istioVersion),
 		charts: filepath.Join(module(t, "istio.io/istio@"+istioVersion), "manifests", "charts"),
 		proxy:  proxy,
 	}
@@ -192,7 +191,7 @@ func (p istioParts) startIstiod(t *testing.T, c *controlPlane, printed string, m
 func TestMeshIstio(t *testing.T) {
 	istio := prepareIstio(t)
 	const address = "192.0.2.5" // the pod's
-	if !isolated.Network(t, append(addresses, home, address)...) {
+	if !testenv.Network(t, append(addresses, home, address)...) {
 		return
 	}
 	dir := t.TempDir()

@@ -15,8 +15,7 @@ import (
 	"testing"
 
 	"github.com/sluiceproxy/sluice/envoy"
-	"github.com/sluiceproxy/sluice/k8s/built"
-	"github.com/sluiceproxy/sluice/k8s/isolated"
+	"github.com/sluiceproxy/sluice/k8s/testenv"
 )
 
 // The images that the node's pods are of, by the names that the chart and the Deployments have for them. There is no registry here: sluice's
@@ -214,11 +213,11 @@ imageGCHighThresholdPercent: 100
 syncFrequency: 5s
 `
 
-// startNode makes a cluster with this machine, of isolated.Machine, as its node.
+// startNode makes a cluster with this machine, of testenv.Machine, as its node.
 func startNode(t *testing.T, dir, coredns string) *node {
 	t.Helper()
 	n := &node{controlPlane: cluster(t, "--service-cluster-ip-range", services, "--kubelet-preferred-address-types", "InternalIP"), dir: dir}
-	text := strings.NewReplacer("DIR", dir, "HOME", home, "NAMES", dns, "CGROUP", isolated.Cgroup(dir))
+	text := strings.NewReplacer("DIR", dir, "HOME", home, "NAMES", dns, "CGROUP", testenv.Cgroup(dir))
 	write := func(name, content string) string {
 		path := filepath.Join(dir, name)
 		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
@@ -241,7 +240,7 @@ func startNode(t *testing.T, dir, coredns string) *node {
 		t.Fatal("no control groups at /sys/fs/cgroup")
 	}
 	for _, h := range hierarchies {
-		if err := os.MkdirAll(filepath.Join(filepath.Dir(h), isolated.Cgroup(dir)), 0o755); err != nil {
+		if err := os.MkdirAll(filepath.Join(filepath.Dir(h), testenv.Cgroup(dir)), 0o755); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -346,8 +345,8 @@ func machine(t *testing.T) (*node, bool) {
 	}
 	kubernetesBinaries(t)
 	helmBinary(t)
-	coredns := built.Program(t, "github.com/coredns/coredns", "v1.13.1")
-	dir, inside := isolated.Machine(t, func(dir string) { images(dir).prepare(t) }, home, dns)
+	coredns := testenv.Program(t, "github.com/coredns/coredns", "v1.13.1")
+	dir, inside := testenv.Machine(t, func(dir string) { images(dir).prepare(t) }, home, dns)
 	if !inside {
 		return nil, false
 	}

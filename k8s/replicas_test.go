@@ -14,7 +14,7 @@ import (
 	"syscall"
 	"testing"
 
-	"github.com/sluiceproxy/sluice/k8s/isolated"
+	"github.com/sluiceproxy/sluice/k8s/testenv"
 )
 
 // The chart's release is installed by helm, and its Deployment's replicas run here, as processes with its arguments, account and
@@ -35,7 +35,7 @@ func long(t *testing.T) bool {
 	}
 	kubernetesBinaries(t)
 	helmBinary(t)
-	return isolated.Network(t, append(addresses, home)...)
+	return testenv.Network(t, append(addresses, home)...)
 }
 
 // program is sluice.

@@ -1,8 +1,4 @@
-//go:build linux
-
-// Package isolated gives a test a network of its own, or a machine: for programs that listen on fixed ports or on all addresses, for
-// addresses that this machine does not have, and for what starts and mounts things that it does not end.
-package isolated
+package testenv
 
 import (
 	"errors"
@@ -19,32 +15,42 @@ import (
 	"unsafe"
 )
 
+// Environment variables that a test passes to its child process.
 const (
-	isolatedEnv = "SLUICE_TEST_ISOLATED" // says that the test runs inside
-	dirEnv      = "SLUICE_TEST_DIR"      // Machine's directory
+	isolatedEnv = "SLUICE_TEST_ISOLATED" // set in the child process
+	dirEnv      = "SLUICE_TEST_DIR"      // the directory that Machine returns
 )
 
-// Network runs the test once more, in a process with a network of its own where nobody else is and whose ports are all free, and
-// reports whether this is that process. Its loopback interface has the addresses, too.
+// Network runs the calling test again in a child process with its own network
+// namespace, in which every port is free, and reports whether the caller is
+// that child. The parent must return if Network returns false; it fails if the
+// child fails. In the child the loopback interface has the given IPv4
+// addresses as well. It needs root or user namespaces.
 func Network(t *testing.T, addresses ...string) bool {
 	t.Helper()
 	if os.Getenv(isolatedEnv) != "" {
 		raiseLoopback(t, addresses)
 		return true
 	}
-	attributes := &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
+	attr := &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
 	if os.Getuid() != 0 {
-		attributes.Cloneflags |= syscall.CLONE_NEWUSER
-		attributes.UidMappings = []syscall.SysProcIDMap{{HostID: os.Getuid(), Size: 1}}
-		attributes.GidMappings = []syscall.SysProcIDMap{{HostID: os.Getgid(), Size: 1}}
+		attr.Cloneflags |= syscall.CLONE_NEWUSER
+		attr.UidMappings = []syscall.SysProcIDMap{{HostID: os.Getuid(), Size: 1}}
+		attr.GidMappings = []syscall.SysProcIDMap{{HostID: os.Getgid(), Size: 1}}
 	}
-	again(t, attributes)
+	runChild(t, attr)
 	return false
 }
 
-// Machine is Network for a test that is a whole machine, which only root can have: the test is its first process, and all others end with
-// it; what it mounts goes, too; and /run, /var/lib and /var/log are empty. inside reports whether this is that process; dir is a directory
-// that is removed when the machine is no more, which prepare has filled before it was there. Control groups may be made below Cgroup(dir).
+// Machine runs the calling test again in a child process that has PID, mount
+// and network namespaces of its own, and reports whether the caller is that
+// child, as Network does. When the child ends, all processes that it started
+// end and its mounts are gone. /run, /var/lib and /var/log are empty in it. It
+// needs root.
+//
+// dir is a temporary directory that the parent removes once the child has
+// ended. The parent calls prepare with it before it starts the child. Control
+// groups may be created below Cgroup(dir) and are removed as well.
 func Machine(t *testing.T, prepare func(dir string), addresses ...string) (dir string, inside bool) {
 	t.Helper()
 	if os.Getenv(isolatedEnv) != "" {
@@ -62,12 +68,15 @@ func Machine(t *testing.T, prepare func(dir string), addresses ...string) (dir s
 		return os.Getenv(dirEnv), true
 	}
 	if os.Getuid() != 0 {
-		t.Fatal("it wants a machine of its own, which only root can have")
+		t.Fatal("this test needs root for its own PID, mount and network namespaces")
 	}
 	dir = t.TempDir()
 	prepare(dir)
-	// What a kubelet sets, which no namespace keeps to itself.
-	for _, path := range []string{"vm/overcommit_memory", "vm/panic_on_oom", "kernel/panic", "kernel/panic_on_oops", "kernel/keys/root_maxkeys", "kernel/keys/root_maxbytes"} {
+	// A kubelet sets these kernel parameters, which have no namespace.
+	for _, path := range []string{
+		"vm/overcommit_memory", "vm/panic_on_oom", "kernel/panic", "kernel/panic_on_oops",
+		"kernel/keys/root_maxkeys", "kernel/keys/root_maxbytes",
+	} {
 		path = filepath.Join("/proc/sys", path)
 		before, err := os.ReadFile(path)
 		if err != nil {
@@ -81,14 +90,16 @@ func Machine(t *testing.T, prepare func(dir string), addresses ...string) (dir s
 	}
 	defer removeCgroups(t, Cgroup(dir))
 	t.Setenv(dirEnv, dir)
-	again(t, &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS | syscall.CLONE_NEWPID})
+	runChild(t, &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS | syscall.CLONE_NEWPID})
 	return "", false
 }
 
-// Cgroup is the name of the control group for what runs in the Machine with this directory.
+// Cgroup returns the name of the control group for the processes of the Machine
+// whose directory is dir.
 func Cgroup(dir string) string { return "sluice-" + filepath.Base(filepath.Dir(dir)) }
 
-// removeCgroups removes the groups of that name with all below them, in each hierarchy; they are empty of processes.
+// removeCgroups removes the control groups with this name and their children,
+// in every hierarchy. They must have no processes.
 func removeCgroups(t *testing.T, name string) {
 	t.Helper()
 	const root = "/sys/fs/cgroup"
@@ -115,21 +126,22 @@ func removeCgroups(t *testing.T, name string) {
 	}
 }
 
-// again runs the test once more, in a process with these attributes, and fails with it.
-func again(t *testing.T, attributes *syscall.SysProcAttr) {
+// runChild runs the test again in a child process, and fails if it fails there.
+func runChild(t *testing.T, attr *syscall.SysProcAttr) {
 	t.Helper()
-	inner := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v", "-test.count=1")
-	inner.Env = append(os.Environ(), isolatedEnv+"=1")
-	inner.SysProcAttr = attributes
-	inner.SysProcAttr.Pdeathsig = syscall.SIGKILL
-	out, err := inner.CombinedOutput()
-	t.Logf("isolated:\n%s", out)
+	child := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v", "-test.count=1")
+	child.Env = append(os.Environ(), isolatedEnv+"=1")
+	child.SysProcAttr = attr
+	child.SysProcAttr.Pdeathsig = syscall.SIGKILL
+	out, err := child.CombinedOutput()
+	t.Logf("child process:\n%s", out)
 	if err != nil || !strings.Contains(string(out), "--- PASS: "+t.Name()) {
 		t.Errorf("%v", err)
 	}
 }
 
-// raiseLoopback does what `ip link set lo up` and `ip address add` do, which are not everywhere.
+// raiseLoopback brings up the loopback interface and adds IPv4 addresses to it.
+// It does not run ip(8), which is not installed everywhere.
 func raiseLoopback(t *testing.T, addresses []string) {
 	t.Helper()
 	socket, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_DGRAM, 0)
@@ -137,15 +149,15 @@ func raiseLoopback(t *testing.T, addresses []string) {
 		t.Fatal(err)
 	}
 	defer func() { _ = syscall.Close(socket) }()
-	type request struct { // the kernel's ifreq
+	type ifreq struct { // of netdevice(7)
 		name  [syscall.IFNAMSIZ]byte
 		value [24]byte
 	}
 	do := func(what uintptr, name string, value ...byte) {
-		var r request
+		var r ifreq
 		copy(r.name[:], name)
 		copy(r.value[:], value)
-		//nolint:gosec // the kernel wants a pointer
+		//nolint:gosec // ioctl takes a pointer
 		if _, _, errno := syscall.Syscall(syscall.SYS_IOCTL, uintptr(socket), what, uintptr(unsafe.Pointer(&r))); errno != 0 {
 			t.Fatalf("%s: %v", name, errno)
 		}
