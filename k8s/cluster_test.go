@@ -159,7 +159,7 @@ func TestCluster(t *testing.T) {
 			}
 			return said != ""
 		})
-		if !strings.Contains(said, "sluice: sluice needs a Redis") {
+		if !strings.Contains(said, "sluice: sluice requires Redis") {
 			t.Errorf("%q", said)
 		}
 	})

@@ -106,11 +106,11 @@ func TestManifestKinds(t *testing.T) {
 func TestManifestRefused(t *testing.T) {
 	for in, want := range map[string]string{
 		"a: [":                              "document 1",
-		"kind: ConfigMap\n...\nkind: Pod\n": "document 1: another begins within it",
-		"kind: Pod\nmetadata: {name: x, annotations: {sluice.dev/in-process: \"true\"}}\nspec:\n  containers:\n  - name: envoy\n    volumeMounts: &m [{name: a, mountPath: /a}]\n  - {name: app, volumeMounts: *m}\n  volumes: [{name: a, emptyDir: {}}]\n": "line 6: the anchor &m",
+		"kind: ConfigMap\n...\nkind: Pod\n": "document 1: contains a second document",
+		"kind: Pod\nmetadata: {name: x, annotations: {sluice.dev/in-process: \"true\"}}\nspec:\n  containers:\n  - name: envoy\n    volumeMounts: &m [{name: a, mountPath: /a}]\n  - {name: app, volumeMounts: *m}\n  volumes: [{name: a, emptyDir: {}}]\n": "line 6: cannot add the sidecar to the value of anchor &m",
 		"kind: Pod\nmetadata: {name: x, annotations: {sluice.dev/in-process: \"true\"}}\nspec: {hostNetwork: yes, containers: [{name: envoy}]}\n":                                                                                                           "hostNetwork",
-		"kind: Deployment\nmetadata: {name: x}": "Deployment x: it has no spec.template",
-		"kind: Pod\nmetadata: {name: x}\nspec: {containers: [{name: envoy}]}\n---\nkind: Pod\nmetadata: {name: y}\nspec: {containers: [{name: envoy}]}": "Pod y: sluice needs a Redis",
+		"kind: Deployment\nmetadata: {name: x}": "Deployment x: missing spec.template",
+		"kind: Pod\nmetadata: {name: x}\nspec: {containers: [{name: envoy}]}\n---\nkind: Pod\nmetadata: {name: y}\nspec: {containers: [{name: envoy}]}": "Pod y: sluice requires Redis",
 	} {
 		if out, _, err := Manifest([]byte(in), options); err == nil || !strings.Contains(err.Error(), want) || len(out) > 0 {
 			t.Errorf("%q: %v, %q", in, err, out)
@@ -169,7 +169,7 @@ func TestManifestJSON(t *testing.T) {
 	if out, _, err := Manifest(line.Bytes(), options); err != nil || bytes.ContainsAny(out, "\n") || !bytes.HasPrefix(out, []byte(`{"kind":"Pod","apiVersion":"v1",`)) {
 		t.Errorf("%v\n%s", err, out)
 	}
-	if _, _, err := Manifest([]byte(`{"kind": "Pod", "spec": {}, "spec": {}}`), options); err == nil || !strings.Contains(err.Error(), `"spec" stands twice`) {
+	if _, _, err := Manifest([]byte(`{"kind": "Pod", "spec": {}, "spec": {}}`), options); err == nil || !strings.Contains(err.Error(), `duplicate field "spec"`) {
 		t.Errorf("%v", err)
 	}
 }
