@@ -396,7 +396,7 @@ func TestChartRefuses(t *testing.T) {
 		"name that is too long":     {"fullnameOverride=" + strings.Repeat("a", 41), "fullnameOverride"},
 		"tag as digest":             {"image.digest=v1", "digest"},
 		"buckets nowhere":           {"gateway.enabled=true", "gateway.redis.secret"},
-		"buckets in two places":     {"gateway.enabled=true,gateway.redis.url=redis://a,gateway.redis.secret=b", "leave one out"},
+		"buckets in two places":     {"gateway.enabled=true,gateway.redis.url=redis://a,gateway.redis.secret=b", "mutually exclusive"},
 		"no Redis URL":              {"gateway.redis.url=http://a", "url"},
 		"no memory limit":           {"webhook.resources.limits.memory=null", "memory"},
 		"tests where nothing is":    {"tests.namespace=sluice-system", "tests.namespace"},
@@ -404,7 +404,7 @@ func TestChartRefuses(t *testing.T) {
 		"issuer without a name":     {"certManager.issuerRef.kind=ClusterIssuer", "issuerRef"},
 		"port that there is not":    {"networkPolicy.apiServerPorts={70000}", "apiServerPorts"},
 		"interval without its unit": {"serviceMonitor.interval=30", "interval"},
-		"two certificates":          {"gateway.enabled=true,gateway.redis.url=redis://a,gateway.tls.secret=a,gateway.tls.issuerRef.name=b", "leave one out"},
+		"two certificates":          {"gateway.enabled=true,gateway.redis.url=redis://a,gateway.tls.secret=a,gateway.tls.issuerRef.name=b", "mutually exclusive"},
 		"names without TLS":         {"gateway.enabled=true,gateway.redis.url=redis://a,gateway.tls.clientNames={a}", "clientNames"},
 		"names of nobody":           {"gateway.enabled=true,gateway.redis.url=redis://a,gateway.tls.secret=a,gateway.tls.clientCertificates=false,gateway.tls.clientNames={a}", "clientNames"},
 		"TLS in two places":         {"gateway.enabled=true,gateway.redis.url=redis://a,gateway.tls.secret=a,gateway.config=listen: {tls: {cert_file: x}}", "gateway.config"},
@@ -543,7 +543,7 @@ metadata:
 		if err != nil {
 			t.Fatal(err)
 		}
-		want := "# Made from the chart by `go test ./k8s -run TestManifests -update`.\n" + c.first +
+		want := "# Generated from the chart by `go test ./k8s -run TestManifests -update`.\n" + c.first +
 			regexp.MustCompile(`(?m)^# Source: .*\n`).ReplaceAllString(chart, "")
 		want = regexp.MustCompile(`\n\n+`).ReplaceAllString(want, "\n")
 		path := filepath.Join("manifests", file)
