@@ -225,7 +225,8 @@ func setSocketMounts(spec object, envoy string, tcp bool) {
 func Stamp(o Options) string {
 	h := sha256.New()
 	for _, tcp := range []bool{false, true} {
-		if err := json.NewEncoder(h).Encode(sidecarContainer(Options{Image: o.Image}, allAnnotations, tcp)); err != nil {
+		if err := json.NewEncoder(h).Encode(sidecarContainer(Options{Image: o.Image}, allAnnotations,
+			tcp)); err != nil {
 			panic(err) // it consists of strings and numbers
 		}
 	}

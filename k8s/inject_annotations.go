@@ -107,7 +107,8 @@ func readAnnotations(metadata object) (annotations, error) {
 // buckets are, or if the pod's default domain is too long.
 func (a annotations) checkRequired(o Options) error {
 	if a.redis == "" && !a.inProcess {
-		return fmt.Errorf("sluice requires Redis: set annotation %s to the name of a Secret whose key url is the Redis URL, "+
+		return fmt.Errorf("sluice requires Redis: set annotation %s to the name of a Secret whose key url is the "+
+			"Redis URL, "+
 			`or set annotation %s: "true" to give each pod its own buckets`, annotationRedisSecret, annotationInProcess)
 	}
 	if len(o.Workload) > maxName {
@@ -117,7 +118,8 @@ func (a annotations) checkRequired(o Options) error {
 		return nil
 	}
 	if n := len(o.Namespace) + len("/") + len(o.Workload); n > maxDomain {
-		return fmt.Errorf("the default domain, <namespace>/<workload>, is %d bytes long; the maximum is %d: set annotation %s",
+		return fmt.Errorf("the default domain, <namespace>/<workload>, is %d bytes long; the maximum is %d: set "+
+			"annotation %s",
 			n, maxDomain, annotationDomain)
 	}
 	return nil

@@ -34,11 +34,13 @@ func findEnvoy(metadata, spec object, a annotations) (envoy, reason string, err 
 			break
 		}
 		if name != "" && name == a.envoy {
-			return "", "", fmt.Errorf("annotation %s: no container or native sidecar is named %q", annotationEnvoyContainer, name)
+			return "", "", fmt.Errorf("annotation %s: no container or native sidecar is named %q",
+				annotationEnvoyContainer, name)
 		}
 	}
 	if envoy == "" {
-		return "", fmt.Sprintf("no container is named istio-proxy or envoy; if another one is Envoy, name it in annotation %s",
+		return "", fmt.Sprintf("no container is named istio-proxy or envoy; if another one is Envoy, name it in "+
+			"annotation %s",
 			annotationEnvoyContainer), nil
 	}
 	if indexByName(containers, containerName) >= 0 || !injected && indexByName(init, containerName) >= 0 {

@@ -22,7 +22,8 @@ var quantityPattern = regexp.MustCompile(`^[0-9]+(\.[0-9]*)?([numkMGTPE]|[KMGTPE
 func readResources(text string) (object, error) {
 	var given map[string]map[string]string // strings keep quantities as they are written
 	if err := yaml.Unmarshal([]byte(text), &given); err != nil || len(given) == 0 {
-		return nil, fmt.Errorf("%s: must be a mapping such as {requests: {cpu: 50m}, limits: {memory: 128Mi}}", quote(text))
+		return nil, fmt.Errorf("%s: must be a mapping such as {requests: {cpu: 50m}, limits: {memory: 128Mi}}",
+			quote(text))
 	}
 	resources := object{}
 	for kind, quantities := range given {
@@ -32,7 +33,8 @@ func readResources(text string) (object, error) {
 		valid := object{}
 		for name, q := range quantities {
 			if !slices.Contains(resourceNames, name) {
-				return nil, fmt.Errorf("%s: unknown resource %s; want cpu, memory or ephemeral-storage", kind, quote(name))
+				return nil, fmt.Errorf("%s: unknown resource %s; want cpu, memory or ephemeral-storage", kind,
+					quote(name))
 			}
 			if !quantityPattern.MatchString(q) {
 				return nil, fmt.Errorf("%s.%s: %s: must be a quantity such as 50m or 128Mi", kind, name, quote(q))

@@ -95,7 +95,8 @@ func (h *webhook) ServeHTTP(w http.ResponseWriter, q *http.Request) {
 	}
 	err := h.slots.readReview(w, q, func(in *admissionReview) {
 		if in.Kind != "AdmissionReview" || in.APIVersion != reviewVersion || in.Request == nil {
-			h.fail(w, "invalid", "body must be an AdmissionReview of "+reviewVersion+" with a request", http.StatusBadRequest)
+			h.fail(w, "invalid", "body must be an AdmissionReview of "+reviewVersion+" with a request",
+				http.StatusBadRequest)
 			return
 		}
 		response, result := h.respond(in.Request)

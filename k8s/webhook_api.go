@@ -35,7 +35,8 @@ func InCluster(getenv func(string) (string, bool), account string) (*API, error)
 	host, _ := getenv("KUBERNETES_SERVICE_HOST")
 	port, _ := getenv("KUBERNETES_SERVICE_PORT")
 	if host == "" || port == "" {
-		return nil, errors.New("not running in a Kubernetes cluster: KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set")
+		return nil, errors.New("not running in a Kubernetes cluster: KUBERNETES_SERVICE_HOST and " +
+			"KUBERNETES_SERVICE_PORT are not set")
 	}
 	file := filepath.Join(account, "ca.crt")
 	text, err := os.ReadFile(file)

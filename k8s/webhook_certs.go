@@ -177,7 +177,8 @@ func (c *Certs) reconcileSecret(ctx context.Context) (*secret, error) {
 			return nil, err
 		}
 	}
-	return nil, fmt.Errorf("update of Secret %s/%s: giving up after %d conflicts", c.o.Namespace, c.o.Secret, maxConflicts)
+	return nil, fmt.Errorf("update of Secret %s/%s: giving up after %d conflicts", c.o.Namespace, c.o.Secret,
+		maxConflicts)
 }
 
 // advanceRotation takes the step that is due in s, and reports whether one was.

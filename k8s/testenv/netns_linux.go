@@ -158,7 +158,8 @@ func raiseLoopback(t *testing.T, addresses []string) {
 		copy(r.name[:], name)
 		copy(r.value[:], value)
 		//nolint:gosec // ioctl takes a pointer
-		if _, _, errno := syscall.Syscall(syscall.SYS_IOCTL, uintptr(socket), what, uintptr(unsafe.Pointer(&r))); errno != 0 {
+		if _, _, errno := syscall.Syscall(syscall.SYS_IOCTL, uintptr(socket), what,
+			uintptr(unsafe.Pointer(&r))); errno != 0 {
 			t.Fatalf("%s: %v", name, errno)
 		}
 	}

@@ -115,7 +115,8 @@ func Packages(t *testing.T, files []string, command ...string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	home := filepath.Join(cache, "sluice", fmt.Sprintf("packages-%s-%x", filepath.Base(filepath.Dir(files[0])), hash.Sum(nil)[:6]))
+	home := filepath.Join(cache, "sluice", fmt.Sprintf("packages-%s-%x", filepath.Base(filepath.Dir(files[0])),
+		hash.Sum(nil)[:6]))
 	if info, err := os.Stat(home); err == nil && info.IsDir() {
 		return home
 	}
