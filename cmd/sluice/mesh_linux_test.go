@@ -485,7 +485,7 @@ func TestMeshIstioctl(t *testing.T) {
 		return strings.TrimSpace(strings.ReplaceAll(said, everyFilter, ""))
 	}
 	for name, config := range map[string]string{
-		"defaults": "",
+		"defaults": "limits: []",
 		"socket":   "listen: {grpc: unix:///run/sluice/authz.sock}",
 		"a name":   `listen: {grpc: "localhost:9001"}`,
 		"limits":   "limits: [{name: a, rate: 1/s}, {name: b, rate: 1/s}]",
