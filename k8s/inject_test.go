@@ -171,8 +171,8 @@ func TestInjectSkipsAndRefuses(t *testing.T) {
 // TestInjectResources has pods that only look as if they could have no sidecar,
 // and the requests of pods that have resources of their own.
 func TestInjectResources(t *testing.T) {
-	const linuxOrWindows = "{affinity: {nodeAffinity: {requiredDuringSchedulingIgnoredDuringExecution: {nodeSelectorTerms: [" +
-		"{matchExpressions: [{key: kubernetes.io/os, operator: In, values: [windows]}]}, " +
+	const linuxOrWindows = "{affinity: {nodeAffinity: {requiredDuringSchedulingIgnoredDuringExecution: " +
+		"{nodeSelectorTerms: [{matchExpressions: [{key: kubernetes.io/os, operator: In, values: [windows]}]}, " +
 		"{matchExpressions: [{key: kubernetes.io/os, operator: In, values: [linux]}]}" +
 		"]}}}, containers: [{name: envoy}]}"
 	for _, c := range []struct{ spec, want string }{

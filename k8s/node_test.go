@@ -57,8 +57,10 @@ spec:
 `)
 
 // limits is the app's config. As the buckets hardly refill, their levels tell
-// how many tokens were taken.
+// how many tokens were taken. The timeout is longer than its default, so that a
+// slow machine loses no request during a rollout.
 const limits = `
+store: {redis: {url: "${SLUICE_REDIS:-redis://localhost}", timeout: 5s}}
 listen: {grpc: "unix:///run/sluice/authz.sock"}
 exempt: [{match: {paths: [/healthz]}}]
 limits:
@@ -274,11 +276,16 @@ func TestNode(t *testing.T) {
 		if err != nil {
 			t.Fatalf("%v\n%s", err, printed)
 		}
+		// As in limits, the timeout is longer than its default.
+		shipped, long := "timeout: 0.2s", "timeout: 10s"
+		if !strings.Contains(string(printed), shipped) {
+			t.Fatalf("no %q in\n%s", shipped, printed)
+		}
+		bootstrap := strings.ReplaceAll(string(printed), shipped, long)
 		n.do(t, web, "apply", "-f", "-")
-		n.do(t, "", "create", "configmap", "limits", "--namespace", "shop", "--from-literal",
-			"sluice.yaml=mode: shadow\n"+limits)
-		n.do(t, "", "create", "configmap", "envoy", "--namespace", "shop", "--from-literal", "envoy.yaml="+
-			string(printed))
+		n.do(t, "", "create", "configmap", "limits", "--namespace", "shop",
+			"--from-literal", "sluice.yaml=mode: shadow\n"+limits)
+		n.do(t, "", "create", "configmap", "envoy", "--namespace", "shop", "--from-literal", "envoy.yaml="+bootstrap)
 		began := time.Now()
 		rolled()
 		t.Logf("two pods ready after %v", time.Since(began))
