@@ -413,8 +413,8 @@ func TestChartCertificates(t *testing.T) {
 	if secret := at(find(t, all, "Certificate/sluice-gateway"), "spec", "secretName"); secret != "sluice-gateway-tls" {
 		t.Errorf("cert-manager writes %v", secret)
 	}
-	if protocol := at(at(find(t, all, "Service/sluice-gateway"), "spec", "ports").([]any)[0],
-		"appProtocol"); protocol != "https" {
+	port := at(find(t, all, "Service/sluice-gateway"), "spec", "ports").([]any)[0]
+	if protocol := at(port, "appProtocol"); protocol != "https" {
 		t.Errorf("appProtocol is %v", protocol)
 	}
 	metrics := map[string]any{"ports": []any{map[string]any{"port": uint64(9003), "protocol": "TCP"}},

@@ -105,7 +105,7 @@ func TestClusterCertManager(t *testing.T) {
 			"{metadata: {generateName: r-, ", 1))
 		var out object
 		if err := c.call(t.Context(), http.MethodPost, "/api/v1/namespaces/shop/pods", p, &out); err != nil ||
-			indexByName(listField(objectField(out, "spec"), "initContainers"), "sluice") != 0 {
+			sidecarIndex(out) != 0 {
 			t.Errorf("pod: %v", err)
 		}
 		made++

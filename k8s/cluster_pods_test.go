@@ -141,9 +141,9 @@ func TestClusterRandomPods(t *testing.T) {
 		t.Fatalf("%v\n%s", err, said)
 	}
 	for _, o := range all {
-		if o.skipped != "" && !strings.Contains(said, fmt.Sprintf("Pod %v: %s\n", at(o.pod, "metadata", "name"),
-			o.skipped)) {
-			t.Errorf("%v is skipped without a warning that says %q", at(o.pod, "metadata", "name"), o.skipped)
+		name := at(o.pod, "metadata", "name")
+		if o.skipped != "" && !strings.Contains(said, fmt.Sprintf("Pod %v: %s\n", name, o.skipped)) {
+			t.Errorf("%v is skipped without a warning that says %q", name, o.skipped)
 		}
 	}
 	_, said, err = inject(func(o one) bool { return !accepted(o) })
@@ -156,8 +156,8 @@ func TestClusterRandomPods(t *testing.T) {
 			t.Errorf("%v is refused for %q; sluice inject says\n%s", name, o.refused, said)
 		}
 	}
-	out, err := c.kubectl(t, manifest, "create", "--dry-run=server", "--validate=strict", "--output=json",
-		"--filename=-")
+	out, err := c.kubectl(t, manifest, "create", "--dry-run=server", "--validate=strict",
+		"--output=json", "--filename=-")
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out[max(0, len(out)-4000):])
 	}

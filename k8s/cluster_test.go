@@ -168,8 +168,8 @@ func TestCluster(t *testing.T) {
 		create(t, apps+"deployments", "refused", strings.Replace(text, "sluice.dev/redis-secret: redis, ", "", 1))
 		var said string
 		await(t, "the Deployment's condition", func() bool {
-			for _, condition := range at(must(t, c.API, http.MethodGet, apps+"deployments/refused", nil),
-				"status").(object) {
+			deployment := must(t, c.API, http.MethodGet, apps+"deployments/refused", nil)
+			for _, condition := range at(deployment, "status").(object) {
 				conditions, _ := condition.([]any)
 				for _, v := range conditions {
 					if at(v, "type") == "ReplicaFailure" {
@@ -242,8 +242,8 @@ func TestCluster(t *testing.T) {
 		if after := bundles(t, c.API); !reflect.DeepEqual(after, before) || data[caCertKey] == nil {
 			t.Errorf("an upgrade resets what the webhook has stored: %s", after)
 		}
-		injected(t, create(t, pods, "upgraded", podText("", "{containers: [{name: envoy, SECURE}]}")), 0,
-			"shop/upgraded")
+		got := create(t, pods, "upgraded", podText("", "{containers: [{name: envoy, SECURE}]}"))
+		injected(t, got, 0, "shop/upgraded")
 	})
 	t.Run("no replica", func(t *testing.T) { // then no pod starts without its limits
 		for i := range r.running {
@@ -373,8 +373,7 @@ func TestClusterRotation(t *testing.T) {
 				p := pod(t, strings.Replace(podText("", "{containers: [{name: envoy, SECURE}]}"), "{metadata: {",
 					"{metadata: {generateName: r-, ", 1))
 				err := c.call(t.Context(), http.MethodPost, "/api/v1/namespaces/shop/pods", p, &out)
-				if made.Add(1); err != nil || indexByName(listField(objectField(out, "spec"), "initContainers"),
-					"sluice") != 0 {
+				if made.Add(1); err != nil || sidecarIndex(out) != 0 {
 					failed.Add(1)
 					t.Errorf("pod: %v", err)
 				}

@@ -35,6 +35,11 @@ func inject(t *testing.T, p object, o Options) object {
 	return out
 }
 
+// sidecarIndex returns the index of sluice among a pod's init containers, or -1.
+func sidecarIndex(pod object) int {
+	return indexByName(listField(objectField(pod, "spec"), "initContainers"), "sluice")
+}
+
 const withEnvoy = `
 metadata:
   annotations: {sluice.dev/redis-secret: redis, sluice.dev/config: limits}
@@ -95,60 +100,94 @@ spec:
 }
 
 func TestInjectSkipsAndRefuses(t *testing.T) {
-	const redis = `sluice.dev/redis-secret: r`
+	const (
+		envoy   = "{containers: [{name: envoy}]}"
+		redis   = "sluice.dev/redis-secret: r"
+		enabled = "sluice.dev/inject: enabled"
+	)
 	for _, c := range []struct{ name, labels, annotations, spec, skipped, refused string }{
-		{"disabled", "sluice.dev/inject: disabled", "", "{containers: [{name: envoy}]}", "", ""},
+		{"disabled", "sluice.dev/inject: disabled", "", envoy, "", ""},
 		{"no Envoy", "", redis, "{containers: [{name: app}]}", "no container is named istio-proxy or envoy", ""},
-		{"no Envoy, enabled by label", "sluice.dev/inject: enabled", redis, "{containers: [{name: app}]}", "",
-			"no container is named istio-proxy or envoy"},
-		{"an init container is no Envoy", "", redis, "{initContainers: [{name: envoy}], containers: [{name: app}]}",
-			"no container is named", ""},
-		{"the named container does not exist", "", redis + ", sluice.dev/envoy-container: proxy",
-			"{containers: [{name: envoy}]}", "", `is named "proxy"`},
+		{
+			"no Envoy, enabled by label", enabled, redis, "{containers: [{name: app}]}",
+			"", "no container is named istio-proxy or envoy",
+		},
+		{
+			"an init container is no Envoy", "", redis,
+			"{initContainers: [{name: envoy}], containers: [{name: app}]}", "no container is named", "",
+		},
+		{
+			"the named container does not exist", "", redis + ", sluice.dev/envoy-container: proxy", envoy,
+			"", `is named "proxy"`,
+		},
 		{"hostNetwork", "", redis, "{hostNetwork: true, containers: [{name: envoy}]}", "hostNetwork", ""},
+		{
+			"hostNetwork, with Envoy named", "", redis + ", sluice.dev/envoy-container: proxy",
+			"{hostNetwork: true, containers: [{name: proxy}]}", "hostNetwork", "",
+		},
 		{"Windows", "", redis, "{os: {name: windows}, containers: [{name: envoy}]}", "Windows", ""},
-		{"Windows, selected", "sluice.dev/inject: enabled", redis,
-			"{nodeSelector: {kubernetes.io/os: windows}, containers: [{name: envoy}]}", "", "Windows"},
-		{"hostNetwork, with Envoy named", "", redis + ", sluice.dev/envoy-container: proxy",
-			"{hostNetwork: true, containers: [{name: proxy}]}", "hostNetwork", ""},
-		{"Windows, by its old name", "", redis, "{nodeSelector: {beta.kubernetes.io/os: windows}, containers: " +
-			"[{name: envoy}]}", "Windows", ""},
-		{"Windows, by its options", "", redis, "{securityContext: {windowsOptions: {runAsUserName: u}}, containers: " +
-			"[{name: envoy}]}", "Windows", ""},
-		{"Windows, by affinity", "", redis, "{affinity: {nodeAffinity: " +
-			"{requiredDuringSchedulingIgnoredDuringExecution: {nodeSelectorTerms: [{matchExpressions: [{key: disk, " +
-			"operator: Exists}, {key: kubernetes.io/os, operator: In, values: [windows]}]}]}}}, containers: [{name: " +
-			"envoy}]}", "Windows", ""},
-		{"pod limit too low", "", redis, "{resources: {requests: {cpu: 100m}, limits: {cpu: 120m}}, containers: " +
-			"[{name: envoy, resources: {requests: {cpu: 80m}}}]}",
-			"spec.resources.limits.cpu is 120m, but with sluice its containers request 130m", ""},
-		{"pod limit too low, no request", "sluice.dev/inject: enabled", redis,
-			"{resources: {limits: {cpu: 60m}}, containers: [{name: envoy, resources: {requests: {cpu: 30m}}}]}", "",
-			"spec.resources.limits.cpu is 60m, but with sluice its containers request 80m"},
-		{"pod limit too low, enabled by label", "sluice.dev/inject: enabled", redis,
-			"{resources: {requests: {memory: 32Mi}, limits: {memory: 32Mi}}, containers: [{name: envoy, resources: " +
-				"{requests: {memory: 1}}}]}", "", "spec.resources.limits.memory is 32Mi, but with sluice its " +
-				"containers request 33554433"},
-		{"other resources", "", redis + ", sluice.dev/resources: '{requests: {nvidia.com/gpu: 1}}'",
-			"{containers: [{name: envoy}]}", "", "want cpu, memory or ephemeral-storage"},
-		{"no Redis", "", "", "{containers: [{name: envoy}]}", "", "requires Redis"},
-		{"Redis and in-process", "", redis + `, sluice.dev/in-process: "true"`, "{containers: [{name: envoy}]}", "",
-			"mutually exclusive"},
-		{"a port is in use", "", redis, "{containers: [{name: envoy, ports: [{containerPort: 9003}]}]}", "port 9003",
-			""},
-		{"the container name is in use", "", redis, "{containers: [{name: envoy}, {name: sluice}]}",
-			"already has a container named sluice", ""},
-		{"a volume name is in use", "", redis, "{volumes: [{name: sluice-config}], containers: [{name: envoy}]}",
-			"volume named sluice-config", ""},
-		{"label", "sluice.dev/inject: 'yes'", redis, "{containers: [{name: envoy}]}", "",
-			"must be enabled or disabled"},
-		{"domain", "", redis + ", sluice.dev/domain: 'a b'", "{containers: [{name: envoy}]}", "",
-			"annotation sluice.dev/domain"},
-		{"resources", "", redis + ", sluice.dev/resources: '{limits: {memory: much}}'",
-			"{containers: [{name: envoy}]}", "", "limits.memory"},
-		{"request above limit", "", redis + ", sluice.dev/resources: '{requests: {cpu: 1}, limits: {cpu: 100m}}'",
-			"{containers: [{name: envoy}]}", "", "must be at most limits.cpu"},
-		{"missing spec", "", redis, "{}", "", "missing spec"},
+		{
+			"Windows, selected", enabled, redis,
+			"{nodeSelector: {kubernetes.io/os: windows}, containers: [{name: envoy}]}", "", "Windows",
+		},
+		{
+			"Windows, by its old name", "", redis,
+			"{nodeSelector: {beta.kubernetes.io/os: windows}, containers: [{name: envoy}]}", "Windows", "",
+		},
+		{
+			"Windows, by its options", "", redis,
+			"{securityContext: {windowsOptions: {runAsUserName: u}}, containers: [{name: envoy}]}", "Windows", "",
+		},
+		{
+			"Windows, by affinity", "", redis,
+			"{affinity: {nodeAffinity: {requiredDuringSchedulingIgnoredDuringExecution: {nodeSelectorTerms: [" +
+				"{matchExpressions: [{key: disk, operator: Exists}, " +
+				"{key: kubernetes.io/os, operator: In, values: [windows]}]}]}}}, containers: [{name: envoy}]}",
+			"Windows", "",
+		},
+		{
+			"pod limit too low", "", redis,
+			"{resources: {requests: {cpu: 100m}, limits: {cpu: 120m}}, " +
+				"containers: [{name: envoy, resources: {requests: {cpu: 80m}}}]}",
+			"spec.resources.limits.cpu is 120m, but with sluice its containers request 130m", "",
+		},
+		{
+			"pod limit too low, no request", enabled, redis,
+			"{resources: {limits: {cpu: 60m}}, containers: [{name: envoy, resources: {requests: {cpu: 30m}}}]}",
+			"", "spec.resources.limits.cpu is 60m, but with sluice its containers request 80m",
+		},
+		{
+			"pod limit too low, enabled by label", enabled, redis,
+			"{resources: {requests: {memory: 32Mi}, limits: {memory: 32Mi}}, " +
+				"containers: [{name: envoy, resources: {requests: {memory: 1}}}]}",
+			"", "spec.resources.limits.memory is 32Mi, but with sluice its containers request 33554433",
+		},
+		{
+			"other resources", "", redis + ", sluice.dev/resources: '{requests: {nvidia.com/gpu: 1}}'", envoy,
+			"", "want cpu, memory or ephemeral-storage",
+		},
+		{"no Redis", "", "", envoy, "", "requires Redis"},
+		{"Redis and in-process", "", redis + `, sluice.dev/in-process: "true"`, envoy, "", "mutually exclusive"},
+		{
+			"a port is in use", "", redis, "{containers: [{name: envoy, ports: [{containerPort: 9003}]}]}",
+			"port 9003", "",
+		},
+		{
+			"the container name is in use", "", redis, "{containers: [{name: envoy}, {name: sluice}]}",
+			"already has a container named sluice", "",
+		},
+		{
+			"a volume name is in use", "", redis, "{volumes: [{name: sluice-config}], containers: [{name: envoy}]}",
+			"volume named sluice-config", "",
+		},
+		{"label", "sluice.dev/inject: 'yes'", redis, envoy, "", "must be enabled or disabled"},
+		{"domain", "", redis + ", sluice.dev/domain: 'a b'", envoy, "", "annotation sluice.dev/domain"},
+		{"resources", "", redis + ", sluice.dev/resources: '{limits: {memory: much}}'", envoy, "", "limits.memory"},
+		{
+			"request above limit", "", redis + ", sluice.dev/resources: '{requests: {cpu: 1}, limits: {cpu: 100m}}'",
+			envoy, "", "must be at most limits.cpu",
+		},
+		{"no spec", "", redis, "{}", "", "missing spec"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			p := pod(t, fmt.Sprintf("{metadata: {labels: {%s}, annotations: {%s}}, spec: %s}", c.labels, c.annotations,
@@ -213,8 +252,7 @@ func TestInjectResources(t *testing.T) {
 	} {
 		p := pod(t, "{metadata: {annotations: {sluice.dev/redis-secret: r}}, spec: "+c.spec+"}")
 		out, skipped, err := Inject(p, options)
-		init := listField(objectField(out, "spec"), "initContainers")
-		if err != nil || skipped != "" || indexByName(init, "sluice") != 0 {
+		if err != nil || skipped != "" || sidecarIndex(out) != 0 {
 			t.Errorf("%s: %v, skipped %q", c.spec, err, skipped)
 		}
 		if got, _ := json.Marshal(objectField(out, "spec")["resources"]); string(got) != c.want {

@@ -15,8 +15,8 @@ import (
 
 // Documents stay separate, whatever follows --- on its line.
 func TestManifestSeparator(t *testing.T) {
-	const one = "kind: Pod\nmetadata: {name: a, annotations: {sluice.dev/in-process: \"true\"}}\nspec: {containers: " +
-		"[{name: envoy}]}\n"
+	const one = "kind: Pod\nmetadata: {name: a, annotations: {sluice.dev/in-process: \"true\"}}\n" +
+		"spec: {containers: [{name: envoy}]}\n"
 	out, _, err := Manifest([]byte(one+"--- # two\n"+one), options)
 	if err != nil || len(splitDocuments(out)) != 2 {
 		t.Errorf("%v\n%s", err, out)
@@ -112,11 +112,11 @@ func TestManifestRefused(t *testing.T) {
 	for in, want := range map[string]string{
 		"a: [":                              "document 1",
 		"kind: ConfigMap\n...\nkind: Pod\n": "document 1: contains a second document",
-		"kind: Pod\nmetadata: {name: x, annotations: {sluice.dev/in-process: \"true\"}}\nspec:\n  containers:\n  - " +
-			"name: envoy\n    volumeMounts: &m [{name: a, mountPath: /a}]\n  - {name: app, volumeMounts: *m}\n  " +
-			"volumes: [{name: a, emptyDir: {}}]\n": "line 6: cannot add the sidecar to the value of anchor &m",
-		"kind: Pod\nmetadata: {name: x, annotations: {sluice.dev/in-process: \"true\"}}\nspec: {hostNetwork: yes, " +
-			"containers: [{name: envoy}]}\n": "hostNetwork",
+		"kind: Pod\nmetadata: {name: x, annotations: {sluice.dev/in-process: \"true\"}}\nspec:\n  containers:\n" +
+			"  - name: envoy\n    volumeMounts: &m [{name: a, mountPath: /a}]\n  - {name: app, volumeMounts: *m}\n" +
+			"  volumes: [{name: a, emptyDir: {}}]\n": "line 6: cannot add the sidecar to the value of anchor &m",
+		"kind: Pod\nmetadata: {name: x, annotations: {sluice.dev/in-process: \"true\"}}\n" +
+			"spec: {hostNetwork: yes, containers: [{name: envoy}]}\n": "hostNetwork",
 		"kind: Deployment\nmetadata: {name: x}": "Deployment x: missing spec.template",
 		"kind: Pod\nmetadata: {name: x}\nspec: {containers: [{name: envoy}]}\n---\nkind: Pod\nmetadata: {name: y}\n" +
 			"spec: {containers: [{name: envoy}]}": "Pod y: sluice requires Redis",
@@ -200,22 +200,23 @@ func TestManifestKeeps(t *testing.T) {
 		want []string
 	}{
 		"a List's items": {
-			"kind: List\nitems:\n# first\n- kind: Pod # a pod\n  metadata:\n    name: x\n    annotations: " +
-				"{sluice.dev/in-process: \"true\"}\n  spec:\n    enableServiceLinks: no # YAML 1.1's\n    " +
-				"containers:\n    - name: envoy # the proxy\n      tty: yes\n",
+			"kind: List\nitems:\n# first\n- kind: Pod # a pod\n  metadata:\n    name: x\n" +
+				"    annotations: {sluice.dev/in-process: \"true\"}\n  spec:\n" +
+				"    enableServiceLinks: no # YAML 1.1's\n    containers:\n    - name: envoy # the proxy\n" +
+				"      tty: yes\n",
 			[]string{"# first\n- kind: Pod # a pod\n  metadata:\n    name: x\n",
 				"enableServiceLinks: no # YAML 1.1's\n", "- name: envoy # the proxy\n", "tty: yes\n"},
 		},
 		"mounts of one volume": {
-			around + "  containers:\n  - name: envoy\n    volumeMounts:\n    - {name: c, mountPath: /a, subPath: a} " +
-				"# one\n    - mountPath: /b # two\n      name: c\n      readOnly: yes\n  volumes:\n  - {name: c, " +
-				"configMap: {name: c}}\n",
+			around + "  containers:\n  - name: envoy\n    volumeMounts:\n" +
+				"    - {name: c, mountPath: /a, subPath: a} # one\n    - mountPath: /b # two\n      name: c\n" +
+				"      readOnly: yes\n  volumes:\n  - {name: c, configMap: {name: c}}\n",
 			[]string{"- {name: c, mountPath: /a, subPath: a} # one\n", "- mountPath: /b # two\n", "readOnly: yes\n",
 				"mountPath: /run/sluice\n"},
 		},
 		"a folded scalar": {
-			around + "  containers:\n  - name: envoy\n    args:\n    - >-\n      exec envoy \\\n        --a \\\n    " +
-				"    --b\n      and more\n",
+			around + "  containers:\n  - name: envoy\n    args:\n    - >-\n" +
+				"      exec envoy \\\n        --a \\\n        --b\n      and more\n",
 			[]string{"- |-\n      exec envoy \\\n        --a \\\n"},
 		},
 		"a good folded scalar": {around + "  containers:\n  - name: envoy\n    args:\n    - >-\n      a\n      b\n",
@@ -226,26 +227,27 @@ func TestManifestKeeps(t *testing.T) {
 			[]string{"name: SLUICE_DOMAIN, value: \"yes\""},
 		},
 		"spacing": {
-			"# one\n\n\nkind: Pod   # two\n\nmetadata:\n  name:  x\n\n  annotations:\n    sluice.dev/in-process: " +
-				"\"true\"\nspec:\n\n  containers:\n  # three\n\n  - name: envoy\n    args:\n    - |\n      a\n\n    " +
-				"   b   c\n\n\n---\nkind: ConfigMap\n",
+			"# one\n\n\nkind: Pod   # two\n\nmetadata:\n  name:  x\n\n  annotations:\n" +
+				"    sluice.dev/in-process: \"true\"\nspec:\n\n  containers:\n  # three\n\n  - name: envoy\n" +
+				"    args:\n    - |\n      a\n\n       b   c\n\n\n---\nkind: ConfigMap\n",
 			[]string{
-				"# one\n\n\nkind: Pod   # two\n\nmetadata:\n  name:  x\n\n  annotations:\n    " +
-					"sluice.dev/in-process: \"true\"\n    sluice.dev/injected:",
+				"# one\n\n\nkind: Pod   # two\n\nmetadata:\n  name:  x\n\n  annotations:\n" +
+					"    sluice.dev/in-process: \"true\"\n    sluice.dev/injected:",
 				"\nspec:\n\n  containers:\n  # three\n\n  - name: envoy\n    args:\n    - |\n      a\n\n       b   c\n",
 				"name: sluice-socket\n\n\n---\nkind: ConfigMap\n",
 			},
 		},
 		"lists further in": {
-			around + "    containers:\n      - name: envoy\n        args:\n          - a\n    tolerations:\n      - " +
-				"operator: Exists\n",
+			around + "    containers:\n      - name: envoy\n        args:\n          - a\n    tolerations:\n" +
+				"      - operator: Exists\n",
 			[]string{"containers:\n    - name: envoy\n      args:\n        - a\n",
 				"\n  initContainers:\n    - args:\n        - run\n"},
 		},
 		"merged mappings": {"base: &base {a: 1}\n" + around +
 			"  containers:\n  - name: envoy\n    resources:\n      <<: *base\n", []string{"\n      <<: *base\n"}},
-		"a tab after a line": {around + "  containers: [{name: envoy}]\n---\t# two\nkind: Pod # 2\nmetadata: {name: " +
-			"y, annotations: {sluice.dev/in-process: \"true\"}}\nspec: {containers: [{name: envoy}]}\n",
+		"a tab after a line": {around + "  containers: [{name: envoy}]\n---\t# two\nkind: Pod # 2\n" +
+			"metadata: {name: y, annotations: {sluice.dev/in-process: \"true\"}}\n" +
+			"spec: {containers: [{name: envoy}]}\n",
 			[]string{"kind: Pod # 2\n"}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -302,10 +304,10 @@ func TestManifestJSONList(t *testing.T) {
 // Objects without a pod of their own, or whose pod opts out, are not changed.
 func TestManifestPasses(t *testing.T) {
 	for _, in := range []string{
-		"apiVersion: argoproj.io/v1alpha1\nkind: Rollout\nmetadata: {name: r}\nspec: {workloadRef: {kind: " +
-			"Deployment, name: d}}\n",
-		"kind: Pod\nmetadata: {name: x, labels: {1: a, sluice.dev/inject: disabled}}\nspec: {containers: [{name: " +
-			"envoy}]}\n",
+		"apiVersion: argoproj.io/v1alpha1\nkind: Rollout\nmetadata: {name: r}\n" +
+			"spec: {workloadRef: {kind: Deployment, name: d}}\n",
+		"kind: Pod\nmetadata: {name: x, labels: {1: a, sluice.dev/inject: disabled}}\n" +
+			"spec: {containers: [{name: envoy}]}\n",
 	} {
 		if out, skipped, err := Manifest([]byte(in), options); err != nil || len(skipped) > 0 || string(out) != in {
 			t.Errorf("%v %q\n%s", err, skipped, out)
@@ -321,8 +323,8 @@ func TestManifestGroups(t *testing.T) {
 	}
 }
 
-const onePod = "kind: Pod\nmetadata: {name: a, annotations: {sluice.dev/in-process: \"true\"}}\nspec: {containers: " +
-	"[{name: envoy}]}\n"
+const onePod = "kind: Pod\nmetadata: {name: a, annotations: {sluice.dev/in-process: \"true\"}}\n" +
+	"spec: {containers: [{name: envoy}]}\n"
 
 // Directives and line endings are kept, whether or not the document changes.
 func TestManifestKeepsItsForm(t *testing.T) {
@@ -355,8 +357,9 @@ func TestManifestKeepsItsForm(t *testing.T) {
 func FuzzManifest(f *testing.F) {
 	for _, text := range []string{manifest, onePod, "%YAML 1.2\n---\n" + onePod, "{\"kind\":\"Pod\"}", "a: &a [*a]",
 		"---\n...\n", "- \n-\t- {", "kind: List\nitems: [1, {kind: Pod}]",
-		around + "  containers:\n  - name: envoy\n    args:\n    - >-\n      a \\\n        b\n  - {name: app, " +
-			"volumeMounts: &m [{name: a, mountPath: /a}, {name: a, mountPath: /b}]}\n", "1: &b {a: 1}\n<<: *b\n" +
+		around + "  containers:\n  - name: envoy\n    args:\n    - >-\n      a \\\n        b\n" +
+			"  - {name: app, volumeMounts: &m [{name: a, mountPath: /a}, {name: a, mountPath: /b}]}\n",
+		"1: &b {a: 1}\n<<: *b\n" +
 			onePod,
 		`{"kind":"List","items":[{"kind":"Pod","metadata":{"annotations":{"sluice.dev/in-process":"true"}},` +
 			`"spec":{"priority":1e3,"containers":[{"name":"envoy"}]}}]}{}`,

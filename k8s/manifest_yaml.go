@@ -51,8 +51,8 @@ func injectYAML(document []byte, inject func(any) any) ([]byte, error) {
 		return nil, err
 	}
 	if !errors.Is(d.Decode(new(yaml.Node)), io.EOF) {
-		return nil, errors.New("contains a second document, for example after a line ...; begin each document with " +
-			"a line ---")
+		return nil, errors.New("contains a second document, for example after a line ...; " +
+			"begin each document with a line ---")
 	}
 	if err := checkKeys(&node); err != nil {
 		return nil, err
@@ -146,8 +146,8 @@ func writeYAML(node *yaml.Node, want any, compact bool, original []byte) ([]byte
 			return b.Bytes(), nil
 		}
 	}
-	return nil, errors.New("the sidecar cannot be added without changing other content; simplify the YAML of this " +
-		"document")
+	return nil, errors.New("the sidecar cannot be added without changing other content; " +
+		"simplify the YAML of this document")
 }
 
 // indentsSequences reports whether the first block sequence in a mapping is

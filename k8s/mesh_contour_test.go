@@ -43,8 +43,8 @@ func TestMeshContour(t *testing.T) {
 	kubernetesBinaries(t)
 	helmBinary(t)
 	contour := testenv.Program(t, "github.com/projectcontour/contour/cmd/contour", contourVersion)
-	definitions := filepath.Join(module(t, "github.com/projectcontour/contour@"+contourVersion), "examples", "contour",
-		"01-crds.yaml")
+	definitions := filepath.Join(module(t, "github.com/projectcontour/contour@"+contourVersion),
+		"examples", "contour", "01-crds.yaml")
 	proxy, err := envoy.Binary(t.Context(), func(said string) { t.Log(said) })
 	if err != nil {
 		t.Fatal(err)
@@ -91,8 +91,7 @@ func TestMeshContour(t *testing.T) {
 		p := start(t, nil, sluice, "run", "--config", config, "--grpc", address+":9001", "--metrics", address+":9003",
 			"--admin", address+":9002")
 		await(t, "sluice", func() bool {
-			return get(t.Context(), "http://"+address+
-				":9003/readyz").status == http.StatusOK
+			return get(t.Context(), "http://"+address+":9003/readyz").status == http.StatusOK
 		})
 		return p
 	}
@@ -120,8 +119,9 @@ func TestMeshContour(t *testing.T) {
 	admin := filepath.Join(dir, "admin.sock") // of Envoy
 	clusters := func(t *testing.T) string {
 		t.Helper()
-		client := http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn,
-			error) {
+		client := http.Client{Transport: &http.Transport{DialContext: func(
+			ctx context.Context, _, _ string,
+		) (net.Conn, error) {
 			return (&net.Dialer{}).DialContext(ctx, "unix", admin)
 		}, DisableKeepAlives: true}}
 		response, err := client.Get("http://envoy/clusters")

@@ -180,9 +180,8 @@ func (p istioParts) startIstiod(t *testing.T, c *controlPlane, printed string, m
 			t.Fatalf("%v\n%s", err, out)
 		}
 	}
-	container := listField(objectField(objectField(objectField(must(t, c.API, http.MethodGet,
-		"/apis/apps/v1/namespaces/istio-system/deployments/istiod", nil), "spec"), "template"), "spec"),
-		"containers")[0]
+	deployment := must(t, c.API, http.MethodGet, "/apis/apps/v1/namespaces/istio-system/deployments/istiod", nil)
+	container := at(deployment, "spec", "template", "spec", "containers").([]any)[0]
 	args := []string{}
 	for _, a := range at(container, "args").([]any) {
 		args = append(args, a.(string))
@@ -456,8 +455,7 @@ limits: [{name: few, match: {paths: [/few]}, when: 'client.ip == "203.0.113.9"',
 			return fmt.Sprint(a.status, " ", a.remaining)
 		}
 		await(t, "a limited answer", func() bool {
-			return strings.HasPrefix(asks("/ns/shop/sa/other", "/probe"),
-				"200 9")
+			return strings.HasPrefix(asks("/ns/shop/sa/other", "/probe"), "200 9")
 		})
 		for _, want := range []struct{ account, said string }{
 			{"/ns/ingress/sa/edge", "200 2"}, {"/ns/ingress/sa/edge", "200 1"}, {"/ns/ingress/sa/edge", "200 0"},

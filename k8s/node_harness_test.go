@@ -242,8 +242,8 @@ syncFrequency: 5s
 // testenv.Machine.
 func startNode(t *testing.T, dir, coredns string) *node {
 	t.Helper()
-	n := &node{controlPlane: cluster(t, "--service-cluster-ip-range", services, "--kubelet-preferred-address-types",
-		"InternalIP"), dir: dir}
+	n := &node{dir: dir, controlPlane: cluster(t,
+		"--service-cluster-ip-range", services, "--kubelet-preferred-address-types", "InternalIP")}
 	text := strings.NewReplacer("DIR", dir, "HOME", home, "NAMES", dns, "CGROUP", testenv.Cgroup(dir))
 	write := func(name, content string) string {
 		path := filepath.Join(dir, name)

@@ -191,8 +191,8 @@ func TestNode(t *testing.T) {
 	// held returns the number of tokens in the bucket of a limit.
 	held := func(limit string) float64 {
 		t.Helper()
-		c := exec.CommandContext(t.Context(), sluice, "bucket", "get", "--config", config, "--limit", limit, "-o",
-			"json")
+		c := exec.CommandContext(t.Context(), sluice, "bucket", "get", "--config", config,
+			"--limit", limit, "-o", "json")
 		c.Env = redis()
 		out, err := c.Output()
 		_, after, ok := strings.Cut(string(out), `"tokens":`)
@@ -215,6 +215,7 @@ func TestNode(t *testing.T) {
 		}
 		return all
 	}
+	getPod := func(p podState, path string) answer { return get(t.Context(), "http://"+p.ip+":8080"+path) }
 	rolled := func() { n.do(t, "", "rollout", "status", "deployment/web", "--namespace", "shop", "--timeout", "3m") }
 
 	for _, arch := range []string{"amd64", "arm64"} {
@@ -241,8 +242,8 @@ func TestNode(t *testing.T) {
 	}
 	t.Run("arm64", func(t *testing.T) { // the program runs in an emulator
 		program, socket := filepath.Join(n.dir, "sluice-arm64"), "unix://"+filepath.Join(t.TempDir(), "s")
-		if out, err := exec.CommandContext(t.Context(), "qemu-aarch64", program,
-			"version").CombinedOutput(); err != nil || !strings.Contains(string(out), "v0.1.0") {
+		version := exec.CommandContext(t.Context(), "qemu-aarch64", program, "version")
+		if out, err := version.CombinedOutput(); err != nil || !strings.Contains(string(out), "v0.1.0") {
 			t.Fatalf("%v\n%s", err, out)
 		}
 		start(t, nil, "qemu-aarch64", program, "run", "--grpc", socket)
@@ -307,8 +308,7 @@ func TestNode(t *testing.T) {
 		n.do(t, replaced, "replace", "-f", "-")
 		for _, p := range pods() {
 			await(t, "the new config", func() bool {
-				return get(t.Context(), "http://"+p.ip+
-					":8080/few").status == http.StatusTooManyRequests
+				return getPod(p, "/few").status == http.StatusTooManyRequests
 			})
 		}
 		t.Logf("enforced after %v, without a restart", time.Since(began))
@@ -319,8 +319,7 @@ func TestNode(t *testing.T) {
 		}
 		for _, p := range pods() { // takes two of the three tokens, once both pods have the config
 			await(t, "the reset", func() bool {
-				return get(t.Context(), "http://"+p.ip+
-					":8080/few").status == http.StatusOK
+				return getPod(p, "/few").status == http.StatusOK
 			})
 		}
 		got := ask(t, "/few")
@@ -419,8 +418,7 @@ func TestNode(t *testing.T) {
 		}
 		await(t, "another container", func() bool { return id() != killed })
 		await(t, "an answer of the app's", func() bool {
-			return get(t.Context(), "http://"+p.ip+
-				":8080/many").pod != ""
+			return getPod(p, "/many").pod != ""
 		})
 		stop()
 		through, drawn := all.status[http.StatusOK]+1, before-held("many")
