@@ -70,9 +70,9 @@ func CheckImage(image string) error {
 }
 
 // Inject returns a copy of a pod with the sluice sidecar added. pod is a Pod or
-// a pod template, decoded from JSON or YAML; it is not modified. Injecting a
-// pod again brings sluice's part of it up to date, and changes nothing if
-// the options are the same.
+// a pod template, decoded from JSON or YAML; it is not modified, but the copy
+// shares unchanged parts with it. Injecting a pod again brings sluice's part of
+// it up to date, and changes nothing if the options are the same.
 //
 // Inject returns pod itself if there is nothing to change. If the pod cannot
 // have a sidecar, skipped is the reason; it is empty if the pod's label turns
