@@ -2,6 +2,7 @@ package k8s_test
 
 import (
 	"fmt"
+	"strings"
 
 	"github.com/sluiceproxy/sluice/k8s"
 )
@@ -36,8 +37,9 @@ spec:
 `
 	out, skipped, err := k8s.Manifest([]byte(pod), k8s.Options{Image: "sluice:v0.1.0", Version: "v0.1.0"})
 	fmt.Println(string(out) == pod, err)
-	fmt.Println(skipped[0])
+	reason, _, _ := strings.Cut(skipped[0], ";")
+	fmt.Println(reason)
 	// Output:
 	// true <nil>
-	// Pod web: no container is named istio-proxy or envoy; if another one is Envoy, name it in annotation sluice.dev/envoy-container
+	// Pod web: no container is named istio-proxy or envoy
 }

@@ -35,7 +35,8 @@ func inject(t *testing.T, p object, o Options) object {
 	return out
 }
 
-// sidecarIndex returns the index of sluice among a pod's init containers, or -1.
+// sidecarIndex returns the index of sluice among a pod's init containers, or
+// -1.
 func sidecarIndex(pod object) int {
 	return indexByName(listField(objectField(pod, "spec"), "initContainers"), "sluice")
 }

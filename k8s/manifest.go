@@ -66,7 +66,8 @@ func Manifest(in []byte, o Options) (out []byte, skipped []string, err error) {
 	return b.Bytes(), m.skipped, nil
 }
 
-// injector injects with these options, and collects what happens to the objects of a manifest.
+// injector injects with these options, and collects what happens to the objects
+// of a manifest.
 type injector struct {
 	options Options
 	skipped []string
