@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"regexp"
 	"strconv"
+	"strings"
 	"unicode/utf8"
 )
 
@@ -70,6 +71,10 @@ func readAnnotations(metadata object) (annotations, error) {
 			continue
 		}
 		text, _ := v.(string)
+		if f.name == annotationRedisSecret && (len(text) > f.max || !f.pattern.MatchString(text)) {
+			// The value is not quoted: it may be the URL itself, with its password.
+			return a, fmt.Errorf("annotation %s: %s whose key url is the Redis URL", f.name, f.want)
+		}
 		if len(text) > f.max {
 			return a, tooLong(f.name, text, f.max)
 		}
@@ -131,7 +136,8 @@ func tooLong(name, text string, maximum int) error {
 }
 
 // quote formats a decoded value for a message, whatever its type and size: it
-// quotes at most maxQuote bytes, and only names the kind of an object or list.
+// quotes at most maxQuote bytes, of a URL, which may hold a password, only the
+// scheme, and only names the kind of an object or list.
 func quote(v any) string {
 	var text string
 	switch v := v.(type) {
@@ -144,7 +150,11 @@ func quote(v any) string {
 	default: // a number, which may be long too, a boolean or null
 		text = fmt.Sprint(v)
 	}
-	if start := truncate(text, maxQuote); len(start) < len(text) {
+	start := truncate(text, maxQuote)
+	if scheme, _, isURL := strings.Cut(start, "://"); isURL {
+		start = scheme + "://"
+	}
+	if len(start) < len(text) {
 		return strconv.Quote(start) + "..."
 	}
 	return strconv.Quote(text)
