@@ -18,8 +18,7 @@ import (
 	"time"
 
 	"github.com/sluiceproxy/sluice/envoy"
-	"github.com/sluiceproxy/sluice/k8s/built"
-	"github.com/sluiceproxy/sluice/k8s/isolated"
+	"github.com/sluiceproxy/sluice/k8s/testenv"
 )
 
 const envoyGateway = "v1.9.1"
@@ -158,7 +157,7 @@ func gatewayPrograms(t *testing.T) (gateway, proxy string) {
 	if os.Getenv("SLUICE_LONG") == "" {
 		t.Skip("builds Envoy Gateway, which takes minutes: SLUICE_LONG=1")
 	}
-	gateway = built.Program(t, "github.com/envoyproxy/gateway/cmd/envoy-gateway", envoyGateway)
+	gateway = testenv.Program(t, "github.com/envoyproxy/gateway/cmd/envoy-gateway", envoyGateway)
 	proxy, err := envoy.Binary(t.Context(), func(s string) { t.Log(s) })
 	if err != nil {
 		t.Fatal(err)
@@ -193,7 +192,7 @@ func uncommented(t *testing.T, printed, line string) string {
 // A real Envoy Gateway makes of the printed policy an Envoy that limits: by the config's limit, and by the one in contextExtensions.
 func TestMeshEnvoyGateway(t *testing.T) {
 	gateway, proxy := gatewayPrograms(t)
-	if !isolated.Network(t) {
+	if !testenv.Network(t) {
 		return
 	}
 	socket := "unix://" + t.TempDir() + "/s"
@@ -285,7 +284,7 @@ func TestMeshEnvoyGatewayService(t *testing.T) {
 	if os.Getenv("SLUICE_LONG") == "" {
 		t.Skip("builds egctl, which takes minutes: SLUICE_LONG=1")
 	}
-	egctl := built.Program(t, "github.com/envoyproxy/gateway/cmd/egctl", envoyGateway)
+	egctl := testenv.Program(t, "github.com/envoyproxy/gateway/cmd/egctl", envoyGateway)
 	status, printed, stderr := sluice(t, nil, "envoy", "envoy-gateway")
 	if status != 0 {
 		t.Fatal(stderr)
@@ -326,7 +325,7 @@ func TestMeshEnvoyGatewayService(t *testing.T) {
 // Behind a real Envoy Gateway with the printed retries, quick restarts of sluice lose no request.
 func TestMeshEnvoyGatewayRestart(t *testing.T) {
 	gateway, proxy := gatewayPrograms(t)
-	if !isolated.Network(t) {
+	if !testenv.Network(t) {
 		return
 	}
 	socket := "unix://" + t.TempDir() + "/s"
@@ -408,7 +407,7 @@ func TestMeshEnvoyGatewayRestart(t *testing.T) {
 // claim's header up has nothing of it.
 func TestMeshEnvoyGatewayClaims(t *testing.T) {
 	gateway, proxy := gatewayPrograms(t)
-	if !isolated.Network(t) {
+	if !testenv.Network(t) {
 		return
 	}
 	i := newIssuer(t)
@@ -474,7 +473,7 @@ func TestMeshIstioctl(t *testing.T) {
 	if os.Getenv("SLUICE_LONG") == "" {
 		t.Skip("builds istioctl, which takes minutes: SLUICE_LONG=1")
 	}
-	binary := built.Program(t, "istio.io/istio/istioctl/cmd/istioctl", istioctl)
+	binary := testenv.Program(t, "istio.io/istio/istioctl/cmd/istioctl", istioctl)
 	validate := func(text string) string {
 		t.Helper()
 		out, err := exec.CommandContext(t.Context(), binary, "validate", "-f", file(t, "istio.yaml", text)).CombinedOutput()
@@ -485,7 +484,7 @@ func TestMeshIstioctl(t *testing.T) {
 		return strings.TrimSpace(strings.ReplaceAll(said, everyFilter, ""))
 	}
 	for name, config := range map[string]string{
-		"defaults": "",
+		"defaults": "limits: []",
 		"socket":   "listen: {grpc: unix:///run/sluice/authz.sock}",
 		"a name":   `listen: {grpc: "localhost:9001"}`,
 		"limits":   "limits: [{name: a, rate: 1/s}, {name: b, rate: 1/s}]",
@@ -530,14 +529,10 @@ func TestMeshIstioctl(t *testing.T) {
 			t.Errorf("%s: %s", kind, said)
 		}
 	}
-	// The README's access log. Of its provider, in the mesh config, istioctl does not say whether the fields are there.
-	readme, err := os.ReadFile(filepath.Join("..", "..", "README.md"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, telemetry, ok := strings.Cut(string(readme), "---\napiVersion: telemetry.istio.io/v1\n")
+	// The access log of envoy/README.md. Of its provider, in the mesh config, istioctl does not say whether the fields are there.
+	_, telemetry, ok := strings.Cut(envoyReadme(t), "---\napiVersion: telemetry.istio.io/v1\n")
 	if !ok {
-		t.Fatal("README has no Telemetry")
+		t.Fatal("envoy/README.md has no Telemetry")
 	}
 	telemetry, _, _ = strings.Cut(telemetry, "```")
 	if said := validate("apiVersion: telemetry.istio.io/v1\n" + telemetry); said != "" {
