@@ -93,7 +93,7 @@ func (s *Server) Restart() {
 		s.t.Fatal(err)
 	}
 	if err := s.cmd.Start(); err != nil {
-		s.t.Fatalf("%v: these tests need a real redis-server on PATH (README, Development)", err)
+		s.t.Fatalf("%v: these tests need a real redis-server on PATH (.github/CONTRIBUTING.md, Test)", err)
 	}
 	ready := make(chan bool, 1)
 	s.done = make(chan struct{})
