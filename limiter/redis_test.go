@@ -135,8 +135,8 @@ func TestFrozenRedis(t *testing.T) {
 
 	v := waitForAnswer(t, r, a.costs(0))
 	executed := scripts(t, server)
-	if executed > callers*takes+10 || int64(executed) < 1000-v.Remaining {
-		t.Errorf("%d scripts were executed for %d takes, and %d tokens are gone", executed, callers*takes, 1000-v.Remaining)
+	if called := calls(t, r); executed > called { // each carries several takes
+		t.Errorf("%d scripts were executed of %d calls", executed, called)
 	}
 	if v.Remaining < 1000-1-callers*takes {
 		t.Errorf("%d tokens are left after %d takes", v.Remaining, callers*takes)
@@ -437,8 +437,8 @@ func TestReplyOfAnother(t *testing.T) {
 	defer func() { _ = r.Close() }()
 	c := []Charge{charge(bucket(t, 1, time.Second, 5), "a")}
 	read := func(reply string) error {
-		a := newTake(c, time.Now())
-		if err := deal(reply, []*take{a}); err != nil {
+		a := newPending(c, time.Now())
+		if err := deal(reply, []*pending{a}); err != nil {
 			return err
 		}
 		return r.read(a.at, a.reply, c, make([]Verdict, 1), nil)
@@ -475,9 +475,9 @@ func TestRedisOptions(t *testing.T) {
 		"127.0.0.1:6379":                  "not a URL",
 		"redis:6379":                      "a URL without a host",
 		"http://:s3cret@h":                "invalid URL scheme: http",
-		"redis://:s3cret@h/x":             `invalid database number: "x"`,
+		"redis://:s3cret@h/x":             "the database is not a number",
 		"redis://:s3cret@h/-1":            "the database -1 is not 0 or above",
-		"redis://:s3cret@h/1/2":           "invalid URL path: /1/2",
+		"redis://:s3cret@h/1/2":           "the database is not a number",
 		"redis://:s3cret@h?max_retries=3": "a URL with parameters",
 		"redis://:s3cret@h:port":          "not a URL",
 		"redis://h\x7f:s3cret@":           "not a URL",
