@@ -314,7 +314,7 @@ func (n *node) close() {
 // from, and it sends nothing to a server that has hung up.
 type link struct {
 	net.Conn
-	peer peer
+	peer *peer
 	addr string
 	said bool // the server has said something
 	// refusal is what Redis said that refuses a connection and closes it: an

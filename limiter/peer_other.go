@@ -7,5 +7,5 @@ import "net"
 // peer would look at the other end of a connection; here it cannot.
 type peer struct{}
 
-func newPeer(net.Conn) peer { return peer{} }
-func (peer) hungUp() bool   { return false }
+func newPeer(net.Conn) *peer { return peer{} }
+func (*peer) hungUp() bool   { return false }
