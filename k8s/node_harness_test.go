@@ -125,7 +125,13 @@ func (dir images) prepare(t *testing.T) {
 	}
 	dir.buildah(t, "tag", sluiceImage, upgradedImage)
 	dir.buildah(t, "from", "--pull-never", "--platform=linux/arm64", "--name", "other", otherImage)
-	other := filepath.Join(strings.TrimSpace(dir.buildah(t, "mount", "other")), "sluice")
+	root := strings.TrimSpace(dir.buildah(t, "mount", "other"))
+	for _, pattern := range []string{"LICENSE", "LICENSE.go", "go.uber.org/zap@*/LICENSE", "google.golang.org/grpc@*/NOTICE*"} {
+		if found, err := filepath.Glob(filepath.Join(root, "licenses", pattern)); err != nil || len(found) != 1 {
+			t.Errorf("the image's /licenses has no %s: %v", pattern, err)
+		}
+	}
+	other := filepath.Join(root, "sluice")
 	if out, err := exec.CommandContext(t.Context(), "cp", other, dir.path("sluice-arm64")).CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}

@@ -70,6 +70,7 @@ type answer struct {
 	status           int
 	pod              string // which the app said
 	limit, remaining string
+	said             string // the body's first bytes, unless the app answered
 	err              error
 }
 
@@ -89,10 +90,17 @@ func send(client *http.Client, request *http.Request) answer {
 	if err != nil {
 		return answer{err: err}
 	}
-	_, err = io.Copy(io.Discard, response.Body)
+	body, err := io.ReadAll(response.Body)
 	_ = response.Body.Close()
 	h := response.Header
-	return answer{response.StatusCode, h.Get("X-Pod"), h.Get("X-Ratelimit-Limit"), h.Get("X-Ratelimit-Remaining"), err}
+	a := answer{
+		status: response.StatusCode, pod: h.Get("X-Pod"),
+		limit: h.Get("X-Ratelimit-Limit"), remaining: h.Get("X-Ratelimit-Remaining"), err: err,
+	}
+	if a.pod == "" {
+		a.said = string(body[:min(len(body), 200)])
+	}
+	return a
 }
 
 // tally counts answers of the same kind, and keeps what must not be.
@@ -113,7 +121,8 @@ func (y *tally) add(a answer, lossless bool) {
 		y.pods[a.pod]++
 	}
 	if a.pod != "" && a.remaining == "" || lossless && (a.err != nil || a.pod == "") {
-		y.wrong = append(y.wrong, fmt.Sprintf("%s: %d of %q, %q left, %v", time.Now().Format("05.000"), a.status, a.pod, a.remaining, a.err))
+		y.wrong = append(y.wrong, fmt.Sprintf("%s: %d of %q, %q left, %q, %v",
+			time.Now().Format("05.000"), a.status, a.pod, a.remaining, a.said, a.err))
 	}
 }
 
