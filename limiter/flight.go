@@ -147,20 +147,18 @@ func (n *node) lingerLocked() time.Duration {
 }
 
 // hopelessLocked returns an error if t would not be answered before its
-// deadline: within one round trip as many calls end as may be under way, so that
-// each call under way and each batch that waits costs its part of one.
+// deadline. Within one round trip as many calls end as may be under way, so that
+// each full batch that waits costs its part of one. What is not known is taken
+// in favour of t: the next call may end at once.
 func (n *node) hopelessLocked(now time.Time, t *pending) error {
-	if n.latency == 0 {
+	batches := n.charges / maxBatch
+	if batches == 0 || n.inFlight == 0 {
 		return nil
 	}
-	latency := n.latency
-	if n.inFlight > 0 {
-		latency = max(latency, now.Sub(n.began[0])) // it may have become slow
-	}
-	calls := n.inFlight + n.charges/maxBatch + 1
-	need := max(latency, latency*time.Duration(calls)/time.Duration(n.limitLocked()))
+	latency := max(n.latency, now.Sub(n.began[0])) // it may have become slow
+	need := latency + latency*time.Duration(batches)/time.Duration(n.limitLocked())
 	left := t.deadline.Sub(now)
-	if need <= left || n.charges == 0 {
+	if need <= left {
 		return nil
 	}
 	return &StoreError{Kind: KindOverload, Err: fmt.Errorf("%s: %d charges are waiting already, and the deadline is in %v", n.name, n.charges, left.Round(time.Millisecond))}
