@@ -126,7 +126,7 @@ func (o RedisOptions) universal() (*redis.UniversalOptions, error) {
 		}
 	}
 	if o.Sentinel != nil && o.Mode != Sentinel {
-		return nil, errors.New("sentinel without sentinels; it is for the mode sentinel")
+		return nil, errors.New("sentinel, which says how to talk to sentinels, is for the mode sentinel")
 	}
 	if o.Username != "" {
 		c.Username = o.Username

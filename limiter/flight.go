@@ -148,14 +148,18 @@ func (n *node) lingerLocked() time.Duration {
 
 // hopelessLocked returns an error if t would not be answered before its
 // deadline. Within one round trip as many calls end as may be under way, so that
-// each full batch that waits costs its part of one. What is not known is taken
-// in favour of t: the next call may end at once.
+// each full batch that waits costs its part of one. If the oldest call has taken
+// longer than calls usually do, the node has become slow, and that call is
+// expected to take as long again.
 func (n *node) hopelessLocked(now time.Time, t *pending) error {
 	batches := n.charges / maxBatch
 	if batches == 0 || n.inFlight == 0 {
 		return nil
 	}
-	latency := max(n.latency, now.Sub(n.began[0])) // it may have become slow
+	latency := n.latency
+	if age := now.Sub(n.began[0]); age > latency {
+		latency = 2 * age
+	}
 	need := latency + latency*time.Duration(batches)/time.Duration(n.limitLocked())
 	left := t.deadline.Sub(now)
 	if need <= left {

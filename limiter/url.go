@@ -50,7 +50,7 @@ func readURL(text string) (*redis.Options, error) {
 	default:
 		err = errors.New("a URL without a host")
 		if rest != "" && u.Scheme != "" {
-			err = fmt.Errorf("invalid URL scheme: %s", u.Scheme)
+			err = errors.New("invalid URL scheme")
 		}
 	}
 	if err != nil {
@@ -72,7 +72,7 @@ func readServer(u *url.URL, c *redis.Options) error {
 	case host == "":
 		return errors.New("a URL without a host")
 	case strings.Contains(host, ":") && !strings.HasPrefix(u.Host, "["):
-		return fmt.Errorf("the address %q: write an IPv6 address in brackets, as in redis://[::1]:6379", u.Host)
+		return errors.New("a host with colons: write an IPv6 address in brackets, as in redis://[::1]:6379, and user and password before an @")
 	case strings.ContainsFunc(host, isNoHost):
 		return errors.New("a host with characters that no host name has")
 	case u.Fragment != "":
@@ -101,7 +101,7 @@ func readSocket(u *url.URL, c *redis.Options) error {
 	q.Del("db")
 	switch {
 	case u.Host != "":
-		return fmt.Errorf("a URL of a socket with the host %q: write three slashes, as in unix:///run/redis.sock", u.Host)
+		return errors.New("a URL of a socket with a host: write three slashes, as in unix:///run/redis.sock")
 	case u.Path == "":
 		return errors.New("a URL without the socket's path")
 	case len(u.Path) > maxSocketPath:
@@ -122,7 +122,7 @@ func readDatabase(text string, c *redis.Options) error {
 		return errors.New("the database is not a number")
 	}
 	if n < 0 {
-		return fmt.Errorf("the database %d is not 0 or above", n)
+		return errors.New("the database is not 0 or above")
 	}
 	c.DB = n
 	return nil
