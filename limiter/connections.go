@@ -396,8 +396,9 @@ const (
 )
 
 var (
-	errSpeaksTLS = errors.New("the server speaks TLS; write rediss:// in store.redis.url, or tls")
-	errSilent    = errors.New("the server closed the connection before it said anything; if it speaks TLS, write rediss:// in store.redis.url, or tls")
+	errSpeaksTLS error = &refusal{errors.New("the server speaks TLS"), "write rediss:// in store.redis.url, or tls"}
+	errSilent    error = &refusal{errors.New("the server closed the connection before it said anything"),
+		"if it speaks TLS, write rediss:// in store.redis.url, or tls; if it is a proxy, such as twemproxy, name a Redis itself"}
 )
 
 // answer is an error that Redis answered, as the library has it.
@@ -411,9 +412,9 @@ func (l *link) notSent(err error) error {
 	case err == nil:
 		return nil
 	case l.refusal != "" && !l.greeted:
-		return &linkError{l.addr, answer(l.refusal)}
+		return newLinkError(l.addr, answer(l.refusal))
 	}
-	return &linkError{l.addr, errNotSent}
+	return newLinkError(l.addr, errNotSent)
 }
 
 func (l *link) wrap(err error) error {
@@ -424,8 +425,12 @@ func (l *link) wrap(err error) error {
 	case l.refusal != "" && !l.greeted:
 		err = answer(l.refusal)
 	}
-	return &linkError{l.addr, err}
+	return newLinkError(l.addr, err)
 }
+
+// newLinkError wraps an error twice: the library's pool unwraps one that it gets
+// while it makes a connection.
+func newLinkError(addr string, err error) error { return &linkError{addr, &linkError{addr, err}} }
 
 // linkError is an error of a connection.
 type linkError struct {

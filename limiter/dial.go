@@ -40,7 +40,7 @@ func (masterHook) DialHook(next redis.DialHook) redis.DialHook {
 	return func(ctx context.Context, network, addr string) (net.Conn, error) {
 		conn, err := next(context.WithValue(ctx, masterDial{}, true), network, addr)
 		if err != nil {
-			return broken{err: err}, nil //nolint:nilerr // the connection says it
+			return broken{err: newLinkError(addr, err)}, nil //nolint:nilerr // the connection says it
 		}
 		return conn, nil
 	}
@@ -67,10 +67,12 @@ func (d dialer) dial(ctx context.Context, network, addr string) (net.Conn, error
 		conn, err = speakTLS(ctx, conn, addr, files)
 	}
 	if err != nil {
-		return broken{err: err}, nil //nolint:nilerr // see above: the connection says it
+		return broken{err: newLinkError(addr, err)}, nil //nolint:nilerr // see above: the connection says it
 	}
 	return newLink(conn, addr), nil
 }
+
+const noTLS = "write redis:// in store.redis.url, or leave tls out"
 
 // speakTLS makes TLS of a connection, which it closes if that fails.
 func speakTLS(ctx context.Context, conn net.Conn, addr string, files *TLS) (net.Conn, error) {
@@ -91,13 +93,13 @@ func speakTLS(ctx context.Context, conn net.Conn, addr string, files *TLS) (net.
 		var notTLS tls.RecordHeaderError
 		switch {
 		case errors.As(err, &notTLS):
-			err = errors.New("the server does not speak TLS; write redis:// in store.redis.url, or leave tls out")
+			err = &refusal{errors.New("the server does not speak TLS"), noTLS}
 		case errors.Is(err, context.DeadlineExceeded):
-			err = fmt.Errorf("no answer to TLS: %w; if the server does not speak TLS, write redis:// in store.redis.url, or leave tls out", err)
+			err = &refusal{fmt.Errorf("no answer to TLS: %w", err), "if the server does not speak TLS, " + noTLS}
 		}
 	}
 	_ = conn.Close()
-	return nil, &linkError{addr, err}
+	return nil, err
 }
 
 // dialed is how the dial of one address ended.
@@ -107,8 +109,7 @@ type dialed struct {
 }
 
 // dialAddresses dials all addresses of a name, one beside the other, each
-// nextAddressAfter the one before or as soon as that has failed. The first
-// connection wins.
+// nextAddressAfter the one before or as soon as that has failed.
 func dialAddresses(ctx context.Context, network, addr string) (net.Conn, error) {
 	var plain net.Dialer
 	host, port, err := net.SplitHostPort(addr)
@@ -119,6 +120,16 @@ func dialAddresses(ctx context.Context, network, addr string) (net.Conn, error) 
 	if err != nil {
 		return nil, fmt.Errorf("dial %s: %w", addr, err)
 	}
+	conn, err := dialFirst(ctx, addresses, port)
+	if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
+		err = fmt.Errorf("dial %s: %w", addr, err) // which does not name it
+	}
+	return conn, err
+}
+
+// dialFirst returns the first connection to one of the addresses.
+func dialFirst(ctx context.Context, addresses []string, port string) (net.Conn, error) {
+	var plain net.Dialer
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	results := make(chan dialed)
@@ -130,7 +141,7 @@ func dialAddresses(ctx context.Context, network, addr string) (net.Conn, error) 
 		case <-next.C:
 			to := net.JoinHostPort(addresses[started%len(addresses)], port)
 			go func() {
-				conn, err := plain.DialContext(ctx, network, to)
+				conn, err := plain.DialContext(ctx, "tcp", to)
 				select {
 				case results <- dialed{conn, err}:
 				case <-ctx.Done():
@@ -161,20 +172,17 @@ func dialAddresses(ctx context.Context, network, addr string) (net.Conn, error) 
 			if firstErr == nil {
 				firstErr = ctx.Err()
 			}
-			return nil, fmt.Errorf("dial %s: %w", addr, firstErr)
+			return nil, firstErr
 		}
 	}
 }
-
-// resolver looks names up.
-var resolver = net.DefaultResolver
 
 // lookup returns a name's addresses, those of IPv6 and of IPv4 in turn.
 func lookup(ctx context.Context, host string) ([]string, error) {
 	if _, err := netip.ParseAddr(host); err == nil {
 		return []string{host}, nil
 	}
-	found, err := resolver.LookupNetIP(ctx, "ip", host)
+	found, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
 	if err != nil {
 		return nil, err
 	}

@@ -205,7 +205,7 @@ func (r *Redis) Close() error {
 func (r *Redis) Ping(ctx context.Context) error {
 	err := r.eachMaster(ctx, func(ctx context.Context, client *redis.Client) error { return r.nodeFor(client).warm(ctx) })
 	if err != nil {
-		return r.options.explain(err)
+		return r.options.explain(r.located(err))
 	}
 	return nil
 }
@@ -320,7 +320,7 @@ func (r *Redis) nodeOf(ctx context.Context, key string) (*node, error) {
 	}
 	master, err := r.cluster.MasterForKey(ctx, key)
 	if err != nil {
-		failed := r.options.explain(err)
+		failed := r.options.explain(r.located(err))
 		r.unknown.failed(failed)
 		return nil, failed
 	}
@@ -373,7 +373,7 @@ func (r *Redis) connect(ctx context.Context, client *redis.Client) (*connection,
 	if err == nil {
 		began := time.Now()
 		// Without a key the script says that it needs one. It is then known, and the first take need not send it.
-		if _, err = r.run(ctx, on, &r.take, 0); errors.As(err, new(redis.Error)) {
+		if _, err = r.run(ctx, on, &r.take, 0); on.isUsable(err) {
 			err = nil
 		}
 		on.opened = time.Now()

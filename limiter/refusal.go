@@ -67,6 +67,8 @@ func (o *RedisOptions) fixOf(kind ErrorKind, err error) string {
 		return "it is a single Redis: write store.redis.mode: single, and url"
 	case o.Mode != Cluster && (has("MOVED ") || has("CROSSSLOT ") || has("CLUSTERDOWN ")):
 		return "it is a node of a cluster: write store.redis.mode: cluster"
+	case has("unknown command 'time'"), has("unknown command 'TIME'"):
+		return "if it is a sentinel, write store.redis.mode: sentinel, with addresses and master; if it is a proxy, name a Redis itself"
 	case errors.Is(err, errIsSentinel):
 		return "write store.redis.mode: sentinel, with addresses and master"
 	case errors.As(err, &name):

@@ -16,6 +16,7 @@ type Proxy struct {
 	Addr string // host:port
 
 	server   string
+	dialer   net.Dialer // to the server
 	listener net.Listener
 	wg       sync.WaitGroup
 
@@ -23,6 +24,7 @@ type Proxy struct {
 	faults faults
 	conns  map[net.Conn]bool // open, of both sides
 	opened int
+	most   int // clients' connections that were open at once
 }
 
 // faults are what a proxy does. mended is closed when they end.
@@ -37,9 +39,16 @@ type faults struct {
 // test ends.
 func StartProxy(t testing.TB, server string) *Proxy {
 	t.Helper()
+	return StartProxyFrom(t, server, "127.0.0.1")
+}
+
+// StartProxyFrom is StartProxy with an address from which the server is dialled.
+func StartProxyFrom(t testing.TB, server, from string) *Proxy {
+	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	must(t, err)
 	p := &Proxy{Addr: l.Addr().String(), server: server, listener: l, conns: map[net.Conn]bool{}}
+	p.dialer.LocalAddr = &net.TCPAddr{IP: net.ParseIP(from)}
 	p.faults.mended = make(chan struct{})
 	p.wg.Go(p.accept)
 	t.Cleanup(func() {
@@ -86,6 +95,13 @@ func (p *Proxy) Opened() int {
 	return p.opened
 }
 
+// Most is how many connections of clients were open at once.
+func (p *Proxy) Most() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.most
+}
+
 func (p *Proxy) change(by func(*faults)) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -108,7 +124,7 @@ func (p *Proxy) accept() {
 			continue
 		}
 		p.wg.Go(func() {
-			server, err := net.Dial("tcp", p.server)
+			server, err := p.dialer.Dial("tcp", p.server)
 			if err != nil {
 				_ = client.Close()
 				return
@@ -116,6 +132,7 @@ func (p *Proxy) accept() {
 			p.mu.Lock()
 			p.conns[client], p.conns[server] = true, true
 			p.opened++
+			p.most = max(p.most, len(p.conns)/2)
 			p.mu.Unlock()
 			end := func() { // of both ways at once
 				p.mu.Lock()
