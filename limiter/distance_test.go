@@ -81,6 +81,24 @@ func (c *control) note(from, to time.Time, most time.Duration) {
 	}
 }
 
+// slowFor is for how long the machine was slow between two instants.
+func (c *control) slowFor(from, to time.Time) (total time.Duration) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, s := range c.slow { // in the order of their ends
+		if s.from.Before(from) {
+			s.from = from
+		}
+		if s.to.After(to) {
+			s.to = to
+		}
+		if s.to.After(s.from) {
+			total, from = total+s.to.Sub(s.from), s.to
+		}
+	}
+	return total
+}
+
 // excuses reports whether the machine was slow at some time from an instant to
 // another, or shortly before: connections that broke then have to be made again.
 func (c *control) excuses(from, to time.Time, before time.Duration) bool {

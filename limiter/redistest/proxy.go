@@ -64,6 +64,9 @@ func StartProxyFrom(t testing.TB, server, from string) *Proxy {
 	return p
 }
 
+// Server is where the proxy's server is, as host:port.
+func (p *Proxy) Server() string { return p.server }
+
 // Delay makes all that the server says late by d, which is thereby the round
 // trip.
 func (p *Proxy) Delay(d time.Duration) { p.change(func(f *faults) { f.delay = d }) }
