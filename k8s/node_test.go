@@ -55,8 +55,11 @@ spec:
       volumes: [{name: envoy, configMap: {name: envoy}}]
 `)
 
-// limits are those of the app. What is in a bucket that hardly refills tells what was drawn from it.
+// limits are those of the app. What is in a bucket that hardly refills tells
+// what was drawn from it. No request may be lost to a roll, however slow the
+// machine is meanwhile, so a take has more time than it ships with.
 const limits = `
+store: {redis: {url: "${SLUICE_REDIS:-redis://localhost}", timeout: 5s}}
 listen: {grpc: "unix:///run/sluice/authz.sock"}
 exempt: [{match: {paths: [/healthz]}}]
 limits:
@@ -264,9 +267,14 @@ func TestNode(t *testing.T) {
 		if err != nil {
 			t.Fatalf("%v\n%s", err, printed)
 		}
+		shipped, long := "timeout: 0.2s", "timeout: 10s" // as for limits
+		if !strings.Contains(string(printed), shipped) {
+			t.Fatalf("no %q in\n%s", shipped, printed)
+		}
+		bootstrap := strings.ReplaceAll(string(printed), shipped, long)
 		n.do(t, web, "apply", "-f", "-")
 		n.do(t, "", "create", "configmap", "limits", "--namespace", "shop", "--from-literal", "sluice.yaml=mode: shadow\n"+limits)
-		n.do(t, "", "create", "configmap", "envoy", "--namespace", "shop", "--from-literal", "envoy.yaml="+string(printed))
+		n.do(t, "", "create", "configmap", "envoy", "--namespace", "shop", "--from-literal", "envoy.yaml="+bootstrap)
 		began := time.Now()
 		rolled()
 		t.Logf("two pods ready after %v", time.Since(began))

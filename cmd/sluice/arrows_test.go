@@ -97,7 +97,7 @@ func TestArrows(t *testing.T) {
 func TestTopLevel(t *testing.T) {
 	allowed := []string{
 		"cmd", "authz", "limiter", "envoy", "k8s", "Dockerfile", "go.mod", "go.sum", "README.md", "LICENSE",
-		".ci", ".dockerignore", ".git", ".gitignore", ".golangci.yml",
+		"CHANGELOG.md", ".ci", ".dockerignore", ".git", ".github", ".gitignore", ".golangci.yml",
 	}
 	entries, err := os.ReadDir(filepath.Join("..", ".."))
 	if err != nil {

@@ -485,7 +485,7 @@ func TestMeshIstioctl(t *testing.T) {
 		return strings.TrimSpace(strings.ReplaceAll(said, everyFilter, ""))
 	}
 	for name, config := range map[string]string{
-		"defaults": "",
+		"defaults": "limits: []",
 		"socket":   "listen: {grpc: unix:///run/sluice/authz.sock}",
 		"a name":   `listen: {grpc: "localhost:9001"}`,
 		"limits":   "limits: [{name: a, rate: 1/s}, {name: b, rate: 1/s}]",
@@ -530,14 +530,10 @@ func TestMeshIstioctl(t *testing.T) {
 			t.Errorf("%s: %s", kind, said)
 		}
 	}
-	// The README's access log. Of its provider, in the mesh config, istioctl does not say whether the fields are there.
-	readme, err := os.ReadFile(filepath.Join("..", "..", "README.md"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, telemetry, ok := strings.Cut(string(readme), "---\napiVersion: telemetry.istio.io/v1\n")
+	// The access log of envoy/README.md. Of its provider, in the mesh config, istioctl does not say whether the fields are there.
+	_, telemetry, ok := strings.Cut(envoyReadme(t), "---\napiVersion: telemetry.istio.io/v1\n")
 	if !ok {
-		t.Fatal("README has no Telemetry")
+		t.Fatal("envoy/README.md has no Telemetry")
 	}
 	telemetry, _, _ = strings.Cut(telemetry, "```")
 	if said := validate("apiVersion: telemetry.istio.io/v1\n" + telemetry); said != "" {
