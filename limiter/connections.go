@@ -284,10 +284,8 @@ func (n *node) refresh(ctx context.Context) {
 	n.openLocked()
 	n.mu.Unlock()
 	for _, on := range checked {
-		err := error(nil)
-		if now.Sub(on.opened) > maxLifetime {
-			err = errNotSent
-		} else {
+		err := errNotSent // too old
+		if now.Sub(on.opened) <= maxLifetime {
 			err = on.Time(ctx).Err()
 		}
 		n.release(on, err)
@@ -383,7 +381,7 @@ func (l *link) note(said []byte) {
 
 // hear reads what a server has said before it hung up.
 func (l *link) hear() {
-	_ = l.Conn.SetReadDeadline(time.Now().Add(time.Second))
+	_ = l.SetReadDeadline(time.Now().Add(time.Second))
 	var b [1024]byte
 	if n, _ := l.Conn.Read(b[:]); n > 0 {
 		l.note(b[:n])

@@ -40,7 +40,7 @@ func (masterHook) DialHook(next redis.DialHook) redis.DialHook {
 	return func(ctx context.Context, network, addr string) (net.Conn, error) {
 		conn, err := next(context.WithValue(ctx, masterDial{}, true), network, addr)
 		if err != nil {
-			return broken{err: newLinkError(addr, err)}, nil //nolint:nilerr // the connection says it
+			return broken{err: newLinkError(addr, err)}, nil
 		}
 		return conn, nil
 	}
@@ -67,7 +67,7 @@ func (d dialer) dial(ctx context.Context, network, addr string) (net.Conn, error
 		conn, err = speakTLS(ctx, conn, addr, files)
 	}
 	if err != nil {
-		return broken{err: newLinkError(addr, err)}, nil //nolint:nilerr // see above: the connection says it
+		return broken{err: newLinkError(addr, err)}, nil
 	}
 	return newLink(conn, addr), nil
 }

@@ -22,7 +22,6 @@ type fakeNode struct {
 	*node
 	began chan []*pending
 	ended chan error
-	dials chan error // each attempt to connect waits for one; nil: they succeed at once
 }
 
 // unused is a client that never dials.

@@ -278,7 +278,8 @@ type taken struct {
 func (r *Redis) takeSlot(ctx context.Context, deadline time.Time, charges []Charge, verdicts []Verdict, takes []taken) {
 	n, err := r.nodeOf(ctx, charges[0].Key)
 	if err == nil {
-		t, abandoned := newPending(charges, deadline), false
+		t := newPending(charges, deadline)
+		var abandoned bool
 		if abandoned, err = n.do(ctx, t); err == nil {
 			err = r.read(t.at, t.reply, charges, verdicts, takes)
 		}
@@ -321,7 +322,7 @@ func (r *Redis) nodeOf(ctx context.Context, key string) (*node, error) {
 	master, err := r.cluster.MasterForKey(ctx, key)
 	if err != nil {
 		failed := r.options.explain(r.located(err))
-		r.unknown.failed(failed)
+		_ = r.unknown.failed(failed)
 		return nil, failed
 	}
 	r.unknown.answered()

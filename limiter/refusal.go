@@ -37,7 +37,7 @@ func (o *RedisOptions) explain(err error) *StoreError {
 	case strings.Contains(cause.Error(), "max number of clients reached"):
 		kind = KindConnection
 	}
-	if cause == failed.Err && fix == "" && kind == failed.Kind {
+	if fix == "" && kind == failed.Kind && cause.Error() == failed.Err.Error() {
 		return failed
 	}
 	if fix != "" {
