@@ -31,8 +31,12 @@ func parseURL(text string) (*redis.Options, error) {
 func readURL(text string) (*redis.Options, error) {
 	scheme, rest, _ := strings.Cut(text, "://")
 	isUnix := strings.EqualFold(scheme, "unix")
-	if at := strings.LastIndexByte(rest, '@'); !isUnix && at >= 0 && strings.ContainsAny(rest[:at], "/?#") {
+	at := strings.LastIndexByte(rest, '@')
+	if !isUnix && at >= 0 && strings.ContainsAny(rest[:at], "/?#") {
 		return nil, errors.New("a URL whose user or password holds / ? or #: write %2F, %3F or %23, or use password or password_file")
+	}
+	if servers, _, _ := strings.Cut(rest[at+1:], "/"); !isUnix && strings.Contains(servers, ",") {
+		return nil, errors.New("a URL with several hosts: write mode: cluster or mode: sentinel, and addresses: [host:port, host:port]")
 	}
 	u, err := url.Parse(text)
 	if err != nil { // url.Error repeats the URL, and so its password
@@ -67,8 +71,6 @@ func readURL(text string) (*redis.Options, error) {
 func readServer(u *url.URL, c *redis.Options) error {
 	host, port := u.Hostname(), u.Port()
 	switch {
-	case strings.Contains(u.Host, ","):
-		return errors.New("a URL with several hosts: write mode: cluster or mode: sentinel, and addresses: [host:port, host:port]")
 	case host == "":
 		return errors.New("a URL without a host")
 	case strings.Contains(host, ":") && !strings.HasPrefix(u.Host, "["):
