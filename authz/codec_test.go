@@ -194,7 +194,15 @@ func FuzzParseCheck(f *testing.F) {
 	f.Add(wire)
 	f.Add([]byte("\x0a\x04\x0a\x02\x0a\x00"))
 	f.Add([]byte("\x0a\x02\x22\x00"))
+	f.Add([]byte("\x0a\x0a000\xff\xee\xf8\xc902\xff\xee\xf8\xc9020")) // a field longer than what it is in
 	f.Fuzz(func(t *testing.T, wire []byte) {
+		text := string(wire)
+		if cost := allocates(func() { _, _ = parse(text) }); cost > mayAllocate(len(wire)) {
+			t.Errorf("%q: %d bytes are allocated for %d", wire, cost, len(wire))
+		}
+		if cost := allocates(func() { withoutBody(mem.BufferSlice{mem.SliceBuffer(wire)}) }); cost > 64<<10+4*len(wire) {
+			t.Errorf("%q: without its body %d bytes are allocated for %d", wire, cost, len(wire))
+		}
 		if _, isQuick := agree(t, wire); !isQuick {
 			return // groups are read by the generated code only
 		}

@@ -60,7 +60,9 @@ type Server struct {
 	calls  *calls
 	tracer trace.Tracer // nil: none
 	health *health.Server
-	jitter func() int // seconds, 1 to 10, that a client is told to wait where the store failed
+	// elements are those of the checks under way that have more than fewElements.
+	elements atomic.Int64
+	jitter   func() int // seconds, 1 to 10, that a client is told to wait where the store failed
 }
 
 // New returns a server that answers by the config and the store.
@@ -182,10 +184,21 @@ func (s *Server) decide(ctx context.Context, asked *question, began time.Time, v
 	request, err := parse(asked.wire)
 	if err != nil {
 		v.mistakes = []error{err}
-		if !errors.Is(err, errNoHTTP) {
+		switch {
+		case errors.Is(err, errTooMany):
+			return status.Error(codes.ResourceExhausted, err.Error())
+		case !errors.Is(err, errNoHTTP):
 			return status.Error(codes.Internal, errNoCheck.Error())
 		}
 		return nil
+	}
+	if n := int64(elements(request)); n > fewElements {
+		if s.elements.Add(n) > maxAllElements {
+			s.elements.Add(-n)
+			v.mistakes = []error{errTooManyChecks}
+			return status.Error(codes.ResourceExhausted, errTooManyChecks.Error())
+		}
+		defer s.elements.Add(-n)
 	}
 	v.request = request
 	if s.tracer != nil {

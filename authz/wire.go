@@ -15,7 +15,6 @@ import (
 	"google.golang.org/grpc/encoding/proto"
 	"google.golang.org/grpc/mem"
 	"google.golang.org/protobuf/encoding/protowire"
-	protobuf "google.golang.org/protobuf/proto"
 
 	"github.com/sluiceproxy/sluice/limiter/policy"
 )
@@ -102,7 +101,7 @@ func (f *bodyFilter) copy(n int, path []int) {
 			f.take(8)
 		case protowire.BytesType:
 			size := f.uvarint()
-			if f.bad || size > uint64(f.in.Remaining()-end) {
+			if left := f.in.Remaining() - end; f.bad || left < 0 || size > uint64(left) {
 				f.bad = true
 				return
 			}
@@ -146,18 +145,29 @@ func (f *bodyFilter) uvarint() uint64 {
 	return v
 }
 
-// parse is read, from the wire. Its error is errNoHTTP or errNoCheck.
+// parse decodes a CheckRequest from its wire format. It returns errNoHTTP, errNoCheck or errTooMany.
 func parse(wire string) (*policy.Request, error) {
 	r := &policy.Request{Time: time.Unix(0, 0).UTC()} // as of a check without a time
-	if hasHTTP, ok := quickly(wire, r); ok {
-		if !hasHTTP {
-			return nil, errNoHTTP
+	hasHTTP, ok := quickly(wire, r)
+	if !ok {
+		var err error
+		if r, err = slowly(wire); err != nil {
+			return nil, err
 		}
-		return r, nil
+	} else if !hasHTTP {
+		return nil, errNoHTTP
 	}
+	if elements(r) > maxElements {
+		return nil, errTooMany
+	}
+	return r, nil
+}
+
+// slowly is parse for a check that quickly does not read.
+func slowly(wire string) (*policy.Request, error) {
 	var check authv3.CheckRequest
-	if err := protobuf.Unmarshal([]byte(wire), &check); err != nil {
-		return nil, errNoCheck
+	if err := generated(wire, &check); err != nil {
+		return nil, err
 	}
 	return read(&check)
 }
@@ -195,6 +205,7 @@ func quickly(wire string, r *policy.Request) (hasHTTP, ok bool) {
 				check.join(request)
 			case 10: // context_extensions
 				attributes.entry(&r.Context)
+				check.bad = check.bad || len(r.Context) > maxElements
 			case 11: // metadata_context, which Envoy always sends and which is mostly empty
 				check.bad = check.bad || hasMetadata
 				hasMetadata = true
@@ -256,7 +267,7 @@ func quickMetadata(metadata message, r *policy.Request) message {
 		return metadata
 	}
 	var read corev3.Metadata
-	if err := protobuf.Unmarshal([]byte(metadata.rest), &read); err != nil {
+	if err := generated(metadata.rest, &read); err != nil {
 		return message{bad: true}
 	}
 	r.Metadata = read.GetFilterMetadata()
@@ -275,6 +286,7 @@ func quickHTTP(http message, r *policy.Request) message {
 			}
 			http.bad = http.bad || hasRaw
 			http.entry(&r.Headers)
+			http.bad = http.bad || len(r.Headers) > maxElements
 		case 4:
 			r.Path = http.text()
 		case 5:
@@ -300,6 +312,9 @@ func quickHeaders(list message, r *policy.Request) message {
 	}
 	if lines == 0 {
 		return counted
+	}
+	if lines > maxElements {
+		return message{bad: true}
 	}
 	r.Headers = make(map[string]string, lines)
 	isRepeated := false

@@ -12,6 +12,7 @@ import (
 	"regexp"
 	"slices"
 	"strconv"
+	"strings"
 	"unicode/utf8"
 )
 
@@ -254,6 +255,10 @@ func readAnnotations(metadata object) (annotations, error) {
 			continue
 		}
 		text, _ := v.(string)
+		if f.name == aRedis && (len(text) > f.longest || !f.pattern.MatchString(text)) {
+			// Not quoted: it may be the URL itself, with its password.
+			return a, fmt.Errorf("annotation %s: allowed is %s, whose key url says where Redis is", f.name, f.allowed)
+		}
 		if len(text) > f.longest {
 			return a, tooLong(f.name, text, f.longest)
 		}
@@ -294,7 +299,8 @@ func tooLong(name, text string, allowed int) error {
 
 // quote returns what a pod or a manifest says, quoted and short enough for a
 // message, whatever its type and size: at most longestQuote bytes of a text,
-// and only the kind of an object or a list.
+// of a URL, which may hold a password, only the scheme, and only the kind of an
+// object or a list.
 func quote(v any) string {
 	var text string
 	switch v := v.(type) {
@@ -307,7 +313,11 @@ func quote(v any) string {
 	default: // a number, whose text may be long too, a boolean or null
 		text = fmt.Sprint(v)
 	}
-	if start := cut(text, longestQuote); len(start) < len(text) {
+	start := cut(text, longestQuote)
+	if scheme, _, isURL := strings.Cut(start, "://"); isURL {
+		start = scheme + "://"
+	}
+	if len(start) < len(text) {
 		return strconv.Quote(start) + "..."
 	}
 	return strconv.Quote(text)
