@@ -148,7 +148,7 @@ func (c *Config) readRoute(text routeText) *routeEntry {
 		}
 	}
 	if e.mistake != nil {
-		if all, ok := e.mistake.Err.(Mistakes); ok {
+		if all, ok := errors.AsType[Mistakes](e.mistake.Err); ok {
 			for _, m := range all {
 				e.memory += mistakeMemory + len(m.Field) + len(m.Message)
 			}
