@@ -68,9 +68,9 @@ func (s *Server) answer(v *verdict) (*reply, error) {
 	case deny:
 		s.deny(e, v)
 	case delegate:
-		return nil, status.Error(codes.Unavailable, "the store of the rate limiter does not answer")
+		return nil, status.Error(codes.Unavailable, "the rate limiter's store is unavailable")
 	case hangUp:
-		return nil, status.Error(codes.Canceled, "the caller hung up")
+		return nil, status.Error(codes.Canceled, "the caller canceled the check")
 	default:
 		s.refuse(e, v)
 	}
@@ -135,10 +135,10 @@ func (s *Server) deny(e *encoder, v *verdict) {
 	charge, told := &d.Charges[d.Telling], &d.Verdicts[d.Telling]
 	p := problem{status: 429, title: "Too Many Requests", limit: charge.Limit.Name}
 	if told.RetryAfter == limiter.Never {
-		p.detail = "The limit " + charge.Limit.Name + " never allows this request."
+		p.detail = "Rate limit \"" + charge.Limit.Name + "\" does not allow this request."
 	} else {
 		p.retryAfter = seconds(told.RetryAfter) // rounded up, so at least 1
-		p.detail = "The limit " + charge.Limit.Name + " allows this request in " + strconv.FormatInt(p.retryAfter, 10) + " s."
+		p.detail = "Rate limit \"" + charge.Limit.Name + "\" exceeded. Retry in " + strconv.FormatInt(p.retryAfter, 10) + " s."
 	}
 	s.denied(e, v, codes.ResourceExhausted, p)
 }
@@ -147,7 +147,7 @@ func (s *Server) refuse(e *encoder, v *verdict) {
 	s.denied(e, v, codes.Unavailable, problem{
 		status:     v.config.FailureStatus,
 		title:      "Rate Limiter Unavailable",
-		detail:     "The rate limiter could not decide about this request.",
+		detail:     "The rate limiter is temporarily unavailable.",
 		retryAfter: int64(s.jitter()),
 	})
 }

@@ -185,7 +185,7 @@ client x-ratelimit-remaining: 0
 client x-ratelimit-reset: 60
 client retry-after: 3
 client content-type: application/problem+json
-body {"title":"Too Many Requests","status":429,"detail":"The limit orders allows this request in 3 s.","limit":"orders","retry_after":3}
+body {"title":"Too Many Requests","status":429,"detail":"Rate limit \"orders\" exceeded. Retry in 3 s.","limit":"orders","retry_after":3}
 metadata cost=1 decision="limited" limit="orders" remaining=0 retry_after=3 shadow=[] source="redis"
 `},
 		{"limited for a moment", one, said{no(0, time.Microsecond, time.Minute, 1)}, checkOf(), `status 8
@@ -196,7 +196,7 @@ client x-ratelimit-remaining: 0
 client x-ratelimit-reset: 60
 client retry-after: 1
 client content-type: application/problem+json
-body {"title":"Too Many Requests","status":429,"detail":"The limit orders allows this request in 1 s.","limit":"orders","retry_after":1}
+body {"title":"Too Many Requests","status":429,"detail":"Rate limit \"orders\" exceeded. Retry in 1 s.","limit":"orders","retry_after":1}
 metadata cost=1 decision="limited" limit="orders" remaining=0 retry_after=1 shadow=[] source="redis"
 `},
 		{"limited for ever", one, said{no(100, limiter.Never, 0, 0)}, checkOf(), `status 8
@@ -206,7 +206,7 @@ client x-ratelimit-limit: 100
 client x-ratelimit-remaining: 100
 client x-ratelimit-reset: 0
 client content-type: application/problem+json
-body {"title":"Too Many Requests","status":429,"detail":"The limit orders never allows this request.","limit":"orders"}
+body {"title":"Too Many Requests","status":429,"detail":"Rate limit \"orders\" does not allow this request.","limit":"orders"}
 metadata cost=1 decision="limited" limit="orders" remaining=100 shadow=[] source="redis"
 `},
 		{"a gRPC call is limited", one, said{no(0, time.Second, time.Minute, 1)}, checkOf("content-type", "application/grpc+proto"), `status 8
@@ -217,14 +217,14 @@ client x-ratelimit-remaining: 0
 client x-ratelimit-reset: 60
 client retry-after: 1
 client grpc-status: 8
-body The limit orders allows this request in 1 s.
+body Rate limit "orders" exceeded. Retry in 1 s.
 metadata cost=1 decision="limited" limit="orders" remaining=0 retry_after=1 shadow=[] source="redis"
 `},
 		{"gRPC-Web is HTTP", "headers: []\n" + one, said{no(0, time.Second, time.Minute, 1)}, checkOf("content-type", "application/grpc-web+proto"), `status 8
 deny 429
 client x-envoy-ratelimited: true
 client content-type: application/problem+json
-body {"title":"Too Many Requests","status":429,"detail":"The limit orders allows this request in 1 s.","limit":"orders","retry_after":1}
+body {"title":"Too Many Requests","status":429,"detail":"Rate limit \"orders\" exceeded. Retry in 1 s.","limit":"orders","retry_after":1}
 metadata cost=1 decision="limited" limit="orders" remaining=0 retry_after=1 shadow=[] source="redis"
 `},
 		{"of two that allow, the one with less left", two, said{ok(50, time.Second, 1), ok(4, 6*time.Second, 1)}, checkOf(), `status 0
@@ -239,7 +239,7 @@ deny 429
 client x-envoy-ratelimited: true
 client retry-after: 9
 client content-type: application/problem+json
-body {"title":"Too Many Requests","status":429,"detail":"The limit orders allows this request in 9 s.","limit":"orders","retry_after":9}
+body {"title":"Too Many Requests","status":429,"detail":"Rate limit \"orders\" exceeded. Retry in 9 s.","limit":"orders","retry_after":9}
 metadata cost=1 decision="limited" limit="orders" remaining=0 retry_after=9 shadow=[] source="redis"
 `},
 		{"the IETF's fields speak of all", "headers: [ratelimit]\n" + two, said{ok(100, 0, 0), ok(4, 6*time.Second, time.Second)}, checkOf(), `status 0
@@ -270,28 +270,28 @@ metadata cost=null decision="allowed" limit=null remaining=null shadow=[] source
 deny 503
 client retry-after: 7
 client content-type: application/problem+json
-body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter could not decide about this request.","retry_after":7}
+body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter is temporarily unavailable.","retry_after":7}
 metadata cost=null decision="failed_closed" limit=null remaining=null shadow=[] source="none"
 `},
 		{"failed closed, by another status", "failure_status: 502\n" + one, said{failed}, checkOf(), `status 14
 deny 502
 client retry-after: 7
 client content-type: application/problem+json
-body {"title":"Rate Limiter Unavailable","status":502,"detail":"The rate limiter could not decide about this request.","retry_after":7}
+body {"title":"Rate Limiter Unavailable","status":502,"detail":"The rate limiter is temporarily unavailable.","retry_after":7}
 metadata cost=null decision="failed_closed" limit=null remaining=null shadow=[] source="none"
 `},
 		{"failed closed, for a gRPC call", one, said{failed}, checkOf("content-type", "application/grpc"), `status 14
 deny 503
 client retry-after: 7
 client grpc-status: 14
-body The rate limiter could not decide about this request.
+body The rate limiter is temporarily unavailable.
 metadata cost=null decision="failed_closed" limit=null remaining=null shadow=[] source="none"
 `},
 		{"failed closed beside a limit that allows: no x-ratelimit", two, said{ok(3, 1, 1), failed}, checkOf(), `status 14
 deny 503
 client retry-after: 7
 client content-type: application/problem+json
-body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter could not decide about this request.","retry_after":7}
+body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter is temporarily unavailable.","retry_after":7}
 metadata cost=1 decision="failed_closed" limit="orders" remaining=3 shadow=[] source="redis"
 `},
 		{"failed open", "on_failure: allow\n" + one, said{failed}, checkOf(), `status 0
@@ -303,28 +303,28 @@ metadata cost=null decision="failed_open" limit=null remaining=null shadow=[] so
 deny 503
 client retry-after: 7
 client content-type: application/problem+json
-body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter could not decide about this request.","retry_after":7}
+body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter is temporarily unavailable.","retry_after":7}
 metadata cost=null decision="failed_closed" limit=null remaining=null shadow=[] source="none"
 `},
 		{"a mistake of the config", `limits: [{name: a, rate: 1/s, key: 'request.path.split("?")[1]'}]`, said{}, checkOf(), `status 14
 deny 503
 client retry-after: 7
 client content-type: application/problem+json
-body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter could not decide about this request.","retry_after":7}
+body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter is temporarily unavailable.","retry_after":7}
 metadata cost=null decision="invalid" limit=null remaining=null shadow=[] source="none"
 `},
 		{"no HTTP in it", one, said{}, &authv3.CheckRequest{}, `status 14
 deny 503
 client retry-after: 7
 client content-type: application/problem+json
-body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter could not decide about this request.","retry_after":7}
+body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter is temporarily unavailable.","retry_after":7}
 metadata cost=null decision="invalid" limit=null remaining=null shadow=[] source="none"
 `},
 		{"nothing at all", one, said{}, nil, `status 14
 deny 503
 client retry-after: 7
 client content-type: application/problem+json
-body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter could not decide about this request.","retry_after":7}
+body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter is temporarily unavailable.","retry_after":7}
 metadata cost=null decision="invalid" limit=null remaining=null shadow=[] source="none"
 `},
 	} {
@@ -365,7 +365,7 @@ func TestMetrics(t *testing.T) {
 	_, _ = s.Check(t.Context(), &authv3.CheckRequest{})
 	_, _ = s.Check(t.Context(), &authv3.CheckRequest{})
 	want := `
-# HELP sluice_checks_total Checks, by how they ended.
+# HELP sluice_checks_total Total number of checks, by decision.
 # TYPE sluice_checks_total counter
 sluice_checks_total{decision="allowed"} 2
 sluice_checks_total{decision="canceled"} 0
@@ -377,23 +377,23 @@ sluice_checks_total{decision="failed_open"} 0
 sluice_checks_total{decision="invalid"} 2
 sluice_checks_total{decision="limited"} 2
 sluice_checks_total{decision="unmatched"} 0
-# HELP sluice_limit_decisions_total Each limit's own verdicts, also where another limit denied.
+# HELP sluice_limit_decisions_total Total number of decisions of each limit, by decision.
 # TYPE sluice_limit_decisions_total counter
 sluice_limit_decisions_total{decision="allowed",limit="a"} 2
 sluice_limit_decisions_total{decision="allowed",limit="b"} 2
 sluice_limit_decisions_total{decision="limited",limit="a"} 2
 sluice_limit_decisions_total{decision="shadow_limited",limit="b"} 2
-# HELP sluice_rejections_total Requests that an enforced limit denied.
+# HELP sluice_rejections_total Total number of requests that an enforced limit denied.
 # TYPE sluice_rejections_total counter
 sluice_rejections_total{limit="a"} 2
-# HELP sluice_tokens_taken_total Tokens that were taken.
+# HELP sluice_tokens_taken_total Total number of tokens taken.
 # TYPE sluice_tokens_taken_total counter
 sluice_tokens_taken_total{limit="a"} 2
 sluice_tokens_taken_total{limit="b"} 2
-# HELP sluice_panics_total Checks that a mistake in sluice itself ended; each was refused.
+# HELP sluice_panics_total Total number of checks that panicked and were refused.
 # TYPE sluice_panics_total counter
 sluice_panics_total 1
-# HELP sluice_config_mistakes_total Checks that showed a mistake of the config; such are refused, but for a shadow limit's.
+# HELP sluice_config_mistakes_total Total number of checks that revealed an error in the config, by limit and field.
 # TYPE sluice_config_mistakes_total counter
 sluice_config_mistakes_total{field="",limit=""} 2
 `
@@ -409,14 +409,14 @@ sluice_config_mistakes_total{field="",limit=""} 2
 	for _, l := range logs.All() {
 		lines = append(lines, l.Level.String()+" "+l.Message)
 	}
-	if got, want := strings.Join(lines, "\n"), `info limited
-debug limited
-warn the store does not answer: timeout
-error a check panicked
-error a mistake of the config: such requests are refused (said once)`; got != want {
+	if got, want := strings.Join(lines, "\n"), `info request limited
+debug request limited
+warn store error: timeout
+error check panicked
+error config error: requests are refused (logged once)`; got != want {
 		t.Errorf("logged\n%s\nwant\n%s", got, want)
 	}
-	if got := fmt.Sprint(logs.All()[0].ContextMap()); got != "map[cost:1 decision:limited domain:default key_hash:- left_out:0 limit:a remaining:0 request_id:id-1 retry_after:1]" {
+	if got := fmt.Sprint(logs.All()[0].ContextMap()); got != "map[cost:1 decision:limited domain:default key_hash:- limit:a remaining:0 request_id:id-1 retry_after:1 suppressed:0]" {
 		t.Error(got)
 	}
 }
@@ -477,7 +477,7 @@ func TestDenialsInTheLog(t *testing.T) {
 			t.Errorf("at %v %d lines, want %d", level, logs.Len(), want)
 		}
 		if want == 3 {
-			if got := fmt.Sprint(logs.All()[2].ContextMap()); got != "map[cost:1 decision:limited domain:default key_hash:- left_out:999 limit:a remaining:0]" {
+			if got := fmt.Sprint(logs.All()[2].ContextMap()); got != "map[cost:1 decision:limited domain:default key_hash:- limit:a remaining:0 suppressed:999]" {
 				t.Error(got)
 			}
 		}
@@ -495,7 +495,7 @@ func TestTokensOfARefusedRequest(t *testing.T) {
 		}
 	}
 	want := `
-# HELP sluice_tokens_taken_total Tokens that were taken.
+# HELP sluice_tokens_taken_total Total number of tokens taken.
 # TYPE sluice_tokens_taken_total counter
 sluice_tokens_taken_total{limit="a"} 0
 sluice_tokens_taken_total{limit="b"} 0

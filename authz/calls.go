@@ -30,10 +30,10 @@ func newCalls(metrics prometheus.Registerer) *calls {
 	labels := []string{"grpc_type", "grpc_service", "grpc_method"}
 	c := &calls{
 		started: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "grpc_server_started_total", Help: "gRPC calls that began.",
+			Name: "grpc_server_started_total", Help: "Total number of RPCs started on the server.",
 		}, labels),
 		handled: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "grpc_server_handled_total", Help: "gRPC calls that ended, by how.",
+			Name: "grpc_server_handled_total", Help: "Total number of RPCs completed on the server, by status code.",
 		}, append(labels, "grpc_code")),
 	}
 	metrics.MustRegister(c.started, c.handled)

@@ -21,7 +21,7 @@ func TestCheckByConfig(t *testing.T) {
 deny 503
 client retry-after: 7
 client content-type: application/problem+json
-body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter could not decide about this request.","retry_after":7}
+body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter is temporarily unavailable.","retry_after":7}
 metadata cost=null decision="invalid" limit=null remaining=null shadow=[] source="none"
 `
 	const allowed = `status 0
@@ -48,18 +48,18 @@ metadata cost=1 decision="allowed" limit="b" remaining=5 shadow=[] source="redis
 		{"unlimited", "limits: [{name: a, rate: unlimited}]", panics{}, "", nothing("allowed"), `limit_decisions_total{decision="allowed",limit="a"} 1`, ""},
 		{"unlimited beside a limit", "limits: [{name: a, rate: unlimited}, {name: b, rate: 9/s}]", five, "", allowed, `limit_decisions_total{decision="allowed",limit="a"} 1`, ""},
 		{"a limit's mistake", `limits: [{name: a, rate: 9/s, cost: 'int(request.path)'}, {name: b, rate: 9/s}]`, panics{}, "", refused,
-			`config_mistakes_total{field="cost",limit="a"} 1`, "a mistake of the config: such requests are refused (said once)"},
+			`config_mistakes_total{field="cost",limit="a"} 1`, "config error: requests are refused (logged once)"},
 		{"a mistake, whatever on_failure says", `{on_failure: allow, limits: [{name: a, rate: 9/s, cost: 'int(request.path)'}]}`, panics{}, "", refused, `checks_total{decision="invalid"} 1`,
-			"a mistake of the config: such requests are refused (said once)"},
+			"config error: requests are refused (logged once)"},
 		{"a shadow limit's mistake", `limits: [{name: a, mode: shadow, rate: 9/s, cost: 'int(request.path)'}, {name: b, rate: 9/s}]`, five, "", allowed,
-			`config_mistakes_total{field="cost",limit="a"} 1`, "a mistake of the config: the limit is a shadow, so such requests are not held against it (said once)"},
+			`config_mistakes_total{field="cost",limit="a"} 1`, "config error: the shadow limit is skipped (logged once)"},
 		{"a route's limit", "", five, "sluice.limit.b={rate: 9/s}", allowed, `limit_decisions_total{decision="allowed",limit="b"} 1`, ""},
 		{"a route's mistake", "limits: [{name: b, rate: 9/s}]", panics{}, "sluice.limit.a={rate: 9}", refused, `config_mistakes_total{field="context_extensions",limit="a"} 1`,
-			"a mistake of the config: such requests are refused (said once)"},
+			"config error: requests are refused (logged once)"},
 		{"a key that there is not", "limits: [{name: b, rate: 9/s}]", panics{}, "sluice.limit=a", refused, `config_mistakes_total{field="context_extensions",limit=""} 1`,
-			"a mistake of the config: such requests are refused (said once)"},
+			"config error: requests are refused (logged once)"},
 		{"a route's mistake in the shadow", "{mode: shadow, limits: [{name: c, rate: 9/s}]}", said{ok(5, 1, 1)}, "sluice.limit.a={rate: 9}", nothing("allowed"),
-			`config_mistakes_total{field="context_extensions",limit="a"} 1`, "a mistake of the config: the limit is a shadow, so such requests are not held against it (said once)"},
+			`config_mistakes_total{field="context_extensions",limit="a"} 1`, "config error: the shadow limit is skipped (logged once)"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			s, registry, logs := newServer(t, tt.config, tt.store)

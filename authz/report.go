@@ -68,7 +68,7 @@ func (s *sampler) next(now time.Time) (leftOut uint64, is bool) {
 
 func newReport(log *zap.Logger, metrics prometheus.Registerer) *report {
 	checks := prometheus.NewCounterVec(prometheus.CounterOpts{
-		Name: "sluice_checks_total", Help: "Checks, by how they ended.",
+		Name: "sluice_checks_total", Help: "Total number of checks, by decision.",
 	}, []string{"decision"})
 	r := &report{
 		log:    log,
@@ -77,18 +77,18 @@ func newReport(log *zap.Logger, metrics prometheus.Registerer) *report {
 			return zapcore.NewSamplerWithOptions(c, time.Second, 1, 0)
 		})),
 		seconds: prometheus.NewHistogram(prometheus.HistogramOpts{
-			Name: "sluice_check_seconds", Help: "How long checks took, in seconds, the store's part included.",
+			Name: "sluice_check_seconds", Help: "Duration of checks in seconds, including the store.",
 			Buckets: []float64{.00005, .0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1},
 		}),
 		panics: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "sluice_panics_total", Help: "Checks that a mistake in sluice itself ended; each was refused.",
+			Name: "sluice_panics_total", Help: "Total number of checks that panicked and were refused.",
 		}),
 		tooLarge: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "sluice_checks_too_large_total",
-			Help: fmt.Sprintf("Total number of checks above %d MiB, which got no decision.", maxMessage>>20),
+			Help: fmt.Sprintf("Total number of checks larger than %d MiB, which got no decision.", maxMessage>>20),
 		}),
 		mistakes: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "sluice_config_mistakes_total", Help: "Checks that showed a mistake of the config; such are refused, but for a shadow limit's.",
+			Name: "sluice_config_mistakes_total", Help: "Total number of checks that revealed an error in the config, by limit and field.",
 		}, []string{"limit", "field"}),
 		last: newDenials(),
 		told: make(map[string]bool),
@@ -162,7 +162,7 @@ func (r *report) denied(l *limitReport, charge *limiter.Charge, v *verdict, now 
 	if sampled {
 		level = zap.InfoLevel
 	}
-	e := r.log.Check(level, "limited")
+	e := r.log.Check(level, "request limited")
 	if e == nil {
 		return
 	}
@@ -171,14 +171,14 @@ func (r *report) denied(l *limitReport, charge *limiter.Charge, v *verdict, now 
 		all = append(all, zap.Float64("retry_after", told.RetryAfter.Seconds()))
 	}
 	if sampled {
-		all = append(all, zap.Uint64("left_out", leftOut))
+		all = append(all, zap.Uint64("suppressed", leftOut))
 	}
 	e.Write(all...)
 }
 
 // failed logs that the store did not answer for a limit; the store counts it.
 func (r *report) failed(c *limiter.Charge, v *limiter.Verdict) {
-	if e := r.seldom.Check(zap.WarnLevel, "the store does not answer: "+string(limiter.KindOf(v.Err))); e != nil {
+	if e := r.seldom.Check(zap.WarnLevel, "store error: "+string(limiter.KindOf(v.Err))); e != nil {
 		e.Write(zap.String("limit", c.Limit.Name), zap.String("domain", c.Limit.Domain), zap.Error(v.Err))
 	}
 }
@@ -216,12 +216,12 @@ func fields(c *limiter.Charge, v *verdict) []zap.Field {
 
 // mistaken counts a mistake of the config each time, and logs it once. A check without HTTP in it is Envoy's config's.
 func (r *report) mistaken(err error) {
-	limit, field, effect := "", "", "such requests are refused"
+	limit, field, effect := "", "", "requests are refused"
 	var rule *policy.RuleError
 	if errors.As(err, &rule) {
 		limit, field = rule.Limit, rule.Field
 		if rule.Shadow {
-			effect = "the limit is a shadow, so such requests are not held against it"
+			effect = "the shadow limit is skipped"
 		}
 	}
 	r.mu.Lock()
@@ -236,7 +236,7 @@ func (r *report) mistaken(err error) {
 	r.mu.Unlock()
 	r.mistakes.WithLabelValues(limit, field).Inc()
 	if !known {
-		r.log.Error("a mistake of the config: "+effect+" (said once)", zap.String("limit", limit), zap.String("field", field), zap.Error(err))
+		r.log.Error("config error: "+effect+" (logged once)", zap.String("limit", limit), zap.String("field", field), zap.Error(err))
 	}
 }
 
@@ -246,12 +246,12 @@ func (r *report) notRead(err error) {
 		return
 	}
 	r.tooLarge.Inc()
-	r.seldom.Warn(fmt.Sprintf("a check above %d MiB got no decision, so that failure_mode_allow of Envoy's ext_authz filter decides about the request: "+
-		"remove with_request_body there, since sluice reads no body, or lower its max_request_bytes", maxMessage>>20))
+	r.seldom.Warn(fmt.Sprintf("check larger than %d MiB got no decision, so failure_mode_allow of Envoy's ext_authz filter applies: "+
+		"remove with_request_body from that filter, since sluice reads no bodies, or lower its max_request_bytes", maxMessage>>20))
 }
 
 // panicked counts and logs a panic. What the panic says may hold what a client sent, so only its type is logged, and where it was.
 func (r *report) panicked(kind string, stack []byte) {
 	r.panics.Inc()
-	r.seldom.Error("a check panicked", zap.String("panic", kind), zap.ByteString("stack", stack))
+	r.seldom.Error("check panicked", zap.String("panic", kind), zap.ByteString("stack", stack))
 }

@@ -16,10 +16,10 @@ import (
 )
 
 // errNoHTTP is of a check that no HTTP request can have led to.
-var errNoHTTP = errors.New("the check holds no HTTP request; is the filter an HTTP filter?")
+var errNoHTTP = errors.New("the check has no HTTP request; ext_authz must be configured as an HTTP filter")
 
 // errNoCheck is of bytes that are none. What protobuf says of them is not told: it may quote them.
-var errNoCheck = errors.New("what came is not a CheckRequest")
+var errNoCheck = errors.New("invalid CheckRequest")
 
 // read is what the policy sees of a check. What is missing at any level is empty there; only a check without an HTTP request is
 // an error.

@@ -78,16 +78,16 @@ type limitReport struct {
 func newLimitTable(metrics prometheus.Registerer) *limitTable {
 	t := &limitTable{
 		decisions: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "sluice_limit_decisions_total", Help: "Each limit's own verdicts, also where another limit denied.",
+			Name: "sluice_limit_decisions_total", Help: "Total number of decisions of each limit, by decision.",
 		}, []string{"limit", "decision"}),
 		rejections: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "sluice_rejections_total", Help: "Requests that an enforced limit denied.",
+			Name: "sluice_rejections_total", Help: "Total number of requests that an enforced limit denied.",
 		}, []string{"limit"}),
 		taken: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "sluice_tokens_taken_total", Help: "Tokens that were taken.",
+			Name: "sluice_tokens_taken_total", Help: "Total number of tokens taken.",
 		}, []string{"limit"}),
 		ratio: prometheus.NewHistogramVec(prometheus.HistogramOpts{
-			Name: "sluice_tokens_remaining_ratio", Help: "The part of the burst that a check left, 0 to 1.",
+			Name: "sluice_tokens_remaining_ratio", Help: "Fraction of the burst remaining after a check.",
 			Buckets: []float64{0, .05, .1, .25, .5, .75, .9, 1},
 		}, []string{"limit"}),
 		now: time.Now,
