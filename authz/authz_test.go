@@ -54,10 +54,7 @@ var failed = limiter.Verdict{Err: &limiter.StoreError{Kind: limiter.KindTimeout,
 // newServer is a server on a config and a store, and what it counts and logs.
 func newServer(t testing.TB, config string, store limiter.Store) (*Server, *prometheus.Registry, *observer.ObservedLogs) {
 	t.Helper()
-	return serverOf(configOf(t, config), store)
-}
-
-func serverOf(c *policy.Config, store limiter.Store) (*Server, *prometheus.Registry, *observer.ObservedLogs) {
+	c := configOf(t, config)
 	core, logs := observer.New(zap.DebugLevel)
 	registry := prometheus.NewRegistry()
 	s := New(Options{Config: c, Store: store, Log: zap.New(core), Metrics: registry})

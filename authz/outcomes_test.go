@@ -13,7 +13,6 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/sluiceproxy/sluice/limiter"
-	"github.com/sluiceproxy/sluice/limiter/policy"
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
@@ -118,14 +117,14 @@ func testOutcomesOf(t *testing.T, store, looking limiter.Store, fail func(key st
 		for b := range limitKinds {
 			for c := range limitKinds {
 				kinds := [3]string{limitKinds[a], limitKinds[b], limitKinds[c]}
-				var text strings.Builder
-				text.WriteString("local_share: 1\nlimits:\n")
+				var config strings.Builder
+				config.WriteString("local_share: 1\nlimits:\n")
 				for i, kind := range kinds {
 					// A header that is not sent denies, whatever the bucket holds.
-					fmt.Fprintf(&text, "- {name: l%d, rate: 1/d, burst: 5, key: 'request.headers[\"x-%[1]d\"]', "+
+					fmt.Fprintf(&config, "- {name: l%d, rate: 1/d, burst: 5, key: 'request.headers[\"x-%[1]d\"]', "+
 						"absent: deny, %s}\n", i, kind)
 				}
-				config := configOf(t, text.String())
+				s, registry, _ := newServer(t, config.String(), store)
 				for _, x := range buckets {
 					for _, y := range buckets {
 						for _, z := range buckets {
@@ -133,7 +132,7 @@ func testOutcomesOf(t *testing.T, store, looking limiter.Store, fail func(key st
 								continue
 							}
 							runs++
-							testOutcome(t, config, store, looking, fail, kinds, [3]int{x, y, z}, runs)
+							testOutcome(t, s, registry, looking, fail, kinds, [3]int{x, y, z}, runs)
 						}
 					}
 				}
@@ -146,9 +145,11 @@ func testOutcomesOf(t *testing.T, store, looking limiter.Store, fail func(key st
 	}
 }
 
-func testOutcome(t *testing.T, config *policy.Config, store, looking limiter.Store, fail func(string), kinds [3]string, buckets [3]int, run int) {
+func testOutcome(
+	t *testing.T, s *Server, registry *prometheus.Registry, looking limiter.Store, fail func(string),
+	kinds [3]string, buckets [3]int, run int,
+) {
 	t.Helper()
-	s, registry, _ := serverOf(config, store)
 	check := checkOf()
 	headers := check.GetAttributes().GetRequest().GetHttp().GetHeaders()
 	for i, bucket := range buckets {
@@ -172,6 +173,7 @@ func testOutcome(t *testing.T, config *policy.Config, store, looking limiter.Sto
 		t.Errorf("%v, buckets %v: %s", kinds, buckets, fmt.Sprintf(format, args...))
 	}
 
+	countBefore, takenBefore := countOf(t, registry, counted), takenOf(s)
 	answer, err := s.Check(t.Context(), check)
 	switch {
 	case decision == "delegated":
@@ -185,13 +187,10 @@ func testOutcome(t *testing.T, config *policy.Config, store, looking limiter.Sto
 			complain("metadata say %s, want %s", got, decision)
 		}
 	}
-	if got := countOf(t, registry, counted); got != 1 {
-		complain("sluice_checks_total{decision=%q} is %v, want 1", counted, got)
+	if got := countOf(t, registry, counted) - countBefore; got != 1 {
+		complain("sluice_checks_total{decision=%q} rose by %v, want 1", counted, got)
 	}
-	totals := map[string]LimitTotals{}
-	for _, l := range s.Limits() {
-		totals[l.Name] = l
-	}
+	takenAfter := takenOf(s)
 	for i, bucket := range buckets {
 		if bucket != bucketAllows {
 			continue
@@ -204,10 +203,20 @@ func testOutcome(t *testing.T, config *policy.Config, store, looking limiter.Sto
 		if got != want {
 			complain("bucket %d holds %d tokens, want %d", i, got, want)
 		}
-		if got := totals[fmt.Sprint("l", i)].Taken; taken != (got == 1) {
-			complain("%d tokens of l%d counted as taken, want %v", got, i, taken)
+		name := fmt.Sprint("l", i)
+		if got := takenAfter[name] - takenBefore[name]; taken != (got == 1) {
+			complain("%d tokens of %s counted as taken, want %v", got, name, taken)
 		}
 	}
+}
+
+// takenOf returns how many tokens were counted as taken, by limit.
+func takenOf(s *Server) map[string]uint64 {
+	taken := map[string]uint64{}
+	for _, l := range s.Limits() {
+		taken[l.Name] = l.Taken
+	}
+	return taken
 }
 
 // countOf is how many checks were counted as a decision.
