@@ -337,15 +337,22 @@ metadata cost=null decision="invalid" limit=null remaining=null shadow=[] source
 	}
 }
 
-// Every outcome is told in some manner, and named in the metadata.
-func TestOutcomesAreTold(t *testing.T) {
+func TestEveryOutcomeHasAClass(t *testing.T) {
 	for _, o := range limiter.Outcomes {
-		if _, ok := manners[o]; !ok {
-			t.Errorf("%v has no manner", o)
+		if int(o) >= len(classes) || classes[o].disposition == 0 {
+			t.Errorf("%v has no class", o)
 		}
 	}
-	if len(manners) != len(limiter.Outcomes) || len(sources) != int(limiter.CeilingSource)+1 {
-		t.Error("more manners than outcomes, or not all sources")
+	if len(classes) != len(limiter.Outcomes) {
+		t.Errorf("%d classes of %d outcomes", len(classes), len(limiter.Outcomes))
+	}
+	for source, name := range sourceNames {
+		if name == "" {
+			t.Errorf("source %d has no name", source)
+		}
+	}
+	if len(sourceNames) != int(limiter.CeilingSource)+1 {
+		t.Errorf("%d names of sources", len(sourceNames))
 	}
 }
 
@@ -425,8 +432,8 @@ func TestDenialsAreLoggedSampled(t *testing.T) {
 	var got []string
 	deny := func(n int) {
 		for range n {
-			if leftOut, is := s.next(at); is {
-				got = append(got, fmt.Sprint(s.seen.Load(), " left out ", leftOut))
+			if suppressed, is := s.next(at); is {
+				got = append(got, fmt.Sprint(s.events.Load(), " left out ", suppressed))
 			}
 		}
 	}
@@ -443,21 +450,21 @@ func TestDenialsAreLoggedSampled(t *testing.T) {
 
 	// Of many at once none is lost: what was logged and what was left out are all that there were.
 	var many sampler
-	var logged, leftOut atomic.Uint64
+	var logged, suppressed atomic.Uint64
 	var wg sync.WaitGroup
 	for range 4 {
 		wg.Go(func() {
 			for range 10_000 {
 				if n, is := many.next(at); is {
 					logged.Add(1)
-					leftOut.Add(n)
+					suppressed.Add(n)
 				}
 			}
 		})
 	}
 	wg.Wait()
-	if rest := many.seen.Load() - many.told.Load(); logged.Load()+leftOut.Load()+rest != 40_000 || logged.Load() < 30 || logged.Load() > 41 {
-		t.Errorf("%d logged, %d left out, %d since", logged.Load(), leftOut.Load(), rest)
+	if rest := many.events.Load() - many.logged.Load(); logged.Load()+suppressed.Load()+rest != 40_000 || logged.Load() < 30 || logged.Load() > 41 {
+		t.Errorf("%d logged, %d left out, %d since", logged.Load(), suppressed.Load(), rest)
 	}
 }
 
@@ -527,7 +534,7 @@ func TestRead(t *testing.T) {
 		"pipe": {pipe, "GET https shop.example.com / HTTP/2 map[] { 0 } { 0 } map[]"},
 		"bare": {bare, "     map[] { 0 } { 0 } map[]"},
 	} {
-		r, err := read(tt.check)
+		r, err := requestOf(tt.check)
 		if err != nil {
 			t.Errorf("%s: %v", name, err)
 			continue
@@ -538,7 +545,7 @@ func TestRead(t *testing.T) {
 		}
 	}
 	for i, check := range []*authv3.CheckRequest{nil, {}, {Attributes: &authv3.AttributeContext{}}, {Attributes: &authv3.AttributeContext{Request: &authv3.AttributeContext_Request{}}}} {
-		if _, err := read(check); !errors.Is(err, errNoHTTP) {
+		if _, err := requestOf(check); !errors.Is(err, errNoHTTP) {
 			t.Errorf("%d: %v", i, err)
 		}
 	}
@@ -577,8 +584,8 @@ func TestCallerHungUp(t *testing.T) {
 	if _, err := s.Check(ctx, checkOf()); status.Code(err) != codes.Canceled {
 		t.Error(err)
 	}
-	if n := testutil.ToFloat64(s.report.checks[limiter.Canceled]); n != 1 || logs.Len() != 0 || len(s.report.last.told()) != 0 {
-		t.Errorf("%v canceled; logged %v; denials %v", n, logs.All(), s.report.last.told())
+	if n := testutil.ToFloat64(s.report.checks[limiter.Canceled]); n != 1 || logs.Len() != 0 || len(s.report.denials.list()) != 0 {
+		t.Errorf("%v canceled; logged %v; denials %v", n, logs.All(), s.report.denials.list())
 	}
 	if n, err := testutil.GatherAndCount(registry, "sluice_checks_total"); err != nil || n != len(limiter.Outcomes) {
 		t.Errorf("%d decisions, %v", n, err)

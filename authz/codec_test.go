@@ -27,7 +27,7 @@ func (s *Server) Check(ctx context.Context, check *authv3.CheckRequest) (*authv3
 	if err != nil {
 		return nil, err
 	}
-	answer, err := s.check(ctx, &question{string(wire)})
+	answer, err := s.check(ctx, &rawRequest{string(wire)})
 	if err != nil {
 		return nil, err
 	}
@@ -36,7 +36,7 @@ func (s *Server) Check(ctx context.Context, check *authv3.CheckRequest) (*authv3
 }
 
 // agree holds parse to the generated code.
-func agree(t interface{ Errorf(string, ...any) }, wire []byte) (isCheck, isQuick bool) {
+func agree(t interface{ Errorf(string, ...any) }, wire []byte) (isCheck, isFast bool) {
 	var check authv3.CheckRequest
 	got, err := parse(string(wire))
 	if proto.Unmarshal(wire, &check) != nil {
@@ -46,7 +46,7 @@ func agree(t interface{ Errorf(string, ...any) }, wire []byte) (isCheck, isQuick
 		}
 		return false, false
 	}
-	want, wantErr := read(&check)
+	want, wantErr := requestOf(&check)
 	if !errors.Is(err, wantErr) {
 		t.Errorf("%q: %v, want %v", wire, err, wantErr)
 	}
@@ -61,8 +61,8 @@ func agree(t interface{ Errorf(string, ...any) }, wire []byte) (isCheck, isQuick
 	})) {
 		t.Errorf("%q: %s", wire, cmp.Diff(got, want, protocmp.Transform()))
 	}
-	_, isQuick = quickly(string(wire), &policy.Request{})
-	return true, isQuick
+	_, isFast = parseFast(string(wire), &policy.Request{})
+	return true, isFast
 }
 
 // Checks of any form are read as the generated code reads them: with and without each field, and pieced together of two, as protobuf merges them.
@@ -138,7 +138,7 @@ func TestParseAgrees(t *testing.T) {
 			}
 			wire = append(wire, piece...)
 		}
-		if _, isQuick := agree(t, wire); isQuick {
+		if _, isFast := agree(t, wire); isFast {
 			quick++
 		}
 		// Cut anywhere it is still no panic.
@@ -195,7 +195,7 @@ func FuzzParseCheck(f *testing.F) {
 	f.Add([]byte("\x0a\x04\x0a\x02\x0a\x00"))
 	f.Add([]byte("\x0a\x02\x22\x00"))
 	f.Fuzz(func(t *testing.T, wire []byte) {
-		if _, isQuick := agree(t, wire); !isQuick {
+		if _, isFast := agree(t, wire); !isFast {
 			return // groups are read by the generated code only
 		}
 		with, err := parse(string(wire))
@@ -275,7 +275,7 @@ func benchmarkParse(b *testing.B, check *authv3.CheckRequest) {
 			if err := proto.Unmarshal(wire, &check); err != nil {
 				b.Fatal(err)
 			}
-			if _, err := read(&check); err != nil {
+			if _, err := requestOf(&check); err != nil {
 				b.Fatal(err)
 			}
 		}

@@ -107,7 +107,7 @@ func TestUse(t *testing.T) {
 	}
 	configs := []*policy.Config{version(501), version(502)}
 	s, registry, _ := newServer(t, "", said{failed})
-	s.Use(configs[0])
+	s.SetConfig(configs[0])
 	var wg sync.WaitGroup
 	for range 4 {
 		wg.Go(func() {
@@ -120,7 +120,7 @@ func TestUse(t *testing.T) {
 		})
 	}
 	for i := range 500 {
-		s.Use(configs[i%2])
+		s.SetConfig(configs[i%2])
 	}
 	wg.Wait()
 	if r, _ := s.Check(t.Context(), checkOf()); r.GetDeniedResponse().GetStatus().GetCode() != 502 {
@@ -166,11 +166,11 @@ func TestNamesAreBounded(t *testing.T) {
 	if n := len(s.report.limits.all()); n != maxConfigLimits+maxRouteLimits+1 { // and the shared shadow
 		t.Errorf("%d names", n)
 	}
-	for i := range maxTold + 10 {
+	for i := range maxLoggedMistakes + 10 {
 		s.report.mistaken(&policy.RuleError{Limit: fmt.Sprint("late-", i), Field: "cost", Err: errNoHTTP})
 	}
-	if !counts(t, registry, `sluice_config_mistakes_total{field="cost",limit="_other"} 10`) || len(s.report.told) != maxTold {
-		t.Errorf("%d mistakes told", len(s.report.told))
+	if !counts(t, registry, `sluice_config_mistakes_total{field="cost",limit="_other"} 10`) || len(s.report.loggedMistakes) != maxLoggedMistakes {
+		t.Errorf("%d mistakes told", len(s.report.loggedMistakes))
 	}
 }
 

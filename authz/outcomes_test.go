@@ -157,7 +157,7 @@ func testOutcome(
 			headers[fmt.Sprint("x-", i)] = fmt.Sprint("run ", run, " key ", i)
 		}
 	}
-	request, err := read(check)
+	request, err := requestOf(check)
 	if err != nil {
 		t.Fatal(err)
 	}

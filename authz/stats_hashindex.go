@@ -2,49 +2,54 @@ package authz
 
 import "hash/maphash"
 
-// seed is the hash's of all keys here: another in each process, so that no client can choose keys that fall together.
+// seed differs between processes, so no client can choose keys whose hashes
+// collide.
 var seed = maphash.MakeSeed()
 
 func hashOf(key string) uint32 { return uint32(maphash.String(seed, key)) }
 
-// places says at which of at most half as many positions a key is kept, by its hash: a table with open addressing. With maps each check hashed its
-// key for each of them, and a flood of new keys three times for each. The zero value is empty.
-type places [256]place
+// hashIndex is an open-addressing hash table from the hash of a key to the
+// position of the key in another array. It holds at most 128 positions, each
+// below 255. With maps a check would hash its key once for each map, and a
+// flood of new keys three times. The zero value is empty.
+type hashIndex [256]hashSlot
 
-type place struct {
+type hashSlot struct {
 	hash uint32
-	at   uint8 // the position, and 1; 0: nobody is here
+	at   uint8 // the position plus 1; 0 if the slot is empty
 }
 
-// find returns the position of a key with that hash for which is says so.
-func (p *places) find(hash uint32, is func(at int) bool) (at int, ok bool) {
-	for i := uint8(hash); p[i].at != 0; i++ {
-		if at := int(p[i].at) - 1; p[i].hash == hash && is(at) {
+// find returns the position of a key with the given hash for which matches
+// reports true.
+func (x *hashIndex) find(hash uint32, matches func(at int) bool) (at int, ok bool) {
+	for i := uint8(hash); x[i].at != 0; i++ {
+		if at := int(x[i].at) - 1; x[i].hash == hash && matches(at) {
 			return at, true
 		}
 	}
 	return 0, false
 }
 
-// put adds a position.
-func (p *places) put(hash uint32, at int) {
+// insert adds a position.
+func (x *hashIndex) insert(hash uint32, at int) {
 	i := uint8(hash)
-	for p[i].at != 0 {
+	for x[i].at != 0 {
 		i++
 	}
-	p[i] = place{hash, uint8(at + 1)}
+	x[i] = hashSlot{hash, uint8(at + 1)}
 }
 
-// remove takes away a position that is there, and closes the gap, so that what stands behind it is found.
-func (p *places) remove(hash uint32, at int) {
+// remove removes a position, which must be present. It moves later slots into
+// the gap, so that find still reaches them.
+func (x *hashIndex) remove(hash uint32, at int) {
 	gap := uint8(hash)
-	for int(p[gap].at) != at+1 {
+	for int(x[gap].at) != at+1 {
 		gap++
 	}
-	for i := gap + 1; p[i].at != 0; i++ {
-		if home := uint8(p[i].hash); i-home >= i-gap { // it may stand at the gap, too
-			p[gap], gap = p[i], i
+	for i := gap + 1; x[i].at != 0; i++ {
+		if home := uint8(x[i].hash); i-home >= i-gap { // the gap is between home and i
+			x[gap], gap = x[i], i
 		}
 	}
-	p[gap] = place{}
+	x[gap] = hashSlot{}
 }

@@ -8,63 +8,70 @@ import (
 	"time"
 )
 
-// Who asks most, and who is denied most, is kept for each limit by the Space-Saving sketch (Metwally, Agrawal and El Abbadi: Efficient
-// Computation of Frequent and Top-k Elements in Data Streams, 2005): so many keys have a counter, and a key that has none takes over the
-// least one, with its count as the error. Every key with more than a 64th of a limit's requests is among them, whatever the others do. The
-// sketch is some forty lines, and what is told needs its error and its window.
+// The keys of a limit with the most requests and with the most denials are
+// counted by the Space-Saving sketch (Metwally, Agrawal and El Abbadi: Efficient
+// Computation of Frequent and Top-k Elements in Data Streams, 2005). It has a
+// fixed number of counters. A key without a counter takes over the lowest one,
+// whose count becomes the key's possible error. Every key with more than a 64th
+// of the requests of a limit is among the counted ones, whatever the others do.
 
 const (
-	topKeys = 64 // counters of one sketch
-	// topWindow is how long a sketch counts until another takes its place. What is told is of the last one and of this one.
+	// sketchSize is the number of counters of a sketch.
+	sketchSize = 64
+	// topWindow is how long a sketch counts until it is replaced. The counts of
+	// the current and the previous sketch are added up.
 	topWindow = 5 * time.Minute
-	// maxTops is how many limits have sketches: some 20 kB each, and 64 kB more
-	// where all keys are of longestTop.
-	maxTops = 100
-	// longestTop bounds a key's text; what is longer is cut, and told apart no more after that.
-	longestTop = 256
+	// maxTopKeys is the number of limits that have sketches. They take some
+	// 20 kB for each limit, and 64 kB more if all keys have maxTopKey bytes.
+	maxTopKeys = 100
+	// maxTopKey is the maximum key length in bytes. Longer keys are truncated,
+	// so keys with the same prefix are counted together.
+	maxTopKey = 256
 )
 
-// sketch counts keys. The zero value is an empty one.
+// sketch counts keys. The zero value is empty.
 type sketch struct {
-	index  places // of keys in the arrays
-	used   int    // of them
-	keys   [topKeys]string
-	hashes [topKeys]uint32
-	counts [topKeys]uint64
-	over   [topKeys]uint64 // by how much a count may be too high
-	// No count is below least. One that equals it, if there is any, is looked for from next on, so that mostly few have to be looked at.
+	index  hashIndex // of the keys in the arrays
+	used   int       // the number of keys
+	keys   [sketchSize]string
+	hashes [sketchSize]uint32
+	counts [sketchSize]uint64
+	over   [sketchSize]uint64 // by how much a count may be too high
+	// No count is below least. The search for a count that equals least starts
+	// at next, so that it mostly looks at few.
 	least uint64
 	next  int
 }
 
-// add counts a key, whose hash is given, as both sketches of a top want it.
+// add counts a key with the given hash.
 func (s *sketch) add(key string, hash uint32) {
 	if at, ok := s.find(key, hash); ok {
 		s.counts[at]++
 		return
 	}
 	at := s.used
-	if at < topKeys {
+	if at < sketchSize {
 		s.used++
 	} else {
 		at = s.leastAt()
 		s.index.remove(s.hashes[at], at)
 	}
-	s.index.put(hash, at)
+	s.index.insert(hash, at)
 	s.keys[at], s.hashes[at], s.over[at] = key, hash, s.counts[at]
 	s.counts[at]++
 }
 
+// find returns the position of a key.
 func (s *sketch) find(key string, hash uint32) (at int, ok bool) {
 	return s.index.find(hash, func(at int) bool { return s.keys[at] == key })
 }
 
-// leastAt is where a least count stands.
+// leastAt returns the position of a lowest count.
 func (s *sketch) leastAt() int {
 	for {
-		for range topKeys {
+		for range sketchSize {
 			at := s.next
-			s.next = (at + 1) % topKeys
+			s.next = (at + 1) % sketchSize
 			if s.counts[at] == s.least {
 				return at
 			}
@@ -73,71 +80,85 @@ func (s *sketch) leastAt() int {
 	}
 }
 
-// top is a limit's. It is safe for concurrent use.
-type top struct {
-	mu    sync.Mutex
-	began time.Time  // when the current window did
-	last  *[2]sketch // the window before, of requests and of denials
-	now   *[2]sketch
+// topKeys counts the keys of a limit. It is safe for concurrent use.
+type topKeys struct {
+	mu       sync.Mutex
+	began    time.Time // when the current window began
+	previous *window
+	current  *window
 }
 
-func newTop() *top { return &top{last: new([2]sketch), now: new([2]sketch)} }
+// window has the sketches of one window.
+type window struct{ requests, denials sketch }
 
-// add counts a request with a key of the limit's.
-func (t *top) add(key string, denied bool, now time.Time) {
-	if len(key) > longestTop {
-		key = strings.Clone(key[:longestTop]) // and not the whole behind it
+func newTopKeys() *topKeys { return &topKeys{previous: new(window), current: new(window)} }
+
+// add counts a request with a key.
+func (t *topKeys) add(key string, denied bool, now time.Time) {
+	if len(key) > maxTopKey {
+		key = strings.Clone(key[:maxTopKey]) // does not keep the whole key in memory
 	}
 	hash := hashOf(key)
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.turn(now)
-	t.now[0].add(key, hash)
+	t.rotateLocked(now)
+	t.current.requests.add(key, hash)
 	if denied {
-		t.now[1].add(key, hash)
+		t.current.denials.add(key, hash)
 	}
 }
 
-// turn begins another window where it is time to. The caller holds mu.
-func (t *top) turn(now time.Time) {
+// rotateLocked begins a new window if the current one is over.
+func (t *topKeys) rotateLocked(now time.Time) {
 	past := now.Sub(t.began)
 	if past < topWindow {
 		return
 	}
-	t.last, t.now = t.now, t.last
-	*t.now = [2]sketch{}
-	if past >= 2*topWindow { // nobody asked for a whole one
-		*t.last = [2]sketch{}
+	t.previous, t.current = t.current, t.previous
+	*t.current = window{}
+	if past >= 2*topWindow { // a whole window without a request
+		*t.previous = window{}
 	}
 	t.began = now
 }
 
-// TopKey is a key that a limit saw often.
+// TopKey is a key with many requests or denials.
 type TopKey struct {
-	Key   string // as it stands in Redis between its braces
-	Count uint64 // in the last five to ten minutes
-	Over  uint64 // by how much Count may be too high, since keys took each other's place
+	// Key is the part of the Redis key between its braces, at most 256 bytes.
+	Key string
+	// Count is the number of requests or denials in the last five to ten
+	// minutes.
+	Count uint64
+	// Over is by how much Count may be too high, because the key has taken over
+	// another key's counter.
+	Over uint64
 }
 
-// told returns the keys with the most requests, and those with the most denials, at most n each.
-func (t *top) told(n int, now time.Time) (requests, denials []TopKey) {
+// list returns the keys with the most requests, and those with the most denials,
+// at most n each.
+func (t *topKeys) list(n int, now time.Time) (requests, denials []TopKey) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.turn(now)
-	var both [2][]TopKey
-	for i := range both {
-		sums := make(map[string]TopKey)
-		for _, s := range []*sketch{&t.now[i], &t.last[i]} {
-			for at, key := range s.keys[:s.used] {
-				k := sums[key]
-				sums[key] = TopKey{Key: key, Count: k.Count + s.counts[at], Over: k.Over + s.over[at]}
-			}
+	t.rotateLocked(now)
+	return highest(n, &t.current.requests, &t.previous.requests), highest(n, &t.current.denials, &t.previous.denials)
+}
+
+// highest returns at most n keys of two sketches with the highest sums of their
+// counts, the highest first.
+func highest(n int, current, previous *sketch) []TopKey {
+	sums := make(map[string]TopKey)
+	for _, s := range []*sketch{current, previous} {
+		for at, key := range s.keys[:s.used] {
+			k := sums[key]
+			sums[key] = TopKey{Key: key, Count: k.Count + s.counts[at], Over: k.Over + s.over[at]}
 		}
-		for _, k := range sums {
-			both[i] = append(both[i], k)
-		}
-		slices.SortFunc(both[i], func(a, b TopKey) int { return cmp.Or(cmp.Compare(b.Count, a.Count), cmp.Compare(a.Key, b.Key)) })
-		both[i] = both[i][:min(n, len(both[i]))]
 	}
-	return both[0], both[1]
+	var all []TopKey
+	for _, k := range sums {
+		all = append(all, k)
+	}
+	slices.SortFunc(all, func(a, b TopKey) int {
+		return cmp.Or(cmp.Compare(b.Count, a.Count), cmp.Compare(a.Key, b.Key))
+	})
+	return all[:min(n, len(all))]
 }

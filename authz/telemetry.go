@@ -18,12 +18,14 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/policy"
 )
 
-// report is where checks become metrics and log lines. Labels hold names from the config only, and nothing that a client sent is
-// logged but a request id of harmless form. It is safe for concurrent use.
+// report turns checks into metrics, log lines and statistics. Metric labels are
+// names from the config only. Of what a client sent, only a well-formed request
+// ID is logged. It is safe for concurrent use.
 type report struct {
 	log *zap.Logger
-	// seldom logs at most one line a second of each message, for what comes with every request while it lasts.
-	seldom *zap.Logger
+	// throttled logs at most one line a second of each message. It is for
+	// what every request may cause.
+	throttled *zap.Logger
 
 	checks   []prometheus.Counter // by outcome
 	seconds  prometheus.Histogram
@@ -31,39 +33,47 @@ type report struct {
 	tooLarge prometheus.Counter
 	mistakes *prometheus.CounterVec
 
-	limits *limitTable
+	limits  *limitTable
+	denials *denials
 
-	last *denials
-
-	mu   sync.Mutex      // guards told
-	told map[string]bool // the mistakes of the config in force that were logged
+	mu sync.Mutex // guards loggedMistakes
+	// loggedMistakes has the errors of the config in force that were logged.
+	loggedMistakes map[mistake]bool
 }
 
-// maxTold bounds the mistakes that are remembered as logged. Those of Envoy's
-// routes have any number of names.
-const maxTold = 10_000
+// mistake identifies an error in the config.
+type mistake struct{ limit, field string }
 
-// The denials of one limit that are logged: the first, and then one in so many, or the first after so long.
+// maxLoggedMistakes is the maximum size of report.loggedMistakes. The limits of
+// Envoy's routes can have any number of names.
+const maxLoggedMistakes = 10_000
+
+// Of the denials of a limit the first is logged, and then one of every logEvery
+// or the first after logAtMost, whichever comes first.
 const (
 	logEvery  = 1000
 	logAtMost = time.Minute
 )
 
-// sampler says which of many are logged. It is safe for concurrent use.
+// sampler selects the events that are logged. The zero value logs the first
+// event. It is safe for concurrent use.
 type sampler struct {
-	seen, told atomic.Uint64 // how many there were, and the number of the one that was logged last
-	toldAt     atomic.Int64  // when that was, in nanoseconds since 1970
+	events   atomic.Uint64 // how many there were
+	logged   atomic.Uint64 // the number of the event that was logged last, from 1
+	loggedAt atomic.Int64  // when that was, in nanoseconds since 1970
 }
 
-// next counts one more, and reports whether it is to be logged and how many were left out since the last that was.
-func (s *sampler) next(now time.Time) (leftOut uint64, is bool) {
-	told := s.told.Load()
-	n := s.seen.Add(1)
-	if told > 0 && n-told < logEvery && now.UnixNano()-s.toldAt.Load() < int64(logAtMost) {
+// next counts an event. It reports whether to log it, and if so how many events
+// since the last one that was logged were suppressed.
+func (s *sampler) next(now time.Time) (suppressed uint64, ok bool) {
+	logged := s.logged.Load()
+	n := s.events.Add(1)
+	if logged > 0 && n-logged < logEvery && now.UnixNano()-s.loggedAt.Load() < int64(logAtMost) {
 		return 0, false
 	}
-	s.toldAt.Store(now.UnixNano())
-	return n - told - 1, s.told.CompareAndSwap(told, n) // or another is, at the same time
+	s.loggedAt.Store(now.UnixNano())
+	// If this fails, a concurrent event is logged instead.
+	return n - logged - 1, s.logged.CompareAndSwap(logged, n)
 }
 
 func newReport(log *zap.Logger, metrics prometheus.Registerer) *report {
@@ -73,11 +83,12 @@ func newReport(log *zap.Logger, metrics prometheus.Registerer) *report {
 	r := &report{
 		log:    log,
 		limits: newLimitTable(metrics),
-		seldom: log.WithOptions(zap.WrapCore(func(c zapcore.Core) zapcore.Core {
+		throttled: log.WithOptions(zap.WrapCore(func(c zapcore.Core) zapcore.Core {
 			return zapcore.NewSamplerWithOptions(c, time.Second, 1, 0)
 		})),
 		seconds: prometheus.NewHistogram(prometheus.HistogramOpts{
-			Name: "sluice_check_seconds", Help: "Duration of checks in seconds, including the store.",
+			Name:    "sluice_check_seconds",
+			Help:    "Duration of checks in seconds, including the store.",
 			Buckets: []float64{.00005, .0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1},
 		}),
 		panics: prometheus.NewCounter(prometheus.CounterOpts{
@@ -88,10 +99,11 @@ func newReport(log *zap.Logger, metrics prometheus.Registerer) *report {
 			Help: fmt.Sprintf("Total number of checks larger than %d MiB, which got no decision.", maxMessage>>20),
 		}),
 		mistakes: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "sluice_config_mistakes_total", Help: "Total number of checks that revealed an error in the config, by limit and field.",
+			Name: "sluice_config_mistakes_total",
+			Help: "Total number of checks that revealed an error in the config, by limit and field.",
 		}, []string{"limit", "field"}),
-		last: newDenials(),
-		told: make(map[string]bool),
+		denials:        newDenials(),
+		loggedMistakes: make(map[mistake]bool),
 	}
 	for _, o := range limiter.Outcomes {
 		r.checks = append(r.checks, checks.WithLabelValues(o.String()))
@@ -106,58 +118,56 @@ func (r *report) setConfig(config *policy.Config) {
 	r.limits.setLimits(config.Limits())
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	clear(r.told)
+	clear(r.loggedMistakes)
 	r.mistakes.Reset()
 }
 
-// checked counts a check that began then and ends now, and logs what an operator should see of it.
-func (r *report) checked(v *verdict, began time.Time) {
+// checked counts a check that began at began and ends now, and logs what an
+// operator should see of it.
+func (r *report) checked(check *checkState, began time.Time) {
 	now := time.Now()
-	d := &v.decision
-	outcome := d.Outcome
-	if d.Local && (outcome == limiter.Allowed || outcome == limiter.Limited) {
-		outcome = limiter.FailedLocal
-	}
+	d := &check.decision
+	outcome := countedAs(d)
 	r.checks[outcome].Inc()
-	if v.span == nil {
+	if check.span == nil {
 		r.seconds.Observe(now.Sub(began).Seconds())
 	} else {
-		observe(r.seconds, now.Sub(began).Seconds(), v.span)
-		endSpan(v, outcome, now)
+		observe(r.seconds, now.Sub(began).Seconds(), check.span)
+		endSpan(check, outcome, now)
 	}
-	passed := manners[d.Outcome] == pass
 	for i := range d.Charges {
-		c, told := &d.Charges[i], &d.Verdicts[i]
-		if told.Err != nil {
-			if !errors.Is(told.Err, context.Canceled) {
-				r.failed(c, told)
+		c, v := &d.Charges[i], &d.Verdicts[i]
+		if v.Err != nil {
+			if !errors.Is(v.Err, context.Canceled) {
+				r.failed(c, v)
 			}
 			continue
 		}
-		if !told.Known() {
+		if !v.Known() {
 			continue
 		}
-		l := r.limits.forLimit(v.config, c.Limit)
-		r.charged(l, c, told, d.Outcome.Spends(), now)
+		l := r.limits.forLimit(check.config, c.Limit)
+		r.charged(l, c, v, d.Outcome.Spends(), now)
 		if d.Outcome == limiter.Limited && i == d.Telling {
-			r.denied(l, c, v, now)
+			r.denied(l, c, check, now)
 		}
 	}
-	for _, l := range v.unlimited {
-		r.limits.forLimit(v.config, l).allowed.Inc()
+	for _, l := range check.unlimited {
+		r.limits.forLimit(check.config, l).allowed.Inc()
 	}
-	for _, m := range v.mistakes {
+	for _, m := range check.mistakes {
 		r.mistaken(m)
 	}
-	if !passed && d.Outcome != limiter.Canceled {
-		r.last.note(v, now)
+	if isDenial(d.Outcome) {
+		r.denials.add(check, now)
 	}
 }
 
-// denied logs a denial by a limit: at debug each, else some of them.
-func (r *report) denied(l *limitReport, charge *limiter.Charge, v *verdict, now time.Time) {
-	told := &v.decision.Verdicts[v.decision.Telling]
-	leftOut, sampled := l.denials.next(now)
+// denied logs a denial by a limit: at the debug level all of them, at info a
+// sample.
+func (r *report) denied(l *limitReport, c *limiter.Charge, check *checkState, now time.Time) {
+	v := &check.decision.Verdicts[check.decision.Telling]
+	suppressed, sampled := l.denials.next(now)
 	level := zap.DebugLevel
 	if sampled {
 		level = zap.InfoLevel
@@ -166,28 +176,28 @@ func (r *report) denied(l *limitReport, charge *limiter.Charge, v *verdict, now 
 	if e == nil {
 		return
 	}
-	all := append(fields(charge, v), zap.Int64("remaining", told.Remaining))
-	if told.RetryAfter != limiter.Never {
-		all = append(all, zap.Float64("retry_after", told.RetryAfter.Seconds()))
+	all := append(fields(c, check), zap.Int64("remaining", v.Remaining))
+	if v.RetryAfter != limiter.Never {
+		all = append(all, zap.Float64("retry_after", v.RetryAfter.Seconds()))
 	}
 	if sampled {
-		all = append(all, zap.Uint64("suppressed", leftOut))
+		all = append(all, zap.Uint64("suppressed", suppressed))
 	}
 	e.Write(all...)
 }
 
-// failed logs that the store did not answer for a limit; the store counts it.
+// failed logs a store error. The store counts it.
 func (r *report) failed(c *limiter.Charge, v *limiter.Verdict) {
-	if e := r.seldom.Check(zap.WarnLevel, "store error: "+string(limiter.KindOf(v.Err))); e != nil {
+	if e := r.throttled.Check(zap.WarnLevel, "store error: "+string(limiter.KindOf(v.Err))); e != nil {
 		e.Write(zap.String("limit", c.Limit.Name), zap.String("domain", c.Limit.Domain), zap.Error(v.Err))
 	}
 }
 
-// charged counts a limit's verdict.
+// charged counts the verdict of a limit.
 func (r *report) charged(l *limitReport, c *limiter.Charge, v *limiter.Verdict, spends bool, now time.Time) {
 	l.ratio.Observe(float64(v.Remaining) / float64(c.Bucket.Burst()))
-	if t := r.limits.topOf(l); t != nil {
-		t.add(keyOf(c), !v.Allowed, now)
+	if k := r.limits.topKeysOf(l); k != nil {
+		k.add(keyOf(c), !v.Allowed, now)
 	}
 	if !v.Allowed {
 		l.limited.Inc()
@@ -202,56 +212,66 @@ func (r *report) charged(l *limitReport, c *limiter.Charge, v *limiter.Verdict, 
 	}
 }
 
-// fields are a log line's about a charge.
-func fields(c *limiter.Charge, v *verdict) []zap.Field {
+// fields returns the fields of a log line about a charge.
+func fields(c *limiter.Charge, check *checkState) []zap.Field {
 	all := []zap.Field{
-		zap.Stringer("decision", v.decision.Outcome), zap.String("limit", c.Limit.Name), zap.String("domain", c.Limit.Domain),
-		zap.String("key_hash", keyOf(c)), zap.Int64("cost", c.Cost),
+		zap.Stringer("decision", check.decision.Outcome),
+		zap.String("limit", c.Limit.Name),
+		zap.String("domain", c.Limit.Domain),
+		zap.String("key_hash", keyOf(c)),
+		zap.Int64("cost", c.Cost),
 	}
-	if id := requestID(v.request); id != "" {
+	if id := requestID(check.request); id != "" {
 		all = append(all, zap.String("request_id", id))
 	}
 	return all
 }
 
-// mistaken counts a mistake of the config each time, and logs it once. A check without HTTP in it is Envoy's config's.
+// mistaken counts a check that revealed an error in the config, and logs each
+// such error once. An err that is no *policy.RuleError, such as a check without
+// an HTTP request, is an error in Envoy's config and has no limit or field.
 func (r *report) mistaken(err error) {
-	limit, field, effect := "", "", "requests are refused"
+	var m mistake
+	effect := "requests are refused"
 	var rule *policy.RuleError
 	if errors.As(err, &rule) {
-		limit, field = rule.Limit, rule.Field
+		m = mistake{rule.Limit, rule.Field}
 		if rule.Shadow {
 			effect = "the shadow limit is skipped"
 		}
 	}
 	r.mu.Lock()
-	at := limit + "\n" + field
-	known := r.told[at]
-	if !known && len(r.told) >= maxTold {
-		limit, known = otherLimits, true // the limits of Envoy's routes have any number of names
-	}
-	if !known {
-		r.told[at] = true
+	isLogged := r.loggedMistakes[m]
+	switch {
+	case isLogged:
+	case len(r.loggedMistakes) >= maxLoggedMistakes:
+		m.limit, isLogged = otherLimits, true
+	default:
+		r.loggedMistakes[m] = true
 	}
 	r.mu.Unlock()
-	r.mistakes.WithLabelValues(limit, field).Inc()
-	if !known {
-		r.log.Error("config error: "+effect+" (logged once)", zap.String("limit", limit), zap.String("field", field), zap.Error(err))
+	r.mistakes.WithLabelValues(m.limit, m.field).Inc()
+	if !isLogged {
+		r.log.Error("config error: "+effect+" (logged once)",
+			zap.String("limit", m.limit), zap.String("field", m.field), zap.Error(err))
 	}
 }
 
-// notRead counts and logs a check that gRPC did not read, as it is larger than maxMessage. What ends it otherwise is the caller's doing.
+// notRead counts and logs a check that gRPC did not read because it is larger
+// than maxMessage. Other errors of reading a call are the caller's.
 func (r *report) notRead(err error) {
 	if status.Code(err) != codes.ResourceExhausted {
 		return
 	}
 	r.tooLarge.Inc()
-	r.seldom.Warn(fmt.Sprintf("check larger than %d MiB got no decision, so failure_mode_allow of Envoy's ext_authz filter applies: "+
-		"remove with_request_body from that filter, since sluice reads no bodies, or lower its max_request_bytes", maxMessage>>20))
+	r.throttled.Warn(fmt.Sprintf("check larger than %d MiB got no decision, "+
+		"so failure_mode_allow of Envoy's ext_authz filter applies: remove with_request_body from that filter, "+
+		"since sluice reads no bodies, or lower its max_request_bytes", maxMessage>>20))
 }
 
-// panicked counts and logs a panic. What the panic says may hold what a client sent, so only its type is logged, and where it was.
+// panicked counts and logs a panic. It logs the type of the panic's value and
+// the stack, but not the value, which may contain what a client sent.
 func (r *report) panicked(kind string, stack []byte) {
 	r.panics.Inc()
-	r.seldom.Error("check panicked", zap.String("panic", kind), zap.ByteString("stack", stack))
+	r.throttled.Error("check panicked", zap.String("panic", kind), zap.ByteString("stack", stack))
 }

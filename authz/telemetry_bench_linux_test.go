@@ -56,12 +56,12 @@ func silent() *grpc.ServiceDesc {
 	quiet.Methods = []grpc.MethodDesc{{
 		MethodName: "Check",
 		Handler: func(s any, ctx context.Context, decode func(any) error, _ grpc.UnaryServerInterceptor) (any, error) {
-			asked := new(question)
+			asked := new(rawRequest)
 			if err := decode(asked); err != nil {
 				return nil, err
 			}
-			v := verdict{config: s.(*Server).config.Load(), wire: asked.wire}
-			if err := s.(*Server).decide(ctx, asked, time.Time{}, &v); err != nil {
+			v := checkState{config: s.(*Server).config.Load(), wire: asked.wire}
+			if err := s.(*Server).decide(ctx, time.Time{}, &v); err != nil {
 				return nil, err
 			}
 			return s.(*Server).answer(&v)
@@ -101,7 +101,7 @@ func serveSide(side, url string) error {
 	s := New(Options{Config: config, Store: ceiling, Log: log, Metrics: metrics})
 	g := s.GRPC()
 	if side == "off" {
-		g = grpc.NewServer(transport()...)
+		g = grpc.NewServer(serverOptions()...)
 		g.RegisterService(silent(), s)
 	} else {
 		go func() { // a scrape each second, which is more than Prometheus and the page ask for together
@@ -122,7 +122,7 @@ func serveSide(side, url string) error {
 		if err := syscall.Getrusage(syscall.RUSAGE_SELF, &usage); err != nil {
 			return err
 		}
-		top, _ := s.Top("strangers", topKeys)
+		top, _ := s.Top("strangers", sketchSize)
 		if err := json.NewEncoder(os.Stdout).Encode(spent{
 			CPU:    time.Duration(usage.Utime.Nano() + usage.Stime.Nano()),
 			Peak:   int(usage.Maxrss),
@@ -219,8 +219,8 @@ func (s *reportingSide) load(path string, checks, from, clients int) time.Durati
 					s.b.Error(err)
 					return
 				}
-				var got question
-				if err := s.conns[c%len(s.conns)].Invoke(s.b.Context(), authv3.Authorization_Check_FullMethodName, &reply{wire: wire}, &got); err != nil {
+				var got rawRequest
+				if err := s.conns[c%len(s.conns)].Invoke(s.b.Context(), authv3.Authorization_Check_FullMethodName, &rawResponse{wire: wire}, &got); err != nil {
 					s.b.Error(err)
 					return
 				}
@@ -304,7 +304,7 @@ func BenchmarkReporting(b *testing.B) {
 							b.Errorf("%s: %d are counted as %v, want %d", s.name, said.Counts[outcome], outcome, want)
 						}
 					}
-					if want := topKeys * i; load.path == "/strangers" && said.Top != want {
+					if want := sketchSize * i; load.path == "/strangers" && said.Top != want {
 						b.Errorf("%s: %d keys are told", s.name, said.Top)
 					}
 					s.close()

@@ -20,9 +20,9 @@ func BenchmarkSeen(b *testing.B) {
 			s.report.log = zap.NewNop() // the tests' own writes each denial
 			config := s.config.Load()
 			limit, bucket := config.Limits()[0], bucketOf(b)
-			verdicts := make([]verdict, 1000)
+			verdicts := make([]checkState, 1000)
 			for i := range verdicts {
-				request, err := read(checkOf())
+				request, err := requestOf(checkOf())
 				if err != nil {
 					b.Fatal(err)
 				}
@@ -30,7 +30,7 @@ func BenchmarkSeen(b *testing.B) {
 				if told.Allowed {
 					outcome = limiter.Allowed
 				}
-				verdicts[i] = verdict{config: config, request: request, wire: strings.Repeat(" ", 1000), decision: limiter.Decision{
+				verdicts[i] = checkState{config: config, request: request, wire: strings.Repeat(" ", 1000), decision: limiter.Decision{
 					Outcome:  outcome,
 					Charges:  []limiter.Charge{{Limit: limit, Bucket: bucket, Key: fmt.Sprintf("sluice:default:a:{=9.10.0.0.%d}", i), Cost: 1}},
 					Verdicts: []limiter.Verdict{told},
@@ -39,9 +39,9 @@ func BenchmarkSeen(b *testing.B) {
 			b.ReportAllocs()
 			b.RunParallel(func(each *testing.PB) {
 				for i := 0; each.Next(); i++ {
-					s.calls.check.started.Inc()
+					s.metrics.check.started.Inc()
 					s.report.checked(&verdicts[i*7919%1000], time.Now())
-					s.calls.check.ended(nil)
+					s.metrics.check.completed(nil)
 				}
 			})
 			b.StopTimer()

@@ -15,10 +15,14 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/policy"
 )
 
-// startSpan begins a check's span. Where Envoy traces, it is a child of Envoy's own span of the call, which the call's metadata name. Where
-// Envoy does not, the request's headers hold what a client sent, who must neither decide what is sampled nor choose the ID of an
-// exemplar: the span is then the root of a trace of its own, with a link to the client's.
-func startSpan(ctx context.Context, tracer trace.Tracer, r *policy.Request, began time.Time) (context.Context, trace.Span) {
+// startSpan begins the span of a check. If Envoy traces, the parent is Envoy's
+// span of the call, which the metadata of the call name. Otherwise the trace
+// headers of the request are the client's, who must neither decide what is
+// sampled nor choose the trace ID of an exemplar. The span is then the root of
+// a new trace with a link to the client's span.
+func startSpan(
+	ctx context.Context, tracer trace.Tracer, r *policy.Request, began time.Time,
+) (context.Context, trace.Span) {
 	parent := propagation.MapCarrier{}
 	for _, name := range []string{"traceparent", "tracestate"} {
 		if all := metadata.ValueFromIncomingContext(ctx, name); len(all) > 0 {
@@ -27,7 +31,10 @@ func startSpan(ctx context.Context, tracer trace.Tracer, r *policy.Request, bega
 	}
 	options := []trace.SpanStartOption{trace.WithTimestamp(began), trace.WithSpanKind(trace.SpanKindServer)}
 	if len(parent) == 0 {
-		client := propagation.MapCarrier{"traceparent": r.Headers["traceparent"], "tracestate": r.Headers["tracestate"]}
+		client := propagation.MapCarrier{
+			"traceparent": r.Headers["traceparent"],
+			"tracestate":  r.Headers["tracestate"],
+		}
 		if link := trace.SpanContextFromContext(propagation.TraceContext{}.Extract(ctx, client)); link.IsValid() {
 			options = append(options, trace.WithLinks(trace.Link{SpanContext: link}))
 		}
@@ -35,32 +42,39 @@ func startSpan(ctx context.Context, tracer trace.Tracer, r *policy.Request, bega
 	return tracer.Start(propagation.TraceContext{}.Extract(ctx, parent), "sluice check", options...)
 }
 
-// endSpan ends a check's span, which then says what the log would.
-func endSpan(v *verdict, outcome limiter.Outcome, at time.Time) {
-	if v.span.IsRecording() {
-		v.span.SetAttributes(attribute.String("sluice.decision", outcome.String()))
-		if d := &v.decision; d.Telling >= 0 {
-			c, told := &d.Charges[d.Telling], &d.Verdicts[d.Telling]
-			v.span.SetAttributes(
-				attribute.String("sluice.limit", c.Limit.Name), attribute.String("sluice.domain", c.Limit.Domain), attribute.String("sluice.key_hash", keyOf(c)),
-				attribute.Int64("sluice.cost", c.Cost), attribute.Int64("sluice.remaining", told.Remaining), attribute.String("sluice.source", sources[told.Source]),
+// endSpan ends the span of a check, with the fields of a log line as
+// attributes.
+func endSpan(check *checkState, outcome limiter.Outcome, at time.Time) {
+	span := check.span
+	if span.IsRecording() {
+		span.SetAttributes(attribute.String("sluice.decision", outcome.String()))
+		if d := &check.decision; d.Telling >= 0 {
+			c, v := &d.Charges[d.Telling], &d.Verdicts[d.Telling]
+			span.SetAttributes(
+				attribute.String("sluice.limit", c.Limit.Name),
+				attribute.String("sluice.domain", c.Limit.Domain),
+				attribute.String("sluice.key_hash", keyOf(c)),
+				attribute.Int64("sluice.cost", c.Cost),
+				attribute.Int64("sluice.remaining", v.Remaining),
+				attribute.String("sluice.source", sourceNames[v.Source]),
 			)
 		}
-		if v.request != nil {
-			v.span.SetAttributes(attribute.String("sluice.request_id", requestID(v.request)))
+		if check.request != nil {
+			span.SetAttributes(attribute.String("sluice.request_id", requestID(check.request)))
 		}
-		switch outcome {
-		case limiter.FailedOpen, limiter.FailedClosed, limiter.FailedLocal, limiter.Delegated, limiter.Invalid:
-			v.span.SetStatus(codes.Error, outcome.String())
+		if classes[outcome].isFailure {
+			span.SetStatus(codes.Error, outcome.String())
 		}
 	}
-	v.span.End(trace.WithTimestamp(at))
+	span.End(trace.WithTimestamp(at))
 }
 
-// observe is a histogram's, with the trace as an exemplar where it is kept.
+// observe records a value in h. If the span is sampled, its trace ID becomes
+// the exemplar.
 func observe(h prometheus.Histogram, seconds float64, span trace.Span) {
 	if c := span.SpanContext(); c.IsSampled() {
-		h.(prometheus.ExemplarObserver).ObserveWithExemplar(seconds, prometheus.Labels{"trace_id": c.TraceID().String()})
+		labels := prometheus.Labels{"trace_id": c.TraceID().String()}
+		h.(prometheus.ExemplarObserver).ObserveWithExemplar(seconds, labels)
 		return
 	}
 	h.Observe(seconds)

@@ -100,7 +100,7 @@ func TestOverTheWire(t *testing.T) {
 			if r, err := client.Check(t.Context(), body); err != nil || codes.Code(r.GetStatus().GetCode()) != codes.ResourceExhausted {
 				t.Errorf("a check with a large body: %v, %v", r, err)
 			}
-			if kept := s.report.last.told()[0].request; kept == nil || kept.Headers["x-mine"] != "kept" {
+			if kept := s.report.denials.list()[0].request; kept == nil || kept.Headers["x-mine"] != "kept" {
 				t.Errorf("kept %+v", kept)
 			}
 			s.Drain()
@@ -192,7 +192,7 @@ func BenchmarkCheck(b *testing.B) {
 		if err != nil {
 			b.Fatal(err)
 		}
-		asked := &question{string(wire)}
+		asked := &rawRequest{string(wire)}
 		b.ReportAllocs()
 		for b.Loop() {
 			if _, err := s.check(b.Context(), asked); err != nil {
