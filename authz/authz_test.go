@@ -27,14 +27,15 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/policy"
 )
 
-// said is a store that says what a test has it say, in turn for the charges.
+// said is a store that answers with the given verdicts, in the order of the
+// charges.
 type said []limiter.Verdict
 
 func (s said) Take(_ context.Context, _ []limiter.Charge, verdicts []limiter.Verdict) {
 	copy(verdicts, s)
 }
 
-// panics is a store with a mistake in it.
+// panics is a store that panics.
 type panics struct{}
 
 func (panics) Take(context.Context, []limiter.Charge, []limiter.Verdict) {
@@ -51,7 +52,8 @@ func no(remaining int64, retry, full, next time.Duration) limiter.Verdict {
 
 var failed = limiter.Verdict{Err: &limiter.StoreError{Kind: limiter.KindTimeout, Err: errors.New("late")}}
 
-// newServer is a server on a config and a store, and what it counts and logs.
+// newServer returns a server with a config and a store, its metrics and its
+// log.
 func newServer(t testing.TB, config string, store limiter.Store) (*Server, *prometheus.Registry, *observer.ObservedLogs) {
 	t.Helper()
 	c := configOf(t, config)
@@ -71,7 +73,8 @@ func configOf(t testing.TB, config string) *policy.Config {
 	return c
 }
 
-// checkOf is a check of GET / with headers given as name, value, name, value.
+// checkOf returns a check of GET / with headers, given as name, value, name,
+// value.
 func checkOf(headers ...string) *authv3.CheckRequest {
 	all := map[string]string{}
 	for i := 0; i < len(headers); i += 2 {
@@ -91,7 +94,7 @@ func address(ip string, port uint32) *authv3.AttributeContext_Peer {
 	}}}}
 }
 
-// spell writes an answer down, a line a part.
+// spell writes an answer as text, one line for each part.
 func spell(r *authv3.CheckResponse, err error) string {
 	if err != nil {
 		return "error " + status.Code(err).String() + "\n"
@@ -425,7 +428,8 @@ error config error: requests are refused (logged once)`; got != want {
 	}
 }
 
-// The first denial is logged, then every thousandth, and the first one after a minute; each says how many were left out.
+// The first denial is logged, then every thousandth, and the first one after a
+// minute. Each line says how many were suppressed.
 func TestDenialsAreLoggedSampled(t *testing.T) {
 	var s sampler
 	at := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
@@ -448,7 +452,7 @@ func TestDenialsAreLoggedSampled(t *testing.T) {
 		t.Errorf("%s\nwant %s", got, want)
 	}
 
-	// Of many at once none is lost: what was logged and what was left out are all that there were.
+	// With concurrent events, the logged and the suppressed ones add up to all.
 	var many sampler
 	var logged, suppressed atomic.Uint64
 	var wg sync.WaitGroup
@@ -468,7 +472,7 @@ func TestDenialsAreLoggedSampled(t *testing.T) {
 	}
 }
 
-// A limit that is logged sampled says so, at info; at debug each denial is logged.
+// At the info level denials are sampled; at the debug level each is logged.
 func TestDenialsInTheLog(t *testing.T) {
 	for level, want := range map[zapcore.Level]int{zap.DebugLevel: 2500, zap.InfoLevel: 3, zap.WarnLevel: 0} {
 		s, _, _ := newServer(t, "limits: [{name: a, rate: 100/s}]", said{no(0, limiter.Never, time.Second, 1)})
@@ -488,7 +492,8 @@ func TestDenialsInTheLog(t *testing.T) {
 	}
 }
 
-// Where another limit denies, or a store fails, a limit that allows has taken nothing.
+// If another limit denies, or a store fails, a limit that allows has taken
+// nothing.
 func TestTokensOfARefusedRequest(t *testing.T) {
 	const config = "limits: [{name: a, rate: 100/s}, {name: b, rate: 10/s}]"
 	s, registry, _ := newServer(t, config, nil)
@@ -565,7 +570,7 @@ func TestRequestID(t *testing.T) {
 	}
 }
 
-// A caller who is gone, or whose time is over, gets an answer all the same, and at once.
+// A caller who has canceled gets an answer at once if the store needs no wait.
 func TestCallerIsGone(t *testing.T) {
 	s, _, _ := newServer(t, "limits: [{name: a, rate: 1/s}]", limiter.NewMemory(1<<20, nil, prometheus.NewRegistry()))
 	ctx, cancel := context.WithCancel(t.Context())
@@ -575,8 +580,8 @@ func TestCallerIsGone(t *testing.T) {
 	}
 }
 
-// A caller who hung up before the store answered was refused nothing: the check is counted as canceled, and neither logged nor shown as a
-// denial.
+// A check that the caller canceled before the store answered is counted as
+// canceled. It is neither logged nor listed as a denial.
 func TestCallerHungUp(t *testing.T) {
 	s, registry, logs := newServer(t, "limits: [{name: a, rate: 1/s}]", said{{Err: &limiter.StoreError{Kind: limiter.KindOther, Err: context.Canceled}}})
 	ctx, cancel := context.WithCancel(t.Context())

@@ -15,7 +15,8 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/policy"
 )
 
-// What the config makes of a request besides charges: exemptions, limits without buckets, mistakes, and what its route says.
+// TestCheckByConfig checks what a config does besides charges: exemptions,
+// limits without buckets, errors, and the limits of routes.
 func TestCheckByConfig(t *testing.T) {
 	const refused = `status 14
 deny 503
@@ -96,8 +97,8 @@ func scrape(registry *prometheus.Registry) string {
 	return recorder.Body.String()
 }
 
-// Another config is in force from the next check on, and each check is answered by one.
-func TestUse(t *testing.T) {
+// A new config is in force from the next check on, and no check mixes two.
+func TestSetConfig(t *testing.T) {
 	version := func(n int) *policy.Config {
 		c, err := policy.Parse("test.yaml", fmt.Appendf(nil, "{failure_status: %d, headers: [retry-after], limits: [{name: l%[1]d, rate: 1/s, key: client.ip}]}", n), noEnv)
 		if err != nil {
@@ -131,7 +132,8 @@ func TestUse(t *testing.T) {
 	}
 }
 
-// Limits past the bounds, a config's and those of Envoy's routes, are counted together.
+// Limits past the bounds, of the config and of Envoy's routes, are counted
+// together.
 func TestNamesAreBounded(t *testing.T) {
 	s, registry, _ := newServer(t, "", nil)
 	config := s.config.Load()
@@ -170,7 +172,7 @@ func TestNamesAreBounded(t *testing.T) {
 		s.report.mistaken(&policy.RuleError{Limit: fmt.Sprint("late-", i), Field: "cost", Err: errNoHTTP})
 	}
 	if !counts(t, registry, `sluice_config_mistakes_total{field="cost",limit="_other"} 10`) || len(s.report.loggedMistakes) != maxLoggedMistakes {
-		t.Errorf("%d mistakes told", len(s.report.loggedMistakes))
+		t.Errorf("%d mistakes logged", len(s.report.loggedMistakes))
 	}
 }
 

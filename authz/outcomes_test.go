@@ -23,7 +23,7 @@ const (
 	bucketFails
 )
 
-// limitKinds are the ways in which a limit can take part in a request's outcome.
+// limitKinds has the ways in which a limit can take part in an outcome.
 var limitKinds = []string{"on_failure: deny", "on_failure: delegate", "on_failure: local", "on_failure: allow", "mode: shadow"}
 
 // wantOutcome is the rule in a table's words: the decision, what it is
@@ -56,9 +56,9 @@ func wantOutcome(kinds [3]string, buckets [3]int) (decision, counted string, cha
 	return decision, counted, charged
 }
 
-// Every combination of three limits' failure modes and of what their buckets say
-// ends as README has it: the decision in the metadata, the metrics, and
-// what stays charged.
+// TestOutcomes tries combinations of the failure modes of three limits and of
+// what their buckets say. The outcome must be as the README has it: the
+// decision in the metadata, the metrics, and what stays charged.
 func TestOutcomes(t *testing.T) {
 	const newer = "\xb5\x08\x09 of a version to come" // which fails the bucket, and no other
 	all := []int{bucketAllows, bucketDenies, bucketFails}
@@ -219,7 +219,7 @@ func takenOf(s *Server) map[string]uint64 {
 	return taken
 }
 
-// countOf is how many checks were counted as a decision.
+// countOf returns how many checks were counted with a decision.
 func countOf(t *testing.T, registry *prometheus.Registry, decision string) float64 {
 	t.Helper()
 	families, err := registry.Gather()
@@ -236,8 +236,8 @@ func countOf(t *testing.T, registry *prometheus.Registry, decision string) float
 	return 0
 }
 
-// leftOf is how many tokens a bucket holds. What a cluster gives back lacks what
-// refilled meanwhile.
+// leftOf returns how many tokens a bucket has. What a cluster refunds lacks
+// what was refilled meanwhile.
 func leftOf(t *testing.T, looking limiter.Store, c limiter.Charge) int64 {
 	t.Helper()
 	v := make([]limiter.Verdict, 1)

@@ -14,7 +14,9 @@ import (
 	"github.com/sluiceproxy/sluice/limiter"
 )
 
-// What the sketch's authors prove: no count is too low, nor too high by more than is told, and no key with more than a 64th of all is missed.
+// The sketch keeps what its authors prove: no count is too low, none is too
+// high by more than over, and no key with more than a 64th of all requests is
+// missing.
 func TestSketch(t *testing.T) {
 	for seed := range uint64(20) {
 		random := rand.New(rand.NewPCG(seed, 1))
@@ -30,10 +32,10 @@ func TestSketch(t *testing.T) {
 		for key, n := range exact {
 			at, ok := s.find(key, hashOf(key))
 			if !ok && n > all/sketchSize {
-				t.Errorf("seed %d: %s was there %d times of %d, and is missed", seed, key, n, all)
+				t.Errorf("seed %d: %s occurred %d times of %d and is missing", seed, key, n, all)
 			}
 			if ok && (n > s.counts[at] || n < s.counts[at]-s.over[at]) {
-				t.Errorf("seed %d: %s was there %d times, told is %d, at most %d too many", seed, key, n, s.counts[at], s.over[at])
+				t.Errorf("seed %d: %s occurred %d times, counted %d, at most %d too many", seed, key, n, s.counts[at], s.over[at])
 			}
 		}
 		if s.used != sketchSize {
@@ -42,8 +44,9 @@ func TestSketch(t *testing.T) {
 	}
 }
 
-// The table finds what was put, and nothing else, whatever was removed between: also where hashes fall together.
-func TestPlaces(t *testing.T) {
+// The index finds what was inserted and nothing else, whatever was removed in
+// between, also if hashes collide.
+func TestHashIndex(t *testing.T) {
 	for seed := range uint64(10) {
 		random := rand.New(rand.NewPCG(seed, 2))
 		var p hashIndex
@@ -67,8 +70,8 @@ func TestPlaces(t *testing.T) {
 	}
 }
 
-// What is told is of the last five to ten minutes.
-func TestTopForgets(t *testing.T) {
+// Top covers the last five to ten minutes.
+func TestTopKeysExpire(t *testing.T) {
 	at := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 	top := newTopKeys()
 	tell := func(n int) string {
@@ -98,8 +101,9 @@ func TestTopForgets(t *testing.T) {
 	}
 }
 
-// Of very many clients what is kept stays small, and the one among them that is denied most is told.
-func TestWhatIsSeenIsBounded(t *testing.T) {
+// With a million clients memory stays bounded, and the client that is denied
+// most is found among them.
+func TestStatsAreBounded(t *testing.T) {
 	s, _, _ := newServer(t, "limits: [{name: a, rate: 1/d, key: client.ip}, {name: b, rate: 1/d, key: 'request.path'}]", nil)
 	deny := no(0, time.Second, time.Second, 1)
 	heap := func() uint64 {
@@ -145,7 +149,7 @@ func TestWhatIsSeenIsBounded(t *testing.T) {
 	}
 }
 
-func TestTopsAreBounded(t *testing.T) {
+func TestTopKeysAreBounded(t *testing.T) {
 	s, _, _ := newServer(t, "", nil)
 	for round := range 2 {
 		var limits []*limiter.Limit
@@ -169,7 +173,8 @@ func TestTopsAreBounded(t *testing.T) {
 	}
 }
 
-// The last denials say why; like ones are one, and what passes is none.
+// Denials have the reason. Equal ones are grouped, and allowed requests are not
+// listed.
 func TestDenials(t *testing.T) {
 	s, _, _ := newServer(t, `
 limits:
@@ -214,8 +219,8 @@ limits:
 	}
 }
 
-// Checks, a reader of all that is seen, and other configs, at once.
-func TestSeenAtOnce(t *testing.T) {
+// Checks run concurrently with readers of the statistics and with new configs.
+func TestStatsConcurrently(t *testing.T) {
 	s, _, _ := newServer(t, "limits: [{name: a, rate: 1/d, burst: 10, key: 'request.headers[\"k\"]'}]", limiter.NewMemory(1<<20, nil, prometheus.NewRegistry()))
 	var wg sync.WaitGroup
 	for i := range 4 {
