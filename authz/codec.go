@@ -96,7 +96,7 @@ func (f *bodyFilter) copyMessage(n int, path []int) {
 			f.copyBytes(8)
 		case protowire.BytesType:
 			size := f.uvarint()
-			if f.bad || size > uint64(f.in.Remaining()-end) {
+			if left := f.in.Remaining() - end; f.bad || left < 0 || size > uint64(left) {
 				f.bad = true
 				return
 			}

@@ -198,7 +198,16 @@ func FuzzParseCheck(f *testing.F) {
 	f.Add(wire)
 	f.Add([]byte("\x0a\x04\x0a\x02\x0a\x00"))
 	f.Add([]byte("\x0a\x02\x22\x00"))
+	f.Add([]byte("\x0a\x0a000\xff\xee\xf8\xc902\xff\xee\xf8\xc9020")) // a field that exceeds its message
 	f.Fuzz(func(t *testing.T, wire []byte) {
+		text := string(wire)
+		if cost := allocates(func() { _, _ = parse(text) }); cost > mayAllocate(len(wire)) {
+			t.Errorf("%q: %d bytes are allocated for %d", wire, cost, len(wire))
+		}
+		data := mem.BufferSlice{mem.SliceBuffer(wire)}
+		if cost := allocates(func() { withoutBody(data) }); cost > 64<<10+4*len(wire) {
+			t.Errorf("%q: without its body %d bytes are allocated for %d", wire, cost, len(wire))
+		}
 		if _, isFast := agree(t, wire); !isFast {
 			return // groups are read by the generated code only
 		}

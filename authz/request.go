@@ -11,7 +11,6 @@ import (
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
 	"google.golang.org/protobuf/encoding/protojson"
-	"google.golang.org/protobuf/proto"
 
 	"github.com/sluiceproxy/sluice/limiter/policy"
 )
@@ -53,19 +52,30 @@ func ParseRequest(text []byte) (*policy.Request, error) {
 	return r, nil
 }
 
-// parse decodes a CheckRequest from its wire format. It returns errNoHTTP or
-// errNoCheck. The texts of the request are parts of wire.
+// parse decodes a CheckRequest from its wire format. It returns errNoHTTP,
+// errNoCheck or errTooMany. The texts of the request are parts of wire.
 func parse(wire string) (*policy.Request, error) {
 	r := &policy.Request{Time: time.Unix(0, 0).UTC()} // as of a check without a time
-	if hasHTTP, ok := parseFast(wire, r); ok {
-		if !hasHTTP {
-			return nil, errNoHTTP
+	hasHTTP, ok := parseFast(wire, r)
+	if !ok {
+		var err error
+		if r, err = parseSlow(wire); err != nil {
+			return nil, err
 		}
-		return r, nil
+	} else if !hasHTTP {
+		return nil, errNoHTTP
 	}
+	if elements(r) > maxElements {
+		return nil, errTooMany
+	}
+	return r, nil
+}
+
+// parseSlow is parse for a check that parseFast does not read.
+func parseSlow(wire string) (*policy.Request, error) {
 	var check authv3.CheckRequest
-	if err := proto.Unmarshal([]byte(wire), &check); err != nil {
-		return nil, errNoCheck
+	if err := unmarshal(wire, &check); err != nil {
+		return nil, err
 	}
 	return requestOf(&check)
 }

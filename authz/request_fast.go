@@ -5,7 +5,6 @@ import (
 	"time"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
-	protobuf "google.golang.org/protobuf/proto"
 
 	"github.com/sluiceproxy/sluice/limiter/policy"
 )
@@ -46,6 +45,7 @@ func parseFast(wire string, r *policy.Request) (hasHTTP, ok bool) {
 				check.join(request)
 			case attributesContext:
 				attributes.entry(&r.Context)
+				check.bad = check.bad || len(r.Context) > maxElements
 			case attributesMetadata: // Envoy always sends it, mostly empty
 				check.bad = check.bad || hasMetadata
 				hasMetadata = true
@@ -108,7 +108,7 @@ func fastMetadata(metadata message, r *policy.Request) message {
 		return metadata
 	}
 	var read corev3.Metadata
-	if err := protobuf.Unmarshal([]byte(metadata.rest), &read); err != nil {
+	if err := unmarshal(metadata.rest, &read); err != nil {
 		return message{bad: true}
 	}
 	r.Metadata = read.GetFilterMetadata()
@@ -130,6 +130,7 @@ func fastHTTP(http message, r *policy.Request) message {
 			}
 			http.bad = http.bad || hasHeaderMap
 			http.entry(&r.Headers)
+			http.bad = http.bad || len(r.Headers) > maxElements
 		case httpPath:
 			r.Path = http.text()
 		case httpHost:
@@ -155,6 +156,9 @@ func fastHeaderMap(list message, r *policy.Request) message {
 	}
 	if lines == 0 {
 		return counted
+	}
+	if lines > maxElements {
+		return message{bad: true}
 	}
 	r.Headers = make(map[string]string, lines)
 	isRepeated := false

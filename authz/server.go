@@ -69,6 +69,9 @@ type Server struct {
 	metrics *grpcMetrics
 	tracer  trace.Tracer // nil disables tracing
 	health  *health.Server
+	// elements counts the elements of the checks in flight that have more than
+	// fewElements.
+	elements atomic.Int64
 	// jitter returns the retry-after of a refused request in seconds, 1 to 10.
 	jitter func() int
 }
@@ -166,8 +169,8 @@ func handleCheck(
 }
 
 // check answers one check. It returns an error, a gRPC status, only if raw is
-// not a CheckRequest, if a limit delegates its failures to Envoy, or if the
-// caller is gone. It recovers from panics.
+// not a CheckRequest or has too many elements, if a limit delegates its failures
+// to Envoy, or if the caller is gone. It recovers from panics.
 func (s *Server) check(ctx context.Context, raw *rawRequest) (response *rawResponse, err error) {
 	began := time.Now()
 	check := checkState{config: s.config.Load(), wire: raw.wire}
@@ -200,16 +203,27 @@ type checkState struct {
 }
 
 // decide sets the fields of check from its wire. It returns a gRPC status if
-// that is not a CheckRequest.
+// that is not a CheckRequest or has too many elements.
 func (s *Server) decide(ctx context.Context, began time.Time, check *checkState) error {
 	check.decision = limiter.Decision{Outcome: limiter.Invalid, Telling: -1}
 	request, err := parse(check.wire)
 	if err != nil {
 		check.mistakes = []error{err}
-		if !errors.Is(err, errNoHTTP) {
+		switch {
+		case errors.Is(err, errTooMany):
+			return status.Error(codes.ResourceExhausted, err.Error())
+		case !errors.Is(err, errNoHTTP):
 			return status.Error(codes.Internal, errNoCheck.Error())
 		}
 		return nil
+	}
+	if n := int64(elements(request)); n > fewElements {
+		if s.elements.Add(n) > maxAllElements {
+			s.elements.Add(-n)
+			check.mistakes = []error{errTooManyChecks}
+			return status.Error(codes.ResourceExhausted, errTooManyChecks.Error())
+		}
+		defer s.elements.Add(-n)
 	}
 	check.request = request
 	if s.tracer != nil {

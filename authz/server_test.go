@@ -144,7 +144,12 @@ limits:
 		if proto.Unmarshal(b, &check) != nil {
 			return
 		}
-		r, err := s.Check(t.Context(), &check)
+		var r *authv3.CheckResponse
+		var err error
+		// What the context_extensions say may be a limit, with expressions.
+		if cost := allocates(func() { r, err = s.Check(t.Context(), &check) }); cost > 64<<20 {
+			t.Errorf("%d bytes are allocated for %d", cost, len(b))
+		}
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -20,7 +19,7 @@ import (
 	"github.com/goccy/go-yaml"
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/sluiceproxy/sluice/k8s/built"
+	"github.com/sluiceproxy/sluice/k8s/testenv"
 )
 
 const (
@@ -31,18 +30,20 @@ const (
 
 var update = flag.Bool("update", false, "write the plain manifests anew")
 
-// helmBinary is the path of the helm that the tests want.
+// helmBinary returns the path of helm.
 func helmBinary(t *testing.T) string {
 	t.Helper()
-	return built.Program(t, "helm.sh/helm/v3/cmd/helm", helmVersion)
+	return testenv.Program(t, "helm.sh/helm/v3/cmd/helm", helmVersion)
 }
 
-// helm runs helm, away from the user's own settings, and returns what it prints and how it ended.
+// helm runs helm without the user's settings, and returns what it prints to
+// stdout; the error has its stderr.
 func helm(t *testing.T, args ...string) (string, error) {
 	t.Helper()
 	c := exec.CommandContext(context.Background(), helmBinary(t), args...)
 	home := t.TempDir()
-	c.Env = append(os.Environ(), "HELM_CACHE_HOME="+home, "HELM_CONFIG_HOME="+home, "HELM_DATA_HOME="+home, "KUBECONFIG="+filepath.Join(home, "none"))
+	c.Env = append(os.Environ(), "HELM_CACHE_HOME="+home, "HELM_CONFIG_HOME="+home, "HELM_DATA_HOME="+home,
+		"KUBECONFIG="+filepath.Join(home, "none"))
 	var stdout, stderr bytes.Buffer
 	c.Stdout, c.Stderr = &stdout, &stderr
 	if err := c.Run(); err != nil {
@@ -51,13 +52,15 @@ func helm(t *testing.T, args ...string) (string, error) {
 	return stdout.String(), nil
 }
 
-// rendered is the chart as a release in sluice-system, its tests included.
+// rendered returns the chart rendered as release sluice in namespace
+// sluice-system, with its tests.
 func rendered(t *testing.T, args ...string) (string, error) {
 	t.Helper()
-	return helm(t, append([]string{"template", "sluice", chartDir, "--namespace", "sluice-system", "--kube-version", kubeVersion}, args...)...)
+	return helm(t, append([]string{"template", "sluice", chartDir, "--namespace", "sluice-system", "--kube-version",
+		kubeVersion}, args...)...)
 }
 
-// render is rendered, read.
+// render is rendered, decoded.
 func render(t *testing.T, args ...string) []object {
 	t.Helper()
 	text, err := rendered(t, args...)
@@ -79,7 +82,7 @@ func render(t *testing.T, args ...string) []object {
 	}
 }
 
-// at walks into maps by name; nil where a name is not there.
+// at returns the field at a path of nested maps, or nil if there is none.
 func at(v any, path ...string) any {
 	for _, name := range path {
 		m, _ := v.(map[string]any)
@@ -88,7 +91,7 @@ func at(v any, path ...string) any {
 	return v
 }
 
-// id is "Kind/name".
+// id returns an object's kind and name as "Kind/name".
 func id(o object) string { return fmt.Sprintf("%v/%v", o["kind"], at(o, "metadata", "name")) }
 
 func ids(all []object) []string {
@@ -108,37 +111,52 @@ func find(t *testing.T, all []object, want string) object {
 	return all[i]
 }
 
-// The sets of options that the other tests are over: together they pass through every branch of every template.
+// sets are sets of options that together render every branch of every template.
 var sets = map[string][]string{
 	"default": nil,
 	"all": {
-		"--set", "gateway.enabled=true,gateway.redis.secret=buckets,trialRedis.enabled=true,networkPolicy.enabled=true,serviceMonitor.enabled=true",
+		"--set", "gateway.enabled=true,gateway.redis.secret=buckets,trialRedis.enabled=true," +
+			"networkPolicy.enabled=true,serviceMonitor.enabled=true",
 		"--set", "imagePullSecrets[0].name=pull,image.digest=sha256:" + strings.Repeat("ab", 32),
 		"--set", "serviceMonitor.labels.team=edge,fullnameOverride=limits,webhook.excludedNamespaces={ops}",
-		"--set", "webhook.priorityClassName=p,webhook.nodeSelector.a=b,webhook.tolerations[0].operator=Exists,webhook.affinity.nodeAffinity=null,webhook.podAnnotations.a=b",
-		"--set", "gateway.priorityClassName=p,gateway.nodeSelector.a=b,gateway.tolerations[0].operator=Exists,gateway.podAnnotations.a=b",
-		"--set-json", `webhook.affinity={"podAntiAffinity":{}}`, "--set-json", `gateway.affinity={"podAntiAffinity":{}}`,
+		"--set", "webhook.priorityClassName=p,webhook.nodeSelector.a=b,webhook.tolerations[0].operator=Exists," +
+			"webhook.affinity.nodeAffinity=null,webhook.podAnnotations.a=b",
+		"--set", "gateway.priorityClassName=p,gateway.nodeSelector.a=b,gateway.tolerations[0].operator=Exists," +
+			"gateway.podAnnotations.a=b",
+		"--set-json", `webhook.affinity={"podAntiAffinity":{}}`, "--set-json",
+		`gateway.affinity={"podAntiAffinity":{}}`,
 	},
-	"cert-manager":             {"--set", "certManager.enabled=true"},
-	"cert-manager with issuer": {"--set", "certManager.enabled=true,certManager.issuerRef.name=ours,certManager.issuerRef.kind=ClusterIssuer"},
-	"gateway and trial Redis":  {"--set", "gateway.enabled=true,trialRedis.enabled=true,gateway.existingConfigMap=limits"},
-	"single replicas":          {"--set", "gateway.enabled=true,gateway.redis.url=redis://buckets:6379,gateway.replicas=1,webhook.replicas=1"},
-	"only the trial Redis":     {"--set", "trialRedis.enabled=true,networkPolicy.enabled=true"},
-	"a gateway alone":          {"--set", "webhook.enabled=false,gateway.enabled=true,gateway.redis.url=redis://r,networkPolicy.enabled=true"},
+	"cert-manager": {"--set", "certManager.enabled=true"},
+	"cert-manager with issuer": {"--set", "certManager.enabled=true,certManager.issuerRef.name=ours," +
+		"certManager.issuerRef.kind=ClusterIssuer"},
+	"gateway and trial Redis": {
+		"--set", "gateway.enabled=true,trialRedis.enabled=true,gateway.existingConfigMap=limits",
+	},
+	"single replicas": {"--set", "gateway.enabled=true,gateway.redis.url=redis://buckets:6379," +
+		"gateway.replicas=1,webhook.replicas=1"},
+	"only the trial Redis": {"--set", "trialRedis.enabled=true,networkPolicy.enabled=true"},
+	"a gateway alone": {"--set", "webhook.enabled=false,gateway.enabled=true,gateway.redis.url=redis://r," +
+		"networkPolicy.enabled=true"},
 	"certificates of clients": {
-		"--set", "gateway.enabled=true,gateway.redis.url=redis://r,gateway.tls.issuerRef.name=ours,gateway.tls.clientNames={spiffe://cluster.local/ns/gateways/*}",
+		"--set", "gateway.enabled=true,gateway.redis.url=redis://r,gateway.tls.issuerRef.name=ours," +
+			"gateway.tls.clientNames={spiffe://cluster.local/ns/gateways/*}",
 		"--set", "webhook.clientCA.configMap=api,webhook.clientCA.names={api},networkPolicy.enabled=true",
-		"--set-json", `networkPolicy.from=[{"namespaceSelector":{"matchLabels":{"kubernetes.io/metadata.name":"gateways"}}}]`,
-		"--set-json", `networkPolicy.metricsFrom=[{"ipBlock":{"cidr":"10.0.0.0/8"}}]`, "--set-json", `networkPolicy.webhookFrom=[{"ipBlock":{"cidr":"192.0.2.3/32"}}]`,
-		"--set-json", `gateway.config="# ours\nlisten: {admin: 127.0.0.1:9002}\nlimits:\n  - {name: all, rate: 1/s, key: 'request.headers[\"a\"]'}\n"`,
+		"--set-json",
+		`networkPolicy.from=[{"namespaceSelector":{"matchLabels":{"kubernetes.io/metadata.name":"gateways"}}}]`,
+		"--set-json", `networkPolicy.metricsFrom=[{"ipBlock":{"cidr":"10.0.0.0/8"}}]`, "--set-json",
+		`networkPolicy.webhookFrom=[{"ipBlock":{"cidr":"192.0.2.3/32"}}]`,
+		"--set-json", `gateway.config="# ours\nlisten: {admin: 127.0.0.1:9002}\nlimits:\n  - {name: all, rate: 1/s, ` +
+			`key: 'request.headers[\"a\"]'}\n"`,
 	},
-	"no budgets": {"--set", "gateway.enabled=true,gateway.redis.url=redis://r,gateway.podDisruptionBudget.enabled=false,webhook.podDisruptionBudget.enabled=false"},
+	"no budgets": {"--set", "gateway.enabled=true,gateway.redis.url=redis://r," +
+		"gateway.podDisruptionBudget.enabled=false,webhook.podDisruptionBudget.enabled=false"},
 }
 
 func TestChartLint(t *testing.T) {
 	for name, args := range sets {
 		t.Run(name, func(t *testing.T) {
-			args := append([]string{"lint", "--strict", "--kube-version", kubeVersion, "--namespace", "sluice-system", chartDir}, args...)
+			args := append([]string{"lint", "--strict", "--kube-version", kubeVersion, "--namespace", "sluice-system",
+				chartDir}, args...)
 			if out, err := helm(t, args...); err != nil {
 				t.Errorf("%v\n%s", err, out)
 			}
@@ -148,28 +166,37 @@ func TestChartLint(t *testing.T) {
 
 func TestChartObjects(t *testing.T) {
 	ours := []string{
-		"ServiceAccount/sluice-webhook", "Secret/sluice-webhook-ca", "Role/sluice-webhook", "RoleBinding/sluice-webhook",
-		"ClusterRole/sluice-injector.sluice-system", "ClusterRoleBinding/sluice-injector.sluice-system", "Service/sluice-webhook",
-		"Deployment/sluice-webhook", "MutatingWebhookConfiguration/sluice-injector.sluice-system", "Pod/sluice-test-inject",
+		"ServiceAccount/sluice-webhook", "Secret/sluice-webhook-ca", "Role/sluice-webhook",
+		"RoleBinding/sluice-webhook",
+		"ClusterRole/sluice-injector.sluice-system", "ClusterRoleBinding/sluice-injector.sluice-system",
+		"Service/sluice-webhook",
+		"Deployment/sluice-webhook", "MutatingWebhookConfiguration/sluice-injector.sluice-system",
+		"Pod/sluice-test-inject",
 	}
 	managed := []string{
-		"ServiceAccount/sluice-webhook", "Service/sluice-webhook", "Deployment/sluice-webhook", "PodDisruptionBudget/sluice-webhook",
-		"MutatingWebhookConfiguration/sluice-injector.sluice-system", "Pod/sluice-test-inject", "Certificate/sluice-webhook",
+		"ServiceAccount/sluice-webhook", "Service/sluice-webhook", "Deployment/sluice-webhook",
+		"PodDisruptionBudget/sluice-webhook",
+		"MutatingWebhookConfiguration/sluice-injector.sluice-system", "Pod/sluice-test-inject",
+		"Certificate/sluice-webhook",
 	}
 	gateway := []string{"Service/sluice-gateway", "Deployment/sluice-gateway", "Pod/sluice-test-gateway"}
 	redis := []string{"Service/sluice-trial-redis", "Deployment/sluice-trial-redis"}
 	for name, want := range map[string][]string{
-		"default":                  append([]string{"PodDisruptionBudget/sluice-webhook"}, ours...),
-		"cert-manager":             append([]string{"Issuer/sluice-webhook-self-signed", "Certificate/sluice-webhook-issuer", "Issuer/sluice-webhook-issuer"}, managed...),
+		"default": append([]string{"PodDisruptionBudget/sluice-webhook"}, ours...),
+		"cert-manager": append([]string{"Issuer/sluice-webhook-self-signed",
+			"Certificate/sluice-webhook-issuer", "Issuer/sluice-webhook-issuer"}, managed...),
 		"cert-manager with issuer": managed,
-		"gateway and trial Redis":  slices.Concat(ours, gateway, redis, []string{"PodDisruptionBudget/sluice-webhook", "PodDisruptionBudget/sluice-gateway"}),
+		"gateway and trial Redis": slices.Concat(ours, gateway, redis, []string{"PodDisruptionBudget/sluice-webhook",
+			"PodDisruptionBudget/sluice-gateway"}),
 		"certificates of clients": slices.Concat(ours, gateway[:2], []string{
-			"ConfigMap/sluice-gateway", "Certificate/sluice-gateway", "PodDisruptionBudget/sluice-webhook", "PodDisruptionBudget/sluice-gateway",
+			"ConfigMap/sluice-gateway", "Certificate/sluice-gateway", "PodDisruptionBudget/sluice-webhook",
+			"PodDisruptionBudget/sluice-gateway",
 			"NetworkPolicy/sluice-webhook", "NetworkPolicy/sluice-gateway",
 		}),
 		"single replicas": slices.Concat(ours, gateway, []string{"ConfigMap/sluice-gateway"}),
-		"a gateway alone": append([]string{"ConfigMap/sluice-gateway", "PodDisruptionBudget/sluice-gateway", "NetworkPolicy/sluice-gateway"}, gateway...),
-		"no budgets":      slices.Concat(ours, gateway, []string{"ConfigMap/sluice-gateway"}),
+		"a gateway alone": append([]string{"ConfigMap/sluice-gateway", "PodDisruptionBudget/sluice-gateway",
+			"NetworkPolicy/sluice-gateway"}, gateway...),
+		"no budgets": slices.Concat(ours, gateway, []string{"ConfigMap/sluice-gateway"}),
 		"only the trial Redis": slices.Concat(ours, redis, []string{
 			"PodDisruptionBudget/sluice-webhook", "NetworkPolicy/sluice-webhook", "NetworkPolicy/sluice-trial-redis",
 		}),
@@ -185,9 +212,10 @@ func TestChartObjects(t *testing.T) {
 	}
 }
 
-// Names that YAML takes for something else stay names.
+// Names that YAML would read as another type are quoted.
 func TestChartQuotes(t *testing.T) {
-	text, err := helm(t, append([]string{"template", "true", chartDir, "--namespace", "123", "--kube-version", kubeVersion}, sets["all"]...)...)
+	text, err := helm(t, append([]string{"template", "true", chartDir, "--namespace", "123", "--kube-version",
+		kubeVersion}, sets["all"]...)...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -211,7 +239,8 @@ func TestChartRendersEveryTemplate(t *testing.T) {
 		text += out
 	}
 	err := filepath.WalkDir(filepath.Join(chartDir, "templates"), func(path string, d fs.DirEntry, err error) error {
-		if err == nil && filepath.Ext(path) == ".yaml" && !strings.Contains(text, "# Source: sluice/"+strings.TrimPrefix(filepath.ToSlash(path), chartDir+"/")+"\n") {
+		if err == nil && filepath.Ext(path) == ".yaml" &&
+			!strings.Contains(text, "# Source: sluice/"+strings.TrimPrefix(filepath.ToSlash(path), chartDir+"/")+"\n") {
 			t.Errorf("no set of options renders %s", path)
 		}
 		return err
@@ -221,7 +250,8 @@ func TestChartRendersEveryTemplate(t *testing.T) {
 	}
 }
 
-// Every pod is as the restricted PodSecurity standard wants it, and says what it needs.
+// Every pod meets the restricted Pod Security Standard, and has requests,
+// limits and probes.
 func TestChartPods(t *testing.T) {
 	for name, args := range sets {
 		t.Run(name, func(t *testing.T) {
@@ -233,16 +263,20 @@ func TestChartPods(t *testing.T) {
 				if spec == nil {
 					continue
 				}
-				if at(spec, "securityContext", "runAsNonRoot") != true || at(spec, "securityContext", "seccompProfile", "type") != "RuntimeDefault" {
+				if at(spec, "securityContext", "runAsNonRoot") != true ||
+					at(spec, "securityContext", "seccompProfile", "type") != "RuntimeDefault" {
 					t.Errorf("%s: securityContext is %v", id(o), at(spec, "securityContext"))
 				}
 				for _, c := range at(spec, "containers").([]any) {
 					security := at(c, "securityContext")
-					if at(security, "allowPrivilegeEscalation") != false || at(security, "readOnlyRootFilesystem") != true ||
+					if at(security, "allowPrivilegeEscalation") != false ||
+						at(security, "readOnlyRootFilesystem") != true ||
 						!cmp.Equal(at(security, "capabilities", "drop"), []any{"ALL"}) {
 						t.Errorf("%s: the container's securityContext is %v", id(o), security)
 					}
-					if at(c, "resources", "requests", "cpu") == nil || at(c, "resources", "requests", "memory") == nil || at(c, "resources", "limits", "memory") == nil {
+					if at(c, "resources", "requests", "cpu") == nil ||
+						at(c, "resources", "requests", "memory") == nil ||
+						at(c, "resources", "limits", "memory") == nil {
 						t.Errorf("%s: resources are %v", id(o), at(c, "resources"))
 					}
 					if o["kind"] == "Deployment" && (at(c, "readinessProbe") == nil || at(c, "livenessProbe") == nil) {
@@ -250,7 +284,8 @@ func TestChartPods(t *testing.T) {
 					}
 				}
 				token := at(spec, "automountServiceAccountToken")
-				if want := id(o) == "Deployment/sluice-webhook" && !strings.HasPrefix(name, "cert-manager") || id(o) == "Deployment/limits-webhook"; token != want {
+				if want := id(o) == "Deployment/sluice-webhook" && !strings.HasPrefix(name, "cert-manager") ||
+					id(o) == "Deployment/limits-webhook"; token != want {
 					t.Errorf("%s: automountServiceAccountToken is %v, want %v", id(o), token, want)
 				}
 			}
@@ -259,12 +294,14 @@ func TestChartPods(t *testing.T) {
 }
 
 func TestChartWebhookConfiguration(t *testing.T) {
-	config := find(t, render(t, "--set", "webhook.excludedNamespaces={ops}"), "MutatingWebhookConfiguration/sluice-injector.sluice-system")
+	config := find(t, render(t, "--set", "webhook.excludedNamespaces={ops}"),
+		"MutatingWebhookConfiguration/sluice-injector.sluice-system")
 	if name := at(config, "metadata", "name").(string); name < "istio-\xff" {
 		t.Errorf("%s does not sort after istio-", name)
 	}
 	type expression = map[string]any
-	namespaces := expression{"key": "kubernetes.io/metadata.name", "operator": "NotIn", "values": []any{"kube-system", "kube-node-lease", "sluice-system", "ops"}}
+	namespaces := expression{"key": "kubernetes.io/metadata.name", "operator": "NotIn",
+		"values": []any{"kube-system", "kube-node-lease", "sluice-system", "ops"}}
 	enabled := func(operator string) expression {
 		return expression{"key": "sluice.dev/inject", "operator": operator, "values": []any{"enabled"}}
 	}
@@ -278,18 +315,22 @@ func TestChartWebhookConfiguration(t *testing.T) {
 				"name": "sluice-webhook", "namespace": "sluice-system", "path": "/inject", "port": uint64(443),
 			}},
 			"rules": []any{map[string]any{
-				"apiGroups": []any{""}, "apiVersions": []any{"v1"}, "operations": []any{"CREATE"}, "resources": []any{"pods"}, "scope": "Namespaced",
+				"apiGroups": []any{""}, "apiVersions": []any{"v1"}, "operations": []any{"CREATE"},
+				"resources": []any{"pods"}, "scope": "Namespaced",
 			}},
 			"namespaceSelector": map[string]any{"matchExpressions": []any{namespace, namespaces}},
 			"objectSelector":    map[string]any{"matchExpressions": pod},
 			"matchConditions": []any{map[string]any{
-				"name":       "not-a-mirror-pod",
-				"expression": "!has(object.metadata.annotations) || !('kubernetes.io/config.mirror' in object.metadata.annotations)",
+				"name": "not-a-mirror-pod",
+				"expression": "!has(object.metadata.annotations) || !('kubernetes.io/config.mirror' in " +
+					"object.metadata.annotations)",
 			}},
-			"failurePolicy": "Fail", "matchPolicy": "Equivalent", "reinvocationPolicy": "IfNeeded", "sideEffects": "None", "timeoutSeconds": uint64(5),
+			"failurePolicy": "Fail", "matchPolicy": "Equivalent", "reinvocationPolicy": "IfNeeded",
+			"sideEffects": "None", "timeoutSeconds": uint64(5),
 		}
 	}
-	// A label's namespace injects, unless the pod says no; elsewhere only the pod's own label does.
+	// In labelled namespaces every pod is injected unless its label says no;
+	// elsewhere only pods with the label are.
 	all := []any{want("namespace", enabled("In"), notDisabled), want("pod", enabled("NotIn"), exists, notDisabled)}
 	if diff := cmp.Diff(all, config["webhooks"]); diff != "" {
 		t.Errorf("webhooks (-want +got):\n%s", diff)
@@ -317,23 +358,27 @@ func TestChartRights(t *testing.T) {
 	if diff := cmp.Diff(want, rules); diff != "" {
 		t.Errorf("rights (-want +got):\n%s", diff)
 	}
-	// The template may not hold what the webhook fills in, or each upgrade would take it away again.
+	// A template with data would reset what the webhook has stored at each
+	// upgrade.
 	if secret := find(t, all, "Secret/sluice-webhook-ca"); secret["data"] != nil || secret["stringData"] != nil {
 		t.Error("the CA's Secret is not empty")
 	}
 }
 
-// What the gateway service has to prove, and who has to prove what to it.
+// The values for TLS set certificates, client certificates and network
+// policies.
 func TestChartCertificates(t *testing.T) {
 	all := render(t, sets["certificates of clients"]...)
 	var config any
-	if err := yaml.Unmarshal([]byte(at(find(t, all, "ConfigMap/sluice-gateway"), "data", "sluice.yaml").(string)), &config); err != nil {
+	if err := yaml.Unmarshal([]byte(at(find(t, all, "ConfigMap/sluice-gateway"), "data", "sluice.yaml").(string)),
+		&config); err != nil {
 		t.Fatal(err)
 	}
 	want := map[string]any{
 		"listen": map[string]any{"admin": "127.0.0.1:9002", "tls": map[string]any{
-			"cert_file": "/etc/sluice-tls/tls.crt", "key_file": "/etc/sluice-tls/tls.key", "client_ca_file": "/etc/sluice-tls/ca.crt",
-			"client_names": []any{"spiffe://cluster.local/ns/gateways/*"},
+			"cert_file": "/etc/sluice-tls/tls.crt", "key_file": "/etc/sluice-tls/tls.key",
+			"client_ca_file": "/etc/sluice-tls/ca.crt",
+			"client_names":   []any{"spiffe://cluster.local/ns/gateways/*"},
 		}},
 		"limits": []any{map[string]any{"name": "all", "rate": "1/s", "key": `request.headers["a"]`}},
 	}
@@ -345,182 +390,61 @@ func TestChartCertificates(t *testing.T) {
 		t.Helper()
 		container := at(pod, "containers").([]any)[0]
 		mounts, volumes := at(container, "volumeMounts").([]any), at(pod, "volumes").([]any)
-		i, j := named(mounts, name), named(volumes, name)
+		i, j := indexByName(mounts, name), indexByName(volumes, name)
 		if i < 0 || j < 0 {
 			t.Fatalf("no %s: %v, %v", name, mounts, volumes)
 		}
-		if diff := cmp.Diff([]any{map[string]any{"name": name, "mountPath": path, "readOnly": true}, volume}, []any{mounts[i], volumes[j]}); diff != "" {
+		if diff := cmp.Diff([]any{map[string]any{"name": name, "mountPath": path, "readOnly": true}, volume},
+			[]any{mounts[i], volumes[j]}); diff != "" {
 			t.Errorf("%s (-want +got):\n%s", name, diff)
 		}
 	}
-	mounted(pod("Deployment/sluice-gateway"), "tls", "/etc/sluice-tls", map[string]any{"name": "tls", "secret": map[string]any{"secretName": "sluice-gateway-tls", "defaultMode": uint64(0o444)}})
-	mounted(pod("Deployment/sluice-webhook"), "client-ca", "/etc/sluice-client-ca", map[string]any{"name": "client-ca", "configMap": map[string]any{"name": "api"}})
+	mounted(pod("Deployment/sluice-gateway"), "tls", "/etc/sluice-tls",
+		map[string]any{"name": "tls", "secret": map[string]any{"secretName": "sluice-gateway-tls",
+			"defaultMode": uint64(0o444)}})
+	mounted(pod("Deployment/sluice-webhook"), "client-ca", "/etc/sluice-client-ca",
+		map[string]any{"name": "client-ca", "configMap": map[string]any{"name": "api"}})
 	args := fmt.Sprint(at(at(pod("Deployment/sluice-webhook"), "containers").([]any)[0], "args"))
-	if !strings.Contains(args, "--client-ca-file=/etc/sluice-client-ca/ca.crt") || !strings.Contains(args, "--client-name=api") {
+	if !strings.Contains(args, "--client-ca-file=/etc/sluice-client-ca/ca.crt") ||
+		!strings.Contains(args, "--client-name=api") {
 		t.Errorf("%s", args)
 	}
 	if secret := at(find(t, all, "Certificate/sluice-gateway"), "spec", "secretName"); secret != "sluice-gateway-tls" {
 		t.Errorf("cert-manager writes %v", secret)
 	}
-	if protocol := at(at(find(t, all, "Service/sluice-gateway"), "spec", "ports").([]any)[0], "appProtocol"); protocol != "https" {
+	port := at(find(t, all, "Service/sluice-gateway"), "spec", "ports").([]any)[0]
+	if protocol := at(port, "appProtocol"); protocol != "https" {
 		t.Errorf("appProtocol is %v", protocol)
 	}
-	metrics := map[string]any{"ports": []any{map[string]any{"port": uint64(9003), "protocol": "TCP"}}, "from": []any{map[string]any{"ipBlock": map[string]any{"cidr": "10.0.0.0/8"}}}}
+	metrics := map[string]any{"ports": []any{map[string]any{"port": uint64(9003), "protocol": "TCP"}},
+		"from": []any{map[string]any{"ipBlock": map[string]any{"cidr": "10.0.0.0/8"}}}}
 	for policy, first := range map[string]any{
 		"NetworkPolicy/sluice-gateway": map[string]any{
 			"ports": []any{map[string]any{"port": uint64(9001), "protocol": "TCP"}},
-			"from":  []any{map[string]any{"namespaceSelector": map[string]any{"matchLabels": map[string]any{"kubernetes.io/metadata.name": "gateways"}}}},
+			"from": []any{map[string]any{"namespaceSelector": map[string]any{
+				"matchLabels": map[string]any{"kubernetes.io/metadata.name": "gateways"},
+			}}},
 		},
 		"NetworkPolicy/sluice-webhook": map[string]any{
-			"ports": []any{map[string]any{"port": uint64(8443), "protocol": "TCP"}}, "from": []any{map[string]any{"ipBlock": map[string]any{"cidr": "192.0.2.3/32"}}},
+			"ports": []any{map[string]any{"port": uint64(8443), "protocol": "TCP"}},
+			"from":  []any{map[string]any{"ipBlock": map[string]any{"cidr": "192.0.2.3/32"}}},
 		},
 	} {
 		if diff := cmp.Diff([]any{first, metrics}, at(find(t, all, policy), "spec", "ingress")); diff != "" {
 			t.Errorf("%s (-want +got):\n%s", policy, diff)
 		}
 	}
-	// A Secret of one's own, and a config that says listen.tls itself.
-	all = render(t, "--set", "gateway.enabled=true,gateway.redis.url=redis://r,gateway.tls.secret=mine,gateway.existingConfigMap=limits")
-	mounted(pod("Deployment/sluice-gateway"), "tls", "/etc/sluice-tls", map[string]any{"name": "tls", "secret": map[string]any{"secretName": "mine", "defaultMode": uint64(0o444)}})
-	// Servers alone prove who they are.
-	all = render(t, "--set", "gateway.enabled=true,gateway.redis.url=redis://r,gateway.tls.secret=mine,gateway.tls.clientCertificates=false")
-	if text := fmt.Sprint(at(find(t, all, "ConfigMap/sluice-gateway"), "data")); !strings.Contains(text, "tls.crt") || strings.Contains(text, "client") {
+	// The user's own Secret, and a config that sets listen.tls itself.
+	all = render(t, "--set", "gateway.enabled=true,gateway.redis.url=redis://r,gateway.tls.secret=mine,"+
+		"gateway.existingConfigMap=limits")
+	mounted(pod("Deployment/sluice-gateway"), "tls", "/etc/sluice-tls",
+		map[string]any{"name": "tls", "secret": map[string]any{"secretName": "mine", "defaultMode": uint64(0o444)}})
+	// TLS without client certificates.
+	all = render(t, "--set", "gateway.enabled=true,gateway.redis.url=redis://r,gateway.tls.secret=mine,"+
+		"gateway.tls.clientCertificates=false")
+	if text := fmt.Sprint(at(find(t, all, "ConfigMap/sluice-gateway"), "data")); !strings.Contains(text, "tls.crt") ||
+		strings.Contains(text, "client") {
 		t.Errorf("%s", text)
-	}
-}
-
-func TestChartRefuses(t *testing.T) {
-	for name, c := range map[string]struct{ set, want string }{
-		"unknown value":             {"webhok.replicas=2", "webhok"},
-		"no replicas":               {"webhook.replicas=0", "replicas"},
-		"name that is too long":     {"fullnameOverride=" + strings.Repeat("a", 41), "fullnameOverride"},
-		"tag as digest":             {"image.digest=v1", "digest"},
-		"buckets nowhere":           {"gateway.enabled=true", "gateway.redis.secret"},
-		"buckets in two places":     {"gateway.enabled=true,gateway.redis.url=redis://a,gateway.redis.secret=b", "leave one out"},
-		"no Redis URL":              {"gateway.redis.url=http://a", "url"},
-		"no memory limit":           {"webhook.resources.limits.memory=null", "memory"},
-		"tests where nothing is":    {"tests.namespace=sluice-system", "tests.namespace"},
-		"tests where it is not":     {"webhook.excludedNamespaces={default}", "tests.namespace"},
-		"issuer without a name":     {"certManager.issuerRef.kind=ClusterIssuer", "issuerRef"},
-		"port that there is not":    {"networkPolicy.apiServerPorts={70000}", "apiServerPorts"},
-		"interval without its unit": {"serviceMonitor.interval=30", "interval"},
-		"two certificates":          {"gateway.enabled=true,gateway.redis.url=redis://a,gateway.tls.secret=a,gateway.tls.issuerRef.name=b", "leave one out"},
-		"names without TLS":         {"gateway.enabled=true,gateway.redis.url=redis://a,gateway.tls.clientNames={a}", "clientNames"},
-		"names of nobody":           {"gateway.enabled=true,gateway.redis.url=redis://a,gateway.tls.secret=a,gateway.tls.clientCertificates=false,gateway.tls.clientNames={a}", "clientNames"},
-		"TLS in two places":         {"gateway.enabled=true,gateway.redis.url=redis://a,gateway.tls.secret=a,gateway.config=listen: {tls: {cert_file: x}}", "gateway.config"},
-		"a config that is no YAML":  {"gateway.enabled=true,gateway.redis.url=redis://a,gateway.tls.secret=a,gateway.config=a: b: c", "gateway.config"},
-		"API servers' names alone":  {"webhook.clientCA.names={a}", "webhook.clientCA"},
-		"a peer that is none":       {"networkPolicy.from[0]=a", "from"},
-	} {
-		t.Run(name, func(t *testing.T) {
-			if _, err := rendered(t, "--set", c.set); err == nil || !strings.Contains(err.Error(), c.want) {
-				t.Errorf("--set %s: %v, want an error with %q", c.set, err, c.want)
-			}
-		})
-	}
-}
-
-// otherValues are all values, as JSON and other than their defaults, and the options that they are used under.
-func otherValues() (base []string, others map[string]string) {
-	for _, group := range []string{"gateway", "trialRedis", "networkPolicy", "serviceMonitor", "certManager"} {
-		base = append(base, "--set-json", group+".enabled=true") // and not --set, which helm lets win over what comes later
-	}
-	base = append(base, "--set-json", `gateway.tls.secret="tls"`, "--set-json", `webhook.clientCA.configMap="ca"`)
-	place := func(group string) map[string]string {
-		return map[string]string{
-			group + ".replicas": `3`, group + ".resources.requests.cpu": `"1"`, group + ".resources.requests.memory": `"96Mi"`, group + ".resources.limits.memory": `"1Gi"`,
-			group + ".priorityClassName": `"p"`, group + ".nodeSelector": `{"a":"b"}`, group + ".tolerations": `[{"operator":"Exists"}]`,
-			group + ".affinity": `{"podAntiAffinity":{}}`, group + ".podAnnotations": `{"a":"b"}`, group + ".podDisruptionBudget.enabled": `false`,
-		}
-	}
-	others = map[string]string{
-		"fullnameOverride": `"other"`, "image.repository": `"other"`, "image.tag": `"other"`, "image.digest": `"sha256:` + strings.Repeat("0", 64) + `"`,
-		"image.pullPolicy": `"Never"`, "imagePullSecrets": `[{"name":"a"}]`, "webhook.enabled": `false`, "webhook.sidecarImage": `"other"`, "webhook.excludedNamespaces": `["a"]`,
-		"certManager.enabled": `false`, "certManager.issuerRef": `{"name":"a"}`, "gateway.enabled": `false`, "gateway.config": `"domain: a"`,
-		"gateway.existingConfigMap": `"a"`, "gateway.domain": `"a"`, "gateway.redis.url": `"redis://a"`, "gateway.redis.secret": `"a"`,
-		"trialRedis.enabled": `false`, "trialRedis.image": `"a"`, "trialRedis.pullPolicy": `"Never"`, "trialRedis.resources.requests.cpu": `"1"`,
-		"trialRedis.resources.requests.memory": `"96Mi"`, "trialRedis.resources.limits.memory": `"1Gi"`,
-		"networkPolicy.enabled": `false`, "networkPolicy.apiServerPorts": `[8443]`, "networkPolicy.from": `[{"podSelector":{}}]`,
-		"networkPolicy.metricsFrom": `[{"podSelector":{}}]`, "networkPolicy.webhookFrom": `[{"podSelector":{}}]`,
-		"gateway.tls.secret": `"a"`, "gateway.tls.issuerRef": `{"name":"a"}`, "gateway.tls.clientCertificates": `false`, "gateway.tls.clientNames": `["a"]`,
-		"webhook.clientCA.configMap": `"a"`, "webhook.clientCA.names": `["a"]`,
-		"serviceMonitor.enabled": `false`, "serviceMonitor.interval": `"1m"`, "serviceMonitor.labels": `{"a":"b"}`, "tests.namespace": `"a"`,
-	}
-	maps.Copy(others, place("webhook"))
-	maps.Copy(others, place("gateway"))
-	return base, others
-}
-
-// withOther are the options with another value, and with what goes with it.
-func withOther(base []string, path, other string) []string {
-	args := append(slices.Clone(base), "--set-json", path+"="+other)
-	switch path {
-	case "trialRedis.enabled":
-		args = append(args, "--set", "gateway.redis.url=redis://a")
-	case "gateway.tls.issuerRef":
-		args = append(args, "--set", "gateway.tls.secret=")
-	}
-	return args
-}
-
-// Every value does something: another one makes another rendering.
-func TestChartValuesAreUsed(t *testing.T) {
-	base, others := otherValues()
-	text, err := os.ReadFile(filepath.Join(chartDir, "values.yaml"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	var values map[string]any
-	if err := yaml.Unmarshal(text, &values); err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff(slices.Sorted(maps.Keys(others)), slices.Sorted(slices.Values(leaves("", values)))); diff != "" {
-		t.Fatalf("values (-this test +values.yaml):\n%s", diff)
-	}
-	before, err := rendered(t, base...)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for path, other := range others {
-		args := withOther(base, path, other)
-		if after, err := rendered(t, args...); err != nil {
-			t.Errorf("%s: %v", path, err)
-		} else if after == before {
-			t.Errorf("%s changes nothing", path)
-		}
-	}
-}
-
-// leaves are the paths of what is no mapping, or an empty one.
-func leaves(prefix string, v map[string]any) []string {
-	var all []string
-	for name, v := range v {
-		if m, ok := v.(map[string]any); ok && len(m) > 0 {
-			all = append(all, leaves(prefix+name+".", m)...)
-		} else {
-			all = append(all, prefix+name)
-		}
-	}
-	return all
-}
-
-// Every value has a comment above it, except those that Kubernetes itself or the comment on their group explains.
-func TestChartValuesAreDocumented(t *testing.T) {
-	plain := []string{
-		"enabled", "image", "repository", "pullPolicy", "replicas", "resources", "requests", "limits", "redis",
-		"priorityClassName", "nodeSelector", "tolerations", "affinity", "podAnnotations",
-	}
-	text, err := os.ReadFile(filepath.Join(chartDir, "values.yaml"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	key, above := regexp.MustCompile(`^( *)([A-Za-z]+):`), ""
-	for line := range strings.Lines(string(text)) {
-		if m := key.FindStringSubmatch(line); m != nil && !strings.HasPrefix(strings.TrimSpace(above), "#") &&
-			(m[1] == "" || !slices.Contains(plain, m[2])) {
-			t.Errorf("%s%s has no comment above it", m[1], m[2])
-		}
-		above = line
 	}
 }
 
@@ -536,14 +460,15 @@ metadata:
 		first string
 		args  []string
 	}{
-		"sluice.yaml":      {namespace, nil},
-		"trial-redis.yaml": {"", []string{"--show-only", "templates/trial-redis.yaml", "--set", "trialRedis.enabled=true"}},
+		"sluice.yaml": {namespace, nil},
+		"trial-redis.yaml": {"", []string{"--show-only", "templates/trial-redis.yaml", "--set",
+			"trialRedis.enabled=true"}},
 	} {
 		chart, err := rendered(t, append([]string{"--no-hooks"}, c.args...)...)
 		if err != nil {
 			t.Fatal(err)
 		}
-		want := "# Made from the chart by `go test ./k8s -run TestManifests -update`.\n" + c.first +
+		want := "# Generated from the chart by `go test ./k8s -run TestManifests -update`.\n" + c.first +
 			regexp.MustCompile(`(?m)^# Source: .*\n`).ReplaceAllString(chart, "")
 		want = regexp.MustCompile(`\n\n+`).ReplaceAllString(want, "\n")
 		path := filepath.Join("manifests", file)

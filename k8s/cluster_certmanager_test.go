@@ -18,17 +18,18 @@ import (
 	"testing"
 	"time"
 
-	"github.com/sluiceproxy/sluice/k8s/built"
+	"github.com/sluiceproxy/sluice/k8s/testenv"
 )
 
 const certManager = "github.com/cert-manager/cert-manager@v1.21.2"
 
-// TestClusterCertManager has cert-manager's controllers make the webhook's certificates and its caBundle, by the objects that the chart has
-// for it: pods are injected, also while the certificate is renewed.
+// TestClusterCertManager runs cert-manager's controllers on the objects that
+// the chart renders for them: they issue the webhook's certificate and set its
+// caBundle, and pods are injected, also while the certificate is renewed.
 func TestClusterCertManager(t *testing.T) {
 	var controllers, definitions string
 	if os.Getenv("SLUICE_LONG") != "" {
-		controllers = built.Own(t, filepath.Join("testdata", "certmanager"))
+		controllers = testenv.LocalProgram(t, filepath.Join("testdata", "certmanager"))
 		definitions = filepath.Join(module(t, certManager), "deploy", "crds")
 	}
 	if !long(t) {
@@ -41,14 +42,16 @@ func TestClusterCertManager(t *testing.T) {
 	start(t, nil, controllers, c.kubeconfig)
 	r := install(t, c, "--set", "certManager.enabled=true")
 
-	// What a kubelet makes of the Secret: a link to a directory, which is another when the Secret is.
+	// A kubelet mounts a Secret as a symbolic link to a directory, and replaces
+	// the link when the Secret changes.
 	mounted := t.TempDir()
 	secret := func() object {
 		var s object
-		if c.call(t.Context(), http.MethodGet, "/api/v1/namespaces/"+release+"/secrets/sluice-webhook-tls", nil, &s) != nil {
+		if c.call(t.Context(), http.MethodGet, "/api/v1/namespaces/"+release+"/secrets/sluice-webhook-tls", nil,
+			&s) != nil {
 			return nil
 		}
-		return child(s, "data")
+		return objectField(s, "data")
 	}
 	content := func(encoded any) []byte {
 		t.Helper()
@@ -85,7 +88,7 @@ func TestClusterCertManager(t *testing.T) {
 	if !found {
 		t.Fatalf("%q", r.args)
 	}
-	// It asks nothing of the cluster: its account has no token.
+	// The webhook does not call the API server, so that it needs no token.
 	r.env = nil
 	for i := range r.running {
 		r.run(t, i, "--linger=0s", "--service-account=/nonexistent")
@@ -94,13 +97,15 @@ func TestClusterCertManager(t *testing.T) {
 		all := bundles(t, c.API)
 		return len(all) == 2 && len(all[0]) > 0 && reflect.DeepEqual(all[0], all[1])
 	})
-	namespace(t, c, "shop", object{label: "enabled"})
+	namespace(t, c, "shop", object{injectLabel: "enabled"})
 	made := 0
 	create := func() {
 		t.Helper()
-		p := pod(t, strings.Replace(podText("", "{containers: [{name: envoy, SECURE}]}"), "{metadata: {", "{metadata: {generateName: r-, ", 1))
+		p := pod(t, strings.Replace(podText("", "{containers: [{name: envoy, SECURE}]}"), "{metadata: {",
+			"{metadata: {generateName: r-, ", 1))
 		var out object
-		if err := c.call(t.Context(), http.MethodPost, "/api/v1/namespaces/shop/pods", p, &out); err != nil || named(list(child(out, "spec"), "initContainers"), "sluice") != 0 {
+		if err := c.call(t.Context(), http.MethodPost, "/api/v1/namespaces/shop/pods", p, &out); err != nil ||
+			sidecarIndex(out) != 0 {
 			t.Errorf("pod: %v", err)
 		}
 		made++
@@ -124,14 +129,16 @@ func TestClusterCertManager(t *testing.T) {
 	defer ended()
 	for range 3 { // as `cmctl renew` does
 		before := secret()["tls.crt"]
-		must(t, c.API, http.MethodPatch, "/apis/cert-manager.io/v1/namespaces/"+release+"/certificates/sluice-webhook/status", []any{
+		must(t, c.API, http.MethodPatch, "/apis/cert-manager.io/v1/namespaces/"+release+
+			"/certificates/sluice-webhook/status", []any{
 			object{"op": "add", "path": "/status/conditions/-", "value": object{
-				"type": "Issuing", "status": "True", "reason": "ManuallyTriggered", "message": "", "lastTransitionTime": time.Now().UTC().Format(time.RFC3339),
+				"type": "Issuing", "status": "True", "reason": "ManuallyTriggered", "message": "",
+				"lastTransitionTime": time.Now().UTC().Format(time.RFC3339),
 			}},
 		})
 		await(t, "another certificate", func() bool { now := secret()["tls.crt"]; return now != nil && now != before })
 		mount()
-		for _, address := range addresses { // who asks anew is shown it
+		for _, address := range addresses { // new connections get the new certificate
 			roots := x509.NewCertPool()
 			roots.AppendCertsFromPEM(bundles(t, c.API)[0])
 			d := tls.Dialer{Config: &tls.Config{RootCAs: roots, ServerName: "sluice-webhook." + release + ".svc"}}
@@ -140,7 +147,8 @@ func TestClusterCertManager(t *testing.T) {
 				t.Errorf("%s: %v", address, err)
 				continue
 			}
-			shown := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: connection.(*tls.Conn).ConnectionState().PeerCertificates[0].Raw})
+			shown := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE",
+				Bytes: connection.(*tls.Conn).ConnectionState().PeerCertificates[0].Raw})
 			_ = connection.Close()
 			if now := content(secret()["tls.crt"]); !bytes.HasPrefix(now, shown) {
 				t.Errorf("%s shows\n%s, and the Secret is\n%s", address, shown, now)
@@ -150,6 +158,6 @@ func TestClusterCertManager(t *testing.T) {
 	ended()
 	t.Logf("%d pods over three renewals", made)
 	if made < 10 {
-		t.Error("that is too little to show anything")
+		t.Error("too few to show anything")
 	}
 }

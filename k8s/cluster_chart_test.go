@@ -12,13 +12,16 @@ import (
 	"testing"
 )
 
-// crds are those of others that the chart's objects are of: the definitions that their projects ship in their modules.
+// crds are the CustomResourceDefinitions of other projects that the chart's
+// objects need, as files of these modules.
 var crds = map[string][]string{
 	certManager: {"deploy/crds/cert-manager.io_certificates.yaml", "deploy/crds/cert-manager.io_issuers.yaml"},
-	"github.com/prometheus-operator/prometheus-operator@v0.85.0": {"example/prometheus-operator-crd/monitoring.coreos.com_servicemonitors.yaml"},
+	"github.com/prometheus-operator/prometheus-operator@v0.85.0": {
+		"example/prometheus-operator-crd/monitoring.coreos.com_servicemonitors.yaml",
+	},
 }
 
-// module is the directory of a module's files.
+// module returns the directory of a module's files.
 func module(t *testing.T, version string) string {
 	t.Helper()
 	download := exec.CommandContext(t.Context(), "go", "mod", "download", "-json", version)
@@ -31,8 +34,9 @@ func module(t *testing.T, version string) string {
 	return answer.Dir
 }
 
-// TestClusterChart has a real API server judge, field by field, what the chart renders: for every set of options, and with every value
-// once another than the default.
+// TestClusterChart has a real API server validate each field that the chart
+// renders: for every set of options, and with every value once set to another
+// than its default.
 func TestClusterChart(t *testing.T) {
 	var definitions []string
 	if os.Getenv("SLUICE_LONG") != "" {
@@ -52,7 +56,8 @@ func TestClusterChart(t *testing.T) {
 			t.Fatal(err)
 		}
 		for document := range strings.SplitSeq(text, "\n---\n") {
-			if strings.Contains(document, "\nkind: ") && !strings.Contains(document, "\nkind: Namespace\n") && !slices.Contains(documents, document) {
+			if strings.Contains(document, "\nkind: ") && !strings.Contains(document, "\nkind: Namespace\n") &&
+				!slices.Contains(documents, document) {
 				documents = append(documents, document)
 			}
 		}
@@ -73,23 +78,26 @@ func TestClusterChart(t *testing.T) {
 	if out, err := c.kubectl(t, "", append([]string{"create"}, definitions...)...); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	// Both say of a Deployment, too, what the standard would refuse in its pods.
-	standard := object{"pod-security.kubernetes.io/enforce": "restricted", "pod-security.kubernetes.io/warn": "restricted"}
-	for _, name := range []string{release, "a"} { // a is tests.namespace's other value
+	// Both labels also make the API server warn about Deployments whose pods
+	// would be refused.
+	standard := object{"pod-security.kubernetes.io/enforce": "restricted",
+		"pod-security.kubernetes.io/warn": "restricted"}
+	for _, name := range []string{release, "a"} { // a is the other value of tests.namespace
 		namespace(t, c, name, standard)
 	}
-	out, err := c.kubectl(t, strings.Join(documents, "\n---\n"), "apply", "--dry-run=server", "--validate=strict", "-f", "-")
+	out, err := c.kubectl(t, strings.Join(documents, "\n---\n"), "apply", "--dry-run=server", "--validate=strict",
+		"-f", "-")
 	if err != nil || strings.Contains(out, "Warning") {
 		t.Errorf("%v\n%s", err, out)
 	}
 	if n := strings.Count(out, "(server dry run)"); n != len(documents) {
-		t.Errorf("%d of %d objects were judged", n, len(documents))
+		t.Errorf("%d of %d objects were validated", n, len(documents))
 	} else {
 		t.Logf("%d objects", n)
 	}
-	// It would say so of a field that is not there.
+	// The API server does reject unknown fields.
 	wrong := strings.Replace(documents[0], "\nmetadata:", "\nmetadatum: {}\nmetadata:", 1)
 	if out, err := c.kubectl(t, wrong, "apply", "--dry-run=server", "--validate=strict", "-f", "-"); err == nil {
-		t.Errorf("it takes what is wrong: %s", out)
+		t.Errorf("an unknown field is accepted: %s", out)
 	}
 }

@@ -19,10 +19,11 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// tokens are the names that the API server draws for the volumes of service accounts' tokens.
+// tokens matches the names that the API server generates for the volumes of
+// service account tokens.
 var tokens = regexp.MustCompile(`kube-api-access-[a-z0-9]{5}`)
 
-// plain is a pod as the API server answers it, without what it draws or reads from a clock.
+// plain returns a pod from the API server without generated names and times.
 func plain(t *testing.T, pod object) object {
 	t.Helper()
 	text, err := json.Marshal(pod)
@@ -34,14 +35,15 @@ func plain(t *testing.T, pod object) object {
 		t.Fatal(err)
 	}
 	for _, field := range []string{"uid", "creationTimestamp", "managedFields", "resourceVersion", "generation"} {
-		delete(child(out, "metadata"), field)
+		delete(objectField(out, "metadata"), field)
 	}
 	delete(out, "status")
 	return out
 }
 
-// sorted is a pod whose volumes and mounts are in the order of their names: where the API server puts a service account's token depends on
-// who came first, and means nothing.
+// sorted returns a pod with volumes and mounts sorted by name. The API server
+// adds those of a service account token at a place that depends on the order of
+// the webhooks and has no meaning.
 func sorted(pod object) object {
 	by := func(l []any) []any {
 		slices.SortStableFunc(l, func(a, b any) int {
@@ -49,22 +51,24 @@ func sorted(pod object) object {
 		})
 		return l
 	}
-	spec := child(pod, "spec")
-	spec["volumes"] = by(list(spec, "volumes"))
-	for name, v := range child(child(spec, "resources"), "requests") { // the same amount, by another sum
-		child(child(spec, "resources"), "requests")[name] = quantity(name, amount(v))
+	spec := objectField(pod, "spec")
+	spec["volumes"] = by(listField(spec, "volumes"))
+	// The same quantity may be written in another way.
+	for name, v := range objectField(objectField(spec, "resources"), "requests") {
+		objectField(objectField(spec, "resources"), "requests")[name] = formatQuantity(name, quantityValue(v))
 	}
 	for _, field := range []string{"containers", "initContainers"} {
-		for _, c := range list(spec, field) {
+		for _, c := range listField(spec, field) {
 			c := c.(object)
-			c["volumeMounts"] = by(list(c, "volumeMounts"))
+			c["volumeMounts"] = by(listField(c, "volumeMounts"))
 		}
 	}
 	return pod
 }
 
-// TestClusterRandomPods has a real API server take what injection makes of many pods, by the manifest and by the webhook, and sees that
-// both make the same of each, and of what they have made nothing more.
+// TestClusterRandomPods has a real API server accept many injected pods. It
+// checks that sluice inject and the webhook have the same result for each, and
+// that injecting it again changes nothing.
 func TestClusterRandomPods(t *testing.T) {
 	if !long(t) {
 		return
@@ -82,7 +86,7 @@ func TestClusterRandomPods(t *testing.T) {
 
 	type one struct {
 		pod              object
-		skipped, refused string // what Inject says
+		skipped, refused string // returned by Inject
 	}
 	var all []one
 	counts := map[string]int{}
@@ -91,7 +95,7 @@ func TestClusterRandomPods(t *testing.T) {
 		name := fmt.Sprintf("pod-%d", seed)
 		p["metadata"].(object)["name"], p["metadata"].(object)["namespace"] = name, "shop"
 		if _, err := create(p); err != nil {
-			t.Errorf("the generator makes what is no pod: %v", err)
+			t.Errorf("the API server refuses a generated pod: %v", err)
 		}
 		o := one{pod: p}
 		_, skipped, err := Inject(p, Options{Image: "x", Version: "v", Namespace: "shop", Workload: name})
@@ -108,16 +112,16 @@ func TestClusterRandomPods(t *testing.T) {
 	}
 	t.Logf("%v", counts)
 	if counts["taken"] < count/2 || counts["skipped"] < count/50 || counts["refused"] < count/50 {
-		t.Error("some are too few to show anything")
+		t.Error("too few to show anything")
 	}
 
-	// By the manifest, as a user does.
+	// First by sluice inject, as a user would.
 	const image = "registry.example/sluice:1"
 	sluice := program(t)
 	inject := func(which func(one) bool) (string, string, error) {
 		var in bytes.Buffer
 		e := yaml.NewEncoder(&in)
-		e.SetIndent(2) // with its four it writes a text that begins with a blank such that it cannot read it again
+		e.SetIndent(2) // with the default of 4 it cannot read strings that begin with a space again
 		for _, o := range all {
 			if which(o) {
 				if err := e.Encode(o.pod); err != nil {
@@ -137,8 +141,9 @@ func TestClusterRandomPods(t *testing.T) {
 		t.Fatalf("%v\n%s", err, said)
 	}
 	for _, o := range all {
-		if o.skipped != "" && !strings.Contains(said, fmt.Sprintf("Pod %v: %s\n", at(o.pod, "metadata", "name"), o.skipped)) {
-			t.Errorf("%v is skipped without a warning that says %q", at(o.pod, "metadata", "name"), o.skipped)
+		name := at(o.pod, "metadata", "name")
+		if o.skipped != "" && !strings.Contains(said, fmt.Sprintf("Pod %v: %s\n", name, o.skipped)) {
+			t.Errorf("%v is skipped without a warning that says %q", name, o.skipped)
 		}
 	}
 	_, said, err = inject(func(o one) bool { return !accepted(o) })
@@ -146,15 +151,17 @@ func TestClusterRandomPods(t *testing.T) {
 		t.Error("sluice inject refuses nothing")
 	}
 	for _, o := range all {
-		if name := at(o.pod, "metadata", "name"); !accepted(o) && !strings.Contains(said, fmt.Sprintf("Pod %v: %s", name, o.refused)) {
+		if name := at(o.pod, "metadata", "name"); !accepted(o) &&
+			!strings.Contains(said, fmt.Sprintf("Pod %v: %s", name, o.refused)) {
 			t.Errorf("%v is refused for %q; sluice inject says\n%s", name, o.refused, said)
 		}
 	}
-	out, err := c.kubectl(t, manifest, "create", "--dry-run=server", "--validate=strict", "--output=json", "--filename=-")
+	out, err := c.kubectl(t, manifest, "create", "--dry-run=server", "--validate=strict",
+		"--output=json", "--filename=-")
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out[max(0, len(out)-4000):])
 	}
-	out = regexp.MustCompile(`(?m)^Warning: .*\n`).ReplaceAllString(out, "") // of what is unwise in a pod that is random
+	out = regexp.MustCompile(`(?m)^Warning: .*\n`).ReplaceAllString(out, "") // random pods cause warnings
 	applied := map[any]object{}
 	for d := json.NewDecoder(strings.NewReader(out)); ; {
 		var p object
@@ -172,15 +179,18 @@ func TestClusterRandomPods(t *testing.T) {
 		applied[at(p, "metadata", "name")] = p
 	}
 
-	// By the webhook.
+	// Then by the webhook.
 	r := install(t, c, "--set", "webhook.sidecarImage="+image)
 	for i := range r.running {
 		r.run(t, i)
 	}
-	must(t, c.API, http.MethodPatch, "/api/v1/namespaces/shop", []any{object{"op": "add", "path": "/metadata/labels/" + strings.ReplaceAll(label, "/", "~1"), "value": "enabled"}})
+	must(t, c.API, http.MethodPatch, "/api/v1/namespaces/shop",
+		[]any{object{"op": "add", "path": "/metadata/labels/" + strings.ReplaceAll(injectLabel, "/", "~1"),
+			"value": "enabled"}})
 	await(t, "the label to count", func() bool {
-		got, err := create(pod(t, "{metadata: {name: probe, annotations: {sluice.dev/in-process: 'true'}}, spec: {containers: [{name: envoy, image: x}]}}"))
-		return err == nil && len(list(child(got, "spec"), "initContainers")) == 1
+		got, err := create(pod(t, "{metadata: {name: probe, annotations: {sluice.dev/in-process: 'true'}}, spec: "+
+			"{containers: [{name: envoy, image: x}]}}"))
+		return err == nil && len(listField(objectField(got, "spec"), "initContainers")) == 1
 	})
 	for _, o := range all {
 		name := at(o.pod, "metadata", "name")
@@ -188,7 +198,7 @@ func TestClusterRandomPods(t *testing.T) {
 		got, err := create(o.pod)
 		said := heard.take()
 		if !accepted(o) {
-			if !isStatus(err, http.StatusForbidden) || !strings.Contains(err.Error(), "sluice: "+o.refused) {
+			if !hasStatus(err, http.StatusForbidden) || !strings.Contains(err.Error(), "sluice: "+o.refused) {
 				t.Errorf("%v is refused for %q by the manifest, and by the webhook: %v", name, o.refused, err)
 			}
 			continue
@@ -207,7 +217,7 @@ func TestClusterRandomPods(t *testing.T) {
 			continue
 		}
 		if diff := cmp.Diff(got, plain(t, again)); diff != "" {
-			t.Errorf("%v is not the same once more (-once +twice):\n%s", name, diff)
+			t.Errorf("%v changes when it is injected again (-once +twice):\n%s", name, diff)
 		}
 		if applied[name] == nil {
 			t.Errorf("%v is not in what sluice inject prints", name)

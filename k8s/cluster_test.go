@@ -22,34 +22,37 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-const secure = `image: x, securityContext: {allowPrivilegeEscalation: false, runAsNonRoot: true, runAsUser: 1000, capabilities: {drop: [ALL]}, seccompProfile: {type: RuntimeDefault}}`
+const secure = `image: x, securityContext: {allowPrivilegeEscalation: false, runAsNonRoot: true, runAsUser: 1000, ` +
+	`capabilities: {drop: [ALL]}, seccompProfile: {type: RuntimeDefault}}`
 
-// podText is a pod that says where its Redis and its limits are, with these labels and this spec; SECURE is what the restricted standard
-// wants of a container.
+// podText returns a pod with the annotations for Redis and limits, with these
+// labels and this spec. SECURE in it stands for what the restricted Pod
+// Security Standard requires of a container.
 func podText(labels, spec string) string {
-	return fmt.Sprintf(`{metadata: {labels: {app: x, %s}, annotations: {sluice.dev/redis-secret: redis, sluice.dev/config: limits}}, spec: %s}`,
+	return fmt.Sprintf(`{metadata: {labels: {app: x, %s}, annotations: {sluice.dev/redis-secret: redis, `+
+		`sluice.dev/config: limits}}, spec: %s}`,
 		labels, strings.ReplaceAll(spec, "SECURE", secure))
 }
 
-// TestCluster is the chart's webhook behind a real API server.
+// TestCluster runs the chart's webhook behind a real API server.
 func TestCluster(t *testing.T) {
 	if !long(t) {
 		return
 	}
-	c := cluster(t, "--enable-aggregator-routing=true") // it calls a Service by its EndpointSlices, as there is no kube-proxy
+	c := cluster(t, "--enable-aggregator-routing=true") // to call Services by their EndpointSlices, without kube-proxy
 	heard := listen(c.API)
 	r := install(t, c)
 	for i := range r.running {
 		r.run(t, i, "--linger=0s")
 	}
-	restricted := object{label: "enabled", "pod-security.kubernetes.io/enforce": "restricted"}
+	restricted := object{injectLabel: "enabled", "pod-security.kubernetes.io/enforce": "restricted"}
 	namespace(t, c, "shop", restricted)
 	heard.take()
 	const pods = "/api/v1/namespaces/shop/pods"
 	create := func(t *testing.T, path, name, text string) object {
 		t.Helper()
 		p := pod(t, text)
-		metadata := child(p, "metadata")
+		metadata := objectField(p, "metadata")
 		if metadata == nil {
 			metadata = object{}
 			p["metadata"] = metadata
@@ -73,22 +76,29 @@ func TestCluster(t *testing.T) {
 		}
 	})
 	t.Run("init containers", func(t *testing.T) {
-		got := create(t, pods, "inits", podText("", "{initContainers: [{name: migrate, SECURE}, {name: log, restartPolicy: Always, SECURE}], containers: [{name: envoy, SECURE}]}"))
+		got := create(t, pods, "inits", podText("",
+			"{initContainers: [{name: migrate, SECURE}, {name: log, restartPolicy: Always, SECURE}], containers: "+
+				"[{name: envoy, SECURE}]}"))
 		injected(t, got, 0, "shop/inits")
-		if init := list(child(got, "spec"), "initContainers"); len(init) != 3 || named(init, "migrate") != 1 || named(init, "log") != 2 {
+		if init := listField(objectField(got, "spec"), "initContainers"); len(init) != 3 ||
+			indexByName(init, "migrate") != 1 || indexByName(init, "log") != 2 {
 			t.Errorf("%v", init)
 		}
 	})
-	// What controllers make of a template, by the name of what it belongs to.
+	// Pods that controllers create from a template have the domain of the
+	// object that they belong to.
 	const apps, batch = "/apis/apps/v1/namespaces/shop/", "/apis/batch/v1/namespaces/shop/"
-	template := "selector: {matchLabels: {app: NAME}}, template: " + strings.Replace(podText("", "{containers: [{name: envoy, SECURE}]}"), "app: x", "app: NAME", 1)
-	job := "template: " + strings.Replace(podText("", "{restartPolicy: Never, containers: [{name: envoy, SECURE}]}"), "app: x", "app: NAME", 1)
+	template := "selector: {matchLabels: {app: NAME}}, template: " +
+		strings.Replace(podText("", "{containers: [{name: envoy, SECURE}]}"), "app: x", "app: NAME", 1)
+	job := "template: " + strings.Replace(podText("", "{restartPolicy: Never, containers: [{name: envoy, SECURE}]}"),
+		"app: x", "app: NAME", 1)
 	must(t, c.API, http.MethodPost, "/api/v1/nodes", object{"metadata": object{"name": "node"}}) // for the DaemonSet
 	for path, text := range map[string]string{
 		apps + "deployments": "{spec: {replicas: 2, " + template + "}}",
 		apps + "daemonsets":  "{spec: {" + template + "}}",
 		apps + "replicasets": "{spec: {" + template + "}}",
-		// It makes no pod before the one before it is ready.
+		// A StatefulSet creates the second pod only once the first one is
+		// ready.
 		apps + "statefulsets": "{spec: {serviceName: db, " + template + "}}",
 		batch + "jobs":        "{spec: {" + job + "}}",
 		batch + "cronjobs":    `{spec: {schedule: "* * * * *", jobTemplate: {spec: {` + job + "}}}}",
@@ -96,14 +106,16 @@ func TestCluster(t *testing.T) {
 		kind := filepath.Base(path)
 		t.Run(kind, func(t *testing.T) {
 			create(t, path, kind, strings.ReplaceAll(text, "NAME", kind))
-			if kind == "cronjobs" { // one is due now
+			if kind == "cronjobs" { // makes a Job due now
 				must(t, c.API, http.MethodPatch, path+"/"+kind+"/status", []any{
-					object{"op": "add", "path": "/status", "value": object{"lastScheduleTime": time.Now().Add(-90 * time.Second).UTC().Format(time.RFC3339)}},
+					object{"op": "add", "path": "/status", "value": object{
+						"lastScheduleTime": time.Now().Add(-90 * time.Second).UTC().Format(time.RFC3339),
+					}},
 				})
 			}
 			var got []any
 			await(t, "pods of "+kind, func() bool {
-				got = list(must(t, c.API, http.MethodGet, pods+"?labelSelector=app%3D"+kind, nil), "items")
+				got = listField(must(t, c.API, http.MethodGet, pods+"?labelSelector=app%3D"+kind, nil), "items")
 				return len(got) > 0 && (kind != "deployments" || len(got) == 2)
 			})
 			for _, p := range got {
@@ -114,24 +126,28 @@ func TestCluster(t *testing.T) {
 	t.Run("opted out", func(t *testing.T) {
 		heard.take()
 		got := create(t, pods, "out", podText("sluice.dev/inject: disabled", "{containers: [{name: envoy, SECURE}]}"))
-		if said := heard.take(); len(list(child(got, "spec"), "initContainers")) > 0 || said != "" {
+		if said := heard.take(); len(listField(objectField(got, "spec"), "initContainers")) > 0 || said != "" {
 			t.Errorf("injected, or warned %q", said)
 		}
-		got = create(t, "/api/v1/namespaces/default/pods", "elsewhere", podText("", "{containers: [{name: envoy, SECURE}]}"))
-		if len(list(child(got, "spec"), "initContainers")) > 0 {
+		got = create(t, "/api/v1/namespaces/default/pods", "elsewhere",
+			podText("", "{containers: [{name: envoy, SECURE}]}"))
+		if len(listField(objectField(got, "spec"), "initContainers")) > 0 {
 			t.Error("injected in a namespace without the label")
 		}
-		got = create(t, "/api/v1/namespaces/default/pods", "asks", podText("sluice.dev/inject: enabled", "{containers: [{name: envoy, SECURE}]}"))
+		got = create(t, "/api/v1/namespaces/default/pods", "asks",
+			podText("sluice.dev/inject: enabled", "{containers: [{name: envoy, SECURE}]}"))
 		injected(t, got, 0, "default/asks")
 	})
 	t.Run("skipped", func(t *testing.T) {
 		for name, why := range map[string]string{
 			"{containers: [{name: app, SECURE}]}": "no container is named",
-			"{os: {name: windows}, securityContext: {runAsNonRoot: true}, containers: [{name: envoy, image: x, securityContext: {runAsNonRoot: true}}]}": "Windows",
+			"{os: {name: windows}, securityContext: {runAsNonRoot: true}, containers: [{name: envoy, image: x, " +
+				"securityContext: {runAsNonRoot: true}}]}": "Windows",
 		} {
 			heard.take()
 			got := create(t, pods, fmt.Sprintf("skipped-%d", len(why)), podText("", name))
-			if said := heard.take(); len(list(child(got, "spec"), "initContainers")) > 0 || !strings.Contains(said, "sluice is not injected: ") || !strings.Contains(said, why) {
+			if said := heard.take(); len(listField(objectField(got, "spec"), "initContainers")) > 0 ||
+				!strings.Contains(said, "sluice is not injected: ") || !strings.Contains(said, why) {
 				t.Errorf("%s: warned %q", why, said)
 			}
 		}
@@ -139,17 +155,21 @@ func TestCluster(t *testing.T) {
 	t.Run("refused", func(t *testing.T) {
 		for _, namespace := range []string{"shop", "default"} {
 			var out object
-			err := c.call(t.Context(), http.MethodPost, "/api/v1/namespaces/"+namespace+"/pods", pod(t, strings.Replace(podText("sluice.dev/inject: enabled", "{containers: [{name: app, SECURE}]}"), "{metadata: {", "{metadata: {name: no, ", 1)), &out)
-			if !isStatus(err, http.StatusForbidden) || !strings.Contains(err.Error(), "sluice cannot be injected: no container is named") {
+			err := c.call(t.Context(), http.MethodPost, "/api/v1/namespaces/"+namespace+"/pods",
+				pod(t, strings.Replace(podText("sluice.dev/inject: enabled", "{containers: [{name: app, SECURE}]}"),
+					"{metadata: {", "{metadata: {name: no, ", 1)), &out)
+			if !hasStatus(err, http.StatusForbidden) ||
+				!strings.Contains(err.Error(), "sluice cannot be injected: no container is named") {
 				t.Errorf("%s: %v", namespace, err)
 			}
 		}
-		// Whoever wrote a Deployment reads it there.
+		// The owner of a Deployment finds the reason in its status.
 		text := strings.ReplaceAll("{spec: {"+template+"}}", "NAME", "refused")
 		create(t, apps+"deployments", "refused", strings.Replace(text, "sluice.dev/redis-secret: redis, ", "", 1))
 		var said string
 		await(t, "the Deployment's condition", func() bool {
-			for _, condition := range at(must(t, c.API, http.MethodGet, apps+"deployments/refused", nil), "status").(object) {
+			deployment := must(t, c.API, http.MethodGet, apps+"deployments/refused", nil)
+			for _, condition := range at(deployment, "status").(object) {
 				conditions, _ := condition.([]any)
 				for _, v := range conditions {
 					if at(v, "type") == "ReplicaFailure" {
@@ -159,21 +179,23 @@ func TestCluster(t *testing.T) {
 			}
 			return said != ""
 		})
-		if !strings.Contains(said, "sluice: sluice needs a Redis") {
+		if !strings.Contains(said, "sluice: sluice requires Redis") {
 			t.Errorf("%q", said)
 		}
 	})
 	t.Run("beside istiod", func(t *testing.T) {
-		// One is asked before sluice, as Istio's own is, one after.
+		// One webhook is called before sluice's, as Istio's own is, the other
+		// after.
 		for name, before := range map[string]bool{"istio-sidecar-injector": true, "zz-istio-sidecar-injector": false} {
 			istiod(t, c.API, name)
-			namespace(t, c, name, object{label: "enabled", name: "enabled"})
+			namespace(t, c, name, object{injectLabel: "enabled", name: "enabled"})
 			heard.take()
 			path := "/api/v1/namespaces/" + name + "/pods"
-			got := create(t, path, "web", podText("", "{initContainers: [{name: migrate, image: x}], containers: [{name: app, image: x}]}"))
+			got := create(t, path, "web", podText("",
+				"{initContainers: [{name: migrate, image: x}], containers: [{name: app, image: x}]}"))
 			injected(t, got, 2, name+"/web")
 			var names []string
-			for _, v := range list(child(got, "spec"), "initContainers") {
+			for _, v := range listField(objectField(got, "spec"), "initContainers") {
 				names = append(names, v.(object)["name"].(string))
 			}
 			if diff := cmp.Diff([]string{"istio-init", "istio-proxy", "sluice", "migrate"}, names); diff != "" {
@@ -184,58 +206,70 @@ func TestCluster(t *testing.T) {
 			} else {
 				t.Logf("%s: warned %q", name, said)
 			}
-			must(t, c.API, http.MethodDelete, "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations/"+name, nil)
+			must(t, c.API, http.MethodDelete, "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations/"+
+				name, nil)
 		}
 	})
-	t.Run("under a LimitRange", func(t *testing.T) { // its amounts stay where the pod is injected again
-		namespace(t, c, "limited", object{label: "enabled"})
+	t.Run("under a LimitRange", func(t *testing.T) { // its values are kept when the pod is injected again
+		namespace(t, c, "limited", object{injectLabel: "enabled"})
 		must(t, c.API, http.MethodPost, "/api/v1/namespaces/limited/limitranges", object{
-			"metadata": object{"name": "cpu"}, "spec": object{"limits": []any{object{"type": "Container", "default": object{"cpu": "750m"}, "defaultRequest": object{"cpu": "10m"}}}},
+			"metadata": object{"name": "cpu"}, "spec": object{"limits": []any{object{"type": "Container",
+				"default": object{"cpu": "750m"}, "defaultRequest": object{"cpu": "10m"}}}},
 		})
 		limits := func(pod object) any {
-			return at(list(child(pod, "spec"), "initContainers")[0], "resources", "limits", "cpu")
+			return at(listField(objectField(pod, "spec"), "initContainers")[0], "resources", "limits", "cpu")
 		}
-		once := create(t, "/api/v1/namespaces/limited/pods", "once", podText("", "{containers: [{name: envoy, SECURE}]}"))
+		once := create(t, "/api/v1/namespaces/limited/pods", "once",
+			podText("", "{containers: [{name: envoy, SECURE}]}"))
 		injected(t, once, 0, "limited/once")
 		must(t, c.API, http.MethodDelete, "/api/v1/namespaces/limited/limitranges/cpu", nil)
 		again := plain(t, once)
-		child(again, "metadata")["name"] = "again"
+		objectField(again, "metadata")["name"] = "again"
 		again = must(t, c.API, http.MethodPost, "/api/v1/namespaces/limited/pods", again)
 		injected(t, again, 0, "limited/again")
 		if limits(once) != "750m" || limits(again) != "750m" {
 			t.Errorf("limits.cpu %v, and again %v", limits(once), limits(again))
 		}
 	})
-	t.Run("upgrade", func(t *testing.T) { // what the webhook filled in stays
+	t.Run("upgrade", func(t *testing.T) { // keeps what the webhook has stored
 		before := bundles(t, c.API)
-		if out, err := helm(t, "upgrade", "sluice", chartDir, "--kubeconfig", c.kubeconfig, "--namespace", release, "--set", "webhook.excludedNamespaces={ops}"); err != nil {
+		if out, err := helm(t, "upgrade", "sluice", chartDir, "--kubeconfig", c.kubeconfig, "--namespace", release,
+			"--set", "webhook.excludedNamespaces={ops}"); err != nil {
 			t.Fatalf("%v\n%s", err, out)
 		}
-		data := child(must(t, c.API, http.MethodGet, "/api/v1/namespaces/"+release+"/secrets/sluice-webhook-ca", nil), "data")
-		if after := bundles(t, c.API); !reflect.DeepEqual(after, before) || data[caCert] == nil {
-			t.Errorf("an upgrade takes away what the webhook filled in: %s", after)
+		data := objectField(must(t, c.API, http.MethodGet, "/api/v1/namespaces/"+release+"/secrets/sluice-webhook-ca",
+			nil), "data")
+		if after := bundles(t, c.API); !reflect.DeepEqual(after, before) || data[caCertKey] == nil {
+			t.Errorf("an upgrade resets what the webhook has stored: %s", after)
 		}
-		injected(t, create(t, pods, "upgraded", podText("", "{containers: [{name: envoy, SECURE}]}")), 0, "shop/upgraded")
+		got := create(t, pods, "upgraded", podText("", "{containers: [{name: envoy, SECURE}]}"))
+		injected(t, got, 0, "shop/upgraded")
 	})
-	t.Run("all are gone", func(t *testing.T) { // and then nothing starts unmetered
+	t.Run("no replica", func(t *testing.T) { // then no pod starts without its limits
 		for i := range r.running {
 			r.stop(t, i)
 		}
 		var out object
-		err := c.call(t.Context(), http.MethodPost, pods, pod(t, strings.Replace(podText("", "{containers: [{name: envoy, SECURE}]}"), "{metadata: {", "{metadata: {name: gone, ", 1)), &out)
-		if !isStatus(err, http.StatusInternalServerError) || !strings.Contains(err.Error(), "namespace.inject.sluice.dev") {
+		err := c.call(t.Context(), http.MethodPost, pods,
+			pod(t, strings.Replace(podText("", "{containers: [{name: envoy, SECURE}]}"), "{metadata: {",
+				"{metadata: {name: gone, ", 1)), &out)
+		if !hasStatus(err, http.StatusInternalServerError) ||
+			!strings.Contains(err.Error(), "namespace.inject.sluice.dev") {
 			t.Errorf("%v", err)
 		}
-		must(t, c.API, http.MethodPost, "/api/v1/namespaces/default/pods", pod(t, "{metadata: {name: fine}, spec: {containers: [{name: envoy, image: x}]}}"))
+		must(t, c.API, http.MethodPost, "/api/v1/namespaces/default/pods",
+			pod(t, "{metadata: {name: fine}, spec: {containers: [{name: envoy, image: x}]}}"))
 	})
 	t.Run("uninstalled", func(t *testing.T) {
-		if out, err := helm(t, "uninstall", "sluice", "--kubeconfig", c.kubeconfig, "--namespace", release); err != nil {
+		if out, err := helm(t, "uninstall", "sluice", "--kubeconfig", c.kubeconfig, "--namespace",
+			release); err != nil {
 			t.Fatalf("%v\n%s", err, out)
 		}
 		var left string
-		await(t, "nothing", func() bool { // the Deployment's pods go after it
+		await(t, "nothing", func() bool { // the Deployment's pods are deleted after it
 			var err error
-			left, err = c.kubectl(t, "", "get", "all,secrets,serviceaccounts,roles,rolebindings,pdb,clusterroles,clusterrolebindings,mutatingwebhookconfigurations", "--all-namespaces",
+			left, err = c.kubectl(t, "", "get", "all,secrets,serviceaccounts,roles,rolebindings,pdb,clusterroles,"+
+				"clusterrolebindings,mutatingwebhookconfigurations", "--all-namespaces",
 				"--selector", "app.kubernetes.io/name=sluice", "--output", "name")
 			if err != nil {
 				t.Fatalf("%v\n%s", err, left)
@@ -243,44 +277,52 @@ func TestCluster(t *testing.T) {
 			return left == ""
 		})
 		got := create(t, pods, "after", podText("", "{containers: [{name: envoy, SECURE}]}"))
-		if len(list(child(got, "spec"), "initContainers")) > 0 {
+		if len(listField(objectField(got, "spec"), "initContainers")) > 0 {
 			t.Error("injected")
 		}
 	})
 }
 
-// istiod is a webhook that does to pods of namespaces with the label NAME=enabled what Istio's does with native sidecars: istio-init and
-// istio-proxy come first.
+// istiod registers a webhook that acts like Istio's with native sidecars on
+// pods of namespaces with the label NAME=enabled: it puts istio-init and
+// istio-proxy first.
 func istiod(t *testing.T, a *API, name string) {
 	t.Helper()
 	handler := http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
-		var in review
+		var in admissionReview
 		if err := json.NewDecoder(q.Body).Decode(&in); err != nil {
 			http.Error(w, err.Error(), http.StatusBadRequest)
 			return
 		}
-		answer := &response{UID: in.Request.UID, Allowed: true}
-		if init := list(child(in.Request.Object, "spec"), "initContainers"); named(init, istioProxy) < 0 {
+		answer := &admissionResponse{UID: in.Request.UID, Allowed: true}
+		if init := listField(objectField(in.Request.Object, "spec"), "initContainers"); indexByName(init,
+			istioProxy) < 0 {
 			init = append([]any{
-				object{"name": "istio-init", "image": "proxyv2", "securityContext": object{"capabilities": object{"add": []any{"NET_ADMIN", "NET_RAW"}}, "runAsUser": 0}},
+				object{"name": "istio-init", "image": "proxyv2",
+					"securityContext": object{"capabilities": object{"add": []any{"NET_ADMIN", "NET_RAW"}},
+						"runAsUser": 0}},
 				object{
-					"name": istioProxy, "image": "proxyv2", "restartPolicy": "Always", "ports": []any{object{"containerPort": 15090, "name": "http-envoy-prom"}},
-					"startupProbe": object{"httpGet": object{"path": "/healthz/ready", "port": 15021}}, "securityContext": object{"runAsUser": 1337},
-					"volumeMounts": []any{object{"name": "istio-envoy", "mountPath": "/etc/istio/proxy"}},
+					"name": istioProxy, "image": "proxyv2", "restartPolicy": "Always",
+					"ports":           []any{object{"containerPort": 15090, "name": "http-envoy-prom"}},
+					"startupProbe":    object{"httpGet": object{"path": "/healthz/ready", "port": 15021}},
+					"securityContext": object{"runAsUser": 1337},
+					"volumeMounts":    []any{object{"name": "istio-envoy", "mountPath": "/etc/istio/proxy"}},
 				},
 			}, init...)
-			volumes := append(list(child(in.Request.Object, "spec"), "volumes"), object{"name": "istio-envoy", "emptyDir": object{"medium": "Memory"}})
+			volumes := append(listField(objectField(in.Request.Object, "spec"), "volumes"),
+				object{"name": "istio-envoy", "emptyDir": object{"medium": "Memory"}})
 			answer.PatchType = "JSONPatch"
 			answer.Patch, _ = json.Marshal([]object{
-				{"op": "add", "path": "/spec/initContainers", "value": init}, {"op": "add", "path": "/spec/volumes", "value": volumes},
+				{"op": "add", "path": "/spec/initContainers", "value": init},
+				{"op": "add", "path": "/spec/volumes", "value": volumes},
 			})
 		}
-		_ = json.NewEncoder(w).Encode(review{APIVersion: in.APIVersion, Kind: in.Kind, Response: answer})
+		_ = json.NewEncoder(w).Encode(admissionReview{APIVersion: in.APIVersion, Kind: in.Kind, Response: answer})
 	})
 	serveWebhook(t, a, name, handler, object{name: "enabled"})
 }
 
-// serveWebhook has an API server ask a handler of this process about pods in
+// serveWebhook has the API server call a handler in this process for pods in
 // namespaces with these labels.
 func serveWebhook(t *testing.T, a *API, name string, handler http.Handler, namespaces object) {
 	t.Helper()
@@ -295,16 +337,20 @@ func serveWebhook(t *testing.T, a *API, name string, handler http.Handler, names
 	must(t, a, http.MethodPost, "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations", object{
 		"metadata": object{"name": name},
 		"webhooks": []any{object{
-			"name": "sidecar.istio.io", "admissionReviewVersions": []any{"v1"}, "sideEffects": "None", "failurePolicy": "Fail", "reinvocationPolicy": "Never",
-			"clientConfig":      object{"url": "https://" + listener.Addr().String() + "/inject", "caBundle": pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: certificate.Certificate[0]})},
+			"name": "sidecar.istio.io", "admissionReviewVersions": []any{"v1"}, "sideEffects": "None",
+			"failurePolicy": "Fail", "reinvocationPolicy": "Never",
+			"clientConfig": object{"url": "https://" + listener.Addr().String() + "/inject",
+				"caBundle": pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: certificate.Certificate[0]})},
 			"namespaceSelector": object{"matchLabels": namespaces},
-			"rules":             []any{object{"apiGroups": []any{""}, "apiVersions": []any{"v1"}, "operations": []any{"CREATE"}, "resources": []any{"pods"}}},
+			"rules": []any{object{"apiGroups": []any{""}, "apiVersions": []any{"v1"},
+				"operations": []any{"CREATE"}, "resources": []any{"pods"}}},
 		}},
 	})
 }
 
-// TestClusterRotation creates pods without pause while the CA is replaced and the replicas are rolled, and sees each replica always
-// believed by the caBundle of that moment.
+// TestClusterRotation creates pods continuously while the CA is replaced and
+// the replicas are restarted, and checks that caBundle always verifies the
+// certificate of each replica.
 func TestClusterRotation(t *testing.T) {
 	if !long(t) {
 		return
@@ -315,7 +361,7 @@ func TestClusterRotation(t *testing.T) {
 	for i := range r.running {
 		r.run(t, i, quick...)
 	}
-	namespace(t, c, "shop", object{label: "enabled"})
+	namespace(t, c, "shop", object{injectLabel: "enabled"})
 
 	var wg sync.WaitGroup
 	done := make(chan struct{})
@@ -324,19 +370,21 @@ func TestClusterRotation(t *testing.T) {
 		wg.Go(func() {
 			for open(done) {
 				var out object
-				p := pod(t, strings.Replace(podText("", "{containers: [{name: envoy, SECURE}]}"), "{metadata: {", "{metadata: {generateName: r-, ", 1))
+				p := pod(t, strings.Replace(podText("", "{containers: [{name: envoy, SECURE}]}"), "{metadata: {",
+					"{metadata: {generateName: r-, ", 1))
 				err := c.call(t.Context(), http.MethodPost, "/api/v1/namespaces/shop/pods", p, &out)
-				if made.Add(1); err != nil || named(list(child(out, "spec"), "initContainers"), "sluice") != 0 {
+				if made.Add(1); err != nil || sidecarIndex(out) != 0 {
 					failed.Add(1)
 					t.Errorf("pod: %v", err)
 				}
 			}
 		})
 	}
-	// The API server keeps a connection; this is each new one that it could have made.
+	// The API server keeps its connections; these are the new ones that it
+	// could open at any time.
 	issuers := map[string]bool{}
 	wg.Go(func() {
-		pace := time.NewTicker(5 * time.Millisecond) // it is not to take the processor from the others
+		pace := time.NewTicker(5 * time.Millisecond) // leaves processor time to the others
 		defer pace.Stop()
 		for i := 0; open(done); i++ {
 			<-pace.C
@@ -345,7 +393,7 @@ func TestClusterRotation(t *testing.T) {
 			d := tls.Dialer{Config: &tls.Config{RootCAs: roots, ServerName: "sluice-webhook." + release + ".svc"}}
 			connection, err := d.DialContext(t.Context(), "tcp", addresses[i%2]+":8443")
 			if err != nil && !r.ready[i%2].Load() {
-				continue // it is being rolled
+				continue // it is being restarted
 			}
 			if shaken.Add(1); err != nil {
 				distrusted.Add(1)
@@ -367,7 +415,7 @@ func TestClusterRotation(t *testing.T) {
 	wg.Wait()
 	t.Logf("%d pods, %d handshakes, %d CAs, %d replicas rolled", made.Load(), shaken.Load(), len(issuers), rolls)
 	if made.Load() < 200 || shaken.Load() < 200 || len(issuers) < 3 || rolls < 2 {
-		t.Error("that is too little to show anything")
+		t.Error("too few to show anything")
 	}
 }
 
@@ -380,7 +428,8 @@ func open(done chan struct{}) bool {
 	}
 }
 
-// TestClusterRights runs the webhook with what the plain manifests allow it, and sees that none of it can be left out.
+// TestClusterRights runs the webhook with the rights that the plain manifests
+// grant, and checks that it needs each of them.
 func TestClusterRights(t *testing.T) {
 	if !long(t) {
 		return
@@ -388,7 +437,8 @@ func TestClusterRights(t *testing.T) {
 	c := cluster(t)
 	apply := func() {
 		t.Helper()
-		if out, err := c.kubectl(t, "", "apply", "-f", "manifests/sluice.yaml"); err != nil || strings.Contains(out, "Warning") {
+		if out, err := c.kubectl(t, "", "apply", "-f", "manifests/sluice.yaml"); err != nil ||
+			strings.Contains(out, "Warning") {
 			t.Fatalf("%v\n%s", err, out)
 		}
 	}
@@ -398,19 +448,23 @@ func TestClusterRights(t *testing.T) {
 	role, clusterRole := roles+"namespaces/"+release+"/roles/sluice-webhook", roles+"clusterroles/"+configuration
 	for _, path := range []string{role, clusterRole} {
 		whole := must(t, c.API, http.MethodGet, path, nil)
-		verbs := at(list(whole, "rules")[0], "verbs").([]any)
+		verbs := at(listField(whole, "rules")[0], "verbs").([]any)
 		set := func(verbs []any) {
 			t.Helper()
-			must(t, c.API, http.MethodPatch, path, []any{object{"op": "replace", "path": "/rules/0/verbs", "value": verbs}})
+			must(t, c.API, http.MethodPatch, path, []any{object{"op": "replace", "path": "/rules/0/verbs",
+				"value": verbs}})
 		}
 		for i, verb := range verbs {
-			// As they are before the webhook has run at all.
-			must(t, c.API, http.MethodPatch, secrets+"/sluice-webhook-ca", []any{object{"op": "add", "path": "/data", "value": nil}})
+			// The state before the webhook has run.
+			must(t, c.API, http.MethodPatch, secrets+"/sluice-webhook-ca",
+				[]any{object{"op": "add", "path": "/data", "value": nil}})
 			must(t, c.API, http.MethodPatch, configPath, []any{
-				object{"op": "add", "path": "/webhooks/0/clientConfig/caBundle", "value": nil}, object{"op": "add", "path": "/webhooks/1/clientConfig/caBundle", "value": nil},
+				object{"op": "add", "path": "/webhooks/0/clientConfig/caBundle", "value": nil},
+				object{"op": "add", "path": "/webhooks/1/clientConfig/caBundle", "value": nil},
 			})
 			set(slices.Delete(slices.Clone(verbs), i, i+1))
-			p := start(t, r.env, r.binary, append(slices.Clone(r.args), "--listen=192.0.2.1:8443", "--metrics=192.0.2.1:9003")...)
+			p := start(t, r.env, r.binary, append(slices.Clone(r.args), "--listen=192.0.2.1:8443",
+				"--metrics=192.0.2.1:9003")...)
 			select {
 			case <-p.exited:
 			case <-time.After(10 * time.Second):
@@ -419,7 +473,8 @@ func TestClusterRights(t *testing.T) {
 				<-p.exited
 				continue
 			}
-			if said := p.logged(); !strings.Contains(said, "forbidden") || !strings.Contains(said, fmt.Sprintf("cannot %v resource", verb)) {
+			if said := p.logged(); !strings.Contains(said, "forbidden") ||
+				!strings.Contains(said, fmt.Sprintf("cannot %v resource", verb)) {
 				t.Errorf("%s without %v: %s", path, verb, said)
 			}
 		}
@@ -428,16 +483,17 @@ func TestClusterRights(t *testing.T) {
 	r.run(t, 0)
 	filled := func() (object, [][]byte) {
 		t.Helper()
-		return child(must(t, c.API, http.MethodGet, secrets+"/sluice-webhook-ca", nil), "data"), bundles(t, c.API)
+		return objectField(must(t, c.API, http.MethodGet, secrets+"/sluice-webhook-ca", nil), "data"), bundles(t, c.API)
 	}
 	data, all := filled()
-	if len(all) != 2 || len(all[0]) == 0 || !reflect.DeepEqual(all[0], all[1]) || data[caCert] == nil || data[caKey] == nil {
+	if len(all) != 2 || len(all[0]) == 0 || !reflect.DeepEqual(all[0], all[1]) || data[caCertKey] == nil ||
+		data[caPrivateKey] == nil {
 		t.Fatalf("not filled: %v\n%s", data, all)
 	}
-	// What the webhook filled in is left alone when the manifests are applied again.
+	// Applying the manifests again keeps what the webhook has stored.
 	apply()
 	again, still := filled()
 	if !reflect.DeepEqual(again, data) || !reflect.DeepEqual(still, all) {
-		t.Error("applying the manifests again takes away what the webhook filled in")
+		t.Error("applying the manifests again resets what the webhook has stored")
 	}
 }

@@ -13,11 +13,12 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// Documents stay apart, whatever follows the line between them.
+// Documents stay separate, whatever follows --- on its line.
 func TestManifestSeparator(t *testing.T) {
-	const one = "kind: Pod\nmetadata: {name: a, annotations: {sluice.dev/in-process: \"true\"}}\nspec: {containers: [{name: envoy}]}\n"
+	const one = "kind: Pod\nmetadata: {name: a, annotations: {sluice.dev/in-process: \"true\"}}\n" +
+		"spec: {containers: [{name: envoy}]}\n"
 	out, _, err := Manifest([]byte(one+"--- # two\n"+one), options)
-	if err != nil || len(documents(out)) != 2 {
+	if err != nil || len(splitDocuments(out)) != 2 {
 		t.Errorf("%v\n%s", err, out)
 	}
 }
@@ -53,7 +54,8 @@ items:
 - apiVersion: batch/v1
   kind: CronJob
   metadata: {name: nightly}
-  spec: {jobTemplate: {spec: {template: {metadata: {annotations: {sluice.dev/in-process: "true"}}, spec: {containers: [{name: envoy}]}}}}}
+  spec: {jobTemplate: {spec: {template: {metadata: {annotations: {sluice.dev/in-process: "true"}},
+    spec: {containers: [{name: envoy}]}}}}}
 - apiVersion: v1
   kind: Pod
   metadata: {name: bare}
@@ -67,10 +69,12 @@ func TestManifest(t *testing.T) {
 	}
 	text := string(out)
 	first, _, _ := strings.Cut(manifest, "---\n")
-	if !strings.HasPrefix(text, first+"---\n# the shop\napiVersion: apps/v1\nkind: Deployment\nmetadata:\n  name: web # its name\n") {
+	if !strings.HasPrefix(text, first+"---\n# the shop\napiVersion: apps/v1\nkind: Deployment\nmetadata:\n  name: "+
+		"web # its name\n") {
 		t.Errorf("what does not change has changed:\n%s", text)
 	}
-	for _, want := range []string{"# the proxy\n", "image: e # pinned", "value: shop/web\n", "$(POD_NAMESPACE)/nightly", "name: envoy"} {
+	for _, want := range []string{"# the proxy\n", "image: e # pinned", "value: shop/web\n",
+		"$(POD_NAMESPACE)/nightly", "name: envoy"} {
 		if !strings.Contains(text, want) {
 			t.Errorf("no %q in:\n%s", want, text)
 		}
@@ -83,9 +87,9 @@ func TestManifest(t *testing.T) {
 	}
 }
 
-// Every kind that bears pods.
+// Pods of every supported kind are injected.
 func TestManifestKinds(t *testing.T) {
-	for kind, path := range templates {
+	for kind, path := range podTemplatePaths {
 		var text strings.Builder
 		text.WriteString("{kind: " + kind + ", metadata: {name: x}, ")
 		if len(path) == 0 {
@@ -95,7 +99,8 @@ func TestManifestKinds(t *testing.T) {
 		for _, p := range path {
 			text.WriteString(p + ": {")
 		}
-		text.WriteString(`metadata: {name: x, annotations: {sluice.dev/in-process: "true"}}, spec: {containers: [{name: envoy}]}}` + strings.Repeat("}", len(path)))
+		text.WriteString(`metadata: {name: x, annotations: {sluice.dev/in-process: "true"}}, spec: {containers: ` +
+			`[{name: envoy}]}}` + strings.Repeat("}", len(path)))
 		out, _, err := Manifest([]byte(text.String()), options)
 		if err != nil || !strings.Contains(string(out), "name: sluice") {
 			t.Errorf("%s: %v\n%s\n%s", kind, err, text.String(), out)
@@ -106,19 +111,24 @@ func TestManifestKinds(t *testing.T) {
 func TestManifestRefused(t *testing.T) {
 	for in, want := range map[string]string{
 		"a: [":                              "document 1",
-		"kind: ConfigMap\n...\nkind: Pod\n": "document 1: another begins within it",
-		"kind: Pod\nmetadata: {name: x, annotations: {sluice.dev/in-process: \"true\"}}\nspec:\n  containers:\n  - name: envoy\n    volumeMounts: &m [{name: a, mountPath: /a}]\n  - {name: app, volumeMounts: *m}\n  volumes: [{name: a, emptyDir: {}}]\n": "line 6: the anchor &m",
-		"kind: Pod\nmetadata: {name: x, annotations: {sluice.dev/in-process: \"true\"}}\nspec: {hostNetwork: yes, containers: [{name: envoy}]}\n":                                                                                                           "hostNetwork",
-		"kind: Deployment\nmetadata: {name: x}": "Deployment x: it has no spec.template",
-		"kind: Pod\nmetadata: {name: x}\nspec: {containers: [{name: envoy}]}\n---\nkind: Pod\nmetadata: {name: y}\nspec: {containers: [{name: envoy}]}": "Pod y: sluice needs a Redis",
+		"kind: ConfigMap\n...\nkind: Pod\n": "document 1: contains a second document",
+		"kind: Pod\nmetadata: {name: x, annotations: {sluice.dev/in-process: \"true\"}}\nspec:\n  containers:\n" +
+			"  - name: envoy\n    volumeMounts: &m [{name: a, mountPath: /a}]\n  - {name: app, volumeMounts: *m}\n" +
+			"  volumes: [{name: a, emptyDir: {}}]\n": "line 6: cannot add the sidecar to the value of anchor &m",
+		"kind: Pod\nmetadata: {name: x, annotations: {sluice.dev/in-process: \"true\"}}\n" +
+			"spec: {hostNetwork: yes, containers: [{name: envoy}]}\n": "hostNetwork",
+		"kind: Deployment\nmetadata: {name: x}": "Deployment x: missing spec.template",
+		"kind: Pod\nmetadata: {name: x}\nspec: {containers: [{name: envoy}]}\n---\nkind: Pod\nmetadata: {name: y}\n" +
+			"spec: {containers: [{name: envoy}]}": "Pod y: sluice requires Redis",
 	} {
-		if out, _, err := Manifest([]byte(in), options); err == nil || !strings.Contains(err.Error(), want) || len(out) > 0 {
+		if out, _, err := Manifest([]byte(in), options); err == nil || !strings.Contains(err.Error(), want) ||
+			len(out) > 0 {
 			t.Errorf("%q: %v, %q", in, err, out)
 		}
 	}
 }
 
-// JSON comes out as it went in, with the sidecar in its place.
+// JSON keeps its order and spelling.
 func TestManifestJSON(t *testing.T) {
 	const pod = `{
    "kind": "Pod",
@@ -138,10 +148,12 @@ func TestManifestJSON(t *testing.T) {
 	for _, m := range regexp.MustCompile(`(?m)^ {3}(?: {3})?"(\w+)":`).FindAllStringSubmatch(string(out), -1) {
 		order = append(order, m[1])
 	}
-	if want := "kind apiVersion metadata name annotations spec priority x containers initContainers volumes"; strings.Join(order, " ") != want {
+	const want = "kind apiVersion metadata name annotations spec priority x containers initContainers volumes"
+	if strings.Join(order, " ") != want {
 		t.Errorf("%s, want %s", order, want)
 	}
-	for _, want := range []string{"12345678901234567890", "1.50", "1e3", "null", `"<a & b>\u0007😀"`, `"name": "sluice"`, `"containerPort": 9003`, "\n}\n"} {
+	for _, want := range []string{"12345678901234567890", "1.50", "1e3", "null", `"<a & b>\u0007😀"`,
+		`"name": "sluice"`, `"containerPort": 9003`, "\n}\n"} {
 		if !strings.Contains(string(out), want) {
 			t.Errorf("no %s in\n%s", want, out)
 		}
@@ -149,70 +161,94 @@ func TestManifestJSON(t *testing.T) {
 	if again, _, err := Manifest(out, options); err != nil || string(again) != string(out) {
 		t.Errorf("%v: the second time it changed:\n%s", err, again)
 	}
-	// It says what YAML's does.
+	// The same pod in YAML has the same result.
 	var fromJSON, fromYAML any
-	flow, _, err := Manifest([]byte("---\n"+strings.Replace(pod, `\ud83d\ude00`, "😀", 1)), options) // which YAML cannot say
+	// YAML has no such escape.
+	flow, _, err := Manifest([]byte("---\n"+strings.Replace(pod, `\ud83d\ude00`, "😀", 1)), options)
 	if err := errors.Join(err, yaml.Unmarshal(out, &fromJSON), yaml.Unmarshal(flow, &fromYAML)); err != nil {
 		t.Fatal(err)
 	}
 	if diff := cmp.Diff(fromYAML, fromJSON); diff != "" {
 		t.Errorf("-YAML +JSON:\n%s", diff)
 	}
-	if crlf, _, err := Manifest([]byte(strings.ReplaceAll(pod, "\n", "\r\n")), options); err != nil || string(crlf) != strings.ReplaceAll(string(out), "\n", "\r\n") {
+	if crlf, _, err := Manifest([]byte(strings.ReplaceAll(pod, "\n", "\r\n")), options); err != nil ||
+		string(crlf) != strings.ReplaceAll(string(out), "\n", "\r\n") {
 		t.Errorf("%v: with other line ends:\n%q", err, crlf)
 	}
-	// On one line too.
+	// JSON on a single line stays on one line.
 	var line bytes.Buffer
 	if err := json.Compact(&line, []byte(pod)); err != nil {
 		t.Fatal(err)
 	}
-	if out, _, err := Manifest(line.Bytes(), options); err != nil || bytes.ContainsAny(out, "\n") || !bytes.HasPrefix(out, []byte(`{"kind":"Pod","apiVersion":"v1",`)) {
+	if out, _, err := Manifest(line.Bytes(), options); err != nil || bytes.ContainsAny(out, "\n") ||
+		!bytes.HasPrefix(out, []byte(`{"kind":"Pod","apiVersion":"v1",`)) {
 		t.Errorf("%v\n%s", err, out)
 	}
-	if _, _, err := Manifest([]byte(`{"kind": "Pod", "spec": {}, "spec": {}}`), options); err == nil || !strings.Contains(err.Error(), `"spec" stands twice`) {
+	if _, _, err := Manifest([]byte(`{"kind": "Pod", "spec": {}, "spec": {}}`), options); err == nil ||
+		!strings.Contains(err.Error(), `duplicate field "spec"`) {
 		t.Errorf("%v", err)
 	}
 }
 
-// around is a manifest with its pod's spec between, and what it says there.
+// around is the start of a pod's manifest, up to its spec.
 const around = "kind: Pod\nmetadata:\n  name: x\n  annotations: {sluice.dev/in-process: \"true\"}\nspec:\n"
 
-// What does not change stays as it is written, wherever it stands.
+// Content that does not change stays as it is written.
 func TestManifestKeeps(t *testing.T) {
 	for name, c := range map[string]struct {
 		in   string
 		want []string
 	}{
 		"a List's items": {
-			"kind: List\nitems:\n# first\n- kind: Pod # a pod\n  metadata:\n    name: x\n    annotations: {sluice.dev/in-process: \"true\"}\n  spec:\n    enableServiceLinks: no # YAML 1.1's\n    containers:\n    - name: envoy # the proxy\n      tty: yes\n",
-			[]string{"# first\n- kind: Pod # a pod\n  metadata:\n    name: x\n", "enableServiceLinks: no # YAML 1.1's\n", "- name: envoy # the proxy\n", "tty: yes\n"},
+			"kind: List\nitems:\n# first\n- kind: Pod # a pod\n  metadata:\n    name: x\n" +
+				"    annotations: {sluice.dev/in-process: \"true\"}\n  spec:\n" +
+				"    enableServiceLinks: no # YAML 1.1's\n    containers:\n    - name: envoy # the proxy\n" +
+				"      tty: yes\n",
+			[]string{"# first\n- kind: Pod # a pod\n  metadata:\n    name: x\n",
+				"enableServiceLinks: no # YAML 1.1's\n", "- name: envoy # the proxy\n", "tty: yes\n"},
 		},
 		"mounts of one volume": {
-			around + "  containers:\n  - name: envoy\n    volumeMounts:\n    - {name: c, mountPath: /a, subPath: a} # one\n    - mountPath: /b # two\n      name: c\n      readOnly: yes\n  volumes:\n  - {name: c, configMap: {name: c}}\n",
-			[]string{"- {name: c, mountPath: /a, subPath: a} # one\n", "- mountPath: /b # two\n", "readOnly: yes\n", "mountPath: /run/sluice\n"},
+			around + "  containers:\n  - name: envoy\n    volumeMounts:\n" +
+				"    - {name: c, mountPath: /a, subPath: a} # one\n    - mountPath: /b # two\n      name: c\n" +
+				"      readOnly: yes\n  volumes:\n  - {name: c, configMap: {name: c}}\n",
+			[]string{"- {name: c, mountPath: /a, subPath: a} # one\n", "- mountPath: /b # two\n", "readOnly: yes\n",
+				"mountPath: /run/sluice\n"},
 		},
 		"a folded scalar": {
-			around + "  containers:\n  - name: envoy\n    args:\n    - >-\n      exec envoy \\\n        --a \\\n        --b\n      and more\n",
+			around + "  containers:\n  - name: envoy\n    args:\n    - >-\n" +
+				"      exec envoy \\\n        --a \\\n        --b\n      and more\n",
 			[]string{"- |-\n      exec envoy \\\n        --a \\\n"},
 		},
-		"a good folded scalar": {around + "  containers:\n  - name: envoy\n    args:\n    - >-\n      a\n      b\n", []string{"- >-\n      a b\n"}},
+		"a good folded scalar": {around + "  containers:\n  - name: envoy\n    args:\n    - >-\n      a\n      b\n",
+			[]string{"- >-\n      a b\n"}},
 		"a text that is a boolean elsewhere": {
-			"kind: Pod\nmetadata: {name: x, annotations: {sluice.dev/in-process: \"true\", sluice.dev/domain: \"yes\"}}\nspec: {containers: [{name: envoy}]}\n",
+			"kind: Pod\nmetadata: {name: x, annotations: {sluice.dev/in-process: \"true\", sluice.dev/domain: " +
+				"\"yes\"}}\nspec: {containers: [{name: envoy}]}\n",
 			[]string{"name: SLUICE_DOMAIN, value: \"yes\""},
 		},
 		"spacing": {
-			"# one\n\n\nkind: Pod   # two\n\nmetadata:\n  name:  x\n\n  annotations:\n    sluice.dev/in-process: \"true\"\nspec:\n\n  containers:\n  # three\n\n  - name: envoy\n    args:\n    - |\n      a\n\n       b   c\n\n\n---\nkind: ConfigMap\n",
+			"# one\n\n\nkind: Pod   # two\n\nmetadata:\n  name:  x\n\n  annotations:\n" +
+				"    sluice.dev/in-process: \"true\"\nspec:\n\n  containers:\n  # three\n\n  - name: envoy\n" +
+				"    args:\n    - |\n      a\n\n       b   c\n\n\n---\nkind: ConfigMap\n",
 			[]string{
-				"# one\n\n\nkind: Pod   # two\n\nmetadata:\n  name:  x\n\n  annotations:\n    sluice.dev/in-process: \"true\"\n    sluice.dev/injected:",
-				"\nspec:\n\n  containers:\n  # three\n\n  - name: envoy\n    args:\n    - |\n      a\n\n       b   c\n", "name: sluice-socket\n\n\n---\nkind: ConfigMap\n",
+				"# one\n\n\nkind: Pod   # two\n\nmetadata:\n  name:  x\n\n  annotations:\n" +
+					"    sluice.dev/in-process: \"true\"\n    sluice.dev/injected:",
+				"\nspec:\n\n  containers:\n  # three\n\n  - name: envoy\n    args:\n    - |\n      a\n\n       b   c\n",
+				"name: sluice-socket\n\n\n---\nkind: ConfigMap\n",
 			},
 		},
 		"lists further in": {
-			around + "    containers:\n      - name: envoy\n        args:\n          - a\n    tolerations:\n      - operator: Exists\n",
-			[]string{"containers:\n    - name: envoy\n      args:\n        - a\n", "\n  initContainers:\n    - args:\n        - run\n"},
+			around + "    containers:\n      - name: envoy\n        args:\n          - a\n    tolerations:\n" +
+				"      - operator: Exists\n",
+			[]string{"containers:\n    - name: envoy\n      args:\n        - a\n",
+				"\n  initContainers:\n    - args:\n        - run\n"},
 		},
-		"merged mappings":    {"base: &base {a: 1}\n" + around + "  containers:\n  - name: envoy\n    resources:\n      <<: *base\n", []string{"\n      <<: *base\n"}},
-		"a tab after a line": {around + "  containers: [{name: envoy}]\n---\t# two\nkind: Pod # 2\nmetadata: {name: y, annotations: {sluice.dev/in-process: \"true\"}}\nspec: {containers: [{name: envoy}]}\n", []string{"kind: Pod # 2\n"}},
+		"merged mappings": {"base: &base {a: 1}\n" + around +
+			"  containers:\n  - name: envoy\n    resources:\n      <<: *base\n", []string{"\n      <<: *base\n"}},
+		"a tab after a line": {around + "  containers: [{name: envoy}]\n---\t# two\nkind: Pod # 2\n" +
+			"metadata: {name: y, annotations: {sluice.dev/in-process: \"true\"}}\n" +
+			"spec: {containers: [{name: envoy}]}\n",
+			[]string{"kind: Pod # 2\n"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			out, skipped, err := Manifest([]byte(c.in), options)
@@ -231,17 +267,21 @@ func TestManifestKeeps(t *testing.T) {
 	}
 }
 
-// What kubectl prints: numbers stay numbers.
+// Numbers in the output of kubectl stay numbers.
 func TestManifestJSONList(t *testing.T) {
-	const item = `{"kind":"Deployment","metadata":{"name":"x"},"spec":{"replicas":3,"template":{"metadata":{"annotations":{"sluice.dev/in-process":"true"}},"spec":{"containers":[{"name":"envoy","ports":[{"containerPort":8080}]}]}}}}`
+	const item = `{"kind":"Deployment","metadata":{"name":"x"},"spec":{"replicas":3,` +
+		`"template":{"metadata":{"annotations":{"sluice.dev/in-process":"true"}},` +
+		`"spec":{"containers":[{"name":"envoy","ports":[{"containerPort":8080}]}]}}}}`
 	for _, in := range []string{
 		`{"kind":"List","items":[` + item + `,` + item + `]}`,
-		strings.ReplaceAll(item, `"envoy"`, `"envoy","args":["<<"],"env":[{"name":"<<","value":"="}]`) + item, // texts that YAML has for more
-		"\ufeff" + item + "\n" + item + "\n",                                                                  // and after a byte order mark, one after the other
+		// Strings with a meaning in YAML.
+		strings.ReplaceAll(item, `"envoy"`, `"envoy","args":["<<"],"env":[{"name":"<<","value":"="}]`) + item,
+		"\ufeff" + item + "\n" + item + "\n", // after a byte order mark, on several lines
 	} {
 		out, _, err := Manifest([]byte(in), options)
 		text := string(out)
-		if err != nil || strings.Count(text, `"replicas":3`) != 2 || strings.Count(text, `"containerPort":8080`) != 2 || strings.Count(text, `"name":"sluice"`) != 2 {
+		if err != nil || strings.Count(text, `"replicas":3`) != 2 ||
+			strings.Count(text, `"containerPort":8080`) != 2 || strings.Count(text, `"name":"sluice"`) != 2 {
 			t.Errorf("%v %s", err, out)
 		}
 		for d := json.NewDecoder(bytes.NewReader(bytes.TrimPrefix(out, byteOrderMark))); ; {
@@ -254,17 +294,20 @@ func TestManifestJSONList(t *testing.T) {
 		if strings.Contains(in, "<<") && !strings.Contains(text, `"args":["<<"],"env":[{"name":"<<","value":"="}]`) {
 			t.Errorf("%s", out)
 		}
-		if strings.HasPrefix(in, "\ufeff") != strings.HasPrefix(text, "\ufeff") || strings.HasSuffix(in, "\n") != strings.HasSuffix(text, "}\n") {
+		if strings.HasPrefix(in, "\ufeff") != strings.HasPrefix(text, "\ufeff") ||
+			strings.HasSuffix(in, "\n") != strings.HasSuffix(text, "}\n") {
 			t.Errorf("%q", out)
 		}
 	}
 }
 
-// What bears no pod of its own, or says that it wants none, passes.
+// Objects without a pod of their own, or whose pod opts out, are not changed.
 func TestManifestPasses(t *testing.T) {
 	for _, in := range []string{
-		"apiVersion: argoproj.io/v1alpha1\nkind: Rollout\nmetadata: {name: r}\nspec: {workloadRef: {kind: Deployment, name: d}}\n",
-		"kind: Pod\nmetadata: {name: x, labels: {1: a, sluice.dev/inject: disabled}}\nspec: {containers: [{name: envoy}]}\n",
+		"apiVersion: argoproj.io/v1alpha1\nkind: Rollout\nmetadata: {name: r}\n" +
+			"spec: {workloadRef: {kind: Deployment, name: d}}\n",
+		"kind: Pod\nmetadata: {name: x, labels: {1: a, sluice.dev/inject: disabled}}\n" +
+			"spec: {containers: [{name: envoy}]}\n",
 	} {
 		if out, skipped, err := Manifest([]byte(in), options); err != nil || len(skipped) > 0 || string(out) != in {
 			t.Errorf("%v %q\n%s", err, skipped, out)
@@ -272,7 +315,7 @@ func TestManifestPasses(t *testing.T) {
 	}
 }
 
-// Another group's kind of the same name is none of Kubernetes's own.
+// A kind of the same name in another API group is not changed.
 func TestManifestGroups(t *testing.T) {
 	const job = "apiVersion: batch.volcano.sh/v1alpha1\nkind: Job\nmetadata: {name: x}\nspec: {tasks: []}\n"
 	if out, _, err := Manifest([]byte(job), options); err != nil || string(out) != job {
@@ -280,18 +323,20 @@ func TestManifestGroups(t *testing.T) {
 	}
 }
 
-const onePod = "kind: Pod\nmetadata: {name: a, annotations: {sluice.dev/in-process: \"true\"}}\nspec: {containers: [{name: envoy}]}\n"
+const onePod = "kind: Pod\nmetadata: {name: a, annotations: {sluice.dev/in-process: \"true\"}}\n" +
+	"spec: {containers: [{name: envoy}]}\n"
 
-// Directives and line ends stay, where something changes and where nothing does.
+// Directives and line endings are kept, whether or not the document changes.
 func TestManifestKeepsItsForm(t *testing.T) {
 	for in, begins := range map[string]string{
-		"%YAML 1.2\n---\n" + onePod:                             "%YAML 1.2\n---\nkind: Pod\n",
-		"# made by a tool\n%YAML 1.2\n# so\n---\n" + onePod:     "# made by a tool\n%YAML 1.2\n# so\n---\nkind: Pod\n",
-		"%YAML 1.2\n---\nkind: ConfigMap\n---\n" + onePod:       "%YAML 1.2\n---\nkind: ConfigMap\n---\nkind: Pod\n",
-		"---\r\n" + strings.ReplaceAll(onePod, "\n", "\r\n"):    "---\r\nkind: Pod\r\n",
-		"a: 1\r\n---\n" + onePod:                                "a: 1\r\n---\nkind: Pod\nmeta",
-		"---\n---\n" + onePod:                                   "---\n---\nkind: Pod\n",
-		"%YAML 1.2\r\n---\r\nkind: ConfigMap\r\n---\n" + onePod: "%YAML 1.2\r\n---\r\nkind: ConfigMap\r\n---\nkind: Pod\n",
+		"%YAML 1.2\n---\n" + onePod:                          "%YAML 1.2\n---\nkind: Pod\n",
+		"# made by a tool\n%YAML 1.2\n# so\n---\n" + onePod:  "# made by a tool\n%YAML 1.2\n# so\n---\nkind: Pod\n",
+		"%YAML 1.2\n---\nkind: ConfigMap\n---\n" + onePod:    "%YAML 1.2\n---\nkind: ConfigMap\n---\nkind: Pod\n",
+		"---\r\n" + strings.ReplaceAll(onePod, "\n", "\r\n"): "---\r\nkind: Pod\r\n",
+		"a: 1\r\n---\n" + onePod:                             "a: 1\r\n---\nkind: Pod\nmeta",
+		"---\n---\n" + onePod:                                "---\n---\nkind: Pod\n",
+		"%YAML 1.2\r\n---\r\nkind: ConfigMap\r\n---\n" +
+			onePod: "%YAML 1.2\r\n---\r\nkind: ConfigMap\r\n---\nkind: Pod\n",
 	} {
 		out, _, err := Manifest([]byte(in), options)
 		if err != nil || !strings.HasPrefix(string(out), begins) || !strings.Contains(string(out), "name: sluice") {
@@ -307,11 +352,17 @@ func TestManifestKeepsItsForm(t *testing.T) {
 	}
 }
 
-// Whatever the text, it is refused or comes out as a manifest in which nothing is left to do.
+// FuzzManifest checks that any text is either refused, or injected in such a
+// way that injecting it again changes nothing.
 func FuzzManifest(f *testing.F) {
-	for _, text := range []string{manifest, onePod, "%YAML 1.2\n---\n" + onePod, "{\"kind\":\"Pod\"}", "a: &a [*a]", "---\n...\n", "- \n-\t- {", "kind: List\nitems: [1, {kind: Pod}]",
-		around + "  containers:\n  - name: envoy\n    args:\n    - >-\n      a \\\n        b\n  - {name: app, volumeMounts: &m [{name: a, mountPath: /a}, {name: a, mountPath: /b}]}\n", "1: &b {a: 1}\n<<: *b\n" + onePod,
-		`{"kind":"List","items":[{"kind":"Pod","metadata":{"annotations":{"sluice.dev/in-process":"true"}},"spec":{"priority":1e3,"containers":[{"name":"envoy"}]}}]}{}`,
+	for _, text := range []string{manifest, onePod, "%YAML 1.2\n---\n" + onePod, "{\"kind\":\"Pod\"}", "a: &a [*a]",
+		"---\n...\n", "- \n-\t- {", "kind: List\nitems: [1, {kind: Pod}]",
+		around + "  containers:\n  - name: envoy\n    args:\n    - >-\n      a \\\n        b\n" +
+			"  - {name: app, volumeMounts: &m [{name: a, mountPath: /a}, {name: a, mountPath: /b}]}\n",
+		"1: &b {a: 1}\n<<: *b\n" +
+			onePod,
+		`{"kind":"List","items":[{"kind":"Pod","metadata":{"annotations":{"sluice.dev/in-process":"true"}},` +
+			`"spec":{"priority":1e3,"containers":[{"name":"envoy"}]}}]}{}`,
 	} {
 		f.Add([]byte(text))
 	}

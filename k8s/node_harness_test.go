@@ -15,32 +15,34 @@ import (
 	"testing"
 
 	"github.com/sluiceproxy/sluice/envoy"
-	"github.com/sluiceproxy/sluice/k8s/built"
-	"github.com/sluiceproxy/sluice/k8s/isolated"
+	"github.com/sluiceproxy/sluice/k8s/testenv"
 )
 
-// The images that the node's pods are of, by the names that the chart and the Deployments have for them. There is no registry here: sluice's
-// is built from the Dockerfile, and the others are made of this machine's own programs, and stand for what is to be had under their names.
+// The images of the node's pods, by the names that the chart and the
+// Deployments use. There is no registry here: sluice's image is built from the
+// Dockerfile, the others are made of programs of this machine and take the
+// place of the real ones.
 const (
 	sluiceImage   = "ghcr.io/sluiceproxy/sluice:v0.1.0"
-	upgradedImage = "ghcr.io/sluiceproxy/sluice:v0.1.1" // the same
-	otherImage    = "localhost/sluice:arm64"            // the same, for that architecture
+	upgradedImage = "ghcr.io/sluiceproxy/sluice:v0.1.1" // the same image
+	otherImage    = "localhost/sluice:arm64"            // the same for arm64
 	redisImage    = "docker.io/library/redis:7.4"
 	envoyImage    = "docker.io/envoyproxy/envoy:v" + envoy.Version
 	appImage      = "localhost/app:1"
-	pauseImage    = "localhost/pause:1" // of each pod's sandbox
+	pauseImage    = "localhost/pause:1" // of the pods' sandboxes
 )
 
-// images makes and keeps images in a directory.
+// images is a directory in which images are built and saved.
 type images string
 
 func (dir images) path(name string) string { return filepath.Join(string(dir), name) }
 
-// buildah runs it, away from what else it has on this machine.
+// buildah runs buildah with storage of its own.
 func (dir images) buildah(t *testing.T, args ...string) string {
 	t.Helper()
-	c := exec.CommandContext(t.Context(), "buildah", append([]string{"--root", dir.path("buildah"), "--runroot", dir.path("buildah-run")}, args...)...)
-	c.Env = append(os.Environ(), "TMPDIR="+string(dir)) // of its cache mounts, too
+	c := exec.CommandContext(t.Context(), "buildah",
+		append([]string{"--root", dir.path("buildah"), "--runroot", dir.path("buildah-run")}, args...)...)
+	c.Env = append(os.Environ(), "TMPDIR="+string(dir)) // also for cache mounts
 	out, err := c.CombinedOutput()
 	if err != nil {
 		t.Fatalf("buildah %s: %v\n%s", strings.Join(args, " "), err, out)
@@ -48,8 +50,9 @@ func (dir images) buildah(t *testing.T, args ...string) string {
 	return string(out)
 }
 
-// make makes an image of files of this machine, by the paths that they have in it, with the libraries that they want and these lines of a
-// Containerfile. flags are buildah's.
+// make builds an image from files of this machine, which files maps from their
+// paths in the image, with the libraries that they need, and from these lines
+// of a Containerfile. flags are passed to buildah.
 func (dir images) make(t *testing.T, name, lines string, files map[string]string, flags ...string) {
 	t.Helper()
 	root, err := os.MkdirTemp(string(dir), "image-")
@@ -67,7 +70,7 @@ func (dir images) make(t *testing.T, name, lines string, files map[string]string
 	}
 	for to, from := range files {
 		put(from, to)
-		out, _ := exec.CommandContext(t.Context(), "ldd", from).Output() // it fails where a file wants none
+		out, _ := exec.CommandContext(t.Context(), "ldd", from).Output() // fails for a static program
 		for field := range strings.FieldsSeq(string(out)) {
 			if strings.HasPrefix(field, "/") {
 				put(field, field)
@@ -77,16 +80,18 @@ func (dir images) make(t *testing.T, name, lines string, files map[string]string
 	if err := os.MkdirAll(filepath.Join(root, "root", "tmp"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(filepath.Join(root, "Containerfile"), []byte("FROM scratch\nCOPY root /\n"+lines), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(root, "Containerfile"), []byte("FROM scratch\nCOPY root /\n"+lines),
+		0o600); err != nil {
 		t.Fatal(err)
 	}
-	dir.buildah(t, slices.Concat([]string{"bud", "--layers=false"}, flags, []string{"--file", filepath.Join(root, "Containerfile"), "--tag", name, root})...)
+	dir.buildah(t, slices.Concat([]string{"bud", "--layers=false"}, flags,
+		[]string{"--file", filepath.Join(root, "Containerfile"), "--tag", name, root})...)
 	if err := os.RemoveAll(root); err != nil {
 		t.Fatal(err)
 	}
 }
 
-// goSays is a setting of this machine's Go.
+// goSays returns a setting of this machine's Go.
 func goSays(t *testing.T, name string) string {
 	t.Helper()
 	out, err := exec.CommandContext(t.Context(), "go", "env", name).Output()
@@ -96,7 +101,7 @@ func goSays(t *testing.T, name string) string {
 	return strings.TrimSpace(string(out))
 }
 
-// prepare makes all of the images, and saves them as NAME.tar.
+// prepare builds all images, and saves them as tar files.
 func (dir images) prepare(t *testing.T) {
 	t.Helper()
 	look := func(name string) string {
@@ -113,31 +118,40 @@ func (dir images) prepare(t *testing.T) {
 	}
 	for arch, name := range map[string]string{"amd64": sluiceImage, "arm64": otherImage} {
 		platform := "--platform=linux/" + arch
-		// What the Dockerfile starts from, by the names that it has, for this platform only, since buildah asks for that whatever FROM says.
-		// Go and the modules that are here already are mounted.
-		dir.make(t, "docker.io/library/golang:1.26", "RUN [\"/bin/busybox\", \"ln\", \"-s\", \"/bin/busybox\", \"/bin/sh\"]\nENV PATH=/usr/local/go/bin:/bin HOME=/root GOTOOLCHAIN=local GOPROXY=file:///modules,"+goSays(t, "GOPROXY")+"\n",
-			map[string]string{"/bin/busybox": busybox, "/etc/ssl/certs/ca-certificates.crt": "/etc/ssl/certs/ca-certificates.crt"}, platform)
+		// The base images of the Dockerfile, under the same names. They are
+		// built only for this platform, which buildah requires whatever FROM
+		// says. Go and its modules are mounted.
+		dir.make(t, "docker.io/library/golang:1.26",
+			"RUN [\"/bin/busybox\", \"ln\", \"-s\", \"/bin/busybox\", \"/bin/sh\"]\nENV PATH=/usr/local/go/bin:/bin "+
+				"HOME=/root GOTOOLCHAIN=local GOPROXY=file:///modules,"+goSays(t, "GOPROXY")+"\n",
+			map[string]string{"/bin/busybox": busybox,
+				"/etc/ssl/certs/ca-certificates.crt": "/etc/ssl/certs/ca-certificates.crt"}, platform)
 		dir.make(t, "gcr.io/distroless/static:nonroot", "USER 65532\n", nil, platform)
-		dir.buildah(t, "bud", "--pull-never", "--isolation", "chroot", "--network", "host", "--layers=false", platform, "--build-arg", "VERSION=v0.1.0",
-			"--volume", goSays(t, "GOROOT")+":/usr/local/go:ro", "--volume", filepath.Join(goSays(t, "GOMODCACHE"), "cache", "download")+":/modules:ro",
+		dir.buildah(t, "bud", "--pull-never", "--isolation", "chroot", "--network", "host", "--layers=false", platform,
+			"--build-arg", "VERSION=v0.1.0",
+			"--volume", goSays(t, "GOROOT")+":/usr/local/go:ro", "--volume",
+			filepath.Join(goSays(t, "GOMODCACHE"), "cache", "download")+":/modules:ro",
 			"--file", filepath.Join(source, "Dockerfile"), "--tag", name, source)
 		dir.buildah(t, "push", name, "oci:"+dir.path(arch))
 	}
 	dir.buildah(t, "tag", sluiceImage, upgradedImage)
 	dir.buildah(t, "from", "--pull-never", "--platform=linux/arm64", "--name", "other", otherImage)
 	root := strings.TrimSpace(dir.buildah(t, "mount", "other"))
-	for _, pattern := range []string{"LICENSE", "LICENSE.go", "go.uber.org/zap@*/LICENSE", "google.golang.org/grpc@*/NOTICE*"} {
+	for _, pattern := range []string{"LICENSE", "LICENSE.go", "go.uber.org/zap@*/LICENSE",
+		"google.golang.org/grpc@*/NOTICE*"} {
 		if found, err := filepath.Glob(filepath.Join(root, "licenses", pattern)); err != nil || len(found) != 1 {
 			t.Errorf("the image's /licenses has no %s: %v", pattern, err)
 		}
 	}
 	other := filepath.Join(root, "sluice")
-	if out, err := exec.CommandContext(t.Context(), "cp", other, dir.path("sluice-arm64")).CombinedOutput(); err != nil {
+	if out, err := exec.CommandContext(t.Context(), "cp", other,
+		dir.path("sluice-arm64")).CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	dir.buildah(t, "rm", "other")
 
-	dir.make(t, redisImage, "", map[string]string{"/bin/redis-server": look("redis-server"), "/bin/redis-cli": look("redis-cli")})
+	dir.make(t, redisImage, "", map[string]string{"/bin/redis-server": look("redis-server"),
+		"/bin/redis-cli": look("redis-cli")})
 	proxy, err := envoy.Binary(t.Context(), func(said string) { t.Log(said) })
 	if err != nil {
 		t.Fatal(err)
@@ -150,18 +164,21 @@ func (dir images) prepare(t *testing.T) {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	dir.make(t, appImage, "ENTRYPOINT [\"/bin/app\"]\n", map[string]string{"/bin/app": app})
-	dir.make(t, pauseImage, "ENTRYPOINT [\"/bin/busybox\", \"sleep\", \"1000000\"]\n", map[string]string{"/bin/busybox": busybox})
+	dir.make(t, pauseImage, "ENTRYPOINT [\"/bin/busybox\", \"sleep\", \"1000000\"]\n",
+		map[string]string{"/bin/busybox": busybox})
 
 	for i, name := range []string{sluiceImage, upgradedImage, redisImage, envoyImage, appImage, pauseImage} {
-		dir.buildah(t, "push", name, fmt.Sprintf("docker-archive:%s:%s", dir.path(fmt.Sprintf("image-%d.tar", i)), name))
+		dir.buildah(t, "push", name, fmt.Sprintf("docker-archive:%s:%s", dir.path(fmt.Sprintf("image-%d.tar", i)),
+			name))
 	}
 	if err := os.RemoveAll(dir.path("buildah")); err != nil {
 		t.Fatal(err)
 	}
 }
 
-// node is a machine of a cluster with all that makes pods run on it: containerd, kubelet, kube-proxy, the scheduler, and CoreDNS. Each pod
-// has an address of 10.1.0.0/16, and a Service one of 10.0.0.0/24, which are reached from the test, too.
+// node is a node of a cluster with all that runs pods on it: containerd,
+// kubelet, kube-proxy, the scheduler and CoreDNS. Pods have addresses in
+// 10.1.0.0/16, Services in 10.0.0.0/24; the test can reach both.
 type node struct {
 	*controlPlane
 	dir string
@@ -187,9 +204,11 @@ oom_score = 0
     conf_dir = "DIR/cni"
 `
 
-// A ptp network: packets from pod to pod are routed, so that what kube-proxy rewrites on their way it sees coming back.
+// A ptp network routes packets between pods, so that kube-proxy's rules also
+// see the replies.
 const cniConfig = `{"cniVersion": "1.0.0", "name": "pods", "plugins": [
-  {"type": "ptp", "ipam": {"type": "host-local", "ranges": [[{"subnet": "10.1.0.0/16"}]], "routes": [{"dst": "0.0.0.0/0"}]}},
+  {"type": "ptp", "ipam": {"type": "host-local",
+   "ranges": [[{"subnet": "10.1.0.0/16"}]], "routes": [{"dst": "0.0.0.0/0"}]}},
   {"type": "loopback"}
 ]}`
 
@@ -209,16 +228,23 @@ clusterDNS: [NAMES]
 clusterDomain: cluster.local
 resolvConf: ""
 # The disk is not this node's own.
-evictionHard: {memory.available: 1Mi, nodefs.available: 0%, nodefs.inodesFree: 0%, imagefs.available: 0%, imagefs.inodesFree: 0%}
+evictionHard:
+  memory.available: 1Mi
+  nodefs.available: 0%
+  nodefs.inodesFree: 0%
+  imagefs.available: 0%
+  imagefs.inodesFree: 0%
 imageGCHighThresholdPercent: 100
 syncFrequency: 5s
 `
 
-// startNode makes a cluster with this machine, of isolated.Machine, as its node.
+// startNode runs a cluster whose node is this machine, which is a
+// testenv.Machine.
 func startNode(t *testing.T, dir, coredns string) *node {
 	t.Helper()
-	n := &node{controlPlane: cluster(t, "--service-cluster-ip-range", services, "--kubelet-preferred-address-types", "InternalIP"), dir: dir}
-	text := strings.NewReplacer("DIR", dir, "HOME", home, "NAMES", dns, "CGROUP", isolated.Cgroup(dir))
+	n := &node{dir: dir, controlPlane: cluster(t,
+		"--service-cluster-ip-range", services, "--kubelet-preferred-address-types", "InternalIP")}
+	text := strings.NewReplacer("DIR", dir, "HOME", home, "NAMES", dns, "CGROUP", testenv.Cgroup(dir))
 	write := func(name, content string) string {
 		path := filepath.Join(dir, name)
 		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
@@ -229,7 +255,7 @@ func startNode(t *testing.T, dir, coredns string) *node {
 		}
 		return path
 	}
-	// Version 1 has a hierarchy for each controller.
+	// Version 1 of control groups has a hierarchy for each controller.
 	hierarchies, err := filepath.Glob("/sys/fs/cgroup/*/cgroup.procs")
 	if err != nil {
 		t.Fatal(err)
@@ -241,12 +267,13 @@ func startNode(t *testing.T, dir, coredns string) *node {
 		t.Fatal("no control groups at /sys/fs/cgroup")
 	}
 	for _, h := range hierarchies {
-		if err := os.MkdirAll(filepath.Join(filepath.Dir(h), isolated.Cgroup(dir)), 0o755); err != nil {
+		if err := os.MkdirAll(filepath.Join(filepath.Dir(h), testenv.Cgroup(dir)), 0o755); err != nil {
 			t.Fatal(err)
 		}
 	}
-	// Where the test itself asks a Service.
-	if out, err := exec.CommandContext(t.Context(), "ip", "route", "add", services, "dev", "lo", "src", home).CombinedOutput(); err != nil {
+	// A route for the test's own calls to Services.
+	if out, err := exec.CommandContext(t.Context(), "ip", "route", "add", services, "dev", "lo", "src",
+		home).CombinedOutput(); err != nil {
 		t.Fatalf("ip route: %v\n%s", err, out)
 	}
 
@@ -265,13 +292,19 @@ func startNode(t *testing.T, dir, coredns string) *node {
 			t.Fatalf("%s: %v\n%s", tar, err, out)
 		}
 	}
-	start(t, nil, filepath.Join(n.bin, "kubelet"), "--config", write("kubelet.yaml", kubeletConfig), "--kubeconfig", n.kubeconfig, "--cert-dir", filepath.Join(dir, "kubelet"),
+	start(t, nil, filepath.Join(n.bin, "kubelet"), "--config", write("kubelet.yaml", kubeletConfig), "--kubeconfig",
+		n.kubeconfig, "--cert-dir", filepath.Join(dir, "kubelet"),
 		"--node-ip", home, "--hostname-override", "node")
-	start(t, nil, filepath.Join(n.bin, "kube-scheduler"), "--kubeconfig", n.kubeconfig, "--secure-port", "0", "--leader-elect=false")
-	// The limits of conntrack are the whole machine's.
-	start(t, nil, filepath.Join(n.bin, "kube-proxy"), "--kubeconfig", n.kubeconfig, "--proxy-mode", "nftables", "--hostname-override", "node",
-		"--conntrack-max-per-core", "0", "--conntrack-tcp-timeout-established", "0", "--conntrack-tcp-timeout-close-wait", "0")
-	start(t, nil, coredns, "-conf", write("Corefile", "cluster.local {\n  bind "+dns+"\n  ready "+dns+":8181\n  errors\n  kubernetes {\n    kubeconfig "+n.kubeconfig+"\n  }\n}\n"))
+	start(t, nil, filepath.Join(n.bin, "kube-scheduler"), "--kubeconfig", n.kubeconfig, "--secure-port", "0",
+		"--leader-elect=false")
+	// The limits of conntrack apply to the whole machine, so that they are left
+	// alone.
+	start(t, nil, filepath.Join(n.bin, "kube-proxy"), "--kubeconfig", n.kubeconfig, "--proxy-mode", "nftables",
+		"--hostname-override", "node",
+		"--conntrack-max-per-core", "0", "--conntrack-tcp-timeout-established", "0",
+		"--conntrack-tcp-timeout-close-wait", "0")
+	start(t, nil, coredns, "-conf", write("Corefile", "cluster.local {\n  bind "+dns+"\n  ready "+dns+
+		":8181\n  errors\n  kubernetes {\n    kubeconfig "+n.kubeconfig+"\n  }\n}\n"))
 	await(t, "CoreDNS", func() bool {
 		response, err := http.Get("http://" + dns + ":8181/ready")
 		if err != nil {
@@ -281,19 +314,21 @@ func startNode(t *testing.T, dir, coredns string) *node {
 		return response.StatusCode == http.StatusOK
 	})
 	await(t, "the node", func() bool {
-		conditions, err := n.kubectl(t, "", "get", "node", "node", "--output", `jsonpath={.status.conditions[?(@.type=="Ready")].status} {.spec.taints}`)
+		conditions, err := n.kubectl(t, "", "get", "node", "node", "--output",
+			`jsonpath={.status.conditions[?(@.type=="Ready")].status} {.spec.taints}`)
 		return err == nil && conditions == "True "
 	})
 	return n
 }
 
-// ctr asks containerd.
+// ctr runs containerd's client.
 func ctr(t *testing.T, args ...string) ([]byte, error) {
 	t.Helper()
-	return exec.CommandContext(t.Context(), "ctr", append([]string{"--address", "/run/containerd.sock", "--namespace", "k8s.io"}, args...)...).CombinedOutput()
+	return exec.CommandContext(t.Context(), "ctr",
+		append([]string{"--address", "/run/containerd.sock", "--namespace", "k8s.io"}, args...)...).CombinedOutput()
 }
 
-// state is what is going on, for who wonders why something failed.
+// state returns events, pods and logs, for the message of a failed test.
 func (n *node) state(t *testing.T) string {
 	t.Helper()
 	said, _ := n.kubectl(t, "", "get", "events,pods", "--all-namespaces")
@@ -304,7 +339,8 @@ func (n *node) state(t *testing.T) string {
 	return said
 }
 
-// readme runs all commands of a section of this room's README, as they stand there, and returns what they printed.
+// readme runs all commands of a section of k8s/README.md, and returns what they
+// print.
 func (n *node) readme(t *testing.T, section string) string {
 	t.Helper()
 	text, err := os.ReadFile("README.md")
@@ -338,7 +374,8 @@ func (n *node) readme(t *testing.T, section string) string {
 	return string(out)
 }
 
-// machine is the node of a test, which it runs once more on a machine of its own; false says that the test ran there.
+// machine returns the node of a test. It runs the test in a testenv.Machine,
+// and returns false in the parent process.
 func machine(t *testing.T) (*node, bool) {
 	t.Helper()
 	if os.Getenv("SLUICE_LONG") == "" {
@@ -346,21 +383,22 @@ func machine(t *testing.T) (*node, bool) {
 	}
 	kubernetesBinaries(t)
 	helmBinary(t)
-	coredns := built.Program(t, "github.com/coredns/coredns", "v1.13.1")
-	dir, inside := isolated.Machine(t, func(dir string) { images(dir).prepare(t) }, home, dns)
+	coredns := testenv.Program(t, "github.com/coredns/coredns", "v1.13.1")
+	dir, inside := testenv.Machine(t, func(dir string) { images(dir).prepare(t) }, home, dns)
 	if !inside {
 		return nil, false
 	}
 	return startNode(t, dir, coredns), true
 }
 
-// imageManifest is what an OCI image says of itself.
+// imageManifest is an OCI image manifest.
 type imageManifest struct {
 	Layers []struct{ Size int64 }
 	Config struct{ Digest string }
 }
 
-// readImage reads the image that is saved in a directory as OCI has it.
+// readImage returns the size and config of the image in an OCI layout
+// directory.
 func readImage(t *testing.T, dir string) (compressed int64, config object) {
 	t.Helper()
 	blob := func(digest string, v any) {

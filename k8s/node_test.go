@@ -20,7 +20,8 @@ import (
 	"time"
 )
 
-// web is a Deployment of an Envoy before an app that only it can reach. Both go on until the endpoints' news has arrived everywhere.
+// web is a Deployment of an app that is reached only through its Envoy. Both
+// keep serving until all clients know that the endpoint is gone.
 var web = strings.NewReplacer("APP", appImage, "ENVOY", envoyImage).Replace(`
 apiVersion: v1
 kind: Service
@@ -55,9 +56,9 @@ spec:
       volumes: [{name: envoy, configMap: {name: envoy}}]
 `)
 
-// limits are those of the app. What is in a bucket that hardly refills tells
-// what was drawn from it. No request may be lost to a roll, however slow the
-// machine is meanwhile, so a take has more time than it ships with.
+// limits is the app's config. As the buckets hardly refill, their levels tell
+// how many tokens were taken. The timeout is longer than its default, so that a
+// slow machine loses no request during a rollout.
 const limits = `
 store: {redis: {url: "${SLUICE_REDIS:-redis://localhost}", timeout: 5s}}
 listen: {grpc: "unix:///run/sluice/authz.sock"}
@@ -68,16 +69,16 @@ limits:
 - {name: open, match: {paths: [/open]}, rate: 1/h, burst: 100, on_failure: allow}
 `
 
-// answer is what a client sees.
+// answer is the response that a client receives.
 type answer struct {
 	status           int
-	pod              string // which the app said
+	pod              string // as the app's response names it
 	limit, remaining string
-	said             string // the body's first bytes, unless the app answered
+	said             string // the start of the body, unless the app answered
 	err              error
 }
 
-// get is send, of a GET.
+// get sends a GET request.
 func get(ctx context.Context, url string) answer {
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
@@ -86,7 +87,7 @@ func get(ctx context.Context, url string) answer {
 	return send(http.DefaultClient, request)
 }
 
-// send asks once, on a connection of its own.
+// send sends a request on a connection of its own.
 func send(client *http.Client, request *http.Request) answer {
 	request.Close = true
 	response, err := client.Do(request)
@@ -106,11 +107,11 @@ func send(client *http.Client, request *http.Request) answer {
 	return a
 }
 
-// tally counts answers of the same kind, and keeps what must not be.
+// tally counts answers by status and pod, and collects the wrong ones.
 type tally struct {
 	mu     sync.Mutex
 	status map[int]int
-	pods   map[string]int // of the app
+	pods   map[string]int // by name of the app's pod
 	wrong  []string
 }
 
@@ -129,7 +130,7 @@ func (y *tally) add(a answer, lossless bool) {
 	}
 }
 
-// answered is how many answers there are.
+// answered returns the number of answers.
 func (y *tally) answered() int {
 	y.mu.Lock()
 	defer y.mu.Unlock()
@@ -142,12 +143,13 @@ func (y *tally) answered() int {
 
 func newTally() *tally { return &tally{status: map[int]int{}, pods: map[string]int{}} }
 
-// asking is get, for clients.
+// asking returns get of a URL, for clients.
 func asking(t *testing.T, url string) func() answer {
 	return func() answer { return get(t.Context(), url) }
 }
 
-// clients ask without pause until the function that they return is called, which is when they have ended.
+// clients sends requests continuously from n clients until the returned
+// function is called, which waits for their last answers.
 func clients(t *testing.T, n int, ask func() answer, each func(answer)) func() {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
@@ -155,7 +157,7 @@ func clients(t *testing.T, n int, ask func() answer, each func(answer)) func() {
 	for range n {
 		wg.Go(func() {
 			for ctx.Err() == nil {
-				each(ask()) // what has been asked is answered
+				each(ask()) // a request under way is not canceled
 			}
 		})
 	}
@@ -165,7 +167,8 @@ func clients(t *testing.T, n int, ask func() answer, each func(answer)) func() {
 	}
 }
 
-// TestNode is the product as its user has it: pods on a real node, of the image that the Dockerfile makes, installed by helm.
+// TestNode runs sluice as its users do: in pods on a real node, from the image
+// that the Dockerfile builds, installed by helm.
 func TestNode(t *testing.T) {
 	n, inside := machine(t)
 	if !inside {
@@ -178,15 +181,18 @@ func TestNode(t *testing.T) {
 	}
 	ip := func(service, namespace string) string {
 		t.Helper()
-		return n.do(t, "", "get", "service", service, "--namespace", namespace, "--output", "jsonpath={.spec.clusterIP}")
+		return n.do(t, "", "get", "service", service, "--namespace", namespace, "--output",
+			"jsonpath={.spec.clusterIP}")
 	}
-	redis := func() []string { // for sluice's commands
-		return append(os.Environ(), "SLUICE_DOMAIN=shop/web", "SLUICE_REDIS=redis://"+net.JoinHostPort(ip("sluice-trial-redis", release), "6379"))
+	redis := func() []string { // the environment of sluice's commands
+		return append(os.Environ(), "SLUICE_DOMAIN=shop/web", "SLUICE_REDIS=redis://"+
+			net.JoinHostPort(ip("sluice-trial-redis", release), "6379"))
 	}
-	// held is what is in the bucket of a limit.
+	// held returns the number of tokens in the bucket of a limit.
 	held := func(limit string) float64 {
 		t.Helper()
-		c := exec.CommandContext(t.Context(), sluice, "bucket", "get", "--config", config, "--limit", limit, "-o", "json")
+		c := exec.CommandContext(t.Context(), sluice, "bucket", "get", "--config", config,
+			"--limit", limit, "-o", "json")
 		c.Env = redis()
 		out, err := c.Output()
 		_, after, ok := strings.Cut(string(out), `"tokens":`)
@@ -200,7 +206,8 @@ func TestNode(t *testing.T) {
 	pods := func() []podState {
 		t.Helper()
 		var all []podState
-		for _, v := range list(must(t, n.API, http.MethodGet, "/api/v1/namespaces/shop/pods?labelSelector=app%3Dweb", nil), "items") {
+		for _, v := range listField(must(t, n.API, http.MethodGet,
+			"/api/v1/namespaces/shop/pods?labelSelector=app%3Dweb", nil), "items") {
 			p := podState{name: at(v, "metadata", "name").(string)}
 			p.ip, _ = at(v, "status", "podIP").(string)
 			p.phase, _ = at(v, "status", "phase").(string)
@@ -208,6 +215,7 @@ func TestNode(t *testing.T) {
 		}
 		return all
 	}
+	getPod := func(p podState, path string) answer { return get(t.Context(), "http://"+p.ip+":8080"+path) }
 	rolled := func() { n.do(t, "", "rollout", "status", "deployment/web", "--namespace", "shop", "--timeout", "3m") }
 
 	for _, arch := range []string{"amd64", "arm64"} {
@@ -217,8 +225,9 @@ func TestNode(t *testing.T) {
 			if compressed > 30e6 || compressed < 1e6 {
 				t.Errorf("%d bytes", compressed)
 			}
-			config := child(said, "config")
-			if config["User"] != "65532:65532" || fmt.Sprint(config["Entrypoint"], config["Cmd"]) != "[/sluice] [run]" || fmt.Sprint(said["os"], said["architecture"]) != "linux"+arch {
+			config := objectField(said, "config")
+			if config["User"] != "65532:65532" || fmt.Sprint(config["Entrypoint"],
+				config["Cmd"]) != "[/sluice] [run]" || fmt.Sprint(said["os"], said["architecture"]) != "linux"+arch {
 				t.Errorf("%v", said)
 			}
 			for _, label := range []string{"title", "description", "source", "licenses"} {
@@ -231,9 +240,10 @@ func TestNode(t *testing.T) {
 			}
 		})
 	}
-	t.Run("arm64", func(t *testing.T) { // there is no such machine here: its program is emulated
+	t.Run("arm64", func(t *testing.T) { // the program runs in an emulator
 		program, socket := filepath.Join(n.dir, "sluice-arm64"), "unix://"+filepath.Join(t.TempDir(), "s")
-		if out, err := exec.CommandContext(t.Context(), "qemu-aarch64", program, "version").CombinedOutput(); err != nil || !strings.Contains(string(out), "v0.1.0") {
+		version := exec.CommandContext(t.Context(), "qemu-aarch64", program, "version")
+		if out, err := version.CombinedOutput(); err != nil || !strings.Contains(string(out), "v0.1.0") {
 			t.Fatalf("%v\n%s", err, out)
 		}
 		start(t, nil, "qemu-aarch64", program, "run", "--grpc", socket)
@@ -262,23 +272,26 @@ func TestNode(t *testing.T) {
 		}
 		return got
 	}
-	t.Run("in the shadow", func(t *testing.T) {
+	t.Run("shadow mode", func(t *testing.T) {
 		printed, err := exec.CommandContext(t.Context(), sluice, "envoy", "plain", "--config", config).CombinedOutput()
 		if err != nil {
 			t.Fatalf("%v\n%s", err, printed)
 		}
-		shipped, long := "timeout: 0.2s", "timeout: 10s" // as for limits
+		// As in limits, the timeout is longer than its default.
+		shipped, long := "timeout: 0.2s", "timeout: 10s"
 		if !strings.Contains(string(printed), shipped) {
 			t.Fatalf("no %q in\n%s", shipped, printed)
 		}
 		bootstrap := strings.ReplaceAll(string(printed), shipped, long)
 		n.do(t, web, "apply", "-f", "-")
-		n.do(t, "", "create", "configmap", "limits", "--namespace", "shop", "--from-literal", "sluice.yaml=mode: shadow\n"+limits)
+		n.do(t, "", "create", "configmap", "limits", "--namespace", "shop",
+			"--from-literal", "sluice.yaml=mode: shadow\n"+limits)
 		n.do(t, "", "create", "configmap", "envoy", "--namespace", "shop", "--from-literal", "envoy.yaml="+bootstrap)
 		began := time.Now()
 		rolled()
 		t.Logf("two pods ready after %v", time.Since(began))
-		if got := ask(t, "/few"); slices.ContainsFunc(got, func(said string) bool { return !strings.HasPrefix(said, "200 ") || !strings.HasSuffix(said, " true") }) {
+		if got := ask(t, "/few"); slices.ContainsFunc(got,
+			func(said string) bool { return !strings.HasPrefix(said, "200 ") || !strings.HasSuffix(said, " true") }) {
 			t.Errorf("%q", got)
 		}
 		if left := held("few"); left > 0.01 {
@@ -290,10 +303,13 @@ func TestNode(t *testing.T) {
 	}
 	t.Run("enforced", func(t *testing.T) {
 		began := time.Now()
-		replaced := n.do(t, "", "create", "configmap", "limits", "--namespace", "shop", "--from-literal", "sluice.yaml="+limits, "--dry-run=client", "--output", "yaml")
+		replaced := n.do(t, "", "create", "configmap", "limits", "--namespace", "shop", "--from-literal",
+			"sluice.yaml="+limits, "--dry-run=client", "--output", "yaml")
 		n.do(t, replaced, "replace", "-f", "-")
 		for _, p := range pods() {
-			await(t, "the new config", func() bool { return get(t.Context(), "http://"+p.ip+":8080/few").status == http.StatusTooManyRequests })
+			await(t, "the new config", func() bool {
+				return getPod(p, "/few").status == http.StatusTooManyRequests
+			})
 		}
 		t.Logf("enforced after %v, without a restart", time.Since(began))
 		reset := exec.CommandContext(t.Context(), sluice, "bucket", "reset", "--config", config, "--limit", "few")
@@ -301,11 +317,14 @@ func TestNode(t *testing.T) {
 		if out, err := reset.CombinedOutput(); err != nil {
 			t.Fatalf("%v\n%s", err, out)
 		}
-		for _, p := range pods() { // two of the three tokens, once both believe it
-			await(t, "the reset", func() bool { return get(t.Context(), "http://"+p.ip+":8080/few").status == http.StatusOK })
+		for _, p := range pods() { // takes two of the three tokens, once both pods have the config
+			await(t, "the reset", func() bool {
+				return getPod(p, "/few").status == http.StatusOK
+			})
 		}
 		got := ask(t, "/few")
-		if want := []string{"200 0 true", "429 0 false", "429 0 false", "429 0 false", "429 0 false"}; !slices.Equal(got, want) {
+		if want := []string{"200 0 true", "429 0 false", "429 0 false", "429 0 false",
+			"429 0 false"}; !slices.Equal(got, want) {
 			t.Errorf("%q", got)
 		}
 	})
@@ -327,7 +346,8 @@ func TestNode(t *testing.T) {
 		service, before := "http://"+ip("web", "shop")+"/many", held("many")
 		all, direct := newTally(), newTally()
 		stop := clients(t, 3, asking(t, service), func(a answer) { all.add(a, true) })
-		// Each pod is asked from when it has an address until it has none, ready or not.
+		// Each pod is called from when it has an address until it is gone,
+		// whether or not it is ready.
 		var wg sync.WaitGroup
 		ctx, cancel := context.WithCancel(t.Context())
 		asked := map[string]bool{}
@@ -376,7 +396,8 @@ func TestNode(t *testing.T) {
 		if len(asked) != 8 || len(all.pods) != 8 {
 			t.Errorf("%d pods were seen, of which %d had requests", len(asked), len(all.pods))
 		}
-		// A draw whose answer found its Envoy gone is one without a request.
+		// An Envoy that ends before it gets sluice's answer takes a token
+		// without a request.
 		if float64(through) > drawn+0.1 || float64(through) < drawn-50 {
 			t.Errorf("%d requests passed, and %.3f tokens were drawn", through, drawn)
 		}
@@ -384,7 +405,8 @@ func TestNode(t *testing.T) {
 	t.Run("sluice killed", func(t *testing.T) {
 		p, before := pods()[0], held("many")
 		id := func() string {
-			full := n.do(t, "", "get", "pod", p.name, "--namespace", "shop", "--output", `jsonpath={.status.initContainerStatuses[?(@.name=="sluice")].containerID}`)
+			full := n.do(t, "", "get", "pod", p.name, "--namespace", "shop", "--output",
+				`jsonpath={.status.initContainerStatuses[?(@.name=="sluice")].containerID}`)
 			return strings.TrimPrefix(full, "containerd://")
 		}
 		killed := id()
@@ -395,7 +417,9 @@ func TestNode(t *testing.T) {
 			t.Fatalf("%v\n%s", err, out)
 		}
 		await(t, "another container", func() bool { return id() != killed })
-		await(t, "an answer of the app's", func() bool { return get(t.Context(), "http://"+p.ip+":8080/many").pod != "" })
+		await(t, "an answer of the app's", func() bool {
+			return getPod(p, "/many").pod != ""
+		})
 		stop()
 		through, drawn := all.status[http.StatusOK]+1, before-held("many")
 		t.Logf("answers by status %v, %.3f tokens drawn", all.status, drawn)
@@ -411,7 +435,8 @@ func TestNode(t *testing.T) {
 	t.Run("without Redis", func(t *testing.T) {
 		old := pods()
 		n.do(t, "", "scale", "deployment/sluice-trial-redis", "--namespace", release, "--replicas", "0")
-		n.do(t, "", "wait", "pod", "--namespace", release, "--selector", "app.kubernetes.io/component=trial-redis", "--for", "delete", "--timeout", "1m")
+		n.do(t, "", "wait", "pod", "--namespace", release, "--selector", "app.kubernetes.io/component=trial-redis",
+			"--for", "delete", "--timeout", "1m")
 		n.do(t, "", "delete", "pod", old[0].name, "--namespace", "shop")
 		rolled()
 		var fresh podState
@@ -420,8 +445,10 @@ func TestNode(t *testing.T) {
 				fresh = p
 			}
 		}
-		for path, want := range map[string]string{"few": "503 false", "many": "503 false", "open": "200 true", "healthz": "200 true"} {
-			if a := get(t.Context(), "http://"+fresh.ip+":8080/"+path); fmt.Sprint(a.status, " ", a.pod == fresh.name) != want {
+		for path, want := range map[string]string{"few": "503 false", "many": "503 false", "open": "200 true",
+			"healthz": "200 true"} {
+			if a := get(t.Context(), "http://"+fresh.ip+":8080/"+path); fmt.Sprint(a.status, " ",
+				a.pod == fresh.name) != want {
 				t.Errorf("/%s: %+v, want %s", path, a, want)
 			}
 		}
@@ -432,23 +459,27 @@ func TestNode(t *testing.T) {
 	})
 	t.Run("upgrade", func(t *testing.T) {
 		image := func() string {
-			return n.do(t, "", "get", "pods", "--namespace", "shop", "--selector", "app=web", "--output", `jsonpath={.items[*].spec.initContainers[?(@.name=="sluice")].image}`)
+			return n.do(t, "", "get", "pods", "--namespace", "shop", "--selector", "app=web", "--output",
+				`jsonpath={.items[*].spec.initContainers[?(@.name=="sluice")].image}`)
 		}
-		// Pods are made all the while.
+		// Pods are created meanwhile.
 		ctx, cancel := context.WithCancel(t.Context())
 		made := 0
 		var wg sync.WaitGroup
 		wg.Go(func() {
 			for ctx.Err() == nil {
-				p := pod(t, strings.Replace(podText("", "{containers: [{name: envoy, SECURE}]}"), "{metadata: {", "{metadata: {generateName: r-, ", 1))
-				if err := n.call(t.Context(), http.MethodPost, "/api/v1/namespaces/shop/pods?dryRun=All", p, &object{}); err != nil {
+				p := pod(t, strings.Replace(podText("", "{containers: [{name: envoy, SECURE}]}"), "{metadata: {",
+					"{metadata: {generateName: r-, ", 1))
+				if err := n.call(t.Context(), http.MethodPost, "/api/v1/namespaces/shop/pods?dryRun=All", p,
+					&object{}); err != nil {
 					t.Errorf("pod: %v", err)
 				}
 				made++
 			}
 		})
 		stamps := func() []string {
-			return strings.Fields(n.do(t, "", "get", "pods", "--namespace", "shop", "--selector", "app=web", "--output", `jsonpath={.items[*].metadata.annotations.sluice\.dev/injected}`))
+			return strings.Fields(n.do(t, "", "get", "pods", "--namespace", "shop", "--selector", "app=web",
+				"--output", `jsonpath={.items[*].metadata.annotations.sluice\.dev/injected}`))
 		}
 		before := stamps()
 		n.readme(t, "Upgrade")
@@ -456,7 +487,7 @@ func TestNode(t *testing.T) {
 		wg.Wait()
 		t.Logf("%d pods were made meanwhile", made)
 		if made < 20 {
-			t.Error("that is too little to show anything")
+			t.Error("too few to show anything")
 		}
 		rolled()
 		await(t, "the end of the old pods", func() bool { return len(pods()) == 2 })
@@ -468,14 +499,16 @@ func TestNode(t *testing.T) {
 		}
 	})
 	t.Run("uninstall", func(t *testing.T) {
-		printed := n.do(t, "", "get", "configmap", "envoy", "--namespace", "shop", "--output", `jsonpath={.data.envoy\.yaml}`)
+		printed := n.do(t, "", "get", "configmap", "envoy", "--namespace", "shop", "--output",
+			`jsonpath={.data.envoy\.yaml}`)
 		before, filter, _ := strings.Cut(printed, "          - name: envoy.filters.http.ext_authz\n")
 		_, after, ok := strings.Cut(filter, "          - name: envoy.filters.http.router\n")
 		if !ok {
 			t.Fatalf("no filter in\n%s", printed)
 		}
 		without := before + "          - name: envoy.filters.http.router\n" + after
-		n.do(t, n.do(t, "", "create", "configmap", "envoy", "--namespace", "shop", "--from-literal", "envoy.yaml="+without, "--dry-run=client", "--output", "yaml"), "replace", "-f", "-")
+		n.do(t, n.do(t, "", "create", "configmap", "envoy", "--namespace", "shop", "--from-literal", "envoy.yaml="+
+			without, "--dry-run=client", "--output", "yaml"), "replace", "-f", "-")
 		n.readme(t, "Uninstall")
 		rolled()
 		await(t, "the end of the old pods", func() bool { return len(pods()) == 2 })
@@ -484,7 +517,8 @@ func TestNode(t *testing.T) {
 				t.Errorf("%s", said)
 			}
 		}
-		if left := n.do(t, "", "get", "pods", "--namespace", "shop", "--output", "jsonpath={.items[*].spec.initContainers}"); left != "" {
+		if left := n.do(t, "", "get", "pods", "--namespace", "shop", "--output",
+			"jsonpath={.items[*].spec.initContainers}"); left != "" {
 			t.Errorf("%s", left)
 		}
 		n.do(t, "", "delete", "namespace", "shop", "--wait")

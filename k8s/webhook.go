@@ -15,22 +15,28 @@ import (
 	"go.uber.org/zap"
 )
 
-type reviews struct {
+// webhook is the handler that Webhook returns.
+type webhook struct {
 	o       Options
-	turns   *turns
+	slots   *reviewSlots
 	log     *zap.Logger
 	counts  *prometheus.CounterVec
 	seconds prometheus.Histogram
 }
 
-type review struct {
-	APIVersion string    `json:"apiVersion"`
-	Kind       string    `json:"kind"`
-	Request    *request  `json:"request,omitempty"`
-	Response   *response `json:"response,omitempty"`
+// reviewVersion is the API version of the reviews that the webhook accepts.
+const reviewVersion = "admission.k8s.io/v1"
+
+// admissionReview is an AdmissionReview of reviewVersion, as far as the webhook
+// reads and writes it.
+type admissionReview struct {
+	APIVersion string             `json:"apiVersion"`
+	Kind       string             `json:"kind"`
+	Request    *admissionRequest  `json:"request,omitempty"`
+	Response   *admissionResponse `json:"response,omitempty"`
 }
 
-type request struct {
+type admissionRequest struct {
 	UID       string `json:"uid"`
 	Operation string `json:"operation"`
 	Namespace string `json:"namespace"`
@@ -41,7 +47,7 @@ type request struct {
 	Object object `json:"object"`
 }
 
-type response struct {
+type admissionResponse struct {
 	UID       string   `json:"uid"`
 	Allowed   bool     `json:"allowed"`
 	Status    object   `json:"status,omitempty"`
@@ -50,128 +56,152 @@ type response struct {
 	Patch     []byte   `json:"patch,omitempty"`
 }
 
-// Webhook answers admission reviews (admission.k8s.io/v1) of pods that are created: with what Inject makes of them, a warning where it
-// skips one, a refusal where it refuses one. o's Namespace and Workload are taken from each pod.
+// Webhook returns a handler of admission reviews (admission.k8s.io/v1). It
+// calls Inject for each pod that is created, and answers with a JSON patch, with
+// a warning if the pod is skipped, or with a denial if Inject returns an
+// error. It allows everything else unchanged. The Namespace and Workload of o
+// are ignored; they are taken from each pod. Webhook registers its metrics with
+// metrics, and panics if they are already registered. The handler is safe for
+// concurrent use.
 //
-// What reviews cost is bounded, whoever sends them: a pod of more than 4 MiB or 100,000 values of JSON is refused, and a review that gets
-// no turn within two seconds is answered with status 429 and Retry-After, after which API servers ask again.
+// The memory that reviews take is bounded. A pod whose review has more than
+// 4 MiB, 100,000 JSON values or 100 levels is denied. A review that has to wait
+// for longer than two seconds is answered with status 429 and Retry-After; API
+// servers then retry.
 func Webhook(o Options, log *zap.Logger, metrics prometheus.Registerer) http.Handler {
-	r := &reviews{
-		o: o, log: log, turns: newTurns(),
-		counts:  prometheus.NewCounterVec(prometheus.CounterOpts{Name: "sluice_webhook_reviews_total", Help: "Total number of admission reviews, by result."}, []string{"result"}),
-		seconds: prometheus.NewHistogram(prometheus.HistogramOpts{Name: "sluice_webhook_review_seconds", Help: "Duration of an admission review in seconds.", Buckets: []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .5, 1, 5}}),
+	h := &webhook{
+		o: o, log: log, slots: newReviewSlots(),
+		counts: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "sluice_webhook_reviews_total", Help: "Total number of admission reviews, by result.",
+		}, []string{"result"}),
+		seconds: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name: "sluice_webhook_review_seconds", Help: "Duration of an admission review in seconds.",
+			Buckets: []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .5, 1, 5},
+		}),
 	}
 	for _, result := range []string{"injected", "unchanged", "skipped", "refused", "invalid", "busy"} {
-		r.counts.WithLabelValues(result)
+		h.counts.WithLabelValues(result)
 	}
-	metrics.MustRegister(r.counts, r.seconds)
-	return r
+	metrics.MustRegister(h.counts, h.seconds)
+	return h
 }
 
-func (r *reviews) ServeHTTP(w http.ResponseWriter, q *http.Request) {
-	timer := prometheus.NewTimer(r.seconds)
+func (h *webhook) ServeHTTP(w http.ResponseWriter, q *http.Request) {
+	timer := prometheus.NewTimer(h.seconds)
 	defer timer.ObserveDuration()
 	if q.Method != http.MethodPost {
-		r.fail(w, "invalid", "allowed is POST", http.StatusBadRequest)
+		h.fail(w, "invalid", "method must be POST", http.StatusBadRequest)
 		return
 	}
-	err := r.turns.read(w, q, func(in *review) {
-		if in.Kind != "AdmissionReview" || in.APIVersion != "admission.k8s.io/v1" || in.Request == nil {
-			r.fail(w, "invalid", "allowed is an AdmissionReview of admission.k8s.io/v1 with a request", http.StatusBadRequest)
+	err := h.slots.readReview(w, q, func(in *admissionReview) {
+		if in.Kind != "AdmissionReview" || in.APIVersion != reviewVersion || in.Request == nil {
+			h.fail(w, "invalid", "body must be an AdmissionReview of "+reviewVersion+" with a request",
+				http.StatusBadRequest)
 			return
 		}
-		answer, result := r.answer(in.Request)
-		r.write(w, answer, result)
+		response, result := h.respond(in.Request)
+		h.write(w, response, result)
 	})
 	tooLarge := (*tooLargeError)(nil)
 	switch {
 	case err == nil:
 	case errors.Is(err, errBusy):
 		w.Header().Set("Retry-After", "1")
-		r.fail(w, "busy", err.Error(), http.StatusTooManyRequests)
+		h.fail(w, "busy", err.Error(), http.StatusTooManyRequests)
 	case errors.As(err, &tooLarge):
-		if tooLarge.UID == "" { // no API server's
-			r.fail(w, "invalid", err.Error(), http.StatusBadRequest)
+		if tooLarge.UID == "" { // not from an API server
+			h.fail(w, "invalid", err.Error(), http.StatusBadRequest)
 			return
 		}
-		r.log.Info("refused", zap.String("namespace", tooLarge.Namespace), zap.Error(err))
-		r.write(w, refusal(tooLarge.UID, err), "refused")
+		h.log.Info("pod denied", zap.String("namespace", tooLarge.Namespace), zap.Error(err))
+		h.write(w, denied(tooLarge.UID, err), "refused")
 	case errors.Is(err, io.EOF):
-		r.fail(w, "invalid", "the body is empty", http.StatusBadRequest)
+		h.fail(w, "invalid", "body is empty", http.StatusBadRequest)
 	default:
-		r.fail(w, "invalid", err.Error(), http.StatusBadRequest)
+		h.fail(w, "invalid", err.Error(), http.StatusBadRequest)
 	}
 }
 
-// write answers a review.
-func (r *reviews) write(w http.ResponseWriter, answer *response, result string) {
-	r.counts.WithLabelValues(result).Inc()
+// write answers a review, and counts it.
+func (h *webhook) write(w http.ResponseWriter, response *admissionResponse, result string) {
+	h.counts.WithLabelValues(result).Inc()
 	w.Header().Set("Content-Type", "application/json")
-	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(r.turns.wait)) // who does not read it keeps others waiting
-	_ = json.NewEncoder(w).Encode(review{APIVersion: "admission.k8s.io/v1", Kind: "AdmissionReview", Response: answer})
+	// A client that does not read its answer must not keep its slot for long.
+	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(h.slots.wait))
+	review := admissionReview{APIVersion: reviewVersion, Kind: "AdmissionReview", Response: response}
+	_ = json.NewEncoder(w).Encode(review)
 }
 
-// fail answers what is no review, or none that was looked at.
-func (r *reviews) fail(w http.ResponseWriter, result, message string, status int) {
-	r.counts.WithLabelValues(result).Inc()
+// fail answers with an HTTP error, and counts it.
+func (h *webhook) fail(w http.ResponseWriter, result, message string, status int) {
+	h.counts.WithLabelValues(result).Inc()
 	http.Error(w, message, status)
 }
 
-// refusal is the answer that keeps a pod from being created.
-func refusal(uid string, why error) *response {
-	return &response{UID: uid, Status: object{"code": http.StatusForbidden, "reason": "Forbidden", "message": "sluice: " + why.Error()}}
+// denied returns the response with which the API server refuses to create the
+// pod.
+func denied(uid string, err error) *admissionResponse {
+	return &admissionResponse{UID: uid, Status: object{
+		"code": http.StatusForbidden, "reason": "Forbidden", "message": "sluice: " + err.Error(),
+	}}
 }
 
-func (r *reviews) answer(q *request) (*response, string) {
-	answer := &response{UID: q.UID, Allowed: true}
+// respond returns the response to a request, and its result for the metrics.
+func (h *webhook) respond(q *admissionRequest) (response *admissionResponse, result string) {
+	response = &admissionResponse{UID: q.UID, Allowed: true}
 	if q.Operation != "CREATE" || q.Resource.Group != "" || q.Resource.Resource != "pods" {
-		return answer, "unchanged"
+		return response, "unchanged"
 	}
-	o := r.o
-	o.Namespace, o.Workload = q.Namespace, workload(q.Object)
-	log := r.log.With(zap.String("namespace", cut(o.Namespace, longestName)), zap.String("workload", cut(o.Workload, longestName)))
+	o := h.o
+	o.Namespace, o.Workload = q.Namespace, workloadName(q.Object)
+	log := h.log.With(
+		zap.String("namespace", truncate(o.Namespace, maxName)),
+		zap.String("workload", truncate(o.Workload, maxName)),
+	)
 	injected, skipped, err := Inject(q.Object, o)
 	switch {
 	case err != nil:
-		log.Info("refused", zap.Error(err))
-		return refusal(q.UID, err), "refused"
+		log.Info("pod denied", zap.Error(err))
+		return denied(q.UID, err), "refused"
 	case skipped != "":
-		log.Info("skipped", zap.String("why", skipped))
-		answer.Warnings = []string{"sluice is not injected: " + skipped}
-		return answer, "skipped"
+		log.Info("pod skipped", zap.String("reason", skipped))
+		response.Warnings = []string{"sluice is not injected: " + skipped}
+		return response, "skipped"
 	}
-	patch := difference(q.Object, injected)
+	patch := jsonPatch(q.Object, injected)
 	if len(patch) == 0 {
-		return answer, "unchanged"
+		return response, "unchanged"
 	}
-	if answer.Patch, err = json.Marshal(patch); err != nil {
-		panic(err) // it was JSON
+	if response.Patch, err = json.Marshal(patch); err != nil {
+		panic(err) // it was decoded from JSON
 	}
-	answer.PatchType = "JSONPatch"
-	log.Debug("injected")
-	return answer, "injected"
+	response.PatchType = "JSONPatch"
+	log.Debug("pod injected")
+	return response, "injected"
 }
 
-// difference is the JSON patch of what Inject changes: fields of metadata and spec, each as a whole.
-func difference(before, after object) []object {
+// jsonPatch returns the JSON patch (RFC 6902) from a pod to its injected copy.
+// It replaces whole fields of metadata and spec, which is all that Inject
+// changes.
+func jsonPatch(before, after object) []object {
 	var patch []object
 	for _, part := range []string{"metadata", "spec"} {
-		was, is := child(before, part), child(after, part)
+		old, changed := objectField(before, part), objectField(after, part)
 		var names []string
-		for name := range is {
+		for name := range changed {
 			names = append(names, name)
 		}
-		for name := range was {
-			if _, stays := is[name]; !stays {
+		for name := range old {
+			if _, ok := changed[name]; !ok {
 				names = append(names, name)
 			}
 		}
 		slices.Sort(names)
 		for _, name := range names {
-			path := "/" + part + "/" + name // Kubernetes's own names, which need no escape
-			if v, there := is[name]; !there {
+			path := "/" + part + "/" + name // Kubernetes' field names need no escaping
+			if v, ok := changed[name]; !ok {
 				patch = append(patch, object{"op": "remove", "path": path})
-			} else if !reflect.DeepEqual(was[name], v) {
+			} else if !reflect.DeepEqual(old[name], v) {
 				patch = append(patch, object{"op": "add", "path": path, "value": v})
 			}
 		}
@@ -179,17 +209,21 @@ func difference(before, after object) []object {
 	return patch
 }
 
-// scheduled is what a CronJob adds to its name for a Job's.
-var scheduled = regexp.MustCompile(`-[0-9]{8,}$`)
+// cronJobSuffix matches what a CronJob appends to its name for each Job.
+var cronJobSuffix = regexp.MustCompile(`-[0-9]{8,}$`)
 
-// cronJob is the name of the CronJob that a Job of this name looks to be of, since its pods do not say; else the Job's.
-func cronJob(job string) string { return scheduled.ReplaceAllString(job, "") }
+// cronJobName returns the name of the CronJob that a Job belongs to, judged by
+// the Job's name, as its pods do not refer to the CronJob. It returns the Job's
+// own name if it has no such suffix.
+func cronJobName(job string) string { return cronJobSuffix.ReplaceAllString(job, "") }
 
-// workload is the name of what a pod belongs to: its controller's, of a ReplicaSet the Deployment's and of a CronJob's Job the
-// CronJob's; else its own.
-func workload(pod object) string {
-	metadata := child(pod, "metadata")
-	for _, owner := range list(metadata, "ownerReferences") {
+// workloadName returns the name of the object that a pod belongs to: that of
+// its controller, of the Deployment for a ReplicaSet, and of the CronJob for a
+// Job. A pod without a controller has its own name.
+func workloadName(pod object) string {
+	metadata := objectField(pod, "metadata")
+	labels := objectField(metadata, "labels")
+	for _, owner := range listField(metadata, "ownerReferences") {
 		owner, _ := owner.(object)
 		name, _ := owner["name"].(string)
 		if owner["controller"] != true || name == "" {
@@ -197,20 +231,19 @@ func workload(pod object) string {
 		}
 		switch owner["kind"] {
 		case "ReplicaSet":
-			if hash, _ := child(metadata, "labels")["pod-template-hash"].(string); hash != "" {
-				return strings.TrimSuffix(name, "-"+hash)
-			}
-			if hash, _ := child(metadata, "labels")["rollouts-pod-template-hash"].(string); hash != "" {
-				return strings.TrimSuffix(name, "-"+hash)
+			for _, label := range []string{"pod-template-hash", "rollouts-pod-template-hash"} {
+				if hash, _ := labels[label].(string); hash != "" {
+					return strings.TrimSuffix(name, "-"+hash)
+				}
 			}
 		case "Job":
-			return cronJob(name)
+			return cronJobName(name)
 		}
 		return name
 	}
 	if name, _ := metadata["name"].(string); name != "" {
 		return name
 	}
-	name, _ := metadata["generateName"].(string)
-	return strings.TrimRight(name, "-")
+	generateName, _ := metadata["generateName"].(string)
+	return strings.TrimRight(generateName, "-")
 }

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -17,7 +18,11 @@ import (
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/mem"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protowire"
 )
 
 // http2Client writes HTTP/2 frames as no well-behaved client would, but that it keeps to what the server lets it send: else its calls
@@ -168,6 +173,29 @@ func TestAttackGRPC(t *testing.T) {
 			clients("127.0.0.3", 100, func(*http2Client) error { return nil })
 		}
 	})
+	// First, as connections that hold much are closed for those that hold more.
+	phase("elements", func() {
+		conn := dialGRPC(t, p.grpc, "127.0.0.8")
+		// The second is read otherwise, and how much of it counts, not how large one is.
+		for _, form := range []struct {
+			size, times int
+			rest        string
+		}{{15 << 20, 1, ""}, {120 << 10, 10, "\x7b\x7c"}} {
+			for _, path := range [][]protowire.Number{{1, 4, 2, 13}, {1, 11, 1, 2, 1, 2, 6}, {1, 1}} {
+				message := bytes.Repeat([]byte("\x0a\x00"), form.size/2)
+				for _, number := range slices.Backward(path) {
+					message = protowire.AppendBytes(protowire.AppendTag(nil, number, protowire.BytesType), message)
+				}
+				message = append(message, form.rest...)
+				for range form.times {
+					err := conn.Invoke(t.Context(), "/envoy.service.auth.v3.Authorization/Check", message, new([]byte), grpc.ForceCodecV2(asTheyAre{}))
+					if code := status.Code(err); code != codes.ResourceExhausted && code != codes.OK && code != codes.Unavailable { // it may be too slow
+						t.Errorf("%v: %v", path, err)
+					}
+				}
+			}
+		}
+	})
 	phase("large halves", func() {
 		clients("127.0.0.4", 5, func(c *http2Client) error {
 			for range 100 {
@@ -248,3 +276,17 @@ func dialGRPC(t *testing.T, addr, from string) *grpc.ClientConn {
 	t.Cleanup(func() { _ = conn.Close() })
 	return conn
 }
+
+// asTheyAre is a codec of messages that are bytes.
+type asTheyAre struct{}
+
+// Marshal is CodecV2's.
+func (asTheyAre) Marshal(v any) (mem.BufferSlice, error) {
+	return mem.BufferSlice{mem.SliceBuffer(v.([]byte))}, nil
+}
+
+// Unmarshal is CodecV2's.
+func (asTheyAre) Unmarshal(mem.BufferSlice, any) error { return nil }
+
+// Name is CodecV2's.
+func (asTheyAre) Name() string { return "proto" }

@@ -18,7 +18,7 @@ import (
 	commonv1 "go.opentelemetry.io/proto/otlp/common/v1"
 	tracev1 "go.opentelemetry.io/proto/otlp/trace/v1"
 
-	"github.com/sluiceproxy/sluice/k8s/built"
+	"github.com/sluiceproxy/sluice/k8s/testenv"
 )
 
 // otelcol is the version of OpenTelemetry's collector, and of its parts.
@@ -42,7 +42,7 @@ service:
 // builtCollector is the path of OpenTelemetry's own collector, which its builder makes once into the user's cache.
 func builtCollector(t *testing.T) string {
 	t.Helper()
-	builder := built.Program(t, "go.opentelemetry.io/collector/cmd/builder", otelcol)
+	builder := testenv.Program(t, "go.opentelemetry.io/collector/cmd/builder", otelcol)
 	path := filepath.Join(filepath.Dir(builder), "otelcol")
 	if _, err := os.Stat(path); err == nil {
 		return path

@@ -14,7 +14,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/sluiceproxy/sluice/k8s/built"
+	"github.com/sluiceproxy/sluice/k8s/testenv"
 )
 
 func startServeMux(t *testing.T) string {
@@ -45,7 +45,7 @@ var frameworkDir = filepath.Join("testdata", "frameworks")
 func node(app string, args ...string) func(*testing.T) string {
 	return func(t *testing.T) string {
 		dir := filepath.Join(frameworkDir, "node")
-		home := built.Packages(t, []string{filepath.Join(dir, "package.json"), filepath.Join(dir, "package-lock.json")},
+		home := testenv.Packages(t, []string{filepath.Join(dir, "package.json"), filepath.Join(dir, "package-lock.json")},
 			"npm", "ci", "--no-audit", "--no-fund")
 		return startApp(t, []string{"NODE_PATH=" + filepath.Join(home, "node_modules")}, "node", append([]string{filepath.Join(dir, app)}, args...)...)
 	}
@@ -54,7 +54,7 @@ func node(app string, args ...string) func(*testing.T) string {
 func python(app string, args ...string) func(*testing.T) string {
 	return func(t *testing.T) string {
 		dir := filepath.Join(frameworkDir, "python")
-		home := built.Packages(t, []string{filepath.Join(dir, "requirements.txt")},
+		home := testenv.Packages(t, []string{filepath.Join(dir, "requirements.txt")},
 			"python3", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input", "--no-deps", "--target", "lib", "-r", "requirements.txt")
 		return startApp(t, []string{"PYTHONPATH=" + filepath.Join(home, "lib"), "PYTHONDONTWRITEBYTECODE=1"}, "python3", append([]string{filepath.Join(dir, app)}, args...)...)
 	}
@@ -63,7 +63,7 @@ func python(app string, args ...string) func(*testing.T) string {
 func java(name string) func(*testing.T) string {
 	return func(t *testing.T) string {
 		dir := filepath.Join(frameworkDir, name)
-		home := built.Packages(t, []string{filepath.Join(dir, "pom.xml")},
+		home := testenv.Packages(t, []string{filepath.Join(dir, "pom.xml")},
 			"mvn", "--quiet", "--batch-mode", "org.apache.maven.plugins:maven-dependency-plugin:3.8.1:copy-dependencies", "-DoutputDirectory=lib")
 		libraries, classes := filepath.Join(home, "lib", "*"), t.TempDir()
 		if out, err := exec.CommandContext(t.Context(), "javac", "-parameters", "-cp", libraries, "-d", classes, filepath.Join(dir, "App.java")).CombinedOutput(); err != nil {

@@ -12,7 +12,7 @@ func TestInjectCommand(t *testing.T) {
 		t.Errorf("%d\n%s\n%s", status, stdout, stderr)
 	}
 	in = file(t, "refused.yaml", "kind: Pod\nmetadata: {name: a}\nspec: {containers: [{name: envoy}]}\n")
-	if status, stdout, stderr := sluice(t, nil, "inject", "-f", in); status != 1 || stdout != "" || !strings.Contains(stderr, "Pod a: sluice needs a Redis") {
+	if status, stdout, stderr := sluice(t, nil, "inject", "-f", in); status != 1 || stdout != "" || !strings.Contains(stderr, "Pod a: sluice requires Redis") {
 		t.Errorf("%d\n%s\n%s", status, stdout, stderr)
 	}
 }

@@ -18,8 +18,7 @@ import (
 	"time"
 
 	"github.com/sluiceproxy/sluice/envoy"
-	"github.com/sluiceproxy/sluice/k8s/built"
-	"github.com/sluiceproxy/sluice/k8s/isolated"
+	"github.com/sluiceproxy/sluice/k8s/testenv"
 )
 
 const envoyGateway = "v1.9.1"
@@ -158,7 +157,7 @@ func gatewayPrograms(t *testing.T) (gateway, proxy string) {
 	if os.Getenv("SLUICE_LONG") == "" {
 		t.Skip("builds Envoy Gateway, which takes minutes: SLUICE_LONG=1")
 	}
-	gateway = built.Program(t, "github.com/envoyproxy/gateway/cmd/envoy-gateway", envoyGateway)
+	gateway = testenv.Program(t, "github.com/envoyproxy/gateway/cmd/envoy-gateway", envoyGateway)
 	proxy, err := envoy.Binary(t.Context(), func(s string) { t.Log(s) })
 	if err != nil {
 		t.Fatal(err)
@@ -193,7 +192,7 @@ func uncommented(t *testing.T, printed, line string) string {
 // A real Envoy Gateway makes of the printed policy an Envoy that limits: by the config's limit, and by the one in contextExtensions.
 func TestMeshEnvoyGateway(t *testing.T) {
 	gateway, proxy := gatewayPrograms(t)
-	if !isolated.Network(t) {
+	if !testenv.Network(t) {
 		return
 	}
 	socket := "unix://" + t.TempDir() + "/s"
@@ -285,7 +284,7 @@ func TestMeshEnvoyGatewayService(t *testing.T) {
 	if os.Getenv("SLUICE_LONG") == "" {
 		t.Skip("builds egctl, which takes minutes: SLUICE_LONG=1")
 	}
-	egctl := built.Program(t, "github.com/envoyproxy/gateway/cmd/egctl", envoyGateway)
+	egctl := testenv.Program(t, "github.com/envoyproxy/gateway/cmd/egctl", envoyGateway)
 	status, printed, stderr := sluice(t, nil, "envoy", "envoy-gateway")
 	if status != 0 {
 		t.Fatal(stderr)
@@ -326,7 +325,7 @@ func TestMeshEnvoyGatewayService(t *testing.T) {
 // Behind a real Envoy Gateway with the printed retries, quick restarts of sluice lose no request.
 func TestMeshEnvoyGatewayRestart(t *testing.T) {
 	gateway, proxy := gatewayPrograms(t)
-	if !isolated.Network(t) {
+	if !testenv.Network(t) {
 		return
 	}
 	socket := "unix://" + t.TempDir() + "/s"
@@ -408,7 +407,7 @@ func TestMeshEnvoyGatewayRestart(t *testing.T) {
 // claim's header up has nothing of it.
 func TestMeshEnvoyGatewayClaims(t *testing.T) {
 	gateway, proxy := gatewayPrograms(t)
-	if !isolated.Network(t) {
+	if !testenv.Network(t) {
 		return
 	}
 	i := newIssuer(t)
@@ -474,7 +473,7 @@ func TestMeshIstioctl(t *testing.T) {
 	if os.Getenv("SLUICE_LONG") == "" {
 		t.Skip("builds istioctl, which takes minutes: SLUICE_LONG=1")
 	}
-	binary := built.Program(t, "istio.io/istio/istioctl/cmd/istioctl", istioctl)
+	binary := testenv.Program(t, "istio.io/istio/istioctl/cmd/istioctl", istioctl)
 	validate := func(text string) string {
 		t.Helper()
 		out, err := exec.CommandContext(t.Context(), binary, "validate", "-f", file(t, "istio.yaml", text)).CombinedOutput()

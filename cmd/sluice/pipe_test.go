@@ -72,6 +72,13 @@ func (l *lines) count(text string) (n int) {
 	return n
 }
 
+// text is all that was said.
+func (l *lines) text() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return strings.Join(l.said, "\n")
+}
+
 const freePorts = "listen: {grpc: '127.0.0.1:0', admin: '127.0.0.1:0', metrics: '127.0.0.1:0'}\n"
 
 // A config that comes through a pipe counts, whichever pipe it is. It is read

@@ -24,7 +24,7 @@ func TestWrongSettings(t *testing.T) {
 		{[]string{"run", "--grpc", long}, 2, `: a path of 108 bytes; a unix socket's has at most 107`},
 		{[]string{"demo", "--redis", "http://h"}, 2, `--redis: store.redis.url: `},
 		{[]string{"webhook", "--client-name", "api"}, 2, `--client-name requires --client-ca-file`},
-		{[]string{"webhook", "--image", "a b"}, 2, `--image "a b": allowed is an image of at most 512 bytes`},
+		{[]string{"webhook", "--image", "a b"}, 2, `--image "a b": must be an image reference of at most 512 bytes`},
 		{[]string{"healthcheck", "--grpc", long}, 2, `: a path of 108 bytes; a unix socket's has at most 107`},
 		{[]string{"run", "--config", file(t, "sluice.yaml", "listen: {grpc: '"+long+"'}\n")}, 1, `: a path of 108 bytes; a unix socket's has at most 107`},
 		{[]string{"run", "--config", file(t, "sluice.yaml", "mode: x\n")}, 1, `mode: "x"; allowed are enforce, shadow`},

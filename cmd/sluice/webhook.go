@@ -55,9 +55,9 @@ tls.key from elsewhere instead, as from cert-manager, and asks nothing of the cl
 	f.StringVar(&w.own.Service, "service", "sluice-webhook", "`name` of the Service that the API server asks")
 	f.StringVar(&w.own.Secret, "secret", "sluice-webhook-ca", "`name` of the Secret that holds the CA")
 	f.StringVar(&w.own.Configuration, "config-name", "sluice", "`name` of the MutatingWebhookConfiguration")
-	f.DurationVar(&w.own.Life, "ca-life", 10*365*24*time.Hour, "how long a CA lives, as a `duration`; it is replaced after four fifths")
+	f.DurationVar(&w.own.Lifetime, "ca-life", 10*365*24*time.Hour, "how long a CA lives, as a `duration`; it is replaced after four fifths")
 	f.DurationVar(&w.own.Overlap, "ca-overlap", time.Hour, "how long an old and a new CA are both believed, as a `duration`")
-	f.DurationVar(&w.own.Every, "ca-check", time.Minute, "`duration` between two looks at the CA")
+	f.DurationVar(&w.own.Interval, "ca-check", time.Minute, "`duration` between two looks at the CA")
 	f.StringVar(&w.account, "service-account", "/var/run/secrets/kubernetes.io/serviceaccount", "`directory` with the token, ca.crt and namespace")
 	f.StringVar(&w.certs, "cert-dir", "", "`directory` with tls.crt and tls.key, reread when they change (default: it makes its own)")
 	f.StringVar(&w.client.File, "client-ca-file", "", "`file` with the CAs of clients, in PEM, reread when it changes: who shows no certificate of theirs is refused (default: all are answered)")
@@ -73,7 +73,7 @@ func (p *program) runWebhook(ctx context.Context, w *webhook) error {
 	if err != nil {
 		return usageError{err}
 	}
-	if w.own.Life <= 0 || w.own.Overlap <= 0 || w.own.Every <= 0 || w.own.Every > w.own.Overlap/2 || w.own.Overlap > w.own.Life/20 {
+	if w.own.Lifetime <= 0 || w.own.Overlap <= 0 || w.own.Interval <= 0 || w.own.Interval > w.own.Overlap/2 || w.own.Overlap > w.own.Lifetime/20 {
 		return usageError{errors.New("--ca-check must be at most half of --ca-overlap, and that at most a twentieth of --ca-life")}
 	}
 	if err := k8s.CheckImage(w.image); err != nil {
@@ -191,7 +191,7 @@ func (p *program) certificates(ctx context.Context, w *webhook, log *zap.Logger)
 		return nil, nil, err
 	}
 	certs := k8s.NewCerts(api, w.own, log)
-	if err := certs.Step(ctx); err != nil {
+	if err := certs.Reconcile(ctx); err != nil {
 		return nil, nil, fmt.Errorf("certificates: %w", err)
 	}
 	return certs.Get, certs.Run, nil

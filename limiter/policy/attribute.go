@@ -207,8 +207,9 @@ type presentIterator struct{ traits.Iterator }
 // Next is CEL's.
 func (p presentIterator) Next() ref.Val { return present(p.Iterator.Next()) }
 
-// decorator changes what CEL does in a few places. asks are the expressions that are has().
-func decorator(asks map[int64]bool) interpreter.InterpretableDecoratorV2 {
+// decorator changes what CEL does in a few places. asks are the expressions that are has(). The instructions of the regular expressions
+// that are constants are added to instructions.
+func decorator(asks map[int64]bool, instructions *int) interpreter.InterpretableDecoratorV2 {
 	return func(i interpreter.InterpretableV2) (interpreter.InterpretableV2, error) {
 		if _, done := i.(lookup); done {
 			return i, nil
@@ -224,7 +225,7 @@ func decorator(asks map[int64]bool) interpreter.InterpretableDecoratorV2 {
 		case operators.Equals, operators.NotEquals:
 			return &equality{call, args[0], args[1], call.Function() == operators.NotEquals}, nil
 		default:
-			return price(call, args)
+			return price(call, args, instructions)
 		}
 	}
 }

@@ -228,3 +228,76 @@ func FuzzExpression(f *testing.F) {
 		}
 	})
 }
+
+// What is kept of the texts of routes is bounded by the memory that it takes,
+// whatever they say.
+func TestRouteTableMemory(t *testing.T) {
+	used := func() int {
+		runtime.GC()
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return int(m.HeapAlloc)
+	}
+	for name, text := range map[string]string{
+		"short":     "{rate: 5/m, when: 'request.headers.x == \"N\"'}",
+		"lists":     "{rate: 5/m, when: 'request.headers.x == \"N\"" + strings.Repeat(" || [1,1] == []", 25) + "'}",
+		"a pattern": "{rate: 5/m, when: 'request.host.matches(\"N(x{100}){10}\")'}",
+		"patterns":  "{rate: 5/m, when: '" + strings.Repeat("request.host.matches(\"N(x{100}){10}\") || ", 10) + "true'}",
+		"paths":     "{rate: 5/m, match: {paths: [/N" + strings.Repeat(", /a", 100) + "]}}",
+		"mistakes":  "{aN: 1" + strings.Repeat(", a: 1", 80) + "}",
+		"overrides": "{rate: 5/m, key: request.host, overrides: [{key: 'N', rate: 1/s}" + strings.Repeat(", {key: b, rate: 1/h}", 20) + "]}",
+	} {
+		c := parse(t, "limits: [{name: a, rate: 1/s}]")
+		before, entered := used(), 0
+		for ; entered < maxRouteTexts && len(c.routes.entries) == entered && entered < 500; entered++ {
+			c.Draw(&Request{Context: map[string]string{"sluice.limit.b": strings.ReplaceAll(text, "N", fmt.Sprint(entered))}})
+		}
+		kept := len(c.routes.entries)
+		took, said := max(used()-before, 0), c.routes.memory
+		t.Logf("%s: %d of %d kept, %d kB, said to be %d kB", name, kept, entered, took>>10, said>>10)
+		if took > said+said/2 || said > maxRouteMemory {
+			t.Errorf("%s: %d kB are said to be %d kB", name, took>>10, said>>10)
+		}
+		runtime.KeepAlive(c)
+	}
+	if _, wrong := compile(strings.Repeat(`request.host.matches("(x{100}){10}") || `, 20)+"true", forWhen); wrong == nil ||
+		wrong[0].message != "regular expressions of more than 16384 instructions together" {
+		t.Errorf("many large patterns: %v", wrong)
+	}
+}
+
+// allocates returns how many bytes a function allocates in all.
+func allocates(f func()) int {
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	f()
+	runtime.ReadMemStats(&after)
+	return int(after.TotalAlloc - before.TotalAlloc)
+}
+
+// FuzzRoute bounds what a route's text allocates, and what it is said to take
+// once it is understood.
+func FuzzRoute(f *testing.F) {
+	for _, seed := range []string{
+		"off", "{rate: 10/m, key: client.network}", "{rate: 5/m, when: 'request.headers.x == \"y\"', burst: 3, group: g, absent: deny}",
+		`{rate: 5/m, key: 'request.host.matches("(x{100}){10}")'}`, "{rate: 1/s, match: {paths: [/a, '/**'], clients: [::/0]}}",
+		"{rate: 1/s, key: request.host, overrides: [{key: a, rate: 2/s}]}", "{<<: [&a {rate: 1/s}, *a, *a]}", strings.Repeat("[", 100), strings.Repeat("a: 1\n", 50),
+	} {
+		f.Add("b", seed)
+	}
+	f.Add("", "a, b")
+	c := parse(f, "limits: [{name: a, rate: 1/s}]")
+	f.Fuzz(func(t *testing.T, name, value string) {
+		text := routeText{routeLimit + name, value}
+		if name == "" {
+			text.key = routeLimits
+		}
+		var e *routeEntry
+		if cost := allocates(func() { e = c.readRoute(text) }); cost > 64<<20 {
+			t.Errorf("%q: %d bytes are allocated", text, cost)
+		}
+		if (e.memory > maxRouteMemory) || e.memory < len(value) && len(value) < maxRouteText {
+			t.Errorf("%q: %d bytes", text, e.memory)
+		}
+	})
+}

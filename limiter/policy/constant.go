@@ -98,7 +98,7 @@ func (c *constants) value(e ast.Expr) (ref.Val, error) {
 	if e.Kind() == ast.LiteralKind {
 		return e.AsLiteral(), nil
 	}
-	program, err := c.env.PlanProgram(ast.NewCheckedAST(ast.NewAST(e, c.tree.SourceInfo()), c.tree.TypeMap(), c.tree.ReferenceMap()), planOptions(nil)...)
+	program, err := c.env.PlanProgram(ast.NewCheckedAST(ast.NewAST(e, c.tree.SourceInfo()), c.tree.TypeMap(), c.tree.ReferenceMap()), planOptions(nil, new(int))...)
 	if err != nil {
 		return nil, err
 	}

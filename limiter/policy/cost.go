@@ -54,9 +54,9 @@ type pricedCall struct {
 }
 
 // price is a call as it is planned: one of pricedCalls as a priced node.
-func price(call interpreter.InterpretableCall, args []interpreter.InterpretableV2) (interpreter.InterpretableV2, error) {
+func price(call interpreter.InterpretableCall, args []interpreter.InterpretableV2, instructions *int) (interpreter.InterpretableV2, error) {
 	if call.Function() == "matches" && len(args) == 2 {
-		return priceMatch(call, args)
+		return priceMatch(call, args, instructions)
 	}
 	p, ok := pricedCalls[call.Function()]
 	if !ok || len(args) == 0 {

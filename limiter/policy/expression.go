@@ -66,6 +66,8 @@ var environment = sync.OnceValues(func() (*cel.Env, error) {
 type expression struct {
 	text    string
 	program cel.Program
+	// instructions are those of its regular expressions that are constants, by which most of its memory goes.
+	instructions int
 	// open says that its value may stand in a key as it is.
 	open bool
 	// constant says that its value is the same for every request.
@@ -124,11 +126,12 @@ func compile(text string, p purpose) (*expression, []expressionError) {
 			asks[e.ID()] = true
 		}
 	}))
-	program, err := env.Program(checked, planOptions(asks)...)
+	instructions := 0
+	program, err := env.Program(checked, planOptions(asks, &instructions)...)
 	if err != nil {
 		return wrong("%v", err)
 	}
-	e := &expression{text: text, program: program, open: true, constant: true}
+	e := &expression{text: text, program: program, instructions: instructions, open: true, constant: true}
 	if p == forKey {
 		e.direct, e.header = directRead(native)
 		if r := native.ReferenceMap()[native.Expr().ID()]; r != nil && attributes[r.Name].kind != nil {
@@ -149,10 +152,11 @@ func compile(text string, p purpose) (*expression, []expressionError) {
 }
 
 // planOptions are how an expression is planned. asks are those of its parts
-// that are has().
-func planOptions(asks map[int64]bool) []cel.ProgramOption {
+// that are has(). The instructions of its regular expressions are added to
+// instructions.
+func planOptions(asks map[int64]bool, instructions *int) []cel.ProgramOption {
 	return []cel.ProgramOption{
-		cel.CostTracking(chargedUnits{}), cel.CostLimit(maxEvaluation), cel.EvalOptions(cel.OptOptimize), cel.CustomDecoratorV2(decorator(asks)),
+		cel.CostTracking(chargedUnits{}), cel.CostLimit(maxEvaluation), cel.EvalOptions(cel.OptOptimize), cel.CustomDecoratorV2(decorator(asks, instructions)),
 	}
 }
 

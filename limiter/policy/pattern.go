@@ -10,14 +10,24 @@ import (
 	"cel.dev/cel-go/interpreter"
 )
 
-const maxProgram = 4096 // instructions of a regular expression
+const (
+	maxProgram  = 4096 // instructions of a regular expression
+	maxPrograms = 4 * maxProgram
 
-var errPattern = fmt.Errorf("a regular expression of more than %d instructions", maxProgram)
+	// instructionBytes is about the memory of an instruction.
+	instructionBytes = 80
+)
+
+var (
+	errPattern  = fmt.Errorf("a regular expression of more than %d instructions", maxProgram)
+	errPatterns = fmt.Errorf("regular expressions of more than %d instructions together", maxPrograms)
+)
 
 // priceMatch plans text.matches(pattern). Go's regular expressions take time
 // that is linear in the text's length times the program's size, and so is the
-// price. A pattern that is a constant is compiled once.
-func priceMatch(call interpreter.InterpretableCall, args []interpreter.InterpretableV2) (interpreter.InterpretableV2, error) {
+// price. A pattern that is a constant is compiled once, and its instructions are
+// added to instructions.
+func priceMatch(call interpreter.InterpretableCall, args []interpreter.InterpretableV2, instructions *int) (interpreter.InterpretableV2, error) {
 	p := &priced{id: call.ID(), args: args, pricedCall: pricedCall{units: matchUnits, run: matched}}
 	c, ok := args[1].(interpreter.InterpretableConst)
 	if !ok {
@@ -30,6 +40,9 @@ func priceMatch(call interpreter.InterpretableCall, args []interpreter.Interpret
 	size, err := programSize(string(pattern))
 	if err != nil {
 		return nil, err
+	}
+	if *instructions += size; *instructions > maxPrograms {
+		return nil, errPatterns
 	}
 	compiled, err := regexp.Compile(string(pattern))
 	if err != nil {

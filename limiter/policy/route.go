@@ -15,11 +15,12 @@ const (
 	routeLimits = "sluice.limits"
 )
 
-// The bounds of what is kept of them. No client can set them, but Envoy's config changes. A compiled text takes some ten times its size.
+// The bounds of what is kept of them. Where Envoy is asked no client can set them, but Envoy's config changes, and whoever reaches
+// listen.grpc can send any.
 const (
-	maxRouteTexts = 4096
-	maxRouteText  = 8192    // bytes of one
-	maxRouteBytes = 2 << 20 // of all
+	maxRouteTexts  = 4096
+	maxRouteText   = 8192     // bytes of one
+	maxRouteMemory = 24 << 20 // bytes that all take once they are understood
 )
 
 // route is what a request's route says.
@@ -35,6 +36,7 @@ type routeEntry struct {
 	replaces int   // the file's limit of that name, or -1
 	listed   set   // of the file's limits
 	mistake  *RuleError
+	memory   int // bytes that it takes, about
 }
 
 // considers reports whether the file's limit i is considered on the route.
@@ -88,7 +90,7 @@ type routeTable struct {
 	reading sync.Mutex // one text at a time: a fresh expression takes milliseconds, and who invents them gets one core at most
 	mu      sync.RWMutex
 	entries map[routeText]*routeEntry
-	bytes   int // of the texts
+	memory  int // of the entries
 }
 
 func (t *routeTable) entry(c *Config, text routeText) *routeEntry {
@@ -115,21 +117,48 @@ func (t *routeTable) entry(c *Config, text routeText) *routeEntry {
 	if t.entries == nil {
 		t.entries = make(map[routeText]*routeEntry)
 	}
-	size := len(text.key) + len(text.value)
-	for old := range t.entries { // any one; what is in use comes back
-		if len(t.entries) < maxRouteTexts && t.bytes+size <= maxRouteBytes {
+	for old, dropped := range t.entries { // any one; what is in use comes back
+		if len(t.entries) < maxRouteTexts && t.memory+e.memory <= maxRouteMemory {
 			break
 		}
 		delete(t.entries, old)
-		t.bytes -= len(old.key) + len(old.value)
+		t.memory -= dropped.memory
 	}
 	t.entries[text] = e
-	t.bytes += size
+	t.memory += e.memory
 	return e
 }
 
-// readRoute understands one of context_extensions.
+// What a text takes once it is understood, by measure: for a limit with one short expression, for each byte of the text, and for a mistake
+// beside its words.
+const (
+	entryBytes    = 4096
+	textFactor    = 32
+	mistakeMemory = 256
+)
+
+// readRoute understands one of context_extensions, and says what memory it takes.
 func (c *Config) readRoute(text routeText) *routeEntry {
+	expressions := make(map[[2]string]*expression)
+	e := c.readRouteText(text, expressions)
+	e.memory = entryBytes + textFactor*(len(text.key)+len(text.value))
+	for _, x := range expressions {
+		if x != nil { // it could be compiled
+			e.memory += x.instructions * instructionBytes
+		}
+	}
+	if e.mistake != nil {
+		if all, ok := errors.AsType[Mistakes](e.mistake.Err); ok {
+			for _, m := range all {
+				e.memory += mistakeMemory + len(m.Field) + len(m.Message)
+			}
+		}
+	}
+	return e
+}
+
+// readRouteText understands one of context_extensions. It adds what it compiles to expressions.
+func (c *Config) readRouteText(text routeText, expressions map[[2]string]*expression) *routeEntry {
 	wrong := func(limit string, err error) *routeEntry {
 		return &routeEntry{mistake: &RuleError{Limit: limit, Field: "context_extensions", Err: err, Shadow: c.inherited.mode == "shadow"}}
 	}
@@ -157,7 +186,7 @@ func (c *Config) readRoute(text routeText) *routeEntry {
 	}
 	f := c.inherited
 	f.reader = reader{file: text.key}
-	f.expressions, f.tiers = make(map[[2]string]*expression), make(map[[2]string]*tier)
+	f.expressions, f.tiers = expressions, make(map[[2]string]*tier)
 	root := f.document([]byte(text.value))
 	if root == nil {
 		if len(f.mistakes) == 0 {

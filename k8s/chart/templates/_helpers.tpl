@@ -18,12 +18,13 @@
 {{- end -}}
 {{- end -}}
 
-{{/* The webhook's cluster-wide name: after istio-, whatever the release is called, so that an injected istio-proxy is seen. */}}
+{{/* The webhook's cluster-wide name. It sorts after istio-, so that Istio's
+     webhook is called first and its istio-proxy is there. */}}
 {{- define "sluice.clusterName" -}}
 sluice-injector.{{ .Release.Namespace }}
 {{- end -}}
 
-{{/* Takes (list . "component"). */}}
+{{/* Labels that select a component's pods. Takes (list . "component"). */}}
 {{- define "sluice.selector" -}}
 {{- $ := index . 0 -}}
 app.kubernetes.io/name: sluice
@@ -50,8 +51,8 @@ readOnlyRootFilesystem: true
 capabilities: {drop: [ALL]}
 {{- end -}}
 
-{{/* Where pods go: takes (list . "component" values). */}}
-{{- define "sluice.placing" -}}
+{{/* Scheduling of a component's pods. Takes (list . "component" values). */}}
+{{- define "sluice.scheduling" -}}
 {{- $ := index . 0 -}}
 {{- with $.Values.imagePullSecrets }}
 imagePullSecrets: {{ toJson . }}

@@ -1,4 +1,5 @@
-// The app behind the Envoy of a pod on a real node: it answers with the pod's name.
+// Command app is the app behind Envoy in the pods of TestNode. It answers with
+// the pod's name.
 package main
 
 import (
@@ -8,9 +9,8 @@ import (
 
 func main() {
 	name, _ := os.Hostname()
-	err := http.ListenAndServe("127.0.0.1:8081", http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { //nolint:gosec // only Envoy calls it
-		w.Header().Set("X-Pod", name)
-	}))
+	handler := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.Header().Set("X-Pod", name) })
+	err := http.ListenAndServe("127.0.0.1:8081", handler) //nolint:gosec // only Envoy calls it
 	println(err.Error())
 	os.Exit(1)
 }

@@ -1,5 +1,7 @@
-// cert-manager for tests: its own controllers of Certificates, with issuers that sign by themselves or by a CA, and its own injector of
-// caBundles, in one process. They are packages of its module; its commands are modules that are not to be had.
+// Command certmanager runs cert-manager's controllers for Certificates, with
+// self-signed and CA issuers, and its CA injector in one process. They are
+// packages of its main module; its commands are modules of their own, which
+// cannot be installed by version.
 package main
 
 import (
@@ -30,8 +32,9 @@ import (
 )
 
 var controllers = []string{
-	issuers.ControllerName, approver.ControllerName, ca.CRControllerName, selfsigned.CRControllerName, issuing.ControllerName, keymanager.ControllerName,
-	readiness.ControllerName, requestmanager.ControllerName, revisionmanager.ControllerName, trigger.ControllerName,
+	issuers.ControllerName, approver.ControllerName, ca.CRControllerName, selfsigned.CRControllerName,
+	issuing.ControllerName, keymanager.ControllerName, readiness.ControllerName, requestmanager.ControllerName,
+	revisionmanager.ControllerName, trigger.ControllerName,
 }
 
 func main() {
@@ -46,7 +49,9 @@ func main() {
 }
 
 func run(ctx context.Context, kubeconfig string) error {
-	factory, err := controller.NewContextFactory(ctx, controller.ContextOptions{Kubeconfig: kubeconfig, KubernetesAPIQPS: 50, KubernetesAPIBurst: 100})
+	factory, err := controller.NewContextFactory(ctx, controller.ContextOptions{
+		Kubeconfig: kubeconfig, KubernetesAPIQPS: 50, KubernetesAPIBurst: 100,
+	})
 	if err != nil {
 		return err
 	}
@@ -78,8 +83,9 @@ func run(ctx context.Context, kubeconfig string) error {
 	if err := cmscheme.AddToScheme(scheme.Scheme); err != nil {
 		return err
 	}
-	config.UserAgent = "cert-manager-cainjector/v1" // from which the owner of the fields comes
-	manager, err := ctrl.NewManager(config, ctrl.Options{Scheme: scheme.Scheme, Metrics: metrics.Options{BindAddress: "0"}})
+	config.UserAgent = "cert-manager-cainjector/v1" // becomes the manager of the fields
+	manager, err := ctrl.NewManager(config, ctrl.Options{Scheme: scheme.Scheme,
+		Metrics: metrics.Options{BindAddress: "0"}})
 	if err != nil {
 		return err
 	}

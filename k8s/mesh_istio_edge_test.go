@@ -24,12 +24,14 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/types/known/anypb"
 
-	"github.com/sluiceproxy/sluice/k8s/isolated"
+	"github.com/sluiceproxy/sluice/k8s/testenv"
 )
 
 const gatewayAPI = "sigs.k8s.io/gateway-api@v1.6.0"
 
-// istioEdges are an ingress gateway and a waypoint before an app, by the Gateway API, and their pods, whose Deployments istiod makes, too.
+// istioEdges are an ingress gateway and a waypoint of the Gateway API in front
+// of an app, and their pods. Istiod creates Deployments for them, too, but
+// nothing here runs these.
 const istioEdges = `
 apiVersion: security.istio.io/v1
 kind: PeerAuthentication
@@ -71,8 +73,9 @@ metadata: {name: waypoint, namespace: shop, labels: {gateway.networking.k8s.io/g
 spec: {nodeName: node, containers: [{name: istio-proxy, image: x}]}
 `
 
-// istioOnly takes away what only Istio's own build of Envoy has: filters that tell telemetry who the peer is, and a value that another
-// network's gateway wants of a tunnel. What the same filter says of the tunnel's two ends stays.
+// istioOnly removes what only Istio's own build of Envoy has: filters that
+// identify the peer for telemetry, and a field of tunnels from other networks.
+// It keeps what the same filter says about the ends of the tunnel.
 const istioOnly = `
 apiVersion: networking.istio.io/v1alpha3
 kind: EnvoyFilter
@@ -81,13 +84,17 @@ spec:
   targetRefs: [{group: gateway.networking.k8s.io, kind: Gateway, name: waypoint}]
   configPatches:
   - applyTo: HTTP_FILTER
-    match: {listener: {filterChain: {filter: {name: envoy.filters.network.http_connection_manager, subFilter: {name: waypoint_downstream_peer_metadata}}}}}
+    match: {listener: {filterChain: {filter: {name: envoy.filters.network.http_connection_manager,
+      subFilter: {name: waypoint_downstream_peer_metadata}}}}}
     patch: {operation: REMOVE}
   - applyTo: HTTP_FILTER
-    match: {listener: {filterChain: {filter: {name: envoy.filters.network.http_connection_manager, subFilter: {name: waypoint_upstream_peer_metadata}}}}}
+    match: {listener: {filterChain: {filter: {name: envoy.filters.network.http_connection_manager,
+      subFilter: {name: waypoint_upstream_peer_metadata}}}}}
     patch: {operation: REMOVE}
   - applyTo: HTTP_FILTER
-    match: {listener: {name: connect_terminate, filterChain: {filter: {name: envoy.filters.network.http_connection_manager, subFilter: {name: envoy.filters.http.router}}}}}
+    match: {listener: {name: connect_terminate,
+      filterChain: {filter: {name: envoy.filters.network.http_connection_manager,
+      subFilter: {name: envoy.filters.http.router}}}}}
     patch:
       operation: INSERT_BEFORE
       value:
@@ -95,14 +102,19 @@ spec:
         typed_config:
           "@type": type.googleapis.com/envoy.extensions.filters.http.set_filter_state.v3.Config
           on_request_headers:
-          - {object_key: envoy.filters.listener.original_dst.local_ip, format_string: {text_format_source: {inline_string: "%REQ(:AUTHORITY)%"}}, shared_with_upstream: ONCE}
-          - {object_key: envoy.filters.listener.original_dst.remote_ip, format_string: {text_format_source: {inline_string: "%DOWNSTREAM_REMOTE_ADDRESS%"}}, shared_with_upstream: ONCE}
+          - {object_key: envoy.filters.listener.original_dst.local_ip, shared_with_upstream: ONCE,
+             format_string: {text_format_source: {inline_string: "%REQ(:AUTHORITY)%"}}}
+          - {object_key: envoy.filters.listener.original_dst.remote_ip, shared_with_upstream: ONCE,
+             format_string: {text_format_source: {inline_string: "%DOWNSTREAM_REMOTE_ADDRESS%"}}}
   - applyTo: HTTP_FILTER
-    match: {listener: {name: connect_terminate, filterChain: {filter: {name: envoy.filters.network.http_connection_manager, subFilter: {name: connect_authority}}}}}
+    match: {listener: {name: connect_terminate,
+      filterChain: {filter: {name: envoy.filters.network.http_connection_manager,
+      subFilter: {name: connect_authority}}}}}
     patch: {operation: REMOVE}
 `
 
-// hboneClient is an Envoy that does for a pod what ztunnel does: its connections go through a tunnel to the waypoint WAYPOINT, for the service SERVICE.
+// hboneClient is an Envoy that acts as ztunnel does for a pod: it tunnels
+// connections to the waypoint WAYPOINT, for the service SERVICE.
 const hboneClient = `
 static_resources:
   listeners:
@@ -123,7 +135,9 @@ static_resources:
       envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
         "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
         explicit_http_config: {http2_protocol_options: {}}
-    load_assignment: {cluster_name: waypoint, endpoints: [{lb_endpoints: [{endpoint: {address: {socket_address: {address: WAYPOINT, port_value: 15008}}}}]}]}
+    load_assignment:
+      cluster_name: waypoint
+      endpoints: [{lb_endpoints: [{endpoint: {address: {socket_address: {address: WAYPOINT, port_value: 15008}}}}]}]
     transport_socket:
       name: tls
       typed_config:
@@ -135,10 +149,10 @@ static_resources:
           validation_context: {trusted_ca: {filename: DIR/tls.crt}}
 `
 
-// secrets is the part of Istio's agent that hands out certificates.
+// secrets is the part of Istio's agent that serves certificates (SDS).
 type secrets struct {
 	sds.UnimplementedSecretDiscoveryServiceServer
-	certificate, key []byte // PEM; it is the CA, too
+	certificate, key []byte // in PEM; certificate is also the CA
 }
 
 func (s *secrets) StreamSecrets(stream sds.SecretDiscoveryService_StreamSecretsServer) error {
@@ -147,19 +161,24 @@ func (s *secrets) StreamSecrets(stream sds.SecretDiscoveryService_StreamSecretsS
 		if err != nil {
 			return err
 		}
-		if request.GetVersionInfo() != "" { // it has what there is
+		if request.GetVersionInfo() != "" { // an acknowledgement
 			continue
 		}
-		response := &discovery.DiscoveryResponse{VersionInfo: "1", Nonce: fmt.Sprint(version), TypeUrl: request.GetTypeUrl()}
+		response := &discovery.DiscoveryResponse{VersionInfo: "1", Nonce: fmt.Sprint(version),
+			TypeUrl: request.GetTypeUrl()}
 		for _, name := range request.GetResourceNames() {
 			inline := func(text []byte) *core.DataSource {
 				return &core.DataSource{Specifier: &core.DataSource_InlineBytes{InlineBytes: text}}
 			}
 			answer := &tls.Secret{Name: name}
 			if name == "ROOTCA" {
-				answer.Type = &tls.Secret_ValidationContext{ValidationContext: &tls.CertificateValidationContext{TrustedCa: inline(s.certificate)}}
+				answer.Type = &tls.Secret_ValidationContext{
+					ValidationContext: &tls.CertificateValidationContext{TrustedCa: inline(s.certificate)},
+				}
 			} else {
-				answer.Type = &tls.Secret_TlsCertificate{TlsCertificate: &tls.TlsCertificate{CertificateChain: inline(s.certificate), PrivateKey: inline(s.key)}}
+				answer.Type = &tls.Secret_TlsCertificate{TlsCertificate: &tls.TlsCertificate{
+					CertificateChain: inline(s.certificate), PrivateKey: inline(s.key),
+				}}
 			}
 			resource, err := anypb.New(answer)
 			if err != nil {
@@ -173,12 +192,13 @@ func (s *secrets) StreamSecrets(stream sds.SecretDiscoveryService_StreamSecretsS
 	}
 }
 
-// identity is whom a certificate of Istio's names.
+// identity returns the template of a certificate with this SPIFFE identity.
 func identity(path string) x509.Certificate {
-	return x509.Certificate{Subject: pkix.Name{CommonName: path}, URIs: []*url.URL{{Scheme: "spiffe", Host: "cluster.local", Path: path}}}
+	return x509.Certificate{Subject: pkix.Name{CommonName: path},
+		URIs: []*url.URL{{Scheme: "spiffe", Host: "cluster.local", Path: path}}}
 }
 
-// inPEM are a certificate and its key as files.
+// inPEM returns a certificate and its key as PEM files, by file name.
 func inPEM(t *testing.T, certificate gotls.Certificate) map[string][]byte {
 	t.Helper()
 	key, err := x509.MarshalPKCS8PrivateKey(certificate.PrivateKey)
@@ -191,7 +211,8 @@ func inPEM(t *testing.T, certificate gotls.Certificate) map[string][]byte {
 	}
 }
 
-// startAgent hands out a certificate to the proxies of Istio's, which is the CA, too, and returns it.
+// startAgent serves a certificate, which is also the CA, to Istio's proxies,
+// and returns it.
 func startAgent(t *testing.T, account string) gotls.Certificate {
 	t.Helper()
 	certificate := selfSigned(t, identity(account))
@@ -207,23 +228,27 @@ func startAgent(t *testing.T, account string) gotls.Certificate {
 	return certificate
 }
 
-// TestMeshIstioEdge has a real istiod make, of what `sluice envoy istio-gateway` and istio-waypoint print, the configurations of real Envoys
-// before an app: an ingress gateway, and a waypoint that is asked through a tunnel of ambient mode.
+// TestMeshIstioEdge applies what `sluice envoy istio-gateway` and
+// istio-waypoint print to a real istiod. It configures real Envoys in front of
+// an app: an ingress gateway, and a waypoint that is reached through a tunnel
+// of ambient mode.
 func TestMeshIstioEdge(t *testing.T) {
 	istio := prepareIstio(t)
 	definitions := filepath.Join(module(t, gatewayAPI), "config", "crd", "standard")
 	const app, edge, waypoint, client = "192.0.2.5", "192.0.2.6", "192.0.2.7", "192.0.2.8"
-	if !isolated.Network(t, append(addresses, home, app, edge, waypoint, client)...) {
+	if !testenv.Network(t, append(addresses, home, app, edge, waypoint, client)...) {
 		return
 	}
 	dir := t.TempDir()
 	write := writeIn(t, dir)
 	c := cluster(t, "--enable-aggregator-routing=true")
 	c.do(t, "", "create", "-f", definitions)
-	if out, err := helm(t, "install", "sluice", chartDir, "--kubeconfig", c.kubeconfig, "--namespace", release, "--create-namespace", "--set", "webhook.enabled=false,gateway.enabled=true,trialRedis.enabled=true"); err != nil {
+	if out, err := helm(t, "install", "sluice", chartDir, "--kubeconfig", c.kubeconfig, "--namespace", release,
+		"--create-namespace",
+		"--set", "webhook.enabled=false,gateway.enabled=true,trialRedis.enabled=true"); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	// What a waypoint is shown: the caller's address, and no certificate.
+	// A waypoint sees the caller's address, but no certificate.
 	config := write("sluice.yaml", fmt.Sprintf(`limits:
 - {name: few, match: {paths: [/few]}, when: 'client.ip == %q', rate: 3/h}
 - {name: certified, match: {principals: ["spiffe://*"]}, rate: 1/h}
@@ -245,7 +270,7 @@ func TestMeshIstioEdge(t *testing.T) {
 	running(t, c, "waypoint", waypoint)
 	endpoints(t, c.API, release, "sluice-gateway", "grpc", 9001, endpoint(addresses[0], true))
 	endpoints(t, c.API, "shop", "web", "http", 8080, endpoint(app, true))
-	c.do(t, "", "config", "set-context", "--current", "--namespace=shop") // as the files say
+	c.do(t, "", "config", "set-context", "--current", "--namespace=shop") // as the files assume
 
 	seen := startApp(t, app+":8080")
 	certificate := startAgent(t, "/ns/shop/sa/default")
@@ -253,7 +278,8 @@ func TestMeshIstioEdge(t *testing.T) {
 		write(name, string(text))
 	}
 
-	from := http.Client{Transport: &http.Transport{DialContext: (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(client)}}).DialContext}}
+	dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(client)}}
+	from := http.Client{Transport: &http.Transport{DialContext: dialer.DialContext}}
 	for _, row := range []struct {
 		kind, proxy, pod, address string
 		client                    *http.Client
@@ -261,18 +287,22 @@ func TestMeshIstioEdge(t *testing.T) {
 		prepare                   func(t *testing.T)
 	}{
 		{"istio-gateway", "router", "edge", edge, &from, "http://" + edge, nil},
-		{"istio-waypoint", "waypoint", "waypoint", waypoint, http.DefaultClient, "http://127.0.0.1:18080", func(t *testing.T) {
-			service := c.do(t, "", "get", "service", "web", "--output", "jsonpath={.spec.clusterIP}")
-			text := strings.NewReplacer("SERVICE", service, "WAYPOINT", waypoint, "CLIENT", client, "DIR", dir).Replace(hboneClient)
-			start(t, nil, istio.proxy, "--config-path", write("client.yaml", text), "--disable-hot-restart", "--concurrency", "1")
-		}},
+		{"istio-waypoint", "waypoint", "waypoint", waypoint, http.DefaultClient, "http://127.0.0.1:18080",
+			func(t *testing.T) {
+				service := c.do(t, "", "get", "service", "web", "--output", "jsonpath={.spec.clusterIP}")
+				text := strings.NewReplacer("SERVICE", service, "WAYPOINT", waypoint, "CLIENT", client, "DIR",
+					dir).Replace(hboneClient)
+				start(t, nil, istio.proxy, "--config-path", write("client.yaml", text), "--disable-hot-restart",
+					"--concurrency", "1")
+			}},
 	} {
 		t.Run(row.kind, func(t *testing.T) {
 			file := printed(row.kind)
 			if said := c.do(t, file, "apply", "-f", "-"); strings.Contains(said, "Warning: unknown") {
 				t.Errorf("%s", said)
 			}
-			limiter := start(t, nil, sluice, "run", "--config", config, "--grpc", addresses[0]+":9001", "--metrics", addresses[0]+":9003")
+			limiter := start(t, nil, sluice, "run", "--config", config, "--grpc", addresses[0]+":9001", "--metrics",
+				addresses[0]+":9003")
 			istio.startProxy(t, row.proxy, row.pod, "gateway.networking.k8s.io/gateway-name: "+row.pod, row.address)
 			if row.prepare != nil {
 				row.prepare(t)
@@ -299,13 +329,13 @@ func TestMeshIstioEdge(t *testing.T) {
 				t.Errorf("-want +got:\n%s", diff)
 			}
 			if a := ask(http.MethodGet, "/unlimited"); a.status != http.StatusOK || a.limit != "" {
-				t.Errorf("a client hears what the app says of limits: %+v", a)
+				t.Errorf("the client receives rate limit headers of the app: %+v", a)
 			}
 			if seen().Get("X-Ratelimit-Remaining") != "" {
-				t.Errorf("the app hears what the client says of its limits: %v", seen())
+				t.Errorf("the app receives rate limit headers of the client: %v", seen())
 			}
 			took(t)
-			if row.kind == "istio-gateway" { // a waypoint's has none
+			if row.kind == "istio-gateway" { // the waypoint's file has no example
 				c.do(t, example(t, file), "apply", "-f", "-")
 				await(t, "the host's own limit", func() bool { return ask(http.MethodPost, "/").remaining == "4" })
 			}

@@ -19,8 +19,8 @@ import (
 	"go.uber.org/zap/zapcore"
 )
 
-// Only who shows a certificate of the CA, with one of the names, is answered;
-// the CA is reread, and stays while its file is broken.
+// Only clients with a certificate of the CA and an accepted name are answered.
+// The CA is reread, and kept while its file is invalid.
 func TestClientCA(t *testing.T) {
 	dir := t.TempDir()
 	file := filepath.Join(dir, "ca.crt")
@@ -38,7 +38,8 @@ func TestClientCA(t *testing.T) {
 	}
 	ours, foreign := authority("ours"), authority("foreign")
 	client := func(by tls.Certificate, name, dns string) []tls.Certificate {
-		template := x509.Certificate{Subject: pkix.Name{CommonName: name}, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}
+		template := x509.Certificate{Subject: pkix.Name{CommonName: name},
+			ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}
 		if dns != "" {
 			template.DNSNames = []string{dns}
 		}
@@ -60,7 +61,8 @@ func TestClientCA(t *testing.T) {
 		roots := x509.NewCertPool()
 		roots.AddCert(serving.Leaf)
 		return func(certificates []tls.Certificate) bool {
-			c := http.Client{Transport: &http.Transport{DisableKeepAlives: true, TLSClientConfig: &tls.Config{RootCAs: roots, Certificates: certificates}}}
+			c := http.Client{Transport: &http.Transport{DisableKeepAlives: true,
+				TLSClientConfig: &tls.Config{RootCAs: roots, Certificates: certificates}}}
 			response, err := c.Get(server.URL)
 			if err != nil {
 				return false
@@ -70,10 +72,11 @@ func TestClientCA(t *testing.T) {
 		}
 	}
 	if _, err := (&ClientCA{File: file}).Require(&tls.Config{MinVersion: tls.VersionTLS12}); err == nil {
-		t.Error("no file, and it starts")
+		t.Error("no error for a missing file")
 	}
 	write([]byte("no certificate"))
-	if _, err := (&ClientCA{File: file}).Require(&tls.Config{MinVersion: tls.VersionTLS12}); err == nil || !strings.Contains(err.Error(), file) {
+	if _, err := (&ClientCA{File: file}).Require(&tls.Config{MinVersion: tls.VersionTLS12}); err == nil ||
+		!strings.Contains(err.Error(), file) {
 		t.Errorf("no certificate: %v", err)
 	}
 	write(inPEM(ours))
@@ -93,15 +96,15 @@ func TestClientCA(t *testing.T) {
 			t.Errorf("%s: answered %v", what, got)
 		}
 		if got := named(c.certificates); got != c.named {
-			t.Errorf("%s, and a name is wanted: answered %v", what, got)
+			t.Errorf("%s, with accepted names: answered %v", what, got)
 		}
 	}
 	write([]byte("broken"))
 	if !anyName(client(ours, "api", "")) {
-		t.Error("while the file is broken the CA is forgotten")
+		t.Error("an invalid file replaces the CA")
 	}
 	write(inPEM(foreign))
 	if anyName(client(ours, "api", "")) || !anyName(client(foreign, "api", "")) {
-		t.Error("a new CA is not reread")
+		t.Error("a new CA is not read")
 	}
 }

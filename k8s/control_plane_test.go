@@ -27,11 +27,14 @@ import (
 	"time"
 )
 
-// kubernetes are its programs, of kubeVersion.
-var kubernetes = []string{"kube-apiserver", "kube-controller-manager", "kube-scheduler", "kube-proxy", "kubelet", "kubectl"}
+// kubernetes are the programs of Kubernetes that the tests run, of version
+// kubeVersion.
+var kubernetes = []string{"kube-apiserver", "kube-controller-manager", "kube-scheduler", "kube-proxy", "kubelet",
+	"kubectl"}
 
-// kubernetesBinaries is the directory with them, which the first call builds into the user's cache, from a module of their own: k8s/cluster.
-// It takes minutes, and the network: call it before isolated.Network.
+// kubernetesBinaries returns the directory of these programs. The first call
+// builds them from the module k8s/cluster into the user's cache directory,
+// which takes minutes and needs the network; call it before testenv.Network.
 func kubernetesBinaries(t *testing.T) string {
 	t.Helper()
 	cache, err := os.UserCacheDir()
@@ -63,8 +66,9 @@ func kubernetesBinaries(t *testing.T) string {
 	}
 	defer func() { _ = os.RemoveAll(part) }()
 	t.Logf("building Kubernetes %s into %s; this happens once", kubeVersion, home)
-	// Always with the same flags: with others all is compiled anew.
-	args := []string{"build", "-trimpath", "-ldflags", "-s -w -X k8s.io/component-base/version.gitVersion=" + kubeVersion, "-o", part + "/"}
+	// Other flags would invalidate Go's build cache.
+	args := []string{"build", "-trimpath", "-ldflags", "-s -w -X k8s.io/component-base/version.gitVersion=" +
+		kubeVersion, "-o", part + "/"}
 	for _, name := range kubernetes {
 		args = append(args, "k8s.io/kubernetes/cmd/"+name)
 	}
@@ -83,18 +87,21 @@ func kubernetesBinaries(t *testing.T) string {
 	return home
 }
 
-// controlPlane is a real API server on a real etcd, with the controllers that make pods of Deployments and Jobs; no scheduler, no node.
+// controlPlane is a real API server and etcd with the controllers that create
+// pods for Deployments and Jobs. It has no scheduler and no node.
 type controlPlane struct {
 	*API              // with all rights
-	bin        string // where kubectl and the others are
-	address    string // of the API server, host:port; it proves itself by ca.crt in API.account
+	bin        string // the directory of kubernetesBinaries
+	address    string // of the API server, host:port
 	kubeconfig string // with all rights
 }
 
-// home is the address, of the test's own network, that the API server has. Loopback's are refused where pods are to reach it.
+// home is the address of the API server in the test's network namespace.
+// Kubernetes refuses loopback addresses as endpoints, by which pods reach it.
 const home = "192.0.2.3"
 
-// cluster runs a control plane until the test ends. flags are the API server's, beside what it needs to run.
+// cluster runs a control plane until the test ends. flags are added to those of
+// the API server.
 func cluster(t *testing.T, flags ...string) *controlPlane {
 	t.Helper()
 	etcd, err := exec.LookPath("etcd")
@@ -111,9 +118,10 @@ func cluster(t *testing.T, flags ...string) *controlPlane {
 	}
 	store, peer := "http://127.0.0.1:"+ports[0], "http://127.0.0.1:"+ports[1]
 	start(t, nil, etcd, "--data-dir", in("etcd"), "--listen-client-urls", store, "--advertise-client-urls", store,
-		"--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", "default="+peer, "--unsafe-no-fsync")
+		"--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", "default="+peer,
+		"--unsafe-no-fsync")
 
-	certificate, key, err := newCA(time.Now(), time.Hour) // it signs service accounts' tokens, and nothing else
+	certificate, key, err := newCA(time.Now(), time.Hour) // signs the tokens of service accounts
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -127,17 +135,21 @@ func cluster(t *testing.T, flags ...string) *controlPlane {
 	write("tokens", string(token)+",admin,1,system:masters\n")
 	c := &controlPlane{bin: bin, address: home + ":" + ports[2], kubeconfig: in("kubeconfig")}
 	start(t, nil, filepath.Join(bin, "kube-apiserver"), append([]string{
-		"--etcd-servers", store, "--bind-address", home, "--secure-port", ports[2], "--cert-dir", dir, "--allow-privileged", "--service-cluster-ip-range", "10.0.0.0/24", "--token-auth-file", in("tokens"), "--authorization-mode", "RBAC",
-		"--service-account-issuer", "https://kubernetes.default.svc", "--service-account-key-file", in("sa.crt"), "--service-account-signing-key-file", in("sa.key"),
+		"--etcd-servers", store, "--bind-address", home, "--secure-port", ports[2], "--cert-dir", dir,
+		"--allow-privileged", "--service-cluster-ip-range", "10.0.0.0/24", "--token-auth-file", in("tokens"),
+		"--authorization-mode", "RBAC",
+		"--service-account-issuer", "https://kubernetes.default.svc", "--service-account-key-file", in("sa.crt"),
+		"--service-account-signing-key-file", in("sa.key"),
 	}, flags...)...)
-	var chain []byte // its own certificate, and who signed that
+	var chain []byte // the API server's certificate and its CA
 	await(t, "the API server's certificate", func() bool {
 		chain, err = os.ReadFile(in("apiserver.crt"))
 		block, _ := pem.Decode(chain)
 		return err == nil && block != nil
 	})
 	write("ca.crt", string(chain))
-	write("kubeconfig", strings.NewReplacer("DIR", dir, "ADDRESS", c.address, "TOKEN", string(token)).Replace(`apiVersion: v1
+	write("kubeconfig", strings.NewReplacer("DIR", dir, "ADDRESS", c.address, "TOKEN",
+		string(token)).Replace(`apiVersion: v1
 kind: Config
 current-context: all
 contexts: [{name: all, context: {cluster: all, user: all}}]
@@ -150,32 +162,35 @@ users: [{name: all, user: {token: TOKEN}}]
 	await(t, "the API server", func() bool {
 		return c.call(t.Context(), http.MethodGet, "/api/v1/namespaces/default", nil, &object{}) == nil
 	})
-	start(t, nil, filepath.Join(bin, "kube-controller-manager"), "--kubeconfig", c.kubeconfig, "--secure-port", "0", "--leader-elect=false",
+	start(t, nil, filepath.Join(bin, "kube-controller-manager"), "--kubeconfig", c.kubeconfig, "--secure-port", "0",
+		"--leader-elect=false",
 		"--service-account-private-key-file", in("sa.key"), "--root-ca-file", in("ca.crt"))
 	await(t, "the controllers", func() bool {
-		return c.call(t.Context(), http.MethodGet, "/api/v1/namespaces/default/serviceaccounts/default", nil, &object{}) == nil
+		return c.call(t.Context(), http.MethodGet, "/api/v1/namespaces/default/serviceaccounts/default", nil,
+			&object{}) == nil
 	})
 	return c
 }
 
-// env is what tells a pod where the API server is.
+// env looks up the environment variables by which a pod finds the API server.
 func (c *controlPlane) env(name string) (string, bool) {
 	host, port, _ := net.SplitHostPort(c.address)
 	v, ok := map[string]string{"KUBERNETES_SERVICE_HOST": host, "KUBERNETES_SERVICE_PORT": port}[name]
 	return v, ok
 }
 
-// kubectl runs it with all rights, and returns what it printed and how it ended.
+// kubectl runs kubectl with all rights, and returns its output and its error.
 func (c *controlPlane) kubectl(t *testing.T, stdin string, args ...string) (string, error) {
 	t.Helper()
-	k := exec.CommandContext(t.Context(), filepath.Join(c.bin, "kubectl"), append([]string{"--kubeconfig", c.kubeconfig}, args...)...)
+	k := exec.CommandContext(t.Context(), filepath.Join(c.bin, "kubectl"),
+		append([]string{"--kubeconfig", c.kubeconfig}, args...)...)
 	k.Env = append(os.Environ(), "HOME="+c.account)
 	k.Stdin = strings.NewReader(stdin)
 	out, err := k.CombinedOutput()
 	return string(out), err
 }
 
-// do is kubectl where it has to succeed.
+// do is kubectl for a command that must succeed.
 func (c *controlPlane) do(t *testing.T, stdin string, args ...string) string {
 	t.Helper()
 	out, err := c.kubectl(t, stdin, args...)
@@ -185,7 +200,8 @@ func (c *controlPlane) do(t *testing.T, stdin string, args ...string) string {
 	return out
 }
 
-// writeIn writes files in a directory, and returns their paths.
+// writeIn returns a function that writes a file in a directory and returns its
+// path.
 func writeIn(t *testing.T, dir string) func(name, text string) string {
 	return func(name, text string) string {
 		t.Helper()
@@ -197,7 +213,7 @@ func writeIn(t *testing.T, dir string) func(name, text string) string {
 	}
 }
 
-// await polls what has no event to wait for.
+// await polls for what has no event to wait for.
 func await(t *testing.T, what string, there func() bool) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
@@ -211,20 +227,21 @@ func await(t *testing.T, what string, there func() bool) {
 	}
 }
 
-// selfSigned is a certificate for the names and addresses of a template, for an hour, which may sign others.
+// selfSigned returns a CA certificate with the names and addresses of a
+// template, valid for one hour.
 func selfSigned(t *testing.T, template x509.Certificate) tls.Certificate {
 	t.Helper()
 	return signed(t, template, nil)
 }
 
-// signed is selfSigned, signed by another.
+// signed is selfSigned, signed by another certificate unless by is nil.
 func signed(t *testing.T, template x509.Certificate, by *tls.Certificate) tls.Certificate {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
-	template.SerialNumber, template.IsCA, template.BasicConstraintsValid = serial(), true, true
+	template.SerialNumber, template.IsCA, template.BasicConstraintsValid = newSerial(), true, true
 	template.NotBefore, template.NotAfter = time.Now().Add(-time.Minute), time.Now().Add(time.Hour)
 	parent, signer := &template, any(key)
 	if by != nil {
@@ -241,7 +258,9 @@ func signed(t *testing.T, template x509.Certificate, by *tls.Certificate) tls.Ce
 	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key, Leaf: leaf}
 }
 
-// startApp runs an app that says something of limits, which no client is to hear. It returns the header of the request that it heard last.
+// startApp runs an app whose answers have rate limit headers of their own,
+// which clients must not receive. The returned function returns the header of
+// the latest request.
 func startApp(t *testing.T, address string) func() http.Header {
 	t.Helper()
 	var last atomic.Pointer[http.Header]
@@ -249,17 +268,18 @@ func startApp(t *testing.T, address string) func() http.Header {
 	if err != nil {
 		t.Fatal(err)
 	}
-	server := &http.Server{ReadHeaderTimeout: time.Minute, Handler: http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
-		last.Store(&q.Header)
-		w.Header().Set("X-Ratelimit-Limit", "the app's")
-		w.Header().Set("X-Pod", "web")
-	})}
+	server := &http.Server{ReadHeaderTimeout: time.Minute,
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
+			last.Store(&q.Header)
+			w.Header().Set("X-Ratelimit-Limit", "the app's")
+			w.Header().Set("X-Pod", "web")
+		})}
 	go func() { _ = server.Serve(listener) }()
 	t.Cleanup(func() { _ = server.Close() })
 	return func() http.Header { return *last.Load() }
 }
 
-// freePorts are ports that nobody listens on.
+// freePorts returns ports on which nothing listens.
 func freePorts(t *testing.T, n int) []string {
 	t.Helper()
 	var ports []string
@@ -274,15 +294,15 @@ func freePorts(t *testing.T, n int) []string {
 	return ports
 }
 
-// process is a program that runs.
+// process is a running program.
 type process struct {
 	*exec.Cmd
 	mu     sync.Mutex
 	out    bytes.Buffer
-	exited chan struct{} // closed once it has, and ProcessState says how
+	exited chan struct{} // closed once the program has ended; then ProcessState is set
 }
 
-// Write is for its stdout and stderr.
+// Write receives the program's stdout and stderr.
 func (p *process) Write(b []byte) (int, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -295,13 +315,14 @@ func (p *process) logged() string {
 	return p.out.String()
 }
 
-// start runs a program until the test ends. What it printed last is in the test's log where the test fails.
+// start runs a program until the test ends. If the test fails, it logs the end
+// of the program's output.
 func start(t *testing.T, env []string, name string, args ...string) *process {
 	t.Helper()
 	return startIn(t, "", env, name, args...)
 }
 
-// startIn is start in a directory.
+// startIn is start in a working directory.
 func startIn(t *testing.T, dir string, env []string, name string, args ...string) *process {
 	t.Helper()
 	p := &process{Cmd: exec.Command(name, args...), exited: make(chan struct{})}

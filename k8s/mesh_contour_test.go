@@ -20,8 +20,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/sluiceproxy/sluice/envoy"
-	"github.com/sluiceproxy/sluice/k8s/built"
-	"github.com/sluiceproxy/sluice/k8s/isolated"
+	"github.com/sluiceproxy/sluice/k8s/testenv"
 )
 
 const contourVersion = "v1.33.8"
@@ -35,21 +34,23 @@ spec:
   routes: [{services: [{name: web, port: 80}]}]
 `
 
-// TestMeshContour has a real Contour, on a real API server, make of envoy/contour.yaml the configuration of a real Envoy before an app.
+// TestMeshContour runs a real Contour on a real API server, which configures a
+// real Envoy in front of an app from envoy/contour.yaml.
 func TestMeshContour(t *testing.T) {
 	if os.Getenv("SLUICE_LONG") == "" {
 		t.Skip("builds Kubernetes and Contour, which takes minutes: SLUICE_LONG=1")
 	}
 	kubernetesBinaries(t)
 	helmBinary(t)
-	contour := built.Program(t, "github.com/projectcontour/contour/cmd/contour", contourVersion)
-	definitions := filepath.Join(module(t, "github.com/projectcontour/contour@"+contourVersion), "examples", "contour", "01-crds.yaml")
+	contour := testenv.Program(t, "github.com/projectcontour/contour/cmd/contour", contourVersion)
+	definitions := filepath.Join(module(t, "github.com/projectcontour/contour@"+contourVersion),
+		"examples", "contour", "01-crds.yaml")
 	proxy, err := envoy.Binary(t.Context(), func(said string) { t.Log(said) })
 	if err != nil {
 		t.Fatal(err)
 	}
 	const app = "192.0.2.5"
-	if !isolated.Network(t, append(addresses, home, app)...) {
+	if !testenv.Network(t, append(addresses, home, app)...) {
 		return
 	}
 	text, err := os.ReadFile("../envoy/contour.yaml")
@@ -73,24 +74,32 @@ func TestMeshContour(t *testing.T) {
 	for name, text := range inPEM(t, certificate) {
 		write(name, string(text))
 	}
-	do("", "create", "secret", "tls", "shop-tls", "--namespace", "shop", "--cert", filepath.Join(dir, "tls.crt"), "--key", filepath.Join(dir, "tls.key"))
+	do("", "create", "secret", "tls", "shop-tls", "--namespace", "shop", "--cert", filepath.Join(dir, "tls.crt"),
+		"--key", filepath.Join(dir, "tls.key"))
 
-	// The chart's Service, and what stands for its pods and the app's.
-	if out, err := helm(t, "install", "sluice", chartDir, "--kubeconfig", c.kubeconfig, "--namespace", release, "--create-namespace", "--set", "gateway.enabled=true,trialRedis.enabled=true"); err != nil {
+	// Endpoints of the chart's Service and of the app's, which have no pods
+	// here.
+	if out, err := helm(t, "install", "sluice", chartDir, "--kubeconfig", c.kubeconfig, "--namespace", release,
+		"--create-namespace", "--set", "gateway.enabled=true,trialRedis.enabled=true"); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	config := write("sluice.yaml", "limits: [{name: few, match: {paths: [/few]}, rate: 3/h}, {name: probe, match: {paths: [/probe]}, rate: 1000000/s}]\n")
+	config := write("sluice.yaml", "limits: [{name: few, match: {paths: [/few]}, rate: 3/h}, {name: probe, match: "+
+		"{paths: [/probe]}, rate: 1000000/s}]\n")
 	sluice := program(t)
 	run := func(t *testing.T, address string) *process {
 		t.Helper()
-		p := start(t, nil, sluice, "run", "--config", config, "--grpc", address+":9001", "--metrics", address+":9003", "--admin", address+":9002")
-		await(t, "sluice", func() bool { return get(t.Context(), "http://"+address+":9003/readyz").status == http.StatusOK })
+		p := start(t, nil, sluice, "run", "--config", config, "--grpc", address+":9001", "--metrics", address+":9003",
+			"--admin", address+":9002")
+		await(t, "sluice", func() bool {
+			return get(t.Context(), "http://"+address+":9003/readyz").status == http.StatusOK
+		})
 		return p
 	}
 	endpoints(t, c.API, release, "sluice-gateway", "grpc", 9001, endpoint(addresses[0], true))
-	do(`{apiVersion: v1, kind: Service, metadata: {name: web, namespace: shop}, spec: {ports: [{name: http, port: 80, targetPort: 8081}]}}`, "create", "-f", "-")
+	do(`{apiVersion: v1, kind: Service, metadata: {name: web, namespace: shop}, spec: {ports: [{name: http, port: `+
+		`80, targetPort: 8081}]}}`, "create", "-f", "-")
 	endpoints(t, c.API, "shop", "web", "http", 8081, endpoint(app, true))
-	// Envoy has 8080 of all addresses.
+	// Envoy listens on port 8080 of all addresses.
 	seen := startApp(t, app+":8081")
 
 	roots := x509.NewCertPool()
@@ -104,12 +113,15 @@ func TestMeshContour(t *testing.T) {
 		port := map[string]string{"http": "8080", "https": "8443"}[q.URL.Scheme]
 		q.Host, q.URL.Host = q.URL.Host, "127.0.0.1:"+port
 		q.Header.Set("X-Ratelimit-Remaining", "99")
-		return send(&http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots, ServerName: q.Host}}}, q)
+		return send(&http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots,
+			ServerName: q.Host}}}, q)
 	}
-	admin := filepath.Join(dir, "admin.sock") // Envoy's
+	admin := filepath.Join(dir, "admin.sock") // of Envoy
 	clusters := func(t *testing.T) string {
 		t.Helper()
-		client := http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		client := http.Client{Transport: &http.Transport{DialContext: func(
+			ctx context.Context, _, _ string,
+		) (net.Conn, error) {
 			return (&net.Dialer{}).DialContext(ctx, "unix", admin)
 		}, DisableKeepAlives: true}}
 		response, err := client.Get("http://envoy/clusters")
@@ -123,14 +135,17 @@ func TestMeshContour(t *testing.T) {
 		}
 		return string(text)
 	}
-	// front is a Contour with this config and its Envoy, both new.
+	// front starts a Contour with this config, and its Envoy.
 	front := func(t *testing.T, config string) {
-		start(t, nil, contour, "serve", "--kubeconfig", c.kubeconfig, "--config-path", write("contour.yaml", config), "--insecure", "--xds-address", "127.0.0.1", "--xds-port", "8001", "--disable-leader-election")
+		start(t, nil, contour, "serve", "--kubeconfig", c.kubeconfig, "--config-path", write("contour.yaml", config),
+			"--insecure", "--xds-address", "127.0.0.1", "--xds-port", "8001", "--disable-leader-election")
 		bootstrap := filepath.Join(dir, "bootstrap.json")
-		if out, err := exec.CommandContext(t.Context(), contour, "bootstrap", bootstrap, "--xds-address", "127.0.0.1", "--xds-port", "8001", "--admin-address", admin).CombinedOutput(); err != nil {
+		if out, err := exec.CommandContext(t.Context(), contour, "bootstrap", bootstrap, "--xds-address", "127.0.0.1",
+			"--xds-port", "8001", "--admin-address", admin).CombinedOutput(); err != nil {
 			t.Fatalf("%v\n%s", err, out)
 		}
-		start(t, nil, proxy, "--config-path", bootstrap, "--service-cluster", "shop", "--service-node", "node", "--disable-hot-restart", "--concurrency", "1")
+		start(t, nil, proxy, "--config-path", bootstrap, "--service-cluster", "shop", "--service-node", "node",
+			"--disable-hot-restart", "--concurrency", "1")
 	}
 
 	t.Run("a virtual host with TLS", func(t *testing.T) {
@@ -154,24 +169,27 @@ func TestMeshContour(t *testing.T) {
 			}
 		}
 		if a := ask(http.MethodGet, "https://shop.example.com/unlimited"); a.status != http.StatusOK || a.limit != "" {
-			t.Errorf("a client hears what the app says of limits: %+v", a)
+			t.Errorf("the client receives rate limit headers of the app: %+v", a)
 		}
 		if a := ask(http.MethodPost, "https://shop.example.com/"); a.remaining != "4" { // the route's own limit
 			t.Errorf("%+v", a)
 		}
-		await(t, "the plain port, which is not limited", func() bool { // so that the trap is one
+		await(t, "the plain port, which is not limited", func() bool { // the known pitfall of permitInsecure
 			a := ask(http.MethodGet, "http://shop.example.com/few")
 			return a.status == http.StatusOK && a.remaining == ""
 		})
 		if seen().Get("X-Ratelimit-Remaining") != "" {
-			t.Errorf("the app hears what the client says of its limits: %v", seen())
+			t.Errorf("the app receives rate limit headers of the client: %v", seen())
 		}
-		// A rollout: the new one is asked too, the old one not any more, and then it ends.
+		// A rollout: the new sluice is added to the endpoints, the old one is
+		// removed, and then it is stopped.
 		all := newTally()
-		stop := clients(t, 3, func() answer { return ask(http.MethodGet, "https://shop.example.com/probe") }, func(a answer) { all.add(a, true) })
+		stop := clients(t, 3, func() answer { return ask(http.MethodGet, "https://shop.example.com/probe") },
+			func(a answer) { all.add(a, true) })
 		await(t, "answers", func() bool { return all.answered() > 20 })
 		_ = run(t, addresses[1])
-		endpoints(t, c.API, release, "sluice-gateway", "grpc", 9001, endpoint(addresses[0], false), endpoint(addresses[1], true))
+		endpoints(t, c.API, release, "sluice-gateway", "grpc", 9001, endpoint(addresses[0], false),
+			endpoint(addresses[1], true))
 		await(t, "the end of checks", func() bool { return !strings.Contains(clusters(t), addresses[0]+":9001") })
 		_ = limiter.Process.Signal(syscall.SIGTERM)
 		<-limiter.exited

@@ -17,20 +17,26 @@ import (
 	"time"
 )
 
-// API is the cluster's API server, as a pod's service account reaches it: the four calls that the webhook makes need no client library
-// of many megabytes. It is safe for concurrent use.
+// API is a client of a cluster's API server that authenticates with the token
+// of a service account. The webhook makes only four kinds of calls, for which
+// client-go would be too large. It is safe for concurrent use.
 type API struct {
-	base, account string
-	client        *http.Client
+	base    string // https://host:port
+	account string // the directory with token and ca.crt
+	client  *http.Client
 }
 
-// InCluster is the API server of the cluster that this process runs in. account is the directory with the service account's token and
-// ca.crt.
+// InCluster returns a client of the API server of the cluster that this process
+// runs in. getenv looks up an environment variable. account is the directory of
+// the service account, with the files token and ca.crt. It returns an error if
+// KUBERNETES_SERVICE_HOST or KUBERNETES_SERVICE_PORT is not set, or if ca.crt
+// holds no certificate.
 func InCluster(getenv func(string) (string, bool), account string) (*API, error) {
 	host, _ := getenv("KUBERNETES_SERVICE_HOST")
 	port, _ := getenv("KUBERNETES_SERVICE_PORT")
 	if host == "" || port == "" {
-		return nil, errors.New("KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set: this runs in a cluster")
+		return nil, errors.New("not running in a Kubernetes cluster: KUBERNETES_SERVICE_HOST and " +
+			"KUBERNETES_SERVICE_PORT are not set")
 	}
 	file := filepath.Join(account, "ca.crt")
 	text, err := os.ReadFile(file)
@@ -39,28 +45,33 @@ func InCluster(getenv func(string) (string, bool), account string) (*API, error)
 	}
 	roots := x509.NewCertPool()
 	if !roots.AppendCertsFromPEM(text) {
-		return nil, fmt.Errorf("%s holds no certificate", file)
+		return nil, fmt.Errorf("%s: contains no PEM certificate", file)
 	}
 	return &API{base: "https://" + net.JoinHostPort(host, port), account: account, client: &http.Client{
-		Timeout:   10 * time.Second,
-		Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}, ForceAttemptHTTP2: true},
+		Timeout: 10 * time.Second,
+		Transport: &http.Transport{
+			TLSClientConfig:   &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12},
+			ForceAttemptHTTP2: true,
+		},
 	}}, nil
 }
 
-// apiError is what the API server refused.
-type apiError struct {
+// statusError is an answer of the API server with a status that is not 2xx.
+type statusError struct {
 	status int
 	text   string
 }
 
-func (e *apiError) Error() string { return fmt.Sprintf("%d: %s", e.status, e.text) }
+func (e *statusError) Error() string { return fmt.Sprintf("%d: %s", e.status, e.text) }
 
-func isStatus(err error, status int) bool {
-	var e *apiError
+// hasStatus reports whether err is a statusError with this status.
+func hasStatus(err error, status int) bool {
+	var e *statusError
 	return errors.As(err, &e) && e.status == status
 }
 
-// call sends in, unless it is nil, and reads the answer into out.
+// call sends in as JSON, unless it is nil, and decodes the answer into out. It
+// reads at most 8 MiB. An answer whose status is not 2xx is a statusError.
 func (a *API) call(ctx context.Context, method, path string, in, out any) error {
 	var body io.Reader
 	if in != nil {
@@ -74,7 +85,7 @@ func (a *API) call(ctx context.Context, method, path string, in, out any) error 
 	if err != nil {
 		return err
 	}
-	token, err := os.ReadFile(filepath.Join(a.account, "token")) // each time: the kubelet renews it
+	token, err := os.ReadFile(filepath.Join(a.account, "token")) // read for each call, as the kubelet renews it
 	if err != nil {
 		return err
 	}
@@ -96,7 +107,7 @@ func (a *API) call(ctx context.Context, method, path string, in, out any) error 
 		if json.Unmarshal(text, &status) != nil || status.Message == "" {
 			status.Message = http.StatusText(response.StatusCode)
 		}
-		return fmt.Errorf("%s %s: %w", method, path, &apiError{response.StatusCode, status.Message})
+		return fmt.Errorf("%s %s: %w", method, path, &statusError{response.StatusCode, status.Message})
 	}
 	return json.Unmarshal(text, out)
 }

@@ -14,11 +14,13 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
+// byteOrderMark may precede JSON text in a file.
 var byteOrderMark = []byte("\ufeff")
 
-// jsonObjects are the objects that JSON text holds, one after the other, each with the space before it and the last with what is after it;
-// false where it is none.
-func jsonObjects(text []byte) ([][]byte, bool) {
+// splitJSON cuts a stream of JSON objects into the objects, each with the white
+// space before it, and the last one also with the white space after it. It
+// returns false if text is not such a stream.
+func splitJSON(text []byte) ([][]byte, bool) {
 	body := bytes.TrimPrefix(text, byteOrderMark)
 	d := json.NewDecoder(bytes.NewReader(body))
 	var ends []int64
@@ -45,14 +47,16 @@ func jsonObjects(text []byte) ([][]byte, bool) {
 	return objects, true
 }
 
-// injectJSON returns what becomes of one of the objects, with the space around it.
+// injectJSON returns a JSON object, with the white space around it, after
+// inject, which returns a decoded object with the sidecar, or its argument if
+// nothing changes.
 func injectJSON(text []byte, inject func(any) any) ([]byte, error) {
 	body := bytes.TrimSpace(bytes.TrimPrefix(text, byteOrderMark))
-	node, err := readJSON(body)
+	node, err := parseJSON(body)
 	if err != nil {
 		return nil, err
 	}
-	root, err := numbered(body)
+	root, err := decodeJSON(body)
 	if err != nil {
 		return nil, err
 	}
@@ -60,15 +64,15 @@ func injectJSON(text []byte, inject func(any) any) ([]byte, error) {
 	if reflect.DeepEqual(root, changed) {
 		return text, nil
 	}
-	if err := merge(node, root, changed); err != nil {
+	if err := mergeNode(node, root, changed); err != nil {
 		return nil, err
 	}
 	written, err := writeJSON(node, body)
 	if err != nil {
 		return nil, err
 	}
-	if back, err := numbered(written); err != nil || !same(back, changed) { // as writeYAML does
-		return nil, errors.New("it cannot be written with the sidecar without changing something else")
+	if got, err := decodeJSON(written); err != nil || !equalJSON(got, changed) {
+		return nil, errors.New("the sidecar cannot be added without changing other content; simplify the JSON")
 	}
 	if bytes.Contains(body, []byte("\r\n")) {
 		written = bytes.ReplaceAll(written, []byte("\n"), []byte("\r\n"))
@@ -77,8 +81,8 @@ func injectJSON(text []byte, inject func(any) any) ([]byte, error) {
 	return slices.Concat(before, written, after), nil
 }
 
-// numbered is what JSON says, with its numbers as they are written.
-func numbered(text []byte) (any, error) {
+// decodeJSON decodes JSON and keeps numbers as they are written.
+func decodeJSON(text []byte) (any, error) {
 	d := json.NewDecoder(bytes.NewReader(text))
 	d.UseNumber()
 	var v any
@@ -86,14 +90,15 @@ func numbered(text []byte) (any, error) {
 	return v, err
 }
 
-// readJSON reads JSON as the node that YAML would have for it, whose fields keep their order.
-func readJSON(text []byte) (*yaml.Node, error) {
+// parseJSON parses JSON into a YAML node, which keeps the order of fields.
+func parseJSON(text []byte) (*yaml.Node, error) {
 	d := json.NewDecoder(bytes.NewReader(text))
 	d.UseNumber()
-	return readNode(d)
+	return parseJSONNode(d)
 }
 
-func readNode(d *json.Decoder) (*yaml.Node, error) {
+// parseJSONNode parses the next value of d.
+func parseJSONNode(d *json.Decoder) (*yaml.Node, error) {
 	token, err := d.Token()
 	if err != nil {
 		return nil, err
@@ -105,31 +110,31 @@ func readNode(d *json.Decoder) (*yaml.Node, error) {
 			node.Kind, node.Tag = yaml.MappingNode, "!!map"
 		}
 		fields := map[string]bool{}
-		for d.More() { // an object's are keys and values in turn, as YAML's are
-			element, err := readNode(d)
+		for d.More() { // in an object the decoder and YAML have keys and values by turns
+			element, err := parseJSONNode(d)
 			if err != nil {
 				return nil, err
 			}
 			if node.Kind == yaml.MappingNode && len(node.Content)%2 == 0 {
 				if fields[element.Value] {
-					return nil, fmt.Errorf("field %q stands twice in one object", element.Value)
+					return nil, fmt.Errorf("duplicate field %q in an object", element.Value)
 				}
 				fields[element.Value] = true
 			}
 			node.Content = append(node.Content, element)
 		}
-		_, err := d.Token() // its end
+		_, err := d.Token() // the closing delimiter
 		return node, err
 	case json.Number:
 		node := &yaml.Node{Kind: yaml.ScalarNode, Value: token.String()}
-		if node.ShortTag() == "!!str" { // too large for YAML's
+		if node.ShortTag() == "!!str" { // yaml.v3 takes a number that is too large for a string
 			node.Tag = "!!float"
 		}
 		return node, nil
 	case string:
-		var node yaml.Node // with quotes where YAML, also of version 1.1, would read something else
-		err := node.Encode(token)
-		if node.ShortTag() != "!!str" { // as it has it of <<
+		var node yaml.Node
+		err := node.Encode(token)       // quotes what YAML 1.1 or 1.2 would not read as a string
+		if node.ShortTag() != "!!str" { // except <<, the merge key
 			node.Tag, node.Style = "!!str", yaml.DoubleQuotedStyle
 		}
 		return &node, err
@@ -140,16 +145,18 @@ func readNode(d *json.Decoder) (*yaml.Node, error) {
 	}
 }
 
-// indentation is what JSON that has lines begins its second one with.
-var indentation = regexp.MustCompile(`^\s*\{\r?\n([ \t]+)`)
+// indentPattern matches the start of an object whose fields are on lines of
+// their own, and captures the indentation.
+var indentPattern = regexp.MustCompile(`^\s*\{\r?\n([ \t]+)`)
 
-// writeJSON writes a node that says no more than JSON can, in lines as like has them.
-func writeJSON(node *yaml.Node, like []byte) ([]byte, error) {
+// writeJSON encodes a node, which must consist of what JSON has, indented like
+// the original text.
+func writeJSON(node *yaml.Node, original []byte) ([]byte, error) {
 	var compact, out bytes.Buffer
-	if err := writeNode(&compact, node); err != nil {
+	if err := writeJSONNode(&compact, node); err != nil {
 		return nil, err
 	}
-	if m := indentation.FindSubmatch(like); m != nil {
+	if m := indentPattern.FindSubmatch(original); m != nil {
 		if err := json.Indent(&out, compact.Bytes(), "", string(m[1])); err != nil {
 			return nil, err
 		}
@@ -159,8 +166,9 @@ func writeJSON(node *yaml.Node, like []byte) ([]byte, error) {
 	return out.Bytes(), nil
 }
 
-func writeNode(b *bytes.Buffer, node *yaml.Node) error {
-	ends, separators := "[]", ",,"
+// writeJSONNode appends the JSON encoding of a node, without white space.
+func writeJSONNode(b *bytes.Buffer, node *yaml.Node) error {
+	delimiters, separators := "[]", ",,"
 	switch {
 	case node.Kind == yaml.ScalarNode && node.ShortTag() != "!!str":
 		b.WriteString(node.Value)
@@ -169,20 +177,20 @@ func writeNode(b *bytes.Buffer, node *yaml.Node) error {
 		e := json.NewEncoder(b)
 		e.SetEscapeHTML(false)
 		err := e.Encode(node.Value)
-		b.Truncate(b.Len() - 1) // its line end
+		b.Truncate(b.Len() - 1) // the newline that Encode adds
 		return err
 	case node.Kind == yaml.MappingNode:
-		ends, separators = "{}", ",:"
+		delimiters, separators = "{}", ",:"
 	}
-	b.WriteByte(ends[0])
+	b.WriteByte(delimiters[0])
 	for i, element := range node.Content {
 		if i > 0 {
 			b.WriteByte(separators[i%2])
 		}
-		if err := writeNode(b, element); err != nil {
+		if err := writeJSONNode(b, element); err != nil {
 			return err
 		}
 	}
-	b.WriteByte(ends[1])
+	b.WriteByte(delimiters[1])
 	return nil
 }

@@ -26,13 +26,13 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"github.com/sluiceproxy/sluice/envoy"
-	"github.com/sluiceproxy/sluice/k8s/built"
-	"github.com/sluiceproxy/sluice/k8s/isolated"
+	"github.com/sluiceproxy/sluice/k8s/testenv"
 )
 
-const istioVersion = "v0.0.0-20260827124520-eed52ebb66ad" // there are no tags to be had
+const istioVersion = "v0.0.0-20260827124520-eed52ebb66ad" // the module has no tags
 
-// istioValues are those of istiod's chart: its Envoys here are none of Istio's own build, and have no certificates.
+// istioValues are values for istiod's chart. The Envoys here are not of Istio's
+// build, and have no certificates.
 const istioValues = `
 autoscaleEnabled: false
 env: {PILOT_ENABLE_ALPN_FILTER: "false", PILOT_ENABLE_METADATA_EXCHANGE: "false", PILOT_DISABLE_MX_ALPN: "true"}
@@ -42,7 +42,7 @@ meshConfig:
   defaultProviders: {metrics: []}
 `
 
-// istioPod is the pod that the Envoy is of.
+// istioPod is the pod that the Envoy belongs to.
 const istioPod = `
 apiVersion: security.istio.io/v1
 kind: PeerAuthentication
@@ -71,12 +71,15 @@ spec:
   containers: [{name: app, image: x, ports: [{containerPort: 8080}]}]
 `
 
-// istioBootstrap is what a proxy of Istio's, of the pod POD, starts with, so far as an Envoy without Istio's agent can.
+// istioBootstrap is the bootstrap config of an Istio proxy of pod POD, as far
+// as an Envoy without Istio's agent supports it.
 const istioBootstrap = `
 node:
   id: KIND~ADDRESS~POD.shop~shop.svc.cluster.local
   cluster: POD.shop
-  metadata: {NAMESPACE: shop, NAME: POD, CLUSTER_ID: Kubernetes, INTERCEPTION_MODE: REDIRECT, INSTANCE_IPS: ADDRESS, LABELS: {MARKS}}
+  metadata:
+    {NAMESPACE: shop, NAME: POD, CLUSTER_ID: Kubernetes, INTERCEPTION_MODE: REDIRECT, INSTANCE_IPS: ADDRESS,
+     LABELS: {MARKS}}
 admin: {address: {socket_address: {address: 127.0.0.1, port_value: 15000}}}
 bootstrap_extensions:
 - name: envoy.bootstrap.internal_listener
@@ -93,14 +96,18 @@ static_resources:
       envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
         "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
         explicit_http_config: {http2_protocol_options: {}}
-    load_assignment: {cluster_name: xds-grpc, endpoints: [{lb_endpoints: [{endpoint: {address: {socket_address: {address: 127.0.0.1, port_value: 15010}}}}]}]}
+    load_assignment:
+      cluster_name: xds-grpc
+      endpoints: [{lb_endpoints: [{endpoint: {address: {socket_address: {address: 127.0.0.1, port_value: 15010}}}}]}]
   - name: sds-grpc # certificates, for who asks for them
     type: STATIC
     typed_extension_protocol_options: *http2
-    load_assignment: {cluster_name: sds-grpc, endpoints: [{lb_endpoints: [{endpoint: {address: {socket_address: {address: 127.0.0.1, port_value: 15999}}}}]}]}
+    load_assignment:
+      cluster_name: sds-grpc
+      endpoints: [{lb_endpoints: [{endpoint: {address: {socket_address: {address: 127.0.0.1, port_value: 15999}}}}]}]
 `
 
-// startProxy starts an Envoy as a proxy of Istio's, of a pod of shop.
+// startProxy starts an Envoy as the Istio proxy of a pod in namespace shop.
 func (p istioParts) startProxy(t *testing.T, kind, pod, labels, address string) {
 	t.Helper()
 	bootstrap := filepath.Join(t.TempDir(), "bootstrap.yaml")
@@ -111,14 +118,16 @@ func (p istioParts) startProxy(t *testing.T, kind, pod, labels, address string) 
 	start(t, nil, p.proxy, "--config-path", bootstrap, "--disable-hot-restart", "--concurrency", "1")
 }
 
-// running says of a pod of shop what a kubelet would.
+// running sets the status of a pod in namespace shop, as a kubelet would.
 func running(t *testing.T, c *controlPlane, name, address string) {
 	t.Helper()
 	c.do(t, "", "patch", "pod", name, "--namespace", "shop", "--subresource", "status", "--type", "merge", "--patch",
-		fmt.Sprintf(`{"status": {"phase": "Running", "podIP": "%s", "podIPs": [{"ip": "%[1]s"}], "conditions": [{"type": "Ready", "status": "True"}]}}`, address))
+		fmt.Sprintf(`{"status": {"phase": "Running", "podIP": "%s", "podIPs": [{"ip": "%[1]s"}], "conditions": `+
+			`[{"type": "Ready", "status": "True"}]}}`, address))
 }
 
-// istioRedirect is what istio-init does: what comes for the app's port goes to Envoy, unless Envoy itself sends it.
+// istioRedirect are the rules of istio-init: connections to the app's port go
+// to Envoy, except those from Envoy itself.
 const istioRedirect = `table ip istio {
   chain output {
     type nat hook output priority -100;
@@ -126,7 +135,8 @@ const istioRedirect = `table ip istio {
   }
 }`
 
-// istioParts are what a test of Istio needs, which is built or installed where it is not yet: istiod, its charts, and an Envoy.
+// istioParts are the paths of what tests with Istio need: istiod, its charts,
+// and an Envoy.
 type istioParts struct{ pilot, charts, proxy string }
 
 func prepareIstio(t *testing.T) istioParts {
@@ -141,13 +151,14 @@ func prepareIstio(t *testing.T) istioParts {
 		t.Fatal(err)
 	}
 	return istioParts{
-		pilot:  built.Program(t, "istio.io/istio/pilot/cmd/pilot-discovery", istioVersion),
+		pilot:  testenv.Program(t, "istio.io/istio/pilot/cmd/pilot-discovery", istioVersion),
 		charts: filepath.Join(module(t, "istio.io/istio@"+istioVersion), "manifests", "charts"),
 		proxy:  proxy,
 	}
 }
 
-// startIstiod runs istiod with its own chart's objects and arguments, and the extension provider that a printed file asks for in its comments.
+// startIstiod runs istiod with the objects and arguments of its own chart, and
+// with the extension provider that a printed file has in its comments.
 func (p istioParts) startIstiod(t *testing.T, c *controlPlane, printed string, more ...string) {
 	t.Helper()
 	_, provider, ok := strings.Cut(printed, "# meshConfig:\n")
@@ -156,43 +167,51 @@ func (p istioParts) startIstiod(t *testing.T, c *controlPlane, printed string, m
 		t.Fatal("no provider")
 	}
 	values := filepath.Join(t.TempDir(), "values.yaml")
-	if err := os.WriteFile(values, []byte(istioValues+strings.ReplaceAll("\n"+provider, "\n# ", "\n")+"\n"), 0o600); err != nil {
+	if err := os.WriteFile(values, []byte(istioValues+strings.ReplaceAll("\n"+provider, "\n# ", "\n")+"\n"),
+		0o600); err != nil {
 		t.Fatal(err)
 	}
 	for _, args := range [][]string{
 		{"istio-base", filepath.Join(p.charts, "base"), "--create-namespace"},
 		{"istiod", filepath.Join(p.charts, "istio-control", "istio-discovery"), "--values", values},
 	} {
-		if out, err := helm(t, append([]string{"install", "--kubeconfig", c.kubeconfig, "--namespace", "istio-system"}, args...)...); err != nil {
+		if out, err := helm(t, append([]string{"install", "--kubeconfig", c.kubeconfig, "--namespace", "istio-system"},
+			args...)...); err != nil {
 			t.Fatalf("%v\n%s", err, out)
 		}
 	}
-	container := list(child(child(child(must(t, c.API, http.MethodGet, "/apis/apps/v1/namespaces/istio-system/deployments/istiod", nil), "spec"), "template"), "spec"), "containers")[0]
+	deployment := must(t, c.API, http.MethodGet, "/apis/apps/v1/namespaces/istio-system/deployments/istiod", nil)
+	container := at(deployment, "spec", "template", "spec", "containers").([]any)[0]
 	args := []string{}
 	for _, a := range at(container, "args").([]any) {
 		args = append(args, a.(string))
 	}
 	env := append([]string{"POD_NAME=istiod", "POD_NAMESPACE=istio-system", "SERVICE_ACCOUNT=istiod"}, more...)
-	for _, v := range list(container.(object), "env") {
+	for _, v := range listField(container.(object), "env") {
 		if value, ok := at(v, "value").(string); ok && at(v, "name") != "KUBECONFIG" {
 			env = append(env, at(v, "name").(string)+"="+value)
 		}
 	}
-	startIn(t, t.TempDir(), env, p.pilot, append(args, "--kubeconfig", c.kubeconfig, "--httpAddr", "127.0.0.1:15080")...) // it looks for files where it is
+	// Istiod looks for files in its working directory.
+	startIn(t, t.TempDir(), env, p.pilot, append(args, "--kubeconfig", c.kubeconfig, "--httpAddr",
+		"127.0.0.1:15080")...)
 	endpoints(t, c.API, "istio-system", "istiod", "https-webhook", 15017, endpoint(home, true))
 	await(t, "istiod", func() bool { return get(t.Context(), "http://127.0.0.1:15080/ready").status == http.StatusOK })
 	await(t, "its caBundle", func() bool {
-		configuration := must(t, c.API, http.MethodGet, "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations/istio-sidecar-injector", nil)
-		return !slices.ContainsFunc(list(configuration, "webhooks"), func(v any) bool { return at(v, "clientConfig", "caBundle") == nil })
+		configuration := must(t, c.API, http.MethodGet,
+			"/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations/istio-sidecar-injector", nil)
+		return !slices.ContainsFunc(listField(configuration, "webhooks"),
+			func(v any) bool { return at(v, "clientConfig", "caBundle") == nil })
 	})
 }
 
-// TestMeshIstio has a real istiod, of its own chart, on a real API server, make of what `sluice envoy istio` prints the configuration of a
-// real Envoy before an app, and its injector work on the pod beside sluice's.
+// TestMeshIstio runs a real istiod, from its own chart, on a real API server.
+// It configures a real Envoy in front of an app from what `sluice envoy istio`
+// prints, and its injector works on the pod beside sluice's.
 func TestMeshIstio(t *testing.T) {
 	istio := prepareIstio(t)
-	const address = "192.0.2.5" // the pod's
-	if !isolated.Network(t, append(addresses, home, address)...) {
+	const address = "192.0.2.5" // the pod's address
+	if !testenv.Network(t, append(addresses, home, address)...) {
 		return
 	}
 	dir := t.TempDir()
@@ -201,7 +220,8 @@ func TestMeshIstio(t *testing.T) {
 	r := install(t, c)
 	printed := func(t *testing.T, config string) string {
 		t.Helper()
-		out, err := exec.CommandContext(t.Context(), r.binary, "envoy", "istio", "--config", write("sluice.yaml", config)).CombinedOutput()
+		out, err := exec.CommandContext(t.Context(), r.binary, "envoy", "istio", "--config",
+			write("sluice.yaml", config)).CombinedOutput()
 		if err != nil {
 			t.Fatalf("%v\n%s", err, out)
 		}
@@ -222,30 +242,34 @@ func TestMeshIstio(t *testing.T) {
 		got := must(t, c.API, http.MethodGet, "/api/v1/namespaces/shop/pods/web", nil)
 		injected(t, got, 2, "shop/web")
 		var names []string
-		init := list(child(got, "spec"), "initContainers")
+		init := listField(objectField(got, "spec"), "initContainers")
 		for _, v := range init {
 			names = append(names, v.(object)["name"].(string))
 		}
 		if diff := cmp.Diff([]string{"istio-init", "istio-proxy", "sluice", "migrate"}, names); diff != "" {
 			t.Fatalf("-want +got:\n%s", diff)
 		}
-		// Where istio-proxy is no native sidecar, all of those are before it.
+		// If istio-proxy is not a native sidecar, all init containers run
+		// before it.
 		var old object
 		if err := yaml.Unmarshal([]byte(istioPod[strings.LastIndex(istioPod, "---")+3:]), &old); err != nil {
 			t.Fatal(err)
 		}
-		child(old, "metadata")["name"] = "old"
-		child(old, "metadata")["annotations"] = map[string]any{"sluice.dev/in-process": "true", "sidecar.istio.io/nativeSidecar": "false"}
+		objectField(old, "metadata")["name"] = "old"
+		objectField(old, "metadata")["annotations"] = map[string]any{"sluice.dev/in-process": "true",
+			"sidecar.istio.io/nativeSidecar": "false"}
 		old = must(t, c.API, http.MethodPost, "/api/v1/namespaces/shop/pods?dryRun=All", old)
-		if spec := child(old, "spec"); named(list(spec, "initContainers"), "sluice") != 0 || named(list(spec, "containers"), istioProxy) < 0 {
+		if spec := objectField(old, "spec"); indexByName(listField(spec, "initContainers"), "sluice") != 0 ||
+			indexByName(listField(spec, "containers"), istioProxy) < 0 {
 			t.Errorf("%v", spec)
 		}
-		// Again, as a restored pod would be.
+		// Inject again, as for a pod restored from a backup.
 		again := plain(t, got)
-		metadata := child(again, "metadata")
+		metadata := objectField(again, "metadata")
 		metadata["name"] = "again"
-		delete(child(again, "spec"), "nodeName")
-		if got := must(t, c.API, http.MethodPost, "/api/v1/namespaces/shop/pods?dryRun=All", again); len(list(child(got, "spec"), "initContainers")) != 4 {
+		delete(objectField(again, "spec"), "nodeName")
+		if got := must(t, c.API, http.MethodPost, "/api/v1/namespaces/shop/pods?dryRun=All",
+			again); len(listField(objectField(got, "spec"), "initContainers")) != 4 {
 			t.Errorf("%v", got)
 		}
 		if said := heard.take(); said != "" {
@@ -255,7 +279,7 @@ func TestMeshIstio(t *testing.T) {
 	if t.Failed() {
 		return
 	}
-	c.do(t, "", "config", "set-context", "--current", "--namespace=shop") // as the file says
+	c.do(t, "", "config", "set-context", "--current", "--namespace=shop") // as the file assumes
 	running(t, c, "web", address)
 
 	seen := startApp(t, address+":8080")
@@ -285,7 +309,8 @@ func TestMeshIstio(t *testing.T) {
 	key := []byte("a key of thirty-two bytes, or more")
 	token := func(sub string) string {
 		encode := base64.RawURLEncoding.EncodeToString
-		signed := encode([]byte(`{"alg":"HS256","kid":"k"}`)) + "." + encode(fmt.Appendf(nil, `{"iss":"shop","sub":%q}`, sub))
+		signed := encode([]byte(`{"alg":"HS256","kid":"k"}`)) + "." +
+			encode(fmt.Appendf(nil, `{"iss":"shop","sub":%q}`, sub))
 		mac := hmac.New(sha256.New, key)
 		mac.Write([]byte(signed))
 		return signed + "." + encode(mac.Sum(nil))
@@ -301,16 +326,18 @@ spec:
 
 	for _, row := range []struct {
 		name, config, more string
-		example            bool     // of a port's own limits, in comments
-		asks               []string // a token's sub, the status, and what is left
+		example            bool     // use the file's example of a port's own limits
+		asks               []string // the token's sub, the status, and the remaining tokens
 	}{
 		{"an AuthorizationPolicy", byAddress, "", false, []string{" 200 2", " 200 1", "a 200 0", " 429 0"}},
 		{
 			"an EnvoyFilter, for claims",
-			`limits: [{name: few, match: {paths: [/few]}, key: 'metadata.filter_metadata["envoy.filters.http.jwt_authn"].payload.sub', rate: 2/h}, ` + probe + "]\n",
+			`limits: [{name: few, match: {paths: [/few]}, key: ` +
+				`'metadata.filter_metadata["envoy.filters.http.jwt_authn"].payload.sub', rate: 2/h}, ` + probe + "]\n",
 			authentication, false, []string{"a 200 1", "a 200 0", "a 429 0", "b 200 1", "b 200 0", "b 429 0", " 200 1"},
 		},
-		{"a port's own limits", byAddress, "", true, []string{" 200 4", " 200 3", " 200 2", " 200 1", " 200 0", " 429 0"}},
+		{"a port's own limits", byAddress, "", true, []string{" 200 4", " 200 3", " 200 2", " 200 1", " 200 0",
+			" 429 0"}},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			file, method := printed(t, row.config), http.MethodGet
@@ -335,7 +362,7 @@ spec:
 				if status != http.StatusOK || header.Get("X-Ratelimit-Limit") != "1000000" {
 					return false
 				}
-				if row.more != "" { // its configuration may come after sluice's
+				if row.more != "" { // the RequestAuthentication may take effect after sluice's filter
 					status, _ = ask(t, http.MethodGet, "/probe", token("c")+"x")
 					return status == http.StatusUnauthorized
 				}
@@ -352,17 +379,18 @@ spec:
 					t.Errorf("%q, want %q", got, want)
 				}
 			}
-			if status, header := ask(t, http.MethodGet, "/unlimited", ""); status != http.StatusOK || header.Get("X-Ratelimit-Limit") != "" {
-				t.Errorf("a client hears what the app says of limits: %d %v", status, header)
+			if status, header := ask(t, http.MethodGet, "/unlimited", ""); status != http.StatusOK ||
+				header.Get("X-Ratelimit-Limit") != "" {
+				t.Errorf("the client receives rate limit headers of the app: %d %v", status, header)
 			}
 			if seen().Get("X-Ratelimit-Remaining") != "" {
-				t.Errorf("the app hears what the client says of its limits: %v", seen())
+				t.Errorf("the app receives rate limit headers of the client: %v", seen())
 			}
 			took(t)
-			// A restart of sluice loses no request.
+			// No request is lost while sluice restarts.
 			restarted := newTally()
 			stop := clients(t, 3, asking(t, "http://"+address+":8080/probe"), func(a answer) {
-				a.pod = "web" // the app's answers do not say
+				a.pod = "web" // the app's answers do not name the pod
 				restarted.add(a, true)
 				if a.err == nil && a.status != http.StatusOK {
 					restarted.add(answer{err: errors.New(strconv.Itoa(a.status))}, true)
@@ -384,14 +412,15 @@ spec:
 					return response.StatusCode == http.StatusOK
 				})
 				away := time.Since(began)
-				if longest = max(longest, away); away < 150*time.Millisecond { // Envoy asks again for 200 ms
+				if longest = max(longest, away); away < 150*time.Millisecond { // Envoy retries for 200 ms
 					quick++
 				}
 			}
 			stop()
 			t.Logf("restarts, the longest of %v: %v", longest, restarted.status)
 			if len(restarted.wrong) > 0 && longest < 150*time.Millisecond || quick == 0 {
-				t.Errorf("%v; %d wrong, such as %q", restarted.status, len(restarted.wrong), restarted.wrong[:min(3, len(restarted.wrong))])
+				t.Errorf("%v; %d wrong, such as %q", restarted.status, len(restarted.wrong),
+					restarted.wrong[:min(3, len(restarted.wrong))])
 			}
 			_ = limiter.Process.Kill()
 			<-limiter.exited
@@ -401,11 +430,13 @@ spec:
 			c.do(t, file+row.more, "delete", "-f", "-")
 		})
 	}
-	// The sidecar believes x-forwarded-for by the certificate of the gateway that sent it, and by no other.
+	// The sidecar trusts x-forwarded-for from a gateway with this certificate,
+	// and from no other client.
 	t.Run("client_ip by a gateway's certificate", func(t *testing.T) {
 		file := printed(t, `client_ip: {xff_from_right: 1, from: ["spiffe://cluster.local/ns/ingress/sa/edge"]}
 limits: [{name: few, match: {paths: [/few]}, when: 'client.ip == "203.0.113.9"', rate: 3/h}, `+probe+"]\n")
-		strict := "---\napiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: strict, namespace: shop}\nspec: {mtls: {mode: STRICT}}\n"
+		strict := "---\napiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: strict, " +
+			"namespace: shop}\nspec: {mtls: {mode: STRICT}}\n"
 		c.do(t, file+strict, "apply", "-f", "-")
 		authority := startAgent(t, "/ns/shop/sa/default")
 		start(t, nil, r.binary, "run", "--config", filepath.Join(dir, "sluice.yaml"))
@@ -417,14 +448,18 @@ limits: [{name: few, match: {paths: [/few]}, when: 'client.ip == "203.0.113.9"',
 			}
 			q.Header.Set("X-Forwarded-For", "198.51.100.1, 203.0.113.9")
 			a := send(&http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{
-				Certificates: []tls.Certificate{signed(t, identity(account), &authority)}, InsecureSkipVerify: true, //nolint:gosec // whom it asks is not what is tried
-				NextProtos: []string{"istio-http/1.1"},
+				Certificates:       []tls.Certificate{signed(t, identity(account), &authority)},
+				InsecureSkipVerify: true, //nolint:gosec // only the client's certificate is tested
+				NextProtos:         []string{"istio-http/1.1"},
 			}}}, q)
 			return fmt.Sprint(a.status, " ", a.remaining)
 		}
-		await(t, "a limited answer", func() bool { return strings.HasPrefix(asks("/ns/shop/sa/other", "/probe"), "200 9") })
+		await(t, "a limited answer", func() bool {
+			return strings.HasPrefix(asks("/ns/shop/sa/other", "/probe"), "200 9")
+		})
 		for _, want := range []struct{ account, said string }{
-			{"/ns/ingress/sa/edge", "200 2"}, {"/ns/ingress/sa/edge", "200 1"}, {"/ns/ingress/sa/edge", "200 0"}, {"/ns/ingress/sa/edge", "429 0"}, {"/ns/shop/sa/other", "200 "},
+			{"/ns/ingress/sa/edge", "200 2"}, {"/ns/ingress/sa/edge", "200 1"}, {"/ns/ingress/sa/edge", "200 0"},
+			{"/ns/ingress/sa/edge", "429 0"}, {"/ns/shop/sa/other", "200 "},
 		} {
 			if got := asks(want.account, "/few"); got != want.said {
 				t.Errorf("%s: %q, want %q", want.account, got, want.said)
@@ -433,7 +468,8 @@ limits: [{name: few, match: {paths: [/few]}, when: 'client.ip == "203.0.113.9"',
 	})
 }
 
-// took sees in the proxy of Istio's what it took of a printed file, field by field.
+// took checks in the proxy's config dump what it has accepted of a printed
+// file, field by field.
 func took(t *testing.T) {
 	t.Helper()
 	response, err := http.Get("http://127.0.0.1:15000/config_dump")
@@ -450,7 +486,8 @@ func took(t *testing.T) {
 		t.Fatal("no ext_authz filter")
 	}
 	for _, f := range filters {
-		got := []any{at(f, "grpc_service", "timeout"), at(f, "failure_mode_allow"), at(f, "status_on_error", "code"), at(f, "validate_mutations"), at(f, "charge_cluster_response_stats"), at(f, "encode_raw_headers")}
+		got := []any{at(f, "grpc_service", "timeout"), at(f, "failure_mode_allow"), at(f, "status_on_error", "code"),
+			at(f, "validate_mutations"), at(f, "charge_cluster_response_stats"), at(f, "encode_raw_headers")}
 		if diff := cmp.Diff([]any{"0.200s", nil, "ServiceUnavailable", true, false, true}, got); diff != "" {
 			t.Errorf("-want +got:\n%s", diff)
 		}
@@ -462,7 +499,8 @@ func took(t *testing.T) {
 	}
 }
 
-// example is a printed file whose example of limits that routes have is no comment any more.
+// example returns a printed file with its example of routes' own limits
+// uncommented.
 func example(t *testing.T, file string) string {
 	t.Helper()
 	before, text, ok := strings.Cut(file, "  # - applyTo: VIRTUAL_HOST\n")
@@ -472,7 +510,7 @@ func example(t *testing.T, file string) string {
 	return before + "  - applyTo: VIRTUAL_HOST\n" + strings.ReplaceAll(text, "  #   ", "    ")
 }
 
-// extAuthz are the HTTP filters of that name in a config_dump.
+// extAuthz returns the ext_authz filters in a config dump.
 func extAuthz(t *testing.T, dump []byte) []any {
 	t.Helper()
 	var all any

@@ -25,25 +25,28 @@ import (
 	"time"
 )
 
-// shipped is the memory limit of the chart's webhook, in bytes, which is its
-// GOMEMLIMIT, too.
+// shipped is the memory limit of the chart's webhook in bytes, which is also
+// its GOMEMLIMIT.
 const shipped = 128 << 20
 
-// memoryGroup is a control group with a bound on memory.
+// memoryGroup is a control group with a memory limit.
 type memoryGroup struct {
 	dir                 string
-	limit, peak, events string // the names of files
+	limit, peak, events string // file names
 }
 
-// newMemoryGroup makes one of the shipped size, which only root can do.
+// newMemoryGroup creates a control group with the shipped memory limit. It
+// needs root.
 func newMemoryGroup(t *testing.T, name string) *memoryGroup {
 	t.Helper()
 	const root = "/sys/fs/cgroup"
 	name = fmt.Sprintf("sluice-%d-%s", os.Getpid(), name)
-	g := &memoryGroup{filepath.Join(root, "memory", name), "memory.limit_in_bytes", "memory.max_usage_in_bytes", "memory.oom_control"}
-	if _, err := os.Stat(filepath.Join(root, "memory")); err != nil { // version 2
+	g := &memoryGroup{filepath.Join(root, "memory", name), "memory.limit_in_bytes", "memory.max_usage_in_bytes",
+		"memory.oom_control"}
+	if _, err := os.Stat(filepath.Join(root, "memory")); err != nil { // control groups version 2
 		g = &memoryGroup{filepath.Join(root, name), "memory.max", "memory.peak", "memory.events"}
-		_ = os.WriteFile(filepath.Join(root, "cgroup.subtree_control"), []byte("+memory"), 0) // it may be on already
+		// It may be enabled already.
+		_ = os.WriteFile(filepath.Join(root, "cgroup.subtree_control"), []byte("+memory"), 0)
 	}
 	if err := os.Mkdir(g.dir, 0o755); err != nil {
 		t.Fatal(err)
@@ -59,12 +62,14 @@ func newMemoryGroup(t *testing.T, name string) *memoryGroup {
 	return g
 }
 
-// command is what runs a program within the group from its first byte on.
+// command returns the command line that starts a program inside the group.
 func (g *memoryGroup) command(program string, args ...string) (string, []string) {
-	return "/bin/sh", append([]string{"-c", `echo $$ >"$0" && exec "$@"`, filepath.Join(g.dir, "cgroup.procs"), program}, args...)
+	return "/bin/sh", append([]string{"-c", `echo $$ >"$0" && exec "$@"`, filepath.Join(g.dir, "cgroup.procs"),
+		program}, args...)
 }
 
-// killed says that the kernel has killed something in it for want of memory.
+// killed reports whether the kernel has killed a process of the group because
+// the group was out of memory.
 func (g *memoryGroup) killed(t *testing.T) bool {
 	t.Helper()
 	text, err := os.ReadFile(filepath.Join(g.dir, g.events))
@@ -80,7 +85,7 @@ func (g *memoryGroup) killed(t *testing.T) bool {
 	return true
 }
 
-// most is the most memory that it has held, in MiB.
+// most returns the peak memory use of the group.
 func (g *memoryGroup) most() string {
 	text, err := os.ReadFile(filepath.Join(g.dir, g.peak))
 	n, _ := strconv.Atoi(strings.TrimSpace(string(text)))
@@ -90,9 +95,10 @@ func (g *memoryGroup) most() string {
 	return fmt.Sprint(n>>20, " MiB")
 }
 
-// beside measures calls, paced, while quiet and then beside an attack by so
-// many at once: none may fail, and 99 % take no more than twice as long, or less
-// than floor, where the machine's own work is not told from the webhook's.
+// beside measures the duration of calls at a given pace, first alone and then
+// beside a number of concurrent attackers. No call may fail, and the 99th
+// percentile beside the attack must be at most twice that without it, or below
+// floor, where the load of the test itself dominates.
 func beside(t *testing.T, attackers, calls int, pace, floor time.Duration, call func() error, attack func(i int)) {
 	t.Helper()
 	measure := func(what string, attack func(i int)) time.Duration {
@@ -134,8 +140,8 @@ func beside(t *testing.T, attackers, calls int, pace, floor time.Duration, call 
 	}
 }
 
-// costly are bodies that would cost a webhook without bounds more memory, or
-// time, than it has; and the worst that are within the bounds.
+// costly returns bodies that would cost a webhook without limits too much
+// memory or time, and the most expensive ones that the limits allow.
 func costly(namespace string) [][]byte {
 	var all [][]byte
 	for _, p := range []string{
@@ -145,17 +151,20 @@ func costly(namespace string) [][]byte {
 		podWith(`{"name":"` + strings.Repeat("x", maxReview-2000) + `"}`),
 		podWith(`{"name":"` + strings.Repeat("x", 2*maxReview) + `"}`),
 		podWith(many(9_900, `0`)),
-		`{"metadata":{"annotations":{"sluice.dev/resources":"{limits: {` + strings.Repeat("a: 1, ", 110_000) + `}}"}},"spec":{"containers":[{"name":"envoy"}]}}`,
-		`{"metadata":{"labels":{"sluice.dev/inject":"` + strings.Repeat("x", 700_000) + `"}},"spec":{"containers":[{"name":"envoy"}]}}`,
-		`{"metadata":{"name":"` + strings.Repeat("x", 700_000) + `","annotations":{"sluice.dev/in-process":"true"}},"spec":{"containers":[{"name":"envoy"}]}}`,
+		`{"metadata":{"annotations":{"sluice.dev/resources":"{limits: {` + strings.Repeat("a: 1, ", 110_000) +
+			`}}"}},"spec":{"containers":[{"name":"envoy"}]}}`,
+		`{"metadata":{"labels":{"sluice.dev/inject":"` + strings.Repeat("x", 700_000) +
+			`"}},"spec":{"containers":[{"name":"envoy"}]}}`,
+		`{"metadata":{"name":"` + strings.Repeat("x", 700_000) +
+			`","annotations":{"sluice.dev/in-process":"true"}},"spec":{"containers":[{"name":"envoy"}]}}`,
 	} {
 		all = append(all, []byte(reviewOf(namespace, p)))
 	}
 	return all
 }
 
-// TestClusterAttackDirect runs the webhook in the memory that it has in the
-// chart, and sends it what nobody should, without an API server between.
+// TestClusterAttackDirect sends expensive reviews to a webhook that has the
+// memory limit of the chart, without an API server in between.
 func TestClusterAttackDirect(t *testing.T) {
 	if os.Getenv("SLUICE_LONG") == "" {
 		t.Skip("takes half a minute, and root: SLUICE_LONG=1")
@@ -171,18 +180,22 @@ func TestClusterAttackDirect(t *testing.T) {
 	write("tls.key", string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key})))
 	ports := freePorts(t, 2)
 	g := newMemoryGroup(t, "direct")
-	name, args := g.command(program(t), "webhook", "--listen=127.0.0.1:"+ports[0], "--metrics=127.0.0.1:"+ports[1], "--cert-dir="+dir, "--log-level=error")
+	name, args := g.command(program(t), "webhook", "--listen=127.0.0.1:"+ports[0], "--metrics=127.0.0.1:"+ports[1],
+		"--cert-dir="+dir, "--log-level=error")
 	p := start(t, []string{"GOMEMLIMIT=" + strconv.Itoa(shipped)}, name, args...)
 	roots := x509.NewCertPool()
 	roots.AddCert(certificate.Leaf)
-	client := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots, NextProtos: []string{"http/1.1"}}, MaxIdleConnsPerHost: 50}}
+	client := &http.Client{Timeout: 10 * time.Second,
+		Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots, NextProtos: []string{"http/1.1"}},
+			MaxIdleConnsPerHost: 50}}
 	post := func(ctx context.Context, body io.Reader, retries int) (int, []byte, error) {
 		text, err := io.ReadAll(body)
 		if err != nil {
 			return 0, nil, err
 		}
 		for {
-			q, err := http.NewRequestWithContext(ctx, http.MethodPost, "https://127.0.0.1:"+ports[0]+"/inject", bytes.NewReader(text))
+			q, err := http.NewRequestWithContext(ctx, http.MethodPost, "https://127.0.0.1:"+ports[0]+"/inject",
+				bytes.NewReader(text))
 			if err != nil {
 				return 0, nil, err
 			}
@@ -196,18 +209,18 @@ func TestClusterAttackDirect(t *testing.T) {
 				return response.StatusCode, answer, err
 			}
 			retries--
-			time.Sleep(time.Second) // as its Retry-After says, which API servers do
+			time.Sleep(time.Second) // as Retry-After says and API servers do
 		}
 	}
 	honest := []byte(reviewOf("shop", podWith(many(100, `{"name":"NAME","value":"some value of a variable"}`))))
 	call := func() error {
-		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second) // an API server's timeout
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second) // the timeout of API servers
 		defer cancel()
 		status, answer, err := post(ctx, bytes.NewReader(honest), 3)
 		if err != nil || status != http.StatusOK {
 			return fmt.Errorf("%d, %w", status, err)
 		}
-		var r review
+		var r admissionReview
 		if err := json.Unmarshal(answer, &r); err != nil || r.Response == nil || r.Response.Patch == nil {
 			return fmt.Errorf("%.300s", answer)
 		}
@@ -217,9 +230,9 @@ func TestClusterAttackDirect(t *testing.T) {
 	bodies := costly("greedy")
 	beside(t, 3, 400, 20*time.Millisecond, 50*time.Millisecond, call, func(i int) {
 		_, _, _ = post(t.Context(), bytes.NewReader(bodies[i%len(bodies)]), 0)
-		time.Sleep(rand.N(200 * time.Millisecond)) // the attackers' own work is not to be what is measured
+		time.Sleep(rand.N(200 * time.Millisecond)) // so that the attackers' own load is not measured
 	})
-	// All at once, from as many namespaces.
+	// Send them all at once, each from another namespace.
 	var wg sync.WaitGroup
 	for i := range 40 {
 		wg.Go(func() {
@@ -242,8 +255,8 @@ func TestClusterAttackDirect(t *testing.T) {
 	}
 }
 
-// TestClusterAttack is that through a real API server: pods that somebody
-// creates in one namespace, and honest ones in another.
+// TestClusterAttack creates expensive pods in one namespace through a real API
+// server, beside ordinary pods in another one.
 func TestClusterAttack(t *testing.T) {
 	if !long(t) {
 		return
@@ -259,34 +272,39 @@ func TestClusterAttack(t *testing.T) {
 		r.run(t, i)
 	}
 	for _, name := range []string{"shop", "greedy"} {
-		namespace(t, c, name, object{label: "enabled"})
+		namespace(t, c, name, object{injectLabel: "enabled"})
 	}
-	honest := pod(t, strings.Replace(podText("", "{containers: [{name: envoy, SECURE}]}"), "{metadata: {", "{metadata: {generateName: h-, ", 1))
+	honest := pod(t, strings.Replace(podText("", "{containers: [{name: envoy, SECURE}]}"), "{metadata: {",
+		"{metadata: {generateName: h-, ", 1))
 	call := func() error {
 		var out object
 		if err := c.call(t.Context(), http.MethodPost, "/api/v1/namespaces/shop/pods", honest, &out); err != nil {
 			return err
 		}
-		if named(list(child(out, "spec"), "initContainers"), "sluice") != 0 {
+		if sidecarIndex(out) != 0 {
 			return fmt.Errorf("not injected: %v", out)
 		}
 		return nil
 	}
 	attacks := []object{
-		pod(t, `{metadata: {generateName: a-}, spec: {containers: [{name: envoy, image: x, env: [`+many(330_000, "{}")+`]}]}}`),
-		pod(t, `{metadata: {generateName: a-, annotations: {sluice.dev/in-process: "true", sluice.dev/resources: "{limits: {`+strings.Repeat("a: 1, ", 110_000)+`}}"}}, spec: {containers: [{name: envoy, image: x}]}}`),
-		pod(t, `{metadata: {generateName: a-, annotations: {sluice.dev/in-process: "true"}}, spec: {containers: [{name: envoy, image: x, env: [`+many(5000, "{name: A}")+`]}]}}`),
-		pod(t, `{metadata: {generateName: a-, annotations: {sluice.dev/in-process: "true"}}, spec: {containers: [`+many(20_000, "{}")+`]}}`),
+		pod(t, `{metadata: {generateName: a-}, spec: {containers: [{name: envoy, image: x, env: [`+many(330_000, "{}")+
+			`]}]}}`),
+		pod(t, `{metadata: {generateName: a-, annotations: {sluice.dev/in-process: "true", sluice.dev/resources: `+
+			`"{limits: {`+strings.Repeat("a: 1, ", 110_000)+`}}"}}, spec: {containers: [{name: envoy, image: x}]}}`),
+		pod(t, `{metadata: {generateName: a-, annotations: {sluice.dev/in-process: "true"}}, spec: {containers: `+
+			`[{name: envoy, image: x, env: [`+many(5000, "{name: A}")+`]}]}}`),
+		pod(t, `{metadata: {generateName: a-, annotations: {sluice.dev/in-process: "true"}}, spec: {containers: [`+
+			many(20_000, "{}")+`]}}`),
 	}
-	// Who sends it hears why.
+	// The client is told why its pod is denied.
 	for i, want := range []string{"the pod is too large to be injected", "annotation sluice.dev/resources"} {
 		err := c.call(t.Context(), http.MethodPost, "/api/v1/namespaces/greedy/pods", attacks[i], &object{})
-		if !isStatus(err, http.StatusForbidden) || !strings.Contains(err.Error(), want) {
+		if !hasStatus(err, http.StatusForbidden) || !strings.Contains(err.Error(), want) {
 			t.Errorf("%.500v; want one with %q", err, want)
 		}
 	}
-	// Such pods keep an API server busy by themselves, for a second each on a
-	// small machine, so that here only its timeout bounds an honest call.
+	// Such pods keep the API server itself busy, for a second each on a small
+	// machine, so that only its own timeout bounds the ordinary calls.
 	beside(t, 2, 200, 50*time.Millisecond, 5*time.Second, call, func(i int) {
 		_ = c.call(t.Context(), http.MethodPost, "/api/v1/namespaces/greedy/pods", attacks[i%len(attacks)], &object{})
 		time.Sleep(rand.N(time.Second))
@@ -303,7 +321,7 @@ func TestClusterAttack(t *testing.T) {
 	}
 }
 
-// TestClusterBusy sees that an API server asks again where a webhook says 429.
+// TestClusterBusy checks that an API server retries after a 429.
 func TestClusterBusy(t *testing.T) {
 	if !long(t) {
 		return
@@ -313,27 +331,28 @@ func TestClusterBusy(t *testing.T) {
 	h := testWebhook()
 	handler := http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
 		if asked.Add(1) == 1 {
-			for range cap(h.turns.small) {
-				h.turns.small <- struct{}{}
+			for range cap(h.slots.small) {
+				h.slots.small <- struct{}{}
 			}
-			h.turns.wait = time.Millisecond
+			h.slots.wait = time.Millisecond
 			h.ServeHTTP(w, q)
-			h.turns.wait = reviewWait
-			for range cap(h.turns.small) {
-				<-h.turns.small
+			h.slots.wait = reviewWait
+			for range cap(h.slots.small) {
+				<-h.slots.small
 			}
 			return
 		}
 		h.ServeHTTP(w, q)
 	})
-	serveWebhook(t, c.API, "busy.sluice.dev", handler, object{label: "enabled"})
-	namespace(t, c, "shop", object{label: "enabled"})
+	serveWebhook(t, c.API, "busy.sluice.dev", handler, object{injectLabel: "enabled"})
+	namespace(t, c, "shop", object{injectLabel: "enabled"})
 	var out object
-	p := pod(t, `{metadata: {name: web, annotations: {sluice.dev/in-process: "true"}}, spec: {containers: [{name: envoy, image: x}]}}`)
+	p := pod(t, `{metadata: {name: web, annotations: {sluice.dev/in-process: "true"}}, spec: {containers: [{name: `+
+		`envoy, image: x}]}}`)
 	if err := c.call(t.Context(), http.MethodPost, "/api/v1/namespaces/shop/pods", p, &out); err != nil {
 		t.Fatal(err)
 	}
-	if asked.Load() < 2 || named(list(child(out, "spec"), "initContainers"), "sluice") != 0 {
+	if asked.Load() < 2 || sidecarIndex(out) != 0 {
 		t.Errorf("asked %d times: %v", asked.Load(), out)
 	}
 }

@@ -14,20 +14,24 @@ import (
 	"syscall"
 	"testing"
 
-	"github.com/sluiceproxy/sluice/k8s/isolated"
+	"github.com/sluiceproxy/sluice/k8s/testenv"
 )
 
-// The chart's release is installed by helm, and its Deployment's replicas run here, as processes with its arguments, account and
-// addresses: the API server finds them by the Service and its EndpointSlice, and believes them by the caBundle that they filled in.
+// The chart's release is installed by helm. The replicas of its Deployment run
+// as processes of the test, with the Deployment's arguments, service account
+// and addresses. The API server finds them by the Service and its
+// EndpointSlice, and verifies their certificates by the caBundle that they have
+// set.
 const (
 	release       = "sluice-system" // the namespace
 	configuration = "sluice-injector." + release
 	configPath    = "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations/" + configuration
 )
 
-var addresses = []string{"192.0.2.1", "192.0.2.2"} // loopback's are refused in an EndpointSlice
+var addresses = []string{"192.0.2.1", "192.0.2.2"} // loopback addresses are invalid in an EndpointSlice
 
-// long is the start of each test in a cluster: false says that the test ran elsewhere, or not at all.
+// long starts each test in a cluster. It returns false in the parent process,
+// and skips the test without SLUICE_LONG.
 func long(t *testing.T) bool {
 	t.Helper()
 	if os.Getenv("SLUICE_LONG") == "" {
@@ -35,20 +39,21 @@ func long(t *testing.T) bool {
 	}
 	kubernetesBinaries(t)
 	helmBinary(t)
-	return isolated.Network(t, append(addresses, home)...)
+	return testenv.Network(t, append(addresses, home)...)
 }
 
-// program is sluice.
+// program builds sluice and returns its path.
 func program(t *testing.T) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "sluice")
-	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", path, "../cmd/sluice").CombinedOutput(); err != nil {
+	build := exec.CommandContext(t.Context(), "go", "build", "-o", path, "../cmd/sluice")
+	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	return path
 }
 
-// must makes a call that has to succeed.
+// must makes a call that must succeed.
 func must(t *testing.T, a *API, method, path string, in any) object {
 	t.Helper()
 	out := object{}
@@ -58,16 +63,18 @@ func must(t *testing.T, a *API, method, path string, in any) object {
 	return out
 }
 
-// namespace makes one, and waits for its service account, without which it takes no pods.
+// namespace creates a namespace, and waits for its service account, without
+// which it accepts no pods.
 func namespace(t *testing.T, c *controlPlane, name string, labels object) {
 	t.Helper()
 	must(t, c.API, http.MethodPost, "/api/v1/namespaces", object{"metadata": object{"name": name, "labels": labels}})
 	await(t, "service account of "+name, func() bool {
-		return c.call(t.Context(), http.MethodGet, "/api/v1/namespaces/"+name+"/serviceaccounts/default", nil, &object{}) == nil
+		return c.call(t.Context(), http.MethodGet, "/api/v1/namespaces/"+name+"/serviceaccounts/default", nil,
+			&object{}) == nil
 	})
 }
 
-// warnings hears what the API server says beside its answers.
+// warnings records the warnings of an API server.
 type warnings struct {
 	http.RoundTripper
 	mu   sync.Mutex
@@ -90,7 +97,7 @@ func (w *warnings) RoundTrip(q *http.Request) (*http.Response, error) {
 	return r, err
 }
 
-// take returns what was said since it was called last.
+// take returns the warnings since the last call.
 func (w *warnings) take() string {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -99,43 +106,47 @@ func (w *warnings) take() string {
 	return said
 }
 
-// replicas are those of the chart's webhook.
+// replicas are the replicas of the chart's webhook.
 type replicas struct {
 	c         *controlPlane
 	binary    string
 	args, env []string
-	within    *memoryGroup // for those that are started next; nil: all memory
+	within    *memoryGroup // for the replicas started next; nil for no limit
 	running   [2]*process
 	ready     [2]atomic.Bool
 }
 
-// install has helm install the chart, and makes what a kubelet would of its webhook's pods, without starting them.
+// install installs the chart with helm, and prepares what a kubelet would for
+// its webhook's pods, without starting them.
 func install(t *testing.T, c *controlPlane, args ...string) *replicas {
 	t.Helper()
-	args = append([]string{"install", "sluice", chartDir, "--kubeconfig", c.kubeconfig, "--namespace", release, "--create-namespace"}, args...)
+	args = append([]string{"install", "sluice", chartDir, "--kubeconfig", c.kubeconfig, "--namespace", release,
+		"--create-namespace"}, args...)
 	if out, err := helm(t, args...); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	return asPods(t, c)
 }
 
-// asPods is install where the release is there already.
+// asPods is install for an existing release.
 func asPods(t *testing.T, c *controlPlane) *replicas {
 	t.Helper()
 	deployment := must(t, c.API, http.MethodGet, "/apis/apps/v1/namespaces/"+release+"/deployments/sluice-webhook", nil)
 	pod := at(deployment, "spec", "template", "spec")
 	r := &replicas{c: c, binary: program(t)}
-	for _, a := range at(list(pod.(object), "containers")[0], "args").([]any) {
+	for _, a := range at(listField(pod.(object), "containers")[0], "args").([]any) {
 		r.args = append(r.args, a.(string))
 	}
 	account := t.TempDir()
-	token := must(t, c.API, http.MethodPost, "/api/v1/namespaces/"+release+"/serviceaccounts/"+at(pod, "serviceAccountName").(string)+"/token",
+	token := must(t, c.API, http.MethodPost, "/api/v1/namespaces/"+release+"/serviceaccounts/"+
+		at(pod, "serviceAccountName").(string)+"/token",
 		object{"spec": object{"expirationSeconds": 3600}})
 	ca, err := os.ReadFile(filepath.Join(c.account, "ca.crt"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, text := range map[string]string{"token": at(token, "status", "token").(string), "ca.crt": string(ca), "namespace": release} {
+	for name, text := range map[string]string{"token": at(token, "status", "token").(string), "ca.crt": string(ca),
+		"namespace": release} {
 		if err := os.WriteFile(filepath.Join(account, name), []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -148,7 +159,7 @@ func asPods(t *testing.T, c *controlPlane) *replicas {
 	return r
 }
 
-// run starts the i-th replica and sends it the API server's reviews once it is ready.
+// run starts the i-th replica, and adds it to the endpoints once it is ready.
 func (r *replicas) run(t *testing.T, i int, args ...string) {
 	t.Helper()
 	a := addresses[i]
@@ -175,7 +186,8 @@ func (r *replicas) run(t *testing.T, i int, args ...string) {
 	r.publish(t)
 }
 
-// stop does what a rollout does: at once the endpoint is taken away and the process is told to end.
+// stop acts as a rollout does: it removes the endpoint and stops the process at
+// the same time.
 func (r *replicas) stop(t *testing.T, i int) {
 	t.Helper()
 	if err := r.running[i].Process.Signal(syscall.SIGTERM); err != nil {
@@ -189,7 +201,7 @@ func (r *replicas) stop(t *testing.T, i int) {
 	}
 }
 
-// publish does what the EndpointSlice controller would if there were nodes.
+// publish acts as the EndpointSlice controller would if there were nodes.
 func (r *replicas) publish(t *testing.T) {
 	t.Helper()
 	var all []any
@@ -199,21 +211,22 @@ func (r *replicas) publish(t *testing.T) {
 	endpoints(t, r.c.API, release, "sluice-webhook", "https", 8443, all...)
 }
 
-// endpoint is one of a Service's.
+// endpoint returns an endpoint of a Service.
 func endpoint(address string, ready bool) object {
 	return object{"addresses": []any{address}, "conditions": object{"ready": ready}}
 }
 
-// endpoints says, instead of the controller, what answers for a port of a Service.
+// endpoints sets the endpoints of a Service's port, in place of the controller.
 func endpoints(t *testing.T, a *API, namespace, service, port string, number int, all ...any) {
 	t.Helper()
 	path, name := "/apis/discovery.k8s.io/v1/namespaces/"+namespace+"/endpointslices", service+"-here"
 	slice := object{
-		"metadata": object{"name": name, "labels": object{"kubernetes.io/service-name": service}}, "addressType": "IPv4",
-		"endpoints": all, "ports": []any{object{"name": port, "port": number, "protocol": "TCP"}},
+		"metadata":    object{"name": name, "labels": object{"kubernetes.io/service-name": service}},
+		"addressType": "IPv4",
+		"endpoints":   all, "ports": []any{object{"name": port, "port": number, "protocol": "TCP"}},
 	}
 	err := a.call(t.Context(), http.MethodPut, path+"/"+name, slice, &object{})
-	if isStatus(err, http.StatusNotFound) {
+	if hasStatus(err, http.StatusNotFound) {
 		err = a.call(t.Context(), http.MethodPost, path, slice, &object{})
 	}
 	if err != nil {
@@ -221,7 +234,7 @@ func endpoints(t *testing.T, a *API, namespace, service, port string, number int
 	}
 }
 
-// bundles are the caBundles of the webhook's configuration.
+// bundles returns the caBundles of the webhook's configuration.
 func bundles(t *testing.T, a *API) [][]byte {
 	t.Helper()
 	var configuration struct {
@@ -237,19 +250,20 @@ func bundles(t *testing.T, a *API) [][]byte {
 	return all
 }
 
-// injected fails unless the pod, as it is stored, has sluice as its init container of that index, with that domain.
+// injected checks that a stored pod has sluice as the init container with this
+// index, and with this domain.
 func injected(t *testing.T, pod object, index int, domain string) {
 	t.Helper()
-	init := list(child(pod, "spec"), "initContainers")
-	i := named(init, "sluice")
+	init := listField(objectField(pod, "spec"), "initContainers")
+	i := indexByName(init, "sluice")
 	if i != index {
 		t.Fatalf("sluice is init container %d, want %d:\n%v", i, index, pod)
 	}
-	env := list(init[i].(object), "env")
-	if d := named(env, "SLUICE_DOMAIN"); d < 0 || at(env[d], "value") != domain {
+	env := listField(init[i].(object), "env")
+	if d := indexByName(env, "SLUICE_DOMAIN"); d < 0 || at(env[d], "value") != domain {
 		t.Errorf("domain: %v, want %s", env, domain)
 	}
-	if stamp, _ := at(pod, "metadata", "annotations", stampName).(string); stamp == "" {
+	if stamp, _ := at(pod, "metadata", "annotations", annotationInjected).(string); stamp == "" {
 		t.Error("no stamp")
 	}
 	if metadata := at(pod, "metadata").(object); metadata["uid"] == nil {
