@@ -5,7 +5,6 @@ import (
 	"strings"
 	"time"
 
-	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protowire"
@@ -13,163 +12,132 @@ import (
 	"github.com/sluiceproxy/sluice/limiter"
 )
 
-// manner is how an outcome is told to Envoy.
-type manner uint8
-
-const (
-	pass     manner = iota // an allow, with the rate-limit headers where a limit tells
-	deny                   // a 429
-	refuse                 // a 5xx: not the client's fault
-	delegate               // an error, which Envoy's failure_mode_allow judges
-	hangUp                 // an error that nobody sees
-)
-
-// manners holds every outcome's. What the outcomes are called in metadata, metrics and logs is their String.
-var manners = map[limiter.Outcome]manner{
-	limiter.Unmatched:    pass,
-	limiter.Allowed:      pass,
-	limiter.Exempt:       pass,
-	limiter.FailedOpen:   pass,
-	limiter.FailedLocal:  pass, // of no answer: it is what checks are counted as
-	limiter.Limited:      deny,
-	limiter.FailedClosed: refuse,
-	limiter.Invalid:      refuse,
-	limiter.Delegated:    delegate,
-	limiter.Canceled:     hangUp,
-}
-
-// The fields of an answer that are written. Their numbers are envoy/service/auth/v3/external_auth.proto's.
-const (
-	statusField   = 1 // of CheckResponse: google.rpc.Status
-	deniedField   = 2
-	okField       = 3
-	metadataField = 4
-
-	okUpstreamHeaders = 2 // of OkHttpResponse
-	okRemovedHeaders  = 5
-	okClientHeaders   = 6
-
-	deniedStatus  = 1 // of DeniedHttpResponse
-	deniedHeaders = 2
-	deniedBody    = 3
-
-	overwrite = uint64(corev3.HeaderValueOption_OVERWRITE_IF_EXISTS_OR_ADD)
-)
-
-// answerSize is about what an answer takes, in bytes.
+// answerSize is the initial capacity of an answer, in bytes. Most answers fit.
 const answerSize = 512
 
-// answer tells Envoy a verdict.
-func (s *Server) answer(v *verdict) (*reply, error) {
+// answer returns the response to a check. Its error is a gRPC status: the
+// outcome is left to Envoy, or the caller is gone.
+func (s *Server) answer(check *checkState) (*rawResponse, error) {
 	e := &encoder{b: make([]byte, 0, answerSize)}
-	switch manners[v.decision.Outcome] {
-	case pass:
-		s.pass(e, v)
+	switch classes[check.decision.Outcome].disposition {
+	case allow:
+		s.allow(e, check)
 	case deny:
-		s.deny(e, v)
+		s.deny(e, check)
 	case delegate:
-		return nil, status.Error(codes.Unavailable, "the store of the rate limiter does not answer")
-	case hangUp:
-		return nil, status.Error(codes.Canceled, "the caller hung up")
+		return nil, status.Error(codes.Unavailable, "the rate limiter's store is unavailable")
+	case cancel:
+		return nil, status.Error(codes.Canceled, "the caller canceled the check")
 	default:
-		s.refuse(e, v)
+		s.refuse(e, check)
 	}
-	return &reply{e.b}, nil
+	return &rawResponse{e.b}, nil
 }
 
-func (s *Server) pass(e *encoder, v *verdict) {
-	e.close(e.open(statusField)) // its code is 0
-	shadows := denyingShadows(&v.decision)
-	ok := e.open(okField)
+// allow writes an OkHttpResponse.
+func (s *Server) allow(e *encoder, check *checkState) {
+	e.close(e.open(responseStatus)) // the code is 0, OK
+	shadows := denyingShadows(&check.decision)
+	ok := e.open(responseOK)
 	isSet := false
 	if len(shadows) > 0 {
 		names := strings.Join(shadows, ",")
-		if isSet = hasRoom(v.wire, shadowHeader, names); isSet {
-			e.header(okUpstreamHeaders, shadowHeader, names)
+		if isSet = hasRoom(check.wire, shadowHeader, names); isSet {
+			e.header(okHeaders, shadowHeader, names)
 		}
 	}
-	if v.request != nil {
-		// A client's own headers of this kind are removed even from a request that Envoy then refuses, since it still has too many
-		// headers: passing them on would be worse, and nobody else's request is concerned. The shipped chain has removed them before.
-		for name := range v.request.Headers {
-			// What is removed beats what is set, so one that is set, and so replaced, is not removed.
+	if check.request != nil {
+		// These headers are removed even if the request has more headers than
+		// Envoy accepts after a mutation: Envoy then refuses the request, which
+		// is better than to pass a client's x-sluice-* headers on. The shipped
+		// filter chain has removed them before.
+		for name := range check.request.Headers {
+			// Envoy removes headers after it sets them. A header that is set
+			// replaces the client's and must not be removed.
 			if strings.HasPrefix(name, "x-sluice-") && (!isSet || name != shadowHeader) && isToken(name) {
-				e.text(okRemovedHeaders, name)
+				e.text(okHeadersToRemove, name)
 			}
 		}
 	}
-	limitHeaders(e, okClientHeaders, v)
+	limitHeaders(e, okResponseHeaders, check)
 	e.close(ok)
-	s.metadata(e, v, shadows)
+	s.metadata(e, check, shadows)
 }
 
-// shadowHeader tells the upstream which shadow limits would have denied the request.
+// shadowHeader tells the upstream which shadow limits would have denied the
+// request.
 const shadowHeader = "x-sluice-shadow"
 
-// Envoy's default bounds of a request's headers, max_headers_count and max_request_headers_kb. Since 1.37 it answers 500 where an
-// ext_authz server's changes leave more than that, also where the request had more from the start, since Envoy adds some of its own.
+// Envoy's defaults of max_headers_count and max_request_headers_kb. Since 1.37
+// Envoy answers 500 if a request exceeds them after ext_authz's mutations, even
+// if it exceeded them before.
 const (
 	maxHeaderLines = 100
 	maxHeaderBytes = 60 << 10 // of names and values
 )
 
-// hasRoom reports whether Envoy can add a header to the request of a check. It is not asked where none is to be added.
+// hasRoom reports whether Envoy can add a header to the request of a check
+// without exceeding its bounds.
 func hasRoom(wire, name, value string) bool {
 	lines, bytes := headerSize(wire)
 	return lines < maxHeaderLines && bytes+len(name)+len(value) <= maxHeaderBytes
 }
 
-// isToken reports whether a header's name is one by RFC 9110. All that Envoy passes on are.
+// isToken reports whether name is a token by RFC 9110, as every header name
+// that Envoy passes on is.
 func isToken(name string) bool {
 	for i := 0; i < len(name); i++ {
 		c := name[i]
-		if (c < '0' || c > '9') && (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && strings.IndexByte("!#$%&'*+-.^_`|~", c) < 0 {
+		if !isAlphanumeric(c) && strings.IndexByte("!#$%&'*+-.^_`|~", c) < 0 {
 			return false
 		}
 	}
 	return name != ""
 }
 
-func (s *Server) deny(e *encoder, v *verdict) {
-	d := &v.decision
-	charge, told := &d.Charges[d.Telling], &d.Verdicts[d.Telling]
-	p := problem{status: 429, title: "Too Many Requests", limit: charge.Limit.Name}
-	if told.RetryAfter == limiter.Never {
-		p.detail = "The limit " + charge.Limit.Name + " never allows this request."
+// deny writes a 429.
+func (s *Server) deny(e *encoder, check *checkState) {
+	d := &check.decision
+	limit, verdict := d.Charges[d.Telling].Limit.Name, &d.Verdicts[d.Telling]
+	p := problem{status: 429, title: "Too Many Requests", limit: limit}
+	if verdict.RetryAfter == limiter.Never {
+		p.detail = "Rate limit \"" + limit + "\" does not allow this request."
 	} else {
-		p.retryAfter = seconds(told.RetryAfter) // rounded up, so at least 1
-		p.detail = "The limit " + charge.Limit.Name + " allows this request in " + strconv.FormatInt(p.retryAfter, 10) + " s."
+		p.retryAfter = seconds(verdict.RetryAfter) // rounded up, so at least 1
+		p.detail = "Rate limit \"" + limit + "\" exceeded. Retry in " + strconv.FormatInt(p.retryAfter, 10) + " s."
 	}
-	s.denied(e, v, codes.ResourceExhausted, p)
+	s.denied(e, check, codes.ResourceExhausted, p)
 }
 
-func (s *Server) refuse(e *encoder, v *verdict) {
-	s.denied(e, v, codes.Unavailable, problem{
-		status:     v.config.FailureStatus,
+// refuse writes an answer with failure_status.
+func (s *Server) refuse(e *encoder, check *checkState) {
+	s.denied(e, check, codes.Unavailable, problem{
+		status:     check.config.FailureStatus,
 		title:      "Rate Limiter Unavailable",
-		detail:     "The rate limiter could not decide about this request.",
+		detail:     "The rate limiter is temporarily unavailable.",
 		retryAfter: int64(s.jitter()),
 	})
 }
 
-// denied is a denial of either kind, for an HTTP client or a gRPC one.
-func (s *Server) denied(e *encoder, v *verdict, code codes.Code, p problem) {
-	at := e.open(statusField)
-	e.integer(1, uint64(code))
+// denied writes a DeniedHttpResponse for an HTTP or a gRPC client.
+func (s *Server) denied(e *encoder, check *checkState, code codes.Code, p problem) {
+	at := e.open(responseStatus)
+	e.integer(statusCode, uint64(code))
 	e.close(at)
-	denied := e.open(deniedField)
+	denied := e.open(responseDenied)
 	at = e.open(deniedStatus)
-	e.integer(1, uint64(p.status))
+	e.integer(statusCode, uint64(p.status))
 	e.close(at)
 	if code == codes.ResourceExhausted {
 		e.header(deniedHeaders, "x-envoy-ratelimited", "true")
-		limitHeaders(e, deniedHeaders, v)
+		limitHeaders(e, deniedHeaders, check)
 	}
-	if p.retryAfter > 0 && v.config.Headers.RetryAfter {
+	if p.retryAfter > 0 && check.config.Headers.RetryAfter {
 		e.header(deniedHeaders, "retry-after", strconv.FormatInt(p.retryAfter, 10))
 	}
-	if v.request != nil && isGRPC(v.request) {
-		// Without it Envoy makes every denial UNAVAILABLE, which clients and proxies retry. The body becomes grpc-message.
+	if check.request != nil && isGRPC(check.request) {
+		// Without grpc-status Envoy turns every denial into UNAVAILABLE, which
+		// clients and proxies retry. The body becomes grpc-message.
 		e.header(deniedHeaders, "grpc-status", strconv.Itoa(int(code)))
 		e.text(deniedBody, p.detail)
 	} else {
@@ -177,16 +145,17 @@ func (s *Server) denied(e *encoder, v *verdict, code codes.Code, p problem) {
 		e.text(deniedBody, p.json())
 	}
 	e.close(denied)
-	s.metadata(e, v, denyingShadows(&v.decision))
+	s.metadata(e, check, denyingShadows(&check.decision))
 }
 
-// problem is a body by RFC 9457. Its texts hold names from the config and nothing from the client.
+// problem is a body in the format of RFC 9457. Its texts contain names from the
+// config and nothing that a client sent.
 type problem struct {
 	status     int
 	title      string
 	detail     string
-	limit      string // empty: left out
-	retryAfter int64  // in seconds; 0: left out
+	limit      string // omitted if empty
+	retryAfter int64  // in seconds; omitted if 0
 }
 
 func (p *problem) json() string {
@@ -204,27 +173,29 @@ func (p *problem) json() string {
 	return string(append(b, '}'))
 }
 
-// limitHeaders writes the headers that tell a client its limits.
-func limitHeaders(e *encoder, field protowire.Number, v *verdict) {
-	d := &v.decision
+// limitHeaders writes the rate-limit headers for the client.
+func limitHeaders(e *encoder, field protowire.Number, check *checkState) {
+	d := &check.decision
 	if d.Telling < 0 {
 		return
 	}
-	if v.config.Headers.XRateLimit {
-		c, told := &d.Charges[d.Telling], &d.Verdicts[d.Telling]
+	if check.config.Headers.XRateLimit {
+		c, v := &d.Charges[d.Telling], &d.Verdicts[d.Telling]
 		e.header(field, "x-ratelimit-limit", strconv.FormatInt(c.Bucket.Burst(), 10))
-		e.header(field, "x-ratelimit-remaining", strconv.FormatInt(told.Remaining, 10))
-		e.header(field, "x-ratelimit-reset", strconv.FormatInt(seconds(told.FullAfter), 10))
+		e.header(field, "x-ratelimit-remaining", strconv.FormatInt(v.Remaining, 10))
+		e.header(field, "x-ratelimit-reset", strconv.FormatInt(seconds(v.FullAfter), 10))
 	}
-	if v.config.Headers.RateLimit {
+	if check.config.Headers.RateLimit {
 		policies, limits := ietfFields(d)
 		e.header(field, "ratelimit-policy", policies)
 		e.header(field, "ratelimit", limits)
 	}
 }
 
-// ietfFields are the values of RateLimit-Policy and RateLimit for all enforced limits that a bucket answered for: lists of
-// structured fields by RFC 9651, named by draft-ietf-httpapi-ratelimit-headers-10. A limit's name needs no escaping.
+// ietfFields returns the values of RateLimit-Policy and RateLimit for all
+// enforced limits with a known verdict. They are lists of structured fields by
+// RFC 9651, with the names of draft-ietf-httpapi-ratelimit-headers-10. The name
+// of a limit needs no escaping.
 func ietfFields(d *limiter.Decision) (policies, limits string) {
 	var p, l []byte
 	for i := range d.Charges {
@@ -247,7 +218,7 @@ func ietfFields(d *limiter.Decision) (policies, limits string) {
 	return string(p), string(l)
 }
 
-// seconds is d in whole seconds, rounded up.
+// seconds returns d in whole seconds, rounded up.
 func seconds(d time.Duration) int64 {
 	s := int64(d / time.Second)
 	if d%time.Second > 0 {
@@ -256,7 +227,8 @@ func seconds(d time.Duration) int64 {
 	return s
 }
 
-// denyingShadows are the names of the shadow limits that would have denied.
+// denyingShadows returns the names of the shadow limits that would have denied
+// the request.
 func denyingShadows(d *limiter.Decision) (names []string) {
 	for i := range d.Charges {
 		if v := &d.Verdicts[i]; d.Charges[i].Limit.Shadow && !v.Allowed && v.Known() {
@@ -266,8 +238,8 @@ func denyingShadows(d *limiter.Decision) (names []string) {
 	return names
 }
 
-// sources are the sources' names in metadata.
-var sources = map[limiter.Source]string{
+// sourceNames has the names of sources in metadata and spans.
+var sourceNames = [...]string{
 	limiter.NoSource:      "none",
 	limiter.RedisSource:   "redis",
 	limiter.MemorySource:  "memory",
@@ -275,26 +247,27 @@ var sources = map[limiter.Source]string{
 	limiter.CeilingSource: "ceiling",
 }
 
-// metadata is what Envoy's access log and other filters see of the decision.
-func (s *Server) metadata(e *encoder, v *verdict, shadows []string) {
-	d := &v.decision
-	at := e.open(metadataField)
+// metadata writes the dynamic metadata, which Envoy's access log and later
+// filters can read.
+func (s *Server) metadata(e *encoder, check *checkState, shadows []string) {
+	d := &check.decision
+	at := e.open(responseMetadata)
 	e.textEntry("decision", d.Outcome.String())
 	if d.Telling >= 0 {
-		charge, told := &d.Charges[d.Telling], &d.Verdicts[d.Telling]
-		e.textEntry("limit", charge.Limit.Name)
-		e.numberEntry("remaining", float64(told.Remaining))
-		e.numberEntry("cost", float64(charge.Cost))
-		e.textEntry("source", sources[told.Source])
-		if d.Outcome == limiter.Limited && told.RetryAfter != limiter.Never {
-			e.numberEntry("retry_after", float64(seconds(told.RetryAfter)))
+		c, v := &d.Charges[d.Telling], &d.Verdicts[d.Telling]
+		e.textEntry("limit", c.Limit.Name)
+		e.numberEntry("remaining", float64(v.Remaining))
+		e.numberEntry("cost", float64(c.Cost))
+		e.textEntry("source", sourceNames[v.Source])
+		if d.Outcome == limiter.Limited && v.RetryAfter != limiter.Never {
+			e.numberEntry("retry_after", float64(seconds(v.RetryAfter)))
 		}
 	} else {
-		// Of null Envoy's access log says "-".
+		// Envoy's access log writes null as "-".
 		e.nullEntry("limit")
 		e.nullEntry("remaining")
 		e.nullEntry("cost")
-		e.textEntry("source", sources[limiter.NoSource])
+		e.textEntry("source", sourceNames[limiter.NoSource])
 	}
 	e.listEntry("shadow", shadows)
 	e.close(at)

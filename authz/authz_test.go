@@ -27,14 +27,15 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/policy"
 )
 
-// said is a store that says what a test has it say, in turn for the charges.
+// said is a store that answers with the given verdicts, in the order of the
+// charges.
 type said []limiter.Verdict
 
 func (s said) Take(_ context.Context, _ []limiter.Charge, verdicts []limiter.Verdict) {
 	copy(verdicts, s)
 }
 
-// panics is a store with a mistake in it.
+// panics is a store that panics.
 type panics struct{}
 
 func (panics) Take(context.Context, []limiter.Charge, []limiter.Verdict) {
@@ -51,7 +52,8 @@ func no(remaining int64, retry, full, next time.Duration) limiter.Verdict {
 
 var failed = limiter.Verdict{Err: &limiter.StoreError{Kind: limiter.KindTimeout, Err: errors.New("late")}}
 
-// newServer is a server on a config and a store, and what it counts and logs.
+// newServer returns a server with a config and a store, its metrics and its
+// log.
 func newServer(t testing.TB, config string, store limiter.Store) (*Server, *prometheus.Registry, *observer.ObservedLogs) {
 	t.Helper()
 	c := configOf(t, config)
@@ -71,7 +73,8 @@ func configOf(t testing.TB, config string) *policy.Config {
 	return c
 }
 
-// checkOf is a check of GET / with headers given as name, value, name, value.
+// checkOf returns a check of GET / with headers, given as name, value, name,
+// value.
 func checkOf(headers ...string) *authv3.CheckRequest {
 	all := map[string]string{}
 	for i := 0; i < len(headers); i += 2 {
@@ -91,7 +94,7 @@ func address(ip string, port uint32) *authv3.AttributeContext_Peer {
 	}}}}
 }
 
-// spell writes an answer down, a line a part.
+// spell writes an answer as text, one line for each part.
 func spell(r *authv3.CheckResponse, err error) string {
 	if err != nil {
 		return "error " + status.Code(err).String() + "\n"
@@ -182,7 +185,7 @@ client x-ratelimit-remaining: 0
 client x-ratelimit-reset: 60
 client retry-after: 3
 client content-type: application/problem+json
-body {"title":"Too Many Requests","status":429,"detail":"The limit orders allows this request in 3 s.","limit":"orders","retry_after":3}
+body {"title":"Too Many Requests","status":429,"detail":"Rate limit \"orders\" exceeded. Retry in 3 s.","limit":"orders","retry_after":3}
 metadata cost=1 decision="limited" limit="orders" remaining=0 retry_after=3 shadow=[] source="redis"
 `},
 		{"limited for a moment", one, said{no(0, time.Microsecond, time.Minute, 1)}, checkOf(), `status 8
@@ -193,7 +196,7 @@ client x-ratelimit-remaining: 0
 client x-ratelimit-reset: 60
 client retry-after: 1
 client content-type: application/problem+json
-body {"title":"Too Many Requests","status":429,"detail":"The limit orders allows this request in 1 s.","limit":"orders","retry_after":1}
+body {"title":"Too Many Requests","status":429,"detail":"Rate limit \"orders\" exceeded. Retry in 1 s.","limit":"orders","retry_after":1}
 metadata cost=1 decision="limited" limit="orders" remaining=0 retry_after=1 shadow=[] source="redis"
 `},
 		{"limited for ever", one, said{no(100, limiter.Never, 0, 0)}, checkOf(), `status 8
@@ -203,7 +206,7 @@ client x-ratelimit-limit: 100
 client x-ratelimit-remaining: 100
 client x-ratelimit-reset: 0
 client content-type: application/problem+json
-body {"title":"Too Many Requests","status":429,"detail":"The limit orders never allows this request.","limit":"orders"}
+body {"title":"Too Many Requests","status":429,"detail":"Rate limit \"orders\" does not allow this request.","limit":"orders"}
 metadata cost=1 decision="limited" limit="orders" remaining=100 shadow=[] source="redis"
 `},
 		{"a gRPC call is limited", one, said{no(0, time.Second, time.Minute, 1)}, checkOf("content-type", "application/grpc+proto"), `status 8
@@ -214,14 +217,14 @@ client x-ratelimit-remaining: 0
 client x-ratelimit-reset: 60
 client retry-after: 1
 client grpc-status: 8
-body The limit orders allows this request in 1 s.
+body Rate limit "orders" exceeded. Retry in 1 s.
 metadata cost=1 decision="limited" limit="orders" remaining=0 retry_after=1 shadow=[] source="redis"
 `},
 		{"gRPC-Web is HTTP", "headers: []\n" + one, said{no(0, time.Second, time.Minute, 1)}, checkOf("content-type", "application/grpc-web+proto"), `status 8
 deny 429
 client x-envoy-ratelimited: true
 client content-type: application/problem+json
-body {"title":"Too Many Requests","status":429,"detail":"The limit orders allows this request in 1 s.","limit":"orders","retry_after":1}
+body {"title":"Too Many Requests","status":429,"detail":"Rate limit \"orders\" exceeded. Retry in 1 s.","limit":"orders","retry_after":1}
 metadata cost=1 decision="limited" limit="orders" remaining=0 retry_after=1 shadow=[] source="redis"
 `},
 		{"of two that allow, the one with less left", two, said{ok(50, time.Second, 1), ok(4, 6*time.Second, 1)}, checkOf(), `status 0
@@ -236,7 +239,7 @@ deny 429
 client x-envoy-ratelimited: true
 client retry-after: 9
 client content-type: application/problem+json
-body {"title":"Too Many Requests","status":429,"detail":"The limit orders allows this request in 9 s.","limit":"orders","retry_after":9}
+body {"title":"Too Many Requests","status":429,"detail":"Rate limit \"orders\" exceeded. Retry in 9 s.","limit":"orders","retry_after":9}
 metadata cost=1 decision="limited" limit="orders" remaining=0 retry_after=9 shadow=[] source="redis"
 `},
 		{"the IETF's fields speak of all", "headers: [ratelimit]\n" + two, said{ok(100, 0, 0), ok(4, 6*time.Second, time.Second)}, checkOf(), `status 0
@@ -267,28 +270,28 @@ metadata cost=null decision="allowed" limit=null remaining=null shadow=[] source
 deny 503
 client retry-after: 7
 client content-type: application/problem+json
-body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter could not decide about this request.","retry_after":7}
+body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter is temporarily unavailable.","retry_after":7}
 metadata cost=null decision="failed_closed" limit=null remaining=null shadow=[] source="none"
 `},
 		{"failed closed, by another status", "failure_status: 502\n" + one, said{failed}, checkOf(), `status 14
 deny 502
 client retry-after: 7
 client content-type: application/problem+json
-body {"title":"Rate Limiter Unavailable","status":502,"detail":"The rate limiter could not decide about this request.","retry_after":7}
+body {"title":"Rate Limiter Unavailable","status":502,"detail":"The rate limiter is temporarily unavailable.","retry_after":7}
 metadata cost=null decision="failed_closed" limit=null remaining=null shadow=[] source="none"
 `},
 		{"failed closed, for a gRPC call", one, said{failed}, checkOf("content-type", "application/grpc"), `status 14
 deny 503
 client retry-after: 7
 client grpc-status: 14
-body The rate limiter could not decide about this request.
+body The rate limiter is temporarily unavailable.
 metadata cost=null decision="failed_closed" limit=null remaining=null shadow=[] source="none"
 `},
 		{"failed closed beside a limit that allows: no x-ratelimit", two, said{ok(3, 1, 1), failed}, checkOf(), `status 14
 deny 503
 client retry-after: 7
 client content-type: application/problem+json
-body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter could not decide about this request.","retry_after":7}
+body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter is temporarily unavailable.","retry_after":7}
 metadata cost=1 decision="failed_closed" limit="orders" remaining=3 shadow=[] source="redis"
 `},
 		{"failed open", "on_failure: allow\n" + one, said{failed}, checkOf(), `status 0
@@ -300,28 +303,28 @@ metadata cost=null decision="failed_open" limit=null remaining=null shadow=[] so
 deny 503
 client retry-after: 7
 client content-type: application/problem+json
-body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter could not decide about this request.","retry_after":7}
+body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter is temporarily unavailable.","retry_after":7}
 metadata cost=null decision="failed_closed" limit=null remaining=null shadow=[] source="none"
 `},
 		{"a mistake of the config", `limits: [{name: a, rate: 1/s, key: 'request.path.split("?")[1]'}]`, said{}, checkOf(), `status 14
 deny 503
 client retry-after: 7
 client content-type: application/problem+json
-body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter could not decide about this request.","retry_after":7}
+body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter is temporarily unavailable.","retry_after":7}
 metadata cost=null decision="invalid" limit=null remaining=null shadow=[] source="none"
 `},
 		{"no HTTP in it", one, said{}, &authv3.CheckRequest{}, `status 14
 deny 503
 client retry-after: 7
 client content-type: application/problem+json
-body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter could not decide about this request.","retry_after":7}
+body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter is temporarily unavailable.","retry_after":7}
 metadata cost=null decision="invalid" limit=null remaining=null shadow=[] source="none"
 `},
 		{"nothing at all", one, said{}, nil, `status 14
 deny 503
 client retry-after: 7
 client content-type: application/problem+json
-body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter could not decide about this request.","retry_after":7}
+body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter is temporarily unavailable.","retry_after":7}
 metadata cost=null decision="invalid" limit=null remaining=null shadow=[] source="none"
 `},
 	} {
@@ -337,15 +340,22 @@ metadata cost=null decision="invalid" limit=null remaining=null shadow=[] source
 	}
 }
 
-// Every outcome is told in some manner, and named in the metadata.
-func TestOutcomesAreTold(t *testing.T) {
+func TestEveryOutcomeHasAClass(t *testing.T) {
 	for _, o := range limiter.Outcomes {
-		if _, ok := manners[o]; !ok {
-			t.Errorf("%v has no manner", o)
+		if int(o) >= len(classes) || classes[o].disposition == 0 {
+			t.Errorf("%v has no class", o)
 		}
 	}
-	if len(manners) != len(limiter.Outcomes) || len(sources) != int(limiter.CeilingSource)+1 {
-		t.Error("more manners than outcomes, or not all sources")
+	if len(classes) != len(limiter.Outcomes) {
+		t.Errorf("%d classes of %d outcomes", len(classes), len(limiter.Outcomes))
+	}
+	for source, name := range sourceNames {
+		if name == "" {
+			t.Errorf("source %d has no name", source)
+		}
+	}
+	if len(sourceNames) != int(limiter.CeilingSource)+1 {
+		t.Errorf("%d names of sources", len(sourceNames))
 	}
 }
 
@@ -362,7 +372,7 @@ func TestMetrics(t *testing.T) {
 	_, _ = s.Check(t.Context(), &authv3.CheckRequest{})
 	_, _ = s.Check(t.Context(), &authv3.CheckRequest{})
 	want := `
-# HELP sluice_checks_total Checks, by how they ended.
+# HELP sluice_checks_total Total number of checks, by decision.
 # TYPE sluice_checks_total counter
 sluice_checks_total{decision="allowed"} 2
 sluice_checks_total{decision="canceled"} 0
@@ -374,23 +384,23 @@ sluice_checks_total{decision="failed_open"} 0
 sluice_checks_total{decision="invalid"} 2
 sluice_checks_total{decision="limited"} 2
 sluice_checks_total{decision="unmatched"} 0
-# HELP sluice_limit_decisions_total Each limit's own verdicts, also where another limit denied.
+# HELP sluice_limit_decisions_total Total number of decisions of each limit, by decision.
 # TYPE sluice_limit_decisions_total counter
 sluice_limit_decisions_total{decision="allowed",limit="a"} 2
 sluice_limit_decisions_total{decision="allowed",limit="b"} 2
 sluice_limit_decisions_total{decision="limited",limit="a"} 2
 sluice_limit_decisions_total{decision="shadow_limited",limit="b"} 2
-# HELP sluice_rejections_total Requests that an enforced limit denied.
+# HELP sluice_rejections_total Total number of requests that an enforced limit denied.
 # TYPE sluice_rejections_total counter
 sluice_rejections_total{limit="a"} 2
-# HELP sluice_tokens_taken_total Tokens that were taken.
+# HELP sluice_tokens_taken_total Total number of tokens taken.
 # TYPE sluice_tokens_taken_total counter
 sluice_tokens_taken_total{limit="a"} 2
 sluice_tokens_taken_total{limit="b"} 2
-# HELP sluice_panics_total Checks that a mistake in sluice itself ended; each was refused.
+# HELP sluice_panics_total Total number of checks that panicked and were refused.
 # TYPE sluice_panics_total counter
 sluice_panics_total 1
-# HELP sluice_config_mistakes_total Checks that showed a mistake of the config; such are refused, but for a shadow limit's.
+# HELP sluice_config_mistakes_total Total number of checks that revealed an error in the config, by limit and field.
 # TYPE sluice_config_mistakes_total counter
 sluice_config_mistakes_total{field="",limit=""} 2
 `
@@ -406,27 +416,28 @@ sluice_config_mistakes_total{field="",limit=""} 2
 	for _, l := range logs.All() {
 		lines = append(lines, l.Level.String()+" "+l.Message)
 	}
-	if got, want := strings.Join(lines, "\n"), `info limited
-debug limited
-warn the store does not answer: timeout
-error a check panicked
-error a mistake of the config: such requests are refused (said once)`; got != want {
+	if got, want := strings.Join(lines, "\n"), `info request limited
+debug request limited
+warn store error: timeout
+error check panicked
+error config error: requests are refused (logged once)`; got != want {
 		t.Errorf("logged\n%s\nwant\n%s", got, want)
 	}
-	if got := fmt.Sprint(logs.All()[0].ContextMap()); got != "map[cost:1 decision:limited domain:default key_hash:- left_out:0 limit:a remaining:0 request_id:id-1 retry_after:1]" {
+	if got := fmt.Sprint(logs.All()[0].ContextMap()); got != "map[cost:1 decision:limited domain:default key_hash:- limit:a remaining:0 request_id:id-1 retry_after:1 suppressed:0]" {
 		t.Error(got)
 	}
 }
 
-// The first denial is logged, then every thousandth, and the first one after a minute; each says how many were left out.
+// The first denial is logged, then every thousandth, and the first one after a
+// minute. Each line says how many were suppressed.
 func TestDenialsAreLoggedSampled(t *testing.T) {
 	var s sampler
 	at := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 	var got []string
 	deny := func(n int) {
 		for range n {
-			if leftOut, is := s.next(at); is {
-				got = append(got, fmt.Sprint(s.seen.Load(), " left out ", leftOut))
+			if suppressed, is := s.next(at); is {
+				got = append(got, fmt.Sprint(s.events.Load(), " left out ", suppressed))
 			}
 		}
 	}
@@ -441,27 +452,27 @@ func TestDenialsAreLoggedSampled(t *testing.T) {
 		t.Errorf("%s\nwant %s", got, want)
 	}
 
-	// Of many at once none is lost: what was logged and what was left out are all that there were.
+	// With concurrent events, the logged and the suppressed ones add up to all.
 	var many sampler
-	var logged, leftOut atomic.Uint64
+	var logged, suppressed atomic.Uint64
 	var wg sync.WaitGroup
 	for range 4 {
 		wg.Go(func() {
 			for range 10_000 {
 				if n, is := many.next(at); is {
 					logged.Add(1)
-					leftOut.Add(n)
+					suppressed.Add(n)
 				}
 			}
 		})
 	}
 	wg.Wait()
-	if rest := many.seen.Load() - many.told.Load(); logged.Load()+leftOut.Load()+rest != 40_000 || logged.Load() < 30 || logged.Load() > 41 {
-		t.Errorf("%d logged, %d left out, %d since", logged.Load(), leftOut.Load(), rest)
+	if rest := many.events.Load() - many.logged.Load(); logged.Load()+suppressed.Load()+rest != 40_000 || logged.Load() < 30 || logged.Load() > 41 {
+		t.Errorf("%d logged, %d left out, %d since", logged.Load(), suppressed.Load(), rest)
 	}
 }
 
-// A limit that is logged sampled says so, at info; at debug each denial is logged.
+// At the info level denials are sampled; at the debug level each is logged.
 func TestDenialsInTheLog(t *testing.T) {
 	for level, want := range map[zapcore.Level]int{zap.DebugLevel: 2500, zap.InfoLevel: 3, zap.WarnLevel: 0} {
 		s, _, _ := newServer(t, "limits: [{name: a, rate: 100/s}]", said{no(0, limiter.Never, time.Second, 1)})
@@ -474,14 +485,15 @@ func TestDenialsInTheLog(t *testing.T) {
 			t.Errorf("at %v %d lines, want %d", level, logs.Len(), want)
 		}
 		if want == 3 {
-			if got := fmt.Sprint(logs.All()[2].ContextMap()); got != "map[cost:1 decision:limited domain:default key_hash:- left_out:999 limit:a remaining:0]" {
+			if got := fmt.Sprint(logs.All()[2].ContextMap()); got != "map[cost:1 decision:limited domain:default key_hash:- limit:a remaining:0 suppressed:999]" {
 				t.Error(got)
 			}
 		}
 	}
 }
 
-// Where another limit denies, or a store fails, a limit that allows has taken nothing.
+// If another limit denies, or a store fails, a limit that allows has taken
+// nothing.
 func TestTokensOfARefusedRequest(t *testing.T) {
 	const config = "limits: [{name: a, rate: 100/s}, {name: b, rate: 10/s}]"
 	s, registry, _ := newServer(t, config, nil)
@@ -492,7 +504,7 @@ func TestTokensOfARefusedRequest(t *testing.T) {
 		}
 	}
 	want := `
-# HELP sluice_tokens_taken_total Tokens that were taken.
+# HELP sluice_tokens_taken_total Total number of tokens taken.
 # TYPE sluice_tokens_taken_total counter
 sluice_tokens_taken_total{limit="a"} 0
 sluice_tokens_taken_total{limit="b"} 0
@@ -527,7 +539,7 @@ func TestRead(t *testing.T) {
 		"pipe": {pipe, "GET https shop.example.com / HTTP/2 map[] { 0 } { 0 } map[]"},
 		"bare": {bare, "     map[] { 0 } { 0 } map[]"},
 	} {
-		r, err := read(tt.check)
+		r, err := requestOf(tt.check)
 		if err != nil {
 			t.Errorf("%s: %v", name, err)
 			continue
@@ -538,7 +550,7 @@ func TestRead(t *testing.T) {
 		}
 	}
 	for i, check := range []*authv3.CheckRequest{nil, {}, {Attributes: &authv3.AttributeContext{}}, {Attributes: &authv3.AttributeContext{Request: &authv3.AttributeContext_Request{}}}} {
-		if _, err := read(check); !errors.Is(err, errNoHTTP) {
+		if _, err := requestOf(check); !errors.Is(err, errNoHTTP) {
 			t.Errorf("%d: %v", i, err)
 		}
 	}
@@ -558,7 +570,7 @@ func TestRequestID(t *testing.T) {
 	}
 }
 
-// A caller who is gone, or whose time is over, gets an answer all the same, and at once.
+// A caller who has canceled gets an answer at once if the store needs no wait.
 func TestCallerIsGone(t *testing.T) {
 	s, _, _ := newServer(t, "limits: [{name: a, rate: 1/s}]", limiter.NewMemory(1<<20, nil, prometheus.NewRegistry()))
 	ctx, cancel := context.WithCancel(t.Context())
@@ -568,8 +580,8 @@ func TestCallerIsGone(t *testing.T) {
 	}
 }
 
-// A caller who hung up before the store answered was refused nothing: the check is counted as canceled, and neither logged nor shown as a
-// denial.
+// A check that the caller canceled before the store answered is counted as
+// canceled. It is neither logged nor listed as a denial.
 func TestCallerHungUp(t *testing.T) {
 	s, registry, logs := newServer(t, "limits: [{name: a, rate: 1/s}]", said{{Err: &limiter.StoreError{Kind: limiter.KindOther, Err: context.Canceled}}})
 	ctx, cancel := context.WithCancel(t.Context())
@@ -577,8 +589,8 @@ func TestCallerHungUp(t *testing.T) {
 	if _, err := s.Check(ctx, checkOf()); status.Code(err) != codes.Canceled {
 		t.Error(err)
 	}
-	if n := testutil.ToFloat64(s.report.checks[limiter.Canceled]); n != 1 || logs.Len() != 0 || len(s.report.last.told()) != 0 {
-		t.Errorf("%v canceled; logged %v; denials %v", n, logs.All(), s.report.last.told())
+	if n := testutil.ToFloat64(s.report.checks[limiter.Canceled]); n != 1 || logs.Len() != 0 || len(s.report.denials.list()) != 0 {
+		t.Errorf("%v canceled; logged %v; denials %v", n, logs.All(), s.report.denials.list())
 	}
 	if n, err := testutil.GatherAndCount(registry, "sluice_checks_total"); err != nil || n != len(limiter.Outcomes) {
 		t.Errorf("%d decisions, %v", n, err)

@@ -21,13 +21,14 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/policy"
 )
 
-// Check answers a check as the generated code would have it: tests go by the messages, and so through the wire both ways.
+// Check encodes a check, answers it and decodes the answer, so that tests use
+// messages and cover the wire format both ways.
 func (s *Server) Check(ctx context.Context, check *authv3.CheckRequest) (*authv3.CheckResponse, error) {
 	wire, err := proto.Marshal(check)
 	if err != nil {
 		return nil, err
 	}
-	answer, err := s.check(ctx, &question{string(wire)})
+	answer, err := s.check(ctx, &rawRequest{string(wire)})
 	if err != nil {
 		return nil, err
 	}
@@ -35,18 +36,19 @@ func (s *Server) Check(ctx context.Context, check *authv3.CheckRequest) (*authv3
 	return &response, proto.Unmarshal(answer.wire, &response)
 }
 
-// agree holds parse to the generated code.
-func agree(t interface{ Errorf(string, ...any) }, wire []byte) (isCheck, isQuick bool) {
+// agree compares parse with the generated code.
+func agree(t interface{ Errorf(string, ...any) }, wire []byte) (isCheck, isFast bool) {
 	var check authv3.CheckRequest
 	got, err := parse(string(wire))
 	if proto.Unmarshal(wire, &check) != nil {
-		// What it skips it does not look into, so some of what is no check may be read; the rest has one error.
+		// parse does not look into the fields that it skips, so it may accept
+		// some invalid checks. For the others it returns one of its two errors.
 		if err != nil && !errors.Is(err, errNoCheck) && !errors.Is(err, errNoHTTP) {
 			t.Errorf("%q: %v", wire, err)
 		}
 		return false, false
 	}
-	want, wantErr := read(&check)
+	want, wantErr := requestOf(&check)
 	if !errors.Is(err, wantErr) {
 		t.Errorf("%q: %v, want %v", wire, err, wantErr)
 	}
@@ -61,16 +63,17 @@ func agree(t interface{ Errorf(string, ...any) }, wire []byte) (isCheck, isQuick
 	})) {
 		t.Errorf("%q: %s", wire, cmp.Diff(got, want, protocmp.Transform()))
 	}
-	_, isQuick = quickly(string(wire), &policy.Request{})
-	return true, isQuick
+	_, isFast = parseFast(string(wire), &policy.Request{})
+	return true, isFast
 }
 
-// Checks of any form are read as the generated code reads them: with and without each field, and pieced together of two, as protobuf merges them.
+// parse reads checks as the generated code does: with and without each field,
+// and in two pieces, which protobuf merges.
 func TestParseAgrees(t *testing.T) {
 	text := rapid.OneOf(rapid.StringN(0, 20, -1), rapid.SampledFrom([]string{"", "x", "/v1/orders?page=2", string(make([]byte, 300))}))
 	texts := rapid.MapOfN(text, text, 0, 20)
 	name := rapid.OneOf(text, rapid.SampledFrom([]string{"a", "A", "cookie", "Cookie", "x-api-key"}))
-	quick := 0
+	fast := 0
 	rapid.Check(t, func(t *rapid.T) {
 		maybe := func(what string) bool { return rapid.IntRange(0, 9).Draw(t, what) > 0 }
 		seldom := func(what string) bool { return rapid.IntRange(0, 19).Draw(t, what) == 0 }
@@ -138,18 +141,19 @@ func TestParseAgrees(t *testing.T) {
 			}
 			wire = append(wire, piece...)
 		}
-		if _, isQuick := agree(t, wire); isQuick {
-			quick++
+		if _, isFast := agree(t, wire); isFast {
+			fast++
 		}
-		// Cut anywhere it is still no panic.
+		// A truncated check causes no panic.
 		agree(t, wire[:rapid.IntRange(0, len(wire)).Draw(t, "cut")])
 	})
-	if quick < 10 { // of a hundred; about a third are
-		t.Errorf("only %d were read quickly", quick)
+	if fast < 10 { // of a hundred; about a third are
+		t.Errorf("parseFast read only %d", fast)
 	}
 }
 
-// Without its body a check is what it was else, in however many buffers it comes; what is cut is no check with it and without.
+// withoutBody removes the body and nothing else, in however many buffers the
+// check comes. A truncated check stays invalid.
 func TestWithoutBody(t *testing.T) {
 	for _, isRaw := range []bool{false, true} {
 		check := asEnvoySends(isRaw)
@@ -183,7 +187,7 @@ func TestWithoutBody(t *testing.T) {
 	}
 }
 
-// Bytes of any form, as whoever reaches the socket may send them.
+// FuzzParseCheck parses any bytes, as a client of the socket may send them.
 func FuzzParseCheck(f *testing.F) {
 	check := checkOf()
 	check.GetAttributes().GetRequest().Time = timestamppb.New(time.Unix(1_700_000_000, 5))
@@ -194,16 +198,17 @@ func FuzzParseCheck(f *testing.F) {
 	f.Add(wire)
 	f.Add([]byte("\x0a\x04\x0a\x02\x0a\x00"))
 	f.Add([]byte("\x0a\x02\x22\x00"))
-	f.Add([]byte("\x0a\x0a000\xff\xee\xf8\xc902\xff\xee\xf8\xc9020")) // a field longer than what it is in
+	f.Add([]byte("\x0a\x0a000\xff\xee\xf8\xc902\xff\xee\xf8\xc9020")) // a field that exceeds its message
 	f.Fuzz(func(t *testing.T, wire []byte) {
 		text := string(wire)
 		if cost := allocates(func() { _, _ = parse(text) }); cost > mayAllocate(len(wire)) {
 			t.Errorf("%q: %d bytes are allocated for %d", wire, cost, len(wire))
 		}
-		if cost := allocates(func() { withoutBody(mem.BufferSlice{mem.SliceBuffer(wire)}) }); cost > 64<<10+4*len(wire) {
+		data := mem.BufferSlice{mem.SliceBuffer(wire)}
+		if cost := allocates(func() { withoutBody(data) }); cost > 64<<10+4*len(wire) {
 			t.Errorf("%q: without its body %d bytes are allocated for %d", wire, cost, len(wire))
 		}
-		if _, isQuick := agree(t, wire); !isQuick {
+		if _, isFast := agree(t, wire); !isFast {
 			return // groups are read by the generated code only
 		}
 		with, err := parse(string(wire))
@@ -214,8 +219,9 @@ func FuzzParseCheck(f *testing.F) {
 	})
 }
 
-// asEnvoySends is a browser's request as the shipped chain has Envoy send it: header by header and with metadata, which are empty. With
-// isRaw false it is what Envoy sends without encode_raw_headers.
+// asEnvoySends returns a browser's request as Envoy sends it with the shipped
+// filter chain: header by header, and with empty metadata. If isRaw is false,
+// it is what Envoy sends without encode_raw_headers.
 func asEnvoySends(isRaw bool) *authv3.CheckRequest {
 	check := checkOf(
 		":authority", "shop.example.com", ":path", "/v1/orders?page=2", ":method", "GET", ":scheme", "https",
@@ -242,16 +248,17 @@ func asEnvoySends(isRaw bool) *authv3.CheckRequest {
 	return check
 }
 
-// What Envoy sends is read quickly in either form, and alike.
-func TestParseIsQuick(t *testing.T) {
+// parseFast reads what Envoy sends, with headers and with header_map, and the
+// results are equal.
+func TestParseIsFast(t *testing.T) {
 	var read [2]*policy.Request
 	for i, isRaw := range []bool{false, true} {
 		wire, err := proto.Marshal(asEnvoySends(isRaw))
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, quick := agree(t, wire); !quick {
-			t.Errorf("with header_map %v, it is not read quickly", isRaw)
+		if _, isFast := agree(t, wire); !isFast {
+			t.Errorf("with header_map %v, parseFast does not read it", isRaw)
 		}
 		if read[i], err = parse(string(wire)); err != nil {
 			t.Fatal(err)
@@ -262,7 +269,8 @@ func TestParseIsQuick(t *testing.T) {
 	}
 }
 
-// BenchmarkParse reads a check as the generated code does, and from the wire, with headers and with header_map.
+// BenchmarkParse compares the generated code with parse, with headers and with
+// header_map.
 //
 //	go test ./authz -run '^$' -bench Parse
 func BenchmarkParse(b *testing.B) {
@@ -283,12 +291,12 @@ func benchmarkParse(b *testing.B, check *authv3.CheckRequest) {
 			if err := proto.Unmarshal(wire, &check); err != nil {
 				b.Fatal(err)
 			}
-			if _, err := read(&check); err != nil {
+			if _, err := requestOf(&check); err != nil {
 				b.Fatal(err)
 			}
 		}
 	})
-	b.Run("quick", func(b *testing.B) {
+	b.Run("parse", func(b *testing.B) {
 		text := string(wire)
 		b.ReportAllocs()
 		for b.Loop() {

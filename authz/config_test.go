@@ -15,13 +15,14 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/policy"
 )
 
-// What the config makes of a request besides charges: exemptions, limits without buckets, mistakes, and what its route says.
+// TestCheckByConfig checks what a config does besides charges: exemptions,
+// limits without buckets, errors, and the limits of routes.
 func TestCheckByConfig(t *testing.T) {
 	const refused = `status 14
 deny 503
 client retry-after: 7
 client content-type: application/problem+json
-body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter could not decide about this request.","retry_after":7}
+body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter is temporarily unavailable.","retry_after":7}
 metadata cost=null decision="invalid" limit=null remaining=null shadow=[] source="none"
 `
 	const allowed = `status 0
@@ -48,18 +49,18 @@ metadata cost=1 decision="allowed" limit="b" remaining=5 shadow=[] source="redis
 		{"unlimited", "limits: [{name: a, rate: unlimited}]", panics{}, "", nothing("allowed"), `limit_decisions_total{decision="allowed",limit="a"} 1`, ""},
 		{"unlimited beside a limit", "limits: [{name: a, rate: unlimited}, {name: b, rate: 9/s}]", five, "", allowed, `limit_decisions_total{decision="allowed",limit="a"} 1`, ""},
 		{"a limit's mistake", `limits: [{name: a, rate: 9/s, cost: 'int(request.path)'}, {name: b, rate: 9/s}]`, panics{}, "", refused,
-			`config_mistakes_total{field="cost",limit="a"} 1`, "a mistake of the config: such requests are refused (said once)"},
+			`config_mistakes_total{field="cost",limit="a"} 1`, "config error: requests are refused (logged once)"},
 		{"a mistake, whatever on_failure says", `{on_failure: allow, limits: [{name: a, rate: 9/s, cost: 'int(request.path)'}]}`, panics{}, "", refused, `checks_total{decision="invalid"} 1`,
-			"a mistake of the config: such requests are refused (said once)"},
+			"config error: requests are refused (logged once)"},
 		{"a shadow limit's mistake", `limits: [{name: a, mode: shadow, rate: 9/s, cost: 'int(request.path)'}, {name: b, rate: 9/s}]`, five, "", allowed,
-			`config_mistakes_total{field="cost",limit="a"} 1`, "a mistake of the config: the limit is a shadow, so such requests are not held against it (said once)"},
+			`config_mistakes_total{field="cost",limit="a"} 1`, "config error: the shadow limit is skipped (logged once)"},
 		{"a route's limit", "", five, "sluice.limit.b={rate: 9/s}", allowed, `limit_decisions_total{decision="allowed",limit="b"} 1`, ""},
 		{"a route's mistake", "limits: [{name: b, rate: 9/s}]", panics{}, "sluice.limit.a={rate: 9}", refused, `config_mistakes_total{field="context_extensions",limit="a"} 1`,
-			"a mistake of the config: such requests are refused (said once)"},
+			"config error: requests are refused (logged once)"},
 		{"a key that there is not", "limits: [{name: b, rate: 9/s}]", panics{}, "sluice.limit=a", refused, `config_mistakes_total{field="context_extensions",limit=""} 1`,
-			"a mistake of the config: such requests are refused (said once)"},
+			"config error: requests are refused (logged once)"},
 		{"a route's mistake in the shadow", "{mode: shadow, limits: [{name: c, rate: 9/s}]}", said{ok(5, 1, 1)}, "sluice.limit.a={rate: 9}", nothing("allowed"),
-			`config_mistakes_total{field="context_extensions",limit="a"} 1`, "a mistake of the config: the limit is a shadow, so such requests are not held against it (said once)"},
+			`config_mistakes_total{field="context_extensions",limit="a"} 1`, "config error: the shadow limit is skipped (logged once)"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			s, registry, logs := newServer(t, tt.config, tt.store)
@@ -96,8 +97,8 @@ func scrape(registry *prometheus.Registry) string {
 	return recorder.Body.String()
 }
 
-// Another config is in force from the next check on, and each check is answered by one.
-func TestUse(t *testing.T) {
+// A new config is in force from the next check on, and no check mixes two.
+func TestSetConfig(t *testing.T) {
 	version := func(n int) *policy.Config {
 		c, err := policy.Parse("test.yaml", fmt.Appendf(nil, "{failure_status: %d, headers: [retry-after], limits: [{name: l%[1]d, rate: 1/s, key: client.ip}]}", n), noEnv)
 		if err != nil {
@@ -107,7 +108,7 @@ func TestUse(t *testing.T) {
 	}
 	configs := []*policy.Config{version(501), version(502)}
 	s, registry, _ := newServer(t, "", said{failed})
-	s.Use(configs[0])
+	s.SetConfig(configs[0])
 	var wg sync.WaitGroup
 	for range 4 {
 		wg.Go(func() {
@@ -120,7 +121,7 @@ func TestUse(t *testing.T) {
 		})
 	}
 	for i := range 500 {
-		s.Use(configs[i%2])
+		s.SetConfig(configs[i%2])
 	}
 	wg.Wait()
 	if r, _ := s.Check(t.Context(), checkOf()); r.GetDeniedResponse().GetStatus().GetCode() != 502 {
@@ -131,7 +132,8 @@ func TestUse(t *testing.T) {
 	}
 }
 
-// Limits past the bounds, a config's and those of Envoy's routes, are counted together.
+// Limits past the bounds, of the config and of Envoy's routes, are counted
+// together.
 func TestNamesAreBounded(t *testing.T) {
 	s, registry, _ := newServer(t, "", nil)
 	config := s.config.Load()
@@ -166,11 +168,11 @@ func TestNamesAreBounded(t *testing.T) {
 	if n := len(s.report.limits.all()); n != maxConfigLimits+maxRouteLimits+1 { // and the shared shadow
 		t.Errorf("%d names", n)
 	}
-	for i := range maxTold + 10 {
+	for i := range maxLoggedMistakes + 10 {
 		s.report.mistaken(&policy.RuleError{Limit: fmt.Sprint("late-", i), Field: "cost", Err: errNoHTTP})
 	}
-	if !counts(t, registry, `sluice_config_mistakes_total{field="cost",limit="_other"} 10`) || len(s.report.told) != maxTold {
-		t.Errorf("%d mistakes told", len(s.report.told))
+	if !counts(t, registry, `sluice_config_mistakes_total{field="cost",limit="_other"} 10`) || len(s.report.loggedMistakes) != maxLoggedMistakes {
+		t.Errorf("%d mistakes logged", len(s.report.loggedMistakes))
 	}
 }
 

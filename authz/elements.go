@@ -5,36 +5,38 @@ import (
 	"fmt"
 	"sync"
 
-	protobuf "google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/structpb"
 
 	"github.com/sluiceproxy/sluice/limiter/policy"
 )
 
-// What a check may hold. An element of two bytes takes a hundred once it is
-// decoded, so that a message within maxMessage could take more than a gigabyte.
+// Bounds of the elements of checks: headers, context_extensions and values of
+// metadata. An element of two bytes takes a hundred when it is decoded, so a
+// message of maxMessage could take more than a gigabyte.
 const (
-	// maxElements bounds its headers, context_extensions and values of metadata
-	// together. Envoy lets 100 headers pass unless it is told otherwise.
+	// maxElements is the maximum number of elements of a check. Envoy allows 100
+	// headers by default.
 	maxElements = 8192
-	// maxGenerated is how many bytes the generated code reads of a check. It
-	// takes up to 240 times as many.
-	maxGenerated = 128 << 10
-	// freeGenerated is how many bytes it reads while it reads others, too.
-	freeGenerated = 16 << 10
-	// maxAllElements bounds the elements of all checks under way, some 20 MiB.
-	// Checks with at most fewElements do not count.
+	// maxUnmarshal is the size of a message in bytes up to which the generated
+	// code decodes it. That takes up to 240 times as much memory.
+	maxUnmarshal = 128 << 10
+	// maxConcurrentUnmarshal is the size of a message in bytes up to which it is
+	// decoded concurrently with others.
+	maxConcurrentUnmarshal = 16 << 10
+	// maxAllElements is the maximum number of elements of all checks in flight,
+	// some 20 MiB. Checks with at most fewElements do not count.
 	maxAllElements = 200_000
 	fewElements    = 256
 )
 
-var errTooMany = fmt.Errorf("a check with more than %d headers, context_extensions and values of metadata, or with %d KiB of what is rare in checks",
-	maxElements, maxGenerated>>10)
+var errTooMany = fmt.Errorf("the check has more than %d headers, context_extensions and metadata values, "+
+	"or more than %d KiB of rare fields", maxElements, maxUnmarshal>>10)
 
-var errTooManyChecks = errors.New("too many checks at once with hundreds of headers, context_extensions and values of metadata")
+var errTooManyChecks = errors.New("too many concurrent checks with hundreds of headers, " +
+	"context_extensions and metadata values")
 
-// elements is how many headers, context_extensions and values of metadata a
-// request has.
+// elements returns the number of elements of a request.
 func elements(r *policy.Request) int {
 	n := len(r.Headers) + len(r.Context)
 	for _, s := range r.Metadata {
@@ -43,6 +45,7 @@ func elements(r *policy.Request) int {
 	return n
 }
 
+// fieldsOf returns the number of values in a struct, including nested ones.
 func fieldsOf(s *structpb.Struct) (n int) {
 	for _, v := range s.GetFields() {
 		n += valuesIn(v)
@@ -50,7 +53,7 @@ func fieldsOf(s *structpb.Struct) (n int) {
 	return n
 }
 
-// valuesIn is how many values a value is, with those in it.
+// valuesIn returns the number of values in v, including v.
 func valuesIn(v *structpb.Value) int {
 	n := 1
 	switch v := v.GetKind().(type) {
@@ -64,20 +67,20 @@ func valuesIn(v *structpb.Value) int {
 	return n
 }
 
-// generating is held while the generated code reads something large.
-var generating sync.Mutex
+// unmarshaling serializes the decoding of large messages.
+var unmarshaling sync.Mutex
 
-// generated has the generated code read a message. It returns errNoCheck or
+// unmarshal decodes a message with the generated code. It returns errNoCheck or
 // errTooMany.
-func generated(wire string, to protobuf.Message) error {
-	if len(wire) > maxGenerated {
+func unmarshal(wire string, to proto.Message) error {
+	if len(wire) > maxUnmarshal {
 		return errTooMany
 	}
-	if len(wire) > freeGenerated {
-		generating.Lock()
-		defer generating.Unlock()
+	if len(wire) > maxConcurrentUnmarshal {
+		unmarshaling.Lock()
+		defer unmarshaling.Unlock()
 	}
-	if err := protobuf.Unmarshal([]byte(wire), to); err != nil {
+	if err := proto.Unmarshal([]byte(wire), to); err != nil {
 		return errNoCheck
 	}
 	return nil

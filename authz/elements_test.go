@@ -24,11 +24,12 @@ func allocates(f func()) int {
 	return int(after.TotalAlloc - before.TotalAlloc)
 }
 
-// mayAllocate is what a check of n bytes may allocate when it is parsed: little
-// more than its text where it is large, since it has no more than maxElements.
-func mayAllocate(n int) int { return 64<<10 + 4*n + min(n, maxGenerated)*256 }
+// mayAllocate returns how many bytes the parsing of a check of n bytes may
+// allocate: little more than n for a large check, since it has at most
+// maxElements elements.
+func mayAllocate(n int) int { return 64<<10 + 4*n + min(n, maxUnmarshal)*256 }
 
-// within is a field in a field and so on, by their numbers.
+// within returns inner in a field in a field and so on, by their numbers.
 func within(inner string, path ...protowire.Number) string {
 	for i := len(path) - 1; i >= 0; i-- {
 		inner = string(protowire.AppendString(protowire.AppendTag(nil, path[i], protowire.BytesType), inner))
@@ -36,8 +37,8 @@ func within(inner string, path ...protowire.Number) string {
 	return inner
 }
 
-// elementsOf are entries of maps, or other elements with one text, all of them
-// different.
+// elementsOf returns distinct entries of maps, or other elements with one
+// string, of some bytes in all.
 func elementsOf(number protowire.Number, bytes int) string {
 	var b strings.Builder
 	for i := 0; b.Len() < bytes; i++ {
@@ -46,8 +47,8 @@ func elementsOf(number protowire.Number, bytes int) string {
 	return b.String()
 }
 
-// A check costs memory by what is in it, and one with more elements than any
-// request has is refused before they are decoded.
+// A check takes memory in proportion to its size. One with more elements than
+// any request has is refused before they are decoded.
 func TestElementsAreBounded(t *testing.T) {
 	const group = "\x7b\x7c" // what is left to the generated code
 	small := within("/", 1, 4, 2, 4)
@@ -70,17 +71,17 @@ func TestElementsAreBounded(t *testing.T) {
 			wire, err := form(n), error(nil)
 			cost := allocates(func() { _, err = parse(wire) })
 			if cost > mayAllocate(len(wire)) {
-				t.Errorf("%s: %d kB for %d", name, cost>>10, len(wire)>>10)
+				t.Errorf("%s: %d kB are allocated for %d", name, cost>>10, len(wire)>>10)
 			}
-			if n > maxGenerated && !errors.Is(err, errTooMany) {
+			if n > maxUnmarshal && !errors.Is(err, errTooMany) {
 				t.Errorf("%s: %d kB: %v", name, len(wire)>>10, err)
 			}
 		}
 	}
 }
 
-// Checks with many elements have a bound together, which those that are done
-// give back.
+// Concurrent checks with many elements share a bound, and those that are done
+// no longer count.
 func TestElementsAtOnce(t *testing.T) {
 	s, _, _ := newServer(t, "limits: [{name: a, rate: 1000000/s}]", limiter.NewMemory(1<<20, nil, prometheus.NewRegistry()))
 	wire, err := proto.Marshal(checkOf())
@@ -89,12 +90,12 @@ func TestElementsAtOnce(t *testing.T) {
 	}
 	large := string(wire) + within(elementsOf(10, 5000), 1)
 	for range maxAllElements / 500 {
-		if _, err := s.check(t.Context(), &question{large}); err != nil {
+		if _, err := s.check(t.Context(), &rawRequest{large}); err != nil {
 			t.Fatal(err)
 		}
 	}
 	s.elements.Add(maxAllElements) // others are under way
-	if _, err := s.check(t.Context(), &question{large}); status.Code(err) != codes.ResourceExhausted {
+	if _, err := s.check(t.Context(), &rawRequest{large}); status.Code(err) != codes.ResourceExhausted {
 		t.Errorf("a large one: %v", err)
 	}
 	if r, err := s.Check(t.Context(), checkOf()); err != nil || codes.Code(r.GetStatus().GetCode()) != codes.OK {

@@ -15,48 +15,28 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/policy"
 )
 
-// errNoHTTP is of a check that no HTTP request can have led to.
-var errNoHTTP = errors.New("the check holds no HTTP request; is the filter an HTTP filter?")
+// errNoHTTP reports a check without an HTTP request, as ext_authz sends it if
+// it is a network filter.
+var errNoHTTP = errors.New("the check has no HTTP request; ext_authz must be configured as an HTTP filter")
 
-// errNoCheck is of bytes that are none. What protobuf says of them is not told: it may quote them.
-var errNoCheck = errors.New("what came is not a CheckRequest")
+// errNoCheck reports bytes that are not a CheckRequest. It does not wrap
+// protobuf's error, which may quote the payload.
+var errNoCheck = errors.New("invalid CheckRequest")
 
-// read is what the policy sees of a check. What is missing at any level is empty there; only a check without an HTTP request is
-// an error.
-func read(check *authv3.CheckRequest) (*policy.Request, error) {
-	attributes := check.GetAttributes()
-	http := attributes.GetRequest().GetHttp()
-	if http == nil {
-		return nil, errNoHTTP
-	}
-	r := &policy.Request{
-		Method:      http.GetMethod(),
-		Scheme:      http.GetScheme(),
-		Host:        http.GetHost(),
-		Path:        http.GetPath(),
-		Protocol:    http.GetProtocol(),
-		Source:      peer(attributes.GetSource()),
-		Destination: peer(attributes.GetDestination()),
-		Context:     attributes.GetContextExtensions(),
-		Metadata:    attributes.GetMetadataContext().GetFilterMetadata(),
-		Time:        attributes.GetRequest().GetTime().AsTime(),
-	}
-	setHeaders(r, http)
-	return r, nil
-}
-
-// ParseRequest reads a CheckRequest in protobuf's JSON, as Envoy logs it at debug level, for who asks what would become of it.
+// ParseRequest decodes a CheckRequest in protobuf's JSON, as Envoy logs it at
+// the debug level, into the request that a policy draws for. Header names may
+// be in any case. A request without a time gets the current one. ParseRequest
+// returns an error if text is not such JSON or has no HTTP request.
 func ParseRequest(text []byte) (*policy.Request, error) {
 	var check authv3.CheckRequest
 	if err := protojson.Unmarshal(text, &check); err != nil {
 		return nil, fmt.Errorf("not a CheckRequest in JSON: %w", err)
 	}
-	r, err := read(&check)
+	r, err := requestOf(&check)
 	if err != nil {
 		return nil, err
 	}
 	if http := check.GetAttributes().GetRequest().GetHttp(); len(http.GetHeaderMap().GetHeaders()) == 0 {
-		// Envoy's names are in lower case; those of a file that people wrote need not be.
 		r.Headers = make(map[string]string, len(http.GetHeaders()))
 		r.SetHeaders(func(yield func(name, value string) bool) {
 			for _, name := range slices.Sorted(maps.Keys(http.GetHeaders())) {
@@ -72,8 +52,63 @@ func ParseRequest(text []byte) (*policy.Request, error) {
 	return r, nil
 }
 
-// setHeaders reads a check's headers: Envoy puts them into headers, with the values of a header that was sent several times
-// joined by ",", or with encode_raw_headers into header_map, line by line. If both are there, header_map takes precedence.
+// parse decodes a CheckRequest from its wire format. It returns errNoHTTP,
+// errNoCheck or errTooMany. The texts of the request are parts of wire.
+func parse(wire string) (*policy.Request, error) {
+	r := &policy.Request{Time: time.Unix(0, 0).UTC()} // as of a check without a time
+	hasHTTP, ok := parseFast(wire, r)
+	if !ok {
+		var err error
+		if r, err = parseSlow(wire); err != nil {
+			return nil, err
+		}
+	} else if !hasHTTP {
+		return nil, errNoHTTP
+	}
+	if elements(r) > maxElements {
+		return nil, errTooMany
+	}
+	return r, nil
+}
+
+// parseSlow is parse for a check that parseFast does not read.
+func parseSlow(wire string) (*policy.Request, error) {
+	var check authv3.CheckRequest
+	if err := unmarshal(wire, &check); err != nil {
+		return nil, err
+	}
+	return requestOf(&check)
+}
+
+// requestOf returns the request of a check. What is missing in the check is
+// empty in the request, except that a check without an HTTP request is
+// errNoHTTP.
+func requestOf(check *authv3.CheckRequest) (*policy.Request, error) {
+	attributes := check.GetAttributes()
+	http := attributes.GetRequest().GetHttp()
+	if http == nil {
+		return nil, errNoHTTP
+	}
+	r := &policy.Request{
+		Method:      http.GetMethod(),
+		Scheme:      http.GetScheme(),
+		Host:        http.GetHost(),
+		Path:        http.GetPath(),
+		Protocol:    http.GetProtocol(),
+		Source:      peerOf(attributes.GetSource()),
+		Destination: peerOf(attributes.GetDestination()),
+		Context:     attributes.GetContextExtensions(),
+		Metadata:    attributes.GetMetadataContext().GetFilterMetadata(),
+		Time:        attributes.GetRequest().GetTime().AsTime(),
+	}
+	setHeaders(r, http)
+	return r, nil
+}
+
+// setHeaders sets the headers of r. Envoy sends them in headers, where it has
+// joined the values of a repeated header with ",", or with encode_raw_headers
+// in header_map, line by line. If both are present, header_map takes
+// precedence.
 func setHeaders(r *policy.Request, http *authv3.AttributeContext_HttpRequest) {
 	r.Headers = http.GetHeaders()
 	raw := http.GetHeaderMap().GetHeaders()
@@ -97,8 +132,8 @@ func setHeaders(r *policy.Request, http *authv3.AttributeContext_HttpRequest) {
 	})
 }
 
-// peer is one end of a connection. A pipe has no address.
-func peer(p *authv3.AttributeContext_Peer) policy.Peer {
+// peerOf returns one end of a connection. The peer of a pipe has no address.
+func peerOf(p *authv3.AttributeContext_Peer) policy.Peer {
 	out := policy.Peer{Principal: p.GetPrincipal()}
 	if a, ok := p.GetAddress().GetAddress().(*corev3.Address_SocketAddress); ok {
 		out.Address, out.Port = a.SocketAddress.GetAddress(), a.SocketAddress.GetPortValue()
@@ -106,23 +141,33 @@ func peer(p *authv3.AttributeContext_Peer) policy.Peer {
 	return out
 }
 
-// isGRPC reports whether a request is a gRPC call. gRPC-Web is plain HTTP to Envoy.
+// isGRPC reports whether a request is a gRPC call. Envoy answers gRPC-Web as
+// plain HTTP.
 func isGRPC(r *policy.Request) bool {
 	rest, ok := strings.CutPrefix(r.Headers["content-type"], "application/grpc")
 	return ok && (rest == "" || rest[0] == '+' || rest[0] == ';')
 }
 
-// requestID is the request's id for the log, or empty where what the client sent is not an ordinary one.
+// maxRequestID is the maximum length of a request ID in a log line, in bytes.
+const maxRequestID = 64
+
+// requestID returns the ID of a request for logs and spans. It is empty if the
+// header has anything but letters, digits and hyphens, or is too long: a client
+// may have set it.
 func requestID(r *policy.Request) string {
 	id := r.Headers["x-request-id"]
-	if len(id) > 64 {
+	if len(id) > maxRequestID {
 		return ""
 	}
 	for i := 0; i < len(id); i++ {
-		c := id[i]
-		if (c < '0' || c > '9') && (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && c != '-' {
+		if !isAlphanumeric(id[i]) && id[i] != '-' {
 			return ""
 		}
 	}
 	return id
+}
+
+// isAlphanumeric reports whether c is an ASCII letter or digit.
+func isAlphanumeric(c byte) bool {
+	return '0' <= c && c <= '9' || 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z'
 }

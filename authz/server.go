@@ -1,5 +1,6 @@
-// Package authz speaks Envoy's ext_authz: a CheckRequest comes in, the policy and the limiter decide, and a CheckResponse goes out. It is the
-// only place that knows those messages.
+// Package authz implements Envoy's external authorization service (ext_authz
+// v3). It decodes a CheckRequest, has the policy and the limiter decide, and
+// encodes a CheckResponse. No other package knows these messages.
 package authz
 
 import (
@@ -27,73 +28,87 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/policy"
 )
 
-// The bounds of what a connection may send. Envoy's headers are at most 60 kB by default, and some more in a check; with_request_body
-// adds as much of the body as it says, which is not kept (withoutBody).
+// Bounds of what a client of the gRPC server may send. By default Envoy accepts
+// request headers of up to 60 KiB; a check is somewhat larger. With
+// with_request_body Envoy adds a body to it, see withoutBody.
 const (
 	maxMessage = 16 << 20 // bytes of a check
-	maxHeaders = 16 << 10 // bytes of the gRPC call's own headers
-	maxStreams = 4096     // checks at once on one connection; Envoy then opens another
+	maxHeaders = 16 << 10 // bytes of the headers of a gRPC call
+	// maxStreams is the number of concurrent checks on one connection. Envoy
+	// opens another connection for more.
+	maxStreams = 4096
 
-	streamWindow = 64 << 10 // bytes of one call that nobody has read yet; of a longer message all is asked for as it is read
-	connWindow   = 1 << 20  // bytes on their way on one connection
-	handshake    = 5 * time.Second
+	// streamWindow is the flow-control window of one call in bytes. gRPC
+	// extends it for a longer message when the message is read.
+	streamWindow = 64 << 10
+	// connWindow is the flow-control window of a connection in bytes.
+	connWindow = 1 << 20
+
+	handshakeTimeout = 5 * time.Second
 )
 
-// streamWorkers is how many goroutines take checks as they come, so that a check rarely needs one of its own, whose stack would have to
-// grow first. More are started when all are busy.
+// streamWorkers is the number of goroutines that gRPC keeps for calls. A new
+// goroutine would first have to grow its stack. gRPC starts more if all are
+// busy.
 const streamWorkers = 8
 
-// Options are what a Server is made of. All but Log and Tracer are required.
+// Options configures a Server. Config, Store and Metrics are required.
 type Options struct {
 	Config  *policy.Config
 	Store   limiter.Store
-	Log     *zap.Logger // nil logs nothing
+	Log     *zap.Logger // nil disables logging
 	Metrics prometheus.Registerer
-	Tracer  trace.Tracer // nil traces nothing
+	Tracer  trace.Tracer // nil disables tracing
 }
 
 // Server answers Envoy's checks. It is safe for concurrent use.
 type Server struct {
-	config atomic.Pointer[policy.Config]
-	store  limiter.Store
-	report *report
-	calls  *calls
-	tracer trace.Tracer // nil: none
-	health *health.Server
-	// elements are those of the checks under way that have more than fewElements.
+	config  atomic.Pointer[policy.Config]
+	store   limiter.Store
+	report  *report
+	metrics *grpcMetrics
+	tracer  trace.Tracer // nil disables tracing
+	health  *health.Server
+	// elements counts the elements of the checks in flight that have more than
+	// fewElements.
 	elements atomic.Int64
-	jitter   func() int // seconds, 1 to 10, that a client is told to wait where the store failed
+	// jitter returns the retry-after of a refused request in seconds, 1 to 10.
+	jitter func() int
 }
 
-// New returns a server that answers by the config and the store.
+// New returns a Server that decides by the config and the store of o. It
+// registers its metrics with o.Metrics, and panics if they are registered
+// already.
 func New(o Options) *Server {
 	log := o.Log
 	if log == nil {
 		log = zap.NewNop()
 	}
 	s := &Server{
-		store:  o.Store,
-		report: newReport(log, o.Metrics),
-		calls:  newCalls(o.Metrics),
-		tracer: o.Tracer,
-		health: health.NewServer(),
-		// Spread, so that clients do not all come back at once.
+		store:   o.Store,
+		report:  newReport(log, o.Metrics),
+		metrics: newGRPCMetrics(o.Metrics),
+		tracer:  o.Tracer,
+		health:  health.NewServer(),
+		// At random, so that clients do not all retry at once.
 		jitter: func() int { return 1 + rand.IntN(10) },
 	}
-	s.Use(o.Config)
+	s.SetConfig(o.Config)
 	return s
 }
 
-// Use makes the server answer by another config from the next check on. A check that is under way ends by the one that it began with.
-func (s *Server) Use(config *policy.Config) {
+// SetConfig replaces the config for all checks that begin afterwards. A check
+// that has begun ends with the config that it began with.
+func (s *Server) SetConfig(config *policy.Config) {
 	s.report.setConfig(config)
 	s.config.Store(config)
 }
 
-// GRPC returns a gRPC server with the checks, health and reflection on it. Its health is SERVING. options are how it is reached, such as
-// credentials, and are over its own.
+// GRPC returns a gRPC server with the ext_authz, health and reflection
+// services. Their health is SERVING. options, such as credentials, take
+// precedence over the server's own.
 func (s *Server) GRPC(options ...grpc.ServerOption) *grpc.Server {
-	own := append(transport(), grpc.UnaryInterceptor(s.calls.unary), grpc.StreamInterceptor(s.calls.stream))
+	own := append(serverOptions(), grpc.UnaryInterceptor(s.metrics.unary), grpc.StreamInterceptor(s.metrics.stream))
 	g := grpc.NewServer(append(own, options...)...)
 	g.RegisterService(&service, s)
 	healthv1.RegisterHealthServer(g, s.health)
@@ -104,8 +119,8 @@ func (s *Server) GRPC(options ...grpc.ServerOption) *grpc.Server {
 	return g
 }
 
-// transport is how checks are carried, whatever becomes of them.
-func transport() []grpc.ServerOption {
+// serverOptions returns the codec and the bounds of the gRPC server.
+func serverOptions() []grpc.ServerOption {
 	return []grpc.ServerOption{
 		grpc.MaxRecvMsgSize(maxMessage),
 		grpc.MaxHeaderListSize(maxHeaders),
@@ -113,77 +128,87 @@ func transport() []grpc.ServerOption {
 		grpc.NumStreamWorkers(streamWorkers),
 		grpc.StaticStreamWindowSize(streamWindow),
 		grpc.StaticConnWindowSize(connWindow),
-		grpc.ConnectionTimeout(handshake),
+		grpc.ConnectionTimeout(handshakeTimeout),
 		grpc.ForceServerCodecV2(newCodec()),
-		// Envoy's keepalive pings are at intervals that grpc-go would by default answer by closing the connection.
-		grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute, Timeout: 20 * time.Second}), // finds peers that are gone
+		// Closes connections whose peer is gone.
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute, Timeout: 20 * time.Second}),
+		// By default grpc-go closes a connection on which Envoy sends
+		// keepalive pings.
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
 	}
 }
 
-// Drain makes health say NOT_SERVING for good. Checks are still answered.
+// Drain sets the health to NOT_SERVING for good. Checks are still answered.
 func (s *Server) Drain() { s.health.Shutdown() }
 
-// service is the generated service, but that its messages are read and written here.
+// service is the generated description of the service, except that Check gets
+// and returns encoded messages.
 var service = grpc.ServiceDesc{
 	ServiceName: authv3.Authorization_ServiceDesc.ServiceName,
 	HandlerType: (*any)(nil),
-	Methods: []grpc.MethodDesc{{
-		MethodName: "Check",
-		// It counts its calls itself: an interceptor would cost each check a closure and a description of the method.
-		Handler: func(s any, ctx context.Context, decode func(any) error, _ grpc.UnaryServerInterceptor) (any, error) {
-			calls := s.(*Server).calls.check
-			calls.started.Inc()
-			asked := new(question)
-			if err := decode(asked); err != nil {
-				s.(*Server).report.notRead(err)
-				calls.ended(err)
-				return nil, err
-			}
-			answer, err := s.(*Server).check(ctx, asked)
-			calls.ended(err)
-			return answer, err
-		},
-	}},
-	Metadata: authv3.Authorization_ServiceDesc.Metadata,
+	Methods:     []grpc.MethodDesc{{MethodName: "Check", Handler: handleCheck}},
+	Metadata:    authv3.Authorization_ServiceDesc.Metadata,
 }
 
-// check answers one check: never an error but where a limit leaves its failures to Envoy or where what came is no check, and never a
-// panic.
-func (s *Server) check(ctx context.Context, asked *question) (answer *reply, err error) {
-	began := time.Now()
-	v := verdict{config: s.config.Load(), wire: asked.wire}
-	defer func() {
-		if p := recover(); p != nil {
-			v = verdict{config: v.config, request: v.request, wire: v.wire, span: v.span, decision: limiter.Decision{Outcome: limiter.FailedClosed, Telling: -1}}
-			s.report.panicked(fmt.Sprintf("%T", p), debug.Stack())
-			answer, err = s.answer(&v)
-		}
-		s.report.checked(&v, began)
-	}()
-	if err := s.decide(ctx, asked, began, &v); err != nil {
+// handleCheck handles a call of Check. It counts the call itself, since an
+// interceptor would allocate for each call.
+func handleCheck(
+	server any, ctx context.Context, decode func(any) error, _ grpc.UnaryServerInterceptor,
+) (any, error) {
+	s := server.(*Server)
+	s.metrics.check.started.Inc()
+	raw := new(rawRequest)
+	if err := decode(raw); err != nil {
+		s.report.notRead(err)
+		s.metrics.check.completed(err)
 		return nil, err
 	}
-	return s.answer(&v)
+	response, err := s.check(ctx, raw)
+	s.metrics.check.completed(err)
+	return response, err
 }
 
-// verdict is all that is known of a check when it is answered.
-type verdict struct {
-	config    *policy.Config  // by which it is answered, whatever comes after
-	request   *policy.Request // nil where the check held none
-	wire      string          // the check, which its request's texts are parts of
+// check answers one check. It returns an error, a gRPC status, only if raw is
+// not a CheckRequest or has too many elements, if a limit delegates its failures
+// to Envoy, or if the caller is gone. It recovers from panics.
+func (s *Server) check(ctx context.Context, raw *rawRequest) (response *rawResponse, err error) {
+	began := time.Now()
+	check := checkState{config: s.config.Load(), wire: raw.wire}
+	defer func() {
+		if p := recover(); p != nil {
+			check = checkState{
+				config: check.config, request: check.request, wire: check.wire, span: check.span,
+				decision: limiter.Decision{Outcome: limiter.FailedClosed, Telling: -1},
+			}
+			s.report.panicked(fmt.Sprintf("%T", p), debug.Stack())
+			response, err = s.answer(&check)
+		}
+		s.report.checked(&check, began)
+	}()
+	if err := s.decide(ctx, began, &check); err != nil {
+		return nil, err
+	}
+	return s.answer(&check)
+}
+
+// checkState is what is known of a check when it is answered.
+type checkState struct {
+	config    *policy.Config  // the config in force when the check began
+	request   *policy.Request // nil if the check has no HTTP request
+	wire      string          // the encoded check, of which request's texts are parts
 	decision  limiter.Decision
-	unlimited []*limiter.Limit // that apply, and have no bucket
-	mistakes  []error          // of the config, that the check shows
-	span      trace.Span       // nil where there is none
+	unlimited []*limiter.Limit // limits that apply and have no bucket
+	mistakes  []error          // errors in the config that the check revealed
+	span      trace.Span       // nil if tracing is disabled
 }
 
-// decide fills v. Its error is a gRPC status, of what is no check.
-func (s *Server) decide(ctx context.Context, asked *question, began time.Time, v *verdict) error {
-	v.decision = limiter.Decision{Outcome: limiter.Invalid, Telling: -1}
-	request, err := parse(asked.wire)
+// decide sets the fields of check from its wire. It returns a gRPC status if
+// that is not a CheckRequest or has too many elements.
+func (s *Server) decide(ctx context.Context, began time.Time, check *checkState) error {
+	check.decision = limiter.Decision{Outcome: limiter.Invalid, Telling: -1}
+	request, err := parse(check.wire)
 	if err != nil {
-		v.mistakes = []error{err}
+		check.mistakes = []error{err}
 		switch {
 		case errors.Is(err, errTooMany):
 			return status.Error(codes.ResourceExhausted, err.Error())
@@ -195,30 +220,30 @@ func (s *Server) decide(ctx context.Context, asked *question, began time.Time, v
 	if n := int64(elements(request)); n > fewElements {
 		if s.elements.Add(n) > maxAllElements {
 			s.elements.Add(-n)
-			v.mistakes = []error{errTooManyChecks}
+			check.mistakes = []error{errTooManyChecks}
 			return status.Error(codes.ResourceExhausted, errTooManyChecks.Error())
 		}
 		defer s.elements.Add(-n)
 	}
-	v.request = request
+	check.request = request
 	if s.tracer != nil {
-		ctx, v.span = startSpan(ctx, s.tracer, request, began)
+		ctx, check.span = startSpan(ctx, s.tracer, request, began)
 	}
-	draw := v.config.Draw(request)
+	draw := check.config.Draw(request)
 	for _, m := range draw.Mistakes {
-		v.mistakes = append(v.mistakes, m)
+		check.mistakes = append(check.mistakes, m)
 	}
 	switch {
 	case draw.Invalid:
 		return nil
 	case draw.Exempt:
-		v.decision.Outcome = limiter.Exempt
+		check.decision.Outcome = limiter.Exempt
 		return nil
 	}
-	v.unlimited = draw.Unlimited
-	v.decision = limiter.Decide(ctx, s.store, draw.Charges)
-	if v.decision.Outcome == limiter.Unmatched && len(draw.Unlimited) > 0 {
-		v.decision.Outcome = limiter.Allowed
+	check.unlimited = draw.Unlimited
+	check.decision = limiter.Decide(ctx, s.store, draw.Charges)
+	if check.decision.Outcome == limiter.Unmatched && len(draw.Unlimited) > 0 {
+		check.decision.Outcome = limiter.Allowed
 	}
 	return nil
 }

@@ -48,14 +48,14 @@ type limitTable struct {
 	gone *limitReport
 
 	// series is held while series are made or deleted, which waits for a scrape
-	// that is being collected. No lookup of a known limit waits for it.
+	// in progress. No lookup of a known limit waits for it.
 	series sync.Mutex
-	swept  time.Time // when routes was last looked through; guarded by series
+	swept  time.Time // when sweepLocked last ran; guarded by series
 
-	mu     sync.RWMutex // guards routes, which only who holds series changes
+	mu     sync.RWMutex // guards routes; a change requires series, too
 	routes map[limitName]*limitReport
 
-	tops atomic.Int32 // limits that have a top
+	counted atomic.Int32 // limits whose keys are counted
 }
 
 // limitName identifies a limit's metrics.
@@ -64,30 +64,35 @@ type limitName struct {
 	shadow bool
 }
 
-// limitReport is what is kept for one limit.
+// limitReport has the metrics and statistics of one limit.
 type limitReport struct {
-	isShared                     bool               // by all limits past a bound
-	allowed, limited, rejections prometheus.Counter // rejections: nil if it is a shadow limit
-	taken                        prometheus.Counter
-	ratio                        prometheus.Observer
-	denials                      sampler             // says which denials are logged
-	top                          atomic.Pointer[top] // nil: not asked for yet, or too many limits have one
-	used                         atomic.Int64        // for a route's limit: the last check that named it, to the minute, in Unix seconds
+	isShared         bool // by all limits past a bound
+	allowed, limited prometheus.Counter
+	rejections       prometheus.Counter // nil for a shadow limit
+	taken            prometheus.Counter
+	ratio            prometheus.Observer
+	denials          sampler // selects the denials that are logged
+	// topKeys is nil before the first check, and if too many limits have their
+	// keys counted.
+	topKeys atomic.Pointer[topKeys]
+	// used is when a check last named a route's limit, in Unix seconds, rounded
+	// down to a minute.
+	used atomic.Int64
 }
 
 func newLimitTable(metrics prometheus.Registerer) *limitTable {
 	t := &limitTable{
 		decisions: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "sluice_limit_decisions_total", Help: "Each limit's own verdicts, also where another limit denied.",
+			Name: "sluice_limit_decisions_total", Help: "Total number of decisions of each limit, by decision.",
 		}, []string{"limit", "decision"}),
 		rejections: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "sluice_rejections_total", Help: "Requests that an enforced limit denied.",
+			Name: "sluice_rejections_total", Help: "Total number of requests that an enforced limit denied.",
 		}, []string{"limit"}),
 		taken: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "sluice_tokens_taken_total", Help: "Tokens that were taken.",
+			Name: "sluice_tokens_taken_total", Help: "Total number of tokens taken.",
 		}, []string{"limit"}),
 		ratio: prometheus.NewHistogramVec(prometheus.HistogramOpts{
-			Name: "sluice_tokens_remaining_ratio", Help: "The part of the burst that a check left, 0 to 1.",
+			Name: "sluice_tokens_remaining_ratio", Help: "Fraction of the burst remaining after a check.",
 			Buckets: []float64{0, .05, .1, .25, .5, .75, .9, 1},
 		}, []string{"limit"}),
 		now: time.Now,
@@ -115,7 +120,7 @@ func (n limitName) limitedLabel() string {
 }
 
 // setLimits registers the limits of a config that comes into force, and removes
-// the series of the limits that it no longer has.
+// the series of the limits that are gone.
 func (t *limitTable) setLimits(limits []*limiter.Limit) {
 	before := *t.config.Load()
 	next := make(map[limitName]*limitReport, len(limits))
@@ -138,7 +143,7 @@ func (t *limitTable) setLimits(limits []*limiter.Limit) {
 	}
 }
 
-// add returns what is kept for a limit of the config, which may have been a
+// add returns the limitReport of a limit of the config, which may have been a
 // route's until now.
 func (t *limitTable) add(name limitName) *limitReport {
 	t.series.Lock()
@@ -163,8 +168,8 @@ func (t *limitTable) route(name limitName) *limitReport {
 	return t.routes[name]
 }
 
-// setRouteLocked puts a route's limit in, or takes it out where l is nil. The
-// caller holds series.
+// setRouteLocked adds a route's limit, or removes it if l is nil. The caller
+// holds series.
 func (t *limitTable) setRouteLocked(name limitName, l *limitReport) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -175,6 +180,7 @@ func (t *limitTable) setRouteLocked(name limitName, l *limitReport) {
 	}
 }
 
+// newLocked makes the series of a limit.
 func (t *limitTable) newLocked(name limitName) *limitReport {
 	l := &limitReport{
 		isShared: name.name == otherLimits,
@@ -196,9 +202,10 @@ func (t *limitTable) remove(name limitName, l *limitReport) {
 	t.removeLocked(name, l)
 }
 
+// removeLocked is remove for a caller that holds series.
 func (t *limitTable) removeLocked(name limitName, l *limitReport) {
-	if l.top.Load() != nil {
-		t.tops.Add(-1)
+	if l.topKeys.Load() != nil {
+		t.counted.Add(-1)
 	}
 	config := *t.config.Load()
 	if config[name] != nil || t.route(name) != nil {
@@ -208,7 +215,8 @@ func (t *limitTable) removeLocked(name limitName, l *limitReport) {
 	if !name.shadow {
 		t.rejections.DeleteLabelValues(name.name)
 	}
-	// These it shares with a limit of the same name in the other mode.
+	// The other series are shared with a limit of the same name in the other
+	// mode.
 	if twin := (limitName{name.name, !name.shadow}); config[twin] == nil && t.route(twin) == nil {
 		t.decisions.DeleteLabelValues(name.name, "allowed")
 		t.taken.DeleteLabelValues(name.name)
@@ -216,7 +224,7 @@ func (t *limitTable) removeLocked(name limitName, l *limitReport) {
 	}
 }
 
-// forLimit returns what is kept for a limit that a check by config named.
+// forLimit returns the limitReport of a limit that applied to a check by config.
 func (t *limitTable) forLimit(config *policy.Config, l *limiter.Limit) *limitReport {
 	name := limitName{l.Name, l.Shadow}
 	if known := (*t.config.Load())[name]; known != nil {
@@ -226,7 +234,7 @@ func (t *limitTable) forLimit(config *policy.Config, l *limiter.Limit) *limitRep
 	known := t.route(name)
 	switch {
 	case known != nil:
-	case config.Has(l): // which is no longer in force
+	case config.Has(l): // and config is no longer in force
 		return t.gone
 	default:
 		known = t.addRoute(name, now)
@@ -237,6 +245,8 @@ func (t *limitTable) forLimit(config *policy.Config, l *limiter.Limit) *limitRep
 	return known
 }
 
+// addRoute adds a limit of a route and returns its limitReport. Past
+// maxRouteLimits the limit shares its metrics with others.
 func (t *limitTable) addRoute(name limitName, now time.Time) *limitReport {
 	t.series.Lock()
 	defer t.series.Unlock()
@@ -256,8 +266,8 @@ func (t *limitTable) addRoute(name limitName, now time.Time) *limitReport {
 	return known
 }
 
-// sweepLocked drops the routes' limits that no check has named for long. It does
-// so once a minute at most.
+// sweepLocked drops the routes' limits that no check has named for
+// routeLimitLife. It runs at most once a minute.
 func (t *limitTable) sweepLocked(now time.Time) {
 	if now.Sub(t.swept) < time.Minute {
 		return
@@ -284,7 +294,8 @@ func (t *limitTable) all() map[limitName]*limitReport {
 	return all
 }
 
-// named returns the limits of a name: none, an enforced one, a shadow, or both.
+// named returns the limits with a name: none, an enforced one, a shadow limit,
+// or both.
 func (t *limitTable) named(name string) []*limitReport {
 	var found []*limitReport
 	for _, shadow := range []bool{false, true} {
@@ -298,14 +309,14 @@ func (t *limitTable) named(name string) []*limitReport {
 	return found
 }
 
-// topOf returns the busiest keys of a limit, which the first call begins to
-// count; nil if too many limits have theirs counted.
-func (t *limitTable) topOf(l *limitReport) *top {
-	if top := l.top.Load(); top != nil || l.isShared {
-		return top
+// topKeysOf returns the counters of a limit's keys, which the first call makes.
+// It returns nil if too many limits have their keys counted.
+func (t *limitTable) topKeysOf(l *limitReport) *topKeys {
+	if k := l.topKeys.Load(); k != nil || l.isShared {
+		return k
 	}
-	if t.tops.Add(1) > maxTops || !l.top.CompareAndSwap(nil, newTop()) {
-		t.tops.Add(-1)
+	if t.counted.Add(1) > maxTopKeys || !l.topKeys.CompareAndSwap(nil, newTopKeys()) {
+		t.counted.Add(-1)
 	}
-	return l.top.Load()
+	return l.topKeys.Load()
 }

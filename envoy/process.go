@@ -19,23 +19,28 @@ import (
 	"time"
 )
 
-// The bounds of Envoy's life.
 const (
-	readyWithin = 30 * time.Second
-	stopWithin  = 5 * time.Second // of SIGTERM, after which it is killed
+	// startTimeout is how long Envoy may take to start.
+	startTimeout = 30 * time.Second
+	// stopTimeout is how long Envoy may take to end after SIGTERM. Then it is
+	// killed.
+	stopTimeout = 5 * time.Second
 )
 
 // Process is a running Envoy. Its methods are safe for concurrent use.
 type Process struct {
 	cmd  *exec.Cmd
 	dir  string
-	done chan struct{} // closed when it has ended and its files are gone
-	err  error         // why it ended; read after done
+	done chan struct{} // closed when Envoy has exited and its files are removed
+	err  error         // why it exited; valid after done is closed
 }
 
-// Start runs binary with a bootstrap and returns when it takes connections. Its standard output, which is its access log, goes
-// to output. It is stopped with Stop, or when ctx ends; on Linux it is killed where this process is. Its only files are in a
-// temporary directory, which goes with it.
+// Start runs binary with a bootstrap and returns when Envoy accepts
+// connections. Envoy's standard output, which is its access log, is copied to
+// output. Envoy ends with Stop or when ctx ends; on Linux it is killed if this
+// process ends. Its only files are in a temporary directory, which is removed
+// when Envoy has exited. Start returns an error if Envoy exits or is not ready
+// within 30 s.
 func Start(ctx context.Context, binary string, bootstrap []byte, output io.Writer) (*Process, error) {
 	dir, err := os.MkdirTemp("", "sluice-envoy-")
 	if err != nil {
@@ -48,14 +53,16 @@ func Start(ctx context.Context, binary string, bootstrap []byte, output io.Write
 		return nil, err
 	}
 	p.cmd = exec.CommandContext(ctx, binary, "--config-path", config, "--admin-address-path", p.adminFile(),
-		// Else it leaves shared memory behind, and two Envoys on one machine are in each other's way.
+		// Hot restart leaves shared memory behind and keeps a second Envoy on
+		// the machine from starting.
 		"--disable-hot-restart",
 		"--concurrency", "1",
 		"--log-level", "error", "--component-log-level", "config:info,main:info", "--log-format", "%l %v")
-	p.cmd.SysProcAttr = attributes()
+	p.cmd.SysProcAttr = sysProcAttr()
 	p.cmd.Cancel = func() error { return p.cmd.Process.Signal(syscall.SIGTERM) }
-	p.cmd.WaitDelay = stopWithin
-	// Through a pipe, also where output is a file: Envoy opens its standard output anew, and would write over what is there.
+	p.cmd.WaitDelay = stopTimeout
+	// A pipe, also if output is a file: Envoy reopens its standard output and
+	// would overwrite the file.
 	p.cmd.Stdout = struct{ io.Writer }{output}
 	log, err := p.cmd.StderrPipe()
 	if err != nil {
@@ -70,21 +77,21 @@ func Start(ctx context.Context, binary string, bootstrap []byte, output io.Write
 	started := make(chan struct{})
 	go func() {
 		defer close(p.done)
-		trouble := read(log, started)
-		_ = p.cmd.Wait() // the state says it
+		firstError := readLog(log, started)
+		_ = p.cmd.Wait() // ProcessState has the result
 		_ = os.RemoveAll(dir)
 		state := p.cmd.ProcessState.String()
 		select {
 		case <-started:
-			if trouble != "" {
-				state += "; it said: " + trouble
+			if firstError != "" {
+				state += "; it logged: " + firstError
 			}
-			p.err = fmt.Errorf("Envoy ended: %s", state)
+			p.err = fmt.Errorf("Envoy exited: %s", state)
 		default:
-			p.err = fmt.Errorf("Envoy did not start: %s", cmp.Or(trouble, state))
+			p.err = fmt.Errorf("Envoy did not start: %s", cmp.Or(firstError, state))
 		}
 	}()
-	late := time.NewTimer(readyWithin)
+	late := time.NewTimer(startTimeout)
 	defer late.Stop()
 	select {
 	case <-started:
@@ -93,13 +100,14 @@ func Start(ctx context.Context, binary string, bootstrap []byte, output io.Write
 		return nil, p.err
 	case <-late.C:
 		p.Stop()
-		return nil, fmt.Errorf("Envoy did not start within %v", readyWithin)
+		return nil, fmt.Errorf("Envoy did not start within %v", startTimeout)
 	}
 }
 
-// read reads Envoy's log to its end, closes started when Envoy takes connections, and returns the first error that it logged
-// since then, or before, if it never came to that.
-func read(log io.Reader, started chan<- struct{}) (trouble string) {
+// readLog reads Envoy's log to its end and closes started when Envoy accepts
+// connections. It returns the first error that Envoy logged after that, or, if
+// Envoy never did, the first of all.
+func readLog(log io.Reader, started chan<- struct{}) (firstError string) {
 	lines := bufio.NewScanner(log)
 	lines.Buffer(nil, 1<<20)
 	var workers, loop, up bool
@@ -107,42 +115,46 @@ func read(log io.Reader, started chan<- struct{}) (trouble string) {
 		line := lines.Text()
 		switch {
 		case strings.HasPrefix(line, "error ") || strings.HasPrefix(line, "critical "):
-			if trouble == "" {
-				_, trouble, _ = strings.Cut(line, " ")
+			if firstError == "" {
+				_, firstError, _ = strings.Cut(line, " ")
 			}
 		case strings.Contains(line, "starting workers"):
 			workers = true
 		case strings.Contains(line, "starting main dispatch loop"):
 			loop = true
 		}
-		// Its sockets listen just after the first, which is before the second. Only where a cluster's name has to be looked up
-		// is the order the other way round.
+		// Envoy listens just after it starts its workers, which is before the
+		// dispatch loop starts. The order is reversed only if the name of a
+		// cluster has to be resolved.
 		if workers && loop && !up {
-			up, trouble = true, ""
+			up, firstError = true, ""
 			close(started)
 		}
 	}
 	_, _ = io.Copy(io.Discard, log)
-	return trouble
+	return firstError
 }
 
+// adminFile is where Envoy writes the address of its admin interface.
 func (p *Process) adminFile() string { return filepath.Join(p.dir, "admin") }
 
-// Done is closed when Envoy has ended, whoever ended it.
+// Done returns a channel that is closed when Envoy has exited, for whatever
+// reason.
 func (p *Process) Done() <-chan struct{} { return p.done }
 
-// Err says why Envoy ended, after Done.
+// Err returns why Envoy exited. It is valid after Done is closed.
 func (p *Process) Err() error { return p.err }
 
-// Stop ends Envoy, and returns when it is gone. It may have ended already.
+// Stop ends Envoy and returns when it has exited. It may be called again.
 func (p *Process) Stop() {
 	_ = p.cmd.Process.Signal(syscall.SIGTERM)
-	late := time.AfterFunc(stopWithin, func() { _ = p.cmd.Process.Kill() })
+	late := time.AfterFunc(stopTimeout, func() { _ = p.cmd.Process.Kill() })
 	defer late.Stop()
 	<-p.done
 }
 
-// Listener is where Envoy listens, IP:port, for a bootstrap that leaves the port to it (0). The bootstrap has to have an admin address.
+// Listener returns the address on which Envoy listens, IP:port, if the
+// bootstrap has port 0. The bootstrap must have an admin address.
 func (p *Process) Listener(ctx context.Context) (string, error) {
 	admin, err := p.Admin()
 	if err != nil {
@@ -168,7 +180,7 @@ func (p *Process) Listener(ctx context.Context) (string, error) {
 		} `json:"listener_statuses"`
 	}
 	if err := json.NewDecoder(response.Body).Decode(&all); err != nil {
-		return "", fmt.Errorf("Envoy's list of its listeners: %w", err)
+		return "", fmt.Errorf("decode Envoy's listeners: %w", err)
 	}
 	if len(all.ListenerStatuses) == 0 {
 		return "", errors.New("Envoy has no listener")
@@ -177,11 +189,12 @@ func (p *Process) Listener(ctx context.Context) (string, error) {
 	return net.JoinHostPort(a.Address, strconv.Itoa(a.PortValue)), nil
 }
 
-// Admin is the address of Envoy's admin page, IP:port. Where the bootstrap has none, or Envoy has ended, it is an error.
+// Admin returns the address of Envoy's admin interface, IP:port. It returns an
+// error if the bootstrap has none or Envoy has exited.
 func (p *Process) Admin() (string, error) {
 	admin, err := os.ReadFile(p.adminFile())
 	if err != nil {
-		return "", fmt.Errorf("Envoy has no admin page: %w", err)
+		return "", fmt.Errorf("Envoy has no admin address: %w", err)
 	}
 	return string(admin), nil
 }

@@ -10,7 +10,8 @@ import (
 	"testing"
 )
 
-// parentEnv makes this test binary start an Envoy, say where it listens, and wait for its end.
+// parentEnv makes this test binary start an Envoy, print its address and wait
+// for its end.
 const parentEnv = "SLUICE_TEST_ENVOY"
 
 func TestMain(m *testing.M) {
@@ -29,7 +30,7 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// begin starts an Envoy on ports of its own.
+// begin starts an Envoy on free ports.
 func begin(ctx context.Context, binary string, o Options) (*Process, error) {
 	o.Listener, o.Admin = "127.0.0.1:0", "127.0.0.1:0"
 	bootstrap, err := Plain(o)
@@ -39,7 +40,7 @@ func begin(ctx context.Context, binary string, o Options) (*Process, error) {
 	return Start(ctx, binary, bootstrap, io.Discard)
 }
 
-// takes reports whether somebody listens on addr.
+// takes reports whether addr accepts connections.
 func takes(addr string) bool {
 	conn, err := net.Dial("tcp", addr)
 	if err == nil {
@@ -51,7 +52,7 @@ func takes(addr string) bool {
 func TestStart(t *testing.T) {
 	temporary := t.TempDir()
 	t.Setenv("TMPDIR", temporary)
-	// Envoys on one machine are not in each other's way.
+	// Several Envoys can run on one machine.
 	other, err := begin(t.Context(), binary(t), Options{})
 	if err != nil {
 		t.Fatal(err)
@@ -80,10 +81,10 @@ func TestStart(t *testing.T) {
 			if takes(addr) {
 				t.Error("still listens")
 			}
-			if got := p.Err().Error(); got != "Envoy ended: exit status 0" {
+			if got := p.Err().Error(); got != "Envoy exited: exit status 0" {
 				t.Errorf("%s", got)
 			}
-			if _, err := p.Listener(t.Context()); err == nil || !strings.HasPrefix(err.Error(), "Envoy has no admin page: ") {
+			if _, err := p.Listener(t.Context()); err == nil || !strings.HasPrefix(err.Error(), "Envoy has no admin address: ") {
 				t.Errorf("%v", err)
 			}
 			if files, err := os.ReadDir(temporary); err != nil || len(files) != len(others) {
@@ -122,14 +123,14 @@ func TestStartErrors(t *testing.T) {
 	}
 }
 
-// Envoy ends with its context, and says so when something else ends it.
+// Envoy exits when its context ends, and Err says why it exited.
 func TestEnd(t *testing.T) {
 	temporary := t.TempDir()
 	t.Setenv("TMPDIR", temporary)
 	ctx, cancel := context.WithCancel(t.Context())
 	for want, end := range map[string]func(*Process){
-		"Envoy ended: signal: killed": func(p *Process) { _ = p.cmd.Process.Kill() },
-		"Envoy ended: exit status 0":  func(*Process) { cancel() },
+		"Envoy exited: signal: killed": func(p *Process) { _ = p.cmd.Process.Kill() },
+		"Envoy exited: exit status 0":  func(*Process) { cancel() },
 	} {
 		p, err := begin(ctx, binary(t), Options{})
 		if err != nil {

@@ -4,82 +4,93 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"sync/atomic"
 	"time"
-
-	"github.com/sony/gobreaker/v2"
 )
 
 const (
-	// tripsAfter is how many calls in a row a node leaves without an answer until its breaker opens.
+	// tripsAfter is how many failures in a row, without an answer in between,
+	// open a node's breaker.
 	tripsAfter = 5
-	// probesEvery is how long an open breaker lets nothing through; then one call tries whether the node is back. So a dead node costs
-	// one call its time budget now and then, and one that is back is found within this time and one round trip.
+	// probesEvery is how often one take is let through while the breaker is
+	// open. A dead node costs one take its time budget that often, and a node
+	// that is back is found within this time and one round trip.
 	probesEvery = 200 * time.Millisecond
 )
 
-// breaker spares a node that does not answer, and the takes that would wait for it.
+// breaker is a node's circuit breaker: it keeps takes from waiting for a node
+// that does not answer. It is safe for concurrent use.
+//
+// It counts calls, attempts to connect, and takes that ran out of time while
+// there was no connection. Any answer to a call closes it, whatever the answer
+// says and however late it comes.
 type breaker struct {
-	calls   *gobreaker.TwoStepCircuitBreaker[any]
-	timeout time.Duration              // of the store
-	open    atomic.Bool                // the node is not asked, but by one call now and then
-	last    atomic.Pointer[StoreError] // why it opened
-}
+	open     atomic.Bool
+	failures atomic.Int32 // in a row
 
-func newBreaker(timeout time.Duration) *breaker {
-	b := &breaker{timeout: timeout}
-	b.calls = gobreaker.NewTwoStepCircuitBreaker[any](gobreaker.Settings{
-		Timeout:     probesEvery,
-		ReadyToTrip: func(c gobreaker.Counts) bool { return c.ConsecutiveFailures >= tripsAfter },
-		OnStateChange: func(_ string, _, to gobreaker.State) {
-			b.open.Store(to != gobreaker.StateClosed)
-		},
-		// An answer is one, whatever it says; who hung up has not waited for one.
-		IsSuccessful: func(err error) bool {
-			k := KindOf(err)
-			return err == nil || k != KindTimeout && k != KindConnection
-		},
-		IsExcluded: func(err error) bool { return errors.Is(err, context.Canceled) || errors.Is(err, errHurried) },
-	})
-	return b
+	mu        sync.Mutex
+	nextProbe time.Time   // of no meaning unless open
+	last      *StoreError // the latest failure; nil if there was none
 }
 
 func (b *breaker) isOpen() bool { return b.open.Load() }
 
-// errHurried is of a call whose callers left it too little time to tell anything of the node.
-var errHurried = errors.New("the caller's deadline was near")
-
-// errPanicked is of a call that a mistake of sluice's own ended.
-var errPanicked = errors.New("a call panicked")
-
-// run asks a node, unless its breaker is open. Its error is a *StoreError.
-func (b *breaker) run(ctx context.Context, ask func() error) error {
-	done, err := b.calls.Allow()
-	if err != nil {
-		last := b.last.Load()
-		if last == nil {
-			last = &StoreError{Kind: KindConnection, Err: err}
-		}
-		return &StoreError{Kind: last.Kind, Err: fmt.Errorf("not asked, as it does not answer: %w", last.Err)}
-	}
-	began := time.Now()
-	err = errPanicked // unless it says otherwise
-	defer func() {
-		if errors.Is(err, errPanicked) { // a breaker that waits for this end would never ask again
-			done(storeError(err))
-		}
-	}()
-	err = ask()
-	if err == nil {
-		done(nil)
+// admit returns an error if the breaker is open, unless the caller is the one
+// that probes the node.
+func (b *breaker) admit() *StoreError {
+	if !b.isOpen() {
 		return nil
 	}
-	failed := storeError(err)
-	b.last.Store(failed)
-	if d, ok := ctx.Deadline(); ok && failed.Kind == KindTimeout && d.Sub(began) < b.timeout/2 {
-		done(errHurried)
-	} else {
-		done(failed)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if now := time.Now(); !now.Before(b.nextProbe) {
+		b.nextProbe = now.Add(probesEvery)
+		return nil
 	}
-	return failed
+	return b.refusal()
+}
+
+// refusal is the error of a take that an open breaker refuses. The caller holds
+// mu.
+func (b *breaker) refusal() *StoreError {
+	return &StoreError{Kind: b.last.Kind, Err: fmt.Errorf("circuit breaker open: %w", b.last.Err)}
+}
+
+// answered records that the node has answered a call.
+func (b *breaker) answered() {
+	if b.failures.Load() != 0 {
+		b.failures.Store(0)
+	}
+	if b.isOpen() {
+		b.open.Store(false)
+	}
+}
+
+// failed records a failure, if it is one of the node's. It returns what takes
+// are refused with if that opened the breaker, and else nil.
+func (b *breaker) failed(err *StoreError) *StoreError {
+	if err.Kind != KindTimeout && err.Kind != KindConnection || errors.Is(err, context.Canceled) {
+		return nil
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.last = err
+	if b.failures.Add(1) < tripsAfter || b.isOpen() {
+		return nil
+	}
+	b.nextProbe = time.Now().Add(probesEvery)
+	b.open.Store(true)
+	return b.refusal()
+}
+
+// connected records that a connection could be made, which makes it worth while
+// to probe the node at once.
+func (b *breaker) connected() {
+	if !b.isOpen() {
+		return
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.nextProbe = time.Time{}
 }

@@ -2,11 +2,14 @@ package limiter
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/redis/go-redis/v9"
 )
 
 // Finding is what Check found about one thing.
@@ -29,10 +32,15 @@ const (
 	Fail FindingStatus = "fail" // takes do not work
 )
 
-// Check looks at a Redis for what goes wrong in practice. It takes once from a bucket of its own under the prefix, doctor, which Redis
-// drops after 5 s. callerTimeout is how long the proxy waits for an answer, 0 where that is not known.
+// probeKey is the key of a bucket of Check's own under a prefix. The limit's name
+// is empty, which no limit's is.
+func probeKey(prefix string, n int) string { return fmt.Sprintf("%s::{doctor.%d}", prefix, n) }
+
+// Check looks at a Redis for what goes wrong in practice. It takes from buckets
+// of its own under the prefix, which Redis drops after 5 s. callerTimeout is how
+// long the proxy waits for an answer, 0 where that is not known.
 func (r *Redis) Check(ctx context.Context, prefix string, callerTimeout time.Duration) []Finding {
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, 2*connectTimeout+r.timeout)
 	defer cancel()
 	var all []Finding
 	say := func(name string, status FindingStatus, fix, format string, args ...any) {
@@ -43,15 +51,18 @@ func (r *Redis) Check(ctx context.Context, prefix string, callerTimeout time.Dur
 	}
 
 	// Whether it answers at all, and in what time: the first round trips make the connection.
-	if err := r.Ping(ctx); err != nil {
+	if err := r.ask(ctx, r.Ping); err != nil && KindOf(err) != KindReadOnly { // see checkScript
 		fix := "look at store.redis.url, at the network between, and whether Redis runs"
-		if KindOf(err) == KindAuth {
-			fix = "look at username and password, and at ACL LIST in Redis"
+		if known := new(refusal); errors.As(err, &known) {
+			fix = "" // the error says it
 		}
 		say("reachable", Fail, fix, "%v", err)
 		return all
 	}
 	say("reachable", OK, "", "Redis answers")
+	if !r.checkMode(ctx, say) {
+		return all
+	}
 	slowest := time.Duration(0)
 	var times []time.Duration
 	for range 20 {
@@ -82,7 +93,9 @@ func (r *Redis) Check(ctx context.Context, prefix string, callerTimeout time.Dur
 		}
 	}
 
-	r.checkScript(ctx, prefix, say)
+	if r.checkScript(ctx, prefix, say) && r.cluster == nil && !r.checkShards(ctx, prefix, say) {
+		return all
+	}
 	r.checkClock(ctx, say)
 	r.checkServer(ctx, say, unknown)
 	return all
@@ -90,19 +103,79 @@ func (r *Redis) Check(ctx context.Context, prefix string, callerTimeout time.Dur
 
 type sayFinding func(name string, status FindingStatus, fix, format string, args ...any)
 
-// checkScript runs the script as a take does.
-func (r *Redis) checkScript(ctx context.Context, prefix string, say sayFinding) {
+// checkMode asks what kind of Redis it is, which HELLO tells every user, and
+// reports whether it is the one that the config has.
+func (r *Redis) checkMode(ctx context.Context, say sayFinding) bool {
+	if r.cluster != nil { // else it would not have said which slots it has
+		return true
+	}
+	var is string
+	switch hello := r.client.Do(ctx, "HELLO").Val().(type) {
+	case map[any]any:
+		is, _ = hello["mode"].(string)
+	case []any: // of an older protocol
+		for i := 0; i+1 < len(hello); i += 2 {
+			if hello[i] == "mode" {
+				is, _ = hello[i+1].(string)
+			}
+		}
+	}
+	if is == "cluster" {
+		say("mode", Fail, "write store.redis.mode: cluster, with addresses of some of its nodes", "this Redis is a node of a cluster, and store.redis.mode is not cluster")
+		return false
+	}
+	return true
+}
+
+// probeBucket is the shape of Check's buckets.
+func probeBucket() Bucket {
 	b, err := NewBucket(1000, time.Second, 1000)
 	if err != nil {
-		say("script", Fail, "", "%v", err)
-		return
+		panic(err) // a constant
 	}
-	c := []Charge{{Limit: &Limit{Name: "doctor"}, Bucket: b, Key: prefix + ":doctor:{-}", Cost: 1}}
+	return b
+}
+
+// probedKeys is how many keys checkShards tries. Behind a proxy before two
+// servers it finds none of them elsewhere in one of 2^(probedKeys-1) cases.
+const probedKeys = 20
+
+// checkShards looks for a proxy that spreads keys over several servers. It sends
+// the script to the server of its first key, so that each bucket is on as many
+// servers as its takes have companions. It reports whether there is none.
+func (r *Redis) checkShards(ctx context.Context, prefix string, say sayFinding) bool {
+	var batch []*pending
+	pipe := r.client.Pipeline()
+	stored := make([]*redis.StringCmd, probedKeys)
+	for i := range probedKeys {
+		c := Charge{Limit: &Limit{}, Bucket: probeBucket(), Key: probeKey(prefix, i), Cost: 1}
+		batch = append(batch, newPending([]Charge{c}, time.Time{}))
+		stored[i] = pipe.Get(ctx, c.Key)
+	}
+	if _, err := r.run(ctx, r.client, &r.take, takeArgs(batch)...); err != nil {
+		say("one server", Fail, "", "%v", r.options.explain(err))
+		return false
+	}
+	_, _ = pipe.Exec(ctx)
+	for _, s := range stored {
+		if errors.Is(s.Err(), redis.Nil) {
+			say("one server", Fail, "name a Redis itself, or a cluster's nodes with store.redis.mode: cluster",
+				"behind this address keys are spread over several servers, as by Envoy's redis_proxy, twemproxy and others: what one take writes another does not find, and more is granted than the limits say")
+			return false
+		}
+	}
+	return true
+}
+
+// checkScript runs the script as a take does, and reports whether it runs.
+func (r *Redis) checkScript(ctx context.Context, prefix string, say sayFinding) bool {
+	c := []Charge{{Limit: &Limit{Name: "doctor"}, Bucket: probeBucket(), Key: probeKey(prefix, 0), Cost: 1}}
 	verdicts := make([]Verdict, 1)
 	r.Take(ctx, c, verdicts)
 	switch err := verdicts[0].Err; {
 	case err == nil:
 		say("script", OK, "", "the script runs")
+		return true
 	case KindOf(err) == KindAuth:
 		say("script", Fail, fmt.Sprintf("ACL SETUSER <user> on ~%s:* +evalsha +eval +time +get +set", prefix), "%v", err)
 	case KindOf(err) == KindReadOnly:
@@ -112,6 +185,7 @@ func (r *Redis) checkScript(ctx context.Context, prefix string, say sayFinding) 
 	default:
 		say("script", Fail, "", "%v", err)
 	}
+	return false
 }
 
 // checkClock compares Redis's clock with this machine's. It decides nothing, but who reads both logs wonders.
@@ -133,7 +207,9 @@ func (r *Redis) checkClock(ctx context.Context, say sayFinding) {
 func (r *Redis) checkServer(ctx context.Context, say sayFinding, unknown func(name, fix string, err error)) {
 	if info, err := r.client.Info(ctx, "server").Result(); err != nil {
 		unknown("version", "ask as a user with +info", err)
-	} else if version := field(info, "redis_version"); !newEnough(version) {
+	} else if version := field(info, "redis_version"); version == "" {
+		unknown("version", "see that Redis is 7.0 or newer", errors.New("INFO does not say it"))
+	} else if !newEnough(version) {
 		say("version", Fail, "7.0 or newer", "Redis %s", version)
 	} else {
 		say("version", OK, "", "Redis %s", version)
@@ -168,6 +244,8 @@ func (r *Redis) checkServer(ctx context.Context, say sayFinding, unknown func(na
 		return // as version, above
 	}
 	switch replicas, _ := strconv.Atoi(field(replication, "connected_slaves")); {
+	case field(replication, "role") == "":
+		unknown("replication", "see that store.redis is the master", errors.New("INFO does not say it"))
 	case field(replication, "role") != "master":
 		say("replication", Fail, "point store.redis at the master", "this Redis is a %s", field(replication, "role"))
 	case replicas == 0:

@@ -1,13 +1,11 @@
 package limiter
 
 import (
-	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
 	"net"
-	"net/url"
 	"slices"
 	"strings"
 	"time"
@@ -28,14 +26,26 @@ const (
 
 // RedisOptions say which Redis, and how long a take may last.
 type RedisOptions struct {
-	Mode      RedisMode     // empty: Single
-	URL       string        // redis://, rediss:// or unix://; for a cluster or sentinels it may be empty, and is else one more address
-	Addresses []string      // host:port, of a cluster's nodes or of sentinels
-	Master    string        // its name among the sentinels
-	Username  string        // over the URL's, unless empty
-	Password  string        // over the URL's, unless empty
-	TLS       *TLS          // nil: as the URL says
-	Timeout   time.Duration // of one take, the wait for a connection and its dial included; above 0
+	Mode      RedisMode // empty: Single
+	URL       string    // redis://, rediss:// or unix://; for a cluster or sentinels it may be empty, and is else one more address
+	Addresses []string  // host:port, of a cluster's nodes or of sentinels
+	Master    string    // its name among the sentinels
+	Username  string    // over the URL's, unless empty; without a password it is a user who needs none (nopass)
+	Password  string    // over the URL's, unless empty
+	TLS       *TLS      // nil: as the URL says
+	// Sentinel says how to talk to the sentinels; nil: without a password, and
+	// over TLS if the servers use it. It is only for the mode Sentinel.
+	Sentinel *SentinelOptions
+	// Timeout bounds one take, the wait for a connection included; above 0. To
+	// make a connection has a time of its own, connectTimeout.
+	Timeout time.Duration
+}
+
+// SentinelOptions say how to talk to sentinels.
+type SentinelOptions struct {
+	Username string // without a password it is a user who needs none (nopass)
+	Password string // empty, and Username too: none
+	TLS      *TLS   // nil: as the servers
 }
 
 // TLS says how servers are known, and how this process shows who it is. The files are read at each dial, so that they may be replaced.
@@ -51,11 +61,22 @@ func (o RedisOptions) Validate() error {
 	return err
 }
 
-const urlForms = "allowed are redis://[user:password@]host:port[/database], the same with rediss://, and unix:///path/to/socket[?db=database]"
-
-// poolSize is how many connections a sidecar has to a server at most. Takes need maxFlights; the others are for what is given back, and
-// for whoever asks besides.
+// poolSize is how many connections a sidecar has to a server at most:
+// maxConnections for takes, and the others for what is given back, and for
+// whoever asks besides.
 const poolSize = 16
+
+// nopass is what is sent as the password of a user without one. Redis refuses
+// AUTH without a password, and takes any for a user that has nopass.
+const nopass = "nopass"
+
+// credentials are what is sent to a server: nothing where both are empty.
+func credentials(username, password string) (string, string) {
+	if username != "" && password == "" {
+		password = nopass
+	}
+	return username, password
+}
 
 // universal is what the library is told.
 func (o RedisOptions) universal() (*redis.UniversalOptions, error) {
@@ -104,65 +125,57 @@ func (o RedisOptions) universal() (*redis.UniversalOptions, error) {
 			}
 		}
 	}
+	if o.Sentinel != nil && o.Mode != Sentinel {
+		return nil, errors.New("sentinel, which says how to talk to sentinels, is for the mode sentinel")
+	}
 	if o.Username != "" {
 		c.Username = o.Username
 	}
 	if o.Password != "" {
 		c.Password = o.Password
 	}
-	files := o.TLS
-	if files == nil && c.TLSConfig != nil {
-		files = &TLS{}
+	d := dialer{servers: o.TLS}
+	if d.servers == nil && c.TLSConfig != nil {
+		d.servers = &TLS{}
+	}
+	d.sentinels = d.servers
+	if o.Sentinel != nil {
+		c.SentinelUsername, c.SentinelPassword = credentials(o.Sentinel.Username, o.Sentinel.Password)
+		if o.Sentinel.TLS != nil {
+			d.sentinels = o.Sentinel.TLS
+		}
 	}
 	c.TLSConfig = nil // the dialer speaks TLS
-	if files != nil {
+	for _, files := range []*TLS{d.servers, d.sentinels} {
+		if files == nil {
+			continue
+		}
 		if _, err := files.config("redis"); err != nil {
 			return nil, err
 		}
 	}
-	c.Dialer = dialer(files)
+	d.hasSentinels = o.Mode == Sentinel
+	c.Dialer = d.dial
 
 	// A take is never sent again by the library: see once, too.
 	c.MaxRetries = -1
 	c.DialerRetries = 1
-	// The caller's context bounds everything; these hold where the library dials outside of one.
+	// The caller's context bounds everything. These hold where there is none, and
+	// for the making of connections: an answer to the greeting has a part of the
+	// time for all, so that another sentinel can be asked after one that hangs.
 	c.ContextTimeoutEnabled = true
-	c.DialTimeout, c.ReadTimeout, c.WriteTimeout, c.PoolTimeout = o.Timeout, o.Timeout, o.Timeout, o.Timeout
+	c.DialTimeout, c.PoolTimeout = connectTimeout, connectTimeout
+	c.ReadTimeout = max(o.Timeout, connectTimeout/4)
+	c.WriteTimeout = c.ReadTimeout
 	// Without a cap on its active connections the pool dials one for each caller that waits for a slow Redis.
 	c.PoolSize, c.MaxActiveConns = poolSize, poolSize
+	c.PipelinePoolSize = -1 // no second pool beside that
+	c.ConnMaxLifetime, c.ConnMaxLifetimeJitter = maxLifetime, maxLifetime/10
 	// A take is some 200 bytes; the default of 32 kB each way would be 2 MiB a sidecar.
 	c.ReadBufferSize, c.WriteBufferSize = 4096, 4096
-	// Each of these is a round trip of a new connection, on the time of the take that waits for it.
+	// Each of these is a round trip of a new connection.
 	c.DisableIdentity = true
 	c.MaintNotificationsConfig = &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
-	return c, nil
-}
-
-// parseURL reads a URL more strictly than the library, which takes parameters for settings of its own.
-func parseURL(text string) (*redis.Options, error) {
-	u, err := url.Parse(text)
-	if err != nil { // url.Error repeats the URL, and so its password
-		return nil, fmt.Errorf("not a URL; %s", urlForms)
-	}
-	q := u.Query()
-	if u.Scheme == "unix" {
-		q.Del("db")
-		if u.Path == "" {
-			return nil, fmt.Errorf("a URL without the socket's path; %s", urlForms)
-		}
-	} else if u.Host == "" {
-		return nil, fmt.Errorf("a URL without a host; %s", urlForms)
-	}
-	if len(q) > 0 {
-		return nil, fmt.Errorf("a URL with parameters; %s", urlForms)
-	}
-	c, err := redis.ParseURL(text)
-	if err != nil {
-		return nil, fmt.Errorf("%s; %s", strings.TrimPrefix(err.Error(), "redis: "), urlForms)
-	}
-	if c.DB < 0 {
-		return nil, fmt.Errorf("the database %d is not 0 or above; %s", c.DB, urlForms)
-	}
 	return c, nil
 }
 
@@ -176,41 +189,15 @@ func (o RedisOptions) open(c *redis.UniversalOptions) redis.UniversalClient {
 		cluster.DisableRoutingPolicies = true
 		return redis.NewClusterClient(cluster)
 	case Sentinel:
-		return redis.NewFailoverClient(c.Failover())
+		client := redis.NewFailoverClient(c.Failover())
+		client.AddHook(masterHook{})
+		return client
 	}
 	simple := c.Simple()
 	if strings.HasPrefix(simple.Addr, "/") {
 		simple.Network = "unix"
 	}
 	return redis.NewClient(simple)
-}
-
-// dialer dials servers, with TLS where there is some. A dial that fails gives a connection that is broken: of errors the library's pool
-// keeps count, and after some takes a second to see that a server is there again.
-func dialer(files *TLS) func(context.Context, string, string) (net.Conn, error) {
-	var plain net.Dialer
-	return func(ctx context.Context, network, addr string) (net.Conn, error) {
-		conn, err := plain.DialContext(ctx, network, addr)
-		if err != nil {
-			return broken{err: err}, nil //nolint:nilerr // see above: the connection says it
-		}
-		if files == nil {
-			return conn, nil
-		}
-		host, _, err := net.SplitHostPort(addr)
-		if err != nil {
-			host = addr
-		}
-		config, err := files.config(host)
-		if err == nil {
-			secure := tls.Client(conn, config)
-			if err = secure.HandshakeContext(ctx); err == nil {
-				return secure, nil
-			}
-		}
-		_ = conn.Close()
-		return broken{err: err}, nil
-	}
 }
 
 // config reads the files.
@@ -241,23 +228,3 @@ func (t *TLS) config(host string) (*tls.Config, error) {
 	}
 	return c, nil
 }
-
-// broken is a connection that could not be made: all that is done with it fails, with the reason.
-type broken struct {
-	net.Conn
-	err error
-}
-
-func (b broken) Read([]byte) (int, error)       { return 0, b.err }
-func (b broken) Write([]byte) (int, error)      { return 0, b.err }
-func (broken) Close() error                     { return nil }
-func (broken) LocalAddr() net.Addr              { return noAddr{} }
-func (broken) RemoteAddr() net.Addr             { return noAddr{} }
-func (broken) SetDeadline(time.Time) error      { return nil }
-func (broken) SetReadDeadline(time.Time) error  { return nil }
-func (broken) SetWriteDeadline(time.Time) error { return nil }
-
-type noAddr struct{}
-
-func (noAddr) Network() string { return "none" }
-func (noAddr) String() string  { return "none" }

@@ -2,54 +2,71 @@ package limiter
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
+
+	"github.com/redis/go-redis/v9"
 )
 
-// Takes fly together. While a node works on one call, the takes that arrive gather, and the next call carries them all. An idle node's
-// take leaves at once, in its caller's own goroutine, so that nothing waits for company that does not come; and under load the costs of a
-// call (a round trip, the script's start, Redis's clock) are shared by all that it carries.
+// Takes travel in batches. While a node works on one call, the takes that
+// arrive gather, and the next call carries them all. A take for an idle node
+// leaves at once, in its caller's own goroutine. Under load all takes of a
+// batch share the costs of a call: a round trip, the start of the script, and
+// Redis's clock.
 
 const (
-	// maxFlights is how many calls a node has at once. One carries what gathers; the others are for when it is slow.
-	maxFlights = 4
-	// maxBoard is how many takes a call carries. The script takes some 5 µs for each, in which Redis does nothing else.
-	maxBoard = 128
-	// maxWaiting is how many takes gather for a node. More would have to wait so long that they had better fail at once.
-	maxWaiting = 512
-	// patience is how long a take waits for the flight before it until it takes another.
-	patience = time.Millisecond
+	// maxBatch is how many charges a call carries, unless one take alone has
+	// more. The script needs some 5 µs for each, in which Redis does nothing
+	// else, so that a call holds Redis up for about 1 ms.
+	maxBatch = 200
+	// minLinger is how long the first take of a batch waits at least while a
+	// call is under way: an answer that is about to come starts the next batch
+	// sooner.
+	minLinger = time.Millisecond
+	// latencyWeight is the weight of the past in the moving average of the
+	// latency: of 1/latencyWeight is the newest call.
+	latencyWeight = 8
 )
 
-// take is what a request takes in one slot, on its way to the node and back.
-type take struct {
+// pending is what a request takes in one slot, on its way to the node and back.
+type pending struct {
 	keys     []string
 	packed   []byte // the charges, as the script has them
 	deadline time.Time
-	// turn says that the take's time has come: with a batch, that its caller is to fly that (it is in it); with nil, that it is answered.
-	turn  chan []*take
+	// wake receives, once, a batch that the caller is to execute, which
+	// includes this take; or an empty one when the take has been answered.
+	wake  chan batch
 	timer *time.Timer // stopped
 
-	// What became of it. Only the pilot writes it, before turn says so.
+	// The outcome. It is written before wake receives nil.
 	at    int64  // microseconds of the node's clock
-	reply string // the script's, to its charges
-	err   error  // why there is none
-	batch int    // takes in its call, it included
+	reply string // the script's, to the charges
+	err   error  // why there is no reply
+	batch int    // takes in the call, this one included
 }
 
-var takes = sync.Pool{New: func() any { return blankTake() }}
+// batch is some takes that one call carries, and the connection for it.
+type batch struct {
+	takes []*pending
+	on    *connection
+}
 
-func blankTake() *take {
-	t := &take{turn: make(chan []*take, 1), timer: time.NewTimer(time.Hour)}
+var pendingPool = sync.Pool{New: func() any { return newBlank() }}
+
+func newBlank() *pending {
+	t := &pending{wake: make(chan batch, 1), timer: time.NewTimer(time.Hour)}
 	t.timer.Stop()
 	return t
 }
 
-// newTake packs charges. It is to be recycled once its answer is read, unless its caller left it before.
-func newTake(charges []Charge, deadline time.Time) *take {
-	t := takes.Get().(*take)
+// newPending packs charges. The caller recycles it once it has read the answer,
+// unless it has abandoned the take.
+func newPending(charges []Charge, deadline time.Time) *pending {
+	t := pendingPool.Get().(*pending)
 	t.deadline = deadline
 	for i := range charges {
 		t.keys = append(t.keys, charges[i].Key)
@@ -58,144 +75,298 @@ func newTake(charges []Charge, deadline time.Time) *take {
 	return t
 }
 
-func (t *take) recycle() {
+func (t *pending) recycle() {
 	clear(t.keys)
 	t.keys, t.packed, t.at, t.reply, t.err, t.batch = t.keys[:0], t.packed[:0], 0, "", nil, 0
-	takes.Put(t)
+	pendingPool.Put(t)
 }
 
 // node is a Redis server, as far as takes go to it.
 type node struct {
-	*breaker
-	send func(ctx context.Context, batch []*take) error // fills the takes' answers; its error is of those that have none
+	breaker
+	name   string // in errors: host:port, mostly
+	client atomic.Pointer[redis.Client]
+	// call executes a batch over a connection and fills in the answers. Its
+	// error is that of the takes without one. If it wraps errNotSent, nothing
+	// was executed.
+	call func(ctx context.Context, on *connection, batch []*pending) error
+	dial func(ctx context.Context) (*connection, error)
 
-	mu      sync.Mutex
-	waiting []*take // in the order of their arrival
-	flights int
+	mu          sync.Mutex
+	waiting     []*pending    // in the order of arrival
+	charges     int           // of waiting
+	inFlight    int           // calls under way
+	began       []time.Time   // when those began, the oldest first
+	latency     time.Duration // of a call, a moving average; 0 if none has ended
+	connections               // see there
 }
 
-// carry has a take executed by its deadline, at most once, and says why it was not or why nobody knows. left says that the take is still
-// in the hands of others. A take whose caller hangs up before it flies is not executed.
-func (n *node) carry(ctx context.Context, t *take) (left bool, err error) {
+// do executes t at most once and by its deadline. If abandoned is true, another
+// goroutine still uses t and the caller must not recycle it. A take whose caller
+// hangs up before the call is not executed.
+func (n *node) do(ctx context.Context, t *pending) (abandoned bool, err error) {
 	if err := ctx.Err(); err != nil {
 		return false, err
 	}
-	if !time.Now().Before(t.deadline) {
+	now := time.Now()
+	if !now.Before(t.deadline) {
 		return false, context.DeadlineExceeded
 	}
+	if err := n.admit(); err != nil {
+		return false, err
+	}
 	n.mu.Lock()
-	if len(n.waiting) >= maxWaiting {
+	if err := n.hopelessLocked(now, t); err != nil {
 		n.mu.Unlock()
-		return false, &StoreError{Kind: KindOverload, Err: fmt.Errorf("%d takes are waiting for Redis already", maxWaiting)}
+		return false, err
 	}
 	n.waiting = append(n.waiting, t)
-	// Where the breaker is open a flight ends before it begins, or tries the node: nobody waits for that.
-	if n.flights == 0 || n.flights < maxFlights && len(n.waiting) >= maxBoard || n.isOpen() {
-		n.depart()
+	n.charges += len(t.keys)
+	// Behind an open breaker the calls under way may never end.
+	if n.inFlight == 0 || n.charges >= maxBatch || n.isOpen() {
+		n.startBatchLocked()
 	}
+	linger := n.lingerLocked()
 	n.mu.Unlock()
-	return n.await(ctx, t)
+	return n.wait(ctx, t, linger)
 }
 
-// depart gives the takes that wait, or as many as a call carries, to one of their callers to fly: the one that may stay longest. The
-// caller holds mu.
-func (n *node) depart() {
-	batch := slices.Clone(n.waiting[:min(maxBoard, len(n.waiting))])
-	n.waiting = slices.Delete(n.waiting, 0, len(batch))
-	n.flights++
-	pilot := batch[len(batch)-1] // the last to come has mostly the latest deadline
-	for _, t := range batch {
-		t.batch = len(batch)
-		if t.deadline.After(pilot.deadline) {
-			pilot = t
+// limitLocked is how many calls may be under way at once: as many as it takes
+// for one to leave every few milliseconds, whatever the latency.
+func (n *node) limitLocked() int {
+	return min(max(int((n.latency+callsEvery-1)/callsEvery), minConnections), maxConnections)
+}
+
+// lingerLocked is how long the first take of a batch waits for others before it
+// leaves beside the calls under way. It grows with their number, so that all
+// that may be under way leave spread over about one round trip, and a take that
+// comes when all are never waits long for one to return.
+func (n *node) lingerLocked() time.Duration {
+	limit := time.Duration(n.limitLocked())
+	return max(minLinger, 2*n.latency*time.Duration(n.inFlight)/(limit*limit))
+}
+
+// hopelessLocked returns an error if t would not be answered before its
+// deadline. Within one round trip as many calls end as may be under way, so that
+// each full batch that waits costs its part of one. If the oldest call has taken
+// longer than calls usually do, the node has become slow, and that call is
+// expected to take as long again.
+func (n *node) hopelessLocked(now time.Time, t *pending) error {
+	batches := n.charges / maxBatch
+	if batches == 0 || n.inFlight == 0 {
+		return nil
+	}
+	latency := n.latency
+	if age := now.Sub(n.began[0]); age > latency {
+		latency = 2 * age
+	}
+	need := latency + latency*time.Duration(batches)/time.Duration(n.limitLocked())
+	left := t.deadline.Sub(now)
+	if need <= left {
+		return nil
+	}
+	return &StoreError{Kind: KindOverload, Err: fmt.Errorf("%s: %d charges are waiting already, and the deadline is in %v", n.name, n.charges, left.Round(time.Millisecond))}
+}
+
+// startBatchLocked gives the takes that wait, or as many as a call carries, to
+// one of their callers to execute: the one with the latest deadline. It does
+// nothing if there is no connection for them, and then sees to one.
+func (n *node) startBatchLocked() {
+	if len(n.waiting) == 0 || n.inFlight >= n.limitLocked() && !n.isOpen() {
+		return
+	}
+	if len(n.idle) == 0 {
+		n.openLocked()
+		return
+	}
+	size, charges := 1, len(n.waiting[0].keys)
+	for size < len(n.waiting) && charges+len(n.waiting[size].keys) <= maxBatch {
+		charges += len(n.waiting[size].keys)
+		size++
+	}
+	takes := slices.Clone(n.waiting[:size])
+	n.waiting = slices.Delete(n.waiting, 0, size)
+	n.charges -= charges
+	n.inFlight++
+	n.began = append(n.began, time.Now())
+	leader := takes[size-1] // the last to come mostly has the latest deadline
+	for _, t := range takes {
+		t.batch = size
+		if t.deadline.After(leader.deadline) {
+			leader = t
 		}
 	}
-	pilot.turn <- batch
+	leader.wake <- batch{takes, n.popLocked()}
 }
 
-// await waits for a take's turn. Who has waited for patience sees to it that another flight leaves.
-func (n *node) await(ctx context.Context, t *take) (left bool, err error) {
+// wait waits for what becomes of a take. After linger it starts a batch.
+func (n *node) wait(ctx context.Context, t *pending, linger time.Duration) (abandoned bool, err error) {
 	select {
-	case batch := <-t.turn:
-		return n.turn(t, batch)
+	case b := <-t.wake:
+		return n.finish(t, b)
 	default:
 	}
 	wait := time.Until(t.deadline)
-	isPatient := wait > patience
-	if isPatient {
-		wait = patience
+	lingers := wait > linger
+	if lingers {
+		wait = linger
 	}
 	t.timer.Reset(wait)
 	defer t.timer.Stop()
 	for {
 		select {
-		case batch := <-t.turn:
-			return n.turn(t, batch)
+		case b := <-t.wake:
+			return n.finish(t, b)
 		case <-ctx.Done():
-			return n.leave(t, ctx.Err())
+			return n.abandon(t, ctx.Err())
 		case <-t.timer.C:
-			if !isPatient {
-				return n.leave(t, context.DeadlineExceeded)
+			if !lingers {
+				return n.abandon(t, context.DeadlineExceeded)
 			}
-			isPatient = false
+			lingers = false
 			t.timer.Reset(time.Until(t.deadline))
 			n.mu.Lock()
-			if n.flights < maxFlights && slices.Contains(n.waiting, t) {
-				n.depart()
+			if slices.Contains(n.waiting, t) {
+				n.startBatchLocked()
 			}
 			n.mu.Unlock()
 		}
 	}
 }
 
-// turn is a take's.
-func (n *node) turn(t *take, batch []*take) (left bool, err error) {
-	if batch != nil {
-		n.fly(batch, t)
+// finish handles what t was woken with: a batch to execute, or an empty one when
+// t has been answered.
+func (n *node) finish(t *pending, b batch) (abandoned bool, err error) {
+	if b.takes != nil {
+		n.execute(b, t)
 	}
 	return false, t.err
 }
 
-// leave withdraws a take that has not left, leaves one that is under way, and flies where others wait for that.
-func (n *node) leave(t *take, why error) (left bool, err error) {
+// abandon withdraws a take that has not left, leaves one that is under way, and
+// executes a batch whose leader it has become in this moment.
+func (n *node) abandon(t *pending, why error) (abandoned bool, err error) {
 	n.mu.Lock()
-	if i := slices.Index(n.waiting, t); i >= 0 {
-		n.waiting = slices.Delete(n.waiting, i, i+1)
+	i := slices.Index(n.waiting, t)
+	if i < 0 {
 		n.mu.Unlock()
+		select {
+		case b := <-t.wake:
+			return n.finish(t, b)
+		default:
+			return true, n.late(why)
+		}
+	}
+	n.waiting = slices.Delete(n.waiting, i, i+1)
+	n.charges -= len(t.keys)
+	defer n.mu.Unlock()
+	if !errors.Is(why, context.DeadlineExceeded) {
 		return false, why
 	}
-	n.mu.Unlock()
-	select {
-	case batch := <-t.turn:
-		return n.turn(t, batch)
-	default:
-		return true, why
+	if n.held > 0 {
+		return false, &StoreError{Kind: KindTimeout, Err: fmt.Errorf("%s: the calls before took too long: %w", n.name, why)}
 	}
+	failed := n.unconnectedLocked(why)
+	n.refuseLocked(n.failed(failed))
+	return false, failed
 }
 
-// fly makes the call, and gives everybody on board the answer.
-func (n *node) fly(batch []*take, pilot *take) {
+// late is the error of a take that has left and was not answered in time.
+func (n *node) late(why error) error {
+	if !errors.Is(why, context.DeadlineExceeded) {
+		return why
+	}
+	return &StoreError{Kind: KindTimeout, Err: fmt.Errorf("%s did not answer in time: %w", n.name, why)}
+}
+
+// refuseLocked ends the wait of all takes, unless the error is nil.
+func (n *node) refuseLocked(err *StoreError) {
+	if err == nil {
+		return
+	}
+	for _, t := range n.waiting {
+		t.err = err
+		t.wake <- batch{}
+	}
+	clear(n.waiting)
+	n.waiting, n.charges = n.waiting[:0], 0
+}
+
+// errPanicked is of a call that a mistake of sluice's own ended.
+var errPanicked = errors.New("a call panicked")
+
+// execute makes the call, and wakes all takes of the batch with the answer.
+func (n *node) execute(b batch, leader *pending) {
+	began, took, err := time.Now(), time.Duration(0), errPanicked // unless the call returns
 	defer func() {
-		for _, t := range batch {
-			if t != pilot {
-				t.turn <- nil
+		if err != nil {
+			err = n.fail(b.takes, err, leader.deadline.Sub(began))
+		}
+		for _, t := range b.takes {
+			if t != leader {
+				t.wake <- batch{}
 			}
 		}
 		n.mu.Lock()
-		n.flights--
-		if len(n.waiting) > 0 {
-			n.depart()
+		defer n.mu.Unlock()
+		n.inFlight--
+		n.began = slices.Delete(n.began, 0, 1) // near enough, if calls do not end in the order in which they began
+		if err == nil {
+			n.measureLocked(took)
 		}
-		n.mu.Unlock()
+		n.releaseLocked(b.on, err)
+		n.startBatchLocked()
 	}()
-	// Not under the pilot's own context: its caller may hang up, and others are on board.
-	ctx, cancel := context.WithDeadline(context.Background(), pilot.deadline)
+	// Not under the leader's own context: its caller may hang up, and others
+	// are on the way with it.
+	ctx, cancel := context.WithDeadline(context.Background(), leader.deadline)
 	defer cancel()
-	if err := n.run(ctx, func() error { return n.send(ctx, batch) }); err != nil {
-		for _, t := range batch {
-			if t.reply == "" && t.err == nil {
-				t.err = err
-			}
+	for {
+		err = n.call(ctx, b.on, b.takes)
+		if !errors.Is(err, errNotSent) {
+			break
+		}
+		// Nothing was sent, as the server had closed the connection before.
+		n.release(b.on, err)
+		if b.on, err = n.acquire(ctx); err != nil {
+			return
+		}
+		began = time.Now()
+	}
+	took = time.Since(began)
+	if err == nil || !isFailure(storeError(err)) {
+		n.answered()
+	}
+}
+
+func isFailure(err *StoreError) bool { return err.Kind == KindTimeout || err.Kind == KindConnection }
+
+// fail gives an error to the takes of a batch that have no answer, and tells the
+// breaker. A call that had less time than calls usually need says nothing of the
+// node: its caller was in a hurry.
+func (n *node) fail(batch []*pending, err error, had time.Duration) error {
+	failed := storeError(err)
+	if failed.Kind == KindTimeout && !errors.As(err, new(*StoreError)) {
+		failed = &StoreError{Kind: KindTimeout, Err: fmt.Errorf("%s did not answer within %v: %w", n.name, had.Round(time.Millisecond), err)}
+	}
+	for _, t := range batch {
+		if t.reply == "" && t.err == nil {
+			t.err = failed
 		}
 	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if failed.Kind != KindTimeout || had >= n.latency {
+		n.refuseLocked(n.failed(failed))
+	}
+	return failed
+}
+
+// measureLocked takes the duration of a call that was answered into the average.
+func (n *node) measureLocked(took time.Duration) {
+	if n.latency == 0 {
+		n.latency = took
+		return
+	}
+	n.latency += (took - n.latency) / latencyWeight
 }

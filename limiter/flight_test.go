@@ -5,152 +5,386 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/redis/go-redis/v9"
 	"pgregory.net/rapid"
 
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// airport is a node whose calls a test sees leave, and lets land when it likes.
-type airport struct {
+// fakeNode is a node whose calls a test sees begin, and ends when it likes.
+type fakeNode struct {
 	*node
-	left   chan []*take
-	landed chan error
+	began chan []*pending
+	ended chan error
 }
 
-// newAirport is for use in a bubble of synctest's, whose clock it then goes by.
-func newAirport() airport {
-	a := airport{left: make(chan []*take, 100), landed: make(chan error)}
-	a.node = &node{breaker: newBreaker(time.Second), send: func(ctx context.Context, batch []*take) error {
-		a.left <- batch
+// unused is a client that never dials.
+var unused = redis.NewClient(&redis.Options{PipelinePoolSize: -1})
+
+// newFakeNode is for use in a bubble of synctest's, whose clock it then goes by.
+func newFakeNode() fakeNode {
+	f := fakeNode{node: &node{name: "fake"}, began: make(chan []*pending, 100), ended: make(chan error)}
+	f.call = func(ctx context.Context, _ *connection, batch []*pending) error {
+		f.began <- batch
 		select {
-		case err := <-a.landed:
+		case err := <-f.ended:
 			for _, t := range batch {
 				if err == nil {
-					t.reply = "landed"
+					t.reply = "answered"
 				}
 			}
 			return err
 		case <-ctx.Done():
 			return ctx.Err()
 		}
-	}}
-	return a
+	}
+	f.dial = func(context.Context) (*connection, error) {
+		return &connection{Conn: unused.Conn(), opened: time.Now(), used: time.Now()}, nil
+	}
+	return f
 }
 
-// passenger is one take and how it fared.
-type passenger struct {
-	*take
-	left bool
-	err  error
-	took time.Duration
-	done chan struct{}
+// caller is one take and how it fared.
+type caller struct {
+	*pending
+	abandoned bool
+	err       error
+	took      time.Duration
+	done      chan struct{}
 }
 
-// board has a take carried, with that long to live.
-func (a airport) board(ctx context.Context, life time.Duration) *passenger {
+// ask has a take executed, with that long to live.
+func (f fakeNode) ask(ctx context.Context, life time.Duration) *caller {
+	return f.askFor(ctx, life, 1)
+}
+
+// askFor is ask for a take of so many charges.
+func (f fakeNode) askFor(ctx context.Context, life time.Duration, charges int) *caller {
 	began := time.Now()
-	p := &passenger{take: blankTake(), done: make(chan struct{})}
-	p.deadline = began.Add(life)
+	c := &caller{pending: newBlank(), done: make(chan struct{})}
+	c.keys = make([]string, charges)
+	c.deadline = began.Add(life)
 	go func() {
-		p.left, p.err = a.carry(ctx, p.take)
-		p.took = time.Since(began)
-		close(p.done)
+		c.abandoned, c.err = f.do(ctx, c.pending)
+		c.took = time.Since(began)
+		close(c.done)
 	}()
 	synctest.Wait()
-	return p
+	return c
 }
 
-func (a airport) inTheAir(t *testing.T, sizes ...int) {
+// wantBatches checks how many takes the calls carry that have begun since, in
+// any order: calls that leave together are made by goroutines of their own.
+func (f fakeNode) wantBatches(t *testing.T, sizes ...int) {
 	t.Helper()
 	synctest.Wait()
-	for _, size := range sizes {
-		select {
-		case batch := <-a.left:
-			if len(batch) != size {
-				t.Errorf("%d takes left, want %d", len(batch), size)
-			}
-		default:
-			t.Fatalf("no flight left, want one of %d takes", size)
-		}
+	var got []int
+	for len(f.began) > 0 {
+		got = append(got, len(<-f.began))
 	}
-	select {
-	case batch := <-a.left:
-		t.Errorf("%d takes left, want none", len(batch))
-	default:
+	slices.Sort(got)
+	slices.Sort(sizes)
+	if !slices.Equal(got, sizes) {
+		t.Fatalf("calls of %v takes, want %v", got, sizes)
 	}
 }
 
 // What arrives while a call is under way leaves with the next one, all at once.
 func TestTakesGather(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a, ctx := newAirport(), t.Context()
-		all := []*passenger{a.board(ctx, time.Second)}
-		a.inTheAir(t, 1) // an idle node's take waits for nobody
+		f, ctx := newFakeNode(), t.Context()
+		all := []*caller{f.ask(ctx, time.Second)}
+		f.wantBatches(t, 1) // an idle node's take waits for nobody
 		for range 20 {
-			all = append(all, a.board(ctx, time.Second))
+			all = append(all, f.ask(ctx, time.Second))
 		}
-		a.inTheAir(t)
-		a.landed <- nil
-		a.inTheAir(t, 20)
-		a.landed <- nil
+		f.wantBatches(t)
+		f.ended <- nil
+		f.wantBatches(t, 20)
+		f.ended <- nil
 		for i, p := range all {
-			if <-p.done; p.err != nil || p.left || p.reply != "landed" || p.took != 0 {
+			if <-p.done; p.err != nil || p.abandoned || p.reply != "answered" || p.took != 0 {
 				t.Errorf("take %d: %+v", i, p)
 			}
 		}
-		a.inTheAir(t)
-		if a.flights != 0 || len(a.waiting) != 0 {
-			t.Errorf("%d in the air, %d waiting", a.flights, len(a.waiting))
+		f.wantBatches(t)
+		if f.inFlight != 0 || len(f.waiting) != 0 {
+			t.Errorf("%d in the air, %d waiting", f.inFlight, len(f.waiting))
 		}
 	})
 }
 
-// A call that takes long holds nobody up for longer than patience; at most maxFlights are in the air, with at most maxBoard on each, and
-// past maxWaiting takes are turned away at once.
-func TestSlowFlights(t *testing.T) {
+// A call that takes long holds nobody up for longer than the linger. At most as many are under way as the latency asks for, and what waits then
+// leaves with the next.
+func TestSlowCalls(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a, ctx := newAirport(), t.Context()
-		all := []*passenger{a.board(ctx, time.Second)}
-		a.inTheAir(t, 1)
-		all = append(all, a.board(ctx, time.Second))
-		time.Sleep(patience / 2)
-		all = append(all, a.board(ctx, time.Second))
-		a.inTheAir(t)
-		time.Sleep(patience / 2)
-		a.inTheAir(t, 2)
-		for range maxBoard {
-			all = append(all, a.board(ctx, time.Second))
+		f, ctx := newFakeNode(), t.Context()
+		all := []*caller{f.ask(ctx, time.Second)}
+		f.wantBatches(t, 1)
+		all = append(all, f.ask(ctx, time.Second))
+		time.Sleep(minLinger / 2)
+		all = append(all, f.ask(ctx, time.Second))
+		f.wantBatches(t)
+		time.Sleep(minLinger / 2)
+		f.wantBatches(t, 2)
+		for range maxBatch {
+			all = append(all, f.ask(ctx, time.Second))
 		}
-		a.inTheAir(t, maxBoard) // a full one does not wait
-		all = append(all, a.board(ctx, time.Second))
-		time.Sleep(patience)
-		a.inTheAir(t, 1)
-		for range maxWaiting {
-			all = append(all, a.board(ctx, time.Second))
+		f.wantBatches(t, maxBatch) // a full one does not wait
+		all = append(all, f.ask(ctx, time.Second))
+		time.Sleep(minLinger)
+		f.wantBatches(t, 1)
+		for range 2*maxBatch + 1 {
+			all = append(all, f.ask(ctx, time.Second))
 		}
-		time.Sleep(10 * patience)
-		a.inTheAir(t)
-		over := a.board(ctx, time.Second)
-		if <-over.done; KindOf(over.err) != KindOverload || over.took != 0 {
-			t.Errorf("past the bound: %v after %v", over.err, over.took)
+		time.Sleep(10 * minLinger)
+		f.wantBatches(t)
+		for range 3 {
+			f.ended <- nil
 		}
-		for range maxFlights {
-			a.landed <- nil
-		}
-		a.inTheAir(t, maxBoard, maxBoard, maxBoard, maxBoard)
-		for range maxFlights {
-			a.landed <- nil
+		f.wantBatches(t, maxBatch, maxBatch, 1)
+		for range 4 {
+			f.ended <- nil
 		}
 		for i, p := range all {
-			if <-p.done; p.err != nil || p.reply != "landed" {
+			if <-p.done; p.err != nil || p.reply != "answered" {
 				t.Errorf("take %d: %+v", i, p)
 			}
+		}
+	})
+}
+
+// A call carries so many charges, not so many takes, as it is they that cost Redis time.
+func TestCallIsBoundedByCharges(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeNode()
+		f.ask(t.Context(), time.Second)
+		f.wantBatches(t, 1)
+		for range 5 {
+			f.askFor(t.Context(), time.Second, maxBatch/4)
+		}
+		f.wantBatches(t, 4)
+		time.Sleep(minLinger)
+		f.wantBatches(t, 1)
+		f.askFor(t.Context(), time.Second, 3*maxBatch)
+		f.wantBatches(t, 1)
+		for range 4 {
+			f.ended <- nil
+		}
+	})
+}
+
+// The farther Redis is, the more calls are under way, and they are spread over the round trip: a take never waits long to leave.
+func TestCallsByLatency(t *testing.T) {
+	for _, tt := range []struct {
+		latency time.Duration
+		calls   int
+		waits   time.Duration // at most
+	}{
+		{100 * time.Microsecond, minConnections, minLinger},
+		{20 * time.Millisecond, 4, 12 * time.Millisecond},
+		{40 * time.Millisecond, 8, 12 * time.Millisecond},
+		{80 * time.Millisecond, maxConnections, 15 * time.Millisecond},
+		{time.Second, maxConnections, 180 * time.Millisecond},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			f := newFakeNode()
+			f.latency = tt.latency
+			dial := f.dial
+			var opened, calls atomic.Int64
+			f.dial = func(ctx context.Context) (*connection, error) { opened.Add(1); return dial(ctx) }
+			f.call = func(_ context.Context, _ *connection, batch []*pending) error {
+				if n := calls.Add(1); n > int64(tt.calls) {
+					t.Errorf("%v: %d calls are under way", tt.latency, n)
+				}
+				defer calls.Add(-1)
+				time.Sleep(tt.latency)
+				for _, p := range batch {
+					p.reply = "answered"
+				}
+				return nil
+			}
+			var all []*caller
+			for range 1000 {
+				all = append(all, f.ask(t.Context(), 10*time.Second))
+				time.Sleep(time.Millisecond)
+			}
+			for _, p := range all {
+				if <-p.done; p.err != nil || p.took > tt.latency+tt.waits {
+					t.Errorf("%v: %v after %v", tt.latency, p.err, p.took)
+				}
+			}
+			if opened.Load() > int64(tt.calls) {
+				t.Errorf("%v: %d connections", tt.latency, opened.Load())
+			}
+		})
+	}
+}
+
+// Who would not be answered in time is refused at once, and nobody else, however many wait.
+func TestWaitIsBoundedByTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, ctx := newFakeNode(), t.Context()
+		f.latency = 100 * time.Millisecond
+		for range maxConnections * maxBatch {
+			f.ask(ctx, time.Second)
+		}
+		time.Sleep(10 * time.Millisecond)
+		var waiting []*caller
+		for range 2 * maxConnections * maxBatch {
+			waiting = append(waiting, f.ask(ctx, 400*time.Millisecond))
+		}
+		over := f.ask(ctx, 250*time.Millisecond)
+		if <-over.done; KindOf(over.err) != KindOverload || over.took != 0 {
+			t.Errorf("too late: %v after %v", over.err, over.took)
+		}
+		if in := f.ask(ctx, 350*time.Millisecond); in.took != 0 {
+			t.Errorf("in time: %v", in.err)
+		}
+		for _, w := range waiting {
+			select {
+			case <-w.done:
+				t.Fatalf("%v", w.err)
+			default:
+			}
+		}
+		time.Sleep(time.Second)
+	})
+}
+
+// While there is no connection takes wait for the first one. What that is refused with is theirs, at once, until the next attempt.
+func TestTakesWaitForAConnection(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, ctx := newFakeNode(), t.Context()
+		ready, dialed := f.dial, make(chan error)
+		var attempts atomic.Int64
+		f.dial = func(ctx context.Context) (*connection, error) {
+			attempts.Add(1)
+			if err := <-dialed; err != nil {
+				return nil, err
+			}
+			return ready(ctx)
+		}
+		early, first := f.ask(ctx, 50*time.Millisecond), f.ask(ctx, time.Second)
+		f.wantBatches(t)
+		if n := attempts.Load(); n != minConnections {
+			t.Errorf("%d attempts", n)
+		}
+		if <-early.done; KindOf(early.err) != KindTimeout || early.took != 50*time.Millisecond {
+			t.Errorf("before there was one: %v after %v", early.err, early.took)
+		}
+		dialed <- nil
+		f.wantBatches(t, 1)
+		f.ended <- nil
+		if <-first.done; first.err != nil {
+			t.Error(first.err)
+		}
+		for range minConnections - 1 {
+			dialed <- errors.New("no more")
+		}
+		synctest.Wait()
+		if f.held != 1 {
+			t.Errorf("%d connections", f.held)
+		}
+		// It breaks, and there is no other.
+		broken := f.ask(ctx, time.Second)
+		f.wantBatches(t, 1)
+		f.ended <- errors.New("broken")
+		<-broken.done
+		time.Sleep(reconnectsEvery)
+		attempts.Store(0)
+		waits := f.ask(ctx, time.Second)
+		for range minConnections {
+			dialed <- &StoreError{KindAuth, errors.New("WRONGPASS")}
+		}
+		if <-waits.done; KindOf(waits.err) != KindAuth || waits.took != 0 {
+			t.Errorf("refused: %v after %v", waits.err, waits.took)
+		}
+		if next := f.ask(ctx, time.Second); KindOf(next.err) != KindAuth || attempts.Load() != minConnections {
+			t.Errorf("soon after: %v, %d attempts", next.err, attempts.Load())
+		}
+		time.Sleep(reconnectsEvery)
+		last := f.ask(ctx, time.Second)
+		for range minConnections {
+			dialed <- nil
+		}
+		f.wantBatches(t, 1)
+		f.ended <- nil
+		if <-last.done; last.err != nil {
+			t.Error(last.err)
+		}
+	})
+}
+
+// A server that has closed its connections is sent nothing on them: the take goes over a new one.
+func TestClosedConnectionsAreNoFailures(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeNode()
+		f.ask(t.Context(), time.Second)
+		f.wantBatches(t, 1)
+		f.ended <- nil
+		synctest.Wait()
+		gone := map[*connection]bool{}
+		for _, on := range f.idle {
+			gone[on] = true
+		}
+		if len(gone) != minConnections {
+			t.Fatalf("%d connections", len(gone))
+		}
+		call := f.call
+		f.call = func(ctx context.Context, on *connection, batch []*pending) error {
+			if gone[on] {
+				return errNotSent
+			}
+			return call(ctx, on, batch)
+		}
+		p := f.ask(t.Context(), time.Second)
+		f.wantBatches(t, 1)
+		f.ended <- nil
+		if <-p.done; p.err != nil || f.failures.Load() != 0 {
+			t.Errorf("%v, %d failures", p.err, f.failures.Load())
+		}
+		synctest.Wait()
+		if f.held != minConnections {
+			t.Errorf("%d connections", f.held)
+		}
+	})
+}
+
+// Five takes in a row that ran out of any time open the breaker, whatever the store's timeout. One that had less time than calls usually need
+// says nothing.
+func TestHurriedCallers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeNode()
+		f.latency = 20 * time.Millisecond
+		for range 2 * tripsAfter {
+			p := f.ask(t.Context(), 10*time.Millisecond)
+			if <-p.done; KindOf(p.err) != KindTimeout {
+				t.Errorf("%v", p.err)
+			}
+		}
+		if f.isOpen() {
+			t.Error("callers in a hurry have opened the breaker")
+		}
+		for i := range tripsAfter {
+			if f.isOpen() {
+				t.Errorf("open after %d", i)
+			}
+			p := f.ask(t.Context(), 195*time.Millisecond)
+			if <-p.done; KindOf(p.err) != KindTimeout || p.took != 195*time.Millisecond {
+				t.Errorf("%v after %v", p.err, p.took)
+			}
+		}
+		if p := f.ask(t.Context(), 195*time.Millisecond); p.took != 0 || KindOf(p.err) != KindTimeout {
+			t.Errorf("%v after %v", p.err, p.took)
 		}
 	})
 }
@@ -159,119 +393,122 @@ func TestSlowFlights(t *testing.T) {
 // longer than to the deadline, and flies on.
 func TestTakesLeave(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a := newAirport()
+		f := newFakeNode()
 		ctx, hangUp := context.WithCancel(t.Context())
-		first := a.board(t.Context(), 100*time.Millisecond)
-		a.inTheAir(t, 1)
-		for range maxFlights - 1 {
-			a.board(t.Context(), time.Second)
-			time.Sleep(patience)
-			a.inTheAir(t, 1)
+		first := f.ask(t.Context(), 100*time.Millisecond)
+		f.wantBatches(t, 1)
+		for range minConnections - 1 {
+			f.ask(t.Context(), time.Second)
+			time.Sleep(minLinger)
+			f.wantBatches(t, 1)
 		}
-		dropped, hurried := a.board(ctx, time.Second), a.board(t.Context(), 20*time.Millisecond)
-		patient := a.board(t.Context(), 2*time.Second)
+		dropped, hurried := f.ask(ctx, time.Second), f.ask(t.Context(), 20*time.Millisecond)
+		patient := f.ask(t.Context(), 2*time.Second)
 		hangUp()
-		if <-dropped.done; !errors.Is(dropped.err, context.Canceled) || dropped.left {
+		if <-dropped.done; !errors.Is(dropped.err, context.Canceled) || dropped.abandoned {
 			t.Errorf("dropped: %+v", dropped)
 		}
-		if <-hurried.done; !errors.Is(hurried.err, context.DeadlineExceeded) || hurried.left || hurried.took != 20*time.Millisecond {
+		if <-hurried.done; !errors.Is(hurried.err, context.DeadlineExceeded) || hurried.abandoned || hurried.took != 20*time.Millisecond {
 			t.Errorf("hurried: %+v", hurried)
 		}
 		if <-first.done; KindOf(first.err) != KindTimeout || first.took != 100*time.Millisecond {
 			t.Errorf("first: %+v", first)
 		}
-		a.inTheAir(t, 1) // an overdue flight is no flight
+		f.wantBatches(t, 1) // an overdue flight is no flight
 		// Whoever may stay longest flies, and the others leave at their own deadlines.
-		short := a.board(t.Context(), 30*time.Millisecond)
-		for range maxFlights {
-			a.landed <- nil
+		short := f.ask(t.Context(), 30*time.Millisecond)
+		for range minConnections {
+			f.ended <- nil
 		}
 		<-patient.done
-		a.inTheAir(t, 1)
+		f.wantBatches(t, 1)
 		if <-short.done; KindOf(short.err) != KindTimeout || short.took != 30*time.Millisecond {
 			t.Errorf("short: %+v", short)
 		}
-		solo, long := a.board(t.Context(), 500*time.Millisecond), a.board(t.Context(), 30*time.Millisecond)
-		later := a.board(t.Context(), 300*time.Millisecond)
-		a.inTheAir(t, 1)
-		a.landed <- nil
+		solo, long := f.ask(t.Context(), 500*time.Millisecond), f.ask(t.Context(), 30*time.Millisecond)
+		later := f.ask(t.Context(), 300*time.Millisecond)
+		f.wantBatches(t, 1)
+		f.ended <- nil
 		<-solo.done
-		a.inTheAir(t, 2)
-		if <-long.done; !long.left || !errors.Is(long.err, context.DeadlineExceeded) || long.took != 30*time.Millisecond {
+		f.wantBatches(t, 2)
+		if <-long.done; !long.abandoned || !errors.Is(long.err, context.DeadlineExceeded) || long.took != 30*time.Millisecond {
 			t.Errorf("in the air past its deadline: %+v", long)
 		}
-		a.landed <- nil
+		f.ended <- nil
 		if <-later.done; later.err != nil {
 			t.Errorf("with one that left: %+v", later)
 		}
-		gone := a.board(ctx, time.Second)
+		gone := f.ask(ctx, time.Second)
 		if <-gone.done; !errors.Is(gone.err, context.Canceled) {
 			t.Errorf("gone before: %+v", gone)
 		}
-		a.inTheAir(t)
+		f.wantBatches(t)
 	})
 }
 
 // When the first who waits hangs up, the others are held up no longer for it.
-func TestPatienceIsEverybodys(t *testing.T) {
+func TestLingerIsEverybodys(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a := newAirport()
+		f := newFakeNode()
 		ctx, hangUp := context.WithCancel(t.Context())
-		a.board(t.Context(), time.Second)
-		a.inTheAir(t, 1)
-		first, second := a.board(ctx, time.Second), a.board(t.Context(), time.Second)
+		f.ask(t.Context(), time.Second)
+		f.wantBatches(t, 1)
+		first, second := f.ask(ctx, time.Second), f.ask(t.Context(), time.Second)
 		hangUp()
 		<-first.done
-		time.Sleep(patience)
-		a.inTheAir(t, 1)
-		a.landed <- nil
-		a.landed <- nil
-		if <-second.done; second.err != nil || second.took != patience {
+		time.Sleep(minLinger)
+		f.wantBatches(t, 1)
+		f.ended <- nil
+		f.ended <- nil
+		if <-second.done; second.err != nil || second.took != minLinger {
 			t.Errorf("%v after %v", second.err, second.took)
 		}
 	})
 }
 
-// A call that panics is a failed one: its passengers fail, and the breaker waits for no end of it.
-func TestFlightPanics(t *testing.T) {
-	b := newBreaker(time.Second)
+// A call that panics is a failed one, and its connection is used no more.
+func TestCallPanics(t *testing.T) {
+	f := newFakeNode()
+	f.call = func(context.Context, *connection, []*pending) error { panic("a mistake") }
 	for range tripsAfter {
 		func() {
 			defer func() { _ = recover() }()
-			_ = b.run(t.Context(), func() error { panic("a mistake") })
+			p := newBlank()
+			p.deadline = time.Now().Add(10 * time.Second)
+			_, _ = f.do(t.Context(), p)
 		}()
 	}
-	if !b.isOpen() {
-		t.Error("calls that panicked have not opened the breaker")
+	if !f.isOpen() || f.inFlight != 0 {
+		t.Errorf("open %v, %d calls", f.isOpen(), f.inFlight)
 	}
 }
 
 // Where the breaker is open nobody waits for a flight.
 func TestNobodyWaitsForAnOpenBreaker(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a, broken := newAirport(), errors.New("broken")
+		f, broken := newFakeNode(), errors.New("broken")
 		for range tripsAfter {
-			p := a.board(t.Context(), time.Second)
-			a.inTheAir(t, 1)
-			a.landed <- broken
+			p := f.ask(t.Context(), time.Second)
+			f.wantBatches(t, 1)
+			f.ended <- broken
 			<-p.done
 		}
 		for range 10 {
-			if p := a.board(t.Context(), time.Second); p.took != 0 {
+			if p := f.ask(t.Context(), time.Second); p.took != 0 {
 				t.Error("waited")
 			} else if <-p.done; KindOf(p.err) != KindConnection {
 				t.Error(p.err)
 			}
 		}
-		a.inTheAir(t)
+		f.wantBatches(t)
 		time.Sleep(probesEvery + time.Millisecond)
-		probe := a.board(t.Context(), time.Second)
-		a.inTheAir(t, 1)
-		other := a.board(t.Context(), time.Second)
+		probe := f.ask(t.Context(), time.Second)
+		f.wantBatches(t, 1)
+		other := f.ask(t.Context(), time.Second)
 		if <-other.done; other.err == nil || other.took != 0 {
 			t.Errorf("beside the probe: %+v", other)
 		}
-		a.landed <- nil
+		f.ended <- nil
 		if <-probe.done; probe.err != nil {
 			t.Error(probe.err)
 		}
@@ -298,7 +535,7 @@ func TestBatchAgreesWithDraw(t *testing.T) {
 				rapid.Int64Range(0, shapes[0].FillTime().Microseconds())).Draw(t, "jump")
 			clock.set(min(clock.at+jump, 1<<53-1))
 			var requests [][]Charge
-			var batch []*take
+			var batch []*pending
 			seen := map[string]bool{}
 			for range rapid.IntRange(1, 6).Draw(t, "requests") {
 				var charges []Charge
@@ -319,9 +556,9 @@ func TestBatchAgreesWithDraw(t *testing.T) {
 					charges = append(charges, c)
 				}
 				requests = append(requests, charges)
-				batch = append(batch, newTake(charges, time.Time{}))
+				batch = append(batch, newPending(charges, time.Time{}))
 			}
-			if err := r.call(ctx, batch); err != nil {
+			if err := r.call(ctx, r.client, batch); err != nil {
 				t.Fatal(err)
 			}
 			for i, charges := range requests {

@@ -3,6 +3,7 @@ package limiter
 import (
 	"context"
 	"errors"
+	"fmt"
 	"strings"
 	"time"
 
@@ -30,32 +31,73 @@ func (r *Redis) Get(ctx context.Context, c Charge) (v Verdict, exists bool, err 
 
 // Reset makes a bucket full, by removing it. It reports whether there was one. It needs the right to DEL. Its error is a *StoreError.
 func (r *Redis) Reset(ctx context.Context, key string) (existed bool, err error) {
-	ctx, cancel := context.WithTimeout(ctx, r.timeout)
+	var n int64
+	err = r.ask(ctx, func(ctx context.Context) (err error) {
+		n, err = r.client.Del(ctx, key).Result()
+		return err
+	})
+	return n > 0, err
+}
+
+// asksAtMost is how many times a person's question is asked, if it is a
+// connection that fails.
+const asksAtMost = 3
+
+// ask asks a person's question, which may be asked again. It has the time that
+// it takes to connect, besides the store's timeout. Its error is a *StoreError.
+func (r *Redis) ask(ctx context.Context, question func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, connectTimeout+r.timeout)
 	defer cancel()
-	n, err := r.client.Del(ctx, key).Result()
-	if err != nil {
-		return false, storeError(err)
+	for asked := 1; ; asked++ {
+		err := question(ctx)
+		if err == nil {
+			return nil
+		}
+		failed := r.options.explain(r.located(err))
+		if !isFailure(failed) || asked == asksAtMost || errors.As(failed.Err, new(*refusal)) {
+			return failed
+		}
+		select {
+		case <-time.After(reconnectsEvery):
+		case <-ctx.Done():
+			return failed
+		}
 	}
-	return n > 0, nil
+}
+
+// located returns an error that says which Redis it is of.
+func (r *Redis) located(err error) error {
+	var where string
+	if client, ok := r.client.(*redis.Client); ok {
+		where = r.nameOf(client)
+	} else {
+		where = "the cluster of " + strings.Join(r.options.Addresses, ", ")
+	}
+	if errors.As(err, new(*StoreError)) || strings.Contains(err.Error(), where) {
+		return err
+	}
+	return fmt.Errorf("%s: %w", where, err)
 }
 
 // look reads charges' buckets, and says which are stored.
 func (r *Redis) look(ctx context.Context, charges []Charge, verdicts []Verdict, exists []bool) {
-	ctx, cancel := context.WithTimeout(ctx, r.timeout)
-	defer cancel()
-	ask := r.client.Pipeline()
-	clock := ask.Time(ctx)
+	var now time.Time
 	stored := make([]*redis.StringCmd, len(charges))
-	for i := range charges {
-		stored[i] = ask.Get(ctx, charges[i].Key)
-	}
-	_, execErr := ask.Exec(ctx) // each command has its own error too, but for one that ended the connection's beginning
-	now, err := clock.Result()
-	if err == nil && now.IsZero() {
-		err = execErr
-	}
+	err := r.ask(ctx, func(ctx context.Context) error {
+		pipe := r.client.Pipeline()
+		clock := pipe.Time(ctx)
+		for i := range charges {
+			stored[i] = pipe.Get(ctx, charges[i].Key)
+		}
+		_, execErr := pipe.Exec(ctx) // each command has its own error too, but for one that ended the connection's beginning
+		var err error
+		if now, err = clock.Result(); err == nil && now.IsZero() {
+			err = execErr
+		}
+		return err
+	})
 	if err != nil {
-		failAll(verdicts, storeError(err))
+		failAll(verdicts, err)
 		return
 	}
 	for i := range charges {

@@ -209,7 +209,9 @@ func TestOverload(t *testing.T) {
 	if err := r.Ping(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	s.each(func(p *redistest.Proxy) { p.Throttle(12) })
+	s.each(func(p *redistest.Proxy) { p.Throttle(6) })
+	machine := watch(t, redistest.StartProxy(t, s.proxies[0].Server()).Addr, 20*time.Millisecond, 20*time.Millisecond)
+	start := time.Now()
 	var running, most, carried, late atomic.Int64
 	var mu sync.Mutex
 	var shed []time.Duration
@@ -234,6 +236,7 @@ func TestOverload(t *testing.T) {
 			late.Add(1)
 		}
 	})
+	disturbed := machine.slowFor(start, time.Now())
 	s.each((*redistest.Proxy).Mend)
 	if len(shed) < 1000 {
 		t.Fatalf("only %d were shed", len(shed))
@@ -246,11 +249,16 @@ func TestOverload(t *testing.T) {
 	}
 	slices.Sort(p99)
 	t.Logf("of %d takes %d were carried, %d too late and %d shed, 99 %% of them in %v (at worst %v); at most %d at once", perSecond*int(lasts.Seconds()), carried.Load(), late.Load(), len(shed), p99[len(p99)/2], p99[len(p99)-1], most.Load())
+	if disturbed > lasts/4 {
+		t.Logf("the machine was slow for %v: this says little", disturbed)
+		return
+	}
 	if p99[len(p99)/2] > slack/10 {
 		t.Errorf("99 %% of what was shed took %v", p99)
 	}
-	// Those that are just being shed, or are answered and not yet gone, are at once too; without a bound there would be 16,000.
-	if bound := int64(maxWaiting + maxFlights*maxBoard); most.Load() > 2*bound {
+	// What waits is what can be carried within its timeout. Those that are just being shed, or are answered and not yet gone, are at once too;
+	// without a bound there would be 16,000.
+	if bound := carried.Load() * int64(r.timeout) / int64(lasts); most.Load() > 2*bound {
 		t.Errorf("%d takes at once, of a bound of %d", most.Load(), bound)
 	}
 	if carried.Load()*times > perSecond*int64(lasts.Seconds()) || carried.Load() == 0 {

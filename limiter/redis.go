@@ -44,9 +44,11 @@ func newScript(function, clock string) script {
 // Redis is the Store that all sidecars share. It is safe for concurrent use.
 type Redis struct {
 	client   redis.UniversalClient
-	cluster  *redis.ClusterClient         // the client, where it is a cluster's; else nil
+	cluster  *redis.ClusterClient // the client, where it is a cluster's; else nil
+	options  RedisOptions
 	login    atomic.Pointer[RedisOptions] // whose username and password new connections use
 	timeout  time.Duration
+	hurried  sync.Once // tells once of a caller with less time than the store has
 	take     script
 	give     script
 	log      *zap.Logger
@@ -55,6 +57,7 @@ type Redis struct {
 	errors   map[ErrorKind]prometheus.Counter
 	nodes    sync.Map // of *node, by address; as many as a cluster has masters
 	breakers prometheus.GaugeFunc
+	unknown  breaker       // of the question who has which of a cluster's slots
 	gifts    chan struct{} // has a place for each request's gifts that are under way
 	local    *Memory       // in Redis's place, for the limits that say so
 }
@@ -77,6 +80,7 @@ func newRedis(o RedisOptions, clock string, log *zap.Logger, metrics prometheus.
 		log = zap.NewNop()
 	}
 	r := &Redis{
+		options: o,
 		timeout: o.Timeout,
 		gifts:   make(chan struct{}, maxGifts),
 		take:    newScript("take", clock),
@@ -112,7 +116,8 @@ func newRedis(o RedisOptions, clock string, log *zap.Logger, metrics prometheus.
 	}
 	c.CredentialsProviderContext = func(context.Context) (username, password string, err error) {
 		login := r.login.Load()
-		return login.Username, login.Password, nil
+		username, password = credentials(login.Username, login.Password)
+		return username, password, nil
 	}
 	r.client = o.open(c)
 	r.cluster, _ = r.client.(*redis.ClusterClient)
@@ -135,6 +140,10 @@ func (r *Redis) UseLogin(o RedisOptions) error {
 		return err
 	}
 	r.login.Store(&RedisOptions{Username: c.Username, Password: c.Password})
+	r.nodes.Range(func(_, n any) bool {
+		n.(*node).retry()
+		return true
+	})
 	return nil
 }
 
@@ -142,29 +151,28 @@ func (r *Redis) UseLogin(o RedisOptions) error {
 func (r *Redis) Run(ctx context.Context) {
 	var wg sync.WaitGroup
 	wg.Go(func() { r.local.Run(ctx) })
-	tick := time.NewTicker(warmsEvery)
+	defer wg.Wait()
+	tick := time.NewTicker(refreshesEvery)
 	defer tick.Stop()
 	for {
 		select {
 		case <-ctx.Done():
-			wg.Wait()
 			return
 		case <-tick.C:
-			ask, cancel := context.WithTimeout(ctx, warmsEvery)
-			var mu sync.Mutex
-			masters := map[string]bool{}
-			_ = r.eachMaster(ask, func(ctx context.Context, node *redis.Client) error {
-				mu.Lock()
-				masters[node.Options().Addr] = true
-				mu.Unlock()
-				if node.PoolStats().TotalConns >= maxFlights {
-					return nil
-				}
-				return r.warm(ctx, node)
-			}) // what fails here fails for takes too, which say so
-			cancel()
-			r.forget(masters)
 		}
+		ask, cancel := context.WithTimeout(ctx, connectTimeout)
+		var mu sync.Mutex
+		masters := map[string]bool{}
+		_ = r.eachMaster(ask, func(ctx context.Context, client *redis.Client) error {
+			n := r.nodeFor(client)
+			mu.Lock()
+			masters[r.addressOf(client)] = true
+			mu.Unlock()
+			n.refresh(ctx)
+			return nil
+		}) // what fails here fails for takes too, which say so
+		cancel()
+		r.forget(masters)
 	}
 }
 
@@ -174,28 +182,36 @@ func (r *Redis) forget(masters map[string]bool) {
 	if len(masters) == 0 {
 		return
 	}
-	r.nodes.Range(func(address, _ any) bool {
+	r.nodes.Range(func(address, n any) bool {
 		if address != "" && !masters[address.(string)] {
 			r.nodes.Delete(address)
+			n.(*node).close()
 		}
 		return true
 	})
 }
 
 // Close ends all connections.
-func (r *Redis) Close() error { return r.client.Close() }
+func (r *Redis) Close() error {
+	r.nodes.Range(func(_, n any) bool {
+		n.(*node).close()
+		return true
+	})
+	return r.client.Close()
+}
 
-// Ping asks whether Redis answers, by the deadline of ctx, and opens the connections that takes need: with its dial a take could exceed
-// its caller's time, and the next one too. On a cluster it asks all masters. Its error is a *StoreError.
+// Ping asks whether Redis answers, by the deadline of ctx, and opens the connections that takes need. What is opened then goes on, and
+// the next Ping finds it. On a cluster it asks all masters. Its error is a *StoreError.
 func (r *Redis) Ping(ctx context.Context) error {
-	if err := r.eachMaster(ctx, r.warm); err != nil {
-		return storeError(err)
+	err := r.eachMaster(ctx, func(ctx context.Context, client *redis.Client) error { return r.nodeFor(client).warm(ctx) })
+	if err != nil {
+		return r.options.explain(r.located(err))
 	}
 	return nil
 }
 
-// warmsEvery is how often connections are seen to: after an outage there may be none.
-const warmsEvery = time.Second
+// refreshesEvery is how often connections are seen to.
+const refreshesEvery = time.Second
 
 // eachMaster calls a function for each node that takes go to.
 func (r *Redis) eachMaster(ctx context.Context, do func(context.Context, *redis.Client) error) error {
@@ -203,27 +219,6 @@ func (r *Redis) eachMaster(ctx context.Context, do func(context.Context, *redis.
 		return r.cluster.ForEachMaster(ctx, do)
 	}
 	return do(ctx, r.client.(*redis.Client))
-}
-
-// warm opens as many connections to a node as there may be flights, and has the node read the script.
-func (r *Redis) warm(ctx context.Context, node *redis.Client) error {
-	var wg sync.WaitGroup
-	var failed [maxFlights]error
-	for i := range failed {
-		wg.Go(func() { failed[i] = node.Time(ctx).Err() }) // all at once, each on a connection of its own; takes have the right to TIME, too
-	}
-	wg.Wait()
-	for _, err := range failed {
-		if err != nil {
-			return err
-		}
-	}
-	// Without a key the script says that it needs one. It is then known, and the first take need not send it.
-	var answer redis.Error
-	if _, err := r.run(ctx, node, &r.take, 0); err != nil && !errors.As(err, &answer) {
-		return err
-	}
-	return nil
 }
 
 // once is a command that the library never sends twice, whatever its retry settings, on any kind of client: Redis may have
@@ -245,6 +240,12 @@ func (r *Redis) Take(ctx context.Context, charges []Charge, verdicts []Verdict) 
 		deadline = d.Add(-deadlineMargin)
 	}
 	local := anyLocal(charges)
+	if left := deadline.Sub(start); left > 0 && left+deadlineMargin < r.timeout {
+		r.hurried.Do(func() {
+			r.log.Warn("store.redis.timeout is longer than the caller waits: keep it below the timeout of Envoy's ext_authz filter",
+				zap.Duration("timeout", r.timeout), zap.Duration("caller", left+deadlineMargin))
+		})
+	}
 	if r.cluster != nil || local { // what may be asked besides takes
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithDeadline(ctx, deadline)
@@ -275,19 +276,22 @@ type taken struct {
 
 // takeSlot takes from buckets of one slot. takes may be nil.
 func (r *Redis) takeSlot(ctx context.Context, deadline time.Time, charges []Charge, verdicts []Verdict, takes []taken) {
-	t := newTake(charges, deadline)
-	left, err := r.nodeOf(ctx, charges[0].Key).carry(ctx, t)
+	n, err := r.nodeOf(ctx, charges[0].Key)
 	if err == nil {
-		err = r.read(t.at, t.reply, charges, verdicts, takes)
-	}
-	if !left {
-		if size, ok := ctx.Value(batchSize{}).(*atomic.Int32); ok {
-			size.Store(int32(t.batch))
+		t := newPending(charges, deadline)
+		var abandoned bool
+		if abandoned, err = n.do(ctx, t); err == nil {
+			err = r.read(t.at, t.reply, charges, verdicts, takes)
 		}
-		t.recycle()
+		if !abandoned {
+			if size, ok := ctx.Value(batchSize{}).(*atomic.Int32); ok {
+				size.Store(int32(t.batch))
+			}
+			t.recycle()
+		}
 	}
 	if err != nil {
-		failed := storeError(err)
+		failed := r.options.explain(err)
 		if !errors.Is(failed, context.Canceled) { // the caller hung up: nothing is known of Redis
 			r.errors[failed.Kind].Inc()
 		}
@@ -304,34 +308,101 @@ func WithBatchSize(ctx context.Context, size *atomic.Int32) context.Context {
 	return context.WithValue(ctx, batchSize{}, size)
 }
 
-// nodeOf is the node that a key is on. Where there is one only, or where nobody knows, its address is empty.
-func (r *Redis) nodeOf(ctx context.Context, key string) *node {
-	address := ""
-	if r.cluster != nil {
-		if master, err := r.cluster.MasterForKey(ctx, key); err == nil {
-			address = master.Options().Addr
+// nodeOf is the node that a key is on. Where there is one only its address is empty.
+func (r *Redis) nodeOf(ctx context.Context, key string) (*node, error) {
+	if r.cluster == nil {
+		if known, ok := r.nodes.Load(""); ok {
+			return known.(*node), nil
+		}
+		return r.nodeFor(r.client.(*redis.Client)), nil
+	}
+	if err := r.unknown.admit(); err != nil {
+		return nil, err
+	}
+	master, err := r.cluster.MasterForKey(ctx, key)
+	if err != nil {
+		failed := r.options.explain(r.located(err))
+		_ = r.unknown.failed(failed)
+		return nil, failed
+	}
+	r.unknown.answered()
+	return r.nodeFor(master), nil
+}
+
+// addressOf is by what a node is known: its address in a cluster, and else nothing.
+func (r *Redis) addressOf(client *redis.Client) string {
+	if r.cluster == nil {
+		return ""
+	}
+	return client.Options().Addr
+}
+
+// nodeFor is the node that a client of the library's is for.
+func (r *Redis) nodeFor(client *redis.Client) *node {
+	address := r.addressOf(client)
+	if known, ok := r.nodes.Load(address); ok {
+		n := known.(*node)
+		if n.client.Load() != client {
+			n.client.Store(client) // the library has made another for the same address
+		}
+		return n
+	}
+	n := &node{name: r.nameOf(client), call: r.send}
+	n.client.Store(client)
+	n.dial = func(ctx context.Context) (*connection, error) { return r.connect(ctx, n.client.Load()) }
+	made, _ := r.nodes.LoadOrStore(address, n)
+	return made.(*node)
+}
+
+// nameOf is how errors call a server.
+func (r *Redis) nameOf(client *redis.Client) string {
+	if r.options.Mode == Sentinel {
+		return "the master " + r.options.Master
+	}
+	return client.Options().Addr
+}
+
+// connect makes a connection for takes, on which the node has read the script.
+func (r *Redis) connect(ctx context.Context, client *redis.Client) (*connection, error) {
+	on := &connection{Conn: client.EphemeralConn(), address: client.Options().Addr}
+	err := on.Time(ctx).Err() // takes have the right to TIME, too
+	if redis.HasErrorPrefix(err, "unknown command") {
+		if role, ofErr := on.Do(ctx, "ROLE").Slice(); ofErr == nil && len(role) > 0 && role[0] == "sentinel" {
+			err = errIsSentinel
 		}
 	}
-	if known, ok := r.nodes.Load(address); ok {
-		return known.(*node)
+	if err == nil {
+		began := time.Now()
+		// Without a key the script says that it needs one. It is then known, and the first take need not send it.
+		if _, err = r.run(ctx, on, &r.take, 0); on.isUsable(err) {
+			err = nil
+		}
+		on.opened = time.Now()
+		on.used, on.latency = on.opened, on.opened.Sub(began)
 	}
-	made, _ := r.nodes.LoadOrStore(address, &node{breaker: newBreaker(r.timeout), send: r.send})
-	return made.(*node)
+	if err != nil {
+		_ = on.Close()
+		if name := r.nameOf(client); !strings.Contains(err.Error(), name) {
+			err = fmt.Errorf("%s: %w", name, err)
+		}
+		return nil, r.options.explain(err)
+	}
+	return on, nil
 }
 
 // send calls the script for a batch of takes: once, or on a cluster once for each slot, and all at once. It returns an error that is of
 // all takes without an answer, and the first one that a slot's takes have for themselves.
-func (r *Redis) send(ctx context.Context, batch []*take) error {
+func (r *Redis) send(ctx context.Context, on *connection, batch []*pending) error {
 	if r.cluster == nil {
-		return r.call(ctx, batch)
+		return r.call(ctx, on, batch)
 	}
-	return r.callSlots(ctx, batch)
+	return r.callSlots(ctx, on, batch)
 }
 
 // call calls the script for takes of one slot.
-func (r *Redis) call(ctx context.Context, batch []*take) error {
+func (r *Redis) call(ctx context.Context, on processor, batch []*pending) error {
 	r.batches.Observe(float64(len(batch)))
-	reply, err := r.run(ctx, r.client, &r.take, takeArgs(batch)...)
+	reply, err := r.run(ctx, on, &r.take, takeArgs(batch)...)
 	if err != nil {
 		return err
 	}
@@ -339,7 +410,7 @@ func (r *Redis) call(ctx context.Context, batch []*take) error {
 }
 
 // takeArgs are the script's: the number of keys, the keys, and the charges.
-func takeArgs(batch []*take) []any {
+func takeArgs(batch []*pending) []any {
 	var keys, size int
 	for _, t := range batch {
 		keys, size = keys+len(t.keys), size+len(t.packed)
@@ -357,7 +428,7 @@ func takeArgs(batch []*take) []any {
 }
 
 // deal gives each take its part of a reply.
-func deal(reply string, batch []*take) error {
+func deal(reply string, batch []*pending) error {
 	if len(reply) < instantSize {
 		return errReply
 	}

@@ -3,6 +3,7 @@ package limiter
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"slices"
 	"strings"
 	"sync"
@@ -155,28 +156,24 @@ func (r *Redis) giveBack(ctx context.Context, s *slotTake) {
 }
 
 // callSlots calls the script for takes of one node: once for each slot, all in one pipeline.
-func (r *Redis) callSlots(ctx context.Context, batch []*take) error {
-	bySlot := make(map[string][]*take)
+func (r *Redis) callSlots(ctx context.Context, on *connection, batch []*pending) error {
+	bySlot := make(map[string][]*pending)
 	for _, t := range batch {
 		tag := hashTag(t.keys[0])
 		bySlot[tag] = append(bySlot[tag], t)
 	}
-	if len(bySlot) == 1 {
-		return r.callSlot(ctx, batch)
-	}
-	node, err := r.cluster.MasterForKey(ctx, batch[0].keys[0])
-	if err != nil {
-		return err
-	}
-	// The node's client sends a pipeline once, whatever becomes of it.
+	// The connection sends a pipeline once, whatever becomes of it.
 	calls := make(map[string]once, len(bySlot))
-	pipe := node.Pipeline()
+	pipe := on.Pipeline()
 	for tag, takes := range bySlot {
 		r.batches.Observe(float64(len(takes)))
 		calls[tag] = once{redis.NewStringCmd(ctx, append([]any{"evalsha", r.take.sha}, takeArgs(takes)...)...)}
 		_ = pipe.Process(ctx, calls[tag])
 	}
 	_, execErr := pipe.Exec(ctx)
+	if errors.Is(execErr, errNotSent) {
+		return execErr
+	}
 	var wg sync.WaitGroup
 	for tag, takes := range bySlot {
 		reply, err := calls[tag].Result()
@@ -198,21 +195,21 @@ func (r *Redis) callSlots(ctx context.Context, batch []*take) error {
 
 // callSlot calls the script for takes of one slot, and gives each its answer or its error. While a slot moves, some of its keys are on one
 // node and some on the other, and no call may have both: then each take goes by itself.
-func (r *Redis) callSlot(ctx context.Context, takes []*take) error {
-	err := r.call(ctx, takes)
+func (r *Redis) callSlot(ctx context.Context, takes []*pending) error {
+	err := r.call(ctx, r.client, takes)
 	if len(takes) == 1 || !redis.HasErrorPrefix(err, "TRYAGAIN") {
 		failTakes(takes, err)
 		return err
 	}
 	var wg sync.WaitGroup
 	for _, t := range takes {
-		wg.Go(func() { t.err = r.call(ctx, []*take{t}) })
+		wg.Go(func() { t.err = r.call(ctx, r.client, []*pending{t}) })
 	}
 	wg.Wait()
 	return firstError(takes)
 }
 
-func firstError(takes []*take) error {
+func firstError(takes []*pending) error {
 	for _, t := range takes {
 		if t.err != nil {
 			return t.err
@@ -221,7 +218,7 @@ func firstError(takes []*take) error {
 	return nil
 }
 
-func failTakes(takes []*take, err error) {
+func failTakes(takes []*pending, err error) {
 	for _, t := range takes {
 		t.err = err
 	}

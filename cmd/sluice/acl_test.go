@@ -17,11 +17,12 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// readmeACL is the rights that README's ACL lines give, by what the line is for: what stands behind its #.
+// readmeACL returns the rights that the ACL lines of limiter/README.md give, by
+// what a line is for: what stands behind its #.
 func readmeACL(t *testing.T) map[string][]string {
 	t.Helper()
 	lines := make(map[string][]string)
-	for line := range strings.Lines(readme(t)) {
+	for line := range strings.Lines(document(t, limiterReadme)) {
 		if rights, ok := strings.CutPrefix(line, "ACL SETUSER sluice "); ok {
 			rights, use, _ := strings.Cut(rights, "#")
 			lines[strings.TrimSpace(use)] = strings.Fields(rights)
@@ -30,7 +31,7 @@ func readmeACL(t *testing.T) map[string][]string {
 	return lines
 }
 
-// README's ACL lines give the rights to all that sluice does, and none that could be left out.
+// The ACL lines of limiter/README.md give the rights to all that sluice does, and none that could be left out.
 func TestREADMEACL(t *testing.T) {
 	lines := readmeACL(t)
 	const limits = `
@@ -62,7 +63,7 @@ limits:
 			var rights []string
 			for _, l := range tt.lines {
 				if len(lines[l]) == 0 {
-					t.Fatalf("README has no ACL line for %s", l)
+					t.Fatalf("limiter/README.md has no ACL line for %s", l)
 				}
 				rights = append(rights, lines[l]...)
 			}

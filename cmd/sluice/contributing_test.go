@@ -1,23 +1,11 @@
 package main
 
 import (
-	"os"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
 	"testing"
 )
-
-// repositoryFile returns the text of a file, by its path from the top level.
-func repositoryFile(t *testing.T, path string) string {
-	t.Helper()
-	text, err := os.ReadFile(filepath.Join("..", "..", filepath.FromSlash(path)))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(text)
-}
 
 const contributing = ".github/CONTRIBUTING.md"
 
@@ -34,18 +22,18 @@ func TestContributingStages(t *testing.T) {
 		slices.Sort(all)
 		return all
 	}
-	want := stages(repositoryFile(t, ".ci/test"))
+	want := stages(document(t, ".ci/test"))
 	if len(want) < 6 {
 		t.Fatalf("only %d stages were found: %v", len(want), want)
 	}
-	if got := stages(strings.ReplaceAll(repositoryFile(t, contributing), `\|`, "|")); !slices.Equal(got, want) {
+	if got := stages(strings.ReplaceAll(document(t, contributing), `\|`, "|")); !slices.Equal(got, want) {
 		t.Errorf("%s has\n%s\n.ci/test runs\n%s", contributing, strings.Join(got, "\n"), strings.Join(want, "\n"))
 	}
 }
 
 // CONTRIBUTING.md has the rooms, and the arrows between them.
 func TestContributingArrows(t *testing.T) {
-	rows := regexp.MustCompile("(?m)^\\| `([a-z0-9/]+)` \\|[^|]+\\| ([^|]+) \\|$").FindAllStringSubmatch(repositoryFile(t, contributing), -1)
+	rows := regexp.MustCompile("(?m)^\\| `([a-z0-9/]+)` \\|[^|]+\\| ([^|]+) \\|$").FindAllStringSubmatch(document(t, contributing), -1)
 	said := map[string][]string{}
 	for _, row := range rows {
 		said[row[1]] = unique(row[2], "`([a-z0-9/]+)`")
@@ -68,25 +56,9 @@ func TestContributingArrows(t *testing.T) {
 	}
 }
 
-// Relative links of the files that GitHub shows lead to files.
-func TestCommunityLinks(t *testing.T) {
-	found := 0
-	for _, name := range []string{contributing, ".github/SECURITY.md", "CHANGELOG.md"} {
-		for _, link := range regexp.MustCompile(`\]\(([^)#:]+)(?:#[^)]*)?\)`).FindAllStringSubmatch(repositoryFile(t, name), -1) {
-			found++
-			if _, err := os.Stat(filepath.Join("..", "..", filepath.Dir(name), filepath.FromSlash(link[1]))); err != nil {
-				t.Errorf("%s: %v", name, err)
-			}
-		}
-	}
-	if found < 5 {
-		t.Errorf("only %d links were found", found)
-	}
-}
-
 // The workflow runs .ci/test.
 func TestWorkflow(t *testing.T) {
-	if workflow := repositoryFile(t, ".github/workflows/test.yaml"); !strings.Contains(workflow, "\n    - run: bash .ci/test\n") {
+	if workflow := document(t, ".github/workflows/test.yaml"); !strings.Contains(workflow, "\n    - run: bash .ci/test\n") {
 		t.Errorf("the workflow does not run .ci/test:\n%s", workflow)
 	}
 }

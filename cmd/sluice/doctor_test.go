@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/sluiceproxy/sluice/envoy"
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
@@ -47,7 +48,7 @@ func TestDoctor(t *testing.T) {
 		{"a replica", config(replica.URL(), ""), "", 1, []string{"fail  script ", "→ point store.redis at the master, and see that it may write", "fail  replication   this Redis is a slave\n"}},
 		{"least rights", config(good.URL(), ", username: least, password: pw"), "", 0, []string{"ok    script ", "warn  version       not known: store: auth: NOPERM", "warn  settings "}},
 		{"less", config(good.URL(), ", username: less, password: pw"), "", 1, []string{"fail  script ", "→ ACL SETUSER <user> on ~sluice:default:* +evalsha +eval +time +get +set\n"}},
-		{"a wrong password", config(good.URL(), ", username: least, password: wrong"), "", 1, []string{"fail  reachable     store: auth: WRONGPASS", "→ look at username and password"}},
+		{"a wrong password", config(good.URL(), ", username: least, password: wrong"), "", 1, []string{"fail  reachable     store: auth: ", ": WRONGPASS invalid username-password pair", "look at store.redis.username and password"}},
 		{"nobody there", config(url, ""), "", 1, []string{"fail  reachable     store: connection: ", "→ look at store.redis.url"}},
 		{"in process", file(t, "sluice.yaml", "{}\n"), "", 0, []string{"warn  store         in process"}},
 	} {
@@ -70,12 +71,62 @@ func TestDoctor(t *testing.T) {
 	}
 	for _, s := range []*redistest.Server{good, careless, master} {
 		for _, key := range s.Client().Keys(t.Context(), "*").Val() {
-			if ttl := s.Client().PTTL(t.Context(), key).Val(); key != "sluice:default:doctor:{-}" || ttl <= 0 || ttl > 6*time.Second {
+			if ttl := s.Client().PTTL(t.Context(), key).Val(); !strings.HasPrefix(key, "sluice:default::{doctor.") || ttl <= 0 || ttl > 6*time.Second {
 				t.Errorf("doctor has left %s for %v", key, ttl)
 			}
 		}
 	}
 	if status, _, stderr := sluice(t, nil, "doctor", "--envoy-timeout", "0s"); status != 2 || !strings.Contains(stderr, "--envoy-timeout 0s: allowed are durations above 0") {
 		t.Errorf("%d %s", status, stderr)
+	}
+}
+
+// shardingProxy is an Envoy that spreads keys over servers.
+const shardingProxy = `
+admin: {address: {socket_address: {address: 127.0.0.1, port_value: 0}}}
+static_resources:
+  listeners:
+  - address: {socket_address: {address: 127.0.0.1, port_value: 0}}
+    filter_chains:
+    - filters:
+      - name: envoy.filters.network.redis_proxy
+        typed_config:
+          "@type": type.googleapis.com/envoy.extensions.filters.network.redis_proxy.v3.RedisProxy
+          stat_prefix: redis
+          settings: {op_timeout: 5s}
+          prefix_routes: {catch_all_route: {cluster: redis}}
+  clusters:
+  - name: redis
+    type: STATIC
+    lb_policy: MAGLEV
+    load_assignment:
+      cluster_name: redis
+      endpoints: [{lb_endpoints: [SERVERS]}]
+`
+
+// A proxy that spreads keys over servers grants more than the limits say: doctor names it. One before a single server does no harm.
+func TestDoctorNamesAProxy(t *testing.T) {
+	binary, err := envoy.Binary(t.Context(), func(s string) { t.Log(s) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	var servers []string
+	for range 2 {
+		_, port, _ := strings.Cut(redistest.StartNode(t, "--appendonly", "yes").Addr, ":")
+		servers = append(servers, "{endpoint: {address: {socket_address: {address: 127.0.0.1, port_value: "+port+"}}}}")
+	}
+	doctor := func(servers []string) (int, string) {
+		addr := startEnvoyOn(t, binary, []byte(strings.Replace(shardingProxy, "SERVERS", strings.Join(servers, ", "), 1)))
+		status, stdout, stderr := sluice(t, nil, "doctor", "--config", file(t, "sluice.yaml", "store: {redis: {url: 'redis://"+addr+"', timeout: 5s}}\n"), "--envoy-timeout", "10s")
+		if stderr != "" {
+			t.Error(stderr)
+		}
+		return status, stdout
+	}
+	if status, stdout := doctor(servers); status != 1 || !strings.Contains(stdout, "fail  one server    behind this address keys are spread over several servers") {
+		t.Errorf("%d\n%s", status, stdout)
+	}
+	if status, stdout := doctor(servers[:1]); status != 0 || strings.Contains(stdout, "one server") || strings.Contains(stdout, "this Redis is a ") {
+		t.Errorf("%d\n%s", status, stdout)
 	}
 }

@@ -123,7 +123,7 @@ limits:
 		if got, want := about(r.Header), "retry-after=86400 x-envoy-ratelimited=true x-ratelimit-limit=1 x-ratelimit-remaining=0 x-ratelimit-reset=86400"; r.StatusCode != 429 || got != want {
 			t.Errorf("%d %s, want %s", r.StatusCode, got, want)
 		}
-		if want := `{"title":"Too Many Requests","status":429,"detail":"The limit strict allows this request in 86400 s.","limit":"strict","retry_after":86400}`; body != want ||
+		if want := `{"title":"Too Many Requests","status":429,"detail":"Rate limit \"strict\" exceeded. Retry in 86400 s.","limit":"strict","retry_after":86400}`; body != want ||
 			r.Header.Get("Content-Type") != "application/problem+json" {
 			t.Errorf("%s %s", r.Header.Get("Content-Type"), body)
 		}
@@ -131,7 +131,7 @@ limits:
 	t.Run("gRPC", func(t *testing.T) {
 		// The bucket is empty by now.
 		_, err := grpc_health_v1.NewHealthClient(dial(t, addr)).Check(t.Context(), &grpc_health_v1.HealthCheckRequest{})
-		if status.Code(err) != codes.ResourceExhausted || status.Convert(err).Message() != "The limit strict allows this request in 86400 s." {
+		if status.Code(err) != codes.ResourceExhausted || status.Convert(err).Message() != `Rate limit "strict" exceeded. Retry in 86400 s.` {
 			t.Errorf("%v", err)
 		}
 		_, metrics := get(t, "http://"+p.metrics+"/metrics")

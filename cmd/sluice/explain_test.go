@@ -178,7 +178,7 @@ func TestExplainErrors(t *testing.T) {
 		{[]string{"--config", "none.yaml"}, 1, "none.yaml: no such file or directory\n"},
 		{[]string{"--config", config, "--request", "none.json"}, 1, "sluice: --request: open none.json: no such file or directory\n"},
 		{[]string{"--config", config, "--request", config}, 1, "sluice: --request " + config + ": not a CheckRequest in JSON: "},
-		{[]string{"--config", config, "--request", file(t, "empty.json", "{}")}, 1, "the check holds no HTTP request; is the filter an HTTP filter?\n"},
+		{[]string{"--config", config, "--request", file(t, "empty.json", "{}")}, 1, "the check has no HTTP request; ext_authz must be configured as an HTTP filter\n"},
 	} {
 		status, stdout, stderr := sluice(t, nil, append([]string{"explain"}, tt.args...)...)
 		if status != tt.status || stdout != "" || !strings.Contains(stderr, tt.want) {

@@ -220,12 +220,11 @@ func monitor(t *testing.T, socket string) func() string {
 	return read
 }
 
-// The README's page of one's own for a 429.
+// The page of one's own for a 429 of authz/README.md.
 func TestREADMEPage(t *testing.T) {
-	_, text, _ := strings.Cut(readme(t), "```yaml\nlocal_reply_config:")
-	text, _, _ = strings.Cut(text, "```")
+	page := block(t, section(t, authzReadme, "## Pages of your own"), "yaml")
 	s := serveRecipe(t, "limits: [{name: a, rate: 1/d}]\n", nil, func(b string) string {
-		return strings.Replace(b, "          stat_prefix: ingress\n", "          stat_prefix: ingress\n"+indent("local_reply_config:"+text, 10), 1)
+		return strings.Replace(b, "          stat_prefix: ingress\n", "          stat_prefix: ingress\n"+indent(page, 10), 1)
 	})
 	s.want(1, 1, "GET /")
 	r, body := fetch(t, s.c, "http://"+s.addr+"/")

@@ -530,7 +530,7 @@ func TestMeshIstioctl(t *testing.T) {
 		}
 	}
 	// The access log of envoy/README.md. Of its provider, in the mesh config, istioctl does not say whether the fields are there.
-	_, telemetry, ok := strings.Cut(envoyReadme(t), "---\napiVersion: telemetry.istio.io/v1\n")
+	_, telemetry, ok := strings.Cut(document(t, envoyReadme), "---\napiVersion: telemetry.istio.io/v1\n")
 	if !ok {
 		t.Fatal("envoy/README.md has no Telemetry")
 	}

@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"maps"
 	"os"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
@@ -18,19 +17,9 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/policy"
 )
 
-// envoyReadme returns the text of envoy/README.md.
-func envoyReadme(t *testing.T) string {
-	t.Helper()
-	text, err := os.ReadFile(filepath.Join("..", "..", "envoy", "README.md"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(text)
-}
-
 // envoy/README.md names each kind that sluice envoy prints, and no other.
 func TestEnvoyREADMECommands(t *testing.T) {
-	named := unique(envoyReadme(t), "`sluice envoy ([a-z-]+)")
+	named := unique(document(t, envoyReadme), "`sluice envoy ([a-z-]+)")
 	if want := slices.Sorted(maps.Keys(chains)); !slices.Equal(named, want) {
 		t.Errorf("envoy/README.md names %v, want %v", named, want)
 	}
@@ -48,7 +37,7 @@ type migration struct {
 // heading without a config has to say that there is no counterpart.
 func migrations(t *testing.T) []migration {
 	t.Helper()
-	_, text, ok := strings.Cut(envoyReadme(t), "\n## Migrating\n")
+	_, text, ok := strings.Cut(document(t, envoyReadme), "\n## Migrating\n")
 	if !ok {
 		t.Fatal("envoy/README.md has no section on migrating")
 	}
@@ -227,7 +216,7 @@ func TestMigrations(t *testing.T) {
 
 // The rates in the table of Kong's windows are those of the windows.
 func TestMigrationWindows(t *testing.T) {
-	rows := regexp.MustCompile("(?m)^\\| [^|]+ \\| ([0-9]+) \\| ([0-9]+) \\| `rate: ([^`]+)` \\|$").FindAllStringSubmatch(envoyReadme(t), -1)
+	rows := regexp.MustCompile("(?m)^\\| [^|]+ \\| ([0-9]+) \\| ([0-9]+) \\| `rate: ([^`]+)` \\|$").FindAllStringSubmatch(document(t, envoyReadme), -1)
 	if len(rows) != 6 {
 		t.Errorf("%d rows, want 6", len(rows))
 	}

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -16,13 +17,67 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-func readme(t *testing.T) string {
+// The documents that these tests hold to the program, from the repository's top.
+const (
+	topReadme     = "README.md"
+	policyReadme  = "limiter/policy/README.md"
+	limiterReadme = "limiter/README.md"
+	authzReadme   = "authz/README.md"
+	envoyReadme   = "envoy/README.md"
+	programReadme = "cmd/sluice/README.md"
+)
+
+// document returns the text of a document, which is named from the
+// repository's top.
+func document(t *testing.T, name string) string {
 	t.Helper()
-	text, err := os.ReadFile(filepath.Join("..", "..", "README.md"))
+	text, err := os.ReadFile(filepath.Join("..", "..", filepath.FromSlash(name)))
 	if err != nil {
 		t.Fatal(err)
 	}
 	return string(text)
+}
+
+// section returns what a document says under a heading, such as "## Install",
+// up to the next heading of the same or a higher level.
+func section(t *testing.T, name, heading string) string {
+	t.Helper()
+	_, text, ok := strings.Cut(document(t, name), "\n"+heading+"\n")
+	if !ok {
+		t.Fatalf("%s has no %q", name, heading)
+	}
+	end := regexp.MustCompile("^#{1," + strconv.Itoa(strings.Index(heading, " ")) + "} ")
+	var lines strings.Builder
+	inCode := false
+	for line := range strings.Lines(text) {
+		if strings.HasPrefix(strings.TrimSpace(line), "```") {
+			inCode = !inCode
+		}
+		if !inCode && end.MatchString(line) {
+			break
+		}
+		lines.WriteString(line)
+	}
+	return lines.String()
+}
+
+// blocks returns the code blocks of a language in a text.
+func blocks(text, language string) []string {
+	var found []string
+	for _, m := range regexp.MustCompile("(?ms)^ *```"+language+"\n(.*?)^ *```$").FindAllStringSubmatch(text, -1) {
+		found = append(found, m[1])
+	}
+	return found
+}
+
+// block returns the first code block of a language in a text.
+func block(t *testing.T, text, language string) string {
+	t.Helper()
+	all := blocks(text, language)
+	if len(all) == 0 {
+		t.Fatalf("no %s block in %q", language, text)
+	}
+	return all[0]
 }
 
 // unique is what a pattern's first group finds, sorted, each once.
@@ -35,16 +90,13 @@ func unique(text, pattern string) []string {
 	return slices.Compact(found)
 }
 
-// readmeConfig is the README's reference of the config.
+// readmeConfig is the config's reference.
 func readmeConfig(t *testing.T) string {
 	t.Helper()
-	_, rest, _ := strings.Cut(readme(t), "## The config")
-	_, rest, _ = strings.Cut(rest, "```yaml\n")
-	config, _, _ := strings.Cut(rest, "```")
-	return config
+	return block(t, section(t, policyReadme, "## Reference"), "yaml")
 }
 
-// The README's config is a good one, also with what stands in comments there.
+// The reference's config is a good one, also with what stands in comments there.
 func TestREADMEConfig(t *testing.T) {
 	config := readmeConfig(t)
 	for _, text := range []string{config, strings.Replace(strings.Replace(config, "  xff_from_right: 1 ", "  # ", 1), "# header:", "header:", 1)} {
@@ -54,8 +106,8 @@ func TestREADMEConfig(t *testing.T) {
 	}
 }
 
-// The README's reference has the schema's fields, with the schema's defaults, and none besides. The schema is held to the program by
-// the policy's tests.
+// The config's reference has the schema's fields, with the schema's defaults,
+// and none besides. The policy's tests hold the schema to the program.
 func TestREADMEReference(t *testing.T) {
 	config := readmeConfig(t)
 	var schema, values map[string]any
@@ -88,11 +140,11 @@ func TestREADMEReference(t *testing.T) {
 			at := strings.TrimPrefix(path+"."+name, ".")
 			v, given := mapping[name]
 			if !given && !regexp.MustCompile(`(?m)^.*#.*\b`+name+`\b`).MatchString(config) && !regexp.MustCompile(`\b`+name+`:`).MatchString(config) {
-				t.Errorf("the README's reference does not have %s", at)
+				t.Errorf("the reference does not have %s", at)
 			}
 			if d, ok := p.(map[string]any)["default"]; ok && given && at != "domain" && at != "limits[].cost" {
 				if defaults++; fmt.Sprint(d) != fmt.Sprint(v) {
-					t.Errorf("%s: the README says %v, the schema %v", at, v, d)
+					t.Errorf("%s: the reference says %v, the schema %v", at, v, d)
 				}
 			}
 			walk(at, p.(map[string]any), v)
@@ -104,15 +156,15 @@ func TestREADMEReference(t *testing.T) {
 	}
 }
 
-// The README's commands and flags are the program's.
+// The commands and flags of the documents are the program's.
 func TestREADMECommands(t *testing.T) {
-	text := readme(t)
+	text := document(t, programReadme)
 	_, help, _ := sluice(t, nil, "--help")
 	commands := unique(help, `(?m)^  ([a-z]+) +[A-Z]`)
 	named := unique(text, "(?m)^\\| `sluice ([a-z]+)")
 	for _, c := range commands {
 		if c != "help" && c != "completion" && !slices.Contains(named, c) {
-			t.Errorf("the README does not have the command %s", c)
+			t.Errorf("the document does not have the command %s", c)
 		}
 	}
 	all := ""
@@ -125,25 +177,31 @@ func TestREADMECommands(t *testing.T) {
 	}
 	_, help, _ = sluice(t, nil, "bucket", "get", "--help")
 	flags := unique(all+help, ` --([a-z-]+) `)
-	for _, f := range unique(text, "`(?:[^`\n|]* )?--([a-z][a-z-]+)") {
-		if !slices.Contains(flags, f) {
-			t.Errorf("no command has the README's flag --%s", f)
+	for _, name := range []string{topReadme, policyReadme, limiterReadme, authzReadme, envoyReadme, programReadme} {
+		for _, f := range unique(document(t, name), "`(?:[^`\n|]* )?--([a-z][a-z-]+)") {
+			if !slices.Contains(flags, f) {
+				t.Errorf("no command has the flag --%s of %s", f, name)
+			}
 		}
 	}
 	_, run, _ := sluice(t, nil, "run", "--help")
 	for _, f := range unique(run, ` --([a-z-]+) `) {
 		if !strings.Contains(text, "`--"+f+"`") && f != "help" {
-			t.Errorf("the README does not have run's flag --%s", f)
+			t.Errorf("the document does not have run's flag --%s", f)
 		}
 	}
-	for _, e := range unique(text, "`(SLUICE_[A-Z_]+)`") {
+	variables := unique(text, "`(SLUICE_[A-Z_]+)`")
+	for _, e := range variables {
 		if !strings.Contains(run, "$"+e) {
-			t.Errorf("run does not have the README's variable %s", e)
+			t.Errorf("run does not have the document's variable %s", e)
 		}
+	}
+	if all := unique(run, `\$(SLUICE_[A-Z_]+)`); !slices.Equal(variables, all) {
+		t.Errorf("the document names %v, want %v", variables, all)
 	}
 }
 
-// The README's metrics are those that are exported.
+// The metrics of the program's document are those that are exported.
 func TestREADMEMetrics(t *testing.T) {
 	config := file(t, "sluice.yaml", "limits: [{name: a, rate: 1/s}, {name: b, rate: 1/s, key: 'request.path.split(\"?\")[1]', match: {paths: [/bad]}}]\n")
 	var exported []string
@@ -157,9 +215,14 @@ func TestREADMEMetrics(t *testing.T) {
 	}
 	slices.Sort(exported)
 	exported = slices.Compact(exported)
-	_, section, _ := strings.Cut(readme(t), "## Watching it")
-	section, _, _ = strings.Cut(section, "\n## ")
-	if named := unique(section, "`(sluice_[a-z_]+)"); !slices.Equal(named, exported) {
-		t.Errorf("the README names\n%v\nexported are\n%v", named, exported)
+	if named := unique(section(t, programReadme, "## Watching it"), "`(sluice_[a-z_]+)"); !slices.Equal(named, exported) {
+		t.Errorf("the document names\n%v\nexported are\n%v", named, exported)
+	}
+}
+
+// The config of README.md's first steps is a good one.
+func TestREADMESteps(t *testing.T) {
+	if status, stdout, stderr := sluice(t, nil, "validate", file(t, "sluice.yaml", block(t, section(t, topReadme, "## Use it"), "yaml"))); status != 0 || stderr != "" {
+		t.Errorf("%s%s", stdout, stderr)
 	}
 }

@@ -23,17 +23,12 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// recipe is the YAML below one of the README's headings, with rates a thousandth of what they are, so that nothing refills while a
-// test counts.
+// recipe is the YAML below one of the headings of limiter/policy/README.md, with
+// rates a thousandth of what they are, so that nothing refills while a test
+// counts.
 func recipe(t *testing.T, heading string) string {
 	t.Helper()
-	_, section, ok := strings.Cut(readme(t), "\n### "+heading+"\n")
-	section, _, _ = strings.Cut(section, "\n##")
-	_, text, hasYAML := strings.Cut(section, "```yaml\n")
-	text, _, _ = strings.Cut(text, "```")
-	if !ok || !hasYAML {
-		t.Fatalf("the README has no recipe %q", heading)
-	}
+	text := block(t, section(t, policyReadme, "### "+heading), "yaml")
 	return strings.NewReplacer("/s\n", "/1000s\n", "/m\n", "/1000m\n", "/h\n", "/1000h\n", "/s,", "/1000s,", "/m,", "/1000m,", "/h,", "/1000h,").Replace(text)
 }
 

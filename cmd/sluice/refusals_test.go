@@ -121,7 +121,7 @@ limits: [{name: all, rate: 1000000/s}]
 			said := 0
 			for line := range strings.Lines(p.logged()) {
 				var l struct{ Msg, Error string }
-				if json.Unmarshal([]byte(line), &l) == nil && l.Msg == "the store does not answer: "+tt.kind {
+				if json.Unmarshal([]byte(line), &l) == nil && l.Msg == "store error: "+tt.kind {
 					said++
 					if !strings.Contains(l.Error, tt.log) {
 						t.Errorf("the log says %q, without %s", l.Error, tt.log)

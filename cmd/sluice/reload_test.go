@@ -352,7 +352,7 @@ func TestReloadKeepsBuckets(t *testing.T) {
 	if got := check(t, conn, from("203.0.113.1", "/")); got != "429" {
 		t.Errorf("%s: a changed burst gave tokens", got)
 	}
-	await(t, func() bool { return strings.Contains(p.logged(), `"msg":"limited"`) }) // the new log level
+	await(t, func() bool { return strings.Contains(p.logged(), `"msg":"request limited"`) }) // the new log level
 	_, metrics := get(t, "http://"+p.metrics+"/metrics")
 	if n := strings.Count(metrics, "sluice_config_info{hash="); n != 1 {
 		t.Errorf("%d hashes", n)

@@ -150,7 +150,7 @@ func (s *sidecar) use(cfg *policy.Config) error {
 		s.answered.Store(true) // nothing waits for Redis any more
 	}
 	s.cfg.Store(cfg)
-	s.check.Use(cfg)
+	s.check.SetConfig(cfg)
 	return nil
 }
 

@@ -8,6 +8,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
@@ -126,7 +127,8 @@ func (c *Config) Replaces(old *Config, file string) error {
 		refuse("store.redis.mode", c.Redis.Mode != old.Redis.Mode)
 		refuse("store.redis.addresses", !slices.Equal(c.Redis.Addresses, old.Redis.Addresses))
 		refuse("store.redis.master", c.Redis.Master != old.Redis.Master)
-		refuse("store.redis.tls", (c.Redis.TLS == nil) != (old.Redis.TLS == nil) || c.Redis.TLS != nil && *c.Redis.TLS != *old.Redis.TLS)
+		refuse("store.redis.tls", !equal(c.Redis.TLS, old.Redis.TLS))
+		refuse("store.redis.sentinel", !equalSentinels(c.Redis.Sentinel, old.Redis.Sentinel))
 		refuse("store.redis.timeout", c.Redis.Timeout != old.Redis.Timeout)
 		refuse("store.redis.key_prefix", c.inherited.keyPrefix != old.inherited.keyPrefix)
 	}
@@ -135,6 +137,14 @@ func (c *Config) Replaces(old *Config, file string) error {
 	}
 	return m
 }
+
+// equalSentinels is equal, by what is behind the pointers of both.
+func equalSentinels(a, b *limiter.SentinelOptions) bool {
+	return a == b || a != nil && b != nil && a.Username == b.Username && a.Password == b.Password && equal(a.TLS, b.TLS)
+}
+
+// equal reports whether both are nil, or point to equal values.
+func equal[T comparable](a, b *T) bool { return a == b || a != nil && b != nil && *a == *b }
 
 // Load reads a config file; an empty name is a config that says nothing. A
 // pipe, such as /dev/stdin, is read to its end. settings take precedence over
@@ -409,20 +419,8 @@ func (f *configFile) readLocalShare(n node) {
 
 func (f *configFile) readRedis(n node) {
 	f.redisAt, f.redisNode = n, n
-	var passwords []node
-	password := func(read func(node) (string, bool)) func(node) {
-		return func(n node) {
-			if passwords = append(passwords, n); len(passwords) > 1 {
-				f.wrong(n, "a second password; allowed is one of password and password_file")
-				return
-			}
-			if s, ok := read(n); ok {
-				f.store.Password = s
-			}
-			f.config.passwordFile = strings.HasSuffix(n.field, "_file")
-		}
-	}
-	f.redis = f.mapping(n, map[string]func(node){
+	fields := f.access(&f.store.Username, &f.store.Password, &f.config.passwordFile, &f.store.TLS)
+	maps.Copy(fields, map[string]func(node){
 		"url": func(n node) {
 			f.redisAt = n
 			f.store.URL, _ = f.text(n)
@@ -436,22 +434,49 @@ func (f *configFile) readRedis(n node) {
 		"addresses": func(n node) {
 			texts(&f.reader, n, &f.store.Addresses, func(s string) (string, error) { return s, tcp(s) })
 		},
-		"master":   func(n node) { f.store.Master, _ = f.text(n) },
-		"tls":      f.readTLS,
-		"username": func(n node) { f.store.Username, _ = f.text(n) },
-		"password": password(func(n node) (string, bool) {
+		"master": func(n node) { f.store.Master, _ = f.text(n) },
+		"sentinel": func(n node) {
+			s := &limiter.SentinelOptions{}
+			var isFile bool
+			f.mapping(n, f.access(&s.Username, &s.Password, &isFile, &s.TLS))
+			f.store.Sentinel = s
+		},
+		"key_prefix": f.checked(&f.keyPrefix, checkDomain),
+		"timeout":    func(n node) { f.duration(n, &f.store.Timeout, time.Millisecond, time.Minute) },
+	})
+	f.redis = f.mapping(n, fields)
+}
+
+// access returns the fields that say how to get access to the servers, or to
+// the sentinels. isFile becomes whether the password is that of a file.
+func (f *configFile) access(username, password *string, isFile *bool, tls **limiter.TLS) map[string]func(node) {
+	passwords := 0
+	one := func(read func(node) (string, bool)) func(node) {
+		return func(n node) {
+			if passwords++; passwords > 1 {
+				f.wrong(n, "a second password; allowed is one of password and password_file")
+				return
+			}
+			if s, ok := read(n); ok {
+				*password = s
+			}
+			*isFile = strings.HasSuffix(n.field, "_file")
+		}
+	}
+	return map[string]func(node){
+		"tls":      func(n node) { *tls = f.readTLS(n) },
+		"username": func(n node) { *username, _ = f.text(n) },
+		"password": one(func(n node) (string, bool) {
 			f.leaveOut(n, "")
 			return f.text(n)
 		}),
-		"password_file": password(f.secretFile),
-		"key_prefix":    f.checked(&f.keyPrefix, checkDomain),
-		"timeout":       func(n node) { f.duration(n, &f.store.Timeout, time.Millisecond, time.Minute) },
-	})
+		"password_file": one(f.secretFile),
+	}
 }
 
 // readTLS reads how servers are known. The files are read when it is used.
-func (f *configFile) readTLS(n node) {
-	f.store.TLS = &limiter.TLS{}
+func (f *configFile) readTLS(n node) *limiter.TLS {
+	c := &limiter.TLS{}
 	file := func(into *string) func(node) {
 		return func(n node) {
 			if s, ok := f.text(n); ok {
@@ -460,11 +485,12 @@ func (f *configFile) readTLS(n node) {
 		}
 	}
 	f.mapping(n, map[string]func(node){
-		"ca_file":     file(&f.store.TLS.CAFile),
-		"cert_file":   file(&f.store.TLS.CertFile),
-		"key_file":    file(&f.store.TLS.KeyFile),
-		"server_name": func(n node) { f.store.TLS.ServerName, _ = f.text(n) },
+		"ca_file":     file(&c.CAFile),
+		"cert_file":   file(&c.CertFile),
+		"key_file":    file(&c.KeyFile),
+		"server_name": func(n node) { c.ServerName, _ = f.text(n) },
 	})
+	return c
 }
 
 // secretFile reads the file that a value names. A byte order mark at its

@@ -119,7 +119,7 @@ func TestEverything(t *testing.T) {
 	}
 	got := fmt.Sprintf("%s %+v %+v %d %+v %v %s %v", c.Domain, c.Listen, *c.Redis, c.FailureStatus, c.Headers, c.Grace, c.LogLevel, c.FailsClosed())
 	want := "shop/checkout {GRPC:unix:///run/sluice/authz.sock Admin:127.0.0.1:19002 Metrics:0.0.0.0:9003} " +
-		"{Mode: URL:redis://127.0.0.1:6379/0 Addresses:[] Master: Username:sluice Password:hunter2 TLS:<nil> Timeout:80ms} 502 " +
+		"{Mode: URL:redis://127.0.0.1:6379/0 Addresses:[] Master: Username:sluice Password:hunter2 TLS:<nil> Sentinel:<nil> Timeout:80ms} 502 " +
 		"{XRateLimit:false RetryAfter:false RateLimit:true} 3s debug false"
 	if got != want {
 		t.Errorf("\n%s\n%s", got, want)
@@ -196,7 +196,7 @@ func TestSettings(t *testing.T) {
 SLUICE_GRACE: grace: "soon"; allowed are durations such as 500ms and 10s, from 0s to 1h0m0s
 --log-level: log_level: "loud"; allowed are debug, info, warn, error
 --domain: domain: "a b"; allowed are 1 to 253 of letters, digits and . _ / -
---redis: store.redis.url: invalid URL scheme: http; allowed are redis://[user:password@]host:port[/database], the same with rediss://, and unix:///path/to/socket[?db=database]
+--redis: store.redis.url: invalid URL scheme; allowed are redis://[user:password@]host:port[/database], the same with rediss://, and unix:///path/to/socket[?db=database]
 --colour: colour: no such setting`
 	if err == nil || err.Error() != want {
 		t.Errorf("%v\nwant\n%s", err, want)
@@ -276,6 +276,34 @@ func configs(t testing.TB) (texts [][]byte) {
 	return texts
 }
 
+// Sentinels have a user, a password and TLS of their own.
+func TestSentinelAccess(t *testing.T) {
+	load := func(more string) (*Config, error) {
+		c, _, err := Load(directory(t, "sluice.yaml", "store: {redis: {password: other, "+more+"}}", "secret", "hunter2\n"), env())
+		return c, err
+	}
+	c, err := load("mode: sentinel, addresses: ['h:1'], master: m, sentinel: {username: u, password_file: secret, tls: {server_name: s}}")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := limiter.SentinelOptions{Username: "u", Password: "hunter2", TLS: &limiter.TLS{ServerName: "s"}}
+	if got := c.Redis.Sentinel; !equalSentinels(got, &want) || c.Redis.Password != "other" || c.Redis.TLS != nil {
+		t.Errorf("%+v", c.Redis)
+	}
+	for more, want := range map[string]string{
+		"url: 'redis://h', sentinel: {password: hunter2}":                                                                       "sentinel, which says how to talk to sentinels, is for the mode sentinel",
+		"mode: sentinel, addresses: ['h:1'], master: m, sentinel: {password: hunter2, password_file: secret}":                   "store.redis.sentinel.password_file: a second password",
+		"mode: sentinel, addresses: ['h:1'], master: m, sentinel: {pasword: hunter2}":                                           "store.redis.sentinel.pasword: unknown field; ",
+		"mode: sentinel, addresses: ['h:1'], master: m, sentinel: {tls: {cert_file: secret}}":                                   "one of cert_file and key_file; wanted are both or none",
+		"mode: sentinel, addresses: ['h:1'], master: m, sentinel: {password: hunter2, tls: {ca_file: secret, server_name: []}}": "store.redis.sentinel.tls.server_name: ",
+	} {
+		_, err := load(more)
+		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "hunter2") {
+			t.Errorf("%s: %v", more, err)
+		}
+	}
+}
+
 // What listens, and the store, are for a sidecar's whole life; a password in a file of its own is not.
 func TestReplaces(t *testing.T) {
 	load := func(text, secret string) *Config {
@@ -289,6 +317,9 @@ func TestReplaces(t *testing.T) {
 		}
 		return c
 	}
+	sentinels := func(access string) string {
+		return "store: {redis: {mode: sentinel, addresses: ['h:1'], master: m, sentinel: " + access + "}}"
+	}
 	for _, tt := range []struct{ old, new, want string }{
 		{"", "", ""},
 		{"domain: a", "{domain: b, mode: shadow, limits: [{name: a, rate: 1/s}], key_secret: x, headers: [], grace: 1s}", ""},
@@ -301,6 +332,9 @@ func TestReplaces(t *testing.T) {
 			"f: store.redis.username: changed, which takes a restart\nf: store.redis.password: changed, which takes a restart"},
 		{"store: {redis: {url: 'redis://h', password_file: secret}}", "store: {redis: {url: 'redis://h', password_file: secret}}", ""},
 		{"store: {redis: {url: 'redis://h', password: x}}", "store: {redis: {url: 'redis://h', password_file: secret}}", "f: store.redis.password: changed, which takes a restart"},
+		{sentinels("{username: a, password_file: secret}"), sentinels("{username: b, password: two}"), "f: store.redis.sentinel: changed, which takes a restart"},
+		{sentinels("{tls: {server_name: a}}"), sentinels("{tls: {server_name: b}}"), "f: store.redis.sentinel: changed, which takes a restart"},
+		{sentinels("{tls: {server_name: a}, password: x}"), sentinels("{tls: {server_name: a}, password: x}"), ""},
 	} {
 		got := ""
 		if err := load(tt.new, "two").Replaces(load(tt.old, "one"), "f"); err != nil {

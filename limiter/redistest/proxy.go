@@ -3,55 +3,214 @@
 package redistest
 
 import (
-	"context"
-	"fmt"
-	"strings"
+	"errors"
+	"net"
+	"sync"
 	"testing"
 	"time"
-
-	"github.com/Shopify/toxiproxy/v2"
-	"github.com/rs/zerolog"
 )
 
-// Proxy stands between clients and a server, and spoils what comes through. Its faults are of connections that are open, and of new ones.
+// Proxy stands between clients and a server, and spoils what comes through. Its
+// faults are of connections that are open, and of new ones.
 type Proxy struct {
 	Addr string // host:port
 
-	t     testing.TB
-	proxy *toxiproxy.Proxy
+	server   string
+	dialer   net.Dialer // to the server
+	listener net.Listener
+	wg       sync.WaitGroup
+
+	mu     sync.Mutex
+	faults faults
+	conns  map[net.Conn]bool // open, of both sides
+	opened int
+	most   int // clients' connections that were open at once
 }
 
-// StartProxy starts a proxy before a server on host:port, and stops it when the test ends.
+// faults are what a proxy does. mended is closed when they end.
+type faults struct {
+	delay     time.Duration
+	rate      int // bytes a second; 0: as fast as it goes
+	cut, hold bool
+	mended    chan struct{}
+}
+
+// StartProxy starts a proxy before a server on host:port, and stops it when the
+// test ends.
 func StartProxy(t testing.TB, server string) *Proxy {
 	t.Helper()
-	zerolog.SetGlobalLevel(zerolog.Disabled) // its faults log on their own
-	api := toxiproxy.NewServer(toxiproxy.NewMetricsContainer(nil), zerolog.Nop())
-	p := toxiproxy.NewProxy(api, server, "127.0.0.1:0", server)
-	must(t, p.Start())
-	t.Cleanup(p.Stop)
-	return &Proxy{Addr: p.Listen, t: t, proxy: p}
+	return StartProxyFrom(t, server, "127.0.0.1")
 }
 
-// Delay makes all that the server says late by d.
-func (p *Proxy) Delay(d time.Duration) {
-	p.toxic("downstream", "latency", "latency", int(d.Milliseconds()))
+// StartProxyFrom is StartProxy with an address from which the server is dialled.
+func StartProxyFrom(t testing.TB, server, from string) *Proxy {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	p := &Proxy{Addr: l.Addr().String(), server: server, listener: l, conns: map[net.Conn]bool{}}
+	p.dialer.LocalAddr = &net.TCPAddr{IP: net.ParseIP(from)}
+	p.faults.mended = make(chan struct{})
+	p.wg.Go(p.accept)
+	t.Cleanup(func() {
+		_ = l.Close()
+		p.Mend()
+		p.mu.Lock()
+		for c := range p.conns {
+			_ = c.Close()
+		}
+		p.mu.Unlock()
+		p.wg.Wait()
+	})
+	return p
 }
 
-// Throttle lets so many kilobytes a second through to the server, on each connection.
-func (p *Proxy) Throttle(kilobytes int) { p.toxic("upstream", "bandwidth", "rate", kilobytes) }
+// Server is where the proxy's server is, as host:port.
+func (p *Proxy) Server() string { return p.server }
 
-// Cut closes each connection where the server next says something, which nobody gets to hear.
-func (p *Proxy) Cut() { p.toxic("downstream", "limit_data", "bytes", 0) }
+// Delay makes all that the server says late by d, which is thereby the round
+// trip.
+func (p *Proxy) Delay(d time.Duration) { p.change(func(f *faults) { f.delay = d }) }
 
-// Hold keeps all that the server says to itself. Mend then closes the connections.
-func (p *Proxy) Hold() { p.toxic("downstream", "timeout", "timeout", 0) }
+// Throttle lets so many kilobytes a second through to the server, on each
+// connection.
+func (p *Proxy) Throttle(kilobytes int) { p.change(func(f *faults) { f.rate = 1000 * kilobytes }) }
 
-func (p *Proxy) toxic(stream, kind, attribute string, value int) {
-	p.t.Helper()
-	text := fmt.Sprintf(`{"type": %q, "stream": %q, "attributes": {%q: %d}}`, kind, stream, attribute, value)
-	_, err := p.proxy.Toxics.AddToxicJson(strings.NewReader(text))
-	must(p.t, err)
-}
+// Cut closes each connection where the server next says something, which nobody
+// gets to hear.
+func (p *Proxy) Cut() { p.change(func(f *faults) { f.cut = true }) }
+
+// Hold keeps all that the server says to itself. Mend then closes the
+// connections of which it has kept something.
+func (p *Proxy) Hold() { p.change(func(f *faults) { f.hold = true }) }
 
 // Mend ends all faults.
-func (p *Proxy) Mend() { p.proxy.Toxics.ResetToxics(context.Background()) }
+func (p *Proxy) Mend() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	close(p.faults.mended)
+	p.faults = faults{mended: make(chan struct{})}
+}
+
+// Opened is how many connections there have been.
+func (p *Proxy) Opened() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.opened
+}
+
+// Most is how many connections of clients were open at once.
+func (p *Proxy) Most() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.most
+}
+
+func (p *Proxy) change(by func(*faults)) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	by(&p.faults)
+}
+
+func (p *Proxy) now() faults {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.faults
+}
+
+func (p *Proxy) accept() {
+	for {
+		client, err := p.listener.Accept()
+		if errors.Is(err, net.ErrClosed) {
+			return
+		}
+		if err != nil {
+			continue
+		}
+		p.wg.Go(func() {
+			server, err := p.dialer.Dial("tcp", p.server)
+			if err != nil {
+				_ = client.Close()
+				return
+			}
+			p.mu.Lock()
+			p.conns[client], p.conns[server] = true, true
+			p.opened++
+			p.most = max(p.most, len(p.conns)/2)
+			p.mu.Unlock()
+			end := func() { // of both ways at once
+				p.mu.Lock()
+				defer p.mu.Unlock()
+				for _, c := range []net.Conn{client, server} {
+					_ = c.Close()
+					delete(p.conns, c)
+				}
+			}
+			p.wg.Go(func() { defer end(); p.toServer(server, client) })
+			p.wg.Go(func() { defer end(); p.toClient(client, server) })
+		})
+	}
+}
+
+func (p *Proxy) toServer(server, client net.Conn) {
+	b := make([]byte, 1024) // small, so that a throttled one comes in many parts
+	for {
+		n, err := client.Read(b)
+		if f := p.now(); n > 0 && f.rate > 0 {
+			select {
+			case <-time.After(time.Duration(n) * time.Second / time.Duration(f.rate)):
+			case <-f.mended:
+			}
+		}
+		if _, failed := server.Write(b[:n]); err != nil || failed != nil {
+			return
+		}
+	}
+}
+
+// said is what a server said, and when.
+type said struct {
+	bytes []byte
+	at    time.Time
+}
+
+func (p *Proxy) toClient(client, server net.Conn) {
+	queue := make(chan said, 1024)
+	p.wg.Go(func() {
+		defer close(queue)
+		for {
+			b := make([]byte, 16<<10)
+			n, err := server.Read(b)
+			if n > 0 {
+				queue <- said{b[:n], time.Now()}
+			}
+			if err != nil {
+				return
+			}
+		}
+	})
+	defer func() {
+		_ = server.Close()
+		for range queue { // until its reader has noticed
+		}
+	}()
+	for s := range queue {
+		f := p.now()
+		if wait := time.Until(s.at.Add(f.delay)); wait > 0 {
+			select {
+			case <-time.After(wait):
+			case <-f.mended:
+			}
+			f = p.now()
+		}
+		if f.hold {
+			<-f.mended
+			return
+		}
+		if f.cut {
+			return
+		}
+		if _, err := client.Write(s.bytes); err != nil {
+			return
+		}
+	}
+}

@@ -93,7 +93,7 @@ func (s *Server) Restart() {
 		s.t.Fatal(err)
 	}
 	if err := s.cmd.Start(); err != nil {
-		s.t.Fatalf("%v: these tests need a real redis-server on PATH (README, Development)", err)
+		s.t.Fatalf("%v: these tests need a real redis-server on PATH (.github/CONTRIBUTING.md, Test)", err)
 	}
 	ready := make(chan bool, 1)
 	s.done = make(chan struct{})
@@ -219,14 +219,14 @@ func startNode(t testing.TB, config, args []string) *Node {
 }
 
 // StartSentinel starts a sentinel that knows the master on host:port as "mymaster", and takes it for dead when it has been silent for
-// a minute.
-func StartSentinel(t testing.TB, master string) *Node {
+// a minute. args are as those of Start.
+func StartSentinel(t testing.TB, master string, args ...string) *Node {
 	t.Helper()
 	host, port, _ := strings.Cut(master, ":")
 	config := filepath.Join(t.TempDir(), "sentinel.conf")
 	text := fmt.Sprintf("sentinel monitor mymaster %s %s 1\nsentinel down-after-milliseconds mymaster 60000\n", host, port)
 	must(t, os.WriteFile(config, []byte(text), 0o600))
-	return startNode(t, []string{config, "--sentinel"}, nil)
+	return startNode(t, []string{config, "--sentinel"}, args)
 }
 
 // StartCluster starts a Redis Cluster of so many masters on free ports, each with its part of the slots.

@@ -25,7 +25,8 @@ import (
 	"github.com/sluiceproxy/sluice/limiter"
 )
 
-// serve serves s and returns a connection to it. The test fails if it does not stop cleanly.
+// serve serves s and returns a connection to it. The test fails if the server
+// does not stop cleanly.
 func serve(t testing.TB, s *Server, network, addr string) *grpc.ClientConn {
 	t.Helper()
 	l, err := net.Listen(network, addr)
@@ -94,13 +95,14 @@ func TestOverTheWire(t *testing.T) {
 			if n := testutil.ToFloat64(s.report.tooLarge); n != 1 || logs.FilterLevelExact(zap.WarnLevel).Len() != 1 {
 				t.Errorf("%v counted; logged %v", n, logs.All())
 			}
-			// One with a large body is answered, in either form, and nothing of the body is kept.
+			// A check with a large body is answered, and nothing of the body is
+			// kept.
 			body := checkOf("x-mine", "kept")
 			body.Attributes.Request.Http.Body, body.Attributes.Request.Http.RawBody = strings.Repeat("b", 7<<20), bytes.Repeat([]byte("\xff"), 7<<20)
 			if r, err := client.Check(t.Context(), body); err != nil || codes.Code(r.GetStatus().GetCode()) != codes.ResourceExhausted {
 				t.Errorf("a check with a large body: %v, %v", r, err)
 			}
-			if kept := s.report.last.told()[0].request; kept == nil || kept.Headers["x-mine"] != "kept" {
+			if kept := s.report.denials.list()[0].request; kept == nil || kept.Headers["x-mine"] != "kept" {
 				t.Errorf("kept %+v", kept)
 			}
 			s.Drain()
@@ -114,7 +116,8 @@ func TestOverTheWire(t *testing.T) {
 	}
 }
 
-// FuzzCheck sends bytes that decode to some check: it is answered in a way that Envoy reads rightly, and without the help of recover.
+// FuzzCheck sends any valid check. The answer must be one that Envoy reads as
+// intended, and there must be no panic.
 func FuzzCheck(f *testing.F) {
 	raw := checkOf()
 	raw.Attributes.Request.Http.HeaderMap = &corev3.HeaderMap{Headers: []*corev3.HeaderValue{{Key: "X-Api-Key", RawValue: []byte("a\r\nb")}}}
@@ -177,7 +180,7 @@ limits:
 	})
 }
 
-// BenchmarkCheck is a check in process, and over a real connection:
+// BenchmarkCheck measures a check in process and over a connection.
 //
 //	go test ./authz -run '^$' -bench Check
 func BenchmarkCheck(b *testing.B) {
@@ -197,10 +200,10 @@ func BenchmarkCheck(b *testing.B) {
 		if err != nil {
 			b.Fatal(err)
 		}
-		asked := &question{string(wire)}
+		raw := &rawRequest{string(wire)}
 		b.ReportAllocs()
 		for b.Loop() {
-			if _, err := s.check(b.Context(), asked); err != nil {
+			if _, err := s.check(b.Context(), raw); err != nil {
 				b.Fatal(err)
 			}
 		}

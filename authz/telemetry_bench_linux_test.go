@@ -28,7 +28,8 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// reportingEnv makes this test binary one of the servers that BenchmarkReporting compares: "on" or "off".
+// reportingEnv makes this test binary one of the servers that
+// BenchmarkReporting compares: "on" or "off".
 const reportingEnv = "SLUICE_TEST_REPORTING"
 
 func TestMain(m *testing.M) {
@@ -42,7 +43,8 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// reportingLimits have a path for each load. The third denies all, as its cost is above its burst, which only a check can show.
+// reportingLimits has a path for each load. The third limit denies everything:
+// its cost is above its burst, which only a check can show.
 const reportingLimits = `
 limits:
   - {name: allowed, match: {paths: [/allowed]}, key: client.ip, rate: 1000000000/s}
@@ -50,18 +52,19 @@ limits:
   - {name: strangers, match: {paths: [/strangers]}, key: client.ip, rate: 1/s, cost: 'request.method == "GET" ? 2 : 1'}
 `
 
-// silent is the service without what is counted, logged or kept of a check. No user can have it.
+// silent returns the service without metrics, logs and statistics, which no
+// configuration offers.
 func silent() *grpc.ServiceDesc {
 	quiet := service
 	quiet.Methods = []grpc.MethodDesc{{
 		MethodName: "Check",
 		Handler: func(s any, ctx context.Context, decode func(any) error, _ grpc.UnaryServerInterceptor) (any, error) {
-			asked := new(question)
-			if err := decode(asked); err != nil {
+			raw := new(rawRequest)
+			if err := decode(raw); err != nil {
 				return nil, err
 			}
-			v := verdict{config: s.(*Server).config.Load(), wire: asked.wire}
-			if err := s.(*Server).decide(ctx, asked, time.Time{}, &v); err != nil {
+			v := checkState{config: s.(*Server).config.Load(), wire: raw.wire}
+			if err := s.(*Server).decide(ctx, time.Time{}, &v); err != nil {
 				return nil, err
 			}
 			return s.(*Server).answer(&v)
@@ -70,7 +73,7 @@ func silent() *grpc.ServiceDesc {
 	return &quiet
 }
 
-// spent is what a side says of itself when it is asked.
+// spent is what a process reports about itself.
 type spent struct {
 	CPU    time.Duration // since it began, of all its threads
 	Peak   int           // its largest resident memory, in kB
@@ -78,8 +81,9 @@ type spent struct {
 	Top    int // keys that are told of the limit of strangers
 }
 
-// serveSide is a sidecar with its reporting or without, on a port that it prints. It says what it has spent for each line on stdin, and ends
-// with that. Its log goes to stderr.
+// serveSide runs a sidecar with or without reporting on a port that it prints.
+// For each line on stdin it prints a spent, and it ends with stdin. Its log
+// goes to stderr.
 func serveSide(side, url string) error {
 	debug.SetGCPercent(200) // as cmd/sluice has it
 	config, err := policy.Parse("reporting.yaml", []byte(reportingLimits), noEnv)
@@ -101,7 +105,7 @@ func serveSide(side, url string) error {
 	s := New(Options{Config: config, Store: ceiling, Log: log, Metrics: metrics})
 	g := s.GRPC()
 	if side == "off" {
-		g = grpc.NewServer(transport()...)
+		g = grpc.NewServer(serverOptions()...)
 		g.RegisterService(silent(), s)
 	} else {
 		go func() { // a scrape each second, which is more than Prometheus and the page ask for together
@@ -122,7 +126,7 @@ func serveSide(side, url string) error {
 		if err := syscall.Getrusage(syscall.RUSAGE_SELF, &usage); err != nil {
 			return err
 		}
-		top, _ := s.Top("strangers", topKeys)
+		top, _ := s.Top("strangers", sketchSize)
 		if err := json.NewEncoder(os.Stdout).Encode(spent{
 			CPU:    time.Duration(usage.Utime.Nano() + usage.Stime.Nano()),
 			Peak:   int(usage.Maxrss),
@@ -135,7 +139,7 @@ func serveSide(side, url string) error {
 	return nil
 }
 
-// reportingSide is such a process, and connections to it.
+// reportingSide is such a process and the connections to it.
 type reportingSide struct {
 	b      *testing.B
 	name   string
@@ -202,7 +206,8 @@ func (s *reportingSide) spent() (all spent) {
 	return all
 }
 
-// load has 64 callers ask for path, each client of so many in turn from one on, and returns the processor time of one check.
+// load sends checks for path from 64 callers, for so many clients in turn
+// beginning with from, and returns the processor time of one check.
 func (s *reportingSide) load(path string, checks, from, clients int) time.Duration {
 	s.b.Helper()
 	before := s.spent().CPU
@@ -219,8 +224,8 @@ func (s *reportingSide) load(path string, checks, from, clients int) time.Durati
 					s.b.Error(err)
 					return
 				}
-				var got question
-				if err := s.conns[c%len(s.conns)].Invoke(s.b.Context(), authv3.Authorization_Check_FullMethodName, &reply{wire: wire}, &got); err != nil {
+				var got rawRequest
+				if err := s.conns[c%len(s.conns)].Invoke(s.b.Context(), authv3.Authorization_Check_FullMethodName, &rawResponse{wire: wire}, &got); err != nil {
 					s.b.Error(err)
 					return
 				}
@@ -249,7 +254,7 @@ func (s *reportingSide) load(path string, checks, from, clients int) time.Durati
 	return (s.spent().CPU - before) / time.Duration(checks)
 }
 
-// browsersCheck is a check as Envoy sends it.
+// browsersCheck returns a check as Envoy sends it.
 func browsersCheck(ip, path string) *authv3.CheckRequest {
 	check := checkOf(":authority", "shop.example.com", ":method", "GET", ":path", path, ":scheme", "https", "accept", "*/*", "user-agent", "curl/8.5.0",
 		"x-forwarded-proto", "https", "x-request-id", "7f1f2a3b-5a0c-4a53-9d5a-0a3f5a9e3c11")
@@ -259,10 +264,13 @@ func browsersCheck(ip, path string) *authv3.CheckRequest {
 	return check
 }
 
-// BenchmarkReporting prints what all that is told of checks costs: metrics, sampled log lines, top keys, last denials, the count of gRPC's calls, and a
-// scrape a second. Two sidecars are processes beside one Redis, one with all of that and one that only decides and answers; they take turns in short
-// slices, so that what else the machine does is shared, and the medians of the slices are compared, and of their ratios. The third load never has a
-// client twice: after it each sidecar has seen a million. (What the store measures of itself is in both: a histogram's observation for a take.)
+// BenchmarkReporting prints the cost of reporting: metrics, sampled log lines,
+// top keys, denials, the counts of gRPC calls, and a scrape a second. Two
+// sidecars run as processes beside one Redis, one with reporting and one
+// without. They take turns in short slices, so that other load on the machine
+// affects both, and the medians of the slices and of their ratios are compared.
+// The third load has a new client in each check: after it each sidecar has seen
+// a million. The metrics of the store are in both.
 //
 //	go test ./authz -run '^$' -bench Reporting -benchtime 1x
 func BenchmarkReporting(b *testing.B) {
@@ -304,7 +312,7 @@ func BenchmarkReporting(b *testing.B) {
 							b.Errorf("%s: %d are counted as %v, want %d", s.name, said.Counts[outcome], outcome, want)
 						}
 					}
-					if want := topKeys * i; load.path == "/strangers" && said.Top != want {
+					if want := sketchSize * i; load.path == "/strangers" && said.Top != want {
 						b.Errorf("%s: %d keys are told", s.name, said.Top)
 					}
 					s.close()

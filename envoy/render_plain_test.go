@@ -11,7 +11,7 @@ import (
 
 var update = flag.Bool("update", false, "write the files anew that people copy")
 
-// What people copy is what is printed.
+// The YAML files in this directory are what the functions print.
 func TestFiles(t *testing.T) {
 	const socket = "unix:///run/sluice/authz.sock"
 	for name, tt := range map[string]struct {
@@ -41,7 +41,7 @@ func TestFiles(t *testing.T) {
 	}
 }
 
-// A real Envoy accepts every bootstrap that Plain makes.
+// A real Envoy accepts every bootstrap that Plain returns.
 func TestPlainIsAccepted(t *testing.T) {
 	envoy := binary(t)
 	for name, o := range map[string]Options{
@@ -58,7 +58,7 @@ func TestPlainIsAccepted(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		// What a route may say stands in comments: it is accepted, too.
+		// Envoy also accepts the commented example for a route.
 		before, comment, ok := strings.Cut(string(bootstrap), "                # typed_per_filter_config:\n")
 		if !ok {
 			t.Fatal("the bootstrap does not show what a route may say")
@@ -77,27 +77,27 @@ func TestPlainIsAccepted(t *testing.T) {
 	}
 }
 
-// socket is a socket's path of n bytes.
+// socket returns a path of n bytes.
 func socket(n int) string { return "/" + strings.Repeat("s", n-1) }
 
 func TestPlainRefuses(t *testing.T) {
-	const unix = "allowed are host:port and unix:///absolute/path of at most 107 bytes"
+	const unix = "want host:port, or unix:///absolute/path of at most 107 bytes"
 	for want, o := range map[string]Options{
-		`the listener address "localhost:80": allowed are IP:port`: {Listener: "localhost:80"},
-		`the listener address "0.0.0.0": allowed are IP:port`:      {Listener: "0.0.0.0"},
-		`the listener address "unix:///x": allowed are IP:port`:    {Listener: "unix:///x"},
-		`the admin address "admin": allowed are IP:port`:           {Admin: "admin"},
-		`the upstream address "h:99999": allowed are host:port`:    {Upstream: "h:99999"},
-		`the upstream address "h:0": allowed are host:port`:        {Upstream: "h:0"},
-		`the upstream address ":80": allowed are host:port`:        {Upstream: ":80"},
-		`the upstream address "h,:80": allowed are host:port`:      {Upstream: "h,:80"},
-		`the upstream address "unix:///x": allowed are host:port`:  {Upstream: "unix:///x"},
-		`the sluice address "127.0.0.1:0": ` + unix:                {Sluice: "127.0.0.1:0"},
-		`the sluice address "unix://x": ` + unix:                   {Sluice: "unix://x"},
-		`the sluice address "unix:///a\nb": ` + unix:               {Sluice: "unix:///a\nb"},
-		`the sluice address "unix:///\xff": ` + unix:               {Sluice: "unix:///\xff"},
-		`the sluice address "h\" }\nx: {:1": ` + unix:              {Sluice: "h\" }\nx: {:1"},
-		`the sluice address "unix://` + socket(108) + `": ` + unix: {Sluice: "unix://" + socket(108)},
+		`listener address "localhost:80": want IP:port`:        {Listener: "localhost:80"},
+		`listener address "0.0.0.0": want IP:port`:             {Listener: "0.0.0.0"},
+		`listener address "unix:///x": want IP:port`:           {Listener: "unix:///x"},
+		`admin address "admin": want IP:port`:                  {Admin: "admin"},
+		`upstream address "h:99999": want host:port`:           {Upstream: "h:99999"},
+		`upstream address "h:0": want host:port`:               {Upstream: "h:0"},
+		`upstream address ":80": want host:port`:               {Upstream: ":80"},
+		`upstream address "h,:80": want host:port`:             {Upstream: "h,:80"},
+		`upstream address "unix:///x": want host:port`:         {Upstream: "unix:///x"},
+		`sluice address "127.0.0.1:0": ` + unix:                {Sluice: "127.0.0.1:0"},
+		`sluice address "unix://x": ` + unix:                   {Sluice: "unix://x"},
+		`sluice address "unix:///a\nb": ` + unix:               {Sluice: "unix:///a\nb"},
+		`sluice address "unix:///\xff": ` + unix:               {Sluice: "unix:///\xff"},
+		`sluice address "h\" }\nx: {:1": ` + unix:              {Sluice: "h\" }\nx: {:1"},
+		`sluice address "unix://` + socket(108) + `": ` + unix: {Sluice: "unix://" + socket(108)},
 	} {
 		if _, err := Plain(o); err == nil || err.Error() != want {
 			t.Errorf("%+v: %v, want %s", o, err, want)

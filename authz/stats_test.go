@@ -14,7 +14,9 @@ import (
 	"github.com/sluiceproxy/sluice/limiter"
 )
 
-// What the sketch's authors prove: no count is too low, nor too high by more than is told, and no key with more than a 64th of all is missed.
+// The sketch keeps what its authors prove: no count is too low, none is too
+// high by more than over, and no key with more than a 64th of all requests is
+// missing.
 func TestSketch(t *testing.T) {
 	for seed := range uint64(20) {
 		random := rand.New(rand.NewPCG(seed, 1))
@@ -29,24 +31,25 @@ func TestSketch(t *testing.T) {
 		}
 		for key, n := range exact {
 			at, ok := s.find(key, hashOf(key))
-			if !ok && n > all/topKeys {
-				t.Errorf("seed %d: %s was there %d times of %d, and is missed", seed, key, n, all)
+			if !ok && n > all/sketchSize {
+				t.Errorf("seed %d: %s occurred %d times of %d and is missing", seed, key, n, all)
 			}
 			if ok && (n > s.counts[at] || n < s.counts[at]-s.over[at]) {
-				t.Errorf("seed %d: %s was there %d times, told is %d, at most %d too many", seed, key, n, s.counts[at], s.over[at])
+				t.Errorf("seed %d: %s occurred %d times, counted %d, at most %d too many", seed, key, n, s.counts[at], s.over[at])
 			}
 		}
-		if s.used != topKeys {
+		if s.used != sketchSize {
 			t.Errorf("%d keys", s.used)
 		}
 	}
 }
 
-// The table finds what was put, and nothing else, whatever was removed between: also where hashes fall together.
-func TestPlaces(t *testing.T) {
+// The index finds what was inserted and nothing else, whatever was removed in
+// between, also if hashes collide.
+func TestHashIndex(t *testing.T) {
 	for seed := range uint64(10) {
 		random := rand.New(rand.NewPCG(seed, 2))
-		var p places
+		var p hashIndex
 		stands := map[int]uint32{} // hashes by position
 		for range 1000 {
 			at := random.IntN(128)
@@ -55,7 +58,7 @@ func TestPlaces(t *testing.T) {
 				delete(stands, at)
 			} else {
 				stands[at] = random.Uint32N(1+uint32(seed)*7) << (8 * (seed % 2)) // few hashes, or one home for all
-				p.put(stands[at], at)
+				p.insert(stands[at], at)
 			}
 			for at := range 128 {
 				hash, want := stands[at]
@@ -67,12 +70,12 @@ func TestPlaces(t *testing.T) {
 	}
 }
 
-// What is told is of the last five to ten minutes.
-func TestTopForgets(t *testing.T) {
+// Top covers the last five to ten minutes.
+func TestTopKeysExpire(t *testing.T) {
 	at := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
-	top := newTop()
+	top := newTopKeys()
 	tell := func(n int) string {
-		requests, denials := top.told(n, at)
+		requests, denials := top.list(n, at)
 		return fmt.Sprint(requests, denials)
 	}
 	for i := range 5 {
@@ -98,8 +101,9 @@ func TestTopForgets(t *testing.T) {
 	}
 }
 
-// Of very many clients what is kept stays small, and the one among them that is denied most is told.
-func TestWhatIsSeenIsBounded(t *testing.T) {
+// With a million clients memory stays bounded, and the client that is denied
+// most is found among them.
+func TestStatsAreBounded(t *testing.T) {
 	s, _, _ := newServer(t, "limits: [{name: a, rate: 1/d, key: client.ip}, {name: b, rate: 1/d, key: 'request.path'}]", nil)
 	deny := no(0, time.Second, time.Second, 1)
 	heap := func() uint64 {
@@ -108,14 +112,14 @@ func TestWhatIsSeenIsBounded(t *testing.T) {
 		runtime.ReadMemStats(&m)
 		return m.HeapAlloc
 	}
-	v := verdict{config: s.config.Load(), decision: limiter.Decision{Outcome: limiter.Limited, Charges: make([]limiter.Charge, 1), Verdicts: []limiter.Verdict{deny}}}
+	v := checkState{config: s.config.Load(), decision: limiter.Decision{Outcome: limiter.Limited, Charges: make([]limiter.Charge, 1), Verdicts: []limiter.Verdict{deny}}}
 	limit := v.config.Limits()[0]
 	bucket := bucketOf(t)
 	now := time.Now()
 	ask := func(key string) {
 		v.decision.Charges[0] = limiter.Charge{Limit: limit, Bucket: bucket, Key: "sluice:default:a:{" + key + "}", Cost: 1}
 		s.report.charged(s.report.limits.forLimit(v.config, limit), &v.decision.Charges[0], &v.decision.Verdicts[0], false, now)
-		s.report.last.note(&v, now)
+		s.report.denials.add(&v, now)
 	}
 	const clients = 1_000_000
 	before := heap()
@@ -140,16 +144,16 @@ func TestWhatIsSeenIsBounded(t *testing.T) {
 	if d := s.Denials()[0]; d.Key != long {
 		t.Errorf("%d bytes of key", len(d.Key))
 	}
-	if _, ok := s.report.limits.forLimit(v.config, limit).top.Load().now[0].find(long[:longestTop], hashOf(long[:longestTop])); !ok {
+	if _, ok := s.report.limits.forLimit(v.config, limit).topKeys.Load().current.requests.find(long[:maxTopKey], hashOf(long[:maxTopKey])); !ok {
 		t.Error("a long key is not cut")
 	}
 }
 
-func TestTopsAreBounded(t *testing.T) {
+func TestTopKeysAreBounded(t *testing.T) {
 	s, _, _ := newServer(t, "", nil)
 	for round := range 2 {
 		var limits []*limiter.Limit
-		for i := range maxTops + 3 {
+		for i := range maxTopKeys + 3 {
 			limits = append(limits, &limiter.Limit{Name: fmt.Sprintf("l%d-%d", round, i)})
 		}
 		s.report.limits.setLimits(limits)
@@ -160,7 +164,7 @@ func TestTopsAreBounded(t *testing.T) {
 				kept++
 			}
 		}
-		if kept != maxTops {
+		if kept != maxTopKeys {
 			t.Errorf("round %d: %d limits' are kept", round, kept)
 		}
 	}
@@ -169,7 +173,8 @@ func TestTopsAreBounded(t *testing.T) {
 	}
 }
 
-// The last denials say why; like ones are one, and what passes is none.
+// Denials have the reason. Equal ones are grouped, and allowed requests are not
+// listed.
 func TestDenials(t *testing.T) {
 	s, _, _ := newServer(t, `
 limits:
@@ -208,14 +213,14 @@ limits:
 	if s.Denied(99) != nil {
 		t.Error("a request of no denial")
 	}
-	ask(deny, "/"+strings.Repeat("x", largestKept))
-	if d := s.Denials()[0]; s.Denied(d.ID) != nil || len(d.Path) != longestShown {
+	ask(deny, "/"+strings.Repeat("x", maxExplainable))
+	if d := s.Denials()[0]; s.Denied(d.ID) != nil || len(d.Path) != maxShown {
 		t.Errorf("%d bytes of the path are kept, and %v", len(d.Path), s.Denied(d.ID))
 	}
 }
 
-// Checks, a reader of all that is seen, and other configs, at once.
-func TestSeenAtOnce(t *testing.T) {
+// Checks run concurrently with readers of the statistics and with new configs.
+func TestStatsConcurrently(t *testing.T) {
 	s, _, _ := newServer(t, "limits: [{name: a, rate: 1/d, burst: 10, key: 'request.headers[\"k\"]'}]", limiter.NewMemory(1<<20, nil, prometheus.NewRegistry()))
 	var wg sync.WaitGroup
 	for i := range 4 {
@@ -233,7 +238,7 @@ func TestSeenAtOnce(t *testing.T) {
 			}
 			s.Totals()
 			s.Limits()
-			s.Use(s.config.Load())
+			s.SetConfig(s.config.Load())
 		}
 	})
 	wg.Wait()

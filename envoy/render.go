@@ -8,21 +8,23 @@ import (
 	"text/template/parse"
 )
 
-// The files are templates in the language of text/template, read by its parser: a field, if, template, and part. text/template itself
-// calls methods by their names, for which the linker keeps every exported method of the whole program: a third of its size, and 5 MiB
-// of each sidecar's memory (TestProgramIsSmall).
+// The files are templates in the language of text/template, parsed by its
+// parser. They use fields, if, template and part. text/template itself calls
+// methods by name, so with it the linker keeps every exported method of the
+// program: a third of its size, and 5 MiB of the memory of each sidecar
+// (TestProgramIsSmall).
 
-//go:embed *.tmpl
+//go:embed templates/*.tmpl
 var files embed.FS
 
 var templates = func() map[string]*parse.Tree {
 	all := map[string]*parse.Tree{}
-	names, err := files.ReadDir(".")
+	names, err := files.ReadDir("templates")
 	if err != nil {
 		panic(err)
 	}
 	for _, name := range names {
-		text, err := files.ReadFile(name.Name())
+		text, err := files.ReadFile("templates/" + name.Name())
 		if err != nil {
 			panic(err)
 		}
@@ -37,13 +39,14 @@ var templates = func() map[string]*parse.Tree {
 	return all
 }()
 
-// fields are what a template may write, by its name there without the first dot. An empty one is false.
+// fields has the values that a template can write, by their names without the
+// first dot. An empty value is false.
 type fields map[string]string
 
-// fields are those that all files have.
+// fields returns the fields that all templates have.
 func (o Options) fields() fields {
 	f := fields{"Limit": "", "Limits": "", "Metadata": "", "Waypoint": "", "TLS": "", "TLSName": "", "ClientCert": ""}
-	if some := o.Limits[:min(len(o.Limits), 8)]; len(some) > 0 { // as many as an example shows
+	if some := o.Limits[:min(len(o.Limits), 8)]; len(some) > 0 { // enough for an example
 		f["Limit"], f["Limits"] = some[0], strings.Join(some, ",")
 	}
 	if o.Metadata {
@@ -61,6 +64,7 @@ func (o Options) fields() fields {
 	return f
 }
 
+// put sets the fields of an endpoint.
 func (f fields) put(name string, e *endpoint) {
 	f[name+".Host"], f[name+".Path"], f[name+".Unix"], f[name+".Port"], f[name+".Name"] = e.Host, e.Path, e.Unix, "", ""
 	if e.Host != "" {
@@ -71,13 +75,15 @@ func (f fields) put(name string, e *endpoint) {
 	}
 }
 
-// execute returns a template with its fields filled in. It panics where the template says what is not known here: tests execute all.
+// execute returns a template with its fields filled in. It panics if the
+// template uses anything unsupported; tests execute all templates.
 func (f fields) execute(name string) []byte {
 	var b strings.Builder
 	f.write(&b, templates[name].Root)
 	return []byte(b.String())
 }
 
+// write writes a node of a template.
 func (f fields) write(b *strings.Builder, node parse.Node) {
 	switch n := node.(type) {
 	case *parse.ListNode:
@@ -97,11 +103,12 @@ func (f fields) write(b *strings.Builder, node parse.Node) {
 	case *parse.ActionNode:
 		b.WriteString(f.value(n.Pipe))
 	default:
-		panic(fmt.Sprintf("%s: not known to these templates", node))
+		panic(fmt.Sprintf("%s: unsupported in these templates", node))
 	}
 }
 
-// value is a field's, or that of `part "NAME" N`: a template's text, each line indented by N spaces.
+// value returns the value of a field or of `part "NAME" N`: the template NAME
+// with each line indented by N spaces.
 func (f fields) value(pipe *parse.PipeNode) string {
 	args := pipe.Cmds[0].Args
 	switch first := args[0].(type) {
@@ -120,5 +127,5 @@ func (f fields) value(pipe *parse.PipeNode) string {
 			return margin + strings.ReplaceAll(string(f.execute(name.Text)), "\n", "\n"+margin)
 		}
 	}
-	panic(fmt.Sprintf("%s: not known to these templates", pipe))
+	panic(fmt.Sprintf("%s: unsupported in these templates", pipe))
 }

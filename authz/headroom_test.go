@@ -11,8 +11,9 @@ import (
 	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
 )
 
-// An allow adds nothing to a request that has no room for it in Envoy, which would answer 500. Metadata says it all the same, and what a
-// client says in sluice's name is removed.
+// An allow adds no header to a request that has no room for it in Envoy, which
+// would answer 500. The metadata still names the shadow limits, and the
+// client's x-sluice-* headers are removed.
 func TestHeadersThatDoNotFit(t *testing.T) {
 	const config = "headers: []\nlimits: [{name: a, rate: 1/s, mode: shadow}, {name: b, rate: 1/s, mode: shadow}]"
 	denies := said{no(0, time.Second, time.Second, 1), no(0, time.Second, time.Second, 1)}

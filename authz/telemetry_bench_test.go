@@ -11,18 +11,20 @@ import (
 	"github.com/sluiceproxy/sluice/limiter"
 )
 
-// BenchmarkSeen is what being seen costs a check: metrics, sampled log lines, top keys, last denials and the count of gRPC's calls, of all
-// cores at once, with a thousand keys. A whole check costs the server tens of microseconds (cmd/sluice's BenchmarkServers).
-func BenchmarkSeen(b *testing.B) {
+// BenchmarkReport measures what reporting costs a check, on all cores and with
+// a thousand keys: metrics, sampled log lines, top keys, denials and the counts
+// of gRPC calls. A whole check costs the server tens of microseconds
+// (BenchmarkServers in cmd/sluice).
+func BenchmarkReport(b *testing.B) {
 	for name, told := range map[string]limiter.Verdict{"allowed": ok(50, time.Second, time.Second), "limited": no(0, time.Second, time.Second, time.Second)} {
 		b.Run(name, func(b *testing.B) {
 			s, _, _ := newServer(b, "limits: [{name: a, rate: 100/s, key: client.ip}]", nil)
 			s.report.log = zap.NewNop() // the tests' own writes each denial
 			config := s.config.Load()
 			limit, bucket := config.Limits()[0], bucketOf(b)
-			verdicts := make([]verdict, 1000)
+			verdicts := make([]checkState, 1000)
 			for i := range verdicts {
-				request, err := read(checkOf())
+				request, err := requestOf(checkOf())
 				if err != nil {
 					b.Fatal(err)
 				}
@@ -30,7 +32,7 @@ func BenchmarkSeen(b *testing.B) {
 				if told.Allowed {
 					outcome = limiter.Allowed
 				}
-				verdicts[i] = verdict{config: config, request: request, wire: strings.Repeat(" ", 1000), decision: limiter.Decision{
+				verdicts[i] = checkState{config: config, request: request, wire: strings.Repeat(" ", 1000), decision: limiter.Decision{
 					Outcome:  outcome,
 					Charges:  []limiter.Charge{{Limit: limit, Bucket: bucket, Key: fmt.Sprintf("sluice:default:a:{=9.10.0.0.%d}", i), Cost: 1}},
 					Verdicts: []limiter.Verdict{told},
@@ -39,14 +41,14 @@ func BenchmarkSeen(b *testing.B) {
 			b.ReportAllocs()
 			b.RunParallel(func(each *testing.PB) {
 				for i := 0; each.Next(); i++ {
-					s.calls.check.started.Inc()
+					s.metrics.check.started.Inc()
 					s.report.checked(&verdicts[i*7919%1000], time.Now())
-					s.calls.check.ended(nil)
+					s.metrics.check.completed(nil)
 				}
 			})
 			b.StopTimer()
 			if n := s.Totals().Seconds.GetSampleCount(); n != uint64(b.N) {
-				b.Errorf("%d were seen of %d", n, b.N)
+				b.Errorf("%d of %d checks were counted", n, b.N)
 			}
 		})
 	}

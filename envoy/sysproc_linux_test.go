@@ -8,11 +8,11 @@ import (
 	"testing"
 )
 
-// Where this process is killed, Envoy does not outlive it.
+// Envoy does not outlive this process, even if it is killed.
 func TestParentKilled(t *testing.T) {
 	parent := exec.Command(os.Args[0])
 	parent.Env = append(os.Environ(), parentEnv+"="+binary(t), "TMPDIR="+t.TempDir())
-	parent.SysProcAttr = attributes()
+	parent.SysProcAttr = sysProcAttr()
 	out, err := parent.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)

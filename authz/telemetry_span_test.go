@@ -11,7 +11,8 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/policy"
 )
 
-// What a client sends decides neither what is sampled nor the trace's ID; what Envoy says of its own trace does.
+// A client decides neither what is sampled nor the trace ID. Envoy's own trace
+// is continued.
 func TestClientDoesNotSample(t *testing.T) {
 	const parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 	never := sdktrace.NewTracerProvider(sdktrace.WithSampler(sdktrace.ParentBased(sdktrace.NeverSample()))).Tracer("test")

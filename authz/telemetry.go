@@ -1,0 +1,277 @@
+package authz
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/sluiceproxy/sluice/limiter"
+	"github.com/sluiceproxy/sluice/limiter/policy"
+)
+
+// report turns checks into metrics, log lines and statistics. Metric labels are
+// names from the config only. Of what a client sent, only a well-formed request
+// ID is logged. It is safe for concurrent use.
+type report struct {
+	log *zap.Logger
+	// throttled logs at most one line a second of each message. It is for
+	// what every request may cause.
+	throttled *zap.Logger
+
+	checks   []prometheus.Counter // by outcome
+	seconds  prometheus.Histogram
+	panics   prometheus.Counter
+	tooLarge prometheus.Counter
+	mistakes *prometheus.CounterVec
+
+	limits  *limitTable
+	denials *denials
+
+	mu sync.Mutex // guards loggedMistakes
+	// loggedMistakes has the errors of the config in force that were logged.
+	loggedMistakes map[mistake]bool
+}
+
+// mistake identifies an error in the config.
+type mistake struct{ limit, field string }
+
+// maxLoggedMistakes is the maximum size of report.loggedMistakes. The limits of
+// Envoy's routes can have any number of names.
+const maxLoggedMistakes = 10_000
+
+// Of the denials of a limit the first is logged, and then one of every logEvery
+// or the first after logAtMost, whichever comes first.
+const (
+	logEvery  = 1000
+	logAtMost = time.Minute
+)
+
+// sampler selects the events that are logged. The zero value logs the first
+// event. It is safe for concurrent use.
+type sampler struct {
+	events   atomic.Uint64 // how many there were
+	logged   atomic.Uint64 // the number of the event that was logged last, from 1
+	loggedAt atomic.Int64  // when that was, in nanoseconds since 1970
+}
+
+// next counts an event. It reports whether to log it, and if so how many events
+// since the last one that was logged were suppressed.
+func (s *sampler) next(now time.Time) (suppressed uint64, ok bool) {
+	logged := s.logged.Load()
+	n := s.events.Add(1)
+	if logged > 0 && n-logged < logEvery && now.UnixNano()-s.loggedAt.Load() < int64(logAtMost) {
+		return 0, false
+	}
+	s.loggedAt.Store(now.UnixNano())
+	// If this fails, a concurrent event is logged instead.
+	return n - logged - 1, s.logged.CompareAndSwap(logged, n)
+}
+
+func newReport(log *zap.Logger, metrics prometheus.Registerer) *report {
+	checks := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "sluice_checks_total", Help: "Total number of checks, by decision.",
+	}, []string{"decision"})
+	r := &report{
+		log:    log,
+		limits: newLimitTable(metrics),
+		throttled: log.WithOptions(zap.WrapCore(func(c zapcore.Core) zapcore.Core {
+			return zapcore.NewSamplerWithOptions(c, time.Second, 1, 0)
+		})),
+		seconds: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name:    "sluice_check_seconds",
+			Help:    "Duration of checks in seconds, including the store.",
+			Buckets: []float64{.00005, .0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1},
+		}),
+		panics: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "sluice_panics_total", Help: "Total number of checks that panicked and were refused.",
+		}),
+		tooLarge: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "sluice_checks_too_large_total",
+			Help: fmt.Sprintf("Total number of checks larger than %d MiB, which got no decision.", maxMessage>>20),
+		}),
+		mistakes: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "sluice_config_mistakes_total",
+			Help: "Total number of checks that revealed an error in the config, by limit and field.",
+		}, []string{"limit", "field"}),
+		denials:        newDenials(),
+		loggedMistakes: make(map[mistake]bool),
+	}
+	for _, o := range limiter.Outcomes {
+		r.checks = append(r.checks, checks.WithLabelValues(o.String()))
+	}
+	metrics.MustRegister(checks, r.seconds, r.panics, r.tooLarge, r.mistakes)
+	return r
+}
+
+// setConfig registers the limits of a config that comes into force, and removes
+// the series of the limits that are gone.
+func (r *report) setConfig(config *policy.Config) {
+	r.limits.setLimits(config.Limits())
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	clear(r.loggedMistakes)
+	r.mistakes.Reset()
+}
+
+// checked counts a check that began at began and ends now, and logs what an
+// operator should see of it.
+func (r *report) checked(check *checkState, began time.Time) {
+	now := time.Now()
+	d := &check.decision
+	outcome := countedAs(d)
+	r.checks[outcome].Inc()
+	if check.span == nil {
+		r.seconds.Observe(now.Sub(began).Seconds())
+	} else {
+		observe(r.seconds, now.Sub(began).Seconds(), check.span)
+		endSpan(check, outcome, now)
+	}
+	for i := range d.Charges {
+		c, v := &d.Charges[i], &d.Verdicts[i]
+		if v.Err != nil {
+			if !errors.Is(v.Err, context.Canceled) {
+				r.failed(c, v)
+			}
+			continue
+		}
+		if !v.Known() {
+			continue
+		}
+		l := r.limits.forLimit(check.config, c.Limit)
+		r.charged(l, c, v, d.Outcome.Spends(), now)
+		if d.Outcome == limiter.Limited && i == d.Telling {
+			r.denied(l, c, check, now)
+		}
+	}
+	for _, l := range check.unlimited {
+		r.limits.forLimit(check.config, l).allowed.Inc()
+	}
+	for _, m := range check.mistakes {
+		r.mistaken(m)
+	}
+	if isDenial(d.Outcome) {
+		r.denials.add(check, now)
+	}
+}
+
+// denied logs a denial by a limit: at the debug level all of them, at info a
+// sample.
+func (r *report) denied(l *limitReport, c *limiter.Charge, check *checkState, now time.Time) {
+	v := &check.decision.Verdicts[check.decision.Telling]
+	suppressed, sampled := l.denials.next(now)
+	level := zap.DebugLevel
+	if sampled {
+		level = zap.InfoLevel
+	}
+	e := r.log.Check(level, "request limited")
+	if e == nil {
+		return
+	}
+	all := append(fields(c, check), zap.Int64("remaining", v.Remaining))
+	if v.RetryAfter != limiter.Never {
+		all = append(all, zap.Float64("retry_after", v.RetryAfter.Seconds()))
+	}
+	if sampled {
+		all = append(all, zap.Uint64("suppressed", suppressed))
+	}
+	e.Write(all...)
+}
+
+// failed logs a store error. The store counts it.
+func (r *report) failed(c *limiter.Charge, v *limiter.Verdict) {
+	if e := r.throttled.Check(zap.WarnLevel, "store error: "+string(limiter.KindOf(v.Err))); e != nil {
+		e.Write(zap.String("limit", c.Limit.Name), zap.String("domain", c.Limit.Domain), zap.Error(v.Err))
+	}
+}
+
+// charged counts the verdict of a limit.
+func (r *report) charged(l *limitReport, c *limiter.Charge, v *limiter.Verdict, spends bool, now time.Time) {
+	l.ratio.Observe(float64(v.Remaining) / float64(c.Bucket.Burst()))
+	if k := r.limits.topKeysOf(l); k != nil {
+		k.add(keyOf(c), !v.Allowed, now)
+	}
+	if !v.Allowed {
+		l.limited.Inc()
+		if l.rejections != nil {
+			l.rejections.Inc()
+		}
+		return
+	}
+	l.allowed.Inc()
+	if spends || c.Limit.Shadow {
+		l.taken.Add(float64(c.Cost))
+	}
+}
+
+// fields returns the fields of a log line about a charge.
+func fields(c *limiter.Charge, check *checkState) []zap.Field {
+	all := []zap.Field{
+		zap.Stringer("decision", check.decision.Outcome),
+		zap.String("limit", c.Limit.Name),
+		zap.String("domain", c.Limit.Domain),
+		zap.String("key_hash", keyOf(c)),
+		zap.Int64("cost", c.Cost),
+	}
+	if id := requestID(check.request); id != "" {
+		all = append(all, zap.String("request_id", id))
+	}
+	return all
+}
+
+// mistaken counts a check that revealed an error in the config, and logs each
+// such error once. An err that is no *policy.RuleError, such as a check without
+// an HTTP request, is an error in Envoy's config and has no limit or field.
+func (r *report) mistaken(err error) {
+	var m mistake
+	effect := "requests are refused"
+	var rule *policy.RuleError
+	if errors.As(err, &rule) {
+		m = mistake{rule.Limit, rule.Field}
+		if rule.Shadow {
+			effect = "the shadow limit is skipped"
+		}
+	}
+	r.mu.Lock()
+	isLogged := r.loggedMistakes[m]
+	switch {
+	case isLogged:
+	case len(r.loggedMistakes) >= maxLoggedMistakes:
+		m.limit, isLogged = otherLimits, true
+	default:
+		r.loggedMistakes[m] = true
+	}
+	r.mu.Unlock()
+	r.mistakes.WithLabelValues(m.limit, m.field).Inc()
+	if !isLogged {
+		r.log.Error("config error: "+effect+" (logged once)",
+			zap.String("limit", m.limit), zap.String("field", m.field), zap.Error(err))
+	}
+}
+
+// notRead counts and logs a check that gRPC did not read because it is larger
+// than maxMessage. Other errors of reading a call are the caller's.
+func (r *report) notRead(err error) {
+	if status.Code(err) != codes.ResourceExhausted {
+		return
+	}
+	r.tooLarge.Inc()
+	r.throttled.Warn(fmt.Sprintf("check larger than %d MiB got no decision, "+
+		"so failure_mode_allow of Envoy's ext_authz filter applies: remove with_request_body from that filter, "+
+		"since sluice reads no bodies, or lower its max_request_bytes", maxMessage>>20))
+}
+
+// panicked counts and logs a panic. It logs the type of the panic's value and
+// the stack, but not the value, which may contain what a client sent.
+func (r *report) panicked(kind string, stack []byte) {
+	r.panics.Inc()
+	r.throttled.Error("check panicked", zap.String("panic", kind), zap.ByteString("stack", stack))
+}

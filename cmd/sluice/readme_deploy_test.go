@@ -1,0 +1,132 @@
+package main
+
+import (
+	"fmt"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/goccy/go-yaml"
+
+	"github.com/sluiceproxy/sluice/limiter/redistest"
+)
+
+// The systemd unit runs the program with flags that it has, and systemd knows
+// all of the unit's settings.
+func TestREADMEUnit(t *testing.T) {
+	unit := block(t, section(t, programReadme, "## A systemd unit"), "ini")
+	commands := unique(unit, `(?m)^ExecStart=/usr/local/bin/sluice (.*)$`)
+	if len(commands) != 1 {
+		t.Fatalf("the unit's commands are %q", commands)
+	}
+	// What is not there is not read, but flags are.
+	status, _, stderr := sluice(t, nil, strings.Fields(commands[0])...)
+	if status != statusNo || !strings.Contains(stderr, "/etc/sluice/sluice.yaml") {
+		t.Errorf("%d %s", status, stderr)
+	}
+	if _, err := exec.LookPath("systemd-analyze"); err != nil {
+		t.Logf("the unit's settings are not verified: %v", err)
+		return
+	}
+	path := file(t, "sluice.service", strings.Replace(unit, "/usr/local/bin/sluice", build(t), 1))
+	said, err := exec.CommandContext(t.Context(), "systemd-analyze", "verify", path).CombinedOutput()
+	for line := range strings.Lines(string(said)) {
+		if strings.Contains(line, "sluice") { // and not of other units of the machine
+			t.Errorf("systemd-analyze: %s", line)
+		}
+	}
+	if err != nil {
+		t.Errorf("systemd-analyze: %v %s", err, said)
+	}
+}
+
+// The compose file's commands are the program's, its config is a good one for
+// the socket that both containers share, and its Redis is set up as
+// limiter/README.md says.
+func TestREADMECompose(t *testing.T) {
+	text := section(t, programReadme, "## A compose file")
+	files := blocks(text, "yaml")
+	if len(files) != 2 {
+		t.Fatalf("there are %d files", len(files))
+	}
+	var compose struct {
+		Services map[string]struct {
+			Image       string
+			Command     []string
+			Ports       []string
+			NetworkMode string `yaml:"network_mode"`
+			Volumes     []string
+			Environment map[string]string
+			MemLimit    string `yaml:"mem_limit"`
+			Restart     string
+			HealthCheck struct {
+				Test     []string
+				Interval string
+			}
+			DependsOn any `yaml:"depends_on"`
+		}
+		Volumes map[string]struct {
+			DriverOpts map[string]string `yaml:"driver_opts"`
+		}
+	}
+	if err := yaml.UnmarshalWithOptions([]byte(files[0]), &compose, yaml.Strict()); err != nil {
+		t.Fatal(err)
+	}
+	for name, s := range compose.Services {
+		for _, v := range s.Volumes {
+			if from, _, _ := strings.Cut(v, ":"); !strings.HasPrefix(from, "./") {
+				if _, ok := compose.Volumes[from]; !ok {
+					t.Errorf("%s: there is no volume %s", name, from)
+				}
+			}
+		}
+	}
+	// The socket, where its config has it, is where both containers have the
+	// volume, whose owner is the image's user.
+	const socket = "unix:///run/sluice/authz.sock"
+	for _, name := range []string{"envoy", "sluice"} {
+		if !slices.Contains(compose.Services[name].Volumes, "socket:/run/sluice") {
+			t.Errorf("%s does not have the socket", name)
+		}
+	}
+	user := unique(document(t, "Dockerfile"), `(?m)^USER (\d+):`)
+	if len(user) != 1 || !strings.HasPrefix(compose.Volumes["socket"].DriverOpts["o"], "uid="+user[0]+",") {
+		t.Errorf("the socket's volume is %v, and the image's user %v", compose.Volumes["socket"], user)
+	}
+	config := file(t, "sluice.yaml", files[1])
+	if status, stdout, stderr := sluice(t, nil, "validate", config); status != 0 || stderr != "" {
+		t.Errorf("%s%s", stdout, stderr)
+	}
+	status, bootstrap, stderr := sluice(t, nil, "envoy", "plain", "--config", config)
+	if path := strings.TrimPrefix(socket, "unix://"); status != 0 || !strings.Contains(bootstrap, fmt.Sprintf("pipe: { path: %q }", path)) {
+		t.Errorf("Envoy does not ask at %s: %s", path, stderr)
+	}
+	// Its commands, without what the container has and this machine does not.
+	s := compose.Services["sluice"]
+	if status, _, stderr := sluice(t, nil, s.Command...); status != statusNo || !strings.Contains(stderr, "/etc/sluice/sluice.yaml") {
+		t.Errorf("%v: %d %s", s.Command, status, stderr)
+	}
+	entry := unique(document(t, "Dockerfile"), `(?m)^ENTRYPOINT \["(.*)"\]$`)
+	probe := s.HealthCheck.Test
+	if len(entry) != 1 || len(probe) < 3 || probe[0] != "CMD" || probe[1] != entry[0] || probe[len(probe)-1] != socket {
+		t.Fatalf("the probe is %q", probe)
+	}
+	at := "unix://" + filepath.Join(t.TempDir(), "a.sock")
+	startSluice(t, "--config", config, "--redis", redistest.Start(t).URL(), "--grpc", at)
+	probe[len(probe)-1] = at
+	if status, _, stderr := sluice(t, nil, probe[2:]...); status != 0 {
+		t.Errorf("%v: %s", probe, stderr)
+	}
+	// Redis
+	command := compose.Services["redis"].Command
+	if len(command) == 0 || command[0] != "redis-server" {
+		t.Fatalf("the Redis runs %q", command)
+	}
+	redis := redistest.Start(t, append(command[1:], "--maxmemory", "100mb")...) // without one nothing is evicted anyway
+	status, stdout, stderr := sluice(t, nil, "doctor", "--config", file(t, "doctor.yaml", fmt.Sprintf("store: {redis: {url: %q}}\nlimits: []\n", redis.URL())))
+	if status != 0 || strings.Contains(stdout, "fail  ") || strings.Contains(stdout, "warn  eviction") || strings.Contains(stdout, "warn  persistence") {
+		t.Errorf("%d %s%s", status, stdout, stderr)
+	}
+}

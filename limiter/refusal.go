@@ -1,0 +1,110 @@
+package limiter
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"strings"
+
+	"github.com/redis/go-redis/v9"
+)
+
+// refusal is an error of Redis's, or of the way to it, of which it is known what
+// mends it.
+type refusal struct {
+	err error
+	fix string
+}
+
+func (r *refusal) Error() string { return r.err.Error() + "; " + r.fix }
+func (r *refusal) Unwrap() error { return r.err }
+
+// explain returns the *StoreError of an error: what it says in few words, and
+// what mends it, if that is known.
+func (o *RedisOptions) explain(err error) *StoreError {
+	failed := storeError(err)
+	if errors.As(failed.Err, new(*refusal)) {
+		return failed
+	}
+	kind, cause := failed.Kind, shorten(failed.Err)
+	fix := o.fixOf(kind, failed.Err)
+	switch {
+	case strings.Contains(err.Error(), unreachableSentinels) && errors.Is(err, redis.Nil):
+		kind, cause = KindConnection, fmt.Errorf("no sentinel knows a master with the name %q", o.Master)
+		fix = "look at store.redis.master, and at SENTINEL MASTERS"
+	case strings.Contains(cause.Error(), "DENIED Redis is running in protected mode"):
+		kind = KindAuth
+	case strings.Contains(cause.Error(), "max number of clients reached"):
+		kind = KindConnection
+	}
+	if fix == "" && kind == failed.Kind && cause.Error() == failed.Err.Error() {
+		return failed
+	}
+	if fix != "" {
+		cause = &refusal{cause, fix}
+	}
+	return &StoreError{Kind: kind, Err: cause}
+}
+
+// fixOf is what mends an error; empty where that is not known.
+func (o *RedisOptions) fixOf(kind ErrorKind, err error) string {
+	text := err.Error()
+	has := func(s string) bool { return strings.Contains(text, s) }
+	ofSentinel := has(unreachableSentinels)
+	var name *net.DNSError
+	switch {
+	case has("DENIED Redis is running in protected mode"):
+		return "give Redis a password (requirepass, or ACL SETUSER) and sluice the same, or set protected-mode no where only friends reach it"
+	case has("max number of clients reached"):
+		return "raise maxclients in Redis, or look for who holds its connections (CLIENT LIST)"
+	case ofSentinel && kind == KindAuth, ofSentinel && has("NOAUTH"), ofSentinel && has("WRONGPASS"):
+		return "look at store.redis.sentinel.username and store.redis.sentinel.password"
+	case has("NOAUTH"):
+		return "Redis wants a password: set store.redis.password or password_file"
+	case has("WRONGPASS"):
+		return "look at store.redis.username and password, and at ACL LIST in Redis"
+	case has("cluster support disabled"):
+		return "it is a single Redis: write store.redis.mode: single, and url"
+	case o.Mode != Cluster && (has("MOVED ") || has("CROSSSLOT ") || has("CLUSTERDOWN ")):
+		return "it is a node of a cluster: write store.redis.mode: cluster"
+	case has("unknown command 'time'"), has("unknown command 'TIME'"):
+		return "if it is a sentinel, write store.redis.mode: sentinel, with addresses and master; if it is a proxy, name a Redis itself"
+	case errors.Is(err, errIsSentinel):
+		return "write store.redis.mode: sentinel, with addresses and master"
+	case errors.As(err, &name):
+		return "look at the name in store.redis, and at the DNS of this machine"
+	}
+	return ""
+}
+
+// unreachableSentinels begins the library's error for a master that no sentinel
+// tells.
+const unreachableSentinels = "redis: all sentinels specified in configuration are unreachable"
+
+var errIsSentinel = errors.New("it is a sentinel, and no Redis")
+
+// maxErrorText is how much of an error's text is told. Redis's own for its
+// protected mode is a page.
+const maxErrorText = 300
+
+// shorten returns the error, or one with a shorter text on one line.
+func shorten(err error) error {
+	text := err.Error()
+	short := strings.ReplaceAll(strings.Replace(text, unreachableSentinels, "no sentinel answers", 1), "\n", "; ")
+	if len(short) > maxErrorText {
+		short = strings.ToValidUTF8(short[:maxErrorText], "") + "..."
+	}
+	if short == text {
+		return err
+	}
+	return &shortened{err, short}
+}
+
+// shortened is an error with another text.
+type shortened struct {
+	error
+	text string
+}
+
+func (s *shortened) Error() string { return s.text }
+func (s *shortened) Unwrap() error { return s.error }
