@@ -158,7 +158,7 @@ func TestCommandsSayNoSecret(t *testing.T) {
 		free := []string{"run", "--grpc", "127.0.0.1:0", "--metrics", "127.0.0.1:0", "--admin", "127.0.0.1:0"}
 		try(input, env, append(free, flags...)...)
 		for _, args := range [][]string{
-			{"explain"}, {"explain", "-o", "json"}, {"doctor"}, {"doctor", "-o", "json"},
+			{"explain"}, {"explain", "-o", "json"}, {"doctor", "-o", "json"},
 			{"bucket", "get", "a", "x"}, {"envoy", "plain", "--config", config}, {"envoy", "istio", "--config", config},
 			{"healthcheck"},
 		} {
