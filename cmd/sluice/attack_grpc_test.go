@@ -180,7 +180,7 @@ func TestAttackGRPC(t *testing.T) {
 		for _, form := range []struct {
 			size, times int
 			rest        string
-		}{{15 << 20, 1, ""}, {120 << 10, 10, "\x7b\x7c"}} {
+		}{{15 << 20 / part, 1, ""}, {120 << 10, 10 / part, "\x7b\x7c"}} {
 			for _, path := range [][]protowire.Number{{1, 4, 2, 13}, {1, 11, 1, 2, 1, 2, 6}, {1, 1}} {
 				message := bytes.Repeat([]byte("\x0a\x00"), form.size/2)
 				for _, number := range slices.Backward(path) {
