@@ -210,7 +210,7 @@ func TestOverload(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.each(func(p *redistest.Proxy) { p.Throttle(6) })
-	machine := watch(t, redistest.StartProxy(t, s.proxies[0].Server()).Addr, 20*time.Millisecond, 20*time.Millisecond)
+	machine := watch(t, redistest.StartProxy(t, s.proxies[0].Server()).Addr, 0)
 	start := time.Now()
 	var running, most, carried, late atomic.Int64
 	var mu sync.Mutex
@@ -236,7 +236,7 @@ func TestOverload(t *testing.T) {
 			late.Add(1)
 		}
 	})
-	disturbed := machine.slowFor(start, time.Now())
+	disturbed := machine.slowFor(start, time.Now(), 20*time.Millisecond)
 	s.each((*redistest.Proxy).Mend)
 	if len(shed) < 1000 {
 		t.Fatalf("only %d were shed", len(shed))
