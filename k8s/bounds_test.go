@@ -54,7 +54,10 @@ func testWebhook() *webhook {
 // A review of any content allocates at most a fixed amount of memory, and the
 // client is told why its pod is denied.
 func TestReviewCost(t *testing.T) {
-	const most = 64 << 20 // total allocations; not all of them are live at a time
+	// Total allocations; not all of them are live at a time. With -race a
+	// sync.Pool drops a quarter of what it is given, at random, and up to 69 MiB
+	// were seen.
+	const most = 80 << 20
 	h := testWebhook()
 	for _, c := range []struct{ name, pod, refused string }{
 		{"as an API server has 330,000 empty variables", podWith(many(330_000, `{"name":""}`)),

@@ -22,8 +22,8 @@ const (
 // breaker is a node's circuit breaker: it keeps takes from waiting for a node
 // that does not answer. It is safe for concurrent use.
 //
-// It counts calls, attempts to connect, and takes that ran out of time while
-// there was no connection. Any answer to a call closes it, whatever the answer
+// It counts calls, attempts to connect, and takes that failed while there was no
+// connection. Any answer to a call closes it, whatever the answer
 // says and however late it comes.
 type breaker struct {
 	open     atomic.Bool

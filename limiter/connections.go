@@ -164,6 +164,9 @@ func (n *node) openLocked() {
 	}
 	if now := time.Now(); now.Before(n.retryAt) {
 		if n.held == 0 && n.opening == 0 {
+			for range n.waiting {
+				n.failed(n.refused)
+			}
 			n.failWaitersLocked(n.refused)
 		}
 		return
