@@ -82,6 +82,11 @@ func (c *control) note(from, to time.Time, normal time.Duration) {
 	}
 }
 
+// aftermath is how long a pause of the machine is felt, besides the round trips
+// of a connection that is made again: takes run out of time, the breaker opens,
+// and a probe finds Redis again.
+const aftermath = 2*probesEvery + 100*time.Millisecond
+
 // leastExcess is what a control notes at all.
 const leastExcess = 3 * time.Millisecond
 
@@ -161,8 +166,8 @@ func testDistance(t *testing.T, away time.Duration, perSecond int) {
 		p99 := took[len(took)*99/100]
 		t.Logf("of %d takes %d failed, 99 %% took at most %v, the slowest %v; %d connections at once; %d more while the machine was slow",
 			len(took), len(failed), p99, took[len(took)-1], proxy.Most(), excused)
-		for _, err := range failed {
-			t.Error(err)
+		if len(failed) > 0 {
+			t.Errorf("failed: %v", failed[:min(len(failed), 5)])
 		}
 		if p99 > away+late {
 			t.Errorf("99 %% took %v", p99)
@@ -193,8 +198,7 @@ func takesBy(machine *control, away, disturbed, left time.Duration, load func(de
 	})
 	<-time.After(2 * away) // until the control has its answers
 	for _, a := range all {
-		// Connections that broke before have to be made again.
-		if machine.excuses(a.began, a.ended, disturbed) || a.err != nil && machine.excuses(a.began.Add(-4*away), a.ended, left) {
+		if machine.excuses(a.began, a.ended, disturbed) || a.err != nil && machine.excuses(a.began.Add(-aftermath-4*away), a.ended, left) {
 			excused++
 			continue
 		}
@@ -240,7 +244,7 @@ func TestBurstOfKeys(t *testing.T) {
 			})
 		})
 	})
-	t.Logf("beside %d bursts %d of %d takes were refused, and %d more while the machine was slow: %v", bursts.Load(), len(failed), len(took), excused, failed)
+	t.Logf("beside %d bursts %d of %d takes were refused, and %d more while the machine was slow: %v", bursts.Load(), len(failed), len(took), excused, failed[:min(len(failed), 5)])
 	if 100*len(failed) > len(took) {
 		t.Errorf("%d of %d were refused", len(failed), len(took))
 	}
