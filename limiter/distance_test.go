@@ -135,7 +135,7 @@ func TestChaosDistance(t *testing.T) {
 func testDistance(t *testing.T, away time.Duration, perSecond int) {
 	const timeout, late, disturbed = 100 * time.Millisecond, 25 * time.Millisecond, 10 * time.Millisecond
 	left := timeout - away - 15*time.Millisecond // what the machine may use up: a take lingers for up to 13 ms
-	lasts, rounds := redistest.Scaled(time.Second, time.Minute), redistest.Scaled(5, 2)
+	lasts, rounds := redistest.Scaled(time.Second, 20*time.Second), redistest.Scaled(5, 2)
 	node := redistest.StartNode(t)
 	proxy, beside := redistest.StartProxy(t, node.Addr), redistest.StartProxy(t, node.Addr)
 	proxy.Delay(away)
@@ -213,7 +213,7 @@ func takesBy(machine *control, away, disturbed, left time.Duration, load func(de
 // A client that comes with a thousand new keys at once takes nobody else's place.
 func TestBurstOfKeys(t *testing.T) {
 	const burst, perSecond, timeout, away, disturbed = 1100, 20, 300 * time.Millisecond, 100 * time.Millisecond, 50 * time.Millisecond
-	lasts := redistest.Scaled(2*time.Second, time.Minute)
+	lasts := redistest.Scaled(2*time.Second, 20*time.Second)
 	node := redistest.StartNode(t)
 	proxy, beside := redistest.StartProxy(t, node.Addr), redistest.StartProxy(t, node.Addr)
 	proxy.Delay(away)
