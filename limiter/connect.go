@@ -162,10 +162,11 @@ func (o RedisOptions) universal() (*redis.UniversalOptions, error) {
 	c.DialerRetries = 1
 	// The caller's context bounds everything. These hold where there is none, and
 	// for the making of connections: an answer to the greeting has a part of the
-	// time for all, so that another sentinel can be asked after one that hangs.
+	// time for all, so that another sentinel, or another node of a cluster, can
+	// be asked after one that hangs.
 	c.ContextTimeoutEnabled = true
 	c.DialTimeout, c.PoolTimeout = connectTimeout, connectTimeout
-	c.ReadTimeout = max(o.Timeout, connectTimeout/4)
+	c.ReadTimeout = max(o.Timeout, connectTimeout/10)
 	c.WriteTimeout = c.ReadTimeout
 	// Without a cap on its active connections the pool dials one for each caller that waits for a slow Redis.
 	c.PoolSize, c.MaxActiveConns = poolSize, poolSize

@@ -256,9 +256,9 @@ func TestOverload(t *testing.T) {
 	if p99[len(p99)/2] > slack/10 {
 		t.Errorf("99 %% of what was shed took %v", p99)
 	}
-	// What waits is what can be carried within its timeout. Those that are just being shed, or are answered and not yet gone, are at once too;
-	// without a bound there would be 16,000.
-	if bound := carried.Load() * int64(r.timeout) / int64(lasts); most.Load() > 2*bound {
+	// Those that are just being shed, or are answered and not yet gone, are at
+	// once, too. Without a bound there would be as many as come in a timeout.
+	if bound := perSecond * int64(r.timeout/time.Second) / 2; most.Load() > bound {
 		t.Errorf("%d takes at once, of a bound of %d", most.Load(), bound)
 	}
 	if carried.Load()*times > perSecond*int64(lasts.Seconds()) || carried.Load() == 0 {
