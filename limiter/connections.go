@@ -165,7 +165,7 @@ func (n *node) openLocked() {
 	if now := time.Now(); now.Before(n.retryAt) {
 		if n.held == 0 && n.opening == 0 {
 			for range n.waiting {
-				n.failed(n.refused)
+				_ = n.failed(n.refused) // the takes are refused below, in any case
 			}
 			n.failWaitersLocked(n.refused)
 		}
