@@ -23,8 +23,8 @@ const (
 // that does not answer. It is safe for concurrent use.
 //
 // It counts calls, attempts to connect, and takes that failed while there was no
-// connection. Any answer to a call closes it, whatever the answer
-// says and however late it comes.
+// connection. Any answer to a call closes it, whatever the answer says and
+// however late it comes.
 type breaker struct {
 	open     atomic.Bool
 	failures atomic.Int32 // in a row

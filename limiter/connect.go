@@ -167,9 +167,6 @@ func (o RedisOptions) universal() (*redis.UniversalOptions, error) {
 	c.ContextTimeoutEnabled = true
 	c.DialTimeout, c.PoolTimeout = connectTimeout, connectTimeout
 	c.ReadTimeout = max(o.Timeout, connectTimeout/10)
-	if o.Mode == Cluster { // who has which slots is asked outside of the caller's context, while takes wait
-		c.ReadTimeout = o.Timeout
-	}
 	c.WriteTimeout = c.ReadTimeout
 	// Without a cap on its active connections the pool dials one for each caller that waits for a slow Redis.
 	c.PoolSize, c.MaxActiveConns = poolSize, poolSize

@@ -193,9 +193,8 @@ func (n *node) open() {
 		n.refused = storeError(err)
 		n.retryAt = time.Now().Add(reconnectsEvery)
 		if n.held == 0 && n.opening == 0 {
-			opened := n.failed(n.refused)
+			_ = n.failed(n.refused) // nobody is left to be refused
 			n.failWaitersLocked(n.refused)
-			n.refuseLocked(opened)
 		}
 		return
 	}

@@ -65,7 +65,7 @@ func (r *Redis) takeBack(ctx context.Context, charges []Charge, verdicts []Verdi
 	node, ok := r.client.(*redis.Client)
 	if !ok {
 		var err error
-		if node, err = r.cluster.MasterForKey(ctx, charges[0].Key); err != nil {
+		if node, err = r.masterFor(ctx, charges[0].Key); err != nil {
 			return
 		}
 	}

@@ -57,9 +57,12 @@ type Redis struct {
 	errors   map[ErrorKind]prometheus.Counter
 	nodes    sync.Map // of *node, by address; as many as a cluster has masters
 	breakers prometheus.GaugeFunc
-	unknown  breaker       // of the question who has which of a cluster's slots
-	gifts    chan struct{} // has a place for each request's gifts that are under way
-	local    *Memory       // in Redis's place, for the limits that say so
+	unknown  breaker // of the question who has which of a cluster's slots
+	// slotsKnown says that this was answered once; the library then keeps an
+	// answer for good, and asks again in the background.
+	slotsKnown atomic.Bool
+	gifts      chan struct{} // has a place for each request's gifts that are under way
+	local      *Memory       // in Redis's place, for the limits that say so
 }
 
 var _ Store = (*Redis)(nil)
@@ -319,7 +322,7 @@ func (r *Redis) nodeOf(ctx context.Context, key string) (*node, error) {
 	if err := r.unknown.admit(); err != nil {
 		return nil, err
 	}
-	master, err := r.cluster.MasterForKey(ctx, key)
+	master, err := r.masterFor(ctx, key)
 	if err != nil {
 		failed := r.options.explain(r.located(err))
 		_ = r.unknown.failed(failed)
@@ -327,6 +330,33 @@ func (r *Redis) nodeOf(ctx context.Context, key string) (*node, error) {
 	}
 	r.unknown.answered()
 	return r.nodeFor(master), nil
+}
+
+// masterFor returns the library's client of a key's node on a cluster, by the
+// deadline of ctx. Until the library knows which node has which slots it asks one
+// after another, and nodes that hang may keep it longer than that.
+func (r *Redis) masterFor(ctx context.Context, key string) (*redis.Client, error) {
+	if r.slotsKnown.Load() {
+		return r.cluster.MasterForKey(ctx, key)
+	}
+	type found struct {
+		client *redis.Client
+		err    error
+	}
+	ready := make(chan found, 1)
+	go func() {
+		client, err := r.cluster.MasterForKey(ctx, key)
+		if err == nil {
+			r.slotsKnown.Store(true)
+		}
+		ready <- found{client, err}
+	}()
+	select {
+	case f := <-ready:
+		return f.client, f.err
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
 }
 
 // addressOf is by what a node is known: its address in a cluster, and else nothing.

@@ -64,7 +64,7 @@ func (r *Redis) takeSlots(ctx context.Context, deadline time.Time, charges []Cha
 			}()
 			// Not through the cluster's client: what is given back must go to the node that took it, and to no other.
 			var err error
-			if s.node, err = r.cluster.MasterForKey(ctx, s.charges[0].Key); err != nil {
+			if s.node, err = r.masterFor(ctx, s.charges[0].Key); err != nil {
 				s.node = nil
 			}
 			r.takeSlot(ctx, deadline, s.charges, s.verdicts, s.takes)
