@@ -211,7 +211,7 @@ func takesBy(machine *control, away, disturbed, left time.Duration, load func(de
 }
 
 // A client that comes with a thousand new keys at once takes nobody else's place.
-func TestBurstOfKeys(t *testing.T) {
+func TestChaosBurstOfKeys(t *testing.T) {
 	const burst, perSecond, timeout, away, disturbed = 1100, 20, 300 * time.Millisecond, 100 * time.Millisecond, 50 * time.Millisecond
 	lasts := redistest.Scaled(2*time.Second, 20*time.Second)
 	node := redistest.StartNode(t)

@@ -27,8 +27,7 @@ func TestREADMEUnit(t *testing.T) {
 		t.Errorf("%d %s", status, stderr)
 	}
 	if _, err := exec.LookPath("systemd-analyze"); err != nil {
-		t.Logf("the unit's settings are not verified: %v", err)
-		return
+		t.Fatalf("systemd-analyze is missing: install systemd: %v", err)
 	}
 	path := file(t, "sluice.service", strings.Replace(unit, "/usr/local/bin/sluice", build(t), 1))
 	said, err := exec.CommandContext(t.Context(), "systemd-analyze", "verify", path).CombinedOutput()

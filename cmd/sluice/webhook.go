@@ -57,7 +57,7 @@ tls.key from elsewhere instead, as from cert-manager, and asks nothing of the cl
 	f.StringVar(&w.own.Configuration, "config-name", "sluice", "`name` of the MutatingWebhookConfiguration")
 	f.DurationVar(&w.own.Lifetime, "ca-life", 10*365*24*time.Hour, "how long a CA lives, as a `duration`; it is replaced after four fifths")
 	f.DurationVar(&w.own.Overlap, "ca-overlap", time.Hour, "how long an old and a new CA are both believed, as a `duration`")
-	f.DurationVar(&w.own.Interval, "ca-check", time.Minute, "`duration` between two looks at the CA")
+	f.DurationVar(&w.own.Interval, "ca-check", time.Minute, "`interval` at which the CA is checked")
 	f.StringVar(&w.account, "service-account", "/var/run/secrets/kubernetes.io/serviceaccount", "`directory` with the token, ca.crt and namespace")
 	f.StringVar(&w.certs, "cert-dir", "", "`directory` with tls.crt and tls.key, reread when they change (default: it makes its own)")
 	f.StringVar(&w.client.File, "client-ca-file", "", "`file` with the CAs of clients, in PEM, reread when it changes: who shows no certificate of theirs is refused (default: all are answered)")

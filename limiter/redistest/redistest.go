@@ -25,8 +25,8 @@ import (
 // startWithin bounds how long a server may take to start or to end.
 const startWithin = 20 * time.Second
 
-// Scaled is one of two numbers: that of every run of the tests, or where the environment has SLUICE_LONG that of a long one, which .ci/test
-// makes of the tests called TestChaos….
+// Scaled returns quick, or long if the environment has SLUICE_LONG. Tests that
+// use it must match the -run pattern of a long stage in .ci/test.
 func Scaled[T any](quick, long T) T {
 	if os.Getenv("SLUICE_LONG") != "" {
 		return long
