@@ -423,7 +423,7 @@ error check panicked
 error config error: requests are refused (logged once)`; got != want {
 		t.Errorf("logged\n%s\nwant\n%s", got, want)
 	}
-	if got := fmt.Sprint(logs.All()[0].ContextMap()); got != "map[cost:1 decision:limited domain:default key_hash:- limit:a remaining:0 request_id:id-1 retry_after:1 suppressed:0]" {
+	if got := fmt.Sprint(logs.All()[0].ContextMap()); got != "map[cost:1 decision:limited domain:default key:- limit:a remaining:0 request_id:id-1 retry_after:1 suppressed:0]" {
 		t.Error(got)
 	}
 }
@@ -485,7 +485,7 @@ func TestDenialsInTheLog(t *testing.T) {
 			t.Errorf("at %v %d lines, want %d", level, logs.Len(), want)
 		}
 		if want == 3 {
-			if got := fmt.Sprint(logs.All()[2].ContextMap()); got != "map[cost:1 decision:limited domain:default key_hash:- limit:a remaining:0 suppressed:999]" {
+			if got := fmt.Sprint(logs.All()[2].ContextMap()); got != "map[cost:1 decision:limited domain:default key:- limit:a remaining:0 suppressed:999]" {
 				t.Error(got)
 			}
 		}

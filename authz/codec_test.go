@@ -39,10 +39,10 @@ func (s *Server) Check(ctx context.Context, check *authv3.CheckRequest) (*authv3
 // agree compares parse with the generated code.
 func agree(t interface{ Errorf(string, ...any) }, wire []byte) (isCheck, isFast bool) {
 	var check authv3.CheckRequest
-	got, err := parse(string(wire))
+	got, _, err := parse(string(wire))
 	if proto.Unmarshal(wire, &check) != nil {
 		// parse does not look into the fields that it skips, so it may accept
-		// some invalid checks. For the others it returns one of its two errors.
+		// some invalid checks. For the others it returns its errors.
 		if err != nil && !errors.Is(err, errNoCheck) && !errors.Is(err, errNoHTTP) {
 			t.Errorf("%q: %v", wire, err)
 		}
@@ -201,7 +201,7 @@ func FuzzParseCheck(f *testing.F) {
 	f.Add([]byte("\x0a\x0a000\xff\xee\xf8\xc902\xff\xee\xf8\xc9020")) // a field that exceeds its message
 	f.Fuzz(func(t *testing.T, wire []byte) {
 		text := string(wire)
-		if cost := allocates(func() { _, _ = parse(text) }); cost > mayAllocate(len(wire)) {
+		if cost := allocates(func() { _, _, _ = parse(text) }); cost > mayAllocate(len(wire)) {
 			t.Errorf("%q: %d bytes are allocated for %d", wire, cost, len(wire))
 		}
 		data := mem.BufferSlice{mem.SliceBuffer(wire)}
@@ -211,8 +211,8 @@ func FuzzParseCheck(f *testing.F) {
 		if _, isFast := agree(t, wire); !isFast {
 			return // groups are read by the generated code only
 		}
-		with, err := parse(string(wire))
-		without, err2 := parse(withoutBody(mem.BufferSlice{mem.SliceBuffer(wire)}))
+		with, _, err := parse(string(wire))
+		without, _, err2 := parse(withoutBody(mem.BufferSlice{mem.SliceBuffer(wire)}))
 		if err == nil && (err2 != nil || !cmp.Equal(with, without, protocmp.Transform())) {
 			t.Errorf("%q without its body: %v, %s", wire, err2, cmp.Diff(with, without, protocmp.Transform()))
 		}
@@ -260,7 +260,7 @@ func TestParseIsFast(t *testing.T) {
 		if _, isFast := agree(t, wire); !isFast {
 			t.Errorf("with header_map %v, parseFast does not read it", isRaw)
 		}
-		if read[i], err = parse(string(wire)); err != nil {
+		if read[i], _, err = parse(string(wire)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -300,7 +300,7 @@ func benchmarkParse(b *testing.B, check *authv3.CheckRequest) {
 		text := string(wire)
 		b.ReportAllocs()
 		for b.Loop() {
-			if _, err := parse(text); err != nil {
+			if _, _, err := parse(text); err != nil {
 				b.Fatal(err)
 			}
 		}

@@ -13,25 +13,26 @@ import (
 
 // Bounds of the elements of checks: headers, context_extensions and values of
 // metadata. An element of two bytes takes a hundred when it is decoded, so a
-// message of maxMessage could take more than a gigabyte.
+// message of maxMessage could take 800 MB.
 const (
 	// maxElements is the maximum number of elements of a check. Envoy allows 100
 	// headers by default.
 	maxElements = 8192
 	// maxUnmarshal is the size of a message in bytes up to which the generated
-	// code decodes it. That takes up to 240 times as much memory.
+	// code decodes it. That allocates up to 240 times as much, most of it garbage
+	// afterwards.
 	maxUnmarshal = 128 << 10
 	// maxConcurrentUnmarshal is the size of a message in bytes up to which it is
 	// decoded concurrently with others.
 	maxConcurrentUnmarshal = 16 << 10
-	// maxAllElements is the maximum number of elements of all checks in flight,
-	// some 20 MiB. Checks with at most fewElements do not count.
+	// maxAllElements is the maximum number of elements of all checks that are being
+	// decided, some 20 MiB. Checks with at most fewElements do not count.
 	maxAllElements = 200_000
 	fewElements    = 256
 )
 
 var errTooMany = fmt.Errorf("the check has more than %d headers, context_extensions and metadata values, "+
-	"or more than %d KiB of rare fields", maxElements, maxUnmarshal>>10)
+	"or is larger than %d KiB and has fields that only the generated code reads", maxElements, maxUnmarshal>>10)
 
 var errTooManyChecks = errors.New("too many concurrent checks with hundreds of headers, " +
 	"context_extensions and metadata values")
@@ -70,8 +71,9 @@ func valuesIn(v *structpb.Value) int {
 // unmarshaling serializes the decoding of large messages.
 var unmarshaling sync.Mutex
 
-// unmarshal decodes a message with the generated code. It returns errNoCheck or
-// errTooMany.
+// unmarshal decodes a message with the generated code. It returns errTooMany for
+// a message larger than maxUnmarshal, malformed or not, and errNoCheck for
+// another one that is malformed.
 func unmarshal(wire string, to proto.Message) error {
 	if len(wire) > maxUnmarshal {
 		return errTooMany

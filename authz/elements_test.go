@@ -6,9 +6,10 @@ import (
 	"strings"
 	"testing"
 
+	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
+	typev3 "github.com/envoyproxy/go-control-plane/envoy/type/v3"
 	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 
@@ -69,7 +70,7 @@ func TestElementsAreBounded(t *testing.T) {
 	} {
 		for _, n := range []int{16 << 10, 120 << 10, 2 << 20} {
 			wire, err := form(n), error(nil)
-			cost := allocates(func() { _, err = parse(wire) })
+			cost := allocates(func() { _, _, err = parse(wire) })
 			if cost > mayAllocate(len(wire)) {
 				t.Errorf("%s: %d kB are allocated for %d", name, cost>>10, len(wire)>>10)
 			}
@@ -83,7 +84,7 @@ func TestElementsAreBounded(t *testing.T) {
 // Concurrent checks with many elements share a bound, and those that are done
 // no longer count.
 func TestElementsAtOnce(t *testing.T) {
-	s, _, _ := newServer(t, "limits: [{name: a, rate: 1000000/s}]", limiter.NewMemory(1<<20, nil, prometheus.NewRegistry()))
+	s, _, logs := newServer(t, "limits: [{name: a, rate: 1000000/s}]", limiter.NewMemory(1<<20, nil, prometheus.NewRegistry()))
 	wire, err := proto.Marshal(checkOf())
 	if err != nil {
 		t.Fatal(err)
@@ -95,8 +96,19 @@ func TestElementsAtOnce(t *testing.T) {
 		}
 	}
 	s.elements.Add(maxAllElements) // others are under way
-	if _, err := s.check(t.Context(), &rawRequest{large}); status.Code(err) != codes.ResourceExhausted {
-		t.Errorf("a large one: %v", err)
+	raw, err := s.check(t.Context(), &rawRequest{large})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var refused authv3.CheckResponse
+	if err := proto.Unmarshal(raw.wire, &refused); err != nil {
+		t.Fatal(err)
+	}
+	if got := refused.GetDeniedResponse().GetStatus().GetCode(); got != typev3.StatusCode_ServiceUnavailable {
+		t.Errorf("a large one: %v", &refused)
+	}
+	if n := logs.FilterMessage("check refused: " + errTooManyChecks.Error()).Len(); n != 1 {
+		t.Errorf("%d log lines", n)
 	}
 	if r, err := s.Check(t.Context(), checkOf()); err != nil || codes.Code(r.GetStatus().GetCode()) != codes.OK {
 		t.Errorf("a small one: %v, %v", r, err)

@@ -52,23 +52,25 @@ func ParseRequest(text []byte) (*policy.Request, error) {
 	return r, nil
 }
 
-// parse decodes a CheckRequest from its wire format. It returns errNoHTTP,
-// errNoCheck or errTooMany. The texts of the request are parts of wire.
-func parse(wire string) (*policy.Request, error) {
+// parse decodes a CheckRequest from its wire format, and returns the number of
+// its elements, too. It returns errNoHTTP, errNoCheck or errTooMany. The texts of
+// the request are parts of wire.
+func parse(wire string) (*policy.Request, int, error) {
 	r := &policy.Request{Time: time.Unix(0, 0).UTC()} // as of a check without a time
 	hasHTTP, ok := parseFast(wire, r)
 	if !ok {
 		var err error
 		if r, err = parseSlow(wire); err != nil {
-			return nil, err
+			return nil, 0, err
 		}
 	} else if !hasHTTP {
-		return nil, errNoHTTP
+		return nil, 0, errNoHTTP
 	}
-	if elements(r) > maxElements {
-		return nil, errTooMany
+	n := elements(r)
+	if n > maxElements {
+		return nil, 0, errTooMany
 	}
-	return r, nil
+	return r, n, nil
 }
 
 // parseSlow is parse for a check that parseFast does not read.

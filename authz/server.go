@@ -169,8 +169,8 @@ func handleCheck(
 }
 
 // check answers one check. It returns an error, a gRPC status, only if raw is
-// not a CheckRequest or has too many elements, if a limit delegates its failures
-// to Envoy, or if the caller is gone. It recovers from panics.
+// not a CheckRequest, if a limit delegates its failures to Envoy, or if the
+// caller is gone. It recovers from panics.
 func (s *Server) check(ctx context.Context, raw *rawRequest) (response *rawResponse, err error) {
 	began := time.Now()
 	check := checkState{config: s.config.Load(), wire: raw.wire}
@@ -196,6 +196,7 @@ type checkState struct {
 	config    *policy.Config  // the config in force when the check began
 	request   *policy.Request // nil if the check has no HTTP request
 	wire      string          // the encoded check, of which request's texts are parts
+	elements  int             // of request
 	decision  limiter.Decision
 	unlimited []*limiter.Limit // limits that apply and have no bucket
 	mistakes  []error          // errors in the config that the check revealed
@@ -203,29 +204,27 @@ type checkState struct {
 }
 
 // decide sets the fields of check from its wire. It returns a gRPC status if
-// that is not a CheckRequest or has too many elements.
+// that is not a CheckRequest.
 func (s *Server) decide(ctx context.Context, began time.Time, check *checkState) error {
 	check.decision = limiter.Decision{Outcome: limiter.Invalid, Telling: -1}
-	request, err := parse(check.wire)
+	request, count, err := parse(check.wire)
 	if err != nil {
 		check.mistakes = []error{err}
-		switch {
-		case errors.Is(err, errTooMany):
-			return status.Error(codes.ResourceExhausted, err.Error())
-		case !errors.Is(err, errNoHTTP):
+		if errors.Is(err, errNoCheck) {
 			return status.Error(codes.Internal, errNoCheck.Error())
 		}
 		return nil
 	}
-	if n := int64(elements(request)); n > fewElements {
+	check.request, check.elements = request, count
+	if n := int64(count); n > fewElements {
 		if s.elements.Add(n) > maxAllElements {
 			s.elements.Add(-n)
-			check.mistakes = []error{errTooManyChecks}
-			return status.Error(codes.ResourceExhausted, errTooManyChecks.Error())
+			check.decision.Outcome = limiter.FailedClosed
+			s.report.throttled.Warn("check refused: " + errTooManyChecks.Error())
+			return nil
 		}
 		defer s.elements.Add(-n)
 	}
-	check.request = request
 	if s.tracer != nil {
 		ctx, check.span = startSpan(ctx, s.tracer, request, began)
 	}

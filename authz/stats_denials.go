@@ -17,7 +17,7 @@ const (
 	// maxShown is the maximum length of each text of a summary in bytes.
 	maxShown = 200
 	// maxExplainable is the size of a check in bytes up to which its request is
-	// kept, so that the denial can be explained.
+	// kept, so that the denial can be explained; it has at most fewElements.
 	maxExplainable = 16 << 10
 )
 
@@ -44,7 +44,7 @@ type Denial struct {
 	group   denialKey
 	at      int             // the position in denials.all
 	err     error           // of the store
-	request *policy.Request // nil if the check was larger than maxExplainable
+	request *policy.Request // nil if the check was too large or had too many elements
 	large   *summary        // of such a check
 }
 
@@ -94,7 +94,7 @@ func (d *denials) add(check *checkState, now time.Time) {
 		group.key = limit + "\n" + field
 	}
 	request, large := check.request, (*summary)(nil)
-	if request != nil && len(check.wire) > maxExplainable {
+	if request != nil && (len(check.wire) > maxExplainable || check.elements > fewElements) {
 		request, large = nil, summaryOf(request).clone()
 	}
 	hash := group.hash()

@@ -218,7 +218,7 @@ func fields(c *limiter.Charge, check *checkState) []zap.Field {
 		zap.Stringer("decision", check.decision.Outcome),
 		zap.String("limit", c.Limit.Name),
 		zap.String("domain", c.Limit.Domain),
-		zap.String("key_hash", keyOf(c)),
+		zap.String("key", keyOf(c)),
 		zap.Int64("cost", c.Cost),
 	}
 	if id := requestID(check.request); id != "" {

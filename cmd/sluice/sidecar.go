@@ -145,6 +145,9 @@ func (s *sidecar) use(cfg *policy.Config) error {
 			return fmt.Errorf("store.redis: %w", err)
 		}
 	}
+	if cfg.SentinelPasswordChanged(s.cfg.Load()) {
+		s.log.Warn("store.redis.sentinel.password_file changed: the new password is used after a restart")
+	}
 	s.level.SetLevel(level)
 	if !cfg.FailsClosed() {
 		s.answered.Store(true) // nothing waits for Redis any more

@@ -47,9 +47,11 @@ type Config struct {
 	exempt       *index
 	client       clientIP
 	hasher       hasher
-	passwordFile bool        // Redis's password is that of a file
-	inherited    limitReader // what a route's limit has of the file
-	routes       routeTable
+	passwordFile bool // Redis's password is that of a file
+	// sentinelPasswordFile is whether the sentinels' password is that of a file.
+	sentinelPasswordFile bool
+	inherited            limitReader // what a route's limit has of the file
+	routes               routeTable
 
 	noRouteLimits bool     // Envoy's routes bring no limits
 	routeDomains  []string // for which they may; nil: any
@@ -128,7 +130,7 @@ func (c *Config) Replaces(old *Config, file string) error {
 		refuse("store.redis.addresses", !slices.Equal(c.Redis.Addresses, old.Redis.Addresses))
 		refuse("store.redis.master", c.Redis.Master != old.Redis.Master)
 		refuse("store.redis.tls", !equal(c.Redis.TLS, old.Redis.TLS))
-		refuse("store.redis.sentinel", !equalSentinels(c.Redis.Sentinel, old.Redis.Sentinel))
+		refuse("store.redis.sentinel", !c.hasSentinelsOf(old))
 		refuse("store.redis.timeout", c.Redis.Timeout != old.Redis.Timeout)
 		refuse("store.redis.key_prefix", c.inherited.keyPrefix != old.inherited.keyPrefix)
 	}
@@ -138,9 +140,22 @@ func (c *Config) Replaces(old *Config, file string) error {
 	return m
 }
 
-// equalSentinels is equal, by what is behind the pointers of both.
-func equalSentinels(a, b *limiter.SentinelOptions) bool {
-	return a == b || a != nil && b != nil && a.Username == b.Username && a.Password == b.Password && equal(a.TLS, b.TLS)
+// hasSentinelsOf reports whether sentinels are reached as in old, apart from a
+// password that both have from a file.
+func (c *Config) hasSentinelsOf(old *Config) bool {
+	a, b := c.Redis.Sentinel, old.Redis.Sentinel
+	if a == nil || b == nil {
+		return a == b
+	}
+	samePassword := a.Password == b.Password || c.sentinelPasswordFile && old.sentinelPasswordFile
+	return a.Username == b.Username && samePassword && equal(a.TLS, b.TLS)
+}
+
+// SentinelPasswordChanged reports whether the sentinels' password is another than
+// in old, which takes a restart.
+func (c *Config) SentinelPasswordChanged(old *Config) bool {
+	return c.Redis != nil && old.Redis != nil && c.Redis.Sentinel != nil && old.Redis.Sentinel != nil &&
+		c.Redis.Sentinel.Password != old.Redis.Sentinel.Password
 }
 
 // equal reports whether both are nil, or point to equal values.
@@ -437,8 +452,7 @@ func (f *configFile) readRedis(n node) {
 		"master": func(n node) { f.store.Master, _ = f.text(n) },
 		"sentinel": func(n node) {
 			s := &limiter.SentinelOptions{}
-			var isFile bool
-			f.mapping(n, f.access(&s.Username, &s.Password, &isFile, &s.TLS))
+			f.mapping(n, f.access(&s.Username, &s.Password, &f.config.sentinelPasswordFile, &s.TLS))
 			f.store.Sentinel = s
 		},
 		"key_prefix": f.checked(&f.keyPrefix, checkDomain),
@@ -447,8 +461,8 @@ func (f *configFile) readRedis(n node) {
 	f.redis = f.mapping(n, fields)
 }
 
-// access returns the fields that say how to get access to the servers, or to
-// the sentinels. isFile becomes whether the password is that of a file.
+// access returns the fields username, password, password_file and tls. It sets
+// *isFile if the password is that of a file.
 func (f *configFile) access(username, password *string, isFile *bool, tls **limiter.TLS) map[string]func(node) {
 	passwords := 0
 	one := func(read func(node) (string, bool)) func(node) {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"reflect"
 	"runtime"
 	"strings"
 	"testing"
@@ -287,7 +288,7 @@ func TestSentinelAccess(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := limiter.SentinelOptions{Username: "u", Password: "hunter2", TLS: &limiter.TLS{ServerName: "s"}}
-	if got := c.Redis.Sentinel; !equalSentinels(got, &want) || c.Redis.Password != "other" || c.Redis.TLS != nil {
+	if got := c.Redis.Sentinel; !reflect.DeepEqual(got, &want) || c.Redis.Password != "other" || c.Redis.TLS != nil {
 		t.Errorf("%+v", c.Redis)
 	}
 	for more, want := range map[string]string{
@@ -333,6 +334,8 @@ func TestReplaces(t *testing.T) {
 		{"store: {redis: {url: 'redis://h', password_file: secret}}", "store: {redis: {url: 'redis://h', password_file: secret}}", ""},
 		{"store: {redis: {url: 'redis://h', password: x}}", "store: {redis: {url: 'redis://h', password_file: secret}}", "f: store.redis.password: changed, which takes a restart"},
 		{sentinels("{username: a, password_file: secret}"), sentinels("{username: b, password: two}"), "f: store.redis.sentinel: changed, which takes a restart"},
+		{sentinels("{username: a, password_file: secret}"), sentinels("{username: a, password_file: secret}"), ""},
+		{sentinels("{password: x}"), sentinels("{password_file: secret}"), "f: store.redis.sentinel: changed, which takes a restart"},
 		{sentinels("{tls: {server_name: a}}"), sentinels("{tls: {server_name: b}}"), "f: store.redis.sentinel: changed, which takes a restart"},
 		{sentinels("{tls: {server_name: a}, password: x}"), sentinels("{tls: {server_name: a}, password: x}"), ""},
 	} {

@@ -108,10 +108,12 @@ func (t *routeTable) entry(c *Config, text routeText) *routeEntry {
 	if e != nil {
 		return e // somebody else was quicker
 	}
-	e = c.readRoute(text)
 	if len(text.key)+len(text.value) > maxRouteText {
-		return e // a mistake, and not kept
+		return c.readRoute(text) // a mistake, and not kept
 	}
+	// A copy: the text is a part of the check, which it would keep in memory.
+	text = routeText{strings.Clone(text.key), strings.Clone(text.value)}
+	e = c.readRoute(text)
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.entries == nil {
@@ -129,15 +131,16 @@ func (t *routeTable) entry(c *Config, text routeText) *routeEntry {
 	return e
 }
 
-// What a text takes once it is understood, by measure: for a limit with one short expression, for each byte of the text, and for a mistake
-// beside its words.
+// The memory of an entry in bytes, as measured: of a limit with one short
+// expression, for each byte of text, and of a mistake without its message.
 const (
 	entryBytes    = 4096
 	textFactor    = 32
 	mistakeMemory = 256
 )
 
-// readRoute understands one of context_extensions, and says what memory it takes.
+// readRoute decodes one of context_extensions, and estimates the memory that the
+// entry takes.
 func (c *Config) readRoute(text routeText) *routeEntry {
 	expressions := make(map[[2]string]*expression)
 	e := c.readRouteText(text, expressions)
@@ -157,7 +160,8 @@ func (c *Config) readRoute(text routeText) *routeEntry {
 	return e
 }
 
-// readRouteText understands one of context_extensions. It adds what it compiles to expressions.
+// readRouteText decodes one of context_extensions. It adds the expressions that
+// it compiles to expressions.
 func (c *Config) readRouteText(text routeText, expressions map[[2]string]*expression) *routeEntry {
 	wrong := func(limit string, err error) *routeEntry {
 		return &routeEntry{mistake: &RuleError{Limit: limit, Field: "context_extensions", Err: err, Shadow: c.inherited.mode == "shadow"}}
