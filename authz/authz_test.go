@@ -514,7 +514,7 @@ sluice_tokens_taken_total{limit="b"} 0
 	}
 }
 
-func TestRead(t *testing.T) {
+func TestRequestOf(t *testing.T) {
 	full := checkOf("a", "1")
 	full.Attributes.Source.Principal = "spiffe://a/b"
 	full.Attributes.Destination = address("10.0.0.2", 8080)

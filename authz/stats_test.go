@@ -153,7 +153,7 @@ func TestTopKeysAreBounded(t *testing.T) {
 	s, _, _ := newServer(t, "", nil)
 	for round := range 2 {
 		var limits []*limiter.Limit
-		for i := range maxTopKeys + 3 {
+		for i := range maxCountedLimits + 3 {
 			limits = append(limits, &limiter.Limit{Name: fmt.Sprintf("l%d-%d", round, i)})
 		}
 		s.report.limits.setLimits(limits)
@@ -164,7 +164,7 @@ func TestTopKeysAreBounded(t *testing.T) {
 				kept++
 			}
 		}
-		if kept != maxTopKeys {
+		if kept != maxCountedLimits {
 			t.Errorf("round %d: %d limits' are kept", round, kept)
 		}
 	}

@@ -21,9 +21,10 @@ const (
 	// topWindow is how long a sketch counts until it is replaced. The counts of
 	// the current and the previous sketch are added up.
 	topWindow = 5 * time.Minute
-	// maxTopKeys is the number of limits that have sketches. They take some
-	// 20 kB for each limit, and 64 kB more if all keys have maxTopKey bytes.
-	maxTopKeys = 100
+	// maxCountedLimits is the number of limits whose keys are counted. Their
+	// sketches take some 20 kB for each limit, and 64 kB more if all keys have
+	// maxTopKey bytes.
+	maxCountedLimits = 100
 	// maxTopKey is the maximum key length in bytes. Longer keys are truncated,
 	// so keys with the same prefix are counted together.
 	maxTopKey = 256

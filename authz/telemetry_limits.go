@@ -315,7 +315,7 @@ func (t *limitTable) topKeysOf(l *limitReport) *topKeys {
 	if k := l.topKeys.Load(); k != nil || l.isShared {
 		return k
 	}
-	if t.counted.Add(1) > maxTopKeys || !l.topKeys.CompareAndSwap(nil, newTopKeys()) {
+	if t.counted.Add(1) > maxCountedLimits || !l.topKeys.CompareAndSwap(nil, newTopKeys()) {
 		t.counted.Add(-1)
 	}
 	return l.topKeys.Load()

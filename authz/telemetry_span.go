@@ -42,8 +42,7 @@ func startSpan(
 	return tracer.Start(propagation.TraceContext{}.Extract(ctx, parent), "sluice check", options...)
 }
 
-// endSpan ends the span of a check, with the fields of a log line as
-// attributes.
+// endSpan ends the span of a check and sets its attributes.
 func endSpan(check *checkState, outcome limiter.Outcome, at time.Time) {
 	span := check.span
 	if span.IsRecording() {

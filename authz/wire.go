@@ -88,9 +88,10 @@ const (
 	valueList   = 6
 
 	listValues = 1 // of google.protobuf.ListValue
-
-	overwrite = uint64(corev3.HeaderValueOption_OVERWRITE_IF_EXISTS_OR_ADD)
 )
+
+// overwrite is the append_action of every header that is written.
+const overwrite = uint64(corev3.HeaderValueOption_OVERWRITE_IF_EXISTS_OR_ADD)
 
 // message iterates over the fields of an encoded message. It becomes bad, and
 // ends, at a malformed field and at one that is read as another type than it

@@ -47,7 +47,8 @@ var secretURLs = []string{
 	"redis://127.0.0.1:1/0#c4n4ry",
 }
 
-// secretConfigs are configs with a secret, most with a mistake on its line or beside it.
+// secretConfigs are configs that contain a secret; most have an error on its line
+// or next to it.
 var secretConfigs = []string{
 	"store: {redis: {url: 'redis://127.0.0.1:1', password: c4n4ry}}",
 	"store: {redis: {url: 'redis://127.0.0.1:1', password: [c4n4ry]}}",
@@ -97,7 +98,7 @@ var secretConfigs = []string{
 	"limits: [{name: a, rate: 1/s, key: client.ip, overrides_file: lines}]",
 }
 
-// untilServing is the stderr of a sidecar that has to do no more than start.
+// untilServing collects a sidecar's stderr, and calls end once the sidecar serves.
 type untilServing struct {
 	end func()
 
@@ -105,7 +106,7 @@ type untilServing struct {
 	text bytes.Buffer
 }
 
-// Write is io.Writer's.
+// Write implements io.Writer.
 func (u *untilServing) Write(b []byte) (int, error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -121,7 +122,8 @@ func (u *untilServing) String() string {
 	return u.text.String()
 }
 
-// No command says a secret of its operator's, however the config, the environment or the command line is wrong.
+// No command prints a secret, whatever is wrong with the config, the environment
+// or the command line.
 func TestCommandsSayNoSecret(t *testing.T) {
 	if len(secretURLs)+len(secretConfigs) < 40 {
 		t.Fatal("too few are tried")
@@ -191,13 +193,14 @@ spec: {containers: [{name: envoy, image: envoy}]}
 	}
 }
 
-// A sidecar that runs says no secret either: not in its log, where Redis refuses it, a span cannot be sent and a new config is wrong, nor on
-// a page, in a metric, a profile, or the stacks with which a crash ends.
+// A running sidecar does not expose a secret in its log, pages, metrics, profiles
+// or crash dump.
 func TestSidecarSaysNoSecret(t *testing.T) {
 	redis := redistest.Start(t, "--requirepass", canary)
 	url := "unix://:" + canary + "@" + strings.TrimPrefix(redis.URL(), "unix://")
 	config := file(t, "sluice.yaml", "")
-	const limits = "key_secret: c4n4ry-of-more-than-16-bytes\nlog_level: debug\nlimits: [{name: a, rate: 1/d, key: request.headers.k, on_failure: deny}]\n"
+	const limits = "key_secret: c4n4ry-of-more-than-16-bytes\nlog_level: debug\n" +
+		"limits: [{name: a, rate: 1/d, key: request.headers.k, on_failure: deny}]\n"
 	good := freePorts + "store: {redis: {url: '${SECRET}'}}\n" + limits
 	write(t, config, []byte(good))
 	p := start(t, "sluice", []string{
@@ -230,15 +233,21 @@ func TestSidecarSaysNoSecret(t *testing.T) {
 		}
 	}
 	await(t, func() bool { ask(); return l.count("WRONGPASS") > 0 })
-	for i, wrong := range []string{"limits: [\nkey_secret: *c4n4ry", "store: {redis: {url: 'redis://user:c4n4ry?x@h'}}", good + "key_secret: c4n4ry-another"} {
+	for i, wrong := range []string{
+		"limits: [\nkey_secret: *c4n4ry",
+		"store: {redis: {url: 'redis://user:c4n4ry?x@h'}}",
+		good + "key_secret: c4n4ry-another",
+	} {
 		write(t, config, []byte(wrong))
 		await(t, func() bool { return l.count("the old one stays") == i+1 })
 	}
 	var pages strings.Builder
 	for _, page := range []string{
-		p.metrics + "/metrics", p.metrics + "/readyz", p.admin + "/", p.admin + "/api/status", p.admin + "/api/history", p.admin + "/api/limits", p.admin + "/api/top?limit=a",
-		p.admin + "/api/denials", p.admin + "/api/explain?header=k=x", p.admin + "/debug/pprof/", p.admin + "/debug/pprof/goroutine?debug=2",
-		p.admin + "/debug/pprof/heap?debug=1", p.admin + "/debug/pprof/cmdline",
+		p.metrics + "/metrics", p.metrics + "/readyz", p.admin + "/", p.admin + "/api/status",
+		p.admin + "/api/history", p.admin + "/api/limits", p.admin + "/api/top?limit=a",
+		p.admin + "/api/denials", p.admin + "/api/explain?header=k=x", p.admin + "/debug/pprof/",
+		p.admin + "/debug/pprof/goroutine?debug=2", p.admin + "/debug/pprof/heap?debug=1",
+		p.admin + "/debug/pprof/cmdline",
 	} {
 		_, body := get(t, "http://"+page)
 		fmt.Fprintf(&pages, "%s\n%s\n", page, body)

@@ -207,8 +207,9 @@ type presentIterator struct{ traits.Iterator }
 // Next is CEL's.
 func (p presentIterator) Next() ref.Val { return present(p.Iterator.Next()) }
 
-// decorator changes what CEL does in a few places. asks are the expressions that are has(). The instructions of the regular expressions
-// that are constants are added to instructions.
+// decorator returns a decorator for CEL's planner. asks has the IDs of the has()
+// expressions. The program sizes of constant regular expressions are added to
+// *instructions.
 func decorator(asks map[int64]bool, instructions *int) interpreter.InterpretableDecoratorV2 {
 	return func(i interpreter.InterpretableV2) (interpreter.InterpretableV2, error) {
 		if _, done := i.(lookup); done {

@@ -306,7 +306,7 @@ func checkListen(s string) error {
 
 func checkTCP(s, also string) error {
 	if strings.Contains(s, "@") { // not quoted: what is before it may be a password
-		return fmt.Errorf("an address with a user or a password; allowed are host:port%s", also)
+		return fmt.Errorf("must not contain a user or password; want host:port%s", also)
 	}
 	if _, port, err := net.SplitHostPort(s); err == nil && port != "" {
 		if _, err := net.LookupPort("tcp", port); err == nil {

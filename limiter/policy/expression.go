@@ -66,7 +66,8 @@ var environment = sync.OnceValues(func() (*cel.Env, error) {
 type expression struct {
 	text    string
 	program cel.Program
-	// instructions are those of its regular expressions that are constants, by which most of its memory goes.
+	// instructions is the total program size of its constant regular expressions,
+	// which take most of its memory.
 	instructions int
 	// open says that its value may stand in a key as it is.
 	open bool
@@ -151,12 +152,13 @@ func compile(text string, p purpose) (*expression, []expressionError) {
 	return e, nil
 }
 
-// planOptions are how an expression is planned. asks are those of its parts
-// that are has(). The instructions of its regular expressions are added to
-// instructions.
+// planOptions returns the options for planning an expression. asks has the IDs of
+// its has() parts. The program sizes of its constant regular expressions are added
+// to *instructions.
 func planOptions(asks map[int64]bool, instructions *int) []cel.ProgramOption {
 	return []cel.ProgramOption{
-		cel.CostTracking(chargedUnits{}), cel.CostLimit(maxEvaluation), cel.EvalOptions(cel.OptOptimize), cel.CustomDecoratorV2(decorator(asks, instructions)),
+		cel.CostTracking(chargedUnits{}), cel.CostLimit(maxEvaluation), cel.EvalOptions(cel.OptOptimize),
+		cel.CustomDecoratorV2(decorator(asks, instructions)),
 	}
 }
 

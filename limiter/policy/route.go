@@ -15,12 +15,12 @@ const (
 	routeLimits = "sluice.limits"
 )
 
-// The bounds of what is kept of them. Where Envoy is asked no client can set them, but Envoy's config changes, and whoever reaches
-// listen.grpc can send any.
+// Bounds of the route table. Through Envoy no client can set context_extensions,
+// but Envoy's config changes, and whoever reaches listen.grpc can send any.
 const (
 	maxRouteTexts  = 4096
 	maxRouteText   = 8192     // bytes of one
-	maxRouteMemory = 24 << 20 // bytes that all take once they are understood
+	maxRouteMemory = 24 << 20 // bytes that all entries take
 )
 
 // route is what a request's route says.
