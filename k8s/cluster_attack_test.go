@@ -209,7 +209,11 @@ func TestClusterAttackDirect(t *testing.T) {
 				return response.StatusCode, answer, err
 			}
 			retries--
-			time.Sleep(time.Second) // as Retry-After says and API servers do
+			select { // as Retry-After says and API servers do
+			case <-time.After(time.Second):
+			case <-ctx.Done():
+				return 0, nil, ctx.Err()
+			}
 		}
 	}
 	honest := []byte(reviewOf("shop", podWith(many(100, `{"name":"NAME","value":"some value of a variable"}`))))
@@ -230,7 +234,7 @@ func TestClusterAttackDirect(t *testing.T) {
 	bodies := costly("greedy")
 	beside(t, 3, 400, 20*time.Millisecond, 50*time.Millisecond, call, func(i int) {
 		_, _, _ = post(t.Context(), bytes.NewReader(bodies[i%len(bodies)]), 0)
-		time.Sleep(rand.N(200 * time.Millisecond)) // so that the attackers' own load is not measured
+		<-time.After(rand.N(200 * time.Millisecond)) // the attackers' pace, so that their own load is not measured
 	})
 	// Send them all at once, each from another namespace.
 	var wg sync.WaitGroup
@@ -307,7 +311,7 @@ func TestClusterAttack(t *testing.T) {
 	// machine, so that only its own timeout bounds the ordinary calls.
 	beside(t, 2, 200, 50*time.Millisecond, 5*time.Second, call, func(i int) {
 		_ = c.call(t.Context(), http.MethodPost, "/api/v1/namespaces/greedy/pods", attacks[i%len(attacks)], &object{})
-		time.Sleep(rand.N(time.Second))
+		<-time.After(rand.N(time.Second)) // the attackers' pace
 	})
 	for i, g := range groups {
 		select {
