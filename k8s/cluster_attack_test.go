@@ -15,7 +15,6 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -23,77 +22,13 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/sluiceproxy/sluice/k8s/testenv"
 )
 
 // shipped is the memory limit of the chart's webhook in bytes, which is also
 // its GOMEMLIMIT.
 const shipped = 128 << 20
-
-// memoryGroup is a control group with a memory limit.
-type memoryGroup struct {
-	dir                 string
-	limit, peak, events string // file names
-}
-
-// newMemoryGroup creates a control group with the shipped memory limit. It
-// needs root.
-func newMemoryGroup(t *testing.T, name string) *memoryGroup {
-	t.Helper()
-	const root = "/sys/fs/cgroup"
-	name = fmt.Sprintf("sluice-%d-%s", os.Getpid(), name)
-	g := &memoryGroup{filepath.Join(root, "memory", name), "memory.limit_in_bytes", "memory.max_usage_in_bytes",
-		"memory.oom_control"}
-	if _, err := os.Stat(filepath.Join(root, "memory")); err != nil { // control groups version 2
-		g = &memoryGroup{filepath.Join(root, name), "memory.max", "memory.peak", "memory.events"}
-		// It may be enabled already.
-		_ = os.WriteFile(filepath.Join(root, "cgroup.subtree_control"), []byte("+memory"), 0)
-	}
-	if err := os.Mkdir(g.dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { // after its processes have ended
-		if err := os.Remove(g.dir); err != nil {
-			t.Error(err)
-		}
-	})
-	if err := os.WriteFile(filepath.Join(g.dir, g.limit), []byte(strconv.Itoa(shipped)), 0); err != nil {
-		t.Fatal(err)
-	}
-	return g
-}
-
-// command returns the command line that starts a program inside the group.
-func (g *memoryGroup) command(program string, args ...string) (string, []string) {
-	return "/bin/sh", append([]string{"-c", `echo $$ >"$0" && exec "$@"`, filepath.Join(g.dir, "cgroup.procs"),
-		program}, args...)
-}
-
-// killed reports whether the kernel has killed a process of the group because
-// the group was out of memory.
-func (g *memoryGroup) killed(t *testing.T) bool {
-	t.Helper()
-	text, err := os.ReadFile(filepath.Join(g.dir, g.events))
-	if err != nil {
-		t.Fatal(err)
-	}
-	for line := range strings.Lines(string(text)) {
-		if n, ok := strings.CutPrefix(line, "oom_kill "); ok {
-			return strings.TrimSpace(n) != "0"
-		}
-	}
-	t.Fatalf("%s: %s", g.events, text)
-	return true
-}
-
-// most returns the peak memory use of the group.
-func (g *memoryGroup) most() string {
-	text, err := os.ReadFile(filepath.Join(g.dir, g.peak))
-	n, _ := strconv.Atoi(strings.TrimSpace(string(text)))
-	if err != nil {
-		return err.Error()
-	}
-	return fmt.Sprint(n>>20, " MiB")
-}
 
 // beside measures the duration of calls at a given pace, first alone and then
 // beside a number of concurrent attackers. No call may fail, and the 99th
@@ -179,10 +114,9 @@ func TestClusterAttackDirect(t *testing.T) {
 	write("tls.crt", string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: certificate.Certificate[0]})))
 	write("tls.key", string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key})))
 	ports := freePorts(t, 2)
-	g := newMemoryGroup(t, "direct")
-	name, args := g.command(program(t), "webhook", "--listen=127.0.0.1:"+ports[0], "--metrics=127.0.0.1:"+ports[1],
-		"--cert-dir="+dir, "--log-level=error")
-	p := start(t, []string{"GOMEMLIMIT=" + strconv.Itoa(shipped)}, name, args...)
+	g := testenv.NewMemoryGroup(t, "direct", shipped)
+	p := start(t, []string{"GOMEMLIMIT=" + strconv.Itoa(shipped)}, g.Launcher(t, program(t)), "webhook",
+		"--listen=127.0.0.1:"+ports[0], "--metrics=127.0.0.1:"+ports[1], "--cert-dir="+dir, "--log-level=error")
 	roots := x509.NewCertPool()
 	roots.AddCert(certificate.Leaf)
 	client := &http.Client{Timeout: 10 * time.Second,
@@ -254,7 +188,7 @@ func TestClusterAttackDirect(t *testing.T) {
 		t.Errorf("it ended: %v", p.ProcessState)
 	default:
 	}
-	if t.Logf("at most %s", g.most()); g.killed(t) {
+	if t.Logf("at most %d MiB", g.Peak(t)>>20); g.Killed(t) {
 		t.Error("it was killed for want of memory")
 	}
 }
@@ -268,9 +202,9 @@ func TestClusterAttack(t *testing.T) {
 	c := cluster(t, "--enable-aggregator-routing=true")
 	r := install(t, c)
 	r.env = append(r.env, "GOMEMLIMIT="+strconv.Itoa(shipped))
-	var groups []*memoryGroup
+	var groups []*testenv.MemoryGroup
 	for i := range r.running {
-		g := newMemoryGroup(t, strconv.Itoa(i))
+		g := testenv.NewMemoryGroup(t, strconv.Itoa(i), shipped)
 		groups = append(groups, g)
 		r.within = g
 		r.run(t, i)
@@ -319,7 +253,7 @@ func TestClusterAttack(t *testing.T) {
 			t.Errorf("replica %d ended: %v", i, r.running[i].ProcessState)
 		default:
 		}
-		if t.Logf("replica %d: at most %s", i, g.most()); g.killed(t) {
+		if t.Logf("replica %d: at most %d MiB", i, g.Peak(t)>>20); g.Killed(t) {
 			t.Errorf("replica %d was killed for want of memory", i)
 		}
 	}

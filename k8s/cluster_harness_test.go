@@ -111,7 +111,7 @@ type replicas struct {
 	c         *controlPlane
 	binary    string
 	args, env []string
-	within    *memoryGroup // for the replicas started next; nil for no limit
+	within    *testenv.MemoryGroup // for the replicas started next; nil for no limit
 	running   [2]*process
 	ready     [2]atomic.Bool
 }
@@ -165,7 +165,7 @@ func (r *replicas) run(t *testing.T, i int, args ...string) {
 	a := addresses[i]
 	name, args := r.binary, slices.Concat(r.args, []string{"--listen=" + a + ":8443", "--metrics=" + a + ":9003"}, args)
 	if r.within != nil {
-		name, args = r.within.command(name, args...)
+		name = r.within.Launcher(t, name)
 	}
 	p := start(t, r.env, name, args...)
 	await(t, "the webhook's /readyz", func() bool {
