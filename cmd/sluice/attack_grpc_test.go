@@ -262,7 +262,7 @@ func TestAttackGRPC(t *testing.T) {
 	if !strings.Contains(p.logged(), "a message on it did not arrive in time") {
 		t.Errorf("the log says nothing:\n%s", p.logged())
 	}
-	p.wantWithin(shipped)
+	p.wantWithin(t, shipped)
 }
 
 // dialGRPC is dial from another address of this machine's loopback network.

@@ -49,7 +49,7 @@ func TestAttackKeys(t *testing.T) {
 				})
 			}
 			wg.Wait()
-			p.wantWithin(most)
+			p.wantWithin(t, most)
 		})
 	}
 }

@@ -6,37 +6,54 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/sluiceproxy/sluice/k8s/testenv"
 )
 
 // shipped is the memory limit of the container that `sluice inject` adds, which is also its GOMEMLIMIT.
 const shipped = 128 << 20
 
-// startShipped runs sluice as the image has it, with the memory that a sidecar has.
-func startShipped(t *testing.T, args ...string) *process {
-	t.Helper()
-	t.Setenv("GOMEMLIMIT", fmt.Sprint(shipped))
-	if os.Getenv("SLUICE_LONG") != "" {
-		executable = build(t)
-		t.Cleanup(func() { executable = os.Args[0] })
-	}
-	return startSluice(t, args...)
+// shippedProcess is a sluice with the memory of a sidecar.
+type shippedProcess struct {
+	*process
+	group *testenv.MemoryGroup // nil without SLUICE_LONG
 }
 
-// wantWithin fails the test if a process has ever held more memory than the sidecar's container may. Pages of the program's file do not
-// count: they stay in memory only while there is room. With -race it says nothing, as everything is several times larger then, nor of a
-// test's own program, which is twice as large.
-func (p *process) wantWithin(most int) {
-	p.t.Helper()
-	pid := p.cmd.Process.Pid
-	files := memory(p.t, pid, "RssFile")
-	used := peak(p.t, pid) - files
-	p.t.Logf("%d MiB at most, and %d MiB of its file", used>>20, files>>20)
-	if os.Getenv("SLUICE_LONG") != "" && !race && used > most {
-		p.t.Errorf("it held %d MiB; want at most %d", used>>20, most>>20)
+// startShipped starts sluice with the GOMEMLIMIT of an injected sidecar. With
+// SLUICE_LONG=1 it is the program of the image, in a control group that has the
+// memory limit of the sidecar's container.
+func startShipped(t *testing.T, args ...string) shippedProcess {
+	t.Helper()
+	t.Setenv("GOMEMLIMIT", strconv.Itoa(shipped))
+	if os.Getenv("SLUICE_LONG") == "" {
+		return shippedProcess{startSluice(t, args...), nil}
+	}
+	group := testenv.NewMemoryGroup(t, "sidecar", shipped)
+	executable = group.Launcher(t, build(t))
+	t.Cleanup(func() { executable = os.Args[0] })
+	return shippedProcess{startSluice(t, args...), group}
+}
+
+// wantWithin fails the test if the process has ever held more memory than most,
+// in bytes, or was killed for it. Without SLUICE_LONG=1 it only logs: the test's
+// own program is twice as large.
+func (p shippedProcess) wantWithin(t *testing.T, most int) {
+	t.Helper()
+	used := peak(t, p.cmd.Process.Pid)
+	t.Logf("%d MiB at most", used>>20)
+	if p.group == nil {
+		return
+	}
+	if used > most {
+		t.Errorf("it held %d MiB; want at most %d", used>>20, most>>20)
+	}
+	if p.group.Killed(t) {
+		t.Error("it was killed for want of memory")
 	}
 }
 
@@ -117,5 +134,5 @@ func TestAttackHTTP(t *testing.T) {
 	if got := check(t, conn, checkRequest("203.0.113.1", "GET", "/1", nil)); got != "ok" {
 		t.Errorf("a check: %s", got)
 	}
-	p.wantWithin(shipped)
+	p.wantWithin(t, shipped)
 }

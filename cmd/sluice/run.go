@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"os"
 	"regexp"
 	"runtime/debug"
 	"slices"
@@ -98,7 +99,6 @@ func (p *program) runSidecar(ctx context.Context, config string, settings []poli
 	if unknown := p.unknownVariables(taken); len(unknown) > 0 {
 		s.log.Warn("unknown environment variables, which mean nothing to sluice", zap.Strings("variables", unknown))
 	}
-	leaveRoom()
 	return s.serve(ctx)
 }
 
@@ -158,10 +158,20 @@ func tuneGC(getenv func(string) (string, bool)) {
 	}
 }
 
-// leaveRoom lowers the memory limit of the Go runtime by a fifth. GOMEMLIMIT is, as shipped, all that the container may use, and the
-// runtime counts neither the program's own pages nor the kernel's socket buffers, which the container's limit does.
+// leaveRoom lowers the memory limit of the Go runtime, at most to a half.
+// GOMEMLIMIT is, as shipped, all that the container may use, and the runtime
+// counts neither the pages of the program's file nor what the kernel uses for
+// the process, such as socket buffers. A fifth is left for the latter.
 func leaveRoom() {
-	if limit := debug.SetMemoryLimit(-1); limit < math.MaxInt64 {
-		debug.SetMemoryLimit(limit - limit/5)
+	limit := debug.SetMemoryLimit(-1)
+	if limit == math.MaxInt64 {
+		return
 	}
+	room := limit / 5
+	if path, err := os.Executable(); err == nil {
+		if file, err := os.Stat(path); err == nil {
+			room += file.Size()
+		}
+	}
+	debug.SetMemoryLimit(limit - min(room, limit/2))
 }

@@ -192,6 +192,7 @@ func (s *sidecar) serve(ctx context.Context) error {
 	}, func(error) { close(stopped) })
 	checks := bounded(s.grpc, grpcConnections())
 	calls := newInflow(checks, s.answerTime(), s.log, s.registry)
+	leaveRoom() // all that is sized by GOMEMLIMIT exists now
 	options := []grpc.ServerOption{grpc.InTapHandle(calls.begin)}
 	if s.cfg.Load().ListenTLS != nil {
 		options = append(options, grpc.Creds(newLoggedTLS(serverTLS(s.cfg.Load), s.log)))
