@@ -353,7 +353,8 @@ func TestManifestKeepsItsForm(t *testing.T) {
 }
 
 // FuzzManifest checks that any text is either refused, or injected in such a
-// way that injecting it again changes nothing.
+// way that injecting it again changes nothing, and that it allocates at most a
+// multiple of its size.
 func FuzzManifest(f *testing.F) {
 	for _, text := range []string{manifest, onePod, "%YAML 1.2\n---\n" + onePod, "{\"kind\":\"Pod\"}", "a: &a [*a]",
 		"---\n...\n", "- \n-\t- {", "kind: List\nitems: [1, {kind: Pod}]",
@@ -367,7 +368,11 @@ func FuzzManifest(f *testing.F) {
 		f.Add([]byte(text))
 	}
 	f.Fuzz(func(t *testing.T, in []byte) {
-		out, _, err := Manifest(in, options)
+		var out []byte
+		var err error
+		if cost, most := allocates(func() { out, _, err = Manifest(in, options) }), uint64(2<<20+2048*len(in)); cost > most {
+			t.Errorf("%d bytes are allocated for %d", cost, len(in))
+		}
 		if err != nil {
 			if len(out) > 0 {
 				t.Fatalf("%v, and yet %q", err, out)
