@@ -15,6 +15,9 @@ import (
 	"slices"
 )
 
+// namePrefix begins all labels and annotations of sluice.
+const namePrefix = "sluice.dev/"
+
 // injectLabel is the label of a namespace or a pod that turns injection on or
 // off: enabled or disabled. The pod's label takes precedence.
 const injectLabel = "sluice.dev/inject"

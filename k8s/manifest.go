@@ -8,8 +8,9 @@ import (
 	"strings"
 )
 
-// podTemplatePaths maps each kind that Manifest injects into to the path of its
-// pod template. Other kinds, except lists of these, have no pods.
+// podTemplatePaths maps each kind that Manifest injects into, with its API
+// group, to the path of its pod template. A kind without a group is one of
+// workloadGroups.
 var podTemplatePaths = map[string][]string{
 	"Pod":                   {},
 	"PodTemplate":           {"template"},
@@ -18,14 +19,37 @@ var podTemplatePaths = map[string][]string{
 	"StatefulSet":           {"spec", "template"},
 	"DaemonSet":             {"spec", "template"},
 	"ReplicationController": {"spec", "template"},
-	"Rollout":               {"spec", "template"}, // Argo Rollouts
 	"Job":                   {"spec", "template"},
 	"CronJob":               {"spec", "jobTemplate", "spec", "template"},
+
+	"Rollout.argoproj.io":                {"spec", "template"},
+	"CloneSet.apps.kruise.io":            {"spec", "template"},
+	"StatefulSet.apps.kruise.io":         {"spec", "template"},
+	"DaemonSet.apps.kruise.io":           {"spec", "template"},
+	"BroadcastJob.apps.kruise.io":        {"spec", "template"},
+	"Service.serving.knative.dev":        {"spec", "template"},
+	"DeploymentConfig.apps.openshift.io": {"spec", "template"},
 }
 
-// workloadGroups are the API groups of the kinds in podTemplatePaths; the core
-// group is empty. A Job of another group, for example, is another kind.
-var workloadGroups = []string{"", "apps", "batch", "extensions", "argoproj.io"}
+// workloadGroups are the API groups of the kinds in podTemplatePaths that have
+// none there; the core group is empty.
+var workloadGroups = []string{"", "apps", "batch", "extensions"}
+
+// podTemplatePath returns the path of the pod template in an object of this kind
+// and API version. It returns false for a kind that Manifest does not know. An
+// object without an API version is one of workloadGroups.
+func podTemplatePath(kind, apiVersion string) ([]string, bool) {
+	group, _, grouped := strings.Cut(apiVersion, "/")
+	if !grouped {
+		group = ""
+	}
+	if slices.Contains(workloadGroups, group) {
+		path, ok := podTemplatePaths[kind]
+		return path, ok
+	}
+	path, ok := podTemplatePaths[kind+"."+group]
+	return path, ok
+}
 
 // Manifest injects the sidecar into every pod and pod template of a manifest,
 // which is a stream of YAML documents or of JSON objects; Lists are searched
@@ -36,29 +60,29 @@ var workloadGroups = []string{"", "apps", "batch", "extensions", "argoproj.io"}
 // comments, order and spacing are kept where possible. Injecting the output
 // again does not change it.
 //
-// skipped names each object that can have no sidecar, and says why. If any
-// object is refused, or the manifest cannot be parsed, out is nil and err says
+// skipped names each object that can have no sidecar, and says why: those of a
+// kind that is not known, too, if their pods have a label or an annotation of
+// sluice, and documents that cannot be read but do not mention sluice. If any
+// object is refused, or another document cannot be read, out is nil and err says
 // what is wrong and where; it joins the errors of all refused objects. Manifest
 // is safe for concurrent use.
 func Manifest(in []byte, o Options) (out []byte, skipped []string, err error) {
 	m := injector{options: o}
-	var b bytes.Buffer
+	documents, injectDocument := splitDocuments(in), injectYAML
 	if objects, ok := splitJSON(in); ok {
-		for _, text := range objects {
-			out, err := injectJSON(text, m.inject)
-			if err != nil {
-				return nil, m.skipped, err
-			}
-			b.Write(out)
+		documents, injectDocument = objects, injectJSON
+	}
+	var b bytes.Buffer
+	for i, text := range documents {
+		out, err := injectDocument(text, &m)
+		if errors.As(err, new(unreadableError)) && !bytes.Contains(text, []byte(namePrefix)) {
+			m.skipped = append(m.skipped, fmt.Sprintf("document %d: copied as it is, since it cannot be read: %v", i+1, err))
+			out, err = text, nil
 		}
-	} else {
-		for i, text := range splitDocuments(in) {
-			out, err := injectYAML(text, m.inject)
-			if err != nil {
-				return nil, nil, fmt.Errorf("document %d: %w", i+1, err)
-			}
-			b.Write(out)
+		if err != nil {
+			return nil, m.skipped, fmt.Errorf("document %d: %w", i+1, err)
 		}
+		b.Write(out)
 	}
 	if len(m.refused) > 0 {
 		return nil, m.skipped, errors.Join(m.refused...)
@@ -91,17 +115,20 @@ func (m *injector) injectObject(v any, prefix string) any {
 	if items, ok := o["items"].([]any); ok && strings.HasSuffix(kind, "List") {
 		return withField(o, "items", m.injectItems(items, strings.TrimSuffix(kind, "List")))
 	}
-	path, ok := podTemplatePaths[kind]
 	apiVersion, _ := o["apiVersion"].(string)
-	group, _, hasGroup := strings.Cut(apiVersion, "/")
-	if !ok || hasGroup && !slices.Contains(workloadGroups, group) {
+	path, ok := podTemplatePath(kind, apiVersion)
+	where := prefix + kind + " " + name
+	if !ok {
+		if asksForSidecar(v) {
+			m.skipped = append(m.skipped, fmt.Sprintf("%s: pods of this kind (apiVersion %s) are injected by the webhook only",
+				where, quote(apiVersion)))
+		}
 		return v
 	}
 	pod := o
 	for _, field := range path {
 		pod = objectField(pod, field)
 	}
-	where := prefix + kind + " " + name
 	if pod == nil {
 		// A Rollout may refer to a Deployment for its pods.
 		if kind != "Rollout" || objectField(o, "spec")["workloadRef"] == nil {
@@ -132,18 +159,48 @@ func (m *injector) injectObject(v any, prefix string) any {
 // injection. Items of a DeploymentList, for example, need not say their kind.
 func (m *injector) injectItems(items []any, kind string) []any {
 	items = slices.Clone(items)
-	for i := range items {
-		prefix := fmt.Sprintf("item %d: ", i+1)
-		item, _ := items[i].(object)
-		if _, typed := item["kind"]; item == nil || typed {
-			items[i] = m.injectObject(items[i], prefix)
-			continue
-		}
-		injected := m.injectObject(merged(object{"kind": kind}, item), prefix).(object)
-		delete(injected, "kind")
-		items[i] = injected
+	for i, item := range items {
+		items[i] = m.injectItem(item, kind, i)
 	}
 	return items
+}
+
+// injectItem is injectItems for the i-th item.
+func (m *injector) injectItem(v any, kind string, i int) any {
+	prefix := fmt.Sprintf("item %d: ", i+1)
+	item, _ := v.(object)
+	if _, typed := item["kind"]; item == nil || typed {
+		return m.injectObject(v, prefix)
+	}
+	injected := m.injectObject(merged(object{"kind": kind}, item), prefix).(object)
+	delete(injected, "kind")
+	return injected
+}
+
+// asksForSidecar reports whether a value contains a pod or pod template with a
+// label or an annotation of sluice.
+func asksForSidecar(v any) bool {
+	switch v := v.(type) {
+	case []any:
+		return slices.ContainsFunc(v, asksForSidecar)
+	case object:
+		if len(listField(objectField(v, "spec"), "containers")) > 0 {
+			metadata := objectField(v, "metadata")
+			for _, field := range []string{"labels", "annotations"} {
+				for name := range objectField(metadata, field) {
+					if strings.HasPrefix(name, namePrefix) {
+						return true
+					}
+				}
+			}
+		}
+		for _, field := range v {
+			if asksForSidecar(field) {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // withFieldAt returns a copy of o in which the field at path has another value.

@@ -10,6 +10,7 @@ import (
 	"regexp"
 	"slices"
 	"strconv"
+	"strings"
 
 	"go.yaml.in/yaml/v3"
 )
@@ -48,19 +49,18 @@ func splitJSON(text []byte) ([][]byte, bool) {
 }
 
 // injectJSON returns a JSON object, with the white space around it, after
-// inject, which returns a decoded object with the sidecar, or its argument if
-// nothing changes.
-func injectJSON(text []byte, inject func(any) any) ([]byte, error) {
+// injection.
+func injectJSON(text []byte, m *injector) ([]byte, error) {
 	body := bytes.TrimSpace(bytes.TrimPrefix(text, byteOrderMark))
 	node, err := parseJSON(body)
 	if err != nil {
-		return nil, err
+		return nil, unreadableError{err}
 	}
 	root, err := decodeJSON(body)
 	if err != nil {
-		return nil, err
+		return nil, unreadableError{err}
 	}
-	changed := inject(root)
+	changed := m.inject(root)
 	if reflect.DeepEqual(root, changed) {
 		return text, nil
 	}
@@ -132,6 +132,9 @@ func parseJSONNode(d *json.Decoder) (*yaml.Node, error) {
 		}
 		return node, nil
 	case string:
+		if isSimple(token) {
+			return &yaml.Node{Kind: yaml.ScalarNode, Tag: "!!str", Value: token}, nil
+		}
 		var node yaml.Node
 		err := node.Encode(token)       // quotes what YAML 1.1 or 1.2 would not read as a string
 		if node.ShortTag() != "!!str" { // except <<, the merge key
@@ -143,6 +146,21 @@ func parseJSONNode(d *json.Decoder) (*yaml.Node, error) {
 	default:
 		return &yaml.Node{Kind: yaml.ScalarNode, Value: "null"}, nil
 	}
+}
+
+// isSimple reports whether a string needs no other style than that which the
+// encoder gives a node of type !!str: a line of ASCII that begins with a letter, / or
+// $, and is none of YAML 1.1's names of booleans, such as on.
+func isSimple(s string) bool {
+	if s == "" || len(s) <= len("off") && strings.ContainsRune("yYnNoO", rune(s[0])) {
+		return false
+	}
+	for i := range len(s) {
+		if c := s[i]; c < ' ' || c > '~' {
+			return false
+		}
+	}
+	return 'A' <= s[0] && s[0] <= 'Z' || 'a' <= s[0] && s[0] <= 'z' || s[0] == '/' || s[0] == '$'
 }
 
 // indentPattern matches the start of an object whose fields are on lines of

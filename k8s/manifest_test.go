@@ -91,7 +91,11 @@ func TestManifest(t *testing.T) {
 func TestManifestKinds(t *testing.T) {
 	for kind, path := range podTemplatePaths {
 		var text strings.Builder
-		text.WriteString("{kind: " + kind + ", metadata: {name: x}, ")
+		kind, group, _ := strings.Cut(kind, ".")
+		if group != "" {
+			group += "/"
+		}
+		text.WriteString("{apiVersion: " + group + "v1, kind: " + kind + ", metadata: {name: x}, ")
 		if len(path) == 0 {
 			text.Reset()
 			text.WriteString("{kind: Pod, ")
@@ -110,8 +114,9 @@ func TestManifestKinds(t *testing.T) {
 
 func TestManifestRefused(t *testing.T) {
 	for in, want := range map[string]string{
-		"a: [":                              "document 1",
-		"kind: ConfigMap\n...\nkind: Pod\n": "document 1: contains a second document",
+		"a: [ # sluice.dev/inject": "document 1",
+		"kind: ConfigMap\n...\nkind: Pod\nmetadata: {labels: {sluice.dev/inject: enabled}}\n": "document 1: contains a " +
+			"second document",
 		"kind: Pod\nmetadata: {name: x, annotations: {sluice.dev/in-process: \"true\"}}\nspec:\n  containers:\n" +
 			"  - name: envoy\n    volumeMounts: &m [{name: a, mountPath: /a}]\n  - {name: app, volumeMounts: *m}\n" +
 			"  volumes: [{name: a, emptyDir: {}}]\n": "line 6: cannot add the sidecar to the value of anchor &m",
@@ -184,7 +189,7 @@ func TestManifestJSON(t *testing.T) {
 		!bytes.HasPrefix(out, []byte(`{"kind":"Pod","apiVersion":"v1",`)) {
 		t.Errorf("%v\n%s", err, out)
 	}
-	if _, _, err := Manifest([]byte(`{"kind": "Pod", "spec": {}, "spec": {}}`), options); err == nil ||
+	if _, _, err := Manifest([]byte(`{"kind": "Pod", "spec": {}, "spec": {"sluice.dev/": 1}}`), options); err == nil ||
 		!strings.Contains(err.Error(), `duplicate field "spec"`) {
 		t.Errorf("%v", err)
 	}

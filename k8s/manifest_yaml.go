@@ -38,49 +38,77 @@ func splitDocuments(in []byte) [][]byte {
 	return append(documents, in[start:])
 }
 
-// injectYAML returns a YAML document after inject, which returns a decoded
-// document with the sidecar, or its argument if nothing changes.
-func injectYAML(document []byte, inject func(any) any) ([]byte, error) {
+// unreadableError is the error for a document that cannot be read.
+type unreadableError struct{ error }
+
+// injectYAML returns a YAML document after injection.
+func injectYAML(document []byte, m *injector) ([]byte, error) {
 	directives := directivesPattern.Find(document)
 	body := document[len(directives):]
-	d := yaml.NewDecoder(bytes.NewReader(body))
+	node, err := parseYAML(body)
+	if err != nil || node == nil {
+		return document, err
+	}
+	var written []byte
+	if list, ok := splitList(node, body); ok {
+		written, err = list.inject(m)
+	} else {
+		written, err = rewriteYAML(node, body, m.inject)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return slices.Concat(directives, written), nil
+}
+
+// parseYAML returns the root of a document, or nil if it is empty. Its errors
+// are of type unreadableError.
+func parseYAML(text []byte) (*yaml.Node, error) {
+	d := yaml.NewDecoder(bytes.NewReader(text))
 	var node yaml.Node
 	if err := d.Decode(&node); errors.Is(err, io.EOF) {
-		return document, nil
+		return nil, nil
 	} else if err != nil {
-		return nil, err
+		return nil, unreadableError{err}
 	}
 	if !errors.Is(d.Decode(new(yaml.Node)), io.EOF) {
-		return nil, errors.New("contains a second document, for example after a line ...; " +
-			"begin each document with a line ---")
+		return nil, unreadableError{errors.New("contains a second document, for example after a line ...; " +
+			"begin each document with a line ---")}
 	}
 	if err := checkKeys(&node); err != nil {
-		return nil, err
+		return nil, unreadableError{err}
 	}
+	return &node, nil
+}
+
+// rewriteYAML returns text, which node is the root of, after inject, which
+// returns a decoded document with the sidecar, or its argument if nothing
+// changes. Then rewriteYAML returns text itself.
+func rewriteYAML(node *yaml.Node, text []byte, inject func(any) any) ([]byte, error) {
 	var root any
 	if err := node.Decode(&root); err != nil {
-		return nil, err
+		return nil, unreadableError{err}
 	}
 	root = stringifyKeys(root)
 	changed := inject(root)
 	if reflect.DeepEqual(root, changed) {
-		return document, nil
+		return text, nil
 	}
-	compact := !indentsSequences(&node)
-	if err := mergeNode(&node, root, changed); err != nil {
+	compact := !indentsSequences(node)
+	if err := mergeNode(node, root, changed); err != nil {
 		return nil, err
 	}
-	written, err := writeYAML(&node, changed, compact, body)
+	written, err := writeYAML(node, changed, compact, text)
 	if err != nil {
 		return nil, err
 	}
-	if bytes.HasPrefix(body, []byte("---")) {
+	if bytes.HasPrefix(text, []byte("---")) {
 		written = append([]byte("---\n"), written...)
 	}
-	if bytes.Contains(body, []byte("\r\n")) {
+	if bytes.Contains(text, []byte("\r\n")) {
 		written = bytes.ReplaceAll(written, []byte("\n"), []byte("\r\n"))
 	}
-	return slices.Concat(directives, written), nil
+	return written, nil
 }
 
 // checkKeys returns an error for the first duplicate key in a mapping. yaml.v3
@@ -115,15 +143,18 @@ func writeYAML(node *yaml.Node, want any, compact bool, original []byte) ([]byte
 		var got any
 		return yaml.Unmarshal(text, &got) == nil && equalJSON(stringifyKeys(got), want)
 	}
-	// The encoder breaks some folded scalars. If it does, the second attempt
-	// writes them as literals.
+	// The encoder breaks some folded scalars, and values in flow style that are
+	// left out. If it does, the second attempt writes literals and null.
 	keepStyle := func(*yaml.Node) {}
-	foldedToLiteral := func(n *yaml.Node) {
+	simplify := func(n *yaml.Node) {
 		if n.Style&yaml.FoldedStyle != 0 {
 			n.Style = n.Style&^yaml.FoldedStyle | yaml.LiteralStyle
 		}
+		if n.Kind == yaml.ScalarNode && n.Value == "" && n.ShortTag() == "!!null" {
+			n.Value = "null"
+		}
 	}
-	for _, restyle := range []func(*yaml.Node){keepStyle, foldedToLiteral} {
+	for _, restyle := range []func(*yaml.Node){keepStyle, simplify} {
 		walkNodes(node, func(n *yaml.Node) {
 			if n.Tag == "!!merge" { // the encoder would write the tag
 				n.Tag = ""

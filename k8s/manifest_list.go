@@ -1,0 +1,175 @@
+package k8s
+
+import (
+	"bytes"
+	"fmt"
+	"regexp"
+	"strings"
+
+	"go.yaml.in/yaml/v3"
+)
+
+// yamlList is the text of a List in YAML, cut around its items, so that each can
+// be injected by itself: a List of thousands of Deployments then takes no more
+// than a few of them do at a time.
+type yamlList struct {
+	kind   string // of the items; empty if each has to say its own
+	indent int    // of the items' dashes
+	before []byte
+	items  []yamlItem
+}
+
+// yamlItem is an item of a yamlList, from its dash on, and the blank lines,
+// comments and other fields of the List that follow it.
+type yamlItem struct {
+	line        int // of the dash in the document, from 0
+	text, after []byte
+}
+
+// keptNewlines matches the header of a block scalar to which the blank lines
+// after it belong.
+var keptNewlines = regexp.MustCompile(`[|>][0-9]?\+`)
+
+// splitList cuts a document, which node is the root of, around the items of the
+// List that it is. It returns false if the document is no List, or one that has
+// to be read as a whole, such as one with anchors or in flow style.
+func splitList(node *yaml.Node, body []byte) (yamlList, bool) {
+	var l yamlList
+	root := node.Content[0]
+	if root.Kind != yaml.MappingNode || root.Style&yaml.FlowStyle != 0 || keptNewlines.Match(body) {
+		return l, false
+	}
+	var items *yaml.Node
+	lines := splitLines(body)
+	end := len(lines) // of the items
+	isList := false
+	for i := 0; i+1 < len(root.Content); i += 2 {
+		key, value := root.Content[i], root.Content[i+1]
+		if items != nil {
+			end = min(end, key.Line-1)
+		}
+		switch key.Value {
+		case "kind":
+			l.kind, isList = strings.CutSuffix(value.Value, "List")
+		case "items":
+			items = value
+		}
+	}
+	if !isList || items == nil || items.Kind != yaml.SequenceNode || items.Style&yaml.FlowStyle != 0 ||
+		len(items.Content) == 0 || hasAnchors(node) {
+		return l, false
+	}
+	l.indent = items.Column - 1
+	at := -1
+	for i, n := range items.Content {
+		start := n.Line - 1
+		stop := end
+		if i+1 < len(items.Content) {
+			stop = items.Content[i+1].Line - 1
+		}
+		if start <= at || start >= stop || !isDash(lines[start], l.indent) {
+			return l, false
+		}
+		at = start
+		last := stop
+		for last > start+1 && separates(lines[last-1], l.indent) {
+			last--
+		}
+		l.items = append(l.items, yamlItem{
+			line: start, text: bytes.Join(lines[start:last], nil), after: bytes.Join(lines[last:stop], nil),
+		})
+	}
+	l.before = bytes.Join(lines[:l.items[0].line], nil)
+	rest := bytes.Join(lines[end:], nil)
+	l.items[len(l.items)-1].after = append(l.items[len(l.items)-1].after, rest...)
+	return l, true
+}
+
+// splitLines cuts a text into its lines, each with the newline that ends it.
+func splitLines(text []byte) [][]byte {
+	lines := bytes.SplitAfter(text, []byte("\n"))
+	if len(lines[len(lines)-1]) == 0 {
+		lines = lines[:len(lines)-1]
+	}
+	return lines
+}
+
+// isDash reports whether a line begins an item whose dash is indented so far.
+func isDash(line []byte, indent int) bool {
+	return len(line) > indent && line[indent] == '-' && len(bytes.TrimLeft(line[:indent], " ")) == 0
+}
+
+// separates reports whether a line after an item, whose dash is indented so far,
+// is not a part of it: a blank line, a comment or the end of the document.
+func separates(line []byte, indent int) bool {
+	text := bytes.TrimLeft(line, " ")
+	comment := len(text) > 0 && text[0] == '#' && len(line)-len(text) <= indent
+	return comment || len(bytes.TrimSpace(line)) == 0 || bytes.HasPrefix(line, []byte("..."))
+}
+
+// hasAnchors reports whether a node or one below it has an anchor or is an
+// alias.
+func hasAnchors(node *yaml.Node) (found bool) {
+	walkNodes(node, func(n *yaml.Node) { found = found || n.Anchor != "" || n.Kind == yaml.AliasNode })
+	return found
+}
+
+// inject returns the text of the List after injection of its items.
+func (l yamlList) inject(m *injector) ([]byte, error) {
+	out := bytes.NewBuffer(bytes.Clone(l.before))
+	for i, item := range l.items {
+		text, ok := unindent(item.text, l.indent)
+		if !ok {
+			return nil, fmt.Errorf("line %d: item %d has lines that are indented less than it", item.line+1, i+1)
+		}
+		node, err := parseYAML(text)
+		if err != nil {
+			return nil, fmt.Errorf("item %d: %w", i+1, err)
+		}
+		walkNodes(node, func(n *yaml.Node) { n.Line += item.line }) // for errors
+		written, err := rewriteYAML(node, text, func(v any) any {
+			return []any{m.injectItem(v.([]any)[0], l.kind, i)}
+		})
+		if err != nil {
+			return nil, err
+		}
+		if &written[0] == &text[0] {
+			written = item.text
+		} else if l.indent > 0 {
+			written = indentLines(written, l.indent)
+		}
+		out.Write(written)
+		out.Write(item.after)
+	}
+	return out.Bytes(), nil
+}
+
+// unindent removes so many spaces from the start of each line. It returns false
+// if one that is not blank has fewer.
+func unindent(text []byte, indent int) ([]byte, bool) {
+	prefix := bytes.Repeat([]byte(" "), indent)
+	out := make([]byte, 0, len(text))
+	for _, line := range splitLines(text) {
+		rest, ok := bytes.CutPrefix(line, prefix)
+		if !ok {
+			if rest = bytes.TrimLeft(line, " "); len(bytes.TrimSpace(rest)) > 0 {
+				return nil, false
+			}
+		}
+		out = append(out, rest...)
+	}
+	return out, true
+}
+
+// indentLines adds so many spaces to the start of each line that is not blank.
+func indentLines(text []byte, indent int) []byte {
+	prefix := bytes.Repeat([]byte(" "), indent)
+	var out []byte
+	for _, line := range splitLines(text) {
+		if len(bytes.TrimSpace(line)) > 0 {
+			out = append(out, prefix...)
+		}
+		out = append(out, line...)
+	}
+	return out
+}
