@@ -22,8 +22,13 @@ const namePrefix = "sluice.dev/"
 // off: enabled or disabled. The pod's label takes precedence.
 const injectLabel = "sluice.dev/inject"
 
-// annotationInjected is the annotation in which Inject writes the Stamp.
-const annotationInjected = "sluice.dev/injected"
+// Annotations that Inject writes: the Stamp, and a hash of the container that it
+// made for this pod, by which a later injection of the same tells what others
+// have changed in it since.
+const (
+	annotationInjected  = "sluice.dev/injected"
+	annotationContainer = "sluice.dev/injected-container"
+)
 
 // Names and paths that Inject writes into pods.
 const (
@@ -127,7 +132,15 @@ func Inject(pod map[string]any, o Options) (injected map[string]any, skipped str
 	tcp := envoy == istioProxy
 	out, metadata, spec := maps.Clone(pod), maps.Clone(metadata), maps.Clone(spec)
 	out["metadata"], out["spec"] = metadata, spec
-	setContainer(spec, sidecarContainer(o, a, tcp))
+	container := sidecarContainer(o, a, tcp)
+	made := hash(container)
+	// API servers call a webhook again after others have changed the pod, for
+	// example sluice's image to that of a mirror. What they have changed stays.
+	merge, put := mergeContainer, upsert
+	if objectField(metadata, "annotations")[annotationContainer] == made {
+		merge, put = completeContainer, insert
+	}
+	setContainer(spec, container, merge)
 	if len(objectField(spec, "resources")) > 0 {
 		resources, reason := raisePodRequests(spec)
 		if reason != "" {
@@ -135,13 +148,14 @@ func Inject(pod map[string]any, o Options) (injected map[string]any, skipped str
 		}
 		spec["resources"] = resources
 	}
-	setVolumes(spec, a, tcp)
-	setSocketMounts(spec, envoy, tcp)
+	setVolumes(spec, a, tcp, put)
+	setSocketMounts(spec, envoy, tcp, put)
 	annotations := maps.Clone(objectField(metadata, "annotations"))
 	if annotations == nil {
 		annotations = object{}
 	}
 	annotations[annotationInjected] = Stamp(o)
+	annotations[annotationContainer] = made
 	metadata["annotations"] = annotations
 	if reflect.DeepEqual(out, pod) {
 		return pod, "", nil
@@ -151,11 +165,12 @@ func Inject(pod map[string]any, o Options) (injected map[string]any, skipped str
 
 // setContainer puts sluice's container directly after a native istio-proxy,
 // or else first among the init containers, so that sluice is ready before the
-// app starts and stops after it.
-func setContainer(spec, container object) {
+// app starts and stops after it. merge returns what becomes of one that the pod
+// already has: it is mergeContainer or completeContainer.
+func setContainer(spec, container object, merge func(existing, ours object) object) {
 	init := listField(spec, "initContainers")
 	if i := indexByName(init, containerName); i >= 0 {
-		container = mergeContainer(init[i].(object), container)
+		container = merge(init[i].(object), container)
 		init = slices.Delete(init, i, i+1)
 	}
 	at := 0
@@ -166,11 +181,12 @@ func setContainer(spec, container object) {
 }
 
 // setVolumes adds the volumes that sluice's container mounts, and removes
-// those that an earlier injection has added and that are not needed any more.
-func setVolumes(spec object, a annotations, tcp bool) {
+// those that an earlier injection has added and that are not needed any more. put
+// is upsert or insert.
+func setVolumes(spec object, a annotations, tcp bool, put func(list []any, o object) []any) {
 	volumes := listField(spec, "volumes")
 	if a.config != "" {
-		volumes = upsert(volumes, object{
+		volumes = put(volumes, object{
 			"name":      configVolume,
 			"configMap": object{"name": a.config, "optional": false, "defaultMode": 0o644},
 		})
@@ -180,7 +196,9 @@ func setVolumes(spec object, a annotations, tcp bool) {
 	if tcp {
 		volumes = removeByName(volumes, socketVolume)
 	} else {
-		volumes = upsert(volumes, object{"name": socketVolume, "emptyDir": object{}})
+		// In memory: a drain and the cluster autoscaler do not evict pods with
+		// files on the node's disk.
+		volumes = put(volumes, object{"name": socketVolume, "emptyDir": object{"medium": "Memory"}})
 	}
 	if len(volumes) > 0 {
 		spec["volumes"] = volumes
@@ -191,8 +209,8 @@ func setVolumes(spec object, a annotations, tcp bool) {
 
 // setSocketMounts mounts the directory of the unix socket, read-only, in
 // Envoy's container, and in no other container but sluice's own. With tcp no
-// container mounts it.
-func setSocketMounts(spec object, envoy string, tcp bool) {
+// container mounts it. put is upsert or insert.
+func setSocketMounts(spec object, envoy string, tcp bool, put func(list []any, o object) []any) {
 	for _, field := range []string{"initContainers", "containers"} {
 		containers := listField(spec, field)
 		for i, c := range containers {
@@ -203,7 +221,7 @@ func setSocketMounts(spec object, envoy string, tcp bool) {
 			mounts := listField(c, "volumeMounts")
 			switch {
 			case !tcp && c["name"] == envoy:
-				mounts = upsert(mounts, object{"name": socketVolume, "mountPath": socketDir, "readOnly": true})
+				mounts = put(mounts, object{"name": socketVolume, "mountPath": socketDir, "readOnly": true})
 			case indexByName(mounts, socketVolume) >= 0:
 				mounts = removeByName(mounts, socketVolume)
 			default:
@@ -226,12 +244,15 @@ func setSocketMounts(spec object, envoy string, tcp bool) {
 // on the pod. A pod with another stamp was injected by another version or with
 // another image.
 func Stamp(o Options) string {
+	o.Namespace, o.Workload = "", ""
+	return o.Version + "-" + hash(sidecarContainer(o, allAnnotations, false), sidecarContainer(o, allAnnotations, true))
+}
+
+// hash returns a short hash of containers.
+func hash(containers ...object) string {
 	h := sha256.New()
-	for _, tcp := range []bool{false, true} {
-		if err := json.NewEncoder(h).Encode(sidecarContainer(Options{Image: o.Image}, allAnnotations,
-			tcp)); err != nil {
-			panic(err) // it consists of strings and numbers
-		}
+	if err := json.NewEncoder(h).Encode(containers); err != nil {
+		panic(err) // they consist of strings and numbers
 	}
-	return o.Version + "-" + hex.EncodeToString(h.Sum(nil)[:5])
+	return hex.EncodeToString(h.Sum(nil)[:5])
 }

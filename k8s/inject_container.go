@@ -118,6 +118,34 @@ func mergeContainer(existing, ours object) object {
 	return out
 }
 
+// completeContainer returns a container that an injection of the same has made,
+// and that others have changed since, with what it lacks of ours.
+func completeContainer(existing, ours object) object {
+	out := maps.Clone(existing)
+	for name, v := range ours {
+		switch name {
+		case "env", "volumeMounts", "ports":
+			list := listField(existing, name)
+			for _, element := range v.([]any) {
+				list = insert(list, element.(object))
+			}
+			out[name] = list
+		case "resources":
+			out[name] = mergeResources(v.(object), objectField(existing, name))
+		case "startupProbe", "securityContext":
+			out[name] = merged(v.(object), objectField(existing, name))
+		default:
+			if _, ok := existing[name]; !ok {
+				out[name] = v
+			}
+		}
+		if equalJSON(out[name], existing[name]) {
+			out[name] = existing[name]
+		}
+	}
+	return out
+}
+
 // isNativeSidecar reports whether an init container is a native sidecar, which
 // runs as long as the pod does.
 func isNativeSidecar(container object) bool { return container["restartPolicy"] == "Always" }

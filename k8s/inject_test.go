@@ -423,6 +423,52 @@ func TestInjectKeepsWhatOthersAdded(t *testing.T) {
 	}
 }
 
+// What others have changed since the same injection stays, as when an API server
+// calls a webhook again. Only what is missing is added.
+func TestInjectAgain(t *testing.T) {
+	p := inject(t, pod(t, withEnvoy), options)
+	spec := objectField(p, "spec")
+	container := listField(spec, "initContainers")[0].(object)
+	container["image"] = "mirror.example.com/sluice@sha256:1234"
+	objectField(container, "securityContext")["runAsUser"] = 1000680000
+	container["resources"] = object{"requests": object{"cpu": "1m"}, "limits": object{"memory": "1Gi", "cpu": "1"}}
+	env := listField(container, "env")
+	env[indexByName(env, "SLUICE_DOMAIN")] = object{"name": "SLUICE_DOMAIN", "value": "shop/other"}
+	container["env"] = env
+	volumes := listField(spec, "volumes")
+	volumes[indexByName(volumes, socketVolume)].(object)["emptyDir"] = object{"medium": "Memory", "sizeLimit": "1Mi"}
+	objectField(container, "resources")["requests"] = object{"cpu": "1m", "memory": "32Mi"}
+	if out := inject(t, p, options); !reflect.DeepEqual(out, p) {
+		t.Errorf("changed to %v\nfrom %v", out, p)
+	}
+	// Another webhook has removed a variable and a mount.
+	container["env"] = removeByName(listField(container, "env"), "SLUICE_REDIS")
+	container["volumeMounts"] = removeByName(listField(container, "volumeMounts"), configVolume)
+	out := inject(t, p, options)
+	c := listField(objectField(out, "spec"), "initContainers")[0].(object)
+	if indexByName(listField(c, "env"), "SLUICE_REDIS") < 0 || indexByName(listField(c, "volumeMounts"), configVolume) < 0 ||
+		c["image"] != container["image"] {
+		t.Errorf("%v", c)
+	}
+	// A template that was injected for other annotations is brought up to date.
+	objectField(objectField(p, "metadata"), "annotations")[annotationDomain] = "shop/third"
+	out = inject(t, p, options)
+	c = listField(objectField(out, "spec"), "initContainers")[0].(object)
+	if c["image"] != options.Image || !strings.Contains(fmt.Sprint(c["env"]), "shop/third") {
+		t.Errorf("%v", c)
+	}
+}
+
+// A drain does not evict pods with files on the node's disk.
+func TestInjectSocketInMemory(t *testing.T) {
+	out := inject(t, pod(t, withEnvoy), options)
+	volumes := listField(objectField(out, "spec"), "volumes")
+	v := volumes[indexByName(volumes, socketVolume)].(object)
+	if !reflect.DeepEqual(v["emptyDir"], object{"medium": "Memory"}) {
+		t.Errorf("%v", v)
+	}
+}
+
 // Another image has another stamp.
 func TestStamp(t *testing.T) {
 	if Stamp(Options{Image: "a", Version: "v1"}) == Stamp(Options{Image: "b", Version: "v1"}) {

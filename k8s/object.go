@@ -49,6 +49,14 @@ func upsert(list []any, o object) []any {
 	return list
 }
 
+// insert appends o to list unless it has an object of the same name.
+func insert(list []any, o object) []any {
+	if name, _ := o["name"].(string); indexByName(list, name) >= 0 {
+		return list
+	}
+	return append(list, o)
+}
+
 // removeByName removes all objects with this name from list.
 func removeByName(list []any, name string) []any {
 	return slices.DeleteFunc(list, func(v any) bool { return hasName(v, name) })
