@@ -250,7 +250,7 @@ func TestAnnotationsAreBounded(t *testing.T) {
 	}
 	var all []string
 	for _, name := range []string{annotationConfig, annotationRedisSecret, annotationDomain, annotationImage,
-		annotationResources, annotationEnvoyContainer, annotationInProcess} {
+		annotationResources, annotationEnvoyContainer, annotationInProcess, annotationUser} {
 		all = append(all, name)
 		for _, value := range []string{"{limits: {" + long + "}}", strings.Repeat("a", 700_000),
 			strings.Repeat("a", maxAnnotation+1), "\xff" + strings.Repeat("é", 400)} {
@@ -269,7 +269,7 @@ func TestAnnotationsAreBounded(t *testing.T) {
 			}
 		}
 	}
-	if slices.Sort(all); len(all) != 7 {
+	if slices.Sort(all); len(all) != 8 {
 		t.Error(all)
 	}
 	large := make([]any, 100_000)
@@ -422,7 +422,7 @@ func FuzzReview(f *testing.F) {
 // memory, and that the message about it is short.
 func FuzzAnnotation(f *testing.F) {
 	names := []string{annotationConfig, annotationRedisSecret, annotationDomain, annotationImage, annotationResources,
-		annotationEnvoyContainer, annotationInProcess}
+		annotationEnvoyContainer, annotationInProcess, annotationUser}
 	for i := range names {
 		for _, value := range []string{"a", "true", "{requests: {cpu: 50m}, limits: {memory: 128Mi}}",
 			"{limits: &a {cpu: *a}}", "{<<: [&a {limits: {cpu: 1}}, *a, *a]}", strings.Repeat("k: 1\n", 100),

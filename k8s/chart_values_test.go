@@ -40,6 +40,10 @@ func TestChartRefuses(t *testing.T) {
 		"invalid YAML": {"gateway.enabled=true,gateway.redis.url=redis://a,gateway.tls.secret=a," +
 			"gateway.config=a: b: c", "gateway.config"},
 		"names without a CA": {"webhook.clientCA.names={a}", "webhook.clientCA"},
+		"root":               {"runAsUser=0", "runAsUser"},
+		"name of a user":     {"runAsUser=nobody", "runAsUser"},
+		"one port twice":     {"webhook.port=9003", "webhook.metricsPort"},
+		"other resources":    {"webhook.sidecarResources.claims=x", "sidecarResources"},
 		"invalid peer":       {"networkPolicy.from[0]=a", "from"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -71,7 +75,9 @@ func otherValues() (base []string, others map[string]string) {
 		"fullnameOverride": `"other"`, "image.repository": `"other"`, "image.tag": `"other"`,
 		"image.digest":     `"sha256:` + strings.Repeat("0", 64) + `"`,
 		"image.pullPolicy": `"Never"`, "imagePullSecrets": `[{"name":"a"}]`, "webhook.enabled": `false`,
-		"webhook.sidecarImage": `"other"`, "webhook.excludedNamespaces": `["a"]`,
+		"runAsUser": `"platform"`, "webhook.port": `8444`, "webhook.metricsPort": `9004`, "webhook.hostNetwork": `true`,
+		"webhook.sidecarResources": `{"limits":{"cpu":"1"}}`,
+		"webhook.sidecarImage":     `"other"`, "webhook.excludedNamespaces": `["a"]`,
 		"certManager.enabled": `false`, "certManager.issuerRef": `{"name":"a"}`, "gateway.enabled": `false`,
 		"gateway.config":            `"domain: a"`,
 		"gateway.existingConfigMap": `"a"`, "gateway.domain": `"a"`, "gateway.redis.url": `"redis://a"`,
@@ -131,6 +137,24 @@ func TestChartValuesAreUsed(t *testing.T) {
 			t.Errorf("%s: %v", path, err)
 		} else if after == before {
 			t.Errorf("%s changes nothing", path)
+		}
+	}
+}
+
+// A user ID stays the number that it is, and is that of all pods.
+func TestChartUser(t *testing.T) {
+	for set, want := range map[string]string{"runAsUser=1000680000": "1000680000", "runAsUser=platform": ""} {
+		text, err := rendered(t, "--set", set, "--set", "gateway.enabled=true,trialRedis.enabled=true")
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, user, _ := strings.Cut(set, "=")
+		if !strings.Contains(text, "--run-as-user="+user+"\n") {
+			t.Errorf("%s: sidecars have another user", set)
+		}
+		if got := regexp.MustCompile(`runAs(User|Group): (.*)`).FindAllStringSubmatch(text, -1); (len(got) == 0) != (want == "") ||
+			slices.ContainsFunc(got, func(m []string) bool { return m[2] != want }) {
+			t.Errorf("%s: %q", set, got)
 		}
 	}
 }

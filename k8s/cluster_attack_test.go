@@ -282,7 +282,7 @@ func TestClusterBusy(t *testing.T) {
 		}
 		h.ServeHTTP(w, q)
 	})
-	serveWebhook(t, c.API, "busy.sluice.dev", handler, object{injectLabel: "enabled"})
+	serveWebhook(t, c.API, "busy.sluice.dev", handler, object{injectLabel: "enabled"}, "Never")
 	namespace(t, c, "shop", object{injectLabel: "enabled"})
 	var out object
 	p := pod(t, `{metadata: {name: web, annotations: {sluice.dev/in-process: "true"}}, spec: {containers: [{name: `+

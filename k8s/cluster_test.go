@@ -231,6 +231,15 @@ func TestCluster(t *testing.T) {
 			t.Errorf("limits.cpu %v, and again %v", limits(once), limits(again))
 		}
 	})
+	t.Run("beside webhooks that rewrite containers", func(t *testing.T) { besideRewriters(t, c) })
+	t.Run("drained", func(t *testing.T) { drained(t, c) })
+	restart := func(args ...string) {
+		for i := range r.running {
+			r.stop(t, i)
+			r.run(t, i, args...)
+		}
+	}
+	t.Run("under a ResourceQuota", func(t *testing.T) { underQuota(t, c, restart) })
 	t.Run("upgrade", func(t *testing.T) { // keeps what the webhook has stored
 		before := bundles(t, c.API)
 		if out, err := helm(t, "upgrade", "sluice", chartDir, "--kubeconfig", c.kubeconfig, "--namespace", release,
@@ -319,12 +328,12 @@ func istiod(t *testing.T, a *API, name string) {
 		}
 		_ = json.NewEncoder(w).Encode(admissionReview{APIVersion: in.APIVersion, Kind: in.Kind, Response: answer})
 	})
-	serveWebhook(t, a, name, handler, object{name: "enabled"})
+	serveWebhook(t, a, name, handler, object{name: "enabled"}, "Never")
 }
 
 // serveWebhook has the API server call a handler in this process for pods in
 // namespaces with these labels.
-func serveWebhook(t *testing.T, a *API, name string, handler http.Handler, namespaces object) {
+func serveWebhook(t *testing.T, a *API, name string, handler http.Handler, namespaces object, reinvocation string) {
 	t.Helper()
 	certificate := selfSigned(t, x509.Certificate{IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}})
 	listener, err := tls.Listen("tcp", "127.0.0.1:0", &tls.Config{Certificates: []tls.Certificate{certificate}})
@@ -338,7 +347,7 @@ func serveWebhook(t *testing.T, a *API, name string, handler http.Handler, names
 		"metadata": object{"name": name},
 		"webhooks": []any{object{
 			"name": "sidecar.istio.io", "admissionReviewVersions": []any{"v1"}, "sideEffects": "None",
-			"failurePolicy": "Fail", "reinvocationPolicy": "Never",
+			"failurePolicy": "Fail", "reinvocationPolicy": reinvocation,
 			"clientConfig": object{"url": "https://" + listener.Addr().String() + "/inject",
 				"caBundle": pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: certificate.Certificate[0]})},
 			"namespaceSelector": object{"matchLabels": namespaces},

@@ -13,6 +13,7 @@ import (
 	"reflect"
 	"regexp"
 	"slices"
+	"strconv"
 )
 
 // namePrefix begins all labels and annotations of sluice.
@@ -55,6 +56,13 @@ const (
 type Options struct {
 	// Image is sluice's image. A pod's annotation takes precedence.
 	Image string
+	// User is the user ID of the sidecar, from 1 to 2147483647, or PlatformUser.
+	// The default, if it is empty, is 65532. A pod's annotation takes precedence.
+	User string
+	// Resources are the sidecar's resources, as ParseResources returns them. What
+	// they do not set has its default; so does everything if they are nil. A pod's
+	// annotation takes precedence.
+	Resources map[string]any
 	// Version is the version of this program, for the Stamp.
 	Version string
 	// Namespace is the pod's namespace. If it is empty, the kubelet fills it in
@@ -63,6 +71,21 @@ type Options struct {
 	// Workload is the name of the Deployment or other object that the pod
 	// belongs to. The default domain is Namespace/Workload.
 	Workload string
+}
+
+// PlatformUser leaves the sidecar's user ID to the platform, such as an OpenShift
+// cluster, which assigns one by its security context constraints.
+const PlatformUser = "platform"
+
+// CheckUser returns an error if user is not one that Options can have.
+func CheckUser(user string) error {
+	if user == "" || user == PlatformUser {
+		return nil
+	}
+	if n, err := strconv.ParseInt(user, 10, 32); err != nil || n < 1 || strconv.FormatInt(n, 10) != user {
+		return fmt.Errorf("%s: must be a user ID from 1 to 2147483647, or %s", quote(user), PlatformUser)
+	}
+	return nil
 }
 
 var imagePattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._:/@-]*$`)
@@ -196,8 +219,8 @@ func setVolumes(spec object, a annotations, tcp bool, put func(list []any, o obj
 	if tcp {
 		volumes = removeByName(volumes, socketVolume)
 	} else {
-		// In memory: a drain and the cluster autoscaler do not evict pods with
-		// files on the node's disk.
+		// In memory: the cluster autoscaler does not evict pods with files on the
+		// node's disk.
 		volumes = put(volumes, object{"name": socketVolume, "emptyDir": object{"medium": "Memory"}})
 	}
 	if len(volumes) > 0 {

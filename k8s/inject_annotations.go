@@ -1,6 +1,8 @@
 package k8s
 
 import (
+	"cmp"
+	"errors"
 	"fmt"
 	"regexp"
 	"strconv"
@@ -15,6 +17,7 @@ const (
 	annotationDomain         = "sluice.dev/domain"
 	annotationImage          = "sluice.dev/image"
 	annotationResources      = "sluice.dev/resources"
+	annotationUser           = "sluice.dev/run-as-user"
 	annotationEnvoyContainer = "sluice.dev/envoy-container"
 	annotationInProcess      = "sluice.dev/in-process"
 )
@@ -40,9 +43,9 @@ var (
 // annotations are the decoded annotations of a pod. A string is empty, and
 // resources nil, if the pod does not have the annotation.
 type annotations struct {
-	config, redis, domain, image, envoy string
-	resources                           object
-	inProcess                           bool
+	config, redis, domain, image, user, envoy string
+	resources                                 object
+	inProcess                                 bool
 }
 
 // allAnnotations makes sidecarContainer write every field that it can write.
@@ -83,6 +86,16 @@ func readAnnotations(metadata object) (annotations, error) {
 		}
 		*f.to = text
 	}
+	if v, ok := given[annotationUser]; ok {
+		text, ok := v.(string)
+		if !ok {
+			return a, fmt.Errorf("annotation %s: %s: must be a string; quote it", annotationUser, quote(v))
+		}
+		if err := CheckUser(text); err != nil || text == "" {
+			return a, fmt.Errorf("annotation %s: %w", annotationUser, cmp.Or(err, errors.New("is empty")))
+		}
+		a.user = text
+	}
 	if v, ok := given[annotationInProcess]; ok {
 		if v != "true" && v != "false" {
 			return a, fmt.Errorf(`annotation %s: %s: must be "true" or "false"`, annotationInProcess, quote(v))
@@ -97,11 +110,8 @@ func readAnnotations(metadata object) (annotations, error) {
 		if !ok {
 			return a, fmt.Errorf("annotation %s: %s: must be a string; quote it", annotationResources, quote(v))
 		}
-		if len(text) > maxAnnotation {
-			return a, tooLong(annotationResources, text, maxAnnotation)
-		}
 		var err error
-		if a.resources, err = readResources(text); err != nil {
+		if a.resources, err = ParseResources(text); err != nil {
 			return a, fmt.Errorf("annotation %s: %w", annotationResources, err)
 		}
 	}

@@ -1,6 +1,7 @@
 package k8s
 
 import (
+	"cmp"
 	"maps"
 	"slices"
 	"strconv"
@@ -12,10 +13,7 @@ import (
 // Fields that Kubernetes would set to a default are set here, so that a pod
 // that the API server has stored equals the one that was sent.
 func sidecarContainer(o Options, a annotations, tcp bool) object {
-	image, domain := o.Image, a.domain
-	if a.image != "" {
-		image = a.image
-	}
+	image, domain := cmp.Or(a.image, o.Image), a.domain
 	if domain == "" {
 		namespace := o.Namespace
 		if namespace == "" {
@@ -64,17 +62,21 @@ func sidecarContainer(o Options, a annotations, tcp bool) object {
 		"restartPolicy": "Always",
 		"env":           env,
 		"ports":         []any{object{"name": "sluice-metrics", "containerPort": metricsPort, "protocol": "TCP"}},
-		"resources":     mergeResources(defaultResources, a.resources),
+		"resources":     mergeResources(mergeResources(defaultResources, o.Resources), a.resources),
 		"startupProbe": object{
 			"exec":          object{"command": []any{"/sluice", "healthcheck"}},
 			"periodSeconds": 1, "timeoutSeconds": 1, "successThreshold": 1, "failureThreshold": 60,
 		},
-		"securityContext": object{
-			"runAsNonRoot": true, "runAsUser": 65532, "runAsGroup": 65532, "readOnlyRootFilesystem": true,
-			"allowPrivilegeEscalation": false, "privileged": false, "capabilities": object{"drop": []any{"ALL"}},
-			"seccompProfile": object{"type": "RuntimeDefault"},
-		},
 	}
+	security := object{
+		"runAsNonRoot": true, "readOnlyRootFilesystem": true, "allowPrivilegeEscalation": false, "privileged": false,
+		"capabilities": object{"drop": []any{"ALL"}}, "seccompProfile": object{"type": "RuntimeDefault"},
+	}
+	if user := cmp.Or(a.user, o.User, "65532"); user != PlatformUser {
+		id, _ := strconv.Atoi(user) // CheckUser has accepted it
+		security["runAsUser"], security["runAsGroup"] = id, id
+	}
+	c["securityContext"] = security
 	if len(mounts) > 0 {
 		c["volumeMounts"] = mounts
 	}
@@ -105,7 +107,10 @@ func mergeContainer(existing, ours object) object {
 		}
 	}
 	fields["resources"] = mergeResources(objectField(existing, "resources"), objectField(ours, "resources"))
-	fields["securityContext"] = merged(objectField(existing, "securityContext"), objectField(ours, "securityContext"))
+	security := merged(objectField(existing, "securityContext"), nil)
+	delete(security, "runAsUser") // left to the platform unless ours has it
+	delete(security, "runAsGroup")
+	fields["securityContext"] = merged(security, objectField(ours, "securityContext"))
 	out := maps.Clone(existing)
 	for name, v := range fields {
 		if !equalJSON(out[name], v) {

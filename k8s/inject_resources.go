@@ -17,9 +17,14 @@ var resourceNames = []string{"cpu", "memory", "ephemeral-storage"}
 // quantityPattern matches the quantities of Kubernetes that are not negative.
 var quantityPattern = regexp.MustCompile(`^[0-9]+(\.[0-9]*)?([numkMGTPE]|[KMGTPE]i|[eE][0-9]+)?$`)
 
-// readResources parses a container's resources in YAML or JSON, such as
-// {requests: {cpu: 50m}, limits: {memory: 128Mi}}.
-func readResources(text string) (object, error) {
+// ParseResources parses a container's resources in YAML or JSON, such as
+// {requests: {cpu: 50m}, limits: {memory: 128Mi}}. It returns an error if text
+// is longer than 512 bytes, has other fields than requests and limits of cpu,
+// memory and ephemeral-storage, or a request that exceeds its limit.
+func ParseResources(text string) (map[string]any, error) {
+	if len(text) > maxAnnotation {
+		return nil, fmt.Errorf("%s is %d bytes long; the maximum is %d", quote(text), len(text), maxAnnotation)
+	}
 	var given map[string]map[string]string // strings keep quantities as they are written
 	if err := yaml.Unmarshal([]byte(text), &given); err != nil || len(given) == 0 {
 		return nil, fmt.Errorf("%s: must be a mapping such as {requests: {cpu: 50m}, limits: {memory: 128Mi}}",

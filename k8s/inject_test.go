@@ -271,7 +271,7 @@ func TestResources(t *testing.T) {
 		"{limits: {cpu: 10m, memory: 500e6}}": `{"limits":{"cpu":"10m","memory":"500e6"},"requests":{"cpu":"10m",` +
 			`"memory":"32Mi"}}`,
 	} {
-		r, err := readResources(text)
+		r, err := ParseResources(text)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -321,6 +321,7 @@ var randomPod = rapid.Custom(func(t *rapid.T) object {
 	for name, values := range map[string][]string{
 		annotationRedisSecret: {"redis"}, annotationConfig: {"limits"}, annotationDomain: {"a/b"},
 		annotationInProcess: {"true", "false"}, annotationImage: {"other:2"},
+		annotationUser:           {"1001", PlatformUser},
 		annotationEnvoyContainer: {"envoy", "app", "gone"}, annotationResources: {"{limits: {memory: 64Mi}}",
 			"{requests: {cpu: 1}}"},
 	} {
@@ -459,7 +460,56 @@ func TestInjectAgain(t *testing.T) {
 	}
 }
 
-// A drain does not evict pods with files on the node's disk.
+// The sidecar's user and resources are those of the annotations, of the options,
+// or the defaults.
+func TestInjectUserAndResources(t *testing.T) {
+	resources, err := ParseResources("{requests: {cpu: 10m}, limits: {cpu: 500m}}")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		user, annotation string
+		want             any
+	}{
+		{"", "", 65532}, {"1001", "", 1001}, {"1001", "1002", 1002}, {"platform", "", nil},
+		{"platform", "1002", 1002}, {"1001", "platform", nil},
+	} {
+		o := options
+		o.User, o.Resources = c.user, resources
+		p := pod(t, withEnvoy)
+		if c.annotation != "" {
+			objectField(objectField(p, "metadata"), "annotations")[annotationUser] = c.annotation
+		}
+		// One that was injected as another user before is brought up to date.
+		for _, before := range []object{p, inject(t, p, options)} {
+			if c.annotation != "" {
+				objectField(objectField(before, "metadata"), "annotations")[annotationUser] = c.annotation
+			}
+			container := listField(objectField(inject(t, before, o), "spec"), "initContainers")[0].(object)
+			security := objectField(container, "securityContext")
+			if security["runAsUser"] != c.want || security["runAsGroup"] != c.want || security["runAsNonRoot"] != true {
+				t.Errorf("%+v: %v", c, security)
+			}
+			want := object{"requests": object{"cpu": "10m", "memory": "32Mi"},
+				"limits": object{"cpu": "500m", "memory": "128Mi"}}
+			if !equalJSON(container["resources"], want) {
+				t.Errorf("%v", container["resources"])
+			}
+		}
+	}
+	for _, user := range []string{"0", "-1", "root", "2147483648", "01", "1e3"} {
+		p := pod(t, withEnvoy)
+		objectField(objectField(p, "metadata"), "annotations")[annotationUser] = user
+		if _, _, err := Inject(p, options); err == nil || !strings.Contains(err.Error(), "must be a user ID from 1 to") {
+			t.Errorf("%s: %v", user, err)
+		}
+	}
+	if Stamp(options) == Stamp(Options{Image: options.Image, Version: options.Version, User: "1001"}) {
+		t.Error("the stamp does not depend on the user")
+	}
+}
+
+// The cluster autoscaler does not evict pods with files on the node's disk.
 func TestInjectSocketInMemory(t *testing.T) {
 	out := inject(t, pod(t, withEnvoy), options)
 	volumes := listField(objectField(out, "spec"), "volumes")

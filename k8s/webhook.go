@@ -218,11 +218,15 @@ var cronJobSuffix = regexp.MustCompile(`-[0-9]{8,}$`)
 func cronJobName(job string) string { return cronJobSuffix.ReplaceAllString(job, "") }
 
 // workloadName returns the name of the object that a pod belongs to: that of
-// its controller, of the Deployment for a ReplicaSet, and of the CronJob for a
-// Job. A pod without a controller has its own name.
+// its controller, of the Deployment for a ReplicaSet, of the CronJob for a Job,
+// and of Knative's Service for a pod of one of its revisions. A pod without a
+// controller has its own name.
 func workloadName(pod object) string {
 	metadata := objectField(pod, "metadata")
 	labels := objectField(metadata, "labels")
+	if name, _ := labels["serving.knative.dev/service"].(string); name != "" {
+		return name
+	}
 	for _, owner := range listField(metadata, "ownerReferences") {
 		owner, _ := owner.(object)
 		name, _ := owner["name"].(string)

@@ -66,6 +66,8 @@ func TestWorkload(t *testing.T) {
 		"ownerReferences: [{kind: Job, name: nightly-29381234, CONTROLLER}]":                               "nightly",
 		"ownerReferences: [{kind: Job, name: once, CONTROLLER}]":                                           "once",
 		"name: x, ownerReferences: [{kind: StatefulSet, name: db, CONTROLLER}]":                            "db",
+		"labels: {serving.knative.dev/service: hello, pod-template-hash: 5d}, " +
+			"ownerReferences: [{kind: ReplicaSet, name: hello-00001-deployment-5d, CONTROLLER}]": "hello",
 	} {
 		text = "{metadata: {" + strings.ReplaceAll(text, "CONTROLLER", "controller: true") + "}}"
 		if got := workloadName(pod(t, text)); got != want {

@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/sluiceproxy/sluice/k8s"
 )
@@ -20,8 +21,37 @@ func defaultImage() string {
 	return "ghcr.io/sluiceproxy/sluice:" + v
 }
 
+// sidecarFlags are the flags that say what is injected.
+type sidecarFlags struct{ image, user, resources string }
+
+func (s *sidecarFlags) register(f *pflag.FlagSet) {
+	f.StringVar(&s.image, "image", defaultImage(), "sluice's `image` in pods")
+	f.StringVar(&s.user, "run-as-user", "65532", "the sidecar's `user` ID, or platform to leave it to the platform, as on OpenShift")
+	f.StringVar(&s.resources, "resources", "", "the sidecar's `resources`, such as {requests: {cpu: 50m}, limits: {memory: 128Mi}}")
+}
+
+// options are the options of an injection. Its errors are of usage.
+func (s *sidecarFlags) options() (k8s.Options, error) {
+	o := k8s.Options{Image: s.image, User: s.user, Version: buildVersion()}
+	if err := k8s.CheckImage(s.image); err != nil {
+		return o, usageError{fmt.Errorf("--image %w", err)}
+	}
+	if err := k8s.CheckUser(s.user); err != nil {
+		return o, usageError{fmt.Errorf("--run-as-user: %w", err)}
+	}
+	if s.resources != "" {
+		var err error
+		if o.Resources, err = k8s.ParseResources(s.resources); err != nil {
+			return o, usageError{fmt.Errorf("--resources: %w", err)}
+		}
+	}
+	return o, nil
+}
+
 func (p *program) injectCommand() *cobra.Command {
-	var file, image string
+	var file string
+	var sidecar sidecarFlags
+	var strict bool
 	c := &cobra.Command{
 		Use:   "inject",
 		Short: "Add the sidecar to the pods of a Kubernetes manifest",
@@ -29,8 +59,9 @@ func (p *program) injectCommand() *cobra.Command {
 JSON, and Lists. What cannot have one is left as it is with a warning, unless it asks for one by label, which is an error.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
-			if err := k8s.CheckImage(image); err != nil {
-				return usageError{fmt.Errorf("--image %w", err)}
+			options, err := sidecar.options()
+			if err != nil {
+				return err
 			}
 			in := c.InOrStdin()
 			if file != "" && file != "-" {
@@ -45,18 +76,22 @@ JSON, and Lists. What cannot have one is left as it is with a warning, unless it
 			if err != nil {
 				return err
 			}
-			out, skipped, err := k8s.Manifest(text, k8s.Options{Image: image, Version: buildVersion()})
+			out, skipped, err := k8s.Manifest(text, options)
 			for _, s := range skipped {
 				_, _ = fmt.Fprintf(p.stderr, "warning: %s\n", s)
 			}
 			if err != nil {
 				return err
 			}
+			if strict && len(skipped) > 0 {
+				return errNo
+			}
 			_, err = p.stdout.Write(out)
 			return err
 		},
 	}
 	c.Flags().StringVarP(&file, "file", "f", "", "manifest's `file` (default stdin)")
-	c.Flags().StringVar(&image, "image", defaultImage(), "sluice's `image`")
+	c.Flags().BoolVar(&strict, "strict", false, "print nothing and exit with status 1 if there is a warning")
+	sidecar.register(c.Flags())
 	return c
 }

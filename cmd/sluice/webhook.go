@@ -25,10 +25,11 @@ import (
 
 // webhook is what the command line says of it.
 type webhook struct {
-	listen, metrics, account, certs, logLevel, image string
-	linger, grace                                    time.Duration
-	own                                              k8s.CertOptions
-	client                                           k8s.ClientCA
+	listen, metrics, account, certs, logLevel string
+	sidecar                                   sidecarFlags
+	linger, grace                             time.Duration
+	own                                       k8s.CertOptions
+	client                                    k8s.ClientCA
 }
 
 func (p *program) webhookCommand() *cobra.Command {
@@ -50,7 +51,7 @@ tls.key from elsewhere instead, as from cert-manager, and asks nothing of the cl
 	f := c.Flags()
 	f.StringVar(&w.listen, "listen", ":9443", "`address` for the API server's reviews, host:port")
 	f.StringVar(&w.metrics, "metrics", ":9003", "`address` for /metrics, /healthz and /readyz")
-	f.StringVar(&w.image, "image", defaultImage(), "sluice's `image` in pods")
+	w.sidecar.register(f)
 	f.StringVar(&w.own.Namespace, "namespace", "", "the webhook's own `namespace` (default its service account's)")
 	f.StringVar(&w.own.Service, "service", "sluice-webhook", "`name` of the Service that the API server asks")
 	f.StringVar(&w.own.Secret, "secret", "sluice-webhook-ca", "`name` of the Secret that holds the CA")
@@ -76,8 +77,9 @@ func (p *program) runWebhook(ctx context.Context, w *webhook) error {
 	if w.own.Lifetime <= 0 || w.own.Overlap <= 0 || w.own.Interval <= 0 || w.own.Interval > w.own.Overlap/2 || w.own.Overlap > w.own.Lifetime/20 {
 		return usageError{errors.New("--ca-check must be at most half of --ca-overlap, and that at most a twentieth of --ca-life")}
 	}
-	if err := k8s.CheckImage(w.image); err != nil {
-		return usageError{fmt.Errorf("--image %w", err)}
+	injection, err := w.sidecar.options()
+	if err != nil {
+		return err
 	}
 	if len(w.client.Names) > 0 && w.client.File == "" {
 		return usageError{errors.New("--client-name requires --client-ca-file")}
@@ -106,7 +108,7 @@ func (p *program) runWebhook(ctx context.Context, w *webhook) error {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	mux := http.NewServeMux()
-	mux.Handle("/inject", k8s.Webhook(k8s.Options{Image: w.image, Version: buildVersion()}, log, registry))
+	mux.Handle("/inject", k8s.Webhook(injection, log, registry))
 	var draining atomic.Bool
 	server := newServer(reviews, leaving(&draining, mux), log, bounds{connections: 256})
 	server.TLSConfig = tlsConfig
@@ -150,7 +152,7 @@ func (p *program) runWebhook(ctx context.Context, w *webhook) error {
 	})
 	all.Add(side.run, func(error) { _ = side.Close() })
 	all.Add(func() error { maintain(background); return nil }, func(error) { cancel() })
-	log.Info("serving", zap.String("version", buildVersion()), zap.String("stamp", k8s.Stamp(k8s.Options{Image: w.image, Version: buildVersion()})),
+	log.Info("serving", zap.String("version", buildVersion()), zap.String("stamp", k8s.Stamp(injection)),
 		zap.Stringer("listen", reviews.Addr()), zap.Stringer("metrics", metrics.Addr()))
 	err = all.Run()
 	log.Info("stopped", zap.Error(err))

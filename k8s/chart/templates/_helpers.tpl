@@ -38,10 +38,18 @@ app.kubernetes.io/component: {{ index . 1 }}
 app.kubernetes.io/version: {{ $.Chart.AppVersion | quote }}
 {{- end -}}
 
+{{/* A user ID, or "platform". Helm reads large numbers as floats. */}}
+{{- define "sluice.user" -}}
+{{- kindIs "string" .Values.runAsUser | ternary .Values.runAsUser (.Values.runAsUser | int) -}}
+{{- end -}}
+
 {{- define "sluice.podSecurity" -}}
 runAsNonRoot: true
-runAsUser: 65532
-runAsGroup: 65532
+{{- $user := include "sluice.user" . }}
+{{- if ne $user "platform" }}
+runAsUser: {{ $user }}
+runAsGroup: {{ $user }}
+{{- end }}
 seccompProfile: {type: RuntimeDefault}
 {{- end -}}
 
