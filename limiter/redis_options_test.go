@@ -201,7 +201,7 @@ func TestModesAreChecked(t *testing.T) {
 		"addresses of a single Redis; its URL says where it is, and addresses are for a cluster and for sentinels": {URL: "redis://h", Addresses: []string{"h:1"}},
 		"one of cert_file and key_file; wanted are both or none":                                                   {URL: "redis://h", TLS: &TLS{CertFile: "x"}},
 		"ca_file: open none.pem: no such file or directory":                                                        {URL: "redis://h", TLS: &TLS{CAFile: "none.pem"}},
-		"ca_file: connect_test.go holds no certificate in PEM":                                                     {URL: "redis://h", TLS: &TLS{CAFile: "connect_test.go"}},
+		"ca_file: redis_options_test.go holds no certificate in PEM":                                               {URL: "redis://h", TLS: &TLS{CAFile: "redis_options_test.go"}},
 	} {
 		o.Timeout = time.Second
 		if err := o.Validate(); err == nil || err.Error() != want {

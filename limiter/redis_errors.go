@@ -1,6 +1,7 @@
 package limiter
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -108,3 +109,50 @@ type shortened struct {
 
 func (s *shortened) Error() string { return s.text }
 func (s *shortened) Unwrap() error { return s.error }
+
+// storeError says of what kind an error of the library is.
+func storeError(err error) *StoreError {
+	var known *StoreError
+	if errors.As(err, &known) {
+		return known
+	}
+	var network net.Error
+	var answer redis.Error
+	kind := KindOther
+	switch {
+	case errors.Is(err, errReply):
+		kind = KindScript
+	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, redis.ErrPoolTimeout), errors.Is(err, redis.ErrPoolExhausted):
+		kind = KindTimeout
+	case errors.Is(err, context.Canceled): // the caller is gone; nothing is wrong with Redis
+	case errors.As(err, &network) && network.Timeout():
+		kind = KindTimeout
+	case errors.As(err, &answer):
+		code, text, _ := strings.Cut(answer.Error(), " ")
+		if kind = kindOfCode(code); strings.HasPrefix(text, "The user executing the script") || strings.HasPrefix(text, "ACL failure in script") {
+			kind = KindAuth
+		}
+	default: // EOF, reset, refused, TLS, closed: all that is not an answer
+		kind = KindConnection
+	}
+	return &StoreError{Kind: kind, Err: err}
+}
+
+// kindOfCode is the kind of an error that Redis answered, by its first word.
+func kindOfCode(code string) ErrorKind {
+	switch strings.TrimSuffix(code, ":") {
+	case "NOAUTH", "WRONGPASS", "NOPERM":
+		return KindAuth
+	case "READONLY", "NOREPLICAS", "MISCONF", "MASTERDOWN":
+		return KindReadOnly
+	case "OOM":
+		return KindOOM
+	case "LOADING":
+		return KindLoading
+	case "NEWER":
+		return KindState
+	case "ERR", "SLUICE", "NOSCRIPT", "BUSY", "UNKILLABLE":
+		return KindScript
+	}
+	return KindOther
+}
