@@ -98,7 +98,7 @@ func isToken(name string) bool {
 // deny writes a 429.
 func (s *Server) deny(e *encoder, check *checkState) {
 	d := &check.decision
-	limit, verdict := d.Charges[d.Telling].Limit.Name, &d.Verdicts[d.Telling]
+	limit, verdict := d.Charges[d.Strictest].Limit.Name, &d.Verdicts[d.Strictest]
 	p := problem{status: 429, title: "Too Many Requests", limit: limit}
 	if verdict.RetryAfter == limiter.Never {
 		p.detail = "Rate limit \"" + limit + "\" does not allow this request."
@@ -176,11 +176,11 @@ func (p *problem) json() string {
 // limitHeaders writes the rate-limit headers for the client.
 func limitHeaders(e *encoder, field protowire.Number, check *checkState) {
 	d := &check.decision
-	if d.Telling < 0 {
+	if d.Strictest < 0 {
 		return
 	}
 	if check.config.Headers.XRateLimit {
-		c, v := &d.Charges[d.Telling], &d.Verdicts[d.Telling]
+		c, v := &d.Charges[d.Strictest], &d.Verdicts[d.Strictest]
 		e.header(field, "x-ratelimit-limit", strconv.FormatInt(c.Bucket.Burst(), 10))
 		e.header(field, "x-ratelimit-remaining", strconv.FormatInt(v.Remaining, 10))
 		e.header(field, "x-ratelimit-reset", strconv.FormatInt(seconds(v.FullAfter), 10))
@@ -253,8 +253,8 @@ func (s *Server) metadata(e *encoder, check *checkState, shadows []string) {
 	d := &check.decision
 	at := e.open(responseMetadata)
 	e.textEntry("decision", d.Outcome.String())
-	if d.Telling >= 0 {
-		c, v := &d.Charges[d.Telling], &d.Verdicts[d.Telling]
+	if d.Strictest >= 0 {
+		c, v := &d.Charges[d.Strictest], &d.Verdicts[d.Strictest]
 		e.textEntry("limit", c.Limit.Name)
 		e.numberEntry("remaining", float64(v.Remaining))
 		e.numberEntry("cost", float64(c.Cost))

@@ -75,7 +75,7 @@ func TestOutcomes(t *testing.T) {
 	})
 	t.Run("memory", func(t *testing.T) {
 		m := limiter.NewMemory(1<<24, nil, prometheus.NewRegistry())
-		testOutcomesOf(t, m, m.Looking(), nil, all[:bucketFails])
+		testOutcomesOf(t, m, m.ReadOnly(), nil, all[:bucketFails])
 	})
 }
 
@@ -94,7 +94,7 @@ func testOutcomes(t *testing.T, o limiter.RedisOptions, newer string, buckets []
 		client = redis.NewClient(&redis.Options{Network: "unix", Addr: strings.TrimPrefix(o.URL, "unix://")})
 	}
 	t.Cleanup(func() { _ = client.Close() })
-	testOutcomesOf(t, r, r.Looking(), func(key string) {
+	testOutcomesOf(t, r, r.ReadOnly(), func(key string) {
 		if err := client.Set(t.Context(), key, newer, time.Minute).Err(); err != nil {
 			t.Fatal(err)
 		}

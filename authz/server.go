@@ -178,7 +178,7 @@ func (s *Server) check(ctx context.Context, raw *rawRequest) (response *rawRespo
 		if p := recover(); p != nil {
 			check = checkState{
 				config: check.config, request: check.request, wire: check.wire, span: check.span,
-				decision: limiter.Decision{Outcome: limiter.FailedClosed, Telling: -1},
+				decision: limiter.Decision{Outcome: limiter.FailedClosed, Strictest: -1},
 			}
 			s.report.panicked(fmt.Sprintf("%T", p), debug.Stack())
 			response, err = s.answer(&check)
@@ -206,7 +206,7 @@ type checkState struct {
 // decide sets the fields of check from its wire. It returns a gRPC status if
 // that is not a CheckRequest.
 func (s *Server) decide(ctx context.Context, began time.Time, check *checkState) error {
-	check.decision = limiter.Decision{Outcome: limiter.Invalid, Telling: -1}
+	check.decision = limiter.Decision{Outcome: limiter.Invalid, Strictest: -1}
 	request, count, err := parse(check.wire)
 	if err != nil {
 		check.mistakes = []error{err}

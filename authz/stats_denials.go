@@ -173,7 +173,7 @@ func mistakenBy(check *checkState) (limit, field string) {
 // failed, with its verdict. It returns nil if there is none.
 func deniedBy(d *limiter.Decision) (*limiter.Charge, *limiter.Verdict) {
 	if d.Outcome == limiter.Limited {
-		return &d.Charges[d.Telling], &d.Verdicts[d.Telling]
+		return &d.Charges[d.Strictest], &d.Verdicts[d.Strictest]
 	}
 	for i := range d.Charges {
 		if v := &d.Verdicts[i]; v.Err != nil && !d.Charges[i].Limit.Shadow {

@@ -148,7 +148,7 @@ func (r *report) checked(check *checkState, began time.Time) {
 		}
 		l := r.limits.forLimit(check.config, c.Limit)
 		r.charged(l, c, v, d.Outcome.Spends(), now)
-		if d.Outcome == limiter.Limited && i == d.Telling {
+		if d.Outcome == limiter.Limited && i == d.Strictest {
 			r.denied(l, c, check, now)
 		}
 	}
@@ -166,7 +166,7 @@ func (r *report) checked(check *checkState, began time.Time) {
 // denied logs a denial by a limit: at the debug level all of them, at info a
 // sample.
 func (r *report) denied(l *limitReport, c *limiter.Charge, check *checkState, now time.Time) {
-	v := &check.decision.Verdicts[check.decision.Telling]
+	v := &check.decision.Verdicts[check.decision.Strictest]
 	suppressed, sampled := l.denials.next(now)
 	level := zap.DebugLevel
 	if sampled {

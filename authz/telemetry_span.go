@@ -47,8 +47,8 @@ func endSpan(check *checkState, outcome limiter.Outcome, at time.Time) {
 	span := check.span
 	if span.IsRecording() {
 		span.SetAttributes(attribute.String("sluice.decision", outcome.String()))
-		if d := &check.decision; d.Telling >= 0 {
-			c, v := &d.Charges[d.Telling], &d.Verdicts[d.Telling]
+		if d := &check.decision; d.Strictest >= 0 {
+			c, v := &d.Charges[d.Strictest], &d.Verdicts[d.Strictest]
 			span.SetAttributes(
 				attribute.String("sluice.limit", c.Limit.Name),
 				attribute.String("sluice.domain", c.Limit.Domain),

@@ -55,7 +55,7 @@ func TestDenialBeforeCallerHangsUp(t *testing.T) {
 	cancel()
 	b := bucket(t, 1, day, 10)
 	says := saying{{Source: RedisSource, RetryAfter: time.Second}, {Err: storeError(context.Canceled)}}
-	if d := Decide(ctx, says, []Charge{charge(b, "a"), charge(b, "b")}); d.Outcome != Limited || d.Telling != 0 {
+	if d := Decide(ctx, says, []Charge{charge(b, "a"), charge(b, "b")}); d.Outcome != Limited || d.Strictest != 0 {
 		t.Errorf("%+v", d)
 	}
 }

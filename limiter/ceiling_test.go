@@ -135,7 +135,7 @@ func TestCeilingBesideOthers(t *testing.T) {
 	k.want("ok 0, ok 0", empty, denying)
 	asked := store.takes.Load()
 	d := Decide(t.Context(), c, []Charge{full, shadow, empty, denying})
-	if d.Outcome != Limited || d.Telling != 2 || d.Verdicts[0].Known() || !d.Verdicts[1].Allowed || d.Verdicts[1].Remaining != 9 || d.Verdicts[3].Allowed ||
+	if d.Outcome != Limited || d.Strictest != 2 || d.Verdicts[0].Known() || !d.Verdicts[1].Allowed || d.Verdicts[1].Remaining != 9 || d.Verdicts[3].Allowed ||
 		d.Verdicts[2].Source != CeilingSource || d.Verdicts[3].Source != CeilingSource {
 		t.Errorf("%+v", d)
 	}

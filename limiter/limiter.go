@@ -176,10 +176,10 @@ type Decision struct {
 	Outcome  Outcome
 	Charges  []Charge  // as given
 	Verdicts []Verdict // of the same indexes
-	// Telling is the index of the charge that the answer speaks of, or -1. Of those that denied it is the one that
+	// Strictest is the index of the charge that the answer speaks of, or -1. Of those that denied it is the one that
 	// denies for longest; where none did, the one with the smallest share of its burst left; where there are
 	// several, the first. A shadow charge or one without a verdict is never telling.
-	Telling int
+	Strictest int
 	// Local says that this process decided about an enforced charge in the store's place.
 	Local bool
 }
@@ -187,7 +187,7 @@ type Decision struct {
 // Decide draws charges from the store, all or none, and decides by the answer. Without charges the request is
 // Unmatched and the store is not asked. It is safe for concurrent use.
 func Decide(ctx context.Context, store Store, charges []Charge) Decision {
-	d := Decision{Charges: charges, Telling: -1}
+	d := Decision{Charges: charges, Strictest: -1}
 	if len(charges) == 0 {
 		return d
 	}
@@ -200,8 +200,8 @@ func Decide(ctx context.Context, store Store, charges []Charge) Decision {
 			continue
 		}
 		d.Local = d.Local || v.Source == LocalSource
-		if d.Telling < 0 || d.tells(i, d.Telling) {
-			d.Telling = i
+		if d.Strictest < 0 || d.stricter(i, d.Strictest) {
+			d.Strictest = i
 		}
 	}
 	// The store has not failed a caller that did not wait for it.
@@ -252,7 +252,7 @@ func outcomeOf(charges []Charge, verdicts []Verdict) Outcome {
 func (o Outcome) Spends() bool { return o == Allowed || o == FailedOpen || o == Delegated }
 
 // tells reports whether charge i is more telling than charge j, both with a verdict.
-func (d *Decision) tells(i, j int) bool {
+func (d *Decision) stricter(i, j int) bool {
 	v, w := &d.Verdicts[i], &d.Verdicts[j]
 	if !v.Allowed || !w.Allowed {
 		return v.RetryAfter > w.RetryAfter // 0 where allowed, and at least a microsecond where not

@@ -61,16 +61,16 @@ func TestDecide(t *testing.T) {
 			charges[i] = Charge{Limit: l, Bucket: Bucket{n: 1, p: 1, burst: 10}}
 		}
 		d := Decide(t.Context(), said(tt.verdicts), charges)
-		if d.Outcome != tt.outcome || d.Telling != tt.telling {
-			t.Errorf("%s: %v of %d, want %v of %d", tt.name, d.Outcome, d.Telling, tt.outcome, tt.telling)
+		if d.Outcome != tt.outcome || d.Strictest != tt.telling {
+			t.Errorf("%s: %v of %d, want %v of %d", tt.name, d.Outcome, d.Strictest, tt.outcome, tt.telling)
 		}
 	}
 
 	// A share, not a number: 9 of 10 is more than 50 of 100.
 	large := Charge{Limit: deny, Bucket: Bucket{n: 1, p: 1, burst: 100}}
 	small := Charge{Limit: deny, Bucket: Bucket{n: 1, p: 1, burst: 10}}
-	if d := Decide(t.Context(), said{ok(9), ok(50)}, []Charge{small, large}); d.Telling != 1 {
-		t.Errorf("%d tells", d.Telling)
+	if d := Decide(t.Context(), said{ok(9), ok(50)}, []Charge{small, large}); d.Strictest != 1 {
+		t.Errorf("the strictest is %d, want 1", d.Strictest)
 	}
 }
 

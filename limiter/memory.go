@@ -183,13 +183,13 @@ func (m *Memory) Take(_ context.Context, charges []Charge, verdicts []Verdict) {
 	unlock()
 }
 
-// Looking returns a Store on the same buckets whose Take says what a take would be answered and takes nothing, for people who ask. Where
+// ReadOnly returns a Store on the same buckets whose Take says what a take would be answered and takes nothing, for people who ask. Where
 // there is no room for a key's bucket, it tells of a full one, and not of the one that such keys share.
-func (m *Memory) Looking() Store { return lookingInMemory{m} }
+func (m *Memory) ReadOnly() Store { return readOnlyMemory{m} }
 
-type lookingInMemory struct{ memory *Memory }
+type readOnlyMemory struct{ memory *Memory }
 
-func (l lookingInMemory) Take(_ context.Context, charges []Charge, verdicts []Verdict) {
+func (l readOnlyMemory) Take(_ context.Context, charges []Charge, verdicts []Verdict) {
 	for i := range charges {
 		c := &charges[i]
 		s := &l.memory.shards[l.memory.shardOf(c.Key)]

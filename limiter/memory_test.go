@@ -212,10 +212,10 @@ func TestMemoryInBytes(t *testing.T) {
 }
 
 // A look is answered as a take would be, and takes nothing, nor keeps a bucket for who asked.
-func TestMemoryLooking(t *testing.T) {
+func TestMemoryReadOnly(t *testing.T) {
 	clock := &testClock{t: t, at: begin}
 	m := newMemory("buckets", 1<<20, clock.now, nil, prometheus.NewRegistry())
-	take, look := taker{t, m}, taker{t, m.Looking()}
+	take, look := taker{t, m}, taker{t, m.ReadOnly()}
 	c := charge(bucket(t, 1, time.Second, 3), "a")
 	for range 3 {
 		look.want("ok 3", c.costs(2))

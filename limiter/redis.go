@@ -91,7 +91,7 @@ func newRedis(o RedisOptions, clock string, log *zap.Logger, metrics prometheus.
 	})
 	start := time.Now()
 	r.local = newMemory("local", MemoryBudget()-ceilingBudget(), func() int64 { return time.Since(start).Microseconds() }, log, metrics)
-	if err := r.UseLogin(o); err != nil {
+	if err := r.SetCredentials(o); err != nil {
 		return nil, err
 	}
 	c.CredentialsProviderContext = func(context.Context) (username, password string, err error) {
@@ -112,9 +112,9 @@ func newRedis(o RedisOptions, clock string, log *zap.Logger, metrics prometheus.
 	return r, nil
 }
 
-// UseLogin takes the username and the password of o for all connections from now on, so that a password can change without a
+// SetCredentials takes the username and the password of o for all connections from now on, so that a password can change without a
 // restart. The rest of o is of no meaning; it reports where o is not valid.
-func (r *Redis) UseLogin(o RedisOptions) error {
+func (r *Redis) SetCredentials(o RedisOptions) error {
 	c, err := o.universal()
 	if err != nil {
 		return err

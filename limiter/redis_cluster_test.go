@@ -226,7 +226,7 @@ func TestCluster(t *testing.T) {
 	}
 
 	// Who looks sees the same.
-	looking := taker{t, r.Looking()}
+	looking := taker{t, r.ReadOnly()}
 	for i, v := range looking.take(a, b, c) {
 		if want := int64([]int{996, 997, 0}[i]); v.Remaining != want {
 			t.Errorf("%d: %+v", i, v)

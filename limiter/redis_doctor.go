@@ -12,7 +12,7 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-// Finding is what Check found about one thing.
+// Finding is what Diagnose found about one thing.
 type Finding struct {
 	Name   string
 	Status FindingStatus
@@ -32,14 +32,14 @@ const (
 	Fail FindingStatus = "fail" // takes do not work
 )
 
-// probeKey is the key of a bucket of Check's own under a prefix. The limit's name
+// probeKey is the key of a bucket of Diagnose's own under a prefix. The limit's name
 // is empty, which no limit's is.
 func probeKey(prefix string, n int) string { return fmt.Sprintf("%s::{doctor.%d}", prefix, n) }
 
-// Check looks at a Redis for what goes wrong in practice. It takes from buckets
+// Diagnose looks at a Redis for what goes wrong in practice. It takes from buckets
 // of its own under the prefix, which Redis drops after 5 s. callerTimeout is how
 // long the proxy waits for an answer, 0 where that is not known.
-func (r *Redis) Check(ctx context.Context, prefix string, callerTimeout time.Duration) []Finding {
+func (r *Redis) Diagnose(ctx context.Context, prefix string, callerTimeout time.Duration) []Finding {
 	ctx, cancel := context.WithTimeout(ctx, 2*connectTimeout+r.timeout)
 	defer cancel()
 	var all []Finding
@@ -127,7 +127,7 @@ func (r *Redis) checkMode(ctx context.Context, say sayFinding) bool {
 	return true
 }
 
-// probeBucket is the shape of Check's buckets.
+// probeBucket is the shape of Diagnose's buckets.
 func probeBucket() Bucket {
 	b, err := NewBucket(1000, time.Second, 1000)
 	if err != nil {

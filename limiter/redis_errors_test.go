@@ -125,7 +125,7 @@ func TestRefusals(t *testing.T) {
 					says("Get", err)
 				},
 				func(r *Redis) {
-					findings := r.Check(ctx, "sluice:test", 0)
+					findings := r.Diagnose(ctx, "sluice:test", 0)
 					last := findings[len(findings)-1]
 					if last.Status != Fail || !strings.Contains(last.Detail, tt.want[0]) || !strings.Contains(last.Detail+last.Fix, tt.want[len(tt.want)-1]) {
 						t.Errorf("Check: %+v", findings)
@@ -140,7 +140,7 @@ func TestRefusals(t *testing.T) {
 
 	t.Run("a node of a cluster for a single Redis", func(t *testing.T) {
 		r := openStore(t, RedisOptions{URL: "redis://" + cluster[0].Addr})
-		findings := r.Check(ctx, "sluice:test", 0)
+		findings := r.Diagnose(ctx, "sluice:test", 0)
 		if last := findings[len(findings)-1]; last.Status != Fail || !strings.Contains(last.Fix, "store.redis.mode: cluster") {
 			t.Errorf("%+v", findings)
 		}

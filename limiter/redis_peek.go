@@ -10,13 +10,13 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-// Looking returns a Store on the same buckets whose Take says what a take would be answered and takes nothing: it only reads. It
+// ReadOnly returns a Store on the same buckets whose Take says what a take would be answered and takes nothing: it only reads. It
 // needs the rights to TIME and GET, and is for people who ask, not for requests.
-func (r *Redis) Looking() Store { return looking{r} }
+func (r *Redis) ReadOnly() Store { return readOnlyRedis{r} }
 
-type looking struct{ redis *Redis }
+type readOnlyRedis struct{ redis *Redis }
 
-func (l looking) Take(ctx context.Context, charges []Charge, verdicts []Verdict) {
+func (l readOnlyRedis) Take(ctx context.Context, charges []Charge, verdicts []Verdict) {
 	l.redis.look(ctx, charges, verdicts, make([]bool, len(charges)))
 }
 

@@ -13,12 +13,12 @@ import (
 )
 
 // Who looks is told what a take would be told, and changes nothing.
-func TestLooking(t *testing.T) {
+func TestReadOnly(t *testing.T) {
 	server := redistest.Start(t)
 	client := server.Client()
 	ctx := context.Background()
 	r := newTestRedis(t, server, serverClock)
-	taking, looking := taker{t, r}, taker{t, r.Looking()}
+	taking, looking := taker{t, r}, taker{t, r.ReadOnly()}
 	slow := bucket(t, 1, day, 10)
 	a, b := charge(slow, "a"), charge(slow, "b")
 
@@ -47,8 +47,8 @@ func TestLooking(t *testing.T) {
 		t.Error("looking has changed a bucket")
 	}
 	// All or none: who looks is told that b denies, and a keeps its tokens.
-	d := Decide(ctx, r.Looking(), []Charge{a, b.costs(11)})
-	if d.Outcome != Limited || d.Telling != 1 {
+	d := Decide(ctx, r.ReadOnly(), []Charge{a, b.costs(11)})
+	if d.Outcome != Limited || d.Strictest != 1 {
 		t.Errorf("%+v", d)
 	}
 
@@ -78,7 +78,7 @@ func TestLooking(t *testing.T) {
 	}
 	set(stateMagic + "\x02 of a version to come")
 	verdicts := make([]Verdict, 2)
-	r.Looking().Take(ctx, []Charge{a, b}, verdicts)
+	r.ReadOnly().Take(ctx, []Charge{a, b}, verdicts)
 	if verdicts[0].Err != nil || verdicts[0].Remaining != 3 || KindOf(verdicts[1].Err) != KindState || !errors.Is(verdicts[1].Err, errNewer) {
 		t.Errorf("%+v", verdicts)
 	}
@@ -92,7 +92,7 @@ func TestLooking(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = stranger.Close() }()
-	stranger.Looking().Take(ctx, []Charge{a, b}, verdicts)
+	stranger.ReadOnly().Take(ctx, []Charge{a, b}, verdicts)
 	for _, v := range verdicts {
 		if KindOf(v.Err) != KindAuth {
 			t.Errorf("%+v", v)
@@ -103,7 +103,7 @@ func TestLooking(t *testing.T) {
 	}
 
 	server.Kill()
-	r.Looking().Take(ctx, []Charge{a, b}, verdicts)
+	r.ReadOnly().Take(ctx, []Charge{a, b}, verdicts)
 	for _, v := range verdicts {
 		if KindOf(v.Err) != KindConnection {
 			t.Errorf("%+v", v)
@@ -112,7 +112,7 @@ func TestLooking(t *testing.T) {
 }
 
 // A password that changes is used by the connections that come after.
-func TestUseLogin(t *testing.T) {
+func TestSetCredentials(t *testing.T) {
 	server := redistest.Start(t)
 	client := server.Client()
 	ctx := context.Background()
@@ -142,11 +142,11 @@ func TestUseLogin(t *testing.T) {
 		}
 	}
 	o.Password = "new"
-	if err := r.UseLogin(o); err != nil {
+	if err := r.SetCredentials(o); err != nil {
 		t.Fatal(err)
 	}
 	k.want("ok 8", a)
-	if err := r.UseLogin(RedisOptions{URL: "nonsense", Timeout: 1}); err == nil {
+	if err := r.SetCredentials(RedisOptions{URL: "nonsense", Timeout: 1}); err == nil {
 		t.Error("nonsense is good")
 	}
 }

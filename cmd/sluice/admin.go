@@ -428,9 +428,9 @@ func (a *admin) explain(r *http.Request) (any, error) {
 	}
 	var store limiter.Store
 	if a.sidecar.redis != nil {
-		store = a.sidecar.redis.Looking()
+		store = a.sidecar.redis.ReadOnly()
 	} else {
-		store = a.sidecar.memory.Looking()
+		store = a.sidecar.memory.ReadOnly()
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), humanTimeout)
 	defer cancel()

@@ -70,7 +70,7 @@ func (p *program) doctor(ctx context.Context, config string, envoyTimeout time.D
 			return fmt.Errorf("store.redis: %w", err)
 		}
 		defer func() { _ = redis.Close() }()
-		for _, f := range redis.Check(ctx, cfg.KeyPrefix()+":"+cfg.Domain, envoyTimeout) {
+		for _, f := range redis.Diagnose(ctx, cfg.KeyPrefix()+":"+cfg.Domain, envoyTimeout) {
 			d.Checks = append(d.Checks, diagnosed{f.Name, f.Status, f.Detail, f.Fix})
 		}
 		if cfg.Redis.Mode == limiter.Cluster {

@@ -175,7 +175,7 @@ func (p *program) explain(ctx context.Context, cfg *policy.Config, request *poli
 			return err
 		}
 		defer func() { _ = redis.Close() }()
-		store = redis.Looking()
+		store = redis.ReadOnly()
 	}
 	e, outcome := explain(ctx, cfg, store, request)
 	var err error
@@ -271,9 +271,9 @@ func slotsNote(limits []explainedLimit) string {
 func foresee(ctx context.Context, store limiter.Store, draw policy.Draw) limiter.Decision {
 	switch {
 	case draw.Exempt:
-		return limiter.Decision{Outcome: limiter.Exempt, Telling: -1}
+		return limiter.Decision{Outcome: limiter.Exempt, Strictest: -1}
 	case len(draw.Charges) == 0 && len(draw.Unlimited) > 0 && !draw.Invalid:
-		return limiter.Decision{Outcome: limiter.Allowed, Telling: -1}
+		return limiter.Decision{Outcome: limiter.Allowed, Strictest: -1}
 	}
 	if store == nil {
 		store = limiter.NewMemory(1<<20, nil, prometheus.NewRegistry())

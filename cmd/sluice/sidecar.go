@@ -141,7 +141,7 @@ func (s *sidecar) use(cfg *policy.Config) error {
 		return err
 	}
 	if s.redis != nil {
-		if err := s.redis.UseLogin(*cfg.Redis); err != nil {
+		if err := s.redis.SetCredentials(*cfg.Redis); err != nil {
 			return fmt.Errorf("store.redis: %w", err)
 		}
 	}
@@ -310,7 +310,7 @@ func (s *sidecar) awaitStore(ctx context.Context) {
 		s.log.Info("redis answers: ready")
 	}
 	cfg := s.cfg.Load()
-	for _, f := range s.redis.Check(ctx, cfg.KeyPrefix()+":"+cfg.Domain, 0) {
+	for _, f := range s.redis.Diagnose(ctx, cfg.KeyPrefix()+":"+cfg.Domain, 0) {
 		if f.Status != limiter.OK && !f.Unknown && ctx.Err() == nil {
 			s.log.Warn("Redis: "+f.Name, zap.String("detail", f.Detail), zap.String("fix", f.Fix))
 		}
