@@ -69,7 +69,7 @@ func (r *Redis) takeBack(ctx context.Context, charges []Charge, verdicts []Verdi
 			return
 		}
 	}
-	r.giveAllBack(ctx, &slotTake{charges: slices.Clone(charges), takes: takes, node: node})
+	r.refundAll(ctx, &slotTake{charges: slices.Clone(charges), takes: takes, node: node})
 	for i := range charges {
 		if c := &charges[i]; takes[i].is && !c.Limit.Shadow {
 			verdicts[i] = c.Bucket.verdict(takes[i].before, c.needs(), 0, RedisSource)

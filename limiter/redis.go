@@ -20,25 +20,25 @@ func init() { logging.Disable() }
 
 // Redis is the Store that all sidecars share. It is safe for concurrent use.
 type Redis struct {
-	client   redis.UniversalClient
-	cluster  *redis.ClusterClient // the client, where it is a cluster's; else nil
-	options  RedisOptions
-	login    atomic.Pointer[RedisOptions] // whose username and password new connections use
-	timeout  time.Duration
-	hurried  sync.Once // tells once of a caller with less time than the store has
-	take     script
-	give     script
-	log      *zap.Logger
-	seconds  prometheus.Histogram
-	batches  prometheus.Histogram
-	errors   map[ErrorKind]prometheus.Counter
-	nodes    sync.Map // of *node, by address; as many as a cluster has masters
-	breakers prometheus.GaugeFunc
-	unknown  breaker // of the question who has which of a cluster's slots
+	client       redis.UniversalClient
+	cluster      *redis.ClusterClient // the client, where it is a cluster's; else nil
+	options      RedisOptions
+	login        atomic.Pointer[RedisOptions] // whose username and password new connections use
+	timeout      time.Duration
+	hurried      sync.Once // tells once of a caller with less time than the store has
+	takeScript   script
+	refundScript script
+	log          *zap.Logger
+	seconds      prometheus.Histogram
+	batches      prometheus.Histogram
+	errors       map[ErrorKind]prometheus.Counter
+	nodes        sync.Map // of *node, by address; as many as a cluster has masters
+	breakers     prometheus.GaugeFunc
+	unknown      breaker // of the question who has which of a cluster's slots
 	// slotsKnown says that this was answered once; the library then keeps an
 	// answer for good, and asks again in the background.
 	slotsKnown atomic.Bool
-	gifts      chan struct{} // has a place for each request's gifts that are under way
+	refunds    chan struct{} // has a place for each request whose refund is under way
 	local      *Memory       // in Redis's place, for the limits that say so
 }
 
@@ -60,12 +60,12 @@ func newRedis(o RedisOptions, clock string, log *zap.Logger, metrics prometheus.
 		log = zap.NewNop()
 	}
 	r := &Redis{
-		options: o,
-		timeout: o.Timeout,
-		gifts:   make(chan struct{}, maxGifts),
-		take:    newScript("take", clock),
-		give:    newScript("give", clock),
-		log:     log,
+		options:      o,
+		timeout:      o.Timeout,
+		refunds:      make(chan struct{}, maxRefunds),
+		takeScript:   newScript("take", clock),
+		refundScript: newScript("refund", clock),
+		log:          log,
 		seconds: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name:    "sluice_store_seconds",
 			Help:    "How long Redis took to answer a take, in seconds, failed ones included.",
@@ -374,7 +374,7 @@ func (r *Redis) connect(ctx context.Context, client *redis.Client) (*connection,
 	if err == nil {
 		began := time.Now()
 		// Without a key the script says that it needs one. It is then known, and the first take need not send it.
-		if _, err = r.run(ctx, on, &r.take, 0); on.isUsable(err) {
+		if _, err = r.run(ctx, on, &r.takeScript, 0); on.isUsable(err) {
 			err = nil
 		}
 		on.opened = time.Now()

@@ -12,9 +12,12 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-// A Redis Cluster runs a script on the keys of one hash slot only, also where one node has several slots. So the buckets of a request are
-// taken from slot by slot, all at once, each slot's all or none. Where one then denies, what the others took is given back (give in
-// take.lua says how much), so that the request draws from all of its buckets or from none, but for what refilled meanwhile.
+// A Redis Cluster runs a script on the keys of one hash slot only, even if one
+// node has several slots. So a request takes from its buckets slot by slot, from
+// all slots at once, and within a slot from all buckets or from none. If one slot
+// denies, the others are refunded (refund in take.lua says how much), so that the
+// request draws from all of its buckets or from none, except for what refilled
+// meanwhile.
 
 // hashTag is what decides about a key's slot: its part in braces.
 func hashTag(key string) string {
@@ -82,7 +85,7 @@ func (r *Redis) takeSlots(ctx context.Context, deadline time.Time, charges []Cha
 	if outcomeOf(charges, verdicts).Spends() {
 		return
 	}
-	r.giveAllBack(ctx, all...)
+	r.refundAll(ctx, all...)
 	for _, s := range all {
 		for i, at := range s.indexes {
 			if c := &s.charges[i]; s.takes[i].is && !c.Limit.Shadow {
@@ -93,41 +96,46 @@ func (r *Redis) takeSlots(ctx context.Context, deadline time.Time, charges []Cha
 	}
 }
 
-// maxGifts is how many requests' gifts are under way at once. What is beyond is lost.
-const maxGifts = 1024
+// maxRefunds is how many requests may be refunded at once. Further refunds are
+// dropped, and their tokens are lost.
+const maxRefunds = 1024
 
-// giveAllBack gives back what slots' charges took. It waits for that no longer than ctx, as a slot that did not answer may have used up the
-// request's time; the gifts then go on, with a time of their own, or a node that hangs would cost the buckets on the others their tokens.
-func (r *Redis) giveAllBack(ctx context.Context, slots ...*slotTake) {
+// refundAll refunds what the charges of slots took. It waits until ctx ends at
+// most, as a slot that did not answer may have used up the request's time.
+// Refunds continue after that, with their own timeout, so that one slow node does
+// not cost the other buckets their tokens.
+func (r *Redis) refundAll(ctx context.Context, slots ...*slotTake) {
 	select {
-	case r.gifts <- struct{}{}:
+	case r.refunds <- struct{}{}:
 	default:
 		return
 	}
-	given := make(chan struct{})
+	done := make(chan struct{})
 	go func() {
-		defer func() { <-r.gifts }()
-		defer close(given)
+		defer func() { <-r.refunds }()
+		defer close(done)
 		own, cancel := context.WithTimeout(context.WithoutCancel(ctx), r.timeout)
 		defer cancel()
 		var wg sync.WaitGroup
 		for _, s := range slots {
-			wg.Go(func() { r.giveBack(own, s) })
+			wg.Go(func() { r.refund(own, s) })
 		}
 		wg.Wait()
 	}()
 	select {
-	case <-given:
+	case <-done:
 	case <-ctx.Done():
 	}
 }
 
-// giftSize is the length of one packed argument of give, GIFT_SIZE in the script.
-const giftSize = 28
+// refundSize is the length of one packed argument of refund, REFUND_SIZE in the
+// script.
+const refundSize = 28
 
-// giveBack gives back what a slot's charges took. It is sent once, to the node that had the slot: where the slot has moved, or the node is
-// no master any more, nothing is given, and what was taken is lost.
-func (r *Redis) giveBack(ctx context.Context, s *slotTake) {
+// refund puts back what the charges of a slot took. It is sent once, to the node
+// that had the slot: if the slot has moved, or the node is no longer a master,
+// nothing is put back, and the tokens are lost.
+func (r *Redis) refund(ctx context.Context, s *slotTake) {
 	var charges []Charge
 	var packed []byte
 	for i := range s.charges {
@@ -147,10 +155,10 @@ func (r *Redis) giveBack(ctx context.Context, s *slotTake) {
 	for i := range charges {
 		args = append(args, charges[i].Key)
 	}
-	for gift := range slices.Chunk(packed, giftSize) {
-		args = append(args, gift)
+	for one := range slices.Chunk(packed, refundSize) {
+		args = append(args, one)
 	}
-	if _, err := r.run(ctx, s.node, &r.give, args...); err != nil {
+	if _, err := r.run(ctx, s.node, &r.refundScript, args...); err != nil {
 		r.errors[storeError(err).Kind].Inc()
 	}
 }
@@ -167,7 +175,7 @@ func (r *Redis) callSlots(ctx context.Context, on *connection, batch []*pending)
 	pipe := on.Pipeline()
 	for tag, takes := range bySlot {
 		r.batches.Observe(float64(len(takes)))
-		calls[tag] = once{redis.NewStringCmd(ctx, append([]any{"evalsha", r.take.sha}, takeArgs(takes)...)...)}
+		calls[tag] = once{redis.NewStringCmd(ctx, append([]any{"evalsha", r.takeScript.sha}, takeArgs(takes)...)...)}
 		_ = pipe.Process(ctx, calls[tag])
 	}
 	_, execErr := pipe.Exec(ctx)

@@ -15,8 +15,9 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// gift is what give in take.lua gives back of a cost, some microseconds after the take: what did not refill meanwhile.
-func gift(b Bucket, cost, elapsed int64) level {
+// refundOf returns what refund in take.lua puts back of a cost, some microseconds
+// after the take: what did not refill meanwhile.
+func refundOf(b Bucket, cost, elapsed int64) level {
 	if elapsed < 0 {
 		return level{}
 	}
@@ -28,8 +29,8 @@ func gift(b Bucket, cost, elapsed int64) level {
 	return back
 }
 
-// given is a bucket's level with a gift.
-func given(b Bucket, l, back level) level {
+// refunded returns a level of b after a refund.
+func refunded(b Bucket, l, back level) level {
 	l.tokens, l.frac = l.tokens+back.tokens, l.frac+back.frac
 	if l.frac >= b.p {
 		l.tokens, l.frac = l.tokens+1, l.frac-b.p
@@ -40,15 +41,16 @@ func given(b Bucket, l, back level) level {
 	return l
 }
 
-// The script gives back what gift says, to the digit, and where something is stored only.
-func TestScriptAgreesWithGift(t *testing.T) {
+// The script refunds exactly what refundOf says, and only to a bucket that is
+// stored.
+func TestScriptAgreesWithRefund(t *testing.T) {
 	setRapidChecks(t, 2000)
 	server := redistest.Start(t)
 	client := server.Client()
 	clock := &testClock{t: t, client: client}
 	r := newTestRedis(t, server, keyClock)
 	ctx := context.Background()
-	gifts := 0
+	refunds := 0
 	rapid.Check(t, func(t *rapid.T) {
 		clock.set(begin)
 		b := anyBucket().Draw(t, "bucket")
@@ -66,15 +68,15 @@ func TestScriptAgreesWithGift(t *testing.T) {
 		clock.set(begin + elapsed)
 		stored := client.Get(ctx, c.Key).Val()
 		want, _ := draw(decode(t, stored), b, begin+elapsed)
-		want = given(b, want, gift(b, c.Cost, elapsed))
+		want = refunded(b, want, refundOf(b, c.Cost, elapsed))
 		s := &slotTake{charges: []Charge{c}, verdicts: verdicts, takes: takes, node: client}
-		r.giveBack(ctx, s)
-		if back := gift(b, c.Cost, elapsed); back == (level{}) {
+		r.refund(ctx, s)
+		if back := refundOf(b, c.Cost, elapsed); back == (level{}) {
 			if got := client.Get(ctx, c.Key).Val(); got != stored {
-				t.Fatalf("nothing to give, and the state changed")
+				t.Fatalf("nothing to refund, and the state changed")
 			}
 		} else if got, err := client.Get(ctx, c.Key).Result(); err == nil {
-			gifts++
+			refunds++
 			if s := decode(t, got); s.level != want || s.at != begin+elapsed {
 				t.Fatalf("%+v at %d, want %+v at %d", s.level, s.at, want, begin+elapsed)
 			}
@@ -85,23 +87,24 @@ func TestScriptAgreesWithGift(t *testing.T) {
 		if err := client.Del(ctx, c.Key).Err(); err != nil {
 			t.Fatal(err)
 		}
-		r.giveBack(ctx, s)
+		r.refund(ctx, s)
 		if client.Exists(ctx, c.Key).Val() != 0 {
-			t.Fatal("an absent bucket, which is full, was given something")
+			t.Fatal("an absent bucket, which is full, was stored by a refund")
 		}
 	})
-	if gifts < 500 {
-		t.Errorf("only %d gifts", gifts)
+	if refunds < 500 {
+		t.Errorf("only %d refunds", refunds)
 	}
 }
 
-// Giving back keeps the bound: over any interval, what was granted and kept is at most burst + rate·t, however takes and gifts fall.
-// Giving the whole cost back does not, which shows that the test can tell.
-func TestGiftsKeepTheBound(t *testing.T) {
+// Refunds keep the bound: over any interval, what was granted and kept is at most
+// burst + rate·t, in whatever order takes and refunds come.
+// Refunding the whole cost does not, which shows that the test can fail.
+func TestRefundsKeepTheBound(t *testing.T) {
 	broken := map[string]int{}
 	const runs = 1000
 	for name, back := range map[string]func(b Bucket, cost, elapsed int64) level{
-		"gift":           gift,
+		"refund":         refundOf,
 		"the whole cost": func(_ Bucket, cost, _ int64) level { return level{tokens: cost} },
 	} {
 		random := rand.New(rand.NewPCG(7, 7))
@@ -115,7 +118,7 @@ func TestGiftsKeepTheBound(t *testing.T) {
 			}
 		}
 	}
-	if broken["gift"] != 0 || broken["the whole cost"] < runs/10 {
+	if broken["refund"] != 0 || broken["the whole cost"] < runs/10 {
 		t.Errorf("runs in which the bound broke, of %d: %v", runs, broken)
 	}
 	t.Logf("runs in which the bound broke, of %d: %v", runs, broken)
@@ -134,7 +137,7 @@ func boundHolds(b Bucket, random *rand.Rand, back func(Bucket, int64, int64) lev
 		if len(pending) > 0 && random.IntN(2) == 0 {
 			p := pending[0]
 			pending = pending[1:]
-			s = state{shape: b, level: given(b, l, back(b, p.cost, now-p.at)), at: now}
+			s = state{shape: b, level: refunded(b, l, back(b, p.cost, now-p.at)), at: now}
 			continue
 		}
 		cost := 1 + random.Int64N(b.burst)

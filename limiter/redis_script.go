@@ -17,8 +17,9 @@ import (
 //go:embed take.lua
 var takeLua string
 
-// serverClock is the script's last line: what it does is a function of the instant, and this asks Redis for it, once. %s is take or
-// give.
+// serverClock is the last line of a script. The functions of take.lua depend on
+// the time only through their argument, and this line asks Redis for it, once.
+// %s is the function: take or refund.
 const serverClock = "local t = redis.call('TIME') return %s(t[1] * 1000000 + t[2])\n"
 
 // script is a text that Redis runs, and knows by its hash.
@@ -42,7 +43,7 @@ func (once) NoRetry() bool { return true }
 // call calls the script for takes of one slot.
 func (r *Redis) call(ctx context.Context, on processor, batch []*pending) error {
 	r.batches.Observe(float64(len(batch)))
-	reply, err := r.run(ctx, on, &r.take, takeArgs(batch)...)
+	reply, err := r.run(ctx, on, &r.takeScript, takeArgs(batch)...)
 	if err != nil {
 		return err
 	}

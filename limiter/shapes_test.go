@@ -133,7 +133,7 @@ func shapesRedis(t *testing.T, o RedisOptions) (s shapesStore) {
 	s.clock = func(at int64) {
 		now = at
 		for _, r := range stores {
-			r.take = newScript("take", fmt.Sprintf("return %%s(%d)", at))
+			r.takeScript = newScript("take", fmt.Sprintf("return %%s(%d)", at))
 		}
 	}
 	runs := 0

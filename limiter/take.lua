@@ -22,8 +22,8 @@ local STATE, STATE_SIZE = '>c2BI4I6I7I4I7I6', 37
 -- Version 2 has another shape behind it (burst, n, p): bucket.go says which. It is written only where there is one.
 local MIXED, MIXED_SIZE = '>c2BI4I6I7I4I7I6I4I7I6', 54
 local CHARGE, CHARGE_SIZE = '>I7I6I4I4B', 22
--- What is given back: as a charge, with the instant of the take in the place of what holds others back.
-local GIFT, GIFT_SIZE = '>I7I6I4I4I7', 28
+-- A refund is a charge with the instant of its take in the place of hold.
+local REFUND, REFUND_SIZE = '>I7I6I4I4I7', 28
 
 local MAX_N, MIN_P, MAX_P, MAX_TOKENS, MAX_TIME = 1e15, 1e6, 31622400000000, 1e9, 2^53
 -- Milliseconds that a bucket is kept after it is full again: no rounding, and no lag between the clocks that Redis has for TIME and for
@@ -270,7 +270,7 @@ local function take(now)
   for b = 1, buckets do
     if changed[b] then
       local done = store(names[b], tokens[b], fracs[b], now, was_burst[b], was_n[b], was_p[b], obst[b], on[b], op[b])
-      if done.err then -- the buckets before it stay charged: tokens lost, never given
+      if done.err then -- the buckets before it stay charged: tokens are lost, never granted twice
         trouble[b] = code(done.err)
       end
     end
@@ -288,18 +288,18 @@ local function take(now)
   return struct.pack('>I7', now) .. table.concat(reply)
 end
 
--- give puts back what a request took from these buckets and then did not need, as another node's bucket denied it. Put back whole it
+-- refund puts back what a request took from these buckets and then did not need, as another node's bucket denied it. Put back whole it
 -- would break the bound: meanwhile the bucket refilled, and had it been full it would have lost what came. So what refilled since the
 -- take is kept back; where the clock went back, all of it. An absent bucket is full.
-local function give(now)
+local function refund(now)
   if #ARGV ~= #KEYS then
     return redis.error_reply('SLUICE one argument for each key')
   end
   for i = 1, #KEYS do
-    if #ARGV[i] ~= GIFT_SIZE then
-      return redis.error_reply('SLUICE an argument is not ' .. GIFT_SIZE .. ' bytes')
+    if #ARGV[i] ~= REFUND_SIZE then
+      return redis.error_reply('SLUICE an argument is not ' .. REFUND_SIZE .. ' bytes')
     end
-    local n, p, burst, cost, at = struct.unpack(GIFT, ARGV[i])
+    local n, p, burst, cost, at = struct.unpack(REFUND, ARGV[i])
     if not shape_ok(burst, n, p) or cost > burst then
       return redis.error_reply('SLUICE an argument is out of range')
     end
