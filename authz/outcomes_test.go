@@ -94,7 +94,7 @@ func testOutcomes(t *testing.T, o limiter.RedisOptions, newer string, buckets []
 		client = redis.NewClient(&redis.Options{Network: "unix", Addr: strings.TrimPrefix(o.URL, "unix://")})
 	}
 	t.Cleanup(func() { _ = client.Close() })
-	testOutcomesOf(t, r, r.ReadOnly(), func(key string) {
+	testOutcomesOf(t, limiter.NewFallback(r, nil, prometheus.NewRegistry()), r.ReadOnly(), func(key string) {
 		if err := client.Set(t.Context(), key, newer, time.Minute).Err(); err != nil {
 			t.Fatal(err)
 		}

@@ -3,14 +3,57 @@ package limiter
 import (
 	"context"
 	"errors"
-	"slices"
+	"time"
 
-	"github.com/redis/go-redis/v9"
+	"github.com/prometheus/client_golang/prometheus"
+	"go.uber.org/zap"
 )
 
-// Where a limit says so, this process limits by itself while Redis does not answer: each key has a bucket here, of this sidecar's share of
-// the limit's rate and burst. These buckets outlive outages, so that a Redis that comes and goes grants no burst each time; and while
-// Redis answers they are held to what it says is left, so that an outage grants nobody what was used up before it.
+// Fallback is a Store over a Redis. While Redis does not answer, it decides in
+// this process about the charges whose limit has the failure mode Local. Each key
+// has a bucket here, of this sidecar's share of the limit's rate and burst
+// (Charge.Local).
+//
+// These buckets outlive outages, so that a Redis that comes and goes does not
+// grant a burst each time. While Redis answers they are held to what it says is
+// left, so that an outage grants nobody what was used up before it.
+//
+// It is safe for concurrent use. Run sweeps it.
+type Fallback struct {
+	redis  *Redis
+	memory *Memory
+}
+
+var _ Store = (*Fallback)(nil)
+
+// NewFallback returns a Fallback over a Redis, with empty buckets that take at
+// most the bytes of MemoryBudget that a Ceiling leaves. A nil log logs nothing.
+func NewFallback(redis *Redis, log *zap.Logger, metrics prometheus.Registerer) *Fallback {
+	start := time.Now()
+	now := func() int64 { return time.Since(start).Microseconds() }
+	return &Fallback{redis: redis, memory: newMemory("local", MemoryBudget()-ceilingBudget(), now, log, metrics)}
+}
+
+// Run sweeps its buckets every few seconds until ctx ends. It does not run the
+// Redis.
+func (f *Fallback) Run(ctx context.Context) { f.memory.Run(ctx) }
+
+// Take is Store's. It ends when the Take of the Redis would.
+func (f *Fallback) Take(ctx context.Context, charges []Charge, verdicts []Verdict) {
+	if !anyLocal(charges) {
+		f.redis.Take(ctx, charges, verdicts)
+		return
+	}
+	defer f.redis.observe(time.Now())
+	deadline := f.redis.deadline(ctx)
+	ctx, cancel := context.WithDeadline(ctx, deadline)
+	defer cancel()
+	parts := f.redis.takeSlots(ctx, deadline, charges, verdicts)
+	f.decide(charges, verdicts)
+	if !outcomeOf(charges, verdicts).Spends() {
+		f.redis.refundAll(ctx, parts, verdicts)
+	}
+}
 
 func anyLocal(charges []Charge) bool {
 	for i := range charges {
@@ -23,57 +66,36 @@ func anyLocal(charges []Charge) bool {
 
 func isLocal(c *Charge) bool { return c.Limit.OnFailure == Local && !c.Limit.Shadow }
 
-// fallBack decides here about the charges for which Redis failed and that say so.
-// It takes nothing where the request is refused already.
-func (r *Redis) fallBack(charges []Charge, verdicts []Verdict) {
+// decide decides about the charges for which Redis failed and whose limit says
+// Local. It takes nothing if the request is refused already.
+func (f *Fallback) decide(charges []Charge, verdicts []Verdict) {
 	var indexes []int
-	var here []Charge
+	var failed []Charge
 	for i := range charges {
 		c, v := &charges[i], &verdicts[i]
 		switch {
 		case !isLocal(c):
-		case errors.Is(v.Err, context.Canceled): // nobody waits for an answer, so that none is looked for here
+		case errors.Is(v.Err, context.Canceled): // nobody waits for the verdict
 		case v.Err != nil:
 			local := *c
 			local.Bucket = c.Local
-			indexes, here = append(indexes, i), append(here, local)
+			indexes, failed = append(indexes, i), append(failed, local)
 		case v.Source == RedisSource && v.Remaining < c.Local.burst:
-			r.local.lower(c.Key, c.Local, v.Remaining)
+			f.memory.lower(c.Key, c.Local, v.Remaining)
 		}
 	}
-	if len(here) == 0 {
+	if len(failed) == 0 {
 		return
 	}
-	if !outcomeOf(charges, verdicts).Spends() { // what is told is what there is
-		for i := range here {
-			here[i].Cost, here[i].Refused = 0, false
+	if !outcomeOf(charges, verdicts).Spends() { // report what the buckets hold
+		for i := range failed {
+			failed[i].Cost, failed[i].Refused = 0, false
 		}
 	}
-	said := make([]Verdict, len(here))
-	r.local.Take(context.Background(), here, said)
+	decided := make([]Verdict, len(failed))
+	f.memory.Take(context.Background(), failed, decided)
 	for i, at := range indexes {
-		verdicts[at] = said[i]
+		verdicts[at] = decided[i]
 		verdicts[at].Source = LocalSource
-	}
-}
-
-// takeBack gives back what a script took for a request that was then refused.
-func (r *Redis) takeBack(ctx context.Context, charges []Charge, verdicts []Verdict, takes []taken) {
-	if !slices.ContainsFunc(takes, func(t taken) bool { return t.is }) {
-		return
-	}
-	node, ok := r.client.(*redis.Client)
-	if !ok {
-		var err error
-		if node, err = r.masterFor(ctx, charges[0].Key); err != nil {
-			return
-		}
-	}
-	r.refundAll(ctx, &slotTake{charges: slices.Clone(charges), takes: takes, node: node})
-	for i := range charges {
-		if c := &charges[i]; takes[i].is && !c.Limit.Shadow {
-			verdicts[i] = c.Bucket.verdict(takes[i].before, c.needs(), 0, RedisSource)
-			verdicts[i].at = takes[i].at
-		}
 	}
 }

@@ -6,6 +6,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
@@ -20,7 +22,7 @@ func (c Charge) under(part float64) Charge {
 // While Redis does not answer, this process grants its part and no more, however often Redis comes and goes.
 func TestLocal(t *testing.T) {
 	server := redistest.Start(t, "--appendonly", "yes", "--appendfsync", "always")
-	r := newTestRedis(t, server, serverClock)
+	r := NewFallback(newTestRedis(t, server, serverClock), nil, prometheus.NewRegistry())
 	k := taker{t, r}
 	a := charge(bucket(t, 1, day, 10), "a").under(.5)
 	plain := charge(bucket(t, 1, day, 10), "plain").costs(0) // which nobody answers for but Redis
@@ -49,14 +51,14 @@ func TestLocal(t *testing.T) {
 	}
 	for range 2 { // it comes and goes: neither fills the local bucket
 		server.Restart()
-		waitForAnswer(t, r, plain)
+		waitForAnswer(t, r.redis, plain)
 		server.Kill()
 		if n := take(5, a); n != 0 {
 			t.Errorf("%d granted by a flap", n)
 		}
 	}
 	server.Restart()
-	waitForAnswer(t, r, plain)
+	waitForAnswer(t, r.redis, plain)
 	if d := Decide(context.Background(), r, []Charge{a}); d.Local || d.Verdicts[0].Source != RedisSource || d.Verdicts[0].Remaining != 6 {
 		t.Errorf("%+v", d)
 	}
@@ -88,7 +90,7 @@ func TestLocal(t *testing.T) {
 // One bucket's trouble is decided here, and what the script then took of the others goes back where that denies.
 func TestLocalBesideRedis(t *testing.T) {
 	server := redistest.Start(t)
-	r := newTestRedis(t, server, serverClock)
+	r := NewFallback(newTestRedis(t, server, serverClock), nil, prometheus.NewRegistry())
 	ctx := context.Background()
 	newer, good := charge(bucket(t, 1, day, 10), "newer").under(.1), charge(bucket(t, 1, day, 10), "good")
 	if err := server.Client().Set(ctx, newer.Key, stateMagic+"\x02", 0).Err(); err != nil {

@@ -71,6 +71,7 @@ type Verdict struct {
 	// request, nothing was taken all the same.
 	Allowed    bool
 	Source     Source
+	taken      bool          // the store took the cost, and was not told to refund it
 	Remaining  int64         // whole tokens that the bucket holds now
 	RetryAfter time.Duration // until it holds the cost; 0 where Allowed, Never where the cost is above the burst
 	FullAfter  time.Duration // until it is full; 0 where it is

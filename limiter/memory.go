@@ -61,7 +61,7 @@ var _ Store = (*Memory)(nil)
 
 // MemoryBudget is how many bytes a process spends on what it keeps for checks:
 // enough for a million buckets with keys of 60 bytes, or a quarter of GOMEMLIMIT
-// where that is less. NewMemory takes all of it; a Redis and a Ceiling share it.
+// where that is less. A Memory takes all of it; a Fallback and a Ceiling share it.
 func MemoryBudget() int64 {
 	limit := debug.SetMemoryLimit(-1) // asks, and changes nothing
 	return min(maxMemory, limit/4)
@@ -160,8 +160,9 @@ func (m *Memory) Take(_ context.Context, charges []Charge, verdicts []Verdict) {
 	spends := outcomeOf(charges, verdicts).Spends()
 	for i := range charges {
 		c, s := &charges[i], &slots[i]
+		isTaken := verdicts[i].Allowed && (spends || c.Limit.Shadow)
 		var taken int64
-		if verdicts[i].Allowed && (spends || c.Limit.Shadow) {
+		if isTaken {
 			taken = c.Cost
 		}
 		if taken > 0 || s.moved {
@@ -175,7 +176,7 @@ func (m *Memory) Take(_ context.Context, charges []Charge, verdicts []Verdict) {
 			m.release(1, entrySize(s.key)) // nothing was taken from a full bucket: it stays absent
 		}
 		verdicts[i] = c.Bucket.verdict(s.before, c.needs(), taken, MemorySource)
-		verdicts[i].at = now
+		verdicts[i].at, verdicts[i].taken = now, isTaken
 	}
 	if shared {
 		m.overflow.mu.Unlock()

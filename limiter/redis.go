@@ -39,7 +39,6 @@ type Redis struct {
 	// answer for good, and asks again in the background.
 	slotsKnown atomic.Bool
 	refunds    chan struct{} // has a place for each request whose refund is under way
-	local      *Memory       // in Redis's place, for the limits that say so
 }
 
 var _ Store = (*Redis)(nil)
@@ -89,8 +88,6 @@ func newRedis(o RedisOptions, clock string, log *zap.Logger, metrics prometheus.
 		})
 		return open
 	})
-	start := time.Now()
-	r.local = newMemory("local", MemoryBudget()-ceilingBudget(), func() int64 { return time.Since(start).Microseconds() }, log, metrics)
 	if err := r.SetCredentials(o); err != nil {
 		return nil, err
 	}
@@ -127,11 +124,8 @@ func (r *Redis) SetCredentials(o RedisOptions) error {
 	return nil
 }
 
-// Run sweeps what is kept in this process for outages, and keeps connections ready, until ctx ends.
+// Run keeps connections ready until ctx ends.
 func (r *Redis) Run(ctx context.Context) {
-	var wg sync.WaitGroup
-	wg.Go(func() { r.local.Run(ctx) })
-	defer wg.Wait()
 	tick := time.NewTicker(refreshesEvery)
 	defer tick.Stop()
 	for {
@@ -204,57 +198,47 @@ func (r *Redis) eachMaster(ctx context.Context, do func(context.Context, *redis.
 // deadlineMargin is what a take leaves of its caller's time for the answer's own way.
 const deadlineMargin = 5 * time.Millisecond
 
-// Take is Store's, in one round trip, which it may share with other takes; on a cluster in one for each hash slot, all at once. It ends
-// within the store's timeout, and deadlineMargin before the caller's deadline.
+// Take is Store's. It makes one round trip, which it may share with other takes;
+// on a cluster one for each hash slot, all at once. It ends within the store's
+// timeout, and deadlineMargin before the caller's deadline.
 func (r *Redis) Take(ctx context.Context, charges []Charge, verdicts []Verdict) {
-	start := time.Now()
-	deadline := start.Add(r.timeout)
+	defer r.observe(time.Now())
+	deadline := r.deadline(ctx)
+	if r.cluster != nil {
+		r.takeCluster(ctx, deadline, charges, verdicts)
+		return
+	}
+	r.takeSlot(ctx, deadline, charges, verdicts)
+}
+
+// observe records how long a take took that began at start.
+func (r *Redis) observe(start time.Time) { r.seconds.Observe(time.Since(start).Seconds()) }
+
+// deadline returns when a take that begins now has to have ended.
+func (r *Redis) deadline(ctx context.Context) time.Time {
+	now := time.Now()
+	deadline := now.Add(r.timeout)
 	if d, ok := ctx.Deadline(); ok && d.Add(-deadlineMargin).Before(deadline) {
 		deadline = d.Add(-deadlineMargin)
 	}
-	local := anyLocal(charges)
-	if left := deadline.Sub(start); left > 0 && left+deadlineMargin < r.timeout {
+	if left := deadline.Sub(now); left > 0 && left+deadlineMargin < r.timeout {
 		r.hurried.Do(func() {
 			r.log.Warn("store.redis.timeout is longer than the caller waits: keep it below the timeout of Envoy's ext_authz filter",
 				zap.Duration("timeout", r.timeout), zap.Duration("caller", left+deadlineMargin))
 		})
 	}
-	if r.cluster != nil || local { // what may be asked besides takes
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithDeadline(ctx, deadline)
-		defer cancel()
-	}
-	switch {
-	case r.cluster != nil && len(charges) > 1 && !oneSlot(charges):
-		r.takeSlots(ctx, deadline, charges, verdicts)
-	case !local:
-		r.takeSlot(ctx, deadline, charges, verdicts, nil)
-	default:
-		takes := make([]taken, len(charges))
-		r.takeSlot(ctx, deadline, charges, verdicts, takes)
-		r.fallBack(charges, verdicts)
-		if !outcomeOf(charges, verdicts).Spends() {
-			r.takeBack(ctx, charges, verdicts, takes)
-		}
-	}
-	r.seconds.Observe(time.Since(start).Seconds())
+	return deadline
 }
 
-// taken is what becomes known of a take besides its verdict: whether tokens were taken, when by the node's clock, and of what.
-type taken struct {
-	is     bool
-	at     int64 // microseconds
-	before level
-}
-
-// takeSlot takes from buckets of one slot. takes may be nil.
-func (r *Redis) takeSlot(ctx context.Context, deadline time.Time, charges []Charge, verdicts []Verdict, takes []taken) {
+// takeSlot takes from buckets that are all in one hash slot. The script takes
+// from all of them or from none.
+func (r *Redis) takeSlot(ctx context.Context, deadline time.Time, charges []Charge, verdicts []Verdict) {
 	n, err := r.nodeOf(ctx, charges[0].Key)
 	if err == nil {
 		t := newPending(charges, deadline)
 		var abandoned bool
 		if abandoned, err = n.do(ctx, t); err == nil {
-			err = r.read(t.at, t.reply, charges, verdicts, takes)
+			err = r.read(t.at, t.reply, charges, verdicts)
 		}
 		if !abandoned {
 			if size, ok := ctx.Value(batchSize{}).(*atomic.Int32); ok {

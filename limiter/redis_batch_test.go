@@ -563,7 +563,7 @@ func TestBatchAgreesWithDraw(t *testing.T) {
 			}
 			for i, charges := range requests {
 				got, want := make([]Verdict, len(charges)), make([]Verdict, len(charges))
-				if err := r.read(batch[i].at, batch[i].reply, charges, got, nil); err != nil {
+				if err := r.read(batch[i].at, batch[i].reply, charges, got); err != nil {
 					t.Fatal(err)
 				}
 				m.Take(ctx, charges, want)

@@ -35,16 +35,42 @@ func oneSlot(charges []Charge) bool {
 	return true
 }
 
-// slotTake is the part of a take that is in one slot.
+// takeCluster is Take on a cluster.
+func (r *Redis) takeCluster(ctx context.Context, deadline time.Time, charges []Charge, verdicts []Verdict) {
+	ctx, cancel := context.WithDeadline(ctx, deadline) // for the lookup of slots, and for refunds
+	defer cancel()
+	if oneSlot(charges) {
+		r.takeSlot(ctx, deadline, charges, verdicts)
+		return
+	}
+	parts := r.takeSlots(ctx, deadline, charges, verdicts)
+	if !outcomeOf(charges, verdicts).Spends() {
+		r.refundAll(ctx, parts, verdicts)
+	}
+}
+
+// slotTake is the part of a take that is in one slot: what a refund needs. It
+// shares no slice with the take's caller.
 type slotTake struct {
 	indexes  []int // of the request's charges
 	charges  []Charge
 	verdicts []Verdict
-	takes    []taken
-	node     *redis.Client // that had the slot before the take; nil where it is not known
+	// node had the slot before the take; nil if that is unknown. If the take has
+	// one slot only, refundAll looks it up.
+	node *redis.Client
 }
 
-func (r *Redis) takeSlots(ctx context.Context, deadline time.Time, charges []Charge, verdicts []Verdict) {
+// takeSlots takes slot by slot and returns the parts, which the caller refunds if
+// the request does not spend what it took.
+func (r *Redis) takeSlots(ctx context.Context, deadline time.Time, charges []Charge, verdicts []Verdict) []*slotTake {
+	if r.cluster == nil || oneSlot(charges) {
+		r.takeSlot(ctx, deadline, charges, verdicts)
+		only := &slotTake{charges: slices.Clone(charges), verdicts: slices.Clone(verdicts)}
+		for i := range charges {
+			only.indexes = append(only.indexes, i)
+		}
+		return []*slotTake{only}
+	}
 	bySlot := make(map[string]*slotTake)
 	var all []*slotTake
 	for i := range charges {
@@ -58,19 +84,20 @@ func (r *Redis) takeSlots(ctx context.Context, deadline time.Time, charges []Cha
 	}
 	var wg sync.WaitGroup
 	for _, s := range all {
-		s.verdicts, s.takes = make([]Verdict, len(s.charges)), make([]taken, len(s.charges))
+		s.verdicts = make([]Verdict, len(s.charges))
 		wg.Go(func() {
 			defer func() {
 				if recover() != nil { // the request's own goroutine is another, and must learn of it
 					failAll(s.verdicts, &StoreError{Kind: KindOther, Err: errPanicked})
 				}
 			}()
-			// Not through the cluster's client: what is given back must go to the node that took it, and to no other.
+			// The refund must go to the node that took the tokens and to no
+			// other, and the cluster's client might choose another one.
 			var err error
 			if s.node, err = r.masterFor(ctx, s.charges[0].Key); err != nil {
 				s.node = nil
 			}
-			r.takeSlot(ctx, deadline, s.charges, s.verdicts, s.takes)
+			r.takeSlot(ctx, deadline, s.charges, s.verdicts)
 		})
 	}
 	wg.Wait()
@@ -79,52 +106,63 @@ func (r *Redis) takeSlots(ctx context.Context, deadline time.Time, charges []Cha
 			verdicts[at] = s.verdicts[i]
 		}
 	}
-	if anyLocal(charges) {
-		r.fallBack(charges, verdicts)
-	}
-	if outcomeOf(charges, verdicts).Spends() {
-		return
-	}
-	r.refundAll(ctx, all...)
-	for _, s := range all {
-		for i, at := range s.indexes {
-			if c := &s.charges[i]; s.takes[i].is && !c.Limit.Shadow {
-				verdicts[at] = c.Bucket.verdict(s.takes[i].before, c.needs(), 0, RedisSource)
-				verdicts[at].at = s.takes[i].at
-			}
-		}
-	}
+	return all
 }
 
 // maxRefunds is how many requests may be refunded at once. Further refunds are
 // dropped, and their tokens are lost.
 const maxRefunds = 1024
 
-// refundAll refunds what the charges of slots took. It waits until ctx ends at
-// most, as a slot that did not answer may have used up the request's time.
-// Refunds continue after that, with their own timeout, so that one slow node does
-// not cost the other buckets their tokens.
-func (r *Redis) refundAll(ctx context.Context, slots ...*slotTake) {
+// refundAll refunds what the parts of a take took, and makes their verdicts those
+// of a request that took nothing. It waits until ctx ends at most, as a slot that
+// did not answer may have used up the request's time. Refunds continue after
+// that, with their own timeout, so that one slow node does not cost the other
+// buckets their tokens.
+func (r *Redis) refundAll(ctx context.Context, parts []*slotTake, verdicts []Verdict) {
+	if len(parts) == 1 {
+		only := parts[0]
+		if !slices.ContainsFunc(only.verdicts, func(v Verdict) bool { return v.taken }) {
+			return
+		}
+		var ok bool
+		if only.node, ok = r.client.(*redis.Client); !ok {
+			var err error
+			if only.node, err = r.masterFor(ctx, only.charges[0].Key); err != nil {
+				return
+			}
+		}
+	}
 	select {
 	case r.refunds <- struct{}{}:
-	default:
-		return
-	}
-	done := make(chan struct{})
-	go func() {
-		defer func() { <-r.refunds }()
-		defer close(done)
-		own, cancel := context.WithTimeout(context.WithoutCancel(ctx), r.timeout)
-		defer cancel()
-		var wg sync.WaitGroup
-		for _, s := range slots {
-			wg.Go(func() { r.refund(own, s) })
+		done := make(chan struct{})
+		go func() {
+			defer func() { <-r.refunds }()
+			defer close(done)
+			own, cancel := context.WithTimeout(context.WithoutCancel(ctx), r.timeout)
+			defer cancel()
+			var wg sync.WaitGroup
+			for _, s := range parts {
+				wg.Go(func() { r.refund(own, s) })
+			}
+			wg.Wait()
+		}()
+		select {
+		case <-done:
+		case <-ctx.Done():
 		}
-		wg.Wait()
-	}()
-	select {
-	case <-done:
-	case <-ctx.Done():
+	default:
+	}
+	for _, s := range parts {
+		for i, at := range s.indexes {
+			c, v := &s.charges[i], &s.verdicts[i]
+			if !v.taken || c.Limit.Shadow {
+				continue
+			}
+			before := v.left
+			before.tokens += c.Cost
+			verdicts[at] = c.Bucket.verdict(before, c.needs(), 0, RedisSource)
+			verdicts[at].at = v.at
+		}
 	}
 }
 
@@ -140,12 +178,12 @@ func (r *Redis) refund(ctx context.Context, s *slotTake) {
 	var packed []byte
 	for i := range s.charges {
 		c := &s.charges[i]
-		if !s.takes[i].is || c.Limit.Shadow || c.Cost == 0 {
+		if !s.verdicts[i].taken || c.Limit.Shadow || c.Cost == 0 {
 			continue
 		}
 		packed = appendShape(packed, c.Bucket)
 		packed = binary.BigEndian.AppendUint32(packed, uint32(c.Cost))
-		packed = append56(packed, uint64(s.takes[i].at))
+		packed = append56(packed, uint64(s.verdicts[i].at))
 		charges = append(charges, *c)
 	}
 	if len(charges) == 0 || s.node == nil {

@@ -56,12 +56,12 @@ func TestScriptAgreesWithRefund(t *testing.T) {
 		b := anyBucket().Draw(t, "bucket")
 		c := charge(b, "g")
 		c.Cost = rapid.Int64Range(1, b.burst).Draw(t, "cost")
-		verdicts, takes := make([]Verdict, 1), make([]taken, 1)
+		verdicts := make([]Verdict, 1)
 		first := charge(b, "g")
 		first.Cost = rapid.Int64Range(0, b.burst-c.Cost).Draw(t, "before")
-		r.takeSlot(ctx, time.Now().Add(time.Minute), []Charge{first}, verdicts, nil)
-		r.takeSlot(ctx, time.Now().Add(time.Minute), []Charge{c}, verdicts, takes)
-		if !takes[0].is {
+		r.takeSlot(ctx, time.Now().Add(time.Minute), []Charge{first}, verdicts)
+		r.takeSlot(ctx, time.Now().Add(time.Minute), []Charge{c}, verdicts)
+		if !verdicts[0].taken {
 			t.Fatalf("not taken: %+v", verdicts[0])
 		}
 		elapsed := rapid.OneOf(rapid.Int64Range(-1000, 5_000_000), rapid.Int64Range(0, day.Microseconds())).Draw(t, "elapsed")
@@ -69,7 +69,7 @@ func TestScriptAgreesWithRefund(t *testing.T) {
 		stored := client.Get(ctx, c.Key).Val()
 		want, _ := draw(decode(t, stored), b, begin+elapsed)
 		want = refunded(b, want, refundOf(b, c.Cost, elapsed))
-		s := &slotTake{charges: []Charge{c}, verdicts: verdicts, takes: takes, node: client}
+		s := &slotTake{charges: []Charge{c}, verdicts: verdicts, node: client}
 		r.refund(ctx, s)
 		if back := refundOf(b, c.Cost, elapsed); back == (level{}) {
 			if got := client.Get(ctx, c.Key).Val(); got != stored {

@@ -167,8 +167,8 @@ const (
 
 var errReply = errors.New("the script's reply is cut or is not its own")
 
-// read fills verdicts, and takes unless it is nil, from the script's reply to charges, at an instant.
-func (r *Redis) read(at int64, reply string, charges []Charge, verdicts []Verdict, takes []taken) error {
+// read fills verdicts from the script's reply to charges at an instant.
+func (r *Redis) read(at int64, reply string, charges []Charge, verdicts []Verdict) error {
 	if len(reply) != verdictSize*len(charges) {
 		return errReply
 	}
@@ -187,9 +187,6 @@ func (r *Redis) read(at int64, reply string, charges []Charge, verdicts []Verdic
 		var cost int64
 		if flags&flagTaken != 0 {
 			cost = charges[i].Cost
-			if takes != nil {
-				takes[i] = taken{true, at, before}
-			}
 		}
 		if flags&flagNonsense != 0 {
 			r.errors[KindState].Inc()
@@ -197,7 +194,7 @@ func (r *Redis) read(at int64, reply string, charges []Charge, verdicts []Verdic
 				zap.String("domain", charges[i].Limit.Domain))
 		}
 		verdicts[i] = b.verdict(before, charges[i].needs(), cost, RedisSource)
-		verdicts[i].at = at
+		verdicts[i].at, verdicts[i].taken = at, flags&flagTaken != 0
 	}
 	return nil
 }

@@ -441,7 +441,7 @@ func TestReplyOfAnother(t *testing.T) {
 		if err := deal(reply, []*pending{a}); err != nil {
 			return err
 		}
-		return r.read(a.at, a.reply, c, make([]Verdict, 1), nil)
+		return r.read(a.at, a.reply, c, make([]Verdict, 1))
 	}
 	const at = "\x00\x00\x00\x00\x00\x00\x01"
 	good := at + "\x03\x00\x00\x00\x05\x00\x00\x00\x00\x00\x00"

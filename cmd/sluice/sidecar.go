@@ -28,16 +28,17 @@ import (
 
 // sidecar is sluice itself, from a config that was read to its last answer.
 type sidecar struct {
-	cfg     atomic.Pointer[policy.Config] // in force
-	log     *zap.Logger
-	level   zap.AtomicLevel // of the log
-	reload  *reloader
-	hangup  chan os.Signal // SIGHUP: reload
-	check   *authz.Server
-	memory  *limiter.Memory  // nil where the buckets are in Redis
-	redis   *limiter.Redis   // nil where they are in this process
-	ceiling *limiter.Ceiling // over redis
-	traces  *traces          // nil: none
+	cfg      atomic.Pointer[policy.Config] // in force
+	log      *zap.Logger
+	level    zap.AtomicLevel // of the log
+	reload   *reloader
+	hangup   chan os.Signal // SIGHUP: reload
+	check    *authz.Server
+	memory   *limiter.Memory   // nil where the buckets are in Redis
+	redis    *limiter.Redis    // nil where they are in this process
+	fallback *limiter.Fallback // over redis
+	ceiling  *limiter.Ceiling  // over fallback
+	traces   *traces           // nil: none
 
 	grpc, metrics, admin net.Listener
 	registry, stores     *prometheus.Registry // stores: what the store says of itself
@@ -78,7 +79,8 @@ func newSidecar(source configSource, stderr io.Writer) (*sidecar, error) {
 		if err != nil {
 			return nil, fmt.Errorf("store.redis: %w", err)
 		}
-		s.redis, s.ceiling = redis, limiter.NewCeiling(traced(redis, "redis"), s.registry)
+		s.redis, s.fallback = redis, limiter.NewFallback(redis, log, s.stores)
+		s.ceiling = limiter.NewCeiling(traced(s.fallback, "redis"), s.registry)
 		store = s.ceiling
 	} else {
 		s.memory = limiter.NewMemory(limiter.MemoryBudget(), log, s.stores)
@@ -212,6 +214,7 @@ func (s *sidecar) serve(ctx context.Context) error {
 		all.Add(func() error { s.memory.Run(background); return nil }, func(error) { cancel() })
 	} else {
 		all.Add(func() error { s.redis.Run(background); return nil }, func(error) { cancel() })
+		all.Add(func() error { s.fallback.Run(background); return nil }, func(error) { cancel() })
 		all.Add(func() error { s.ceiling.Run(background); return nil }, func(error) { cancel() })
 	}
 	all.Add(func() error { s.reload.run(background, s.hangup); return nil }, func(error) { cancel() })
