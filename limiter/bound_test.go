@@ -65,7 +65,7 @@ func TestExcess(t *testing.T) {
 				if random.IntN(50) == 0 {
 					now += random.Int64N(b.wait(level{}, b.burst).Microseconds())
 				}
-				l, _ := draw(s, b, now)
+				l, _ := levelAt(s, b, now)
 				cost := 1 + random.Int64N(min(3, b.burst))
 				if l.tokens >= cost {
 					l.tokens -= cost
@@ -87,7 +87,7 @@ func TestExcess(t *testing.T) {
 		at := random.Int64N(1000 * b.wait(level{}, 1).Microseconds())
 		s, greedy := state{shape: b, level: b.full()}, []grant{{begin + at, 1}}
 		for now := int64(begin); now <= begin+at; {
-			l, _ := draw(s, b, now)
+			l, _ := levelAt(s, b, now)
 			greedy = append(greedy, grant{now, l.tokens})
 			l.tokens = 0
 			s = state{shape: b, level: l, at: now}

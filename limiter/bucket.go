@@ -10,35 +10,35 @@ import (
 // The ranges that NewBucket accepts.
 const (
 	MaxTokens = 1_000_000_000            // of a rate and of a burst
-	MinPeriod = time.Microsecond         // of a rate; periods are whole microseconds
-	MaxPeriod = 366 * 24 * time.Hour     // of a rate
-	MaxFill   = 36525 * 24 * time.Hour   // 100 years, from empty to full
+	minPeriod = time.Microsecond         // of a rate; periods are whole microseconds
+	maxPeriod = 366 * 24 * time.Hour     // of a rate
+	maxFill   = 36525 * 24 * time.Hour   // 100 years, from empty to full
 	Never     = time.Duration(1<<63 - 1) // the wait for more tokens than the bucket can ever hold
 )
 
-// minPeriod is the least p that a Bucket is computed with: 1/p token is the grain of its arithmetic. When a
+// minP is the least p that a Bucket is computed with: 1/p token is the grain of its arithmetic. When a
 // limit's rate changes, the part of a token that a bucket holds is converted to the new grain and rounded down,
 // which then costs a client at most a millionth of a token.
-const minPeriod = 1_000_000
+const minP = 1_000_000
 
 // Bucket is the shape of a token bucket: how many tokens it holds at most and how fast it refills. It is a
 // comparable value; equal rates (60/m and 1/s) make equal Buckets. The zero value is not a bucket.
 //
 // The rate is n tokens each p microseconds: the tokens and the period as given, divided by their greatest common
-// divisor, then both multiplied until p is at least minPeriod. So n is at most 1e15 and p at most 3.2e13 (2^45).
+// divisor, then both multiplied until p is at least minP. So n is at most 1e15 and p at most 3.2e13 (2^45).
 type Bucket struct {
 	n, p  int64
 	burst int64
 }
 
 // NewBucket returns a bucket of burst tokens that refills by tokens each period. It reports which of its arguments
-// is out of range: tokens and burst 1 to MaxTokens, period MinPeriod to MaxPeriod in whole microseconds, and
-// at most MaxFill from empty to full.
+// is out of range: tokens and burst 1 to MaxTokens, period minPeriod to maxPeriod in whole microseconds, and
+// at most maxFill from empty to full.
 func NewBucket(tokens int64, period time.Duration, burst int64) (Bucket, error) {
 	switch {
 	case tokens < 1 || tokens > MaxTokens:
 		return Bucket{}, fmt.Errorf("a rate is 1 to %d tokens a period, not %d", MaxTokens, tokens)
-	case period < MinPeriod || period > MaxPeriod:
+	case period < minPeriod || period > maxPeriod:
 		return Bucket{}, fmt.Errorf("a rate's period is 1us to 366 days, not %v", period)
 	case period%time.Microsecond != 0:
 		return Bucket{}, fmt.Errorf("a rate's period is in whole microseconds, not %v", period)
@@ -48,13 +48,13 @@ func NewBucket(tokens int64, period time.Duration, burst int64) (Bucket, error) 
 	n, p := tokens, period.Microseconds()
 	d := gcd(n, p)
 	n, p = n/d, p/d
-	if p < minPeriod {
-		k := (minPeriod + p - 1) / p
+	if p < minP {
+		k := (minP + p - 1) / p
 		n, p = n*k, p*k
 	}
 	b := Bucket{n: n, p: p, burst: burst}
-	// The product passes 2^64 long after it passes MaxFill, so compare it as a float.
-	if float64(burst)*float64(p)/float64(n) > float64(MaxFill.Microseconds()) {
+	// The product passes 2^64 long after it passes maxFill, so compare it as a float.
+	if float64(burst)*float64(p)/float64(n) > float64(maxFill.Microseconds()) {
 		return Bucket{}, fmt.Errorf("a burst of %d at %d tokens each %v takes longer than 100 years to fill", burst, tokens, period)
 	}
 	return b, nil
@@ -75,7 +75,7 @@ func (b Bucket) Share(part float64) Bucket {
 	s := b
 	s.burst = max(1, b.burst*parts/grain)
 	// A slow rate has too small an n to take a part of: its period is lengthened first, as far as it may be.
-	if k := min(grain, MaxPeriod.Microseconds()/s.p); s.n < grain && k > 1 {
+	if k := min(grain, maxPeriod.Microseconds()/s.p); s.n < grain && k > 1 {
 		s.n, s.p = s.n*k, s.p*k
 	}
 	hi, lo := bits.Mul64(uint64(s.n), uint64(parts))
@@ -148,9 +148,9 @@ func (s state) otherFor(b Bucket, now int64) *Bucket {
 }
 
 // fillFrom is about how many microseconds the bucket takes to be full from so
-// many tokens, at most MaxFill. The script computes the same number.
+// many tokens, at most maxFill. The script computes the same number.
 func (b Bucket) fillFrom(tokens int64) float64 {
-	return min(float64(max(0, b.burst-tokens))*float64(b.p)/float64(b.n), float64(MaxFill.Microseconds()))
+	return min(float64(max(0, b.burst-tokens))*float64(b.p)/float64(b.n), float64(maxFill.Microseconds()))
 }
 
 // covers reports whether b, from every level, is full no earlier than o. The time
@@ -176,7 +176,7 @@ func slower(a, o Bucket) Bucket {
 	return both
 }
 
-// draw is all the maths of a take: from what was stored, the limit's shape, and the instant of the take, to what the
+// levelAt is all the maths of a take: from what was stored, the limit's shape, and the instant of the take, to what the
 // bucket holds then, before anything is taken. It does no I/O and knows no clock; the Lua script does the same to
 // the digit, and a test holds the two together.
 //
@@ -185,7 +185,7 @@ func slower(a, o Bucket) Bucket {
 // that a denied take must store too: the clock went back (the bucket must refill from the new now on, or it
 // would stand still until the clock has caught up), or the shape changed (a raised rate must count from now on, and
 // not after the next grant).
-func draw(s state, b Bucket, now int64) (l level, moved bool) {
+func levelAt(s state, b Bucket, now int64) (l level, moved bool) {
 	l = s.level
 	if now < s.at {
 		moved = true
@@ -244,7 +244,7 @@ func (b Bucket) wait(l level, want int64) time.Duration {
 	case want > b.burst:
 		return Never
 	}
-	// ceil(((want − tokens)·p − frac) / n). At most MaxFill, so the quotient fits.
+	// ceil(((want − tokens)·p − frac) / n). At most maxFill, so the quotient fits.
 	hi, lo := bits.Mul64(uint64(want-l.tokens), uint64(b.p))
 	lo, borrow := bits.Sub64(lo, uint64(l.frac), 0)
 	hi -= borrow

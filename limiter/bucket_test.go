@@ -28,8 +28,8 @@ func anyBucket() *rapid.Generator[Bucket] {
 	}
 	named := []rate{
 		{3, time.Second}, {7, time.Minute}, {1, day}, {1_000_000, time.Second}, {3, 250 * time.Millisecond},
-		{700_000, time.Second}, {1_000_003, day}, {1, time.Microsecond}, {MaxTokens, time.Microsecond}, {1, MaxPeriod},
-		{MaxTokens, MaxPeriod}, {999_999_937, MaxPeriod - time.Microsecond},
+		{700_000, time.Second}, {1_000_003, day}, {1, time.Microsecond}, {MaxTokens, time.Microsecond}, {1, maxPeriod},
+		{MaxTokens, maxPeriod}, {999_999_937, maxPeriod - time.Microsecond},
 	}
 	return rapid.Custom(func(t *rapid.T) Bucket {
 		r := rapid.OneOf(
@@ -37,7 +37,7 @@ func anyBucket() *rapid.Generator[Bucket] {
 			rapid.Custom(func(t *rapid.T) rate {
 				return rate{
 					rapid.Int64Range(1, MaxTokens).Draw(t, "tokens"),
-					time.Duration(rapid.Int64Range(1, MaxPeriod.Microseconds()).Draw(t, "period")) * time.Microsecond,
+					time.Duration(rapid.Int64Range(1, maxPeriod.Microseconds()).Draw(t, "period")) * time.Microsecond,
 				}
 			}),
 		).Draw(t, "rate")
@@ -106,7 +106,7 @@ func TestDrawConvertsDown(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		from, to := anyBucket().Draw(t, "from"), anyBucket().Draw(t, "to")
 		l := level{tokens: rapid.Int64Range(0, from.burst-1).Draw(t, "tokens"), frac: rapid.Int64Range(0, from.p-1).Draw(t, "frac")}
-		got, moved := draw(state{shape: from, level: l, at: 7}, to, 7)
+		got, moved := levelAt(state{shape: from, level: l, at: 7}, to, 7)
 		if moved != (from != to) {
 			t.Fatalf("moved: %v", moved)
 		}
@@ -115,7 +115,7 @@ func TestDrawConvertsDown(t *testing.T) {
 			had = most
 		}
 		lost := new(big.Rat).Sub(had, to.exact(got))
-		if lost.Sign() < 0 || lost.Cmp(big.NewRat(1, minPeriod)) > 0 {
+		if lost.Sign() < 0 || lost.Cmp(big.NewRat(1, minP)) > 0 {
 			t.Fatalf("%+v held %v, as %+v it holds %v", from, had, to, to.exact(got))
 		}
 	})
@@ -129,17 +129,17 @@ func TestNewBucket(t *testing.T) {
 		want   string
 	}{
 		{1, time.Second, 1, ""},
-		{MaxTokens, MinPeriod, MaxTokens, ""},
-		{1, MaxPeriod, 99, ""},
+		{MaxTokens, minPeriod, MaxTokens, ""},
+		{1, maxPeriod, 99, ""},
 		{0, time.Second, 1, "a rate is 1 to 1000000000 tokens a period, not 0"},
 		{-1, time.Second, 1, "not -1"},
 		{MaxTokens + 1, time.Second, 1, "not 1000000001"},
 		{1, 0, 1, "a rate's period is 1us to 366 days, not 0s"},
-		{1, MaxPeriod + time.Microsecond, 1, "1us to 366 days"},
+		{1, maxPeriod + time.Microsecond, 1, "1us to 366 days"},
 		{1, 1500 * time.Nanosecond, 1, "a rate's period is in whole microseconds, not 1.5µs"},
 		{1, time.Second, 0, "a burst is 1 to 1000000000 tokens, not 0"},
 		{1, time.Second, MaxTokens + 1, "not 1000000001"},
-		{1, MaxPeriod, 100, "a burst of 100 at 1 tokens each 8784h0m0s takes longer than 100 years to fill"},
+		{1, maxPeriod, 100, "a burst of 100 at 1 tokens each 8784h0m0s takes longer than 100 years to fill"},
 		{1, day, 36525, ""},
 		{1, day, 36526, "longer than 100 years"},
 	} {

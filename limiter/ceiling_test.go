@@ -57,7 +57,7 @@ func TestCeilingIsNeverWrong(t *testing.T) {
 			c.Cost = rapid.OneOf(rapid.Int64Range(0, 3), rapid.Int64Range(0, shape.burst+1)).Draw(rt, "cost")
 			before := shape.full()
 			if s, ok := m.shards[m.shardOf(c.Key)].buckets[c.Key]; ok {
-				before, _ = draw(s, shape, clock.at)
+				before, _ = levelAt(s, shape, clock.at)
 			}
 			var v [1]Verdict
 			sidecars[rapid.IntRange(0, 1).Draw(rt, "sidecar")].Take(t.Context(), []Charge{c}, v[:])

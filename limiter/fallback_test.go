@@ -111,7 +111,7 @@ func TestShare(t *testing.T) {
 		part := max(1e-6, random.Float64())
 		s := b.Share(part)
 		rate, want := float64(s.n)/float64(s.p), part*float64(b.n)/float64(b.p)
-		if s.n < 1 || s.p < minPeriod || s.p > MaxPeriod.Microseconds() || s.n > MaxTokens*minPeriod || s.burst < 1 {
+		if s.n < 1 || s.p < minP || s.p > maxPeriod.Microseconds() || s.n > MaxTokens*minP || s.burst < 1 {
 			t.Fatalf("%+v of %+v by %v: the script would refuse it", s, b, part)
 		}
 		if s.burst > max(1, int64(part*float64(b.burst))) || rate > max(want, 1/float64(s.p))*1.0001 || rate < want-1/float64(s.p)-want*2e-6/part {

@@ -9,12 +9,12 @@ import (
 	"syscall"
 )
 
-// ErrNotRegular reports a named pipe, a device or a socket where a file is
+// errNotRegular reports a named pipe, a device or a socket where a file is
 // wanted. Reading one may wait for ever, and what was read is gone.
-var ErrNotRegular = errors.New("not a regular file")
+var errNotRegular = errors.New("not a regular file")
 
 // OpenFile opens a file that a config names, to read it. It never waits: what
-// is not a regular file is refused, with an error that is ErrNotRegular. The
+// is not a regular file is refused, with an error that is errNotRegular. The
 // error is an *os.PathError.
 func OpenFile(name string) (*os.File, error) {
 	f, err := os.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0)
@@ -27,7 +27,7 @@ func OpenFile(name string) (*os.File, error) {
 	case info.IsDir():
 		err = &os.PathError{Op: "read", Path: name, Err: syscall.EISDIR}
 	case !info.Mode().IsRegular():
-		err = &os.PathError{Op: "read", Path: name, Err: ErrNotRegular}
+		err = &os.PathError{Op: "read", Path: name, Err: errNotRegular}
 	default:
 		return f, nil
 	}

@@ -279,8 +279,8 @@ const (
 	KindOther      ErrorKind = "other"
 )
 
-// ErrorKinds are all of them.
-var ErrorKinds = []ErrorKind{KindTimeout, KindConnection, KindAuth, KindReadOnly, KindOOM, KindLoading, KindScript, KindState,
+// errorKinds are all of them.
+var errorKinds = []ErrorKind{KindTimeout, KindConnection, KindAuth, KindReadOnly, KindOOM, KindLoading, KindScript, KindState,
 	KindOverload, KindOther}
 
 // StoreError is a store's trouble. Its text holds no key and nothing that a client sent.

@@ -150,7 +150,7 @@ func (m *Memory) Take(_ context.Context, charges []Charge, verdicts []Verdict) {
 			s.reserved = !ok
 		}
 		if ok {
-			s.before, s.moved = draw(stored, c.Bucket, now)
+			s.before, s.moved = levelAt(stored, c.Bucket, now)
 			s.other = stored.otherFor(c.Bucket, now)
 		} else {
 			s.before = c.Bucket.full()
@@ -200,7 +200,7 @@ func (l readOnlyMemory) Take(_ context.Context, charges []Charge, verdicts []Ver
 		s.mu.Unlock()
 		at := c.Bucket.full()
 		if ok {
-			at, _ = draw(stored, c.Bucket, now)
+			at, _ = levelAt(stored, c.Bucket, now)
 		}
 		verdicts[i] = c.Bucket.verdict(at, c.needs(), 0, MemorySource)
 	}
@@ -218,7 +218,7 @@ func (m *Memory) lower(key string, b Bucket, most int64) {
 	at, now := b.full(), m.now()
 	var other *Bucket
 	if ok {
-		at, _ = draw(stored, b, now)
+		at, _ = levelAt(stored, b, now)
 		other = stored.otherFor(b, now)
 	}
 	if at.tokens >= most {

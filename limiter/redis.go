@@ -75,7 +75,7 @@ func newRedis(o RedisOptions, clock string, log *zap.Logger, metrics prometheus.
 			Help:    "How many takes a call of Redis's script carried.",
 			Buckets: []float64{1, 2, 4, 8, 16, 32, 64, 128},
 		}),
-		errors: make(map[ErrorKind]prometheus.Counter, len(ErrorKinds)),
+		errors: make(map[ErrorKind]prometheus.Counter, len(errorKinds)),
 	}
 	r.breakers = prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "sluice_store_breaker_open", Help: "Redis nodes that are not asked, as they do not answer.",
@@ -102,7 +102,7 @@ func newRedis(o RedisOptions, clock string, log *zap.Logger, metrics prometheus.
 		Name: "sluice_store_errors_total",
 		Help: "Takes that Redis did not answer for, and stored states that made no sense, by kind. Takes whose callers hung up are not among them.",
 	}, []string{"kind"})
-	for _, k := range ErrorKinds {
+	for _, k := range errorKinds {
 		r.errors[k] = vec.WithLabelValues(string(k))
 	}
 	metrics.MustRegister(r.seconds, r.batches, r.breakers, vec)

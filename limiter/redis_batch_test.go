@@ -517,7 +517,7 @@ func TestNobodyWaitsForAnOpenBreaker(t *testing.T) {
 
 // A batch is its takes one after another: of random requests that share keys, with shapes that differ, costs, shadows and clocks that jump, the
 // script says of each charge what the maths say, and stores the same.
-func TestBatchAgreesWithDraw(t *testing.T) {
+func TestBatchAgreesWithLevelAt(t *testing.T) {
 	setRapidChecks(t, 3000)
 	server := redistest.Start(t)
 	client := server.Client()

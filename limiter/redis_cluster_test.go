@@ -67,7 +67,7 @@ func TestScriptAgreesWithRefund(t *testing.T) {
 		elapsed := rapid.OneOf(rapid.Int64Range(-1000, 5_000_000), rapid.Int64Range(0, day.Microseconds())).Draw(t, "elapsed")
 		clock.set(begin + elapsed)
 		stored := client.Get(ctx, c.Key).Val()
-		want, _ := draw(decode(t, stored), b, begin+elapsed)
+		want, _ := levelAt(decode(t, stored), b, begin+elapsed)
 		want = refunded(b, want, refundOf(b, c.Cost, elapsed))
 		s := &slotTake{charges: []Charge{c}, verdicts: verdicts, node: client}
 		r.refund(ctx, s)
@@ -133,7 +133,7 @@ func boundHolds(b Bucket, random *rand.Rand, back func(Bucket, int64, int64) lev
 	now := int64(0)
 	for range 60 {
 		now += random.Int64N(700_000)
-		l, _ := draw(s, b, now)
+		l, _ := levelAt(s, b, now)
 		if len(pending) > 0 && random.IntN(2) == 0 {
 			p := pending[0]
 			pending = pending[1:]

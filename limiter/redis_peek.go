@@ -128,7 +128,7 @@ func levelOf(stored *redis.StringCmd, b Bucket, now time.Time) (level, error) {
 		return level{}, &StoreError{Kind: KindState, Err: err}
 	}
 	if err == nil {
-		at, _ := draw(s, b, now.UnixMicro())
+		at, _ := levelAt(s, b, now.UnixMicro())
 		return at, nil
 	}
 	return level{}, nil // what makes no sense counts as empty
@@ -184,6 +184,6 @@ func parseState(raw string) (state, error) {
 // inRange reports whether the numbers of a stored shape are ones that a Bucket
 // can have.
 func (b Bucket) inRange() bool {
-	return b.burst >= 1 && b.burst <= MaxTokens && b.n >= 1 && b.n <= MaxTokens*minPeriod &&
-		b.p >= minPeriod && b.p <= MaxPeriod.Microseconds()
+	return b.burst >= 1 && b.burst <= MaxTokens && b.n >= 1 && b.n <= MaxTokens*minP &&
+		b.p >= minP && b.p <= maxPeriod.Microseconds()
 }

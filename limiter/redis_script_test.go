@@ -70,9 +70,9 @@ func (s state) equal(o state) bool {
 	return s == o
 }
 
-// The script and draw are one function: on random sequences of takes, costs, clocks that jump both ways and limits that change,
+// The script and levelAt are one function: on random sequences of takes, costs, clocks that jump both ways and limits that change,
 // Redis and a Memory say the same of each charge and have the same stored, and each key in Redis has its end.
-func TestScriptAgreesWithDraw(t *testing.T) {
+func TestScriptAgreesWithLevelAt(t *testing.T) {
 	setRapidChecks(t, 10_000)
 	server := redistest.Start(t)
 	client := server.Client()

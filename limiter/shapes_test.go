@@ -199,7 +199,7 @@ func TestBoundAcrossShapes(t *testing.T) {
 	// by what is taken after it.
 	t.Run("checker", func(t *testing.T) {
 		lastShape := func(s state, now int64) bool {
-			l, _ := draw(s, s.shape, now)
+			l, _ := levelAt(s, s.shape, now)
 			return l.tokens == s.shape.burst
 		}
 		if over, _ := play(t, 2000, func() shapesStore { return shapesMemory(lastShape) }); over == 0 {
