@@ -2,7 +2,6 @@ package policy
 
 import (
 	"encoding/json"
-	"errors"
 	"flag"
 	"fmt"
 	"os"
@@ -17,28 +16,6 @@ import (
 )
 
 var update = flag.Bool("update", false, "write what is wrong with testdata/bad anew; look at the diff")
-
-// env is an environment of a few variables.
-func env(vars ...string) func(string) (string, bool) {
-	return func(name string) (string, bool) {
-		for i := 0; i < len(vars); i += 2 {
-			if vars[i] == name {
-				return vars[i+1], true
-			}
-		}
-		return "", false
-	}
-}
-
-// parse is a config that must be good.
-func parse(t testing.TB, text string) *Config {
-	t.Helper()
-	c, err := Parse("test.yaml", []byte(text), env())
-	if err != nil {
-		t.Fatalf("%v\n%s", err, text)
-	}
-	return c
-}
 
 func TestGoodFiles(t *testing.T) {
 	files, err := filepath.Glob("testdata/good/*.yaml")
@@ -226,57 +203,6 @@ func TestMistakeAsJSON(t *testing.T) {
 	}
 }
 
-// The environment's values are put in after the file is parsed: they can be any text, and make no structure.
-func TestEnvironment(t *testing.T) {
-	c, err := Parse("f", []byte(`
-key_secret: ${SECRET}
-failure_status: ${STATUS:-502}
-limits:
-  - name: ${NAME}
-    rate: ${RATE:-5}/s
-    key: '"$${" + request.headers["${HEADER}"]'
-`), env("SECRET", "a: [b", "NAME", "orders", "HEADER", "x-key"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if string(c.hasher.secret) != "a: [b" || c.FailureStatus != 502 || c.Limits()[0].Name != "orders" || c.rules[0].tier.bucket.Burst() != 5 {
-		t.Errorf("%+v %+v", c, c.rules[0])
-	}
-	if v, err := c.rules[0].key[0].part(&subject{Request: &Request{Headers: map[string]string{"x-key": "k"}}}); v != "${k" || err != nil {
-		t.Errorf("%q, %v", v, err)
-	}
-	if _, err := Parse("f", []byte("limits: ${LIMITS}\n"), env("LIMITS", "[{name: a, rate: 1/s}]")); err == nil {
-		t.Error("a variable made structure")
-	}
-}
-
-// mistakes are an error's, which has to be made of them.
-func mistakes(t testing.TB, err error) Mistakes {
-	t.Helper()
-	var m Mistakes
-	if !errors.As(err, &m) {
-		t.Fatalf("no mistakes: %v", err)
-	}
-	return m
-}
-
-// configs are all files of testdata, as seeds.
-func configs(t testing.TB) (texts [][]byte) {
-	t.Helper()
-	files, err := filepath.Glob("testdata/*/*.yaml")
-	if err != nil || len(files) == 0 {
-		t.Fatal(files, err)
-	}
-	for _, file := range files {
-		text, err := os.ReadFile(file)
-		if err != nil {
-			t.Fatal(err)
-		}
-		texts = append(texts, text)
-	}
-	return texts
-}
-
 // Sentinels have a user, a password and TLS of their own.
 func TestSentinelAccess(t *testing.T) {
 	load := func(more string) (*Config, error) {
@@ -450,4 +376,22 @@ limits:
 	if got := fmt.Sprint(c.ByKey()); got != "[[a e] [b d] [c] [f] [h]]" {
 		t.Error(got)
 	}
+}
+
+func FuzzParse(f *testing.F) {
+	for _, seed := range configs(f) {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, text []byte) {
+		c, err := Parse("fuzz.yaml", text, env())
+		if err != nil {
+			for _, m := range mistakes(t, err) {
+				if m.Message == "" {
+					t.Fatalf("%+v", m)
+				}
+			}
+			return
+		}
+		c.Draw(&Request{Method: "GET", Path: "/a", Headers: map[string]string{"x": "y"}, Source: Peer{Address: "10.0.0.1"}})
+	})
 }

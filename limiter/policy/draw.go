@@ -166,20 +166,6 @@ func (d *drawing) judge(l *rule) finding {
 	return f
 }
 
-// appliesIfAbsent reports whether the limit applies where its when is absent, so that leaving something out slips past no limit. In a group
-// it does not apply, or it would keep the limits behind it, which may be stricter, from counting. An unlimited one does not either: all
-// that it does is to grant. The rate of an override is not asked: only a key that is there has one, and alone an override that is unlimited
-// grants as much as a limit that does not apply.
-func (l *rule) appliesIfAbsent() bool { return l.group == "" && !l.tier.unlimited }
-
-// appendPart appends a part of the limit's key that is there.
-func (l *rule) appendPart(key []byte, i int, value string, h *hasher) []byte {
-	if l.key[i].open {
-		return h.appendOpen(key, value)
-	}
-	return h.appendHash(key, value)
-}
-
 // makeKey makes the key of a limit that has one, and finds the key's override.
 func (d *drawing) makeKey(l *rule, f *finding) error {
 	var few [256]byte

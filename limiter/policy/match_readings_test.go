@@ -173,3 +173,60 @@ func TestReadingsAreBounded(t *testing.T) {
 		}
 	}
 }
+
+// Whatever a path's spelling, it meets the limit of the plain one.
+func TestPathVariants(t *testing.T) {
+	c := parse(t, `limits: [{name: a, rate: 1/s, match: {hosts: [shop.example.com], paths: [/v1/orders]}}]`)
+	for _, path := range []string{
+		"/v1/orders", "//v1/orders", "/v1//orders", "/v1/orders/", "/v1/orders//", "/./v1/orders", "/v1/./orders", "/v1/orders/.",
+		"/v1/x/../orders", "/../v1/orders", "/v1/orders/x/..", "/%76%31/orders", "/v1/%6frders", "/v1/%6Frders", "/v1%2forders",
+		"/v1%2Forders", "/%2e/v1/orders", "/v1/%2e%2e/v1/orders", "/v1\\orders", "\\v1\\orders", "/v1%5corders", "/v1/orders;v=1",
+		"/v1;a=b/orders", "/v1/orders;", "/v1/orders%3bv=1", "/v1/orders?", "/v1/orders?x=/../..", "/v1/orders/?x", "/v1/orders;a/?x",
+	} {
+		for _, host := range []string{"shop.example.com", "SHOP.example.COM", "shop.example.com:8080", "shop.example.com."} {
+			if got := drawn(t, c, "GET "+host+"/x from 10.0.0.1"); got != "" {
+				t.Fatal(got)
+			}
+			r := request(t, "GET "+host+"/")
+			r.Path = path
+			if d := c.Draw(r); len(d.Charges) != 1 {
+				t.Errorf("%s%s slips past: %v", host, path, d)
+			}
+		}
+	}
+	for _, path := range []string{"/v1/order", "/v1/orders/x", "/v1/orders/%2e%2e", "/v1/%256frders", "/v1", "", "v1/orders2"} {
+		r := request(t, "GET shop.example.com/")
+		r.Path = path
+		if d := c.Draw(r); len(d.Charges) != 0 {
+			t.Errorf("%s is limited: %v", path, d)
+		}
+	}
+}
+
+func FuzzNormalPath(f *testing.F) {
+	for _, seed := range []string{"", "/", "//", "/a", "/a/", "/a/../b", "/%2e%2e/a", "/a;b/c", "\\a", "/%", "/%4", "/%zz", "/\xff", "/a%2fb", "/.a", "/a/..", "..;/x"} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, path string) {
+		got := normalPath(path)
+		if got == "" || got[0] != '/' || got != "/" && strings.HasSuffix(got, "/") || len(got) > len(path)+1 {
+			t.Fatalf("%q: %q", path, got)
+		}
+		for segment := range strings.SplitSeq(got[1:], "/") {
+			if segment == "." || segment == ".." || segment == "" && got != "/" || strings.ContainsAny(segment, ";\\") {
+				t.Fatalf("%q: %q has the segment %q", path, got, segment)
+			}
+		}
+		// What changes nothing but the spelling changes nothing.
+		if strings.HasPrefix(path, "/") {
+			for _, same := range []string{path + "/", "/" + path, "/." + path, "/x/.." + path, path + "/."} {
+				if normalPath(same) != got {
+					t.Fatalf("%q is %q, but %q is %q", path, got, same, normalPath(same))
+				}
+			}
+		}
+		if !strings.Contains(got, "%") && normalPath(got) != got {
+			t.Fatalf("%q is normal, but is not its own normal form: %q", got, normalPath(got))
+		}
+	})
+}

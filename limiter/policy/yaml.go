@@ -1,18 +1,13 @@
 package policy
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
-	"maps"
-	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
-	"unicode"
 
 	"github.com/goccy/go-yaml"
 	"github.com/goccy/go-yaml/ast"
@@ -70,112 +65,6 @@ func (r *reader) wrong(n node, format string, args ...any) {
 	r.at(start(n.Node), n.field, "%s", r.hide(n.Node, fmt.Sprintf(format, args...)))
 }
 
-// hide puts the names of the variables that a value takes in the place of
-// their values, where a message quotes them.
-func (r *reader) hide(n ast.Node, message string) string {
-	names := r.replacer(n)
-	if names == nil {
-		return message
-	}
-	var b strings.Builder
-	for rest := message; rest != ""; {
-		i := strings.IndexByte(rest, '"')
-		if i < 0 {
-			b.WriteString(rest)
-			break
-		}
-		b.WriteString(rest[:i])
-		rest = rest[i:]
-		quoted, err := strconv.QuotedPrefix(rest)
-		if err != nil {
-			b.WriteByte('"')
-			rest = rest[1:]
-			continue
-		}
-		rest = rest[len(quoted):]
-		if text, err := strconv.Unquote(quoted); err == nil {
-			if named := names.Replace(text); named != text {
-				quoted = strconv.Quote(named)
-			}
-		}
-		b.WriteString(quoted)
-	}
-	return b.String()
-}
-
-// replacer replaces the values of the variables that a value takes by their
-// names; nil where it takes none.
-func (r *reader) replacer(n ast.Node) *strings.Replacer {
-	taken := make(map[string]string)
-	var look func(ast.Node)
-	look = func(n ast.Node) {
-		if entries, ok := entries(n); ok {
-			for _, e := range entries {
-				look(e.Value)
-			}
-			return
-		}
-		if list, ok := n.(*ast.SequenceNode); ok {
-			for _, v := range list.Values {
-				look(v)
-			}
-			return
-		}
-		for _, found := range variable.FindAllStringSubmatch(written(n), -1) {
-			name, _, _ := strings.Cut(found[1], ":-")
-			if value := r.variables[name]; value != "" {
-				taken[value] = name
-			}
-		}
-	}
-	if len(r.variables) > 0 {
-		look(n)
-	}
-	if len(taken) == 0 {
-		return nil
-	}
-	values := slices.SortedFunc(maps.Keys(taken), func(a, b string) int { return len(b) - len(a) })
-	pairs := make([]string, 0, 2*len(values))
-	for _, value := range values {
-		pairs = append(pairs, value, "${"+taken[value]+"}")
-	}
-	return strings.NewReplacer(pairs...)
-}
-
-// written is a text as it stands in the file: with the names of variables, and
-// not their values. It is empty for what is no text.
-func written(n ast.Node) string {
-	switch v := n.(type) {
-	case *ast.StringNode:
-		return v.Value
-	case *ast.LiteralNode:
-		return v.Value.Value
-	}
-	return ""
-}
-
-// takesVariables reports whether a value takes environment variables.
-func takesVariables(n node) bool { return strings.Contains(written(n.Node), "${") }
-
-// shown is a scalar's text for a message that does not quote it: as it stands
-// in the file where it takes variables.
-func shown(n node, text string) string {
-	if takesVariables(n) {
-		return written(n.Node)
-	}
-	return text
-}
-
-// wrongFile notes that a file that a value names cannot be read.
-func (r *reader) wrongFile(n node, err error) {
-	var path *os.PathError
-	if takesVariables(n) && errors.As(err, &path) {
-		r.wrong(n, "%s: %v", written(n.Node), path.Err)
-		return
-	}
-	r.wrong(n, "%v", err)
-}
-
 // start is a value's first token.
 func start(n ast.Node) *token.Token {
 	switch n := n.(type) {
@@ -223,142 +112,6 @@ func (r *reader) document(text []byte) *node {
 		root = &node{Node: d.Body}
 	}
 	return root
-}
-
-// outgrown finds where a text is larger than any config, before a parser that recurses, and takes quadratic time for some of it, sees it:
-// too many levels, fields of one mapping, or values of one list. It knows YAML roughly, and counts rather too much than too little:
-// quotes count as such where they end on their line.
-func outgrown(text []byte) (line, column int, message string) {
-	var flow []bracket  // that are open
-	var block []outline // the block mappings and lists that are open, by their columns
-	for number, rest := 1, text; len(rest) > 0; number++ {
-		var row []byte
-		row, rest, _ = bytes.Cut(rest, []byte{'\n'})
-		row = withoutComment(row)
-		if column, message = outgrownBlock(row, &block); message != "" {
-			return number, column, message
-		}
-		since := 0 // the last character that is not of a plain text
-		for i := 0; i < len(row); i++ {
-			if i-since > 2*maxText {
-				return number, since + 1, fmt.Sprintf("a text of more than %d bytes; allowed are %d", 2*maxText, maxText)
-			}
-			c := row[i]
-			if strings.IndexByte("[]{},:'\"", c) >= 0 {
-				since = i
-			}
-			switch c {
-			case '\'', '"':
-				if end := closing(row, i); end-i <= maxText {
-					i, since = end, end
-				}
-			case '[', '{':
-				flow = append(flow, bracket{open: c})
-				if len(flow) > maxDepth {
-					return number, i + 1, tooDeep
-				}
-			case ']', '}':
-				flow = flow[:max(0, len(flow)-1)]
-			case ',':
-				if len(flow) == 0 {
-					continue
-				}
-				in := &flow[len(flow)-1]
-				if in.commas++; in.open == '{' && in.commas > maxFields {
-					return number, i + 1, tooManyFields
-				} else if in.commas > maxValues {
-					return number, i + 1, tooManyValues
-				}
-			}
-		}
-	}
-	return 0, 0, ""
-}
-
-// closing is where the quote at i ends on its line; i where it does not, or where it opens nothing, as in don't.
-func closing(row []byte, i int) int {
-	if i > 0 && (isDigits(string(row[i-1:i])) || unicode.IsLetter(rune(row[i-1]))) {
-		return i
-	}
-	for j := i + 1; j < len(row); j++ {
-		switch {
-		case row[j] == '\\' && row[i] == '"':
-			j++
-		case row[j] == row[i]:
-			return j
-		}
-	}
-	return i
-}
-
-// withoutComment is a line up to its comment, which begins at a # that is first or behind a space, and not within quotes.
-func withoutComment(row []byte) []byte {
-	for i := 0; i < len(row); i++ {
-		switch c := row[i]; {
-		case c == '\'' || c == '"':
-			i = closing(row, i)
-		case c == '#' && (i == 0 || row[i-1] == ' ' || row[i-1] == '\t'):
-			return row[:i]
-		}
-	}
-	return row
-}
-
-var (
-	tooDeep       = fmt.Sprintf("more than %d levels of nesting", maxDepth)
-	tooManyFields = fmt.Sprintf("more than %d fields in one mapping", maxFields)
-	tooManyValues = fmt.Sprintf("more than %d values in one list", maxValues)
-)
-
-// bracket is a flow mapping or list.
-type bracket struct {
-	open   byte
-	commas int
-}
-
-// outline is a block mapping or list that begins at a column.
-type outline struct{ column, entries int }
-
-// outgrownBlock counts what one line adds to block mappings and lists.
-func outgrownBlock(row []byte, block *[]outline) (column int, message string) {
-	add := func(column, most int, message string) string {
-		open := *block
-		for len(open) > 0 && open[len(open)-1].column > column {
-			open = open[:len(open)-1]
-		}
-		if len(open) == 0 || open[len(open)-1].column < column {
-			open = append(open, outline{column: column})
-		}
-		*block = open
-		last := &open[len(open)-1]
-		if last.entries++; last.entries > most {
-			return message
-		}
-		return ""
-	}
-	column, dashes := 0, 0
-	for ; column < len(row); column++ {
-		switch c := row[column]; {
-		case c == ' ' || c == '\t':
-		case (c == '-' || c == '?') && (column+1 == len(row) || row[column+1] == ' '):
-			if dashes++; dashes > maxDepth {
-				return column + 1, tooDeep
-			}
-			if m := add(column, maxValues, tooManyValues); m != "" {
-				return column + 1, m
-			}
-		default:
-			content := bytes.TrimSpace(row[column:])
-			switch {
-			case c == '[' || c == '{':
-				return column + 1, add(column, maxValues, tooManyValues)
-			case bytes.Contains(content, []byte(": ")) || bytes.HasSuffix(content, []byte(":")):
-				return column + 1, add(column, maxFields, tooManyFields)
-			}
-			return 0, ""
-		}
-	}
-	return 0, ""
 }
 
 // mapping reads a value's fields, each by its own reader. What is no mapping, a field that is not among them, and one that is there twice are
@@ -527,61 +280,6 @@ func (r *reader) scalar(n node) (string, bool) {
 	}
 	r.wrong(n, "%s; wanted is a number or a text", describe(n.Node))
 	return "", false
-}
-
-var variable = regexp.MustCompile(`\$\$\{|\$\{([^}]*)\}?`)
-
-var variableName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
-
-const variableForms = "allowed are ${NAME} and ${NAME:-default}, and $${ for a literal ${"
-
-// expand puts environment variables into a scalar: ${NAME}, and
-// ${NAME:-default}, whose default counts where the variable is not set or
-// empty, as in a shell. $${ is a literal ${.
-func (r *reader) expand(n node, s string) (string, bool) {
-	if !strings.Contains(s, "${") {
-		return s, true
-	}
-	if r.getenv == nil {
-		r.wrong(n, "${...} stands for a variable in the config file only")
-		return "", false
-	}
-	good := true
-	wrong := func(format string, args ...any) string {
-		good = false
-		r.wrong(n, format, args...)
-		return ""
-	}
-	s = variable.ReplaceAllStringFunc(s, func(found string) string {
-		if found == "$${" {
-			return "${"
-		}
-		name, fallback, has := strings.Cut(strings.TrimSuffix(found[2:], "}"), ":-")
-		switch {
-		case !strings.HasSuffix(found, "}"):
-			return wrong("a variable without its closing brace; %s", variableForms)
-		case !variableName.MatchString(name):
-			if i := strings.IndexAny(name, ":=?+-"); i > 0 {
-				name = name[:i] // what follows may be a secret, as in ${NAME:=secret}
-			}
-			return wrong("%q is no variable's name; %s", name, variableForms)
-		case strings.Contains(fallback, "${"):
-			return wrong("a variable in the default of %s; a default is a plain text", name)
-		}
-		v, isSet := r.getenv(name)
-		switch {
-		case has && v == "":
-			return fallback
-		case !isSet:
-			return wrong("the environment variable %s is not set; ${%s:-default} gives it a default", name, name)
-		}
-		if r.variables == nil {
-			r.variables = make(map[string]string)
-		}
-		r.variables[name] = v
-		return v
-	})
-	return s, good
 }
 
 // checked reads a text that check accepts.

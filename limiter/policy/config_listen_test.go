@@ -101,42 +101,6 @@ func TestListenTLS(t *testing.T) {
 	}
 }
 
-// A route brings no limits where the config says so, or those of the domains that it says.
-func TestRoutesSwitch(t *testing.T) {
-	ask := func(config, key, value string) string {
-		t.Helper()
-		c, err := Parse("sluice.yaml", []byte(config), nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		d := c.Draw(&Request{Method: "GET", Path: "/", Context: map[string]string{key: value}})
-		if d.Invalid {
-			return d.Mistakes[0].Error()
-		}
-		var names []string
-		for _, charge := range d.Charges {
-			names = append(names, charge.Limit.Domain+":"+charge.Limit.Name)
-		}
-		return strings.Join(names, " ")
-	}
-	const limits = "domain: shop\nlimits: [{name: a, rate: 1/s}]\n"
-	for _, row := range []struct{ config, key, value, want string }{
-		{limits, "sluice.limit.b", "{rate: 1/s}", "shop:a shop:b"},
-		{limits + "routes: {limits: true}", "sluice.limit.b", "{rate: 1/s}", "shop:a shop:b"},
-		{limits + "routes: {limits: false}", "sluice.limit.b", "{rate: 1/s}", "routes.limits is false"},
-		{limits + "routes: {limits: false}", "sluice.limit.a", "off", "routes.limits is false"},
-		{limits + "routes: {limits: false}", "sluice.limits", "a", "shop:a"},
-		{limits + "routes: {domains: [shop]}", "sluice.limit.b", "{rate: 1/s}", "shop:a shop:b"},
-		{limits + "routes: {domains: [shop]}", "sluice.limit.b", "{rate: 1/s, domain: bank}", `"bank"; routes.domains in this config allows shop`},
-		{limits + "routes: {domains: [bank]}", "sluice.limit.b", "{rate: 1/s}", `"shop"; routes.domains in this config allows bank`},
-		{limits + "routes: {domains: [bank]}", "sluice.limit.a", "off", ""},
-	} {
-		if got := ask(row.config, row.key, row.value); !strings.Contains(got, row.want) || row.want == "" && got != "" {
-			t.Errorf("%s, %s: %q: %q; want %q", row.config, row.key, row.value, got, row.want)
-		}
-	}
-}
-
 // A config's hash, which is a metric, is the same whatever its secrets are, and another for another config.
 func TestHashHoldsNoSecret(t *testing.T) {
 	hash := func(secret, rest string) string {

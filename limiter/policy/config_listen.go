@@ -7,14 +7,9 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"net/url"
-	"os"
 	"regexp"
 	"strings"
 	"time"
-
-	"github.com/goccy/go-yaml/ast"
-	"github.com/goccy/go-yaml/lexer"
 )
 
 // ListenTLS is how listen.grpc speaks TLS. What its files hold is read with the config, so that a new certificate comes into force as a
@@ -146,59 +141,6 @@ func (f *configFile) readListenTLS(n node) {
 	f.config.ListenTLS = t
 }
 
-// readRoutes reads what Envoy's routes may bring.
-func (f *configFile) readRoutes(n node) {
-	f.mapping(n, map[string]func(node){
-		"limits": func(n node) {
-			limits, ok := n.Node.(*ast.BoolNode)
-			if !ok {
-				f.wrong(n, "%s; wanted is true or false", describe(n.Node))
-				return
-			}
-			f.config.noRouteLimits = !limits.Value
-		},
-		"domains": func(n node) {
-			texts(&f.reader, n, &f.config.routeDomains, func(s string) (string, error) { return s, checkDomain(s) })
-		},
-	})
-}
-
-// leaveOut keeps a value that is a secret, or holds one, out of the config's hash; instead is what stands for it there.
-func (f *configFile) leaveOut(n node, instead string) {
-	t := n.GetToken()
-	if l, ok := n.Node.(*ast.LiteralNode); ok {
-		t = l.Value.GetToken()
-	}
-	if t != nil && t.Position != nil {
-		f.hidden[[2]int{t.Position.Line, t.Position.Column}] = instead
-	}
-}
-
-// say adds the config's text to what its hash is of, but for what is hidden: whoever can read the hash could try secrets one after
-// another.
-func (f *configFile) say(text []byte) {
-	for _, t := range lexer.Tokenize(string(text)) {
-		value := t.Value
-		if instead, ok := f.hidden[[2]int{t.Position.Line, t.Position.Column}]; ok {
-			value = instead
-		}
-		_, _ = fmt.Fprintf(f.inputs.said, "%q ", value)
-	}
-}
-
-// withoutUser is a URL without its user and password, or "" where it is none.
-func withoutUser(s string) string {
-	u, err := url.Parse(s)
-	if err != nil {
-		return ""
-	}
-	u.User, u.RawQuery = nil, ""
-	return u.String()
-}
-
-// shortSecret is the length in bytes below which a key_secret is warned of.
-const shortSecret = 16
-
 // warnOfAdmin warns of an admin listener that everybody can reach: its page and profiles show what is asked and by whom.
 func (f *configFile) warnOfAdmin(n node, addr string) {
 	host, _, err := net.SplitHostPort(addr)
@@ -207,12 +149,5 @@ func (f *configFile) warnOfAdmin(n node, addr string) {
 	}
 	if ip, err := netip.ParseAddr(host); host == "" || err == nil && ip.IsUnspecified() {
 		f.warn(n, "%s is on all addresses, for everybody who can reach this machine; write 127.0.0.1 and use kubectl port-forward", addr)
-	}
-}
-
-// warnOfReaders warns of a secret's file that every user of the machine can read.
-func (f *configFile) warnOfReaders(n node, file string) {
-	if info, err := os.Stat(file); err == nil && info.Mode().IsRegular() && info.Mode().Perm()&0o004 != 0 {
-		f.warn(n, "%s can be read by every user (mode %#o); write chmod o-r, or defaultMode: 0440 for a Secret's volume", file, info.Mode().Perm())
 	}
 }

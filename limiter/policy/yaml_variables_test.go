@@ -113,3 +113,50 @@ func TestMessagesKeepTheirWords(t *testing.T) {
 		t.Error(got)
 	}
 }
+
+// The environment's values are put in after the file is parsed: they can be any text, and make no structure.
+func TestEnvironment(t *testing.T) {
+	c, err := Parse("f", []byte(`
+key_secret: ${SECRET}
+failure_status: ${STATUS:-502}
+limits:
+  - name: ${NAME}
+    rate: ${RATE:-5}/s
+    key: '"$${" + request.headers["${HEADER}"]'
+`), env("SECRET", "a: [b", "NAME", "orders", "HEADER", "x-key"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if string(c.hasher.secret) != "a: [b" || c.FailureStatus != 502 || c.Limits()[0].Name != "orders" || c.rules[0].tier.bucket.Burst() != 5 {
+		t.Errorf("%+v %+v", c, c.rules[0])
+	}
+	if v, err := c.rules[0].key[0].part(&subject{Request: &Request{Headers: map[string]string{"x-key": "k"}}}); v != "${k" || err != nil {
+		t.Errorf("%q, %v", v, err)
+	}
+	if _, err := Parse("f", []byte("limits: ${LIMITS}\n"), env("LIMITS", "[{name: a, rate: 1/s}]")); err == nil {
+		t.Error("a variable made structure")
+	}
+}
+
+// What a variable stands for may be a secret: neither a mistake nor an explanation tells it.
+func TestVariablesAreNotTold(t *testing.T) {
+	vars := env("TOKEN", "hunter2-the-secret", "SHORT", "x1")
+	for _, text := range []string{
+		"mode: ${TOKEN}", "domain: '${TOKEN}!'", "grace: ${TOKEN}", "listen: {grpc: '${TOKEN}'}", "limits: [{name: a, rate: '${TOKEN}'}]", "domain: '${1X:-hunter2-the-secret}'",
+		"limits:\n  - {name: a, rate: 1/s, when: 'request.method == ${TOKEN}'}", "limits: [{name: a, rate: 1/s, match: {hosts: ['${TOKEN}!']}}]", "failure_status: '${TOKEN}'",
+		"limits: [{name: '${TOKEN}_', rate: 1/s}]", "store: {redis: {url: '${TOKEN}'}}",
+	} {
+		if _, err := Parse("f", []byte(text), vars); err == nil || strings.Contains(err.Error(), "hunter2") {
+			t.Errorf("%s: %v", text, err)
+		}
+	}
+	c, err := Parse("f", []byte(`limits: [{name: a, rate: 1/s, when: 'request.headers.k != "${TOKEN}"', key: '["${TOKEN}"][request.size]', absent: skip}]`), vars)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, line := range []string{"GET h/ with k=hunter2-the-secret", "GET h/", "GET h/ with content-length=5"} {
+		if x := fmt.Sprintf("%+v", c.Explain(request(t, line)).Limits[0]); strings.Contains(x, "hunter2") {
+			t.Errorf("%s: %s", line, x)
+		}
+	}
+}

@@ -7,7 +7,6 @@ import (
 	"math"
 	"strconv"
 	"strings"
-	"time"
 
 	"github.com/goccy/go-yaml/ast"
 
@@ -19,35 +18,6 @@ const (
 	maxLimits   = 10_000
 	maxKeyParts = 8
 )
-
-// rule is a compiled limit. It is not changed any more.
-type rule struct {
-	limit     *limiter.Limit
-	tier      *tier
-	match     match
-	when      *expression // nil: always
-	key       []*expression
-	absent    absence
-	cost      cost
-	group     string // empty: none
-	overrides *overrides
-	share     float64 // this process's part of it while Redis fails; 0: none
-	prefix    string  // of its keys, up to and with the brace
-	only      string  // the whole key of its one bucket, where it has no key
-}
-
-// tier is a rate and a burst, as the config writes them and as a bucket. Limits and overrides that say the same share one.
-type tier struct {
-	rate      string
-	bucket    limiter.Bucket // none where unlimited
-	unlimited bool
-}
-
-// cost is what a request costs.
-type cost struct {
-	constant   int64       // where there is no expression
-	expression *expression // or nil
-}
 
 // limitReader reads limits: the file's, and those of Envoy's filter chain.
 type limitReader struct {
@@ -93,16 +63,6 @@ type draft struct {
 	overrides       node
 	files           []node
 }
-
-// absence says what becomes of a limit that has a part of its key absent.
-type absence uint8
-
-const (
-	absentClient absence = iota // the client's network takes its place
-	absentShare                 // all such requests share a bucket
-	absentSkip                  // the limit does not apply
-	absentDeny                  // the request is denied
-)
 
 // readLimit reads one limit into a draft. Where its name is known already it may not have another. It reports false where it noted a mistake;
 // what it understood is in the draft all the same.
@@ -302,99 +262,6 @@ func (f *limitReader) readCost(n node, into *cost) {
 		return
 	}
 	into.constant, _ = e.tokens(&subject{Request: &Request{}}) // it was tried
-}
-
-// readTier reads a rate and a burst, whose node may be nil.
-func (f *limitReader) readTier(rate, burst node) *tier {
-	text, ok := f.scalar(rate) // a number lacks its period, and is told so
-	if !ok {
-		return nil
-	}
-	most, at := "", rate
-	if burst.Node != nil {
-		var v int64
-		before := len(f.mistakes)
-		if f.whole(burst, &v, 1, limiter.MaxTokens); len(f.mistakes) > before {
-			return nil
-		}
-		most, at = strconv.FormatInt(v, 10), burst
-	}
-	if _, _, err := parseRate(text); err != nil {
-		at = rate
-	}
-	t, err := f.tierOf(text, most)
-	if err != nil {
-		f.wrong(at, "%v", err)
-		return nil
-	}
-	return t
-}
-
-// unlimited is the rate of no bucket at all.
-const unlimited = "unlimited"
-
-// tierOf makes a tier of a rate and a burst as they are written; an empty burst is the rate's tokens.
-func (f *limitReader) tierOf(rate, burst string) (*tier, error) {
-	id := [2]string{rate, burst}
-	if t := f.tiers[id]; t != nil {
-		return t, nil
-	}
-	tokens, period, err := parseRate(rate)
-	if err != nil {
-		return nil, err
-	}
-	t := &tier{rate: rate}
-	switch {
-	case period == 0 && burst != "":
-		return nil, fmt.Errorf("a burst of %s with the rate unlimited, which has no bucket", burst)
-	case period == 0:
-		t.unlimited = true
-	default:
-		size := tokens
-		if burst != "" {
-			if size, err = strconv.ParseInt(burst, 10, 64); err != nil || burst[0] == '+' {
-				return nil, fmt.Errorf("%q; allowed are bursts from 1 to %d", burst, limiter.MaxTokens)
-			}
-		}
-		if t.bucket, err = limiter.NewBucket(tokens, period, size); err != nil {
-			return nil, err
-		}
-	}
-	f.tiers[id] = t
-	return t, nil
-}
-
-// parseRate reads tokens/period: 10/s, 10/7d, 5000/24h, 3/250ms; or unlimited, whose period is 0.
-func parseRate(s string) (tokens int64, period time.Duration, err error) {
-	const allowed = "allowed are tokens/period such as 10/s, 100/m, 5000/24h, 10/7d and 3/250ms: a period is us, ms, s, m, h or d, or a number of them; or unlimited"
-	if s == unlimited {
-		return 0, 0, nil
-	}
-	count, every, ok := strings.Cut(s, "/")
-	tokens, err = strconv.ParseInt(count, 10, 64)
-	if !ok || err != nil || strings.HasPrefix(count, "+") {
-		return 0, 0, fmt.Errorf("%q; %s", s, allowed)
-	}
-	if period, err = parsePeriod(every); err != nil {
-		return 0, 0, fmt.Errorf("%q; %s", s, allowed)
-	}
-	if _, err := limiter.NewBucket(tokens, period, 1); err != nil {
-		return 0, 0, fmt.Errorf("%q: %w", s, err)
-	}
-	return tokens, period, nil
-}
-
-// parsePeriod reads a Go duration, a unit alone, or a number of days.
-func parsePeriod(s string) (time.Duration, error) {
-	switch s {
-	case "us", "\u00b5s", "\u03bcs", "ms", "s", "m", "h", "d":
-		s = "1" + s
-	}
-	if days, ok := strings.CutSuffix(s, "d"); ok {
-		n, err := strconv.ParseUint(days, 10, 16)
-		return time.Duration(n) * 24 * time.Hour, err
-	}
-	return time.ParseDuration(s)
 }
 
 const noShare = "local, without local_share: this sidecar's part of each limit, such as 0.1 where there are ten"

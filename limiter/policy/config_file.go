@@ -1,0 +1,450 @@
+package policy
+
+import (
+	"bytes"
+	"cmp"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/goccy/go-yaml/ast"
+
+	"github.com/sluiceproxy/sluice/limiter"
+)
+
+// Load reads a config file; an empty name is a config that says nothing. A
+// pipe, such as /dev/stdin, is read to its end. settings take precedence over
+// the file, later ones over earlier ones. getenv looks up ${NAME}. The error
+// is a Mistakes that holds every mistake; the Inputs are good in any case.
+func Load(file string, getenv func(string) (string, bool), settings ...Setting) (*Config, Inputs, error) {
+	return load(file, nil, getenv, settings)
+}
+
+// Reload is Load for a file that was loaded before. A config that came
+// through a pipe then stays what it was, and only the files that it names are
+// read again.
+func Reload(file string, before Inputs, getenv func(string) (string, bool), settings ...Setting) (*Config, Inputs, error) {
+	return load(file, &before, getenv, settings)
+}
+
+func load(file string, before *Inputs, getenv func(string) (string, bool), settings []Setting) (*Config, Inputs, error) {
+	in := newInputs()
+	if file == "" {
+		c, err := readConfig(reader{getenv: getenv}, nil, settings, in)
+		return c, in.done(), err
+	}
+	text, err := in.config(file, before)
+	if err == nil && len(bytes.TrimSpace(withoutBOM(text))) == 0 {
+		err = errors.New("the file is empty, as one that is being written; to mean no limits, write limits: []")
+	}
+	if err != nil {
+		var path *os.PathError
+		if errors.As(err, &path) {
+			err = path.Err
+		}
+		return nil, in.done(), Mistakes{{File: file, Message: err.Error()}}
+	}
+	r := reader{file: file, dir: filepath.Dir(file), getenv: getenv}
+	if in.Piped {
+		r.dir = "." // a pipe's own directory holds no files
+	}
+	c, err := readConfig(r, text, settings, in)
+	return c, in.done(), err
+}
+
+// Parse is Load for a text that is already there. name is what mistakes call it; the files that it names are relative to name's
+// directory.
+func Parse(name string, text []byte, getenv func(string) (string, bool), settings ...Setting) (*Config, error) {
+	return readConfig(reader{file: name, dir: filepath.Dir(name), getenv: getenv}, text, settings, newInputs())
+}
+
+// withoutBOM is a text without the byte order mark that some editors begin a
+// file with.
+func withoutBOM(text []byte) []byte { return bytes.TrimPrefix(text, []byte("\xef\xbb\xbf")) }
+
+func readConfig(r reader, text []byte, settings []Setting, in *inputs) (*Config, error) {
+	f := configFile{
+		limitReader: newLimitReader(r),
+		settings:    settings,
+		store:       limiter.RedisOptions{Timeout: 100 * time.Millisecond},
+		config: &Config{
+			Listen:        Listen{GRPC: "127.0.0.1:9001", Admin: "127.0.0.1:9002", Metrics: "127.0.0.1:9003"},
+			FailureStatus: 503,
+			Headers:       Headers{XRateLimit: true, RetryAfter: true},
+			Grace:         10 * time.Second,
+			LogLevel:      "info",
+			client:        clientIP{anyone: true},
+		},
+	}
+	f.inputs = in
+	f.hidden = make(map[[2]int]string)
+	f.set(true)
+	text = withoutBOM(text)
+	if root := f.document(text); root != nil {
+		f.readFile(*root)
+	}
+	f.set(false)
+	if len(f.mistakes) == 0 { // what was refused for its size is not read again
+		f.say(text)
+	}
+	c := f.compile()
+	if len(f.mistakes) > 0 {
+		// What is without a line comes first, and the files that the config names last.
+		part := func(m Mistake) int {
+			switch {
+			case m.Line == 0:
+				return 0
+			case m.File == r.file:
+				return 1
+			}
+			return 2
+		}
+		slices.SortStableFunc(f.mistakes, func(a, b Mistake) int {
+			file := 0
+			if part(a) == 2 && part(b) == 2 {
+				file = cmp.Compare(a.File, b.File)
+			}
+			return cmp.Or(part(a)-part(b), file, a.Line-b.Line, a.Column-b.Column)
+		})
+		return nil, f.mistakes
+	}
+	return c, nil
+}
+
+// configFile is a config on its way from text to Config.
+type configFile struct {
+	limitReader
+	onFailureAt node
+	listenTLSAt node
+	clientIPAt  node
+	hidden      map[[2]int]string // what stands for secrets, by their line and column
+	settings    []Setting
+	config      *Config // on its own: it outlives what was read, and must not keep it in memory
+
+	redis     bool
+	redisAt   node // its URL, or redisNode
+	redisNode node
+	store     limiter.RedisOptions
+	drafts    []*draft
+	exempt    []*match
+}
+
+var (
+	nameOf   = regexp.MustCompile(`^[a-z0-9-]{1,63}$`)
+	domainOf = regexp.MustCompile(`^[A-Za-z0-9._/-]{1,253}$`)
+	headerOf = regexp.MustCompile("^[a-z0-9!#$%&'*+.^_`|~-]+$")
+)
+
+func checkDomain(s string) error {
+	if !domainOf.MatchString(s) {
+		return fmt.Errorf("%q; allowed are 1 to 253 of letters, digits and . _ / -", s)
+	}
+	return nil
+}
+
+// maxSocketPath is how long a unix socket's path may be on Linux, in bytes.
+const maxSocketPath = 107
+
+func checkListen(s string) error {
+	if path, ok := strings.CutPrefix(s, "unix://"); ok && filepath.IsAbs(path) {
+		if len(path) > maxSocketPath {
+			return fmt.Errorf("%q: a path of %d bytes; a unix socket's has at most %d", s, len(path), maxSocketPath)
+		}
+		return nil
+	}
+	return checkTCP(s, " and unix:///absolute/path")
+}
+
+func checkTCP(s, also string) error {
+	if strings.Contains(s, "@") { // not quoted: what is before it may be a password
+		return fmt.Errorf("must not contain a user or password; want host:port%s", also)
+	}
+	if _, port, err := net.SplitHostPort(s); err == nil && port != "" {
+		if _, err := net.LookupPort("tcp", port); err == nil {
+			return nil
+		}
+	}
+	return fmt.Errorf("%q; allowed are host:port%s", s, also)
+}
+
+func tcp(s string) error { return checkTCP(s, "") }
+
+func (f *configFile) readFile(root node) {
+	c := f.config
+	f.mapping(root, map[string]func(node){
+		"domain": f.checked(&f.domain, checkDomain),
+		"listen": func(n node) {
+			f.mapping(n, map[string]func(node){
+				"grpc": f.checked(&c.Listen.GRPC, checkListen),
+				"admin": func(n node) {
+					f.checked(&c.Listen.Admin, tcp)(n)
+					f.warnOfAdmin(n, c.Listen.Admin)
+				},
+				"metrics": f.checked(&c.Listen.Metrics, tcp),
+				"tls":     f.readListenTLS,
+			})
+		},
+		"store": func(n node) {
+			f.mapping(n, map[string]func(node){"redis": f.readRedis})
+		},
+		"routes":      f.readRoutes,
+		"mode":        func(n node) { f.oneOf(n, &f.mode, "enforce", "shadow") },
+		"on_failure":  func(n node) { f.onFailureAt = n; f.readOnFailure(n, &f.onFailure) },
+		"local_share": f.readLocalShare,
+		"failure_status": func(n node) {
+			v := int64(c.FailureStatus)
+			f.whole(n, &v, 500, 599)
+			c.FailureStatus = int(v)
+		},
+		"grace":     func(n node) { f.duration(n, &c.Grace, 0, time.Hour) },
+		"log_level": func(n node) { f.oneOf(n, &c.LogLevel, "debug", "info", "warn", "error") },
+		"key_secret": func(n node) {
+			f.leaveOut(n, "")
+			f.readSecret(n, f.text)
+		},
+		"key_secret_file": func(n node) { f.readSecret(n, f.secretFile) },
+		"headers":         f.readHeaders,
+		"client_ip": func(n node) {
+			f.clientIPAt = n
+			f.readClientIP(n)
+		},
+		"exempt": f.readExempt,
+		"limits": f.readLimits,
+	})
+}
+
+func (f *configFile) readLimits(n node) {
+	if !f.isList(n, "limits", maxLimits) {
+		return
+	}
+	f.each(n, func(n node) {
+		if d := new(draft); f.readLimit(n, d) {
+			f.drafts = append(f.drafts, d)
+		}
+	})
+	if memory := memoryFor(len(f.drafts), len(f.expressions)); memory > shippedMemory {
+		f.warn(n, "%d limits need about %d MiB of memory, more than the %d MiB that a sidecar is injected with: raise its memory limit",
+			len(f.drafts), memory>>20, shippedMemory>>20)
+	}
+}
+
+// shippedMemory is the memory limit of an injected sidecar, in bytes.
+const shippedMemory = 128 << 20
+
+// memoryFor estimates, in bytes, what a sidecar needs at most for so many limits
+// and distinct expressions: while it reloads its config, and is scraped. The
+// figures were measured with 10,000 limits, with one expression and with 10,000.
+func memoryFor(limits, expressions int) int {
+	return 32<<20 + limits*12<<10 + expressions*6<<10
+}
+
+func (f *configFile) readExempt(n node) {
+	if !f.isList(n, "exemptions such as {match: {paths: [/healthz]}}", maxLimits) {
+		return
+	}
+	f.each(n, func(n node) {
+		m, before := &match{}, len(f.mistakes)
+		isMapping := f.mapping(n, map[string]func(node){"match": func(n node) { f.readMatch(n, m) }})
+		if len(f.mistakes) > before || !isMapping {
+			return
+		}
+		if m.isEmpty() {
+			f.wrong(n, "without a match, which would exempt every request")
+			return
+		}
+		f.exempt = append(f.exempt, m)
+	})
+}
+
+// isList reports whether a value is a list of at most so many, and notes it where it is not.
+func (f *configFile) isList(n node, of string, most int) bool {
+	values, ok := n.Node.(*ast.SequenceNode)
+	switch {
+	case !ok:
+		f.wrong(n, "%s; wanted is a list of %s", describe(n.Node), of)
+	case len(values.Values) > most:
+		f.wrong(n, "a list of %d; allowed are %d", len(values.Values), most)
+	default:
+		return true
+	}
+	return false
+}
+
+func (f *configFile) readLocalShare(n node) {
+	s, ok := f.scalar(n)
+	if !ok {
+		return
+	}
+	v, err := strconv.ParseFloat(s, 64)
+	if err != nil || !(v >= 1e-6 && v <= 1) { // so that NaN is refused, too
+		f.wrong(n, "%s; allowed are numbers above 0, from a millionth, to 1", shown(n, s))
+		return
+	}
+	f.localShare = v
+}
+
+func (f *configFile) readHeaders(n node) {
+	if _, ok := n.Node.(*ast.SequenceNode); !ok {
+		f.wrong(n, "%s; wanted is a list of x-ratelimit, retry-after, ratelimit", describe(n.Node))
+		return
+	}
+	f.config.Headers = Headers{} // an empty list is one: no headers
+	f.each(n, func(n node) {
+		var s string
+		f.oneOf(n, &s, "x-ratelimit", "retry-after", "ratelimit")
+		switch s {
+		case "x-ratelimit":
+			f.config.Headers.XRateLimit = true
+		case "retry-after":
+			f.config.Headers.RetryAfter = true
+		case "ratelimit":
+			f.config.Headers.RateLimit = true
+		}
+	})
+}
+
+func (f *configFile) readClientIP(n node) {
+	c := &f.config.client
+	var ways []string
+	ok := f.mapping(n, map[string]func(node){
+		"xff_from_right": func(n node) {
+			ways = append(ways, n.field)
+			v := int64(1)
+			f.whole(n, &v, 1, 100)
+			c.xffFromRight = int(v)
+		},
+		"header": func(n node) {
+			ways = append(ways, n.field)
+			f.checked(&c.header, func(s string) error {
+				if !headerOf.MatchString(s) {
+					return fmt.Errorf("%q is no header's name in lower case", s)
+				}
+				return nil
+			})(n)
+		},
+		"from": func(n node) {
+			c.anyone = false
+			texts(&f.reader, n, new([]struct{}), func(s string) (none struct{}, err error) {
+				if strings.Contains(s, "://") {
+					p, err := parsePrincipal(s)
+					c.principals = append(c.principals, p)
+					return none, err
+				}
+				p, err := parsePrefix(s)
+				c.networks = append(c.networks, p)
+				return none, err
+			})
+		},
+	})
+	if ok && len(ways) != 1 {
+		f.wrong(n, "%d ways to the client's address; wanted is one of xff_from_right and header", len(ways))
+	}
+}
+
+// set puts the settings in: the weak ones before the file is read, the others over what it says.
+func (f *configFile) set(weak bool) {
+	c := f.config
+	for _, o := range f.settings {
+		if o.Weak != weak {
+			continue
+		}
+		var err error
+		switch o.Field {
+		case "listen.grpc":
+			c.Listen.GRPC, err = o.Value, checkListen(o.Value)
+		case "listen.admin":
+			c.Listen.Admin, err = o.Value, tcp(o.Value)
+		case "listen.metrics":
+			c.Listen.Metrics, err = o.Value, tcp(o.Value)
+		case "domain":
+			f.domain, err = o.Value, checkDomain(o.Value)
+		case "store.redis.url":
+			f.redis, f.store.URL = true, o.Value
+			f.redisAt = node{}
+			err = f.store.Validate()
+		case "grace":
+			c.Grace, err = time.ParseDuration(o.Value)
+			if err != nil || c.Grace < 0 || c.Grace > time.Hour {
+				err = fmt.Errorf("%q; allowed are durations such as 500ms and 10s, from 0s to 1h0m0s", o.Value)
+			}
+		case "log_level":
+			if c.LogLevel = o.Value; !slices.Contains([]string{"debug", "info", "warn", "error"}, o.Value) {
+				err = fmt.Errorf("%q; allowed are debug, info, warn, error", o.Value)
+			}
+		default:
+			err = errors.New("no such setting")
+		}
+		if err != nil {
+			f.mistakes = append(f.mistakes, Mistake{File: o.From, Field: o.Field, Message: err.Error()})
+		}
+	}
+}
+
+// compile makes the Config of what was read.
+func (f *configFile) compile() *Config {
+	c := f.config
+	c.Domain = f.domain
+	if f.redis {
+		o := f.store
+		if err := o.Validate(); err != nil && f.redisAt.Node != nil {
+			f.wrong(f.redisAt, "%s", f.hideStore(err.Error()))
+		}
+		c.Redis = &o
+	}
+	if f.listenTLSAt.Node != nil && strings.HasPrefix(c.Listen.GRPC, "unix://") {
+		f.wrong(f.listenTLSAt, "listen.grpc is a unix socket, whose directory says who may ask; TLS is for host:port")
+	}
+	if c.client.byHeader() && c.client.anyone && f.clientIPAt.Node != nil &&
+		slices.ContainsFunc(f.exempt, func(m *match) bool { return len(m.clients) > 0 }) {
+		f.warn(f.clientIPAt, "without from, whoever asks this sluice or its Envoy directly writes an exempt address into the header; write from: the networks of your proxies")
+	}
+	if f.onFailure == "local" && f.localShare == 0 {
+		f.wrong(f.onFailureAt, noShare)
+	}
+	c.byName = make(map[string]int)
+	var matches []*match
+	for _, d := range f.drafts {
+		l := f.rule(d)
+		if l == nil {
+			continue
+		}
+		if _, twice := c.byName[l.limit.Name]; twice {
+			f.wrong(d.nameAt, "a second limit %q; names are unique", l.limit.Name)
+		}
+		c.byName[l.limit.Name] = len(c.rules)
+		c.rules = append(c.rules, l)
+		matches = append(matches, &l.match)
+	}
+	f.warnOfGroups(f.drafts)
+	c.index, c.exempt = newIndex(matches), newIndex(f.exempt)
+	c.Warnings, f.warnings = f.warnings, nil
+	c.inherited = f.limitReader
+	c.inherited.inputs, c.inherited.expressions, c.inherited.tiers, c.inherited.mistakes = nil, nil, nil, nil
+	c.Hash = hex.EncodeToString(f.inputs.said.Sum(nil)[:8])
+	return c
+}
+
+// readRoutes reads what Envoy's routes may bring.
+func (f *configFile) readRoutes(n node) {
+	f.mapping(n, map[string]func(node){
+		"limits": func(n node) {
+			limits, ok := n.Node.(*ast.BoolNode)
+			if !ok {
+				f.wrong(n, "%s; wanted is true or false", describe(n.Node))
+				return
+			}
+			f.config.noRouteLimits = !limits.Value
+		},
+		"domains": func(n node) {
+			texts(&f.reader, n, &f.config.routeDomains, func(s string) (string, error) { return s, checkDomain(s) })
+		},
+	})
+}

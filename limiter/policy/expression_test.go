@@ -1,0 +1,137 @@
+package policy
+
+import (
+	"slices"
+	"strings"
+	"testing"
+
+	"cel.dev/cel-go/common/types/ref"
+	"pgregory.net/rapid"
+)
+
+// What looks as if it could take for ever when it is evaluated does not: CEL's patterns take linear time, and the rest is bounded by its
+// cost.
+func TestEvaluationIsBounded(t *testing.T) {
+	long := strings.Repeat("a", 60_000)
+	for _, text := range []string{
+		`request.headers["a"].matches("(a*)*b")`,
+		`request.headers["a"].matches("(a|aa)+$")`,
+		`request.headers["a"].split("").all(x, request.headers["a"].split("").all(y, x == y))`,
+		`request.headers["a"].split("").join(request.headers["a"]).size() > 1`,
+		`request.path.split("").join(request.path).size() > 1`,
+		`request.headers["a"].replace("a", request.headers["a"]).size() > 1`,
+		`request.headers["a"].split("").map(x, request.headers["a"]).size() > 1`,
+		`[1, 2, 3, 4, 5, 6, 7, 8, 9].all(a, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(b, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(c, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(d, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(e, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(f, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(g, a + b + c + d + e + f + g + request.path.size() > 0)))))))`,
+		`(request.headers["a"] + request.headers["a"] + request.headers["a"]).size() > request.headers["a"].lowerAscii().reverse().size()`,
+	} {
+		c := parse(t, "limits: [{name: a, rate: 1/s, when: '"+text+"'}]")
+		r := &Request{Path: long, Headers: map[string]string{"a": long}}
+		took := leastTime(bombTime, func() { c.Draw(r) })
+		if took > bombTime {
+			t.Errorf("%s: %v", text, took)
+		} else {
+			t.Logf("%v: %s", took, text)
+		}
+	}
+}
+
+// FuzzExpression compiles any text for all purposes, and evaluates what is one: nothing panics, and no error tells what a client sent.
+func FuzzExpression(f *testing.F) {
+	for _, seed := range []string{
+		`request.headers["a"] == "x"`, `request.headers["a"].startsWith("x") ? 1 : 2`, `has(context.x) && context.x in ["a"]`,
+		`metadata.filter_metadata["jwt"].payload.n * 2.5`, `request.path.split("/")[1]`, `[1, 2].map(x, x * request.size)`,
+		`request.headers[?"a"].orValue("z")`, `string(request.time)`, `{"a": 1}[request.headers.b]`, `dyn(null) == context.y`,
+		`request.headers.all(k, request.headers[k] != "")`, `optional.none()`, `type(request.size)`, `b"x" == b"y"`, `1/0`, `"a".matches("(")`,
+	} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		const secret = "s3cr3t-v4lue"
+		if strings.Contains(text, secret) {
+			return
+		}
+		r := request(t, "POST h.example.com/a/b?q="+secret+" with a="+secret+" context x="+secret+` claim n="`+secret+`"`)
+		for _, p := range []purpose{forKey, forWhen, forCost} {
+			e, mistakes := compile(text, p)
+			if (e == nil) == (mistakes == nil) {
+				t.Fatalf("%q: %v and %v", text, e, mistakes)
+			}
+			if e == nil {
+				continue
+			}
+			s := newSubject(r, &clientIP{})
+			var err error
+			switch p {
+			case forKey:
+				_, err = e.part(s)
+			case forWhen:
+				_, _, err = e.holds(s)
+			case forCost:
+				var tokens int64
+				if tokens, err = e.tokens(s); err == nil && tokens < 0 {
+					t.Fatalf("%q costs %d", text, tokens)
+				}
+			}
+			if err != nil && strings.Contains(err.Error(), secret) {
+				t.Fatalf("%q: %v", text, err)
+			}
+		}
+	})
+}
+
+// A read past CEL gives what CEL gives.
+func TestDirectReads(t *testing.T) {
+	texts := []string{`request.headers["x-a"]`, "request.headers.host"}
+	for name, a := range attributes {
+		if a.kind.String() == "string" {
+			texts = append(texts, name)
+		}
+	}
+	slices.Sort(texts)
+	value := rapid.SampledFrom([]string{"", "a", "10.0.0.1", "[::1]:80", "Shop.Example.com:80", "/v1?x=y", "\xff", "{}"})
+	var ids clientIP
+	rapid.Check(t, func(t *rapid.T) {
+		s := newSubject(&Request{
+			Method: value.Draw(t, "method"), Scheme: value.Draw(t, "scheme"), Host: value.Draw(t, "host"), Path: value.Draw(t, "path"),
+			Protocol: value.Draw(t, "protocol"),
+			Headers:  map[string]string{"x-a": value.Draw(t, "x-a"), "host": value.Draw(t, "host header"), "x-request-id": value.Draw(t, "id")},
+			Source:   Peer{Address: value.Draw(t, "source"), Principal: value.Draw(t, "principal")},
+		}, &ids)
+		for _, text := range texts {
+			e, mistakes := compile(text, forKey)
+			if mistakes != nil || e.direct == nil {
+				t.Fatalf("%s: no direct read (%v)", text, mistakes)
+			}
+			direct, err := e.part(s)
+			var v ref.Val
+			if err == nil {
+				v, err = e.eval(s)
+			}
+			if err != nil {
+				t.Fatalf("%s: %v", text, err)
+			}
+			byCEL := ""
+			if v != nil {
+				byCEL = v.Value().(string)
+			}
+			if byCEL != direct {
+				t.Fatalf("%s: read directly %q, by CEL %q (%v)", text, direct, byCEL, err)
+			}
+		}
+	})
+}
+
+func TestExpressionsAreBounded(t *testing.T) {
+	c := parse(t, `limits: [{name: a, rate: 1/s, key: 'request.url_path.split("").map(a, request.url_path.split("").map(b, a + b)).size()'}]`)
+	r := request(t, "GET h/")
+	r.Path = "/" + strings.Repeat("x", 10_000)
+	if d := c.Draw(r); !d.Invalid || d.Mistakes[0].Error() != "limit a: key: the expression fails: operation cancelled: actual cost limit exceeded" {
+		t.Error(d)
+	}
+	if _, mistakes := compile(strings.Repeat("(", 2000)+"1"+strings.Repeat(")", 2000), forKey); mistakes == nil {
+		t.Error("2000 brackets are no mistake")
+	}
+	if _, mistakes := compile(strings.Repeat("x", maxExpression+1), forKey); mistakes == nil {
+		t.Error("a long one is no mistake")
+	}
+}

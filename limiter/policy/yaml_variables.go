@@ -1,0 +1,174 @@
+package policy
+
+import (
+	"errors"
+	"maps"
+	"os"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/goccy/go-yaml/ast"
+)
+
+// hide puts the names of the variables that a value takes in the place of
+// their values, where a message quotes them.
+func (r *reader) hide(n ast.Node, message string) string {
+	names := r.replacer(n)
+	if names == nil {
+		return message
+	}
+	var b strings.Builder
+	for rest := message; rest != ""; {
+		i := strings.IndexByte(rest, '"')
+		if i < 0 {
+			b.WriteString(rest)
+			break
+		}
+		b.WriteString(rest[:i])
+		rest = rest[i:]
+		quoted, err := strconv.QuotedPrefix(rest)
+		if err != nil {
+			b.WriteByte('"')
+			rest = rest[1:]
+			continue
+		}
+		rest = rest[len(quoted):]
+		if text, err := strconv.Unquote(quoted); err == nil {
+			if named := names.Replace(text); named != text {
+				quoted = strconv.Quote(named)
+			}
+		}
+		b.WriteString(quoted)
+	}
+	return b.String()
+}
+
+// replacer replaces the values of the variables that a value takes by their
+// names; nil where it takes none.
+func (r *reader) replacer(n ast.Node) *strings.Replacer {
+	taken := make(map[string]string)
+	var look func(ast.Node)
+	look = func(n ast.Node) {
+		if entries, ok := entries(n); ok {
+			for _, e := range entries {
+				look(e.Value)
+			}
+			return
+		}
+		if list, ok := n.(*ast.SequenceNode); ok {
+			for _, v := range list.Values {
+				look(v)
+			}
+			return
+		}
+		for _, found := range variable.FindAllStringSubmatch(written(n), -1) {
+			name, _, _ := strings.Cut(found[1], ":-")
+			if value := r.variables[name]; value != "" {
+				taken[value] = name
+			}
+		}
+	}
+	if len(r.variables) > 0 {
+		look(n)
+	}
+	if len(taken) == 0 {
+		return nil
+	}
+	values := slices.SortedFunc(maps.Keys(taken), func(a, b string) int { return len(b) - len(a) })
+	pairs := make([]string, 0, 2*len(values))
+	for _, value := range values {
+		pairs = append(pairs, value, "${"+taken[value]+"}")
+	}
+	return strings.NewReplacer(pairs...)
+}
+
+// written is a text as it stands in the file: with the names of variables, and
+// not their values. It is empty for what is no text.
+func written(n ast.Node) string {
+	switch v := n.(type) {
+	case *ast.StringNode:
+		return v.Value
+	case *ast.LiteralNode:
+		return v.Value.Value
+	}
+	return ""
+}
+
+// takesVariables reports whether a value takes environment variables.
+func takesVariables(n node) bool { return strings.Contains(written(n.Node), "${") }
+
+// shown is a scalar's text for a message that does not quote it: as it stands
+// in the file where it takes variables.
+func shown(n node, text string) string {
+	if takesVariables(n) {
+		return written(n.Node)
+	}
+	return text
+}
+
+// wrongFile notes that a file that a value names cannot be read.
+func (r *reader) wrongFile(n node, err error) {
+	var path *os.PathError
+	if takesVariables(n) && errors.As(err, &path) {
+		r.wrong(n, "%s: %v", written(n.Node), path.Err)
+		return
+	}
+	r.wrong(n, "%v", err)
+}
+
+var variable = regexp.MustCompile(`\$\$\{|\$\{([^}]*)\}?`)
+
+var variableName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
+
+const variableForms = "allowed are ${NAME} and ${NAME:-default}, and $${ for a literal ${"
+
+// expand puts environment variables into a scalar: ${NAME}, and
+// ${NAME:-default}, whose default counts where the variable is not set or
+// empty, as in a shell. $${ is a literal ${.
+func (r *reader) expand(n node, s string) (string, bool) {
+	if !strings.Contains(s, "${") {
+		return s, true
+	}
+	if r.getenv == nil {
+		r.wrong(n, "${...} stands for a variable in the config file only")
+		return "", false
+	}
+	good := true
+	wrong := func(format string, args ...any) string {
+		good = false
+		r.wrong(n, format, args...)
+		return ""
+	}
+	s = variable.ReplaceAllStringFunc(s, func(found string) string {
+		if found == "$${" {
+			return "${"
+		}
+		name, fallback, has := strings.Cut(strings.TrimSuffix(found[2:], "}"), ":-")
+		switch {
+		case !strings.HasSuffix(found, "}"):
+			return wrong("a variable without its closing brace; %s", variableForms)
+		case !variableName.MatchString(name):
+			if i := strings.IndexAny(name, ":=?+-"); i > 0 {
+				name = name[:i] // what follows may be a secret, as in ${NAME:=secret}
+			}
+			return wrong("%q is no variable's name; %s", name, variableForms)
+		case strings.Contains(fallback, "${"):
+			return wrong("a variable in the default of %s; a default is a plain text", name)
+		}
+		v, isSet := r.getenv(name)
+		switch {
+		case has && v == "":
+			return fallback
+		case !isSet:
+			return wrong("the environment variable %s is not set; ${%s:-default} gives it a default", name, name)
+		}
+		if r.variables == nil {
+			r.variables = make(map[string]string)
+		}
+		r.variables[name] = v
+		return v
+	})
+	return s, good
+}
