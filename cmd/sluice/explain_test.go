@@ -45,16 +45,16 @@ func TestExplain(t *testing.T) {
 client 203.0.113.7, domain shop/checkout
 
   applies  per-client  costs 1 of 20 left; burst 20, refilled at 10/d
-                       it is for every request
+                       it applies to every request
                        key =11.203.0.113.7
   applies  orders      costs 5 of 7 left; burst 7, refilled at 60/d
                        it matches
                        key #43.gleutKJ6evplE1M8ieEaLYSXdt5CT2IjwGHxohIrnFo=4.POST
   no       fallback    orders comes first in the group plan
   applies  watched     costs 1 of 1 left; burst 1, refilled at 1/d; shadow: never denies
-                       it is for every request
+                       it applies to every request
                        key -
-  no       inside      the client 203.0.113.7 is in none of match.clients
+  no       inside      client 203.0.113.7 is in none of match.clients
 
 allowed
 `; status != 0 || stderr != "" || stdout != strings.Replace(want, "gleutKJ6evplE1M8ieEaLYSXdt5CT2IjwGHxohIrnFo", hashOf("k"), 1) {
@@ -86,7 +86,7 @@ allowed
 		t.Errorf("explained as limited: %s", got)
 	}
 	status, stdout, _ = sluice(t, nil, append(fromFile, "--header", "x-api-key=gold")...)
-	if status != 0 || !strings.Contains(stdout, `"decision": "allowed"`) || !strings.Contains(stdout, `"reason": "it matches; its rate is that of overrides[0]"`) {
+	if status != 0 || !strings.Contains(stdout, `"decision": "allowed"`) || !strings.Contains(stdout, `"reason": "it matches; its rate is from overrides[0]"`) {
 		t.Errorf("%d\n%s", status, stdout)
 	}
 
@@ -124,8 +124,8 @@ func TestExplainWithoutRedis(t *testing.T) {
 		{"--path /\x1b[31m", 0, "GET /\\x1b[31m\n"},
 		{"--context sluice.limits=orders", 0, "no       per-client  the route's sluice.limits does not name it"},
 		{"--context sluice.limit.big={rate: 5/s, cost: 'request.method.size() * 2'}", 1, "\nlimited by big for ever\n"},
-		{"--context sluice.limit.big={rate: 5}", 1, "\ninvalid\n(the request shows a mistake of the config; limit big: context_extensions: sluice.limit.big:1:8: rate: \"5\"; allowed are"},
-		{"--context sluice.limits=none -o json", 1, `"note": "the request shows a mistake of the config; context_extensions: sluice.limits: the config has no limit \"none\""`},
+		{"--context sluice.limit.big={rate: 5}", 1, "\ninvalid\n(the request shows a mistake of the config; limit big: context_extensions: sluice.limit.big:1:8: rate: invalid rate \"5\"; want"},
+		{"--context sluice.limits=none -o json", 1, `"note": "the request shows a mistake of the config; context_extensions: sluice.limits: unknown limit \"none\""`},
 		{"-o json", 0, `"remaining": null`},
 		{"--header x-a=1 --header x-a=2 --context sluice.limit.a={rate: 1/s, when: 'request.headers[\"x-a\"] == \"1,2\"'}", 0, "applies  a           costs 1"},
 	} {

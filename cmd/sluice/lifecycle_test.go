@@ -339,7 +339,7 @@ func TestValidate(t *testing.T) {
 	}
 	// A warning is beside the result.
 	odd := file(t, "odd.yaml", "on_failure: local\nlocal_share: 0.1\nlimits: [{name: a, rate: 20/s, cost: 3}]\n")
-	warning := "warning: " + odd + ":3:38: limits[0].cost: 3 is above the local burst of 2, which is local_share of 20: nothing passes while the store fails\n"
+	warning := "warning: " + odd + ":3:38: limits[0].cost: 3 exceeds the local burst of 2 (local_share of 20): every request is denied while the store fails\n"
 	if status, stdout, stderr := sluice(t, nil, "validate", odd); status != 0 || stdout != odd+": ok\n" || stderr != warning {
 		t.Errorf("%d %s%s", status, stdout, stderr)
 	}

@@ -139,8 +139,8 @@ func TestConfigFromAPipe(t *testing.T) {
 func TestValidateAPipe(t *testing.T) {
 	for config, want := range map[string]string{
 		limit("a"):              "/dev/fd/3: ok\n",
-		"limits: [{name: a}]\n": "/dev/fd/3:1:10: limits[0].rate: missing; a limit has a name and a rate\n",
-		"":                      "/dev/fd/3: the file is empty, as one that is being written; to mean no limits, write limits: []\n",
+		"limits: [{name: a}]\n": "/dev/fd/3:1:10: limits[0].rate: missing; a limit needs a name and a rate\n",
+		"":                      "/dev/fd/3: the file is empty (perhaps it is still being written); for a config without limits write limits: []\n",
 	} {
 		p := start(t, "sluice", nil, "validate", "/dev/fd/3")
 		piped(t, p, config)
@@ -179,7 +179,7 @@ func TestDemoFromAPipe(t *testing.T) {
 func TestBlankConfig(t *testing.T) {
 	blank := file(t, "blank.yaml", "\ufeff \n\n")
 	for _, path := range []string{blank, "/dev/null"} {
-		want := path + ": the file is empty, as one that is being written; to mean no limits, write limits: []\n"
+		want := path + ": the file is empty (perhaps it is still being written); for a config without limits write limits: []\n"
 		for _, args := range [][]string{{"run", "--config"}, {"demo", "--config"}, {"explain", "--config"}, {"validate"}} {
 			status, stdout, stderr := sluice(t, nil, append(args, path)...)
 			if status != 1 || stdout+stderr != want {

@@ -156,9 +156,9 @@ func TestReload(t *testing.T) {
 
 	// A mistake, then an empty file, then none: the old one stays.
 	r.write("sluice.yaml", "limits: [{name: e}]\n")
-	r.want("refused: [DIR/sluice.yaml:1:10: limits[0].rate: missing; a limit has a name and a rate]")
+	r.want("refused: [DIR/sluice.yaml:1:10: limits[0].rate: missing; a limit needs a name and a rate]")
 	r.write("sluice.yaml", " \n")
-	r.want("refused: [DIR/sluice.yaml: the file is empty, as one that is being written; to mean no limits, write limits: []]")
+	r.want("refused: [DIR/sluice.yaml: the file is empty (perhaps it is still being written); for a config without limits write limits: []]")
 	r.do(os.Remove(r.file))
 	r.want("refused: [DIR/sluice.yaml: no such file or directory]")
 	r.write("sluice.yaml", "limits: []\n")
@@ -173,7 +173,7 @@ func TestReload(t *testing.T) {
 
 	// What takes a restart is refused.
 	r.write("sluice.yaml", "listen: {grpc: '127.0.0.1:1'}\nstore: {redis: {url: 'redis://h'}}\n"+limit("g"))
-	r.want("refused: [DIR/sluice.yaml: listen.grpc: changed, which takes a restart DIR/sluice.yaml: store.redis: changed, which takes a restart]")
+	r.want("refused: [DIR/sluice.yaml: listen.grpc: changed; a restart is needed to apply it DIR/sluice.yaml: store.redis: changed; a restart is needed to apply it]")
 	r.write("sluice.yaml", limit("f"))
 	r.want("in force: f")
 
@@ -240,7 +240,7 @@ limits:
 	r.write("tenants/one.csv", "key,rate,burst\nGET,5/s,\n")
 	r.want("in force: a")
 	r.write("tenants/two.csv", "key,rate,burst\nGET,6/s,x\n")
-	r.want(`refused: [DIR/tenants/two.csv:2:5: limits[0].overrides_file: "x"; allowed are bursts from 1 to 1000000000]`)
+	r.want(`refused: [DIR/tenants/two.csv:2:5: limits[0].overrides_file: invalid burst "x"; want a whole number from 1 to 1000000000]`)
 	r.write("tenants/two.csv", "key,rate,burst\nPUT,6/s,\n")
 	r.want("in force: a")
 	r.do(os.Remove(filepath.Join(dir, "tenants/one.csv")))
@@ -383,11 +383,11 @@ limits:
 	r.want(inForce)
 
 	r.write("gold/a.csv", "")
-	r.want("refused: [DIR/gold/a.csv:1:1: limits[0].overrides_file: an empty file; wanted is a header row, such as key,rate,burst]")
+	r.want("refused: [DIR/gold/a.csv:1:1: limits[0].overrides_file: empty file; want a header row such as key,rate,burst]")
 	r.do(os.Remove(at("gold/a.csv")))
 	r.want(inForce)
 	r.write("silver/b.csv", "")
-	r.want("refused: [DIR/silver/b.csv:1:1: limits[1].overrides_file: an empty file; wanted is a header row, such as key,rate,burst]")
+	r.want("refused: [DIR/silver/b.csv:1:1: limits[1].overrides_file: empty file; want a header row such as key,rate,burst]")
 	r.do(os.Remove(at("silver/b.csv")))
 	r.want(inForce)
 

@@ -15,19 +15,19 @@ func TestWrongSettings(t *testing.T) {
 		status int
 		stderr string
 	}{
-		{[]string{"run", "--grpc", "nowhere"}, 2, `--grpc: listen.grpc: "nowhere"; allowed are host:port`},
-		{[]string{"run", "--grpc", ""}, 2, `--grpc: listen.grpc: ""; allowed are host:port`},
-		{[]string{"run", "--grace", "soon"}, 2, `--grace: grace: "soon"; allowed are durations`},
-		{[]string{"run", "--log-level", "loud"}, 2, `--log-level: log_level: "loud"; allowed are debug`},
-		{[]string{"run", "--domain", "a b"}, 2, `--domain: domain: "a b"; allowed are`},
+		{[]string{"run", "--grpc", "nowhere"}, 2, `--grpc: listen.grpc: invalid address "nowhere"; want host:port`},
+		{[]string{"run", "--grpc", ""}, 2, `--grpc: listen.grpc: invalid address ""; want host:port`},
+		{[]string{"run", "--grace", "soon"}, 2, `--grace: grace: invalid duration "soon"; want one from`},
+		{[]string{"run", "--log-level", "loud"}, 2, `--log-level: log_level: unknown value "loud"; want one of debug`},
+		{[]string{"run", "--domain", "a b"}, 2, `--domain: domain: invalid value "a b"; want`},
 		{[]string{"run", "--redis", "http://h"}, 2, `--redis: store.redis.url: `},
-		{[]string{"run", "--grpc", long}, 2, `: a path of 108 bytes; a unix socket's has at most 107`},
+		{[]string{"run", "--grpc", long}, 2, `: the path has 108 bytes; the maximum for a unix socket is 107`},
 		{[]string{"demo", "--redis", "http://h"}, 2, `--redis: store.redis.url: `},
 		{[]string{"webhook", "--client-name", "api"}, 2, `--client-name requires --client-ca-file`},
 		{[]string{"webhook", "--image", "a b"}, 2, `--image "a b": must be an image reference of at most 512 bytes`},
 		{[]string{"healthcheck", "--grpc", long}, 2, `: a path of 108 bytes; a unix socket's has at most 107`},
-		{[]string{"run", "--config", file(t, "sluice.yaml", "listen: {grpc: '"+long+"'}\n")}, 1, `: a path of 108 bytes; a unix socket's has at most 107`},
-		{[]string{"run", "--config", file(t, "sluice.yaml", "mode: x\n")}, 1, `mode: "x"; allowed are enforce, shadow`},
+		{[]string{"run", "--config", file(t, "sluice.yaml", "listen: {grpc: '"+long+"'}\n")}, 1, `: the path has 108 bytes; the maximum for a unix socket is 107`},
+		{[]string{"run", "--config", file(t, "sluice.yaml", "mode: x\n")}, 1, `mode: unknown value "x"; want one of enforce, shadow`},
 	} {
 		if status, stdout, stderr := sluice(t, nil, tt.args...); status != tt.status || stdout != "" || !strings.Contains(stderr, tt.stderr) {
 			t.Errorf("%v: %d %s%s\nwant %d %s", tt.args, status, stdout, stderr, tt.status, tt.stderr)

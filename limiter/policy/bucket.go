@@ -65,7 +65,7 @@ func (c *Config) Bucket(name BucketName) (Bucket, error) {
 		}
 	}
 	if tier.unlimited {
-		return Bucket{}, fmt.Errorf("the limit %s is unlimited for this key, and so has no bucket", name.Limit)
+		return Bucket{}, fmt.Errorf("limit %s is unlimited for this key and has no bucket", name.Limit)
 	}
 	return Bucket{
 		Key:    string(key),
@@ -78,7 +78,7 @@ func (c *Config) Bucket(name BucketName) (Bucket, error) {
 func (l *rule) checkKey(key string) error {
 	if len(l.key) == 0 {
 		if key != noKey {
-			return fmt.Errorf("%q is no key of the limit %s, which has one bucket: %q", key, l.limit.Name, noKey)
+			return fmt.Errorf("invalid key %q; limit %s has a single bucket, with the key %q", key, l.limit.Name, noKey)
 		}
 		return nil
 	}
@@ -87,7 +87,7 @@ func (l *rule) checkKey(key string) error {
 		length += 2 + len(strconv.Itoa(len(p.Text))) + len(p.Text)
 	}
 	if len(parts) != len(l.key) || length != len(key) {
-		return fmt.Errorf("%q is no key of the limit %s; want its %d parts as logs and metadata show them, such as #43.<hash> or =4.POST",
+		return fmt.Errorf("invalid key %q for limit %s; want its %d parts as logs and metadata show them, such as #43.<hash> or =4.POST",
 			key, l.limit.Name, len(l.key))
 	}
 	return nil
@@ -129,9 +129,9 @@ func (c *Config) keyOf(l *rule, name BucketName) (key []byte, t *tier, err error
 	}
 	switch {
 	case len(parts) != len(l.key):
-		return nil, nil, fmt.Errorf("%d parts of a key; the limit %s has %d", len(parts), l.limit.Name, len(l.key))
+		return nil, nil, fmt.Errorf("want %d key parts for limit %s, not %d", len(l.key), l.limit.Name, len(parts))
 	case len(l.key) == 0 && name.Absent:
-		return nil, nil, fmt.Errorf("the limit %s has no key, of which a part could be absent", l.limit.Name)
+		return nil, nil, fmt.Errorf("limit %s has no key, so none can be absent", l.limit.Name)
 	case len(l.key) == 0:
 		return []byte(noKey), l.tier, nil
 	}
@@ -159,7 +159,7 @@ func (c *Config) keyOf(l *rule, name BucketName) (key []byte, t *tier, err error
 		digests[i] = sha256.Sum256([]byte(part))
 	}
 	if name.Absent && whole {
-		return nil, nil, errors.New("no part of the key is absent; give an absent one as an empty part")
+		return nil, nil, errors.New("no key part is absent; give an absent part as an empty one")
 	}
 	if whole && l.overrides != nil {
 		if o, ok := l.overrides.find(digestOf(digests)); ok {
@@ -174,15 +174,15 @@ func (l *rule) standIn(client string) (string, error) {
 	address := parseAddr(client)
 	switch {
 	case l.absent == absentSkip:
-		return "", fmt.Errorf("the limit %s has absent: skip, and so no bucket for who sends no key", l.limit.Name)
+		return "", fmt.Errorf("limit %s has absent: skip, so requests without a key have no bucket", l.limit.Name)
 	case l.absent == absentDeny:
-		return "", fmt.Errorf("the limit %s has absent: deny, and so no bucket for who sends no key", l.limit.Name)
+		return "", fmt.Errorf("limit %s has absent: deny, so requests without a key have no bucket", l.limit.Name)
 	case l.absent == absentShare && client != "":
-		return "", fmt.Errorf("the limit %s has absent: share, and so one bucket for all who send no key; leave the address out", l.limit.Name)
+		return "", fmt.Errorf("limit %s has absent: share, so requests without a key share one bucket; omit the address", l.limit.Name)
 	case l.absent == absentShare:
 		return "", nil
 	case !address.IsValid():
-		return "", fmt.Errorf("the limit %s has absent: client, and so a bucket for each network of who sends no key; give the client's address", l.limit.Name)
+		return "", fmt.Errorf("limit %s has absent: client, so requests without a key have one bucket for each client network; give the client's address", l.limit.Name)
 	}
 	return network(address), nil
 }

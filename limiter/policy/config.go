@@ -98,7 +98,7 @@ func (c *Config) Replaces(old *Config, file string) error {
 	var m Mistakes
 	refuse := func(field string, changed bool) {
 		if changed {
-			m = append(m, Mistake{File: file, Field: field, Message: "changed, which takes a restart"})
+			m = append(m, Mistake{File: file, Field: field, Message: "changed; a restart is needed to apply it"})
 		}
 	}
 	refuse("listen.grpc", c.Listen.GRPC != old.Listen.GRPC)

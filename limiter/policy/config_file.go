@@ -43,7 +43,7 @@ func load(file string, before *Inputs, getenv func(string) (string, bool), setti
 	}
 	text, err := in.config(file, before)
 	if err == nil && len(bytes.TrimSpace(withoutBOM(text))) == 0 {
-		err = errors.New("the file is empty, as one that is being written; to mean no limits, write limits: []")
+		err = errors.New("the file is empty (perhaps it is still being written); for a config without limits write limits: []")
 	}
 	if err != nil {
 		var path *os.PathError
@@ -145,7 +145,7 @@ var (
 
 func checkDomain(s string) error {
 	if !domainOf.MatchString(s) {
-		return fmt.Errorf("%q; allowed are 1 to 253 of letters, digits and . _ / -", s)
+		return fmt.Errorf("invalid value %q; want 1 to 253 letters, digits and . _ / -", s)
 	}
 	return nil
 }
@@ -156,11 +156,11 @@ const maxSocketPath = 107
 func checkListen(s string) error {
 	if path, ok := strings.CutPrefix(s, "unix://"); ok && filepath.IsAbs(path) {
 		if len(path) > maxSocketPath {
-			return fmt.Errorf("%q: a path of %d bytes; a unix socket's has at most %d", s, len(path), maxSocketPath)
+			return fmt.Errorf("%q: the path has %d bytes; the maximum for a unix socket is %d", s, len(path), maxSocketPath)
 		}
 		return nil
 	}
-	return checkTCP(s, " and unix:///absolute/path")
+	return checkTCP(s, " or unix:///absolute/path")
 }
 
 func checkTCP(s, also string) error {
@@ -172,7 +172,7 @@ func checkTCP(s, also string) error {
 			return nil
 		}
 	}
-	return fmt.Errorf("%q; allowed are host:port%s", s, also)
+	return fmt.Errorf("invalid address %q; want host:port%s", s, also)
 }
 
 func tcp(s string) error { return checkTCP(s, "") }
@@ -231,7 +231,7 @@ func (f *configFile) readLimits(n node) {
 		}
 	})
 	if memory := memoryFor(len(f.drafts), len(f.expressions)); memory > shippedMemory {
-		f.warn(n, "%d limits need about %d MiB of memory, more than the %d MiB that a sidecar is injected with: raise its memory limit",
+		f.warn(n, "%d limits need about %d MiB of memory, more than the %d MiB of an injected sidecar; raise its memory limit",
 			len(f.drafts), memory>>20, shippedMemory>>20)
 	}
 }
@@ -257,7 +257,7 @@ func (f *configFile) readExempt(n node) {
 			return
 		}
 		if m.isEmpty() {
-			f.wrong(n, "without a match, which would exempt every request")
+			f.wrong(n, "missing match; without it every request would be exempt")
 			return
 		}
 		f.exempt = append(f.exempt, m)
@@ -269,9 +269,9 @@ func (f *configFile) isList(n node, of string, most int) bool {
 	values, ok := n.Node.(*ast.SequenceNode)
 	switch {
 	case !ok:
-		f.wrong(n, "%s; wanted is a list of %s", describe(n.Node), of)
+		f.wrong(n, "must be a list of %s, not %s", of, describe(n.Node))
 	case len(values.Values) > most:
-		f.wrong(n, "a list of %d; allowed are %d", len(values.Values), most)
+		f.wrong(n, "list of %d values; the maximum is %d", len(values.Values), most)
 	default:
 		return true
 	}
@@ -285,7 +285,7 @@ func (f *configFile) readLocalShare(n node) {
 	}
 	v, err := strconv.ParseFloat(s, 64)
 	if err != nil || !(v >= 1e-6 && v <= 1) { // so that NaN is refused, too
-		f.wrong(n, "%s; allowed are numbers above 0, from a millionth, to 1", shown(n, s))
+		f.wrong(n, "must be a number from 0.000001 to 1, not %s", shown(n, s))
 		return
 	}
 	f.localShare = v
@@ -293,7 +293,7 @@ func (f *configFile) readLocalShare(n node) {
 
 func (f *configFile) readHeaders(n node) {
 	if _, ok := n.Node.(*ast.SequenceNode); !ok {
-		f.wrong(n, "%s; wanted is a list of x-ratelimit, retry-after, ratelimit", describe(n.Node))
+		f.wrong(n, "must be a list of x-ratelimit, retry-after and ratelimit, not %s", describe(n.Node))
 		return
 	}
 	f.config.Headers = Headers{} // an empty list is one: no headers
@@ -325,7 +325,7 @@ func (f *configFile) readClientIP(n node) {
 			ways = append(ways, n.field)
 			f.checked(&c.header, func(s string) error {
 				if !headerOf.MatchString(s) {
-					return fmt.Errorf("%q is no header's name in lower case", s)
+					return fmt.Errorf("invalid header name %q; want one in lower case, such as x-real-ip", s)
 				}
 				return nil
 			})(n)
@@ -345,7 +345,7 @@ func (f *configFile) readClientIP(n node) {
 		},
 	})
 	if ok && len(ways) != 1 {
-		f.wrong(n, "%d ways to the client's address; wanted is one of xff_from_right and header", len(ways))
+		f.wrong(n, "want exactly one of xff_from_right and header")
 	}
 }
 
@@ -373,14 +373,14 @@ func (f *configFile) set(weak bool) {
 		case "grace":
 			c.Grace, err = time.ParseDuration(o.Value)
 			if err != nil || c.Grace < 0 || c.Grace > time.Hour {
-				err = fmt.Errorf("%q; allowed are durations such as 500ms and 10s, from 0s to 1h0m0s", o.Value)
+				err = fmt.Errorf("invalid duration %q; want one from 0s to 1h0m0s, such as 500ms or 10s", o.Value)
 			}
 		case "log_level":
 			if c.LogLevel = o.Value; !slices.Contains([]string{"debug", "info", "warn", "error"}, o.Value) {
-				err = fmt.Errorf("%q; allowed are debug, info, warn, error", o.Value)
+				err = fmt.Errorf("unknown value %q; want one of debug, info, warn, error", o.Value)
 			}
 		default:
-			err = errors.New("no such setting")
+			err = errors.New("unknown setting")
 		}
 		if err != nil {
 			f.mistakes = append(f.mistakes, Mistake{File: o.From, Field: o.Field, Message: err.Error()})
@@ -400,11 +400,12 @@ func (f *configFile) compile() *Config {
 		c.Redis = &o
 	}
 	if f.listenTLSAt.Node != nil && strings.HasPrefix(c.Listen.GRPC, "unix://") {
-		f.wrong(f.listenTLSAt, "listen.grpc is a unix socket, whose directory says who may ask; TLS is for host:port")
+		f.wrong(f.listenTLSAt, "TLS requires listen.grpc to be host:port; access to a unix socket is controlled by its directory's permissions")
 	}
 	if c.client.byHeader() && c.client.anyone && f.clientIPAt.Node != nil &&
 		slices.ContainsFunc(f.exempt, func(m *match) bool { return len(m.clients) > 0 }) {
-		f.warn(f.clientIPAt, "without from, whoever asks this sluice or its Envoy directly writes an exempt address into the header; write from: the networks of your proxies")
+		f.warn(f.clientIPAt, "without from, a client that connects to sluice or its Envoy directly can write an exempt address into the header; "+
+			"set from to the networks of your proxies")
 	}
 	if f.onFailure == "local" && f.localShare == 0 {
 		f.wrong(f.onFailureAt, noShare)
@@ -417,7 +418,7 @@ func (f *configFile) compile() *Config {
 			continue
 		}
 		if _, twice := c.byName[l.limit.Name]; twice {
-			f.wrong(d.nameAt, "a second limit %q; names are unique", l.limit.Name)
+			f.wrong(d.nameAt, "duplicate name %q; want a different name for each limit", l.limit.Name)
 		}
 		c.byName[l.limit.Name] = len(c.rules)
 		c.rules = append(c.rules, l)
@@ -438,7 +439,7 @@ func (f *configFile) readRoutes(n node) {
 		"limits": func(n node) {
 			limits, ok := n.Node.(*ast.BoolNode)
 			if !ok {
-				f.wrong(n, "%s; wanted is true or false", describe(n.Node))
+				f.wrong(n, "must be true or false, not %s", describe(n.Node))
 				return
 			}
 			f.config.noRouteLimits = !limits.Value

@@ -153,6 +153,6 @@ func readPipe(file string, most int) ([]byte, error) {
 	case r := <-done:
 		return r.text, r.err
 	case <-late.C:
-		return nil, fmt.Errorf("this pipe has not been written and closed within %v", pipeTime)
+		return nil, fmt.Errorf("the pipe was not written and closed within %v", pipeTime)
 	}
 }

@@ -98,25 +98,25 @@ func (f *limitReader) readLimit(n node, d *draft) bool {
 	}
 	clean := len(f.mistakes) == bad // else what seems to be missing may be what is wrong
 	if clean && d.name == "" {
-		f.wrong(node{n.Node, join(n.field, "name")}, "missing; a limit has a name and a rate")
+		f.wrong(node{n.Node, join(n.field, "name")}, "missing; a limit needs a name and a rate")
 	}
 	switch {
 	case d.rate.Node != nil:
 		d.tier = f.readTier(d.rate, d.burst)
 	case clean:
-		f.wrong(node{n.Node, join(n.field, "rate")}, "missing; a limit has a name and a rate")
+		f.wrong(node{n.Node, join(n.field, "rate")}, "missing; a limit needs a name and a rate")
 	}
 	if t := d.tier; t != nil && t.unlimited && d.absent == absentDeny {
-		f.wrong(d.rate, "unlimited, with absent: deny, which takes a bucket; give it a rate that nobody reaches")
+		f.wrong(d.rate, "absent: deny needs a bucket, but the rate is unlimited; give a rate that is never reached")
 	} else if t != nil && !t.unlimited && d.cost.expression == nil && d.cost.constant > t.bucket.Burst() {
-		f.wrong(d.costAt, "%d is above the burst of %d, which would never allow it", d.cost.constant, t.bucket.Burst())
+		f.wrong(d.costAt, "%d exceeds the burst of %d, so every request would be denied", d.cost.constant, t.bucket.Burst())
 	}
 	return len(f.mistakes) == bad
 }
 
 func checkName(s string) error {
 	if !nameOf.MatchString(s) {
-		return fmt.Errorf("%q; allowed are 1 to 63 of a-z, 0-9 and -", s)
+		return fmt.Errorf("invalid name %q; want 1 to 63 characters of a-z, 0-9 and -", s)
 	}
 	return nil
 }
@@ -148,7 +148,7 @@ func (f *limitReader) readMatch(n node, m *match) {
 			m.paths[i] = p.folded()
 		}
 		if len(m.paths) == 0 && len(f.mistakes) == before {
-			f.wrong(ignoreCase, "without paths; it is for how they are compared, as hosts always are without case")
+			f.wrong(ignoreCase, "requires paths; only they are compared with case by default")
 		}
 	}
 }
@@ -159,8 +159,10 @@ func (f *limitReader) readKey(n node, into *[]*expression) {
 			*into = append(*into, e)
 		}
 	})
-	if v, ok := n.Node.(*ast.SequenceNode); ok && (len(v.Values) == 0 || len(v.Values) > maxKeyParts) {
-		f.wrong(n, "a list of %d; allowed are 1 to %d parts, and without a key one bucket for all", len(v.Values), maxKeyParts)
+	if v, ok := n.Node.(*ast.SequenceNode); ok && len(v.Values) == 0 {
+		f.wrong(n, "empty list; want 1 to %d parts, or omit key for one shared bucket", maxKeyParts)
+	} else if ok && len(v.Values) > maxKeyParts {
+		f.wrong(n, "list of %d parts; want 1 to %d", len(v.Values), maxKeyParts)
 	}
 }
 
@@ -183,7 +185,7 @@ func (f *limitReader) expression(n node, p purpose) *expression {
 		e = f.compile(n, text, p)
 		f.expressions[id] = e
 	} else if e == nil {
-		f.wrong(n, "the same mistake as in the same expression before")
+		f.wrong(n, "same error as in the identical expression above")
 	}
 	return e
 }
@@ -208,7 +210,7 @@ func (f *limitReader) compile(n node, text string, p purpose) *expression {
 	case forKey:
 		var part string
 		if part, err = e.part(nobody); err == nil && part == "" {
-			err = errors.New("always absent; without a key there is one bucket for all")
+			err = errors.New("always absent; omit key for one shared bucket")
 		}
 	case forWhen:
 		_, _, err = e.holds(nobody)
@@ -228,7 +230,7 @@ func (f *limitReader) wrongExpression(n node, e expressionError) {
 	t := n.GetToken()
 	m := Mistake{File: f.file, Field: n.field, Message: e.message, Line: t.Position.Line, Column: t.Position.Column}
 	if takesVariables(n) { // CEL's words may be a part of a variable's value
-		m.Message = "not a good expression with its variables put in"
+		m.Message = "invalid expression after its variables are replaced; the error is not shown, as it may quote a secret"
 	} else if s, ok := n.Node.(*ast.StringNode); ok && e.line == 1 && strings.Contains(t.Origin, s.Value) {
 		m.Column += e.column - 1
 		if strings.HasPrefix(strings.TrimSpace(t.Origin), "'") || strings.HasPrefix(strings.TrimSpace(t.Origin), `"`) {
@@ -245,7 +247,7 @@ func (f *limitReader) readCost(n node, into *cost) {
 		s, _ := f.scalar(n)
 		v, err := strconv.ParseFloat(strings.ReplaceAll(s, "_", ""), 64)
 		if err != nil || math.IsInf(v, 0) {
-			f.wrong(n, "%s; allowed are numbers from 0 on, and CEL", shown(n, s))
+			f.wrong(n, "must be a number >= 0 or a CEL expression, not %s", shown(n, s))
 			return
 		}
 		if into.constant, err = wholeCost(v); err != nil {
@@ -264,7 +266,7 @@ func (f *limitReader) readCost(n node, into *cost) {
 	into.constant, _ = e.tokens(&subject{Request: &Request{}}) // it was tried
 }
 
-const noShare = "local, without local_share: this sidecar's part of each limit, such as 0.1 where there are ten"
+const noShare = "local requires local_share: this sidecar's fraction of each limit, such as 0.1 for ten sidecars"
 
 // rule makes the rule of a draft, once all that a limit inherits is known; nil where its overrides are wrong.
 func (f *limitReader) rule(d *draft) *rule {
@@ -283,8 +285,8 @@ func (f *limitReader) rule(d *draft) *rule {
 		OnFailure: failureModes[cmp.Or(d.onFailure, f.onFailure)],
 	}
 	if e := d.cost.expression; e != nil && e.unaskedSize {
-		f.warn(d.costAt, `request.size is absent where a body comes without a content-length, as one in chunks does, and such a request costs 1; `+
-			`say what it costs: "content-length" in request.headers ? request.size : 1000`)
+		f.warn(d.costAt, `request.size is absent if a body has no content-length, as with chunked encoding, and the cost is then 1; `+
+			`state the cost, as in "content-length" in request.headers ? request.size : 1000`)
 	}
 	prefix := f.keyPrefix + ":" + l.Domain + ":" + l.Name + ":{"
 	share := 0.0
@@ -319,7 +321,7 @@ func (f *limitReader) warnOfShare(d *draft, o *overrides) {
 		return !t.unlimited && d.cost.constant > t.bucket.Share(f.localShare).Burst()
 	}
 	if isAbove(d.tier) {
-		f.warn(d.costAt, "%d is above the local burst of %d, which is local_share of %d: nothing passes while the store fails",
+		f.warn(d.costAt, "%d exceeds the local burst of %d (local_share of %d): every request is denied while the store fails",
 			d.cost.constant, d.tier.bucket.Share(f.localShare).Burst(), d.tier.bucket.Burst())
 		return
 	}
@@ -335,7 +337,7 @@ func (f *limitReader) warnOfShare(d *draft, o *overrides) {
 		}
 	}
 	if above > 0 {
-		f.warn(d.costAt, "%d is above the local burst of %d overrides, which is local_share of theirs: nothing of those passes while the store fails",
+		f.warn(d.costAt, "%d exceeds the local burst (local_share) of %d overrides: their requests are denied while the store fails",
 			d.cost.constant, above)
 	}
 }
@@ -357,8 +359,8 @@ func (f *limitReader) warnOfGroups(drafts []*draft) {
 	}
 	for _, d := range drafts {
 		if last[d.group] == d {
-			f.warn(d.whenAt, "all limits of the group %s have a when: a request for which none holds, or which leaves out what they read, is not limited by it; "+
-				"end the group with a limit that has none", d.group)
+			f.warn(d.whenAt, "every limit of the group %s has a when: a request for which each is false or absent is not limited by the group; "+
+				"end the group with a limit without when", d.group)
 		}
 	}
 }

@@ -44,7 +44,7 @@ func (t *ListenTLS) AllowsClient(c *x509.Certificate) error {
 			return nil
 		}
 	}
-	return errors.New("no name in the client's certificate is one of listen.tls.client_names")
+	return errors.New("no name in the client's certificate matches listen.tls.client_names")
 }
 
 // DNSName is a DNS name in the server's certificate, or "".
@@ -71,7 +71,7 @@ func parseClientName(s string) (principalPattern, error) {
 		return parsePrincipal(s)
 	}
 	if !dnsPattern.MatchString(s) {
-		return nil, fmt.Errorf("%q is no name of a client; write a URI such as spiffe://cluster.local/ns/gateways/*, or a DNS name", s)
+		return nil, fmt.Errorf("invalid client name %q; want a URI such as spiffe://cluster.local/ns/gateways/*, or a DNS name", s)
 	}
 	return strings.Split(s, "*"), nil
 }
@@ -89,7 +89,7 @@ func (f *configFile) readListenTLS(n node) {
 			t.files[i] = f.path(name)
 			text, err := f.inputs.read(t.files[i], maxCertFile)
 			if err == nil && len(text) > maxCertFile {
-				err = fmt.Errorf("%s: more than %d bytes", t.files[i], maxCertFile)
+				err = fmt.Errorf("%s has more than %d bytes", t.files[i], maxCertFile)
 			}
 			if err != nil {
 				f.wrong(n, "%v", err)
@@ -125,16 +125,16 @@ func (f *configFile) readListenTLS(n node) {
 	var err error
 	if t.Certificate, err = tls.X509KeyPair(pem[0], pem[1]); err != nil {
 		// The error speaks of PEM blocks and algorithms, and quotes nothing of the key.
-		f.wrong(n, "%s and %s are no certificate with its key: %v", t.files[0], t.files[1], err)
+		f.wrong(n, "%s and %s are not a certificate and its key: %v", t.files[0], t.files[1], err)
 		return
 	}
 	if end := t.Certificate.Leaf.NotAfter; time.Now().After(end) {
-		f.warn(n, "the certificate in %s expired at %s: clients refuse it", t.files[0], end.UTC().Format(time.RFC3339))
+		f.warn(n, "the certificate in %s expired at %s; clients reject it", t.files[0], end.UTC().Format(time.RFC3339))
 	}
 	if pem[2] != nil {
 		t.ClientCAs = x509.NewCertPool()
 		if !t.ClientCAs.AppendCertsFromPEM(pem[2]) {
-			f.wrong(caAt, "%s holds no certificate in PEM", t.files[2])
+			f.wrong(caAt, "%s contains no PEM certificate", t.files[2])
 			return
 		}
 	}
@@ -148,6 +148,6 @@ func (f *configFile) warnOfAdmin(n node, addr string) {
 		return // a mistake that was noted
 	}
 	if ip, err := netip.ParseAddr(host); host == "" || err == nil && ip.IsUnspecified() {
-		f.warn(n, "%s is on all addresses, for everybody who can reach this machine; write 127.0.0.1 and use kubectl port-forward", addr)
+		f.warn(n, "%s is open to everyone who can reach this machine; listen on 127.0.0.1 and use kubectl port-forward", addr)
 	}
 }

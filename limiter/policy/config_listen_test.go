@@ -56,15 +56,15 @@ func TestListenTLS(t *testing.T) {
 	}
 	for text, want := range map[string]string{
 		`listen: {tls: {cert_file: a.crt}}`:                                                                "cert_file and key_file are both required",
-		`listen: {tls: {cert_file: a.crt, key_file: old.key}}`:                                             "are no certificate with its key",
+		`listen: {tls: {cert_file: a.crt, key_file: old.key}}`:                                             "are not a certificate and its key",
 		`listen: {tls: {cert_file: none.crt, key_file: a.key}}`:                                            "no such file",
 		`listen: {tls: {cert_file: a.crt, key_file: a.key, client_names: [x]}}`:                            "client_names requires client_ca_file",
-		`listen: {tls: {cert_file: a.crt, key_file: a.key, client_ca_file: no.pem}}`:                       "holds no certificate in PEM",
-		`listen: {tls: {cert_file: a.crt, key_file: a.key, client_ca_file: a.crt, client_names: ["a b"]}}`: "is no name of a client",
-		`listen: {grpc: "unix:///s.sock", tls: {cert_file: a.crt, key_file: a.key}}`:                       "listen.grpc is a unix socket",
-		`routes: {limits: "no"}`:   "wanted is true or false",
-		`routes: {domains: []}`:    "an empty list",
-		`routes: {domains: [a b]}`: "allowed are 1 to 253",
+		`listen: {tls: {cert_file: a.crt, key_file: a.key, client_ca_file: no.pem}}`:                       "contains no PEM certificate",
+		`listen: {tls: {cert_file: a.crt, key_file: a.key, client_ca_file: a.crt, client_names: ["a b"]}}`: `invalid client name "a b"`,
+		`listen: {grpc: "unix:///s.sock", tls: {cert_file: a.crt, key_file: a.key}}`:                       "TLS requires listen.grpc to be host:port",
+		`routes: {limits: "no"}`:   "must be true or false",
+		`routes: {domains: []}`:    "empty list",
+		`routes: {domains: [a b]}`: "want 1 to 253",
 	} {
 		if _, err := parse(text); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v; want %s", text, err, want)
@@ -150,11 +150,11 @@ func TestSecurityWarnings(t *testing.T) {
 		"client_ip: {xff_from_right: 1}":     "",
 		"key_secret: short":                  "a secret of 5 bytes",
 		"key_secret: a-secret-of-some-bytes": "",
-		"key_secret_file: open":              "open can be read by every user (mode 0644)",
+		"key_secret_file: open":              "open is readable by every user (mode 0644)",
 		"key_secret_file: closed":            "",
-		"listen: {admin: ':9002'}":           "on all addresses",
-		"listen: {admin: '0.0.0.0:9002'}":    "on all addresses",
-		"listen: {admin: '[::]:9002'}":       "on all addresses",
+		"listen: {admin: ':9002'}":           "open to everyone",
+		"listen: {admin: '0.0.0.0:9002'}":    "open to everyone",
+		"listen: {admin: '[::]:9002'}":       "open to everyone",
 		"listen: {admin: '10.0.0.1:9002'}":   "",
 	} {
 		c, err := Parse(filepath.Join(dir, "sluice.yaml"), []byte(text), nil)

@@ -67,12 +67,12 @@ func checkPart(part string) error {
 		return nil
 	}
 	if sum, err := hex.DecodeString(text); err != nil || len(sum) != sha256.Size {
-		return fmt.Errorf("sha256: with %d characters behind it; wanted are 64 hex digits", len(text))
+		return fmt.Errorf("want sha256: and 64 hex digits, not %d characters", len(text))
 	}
 	return nil
 }
 
-var errEmptyPart = errors.New("an empty part of a key, which no request has: it is absent there")
+var errEmptyPart = errors.New("empty key part; a request's empty part counts as absent")
 
 // digestOfPart is the digest of a key's part that checkPart accepts.
 func (e *expression) digestOfPart(part string) (d digest, err error) {
@@ -103,7 +103,7 @@ func (o *overrides) place(d digest) string {
 	}
 	switch {
 	case isInline && isInFile:
-		return fmt.Sprintf("overrides[%d], which is over %s", row.row, line)
+		return fmt.Sprintf("overrides[%d], which takes precedence over %s", row.row, line)
 	case isInline:
 		return fmt.Sprintf("overrides[%d]", row.row)
 	}
@@ -120,7 +120,7 @@ func (f *limitReader) readOverrides(d *draft) *overrides {
 		if at.Node == nil {
 			at = d.files[0]
 		}
-		f.wrong(at, "the limit has no key, so that it has one bucket, whose rate is the limit's")
+		f.wrong(at, "requires key; a limit without one has a single bucket")
 		return nil
 	}
 	o := &overrides{inline: make(map[digest]override), file: make(map[digest]override)}
@@ -142,7 +142,7 @@ func (f *limitReader) readOverrides(d *draft) *overrides {
 
 func (f *limitReader) readInline(d *draft, o *overrides) {
 	if _, ok := d.overrides.Node.(*ast.SequenceNode); !ok {
-		f.wrong(d.overrides, "%s; wanted is a list of overrides such as {key: gold, rate: 100/m}", describe(d.overrides.Node))
+		f.wrong(d.overrides, "must be a list of overrides such as {key: gold, rate: 100/m}, not %s", describe(d.overrides.Node))
 		return
 	}
 	index := -1
@@ -158,7 +158,7 @@ func (f *limitReader) readInline(d *draft, o *overrides) {
 			return
 		}
 		if key.Node == nil || rate.Node == nil {
-			f.wrong(n, "an override has a key and a rate")
+			f.wrong(n, "missing key or rate; an override needs both")
 			return
 		}
 		var parts []string
@@ -197,7 +197,7 @@ func (f *limitReader) readPart(n node) (string, bool) {
 // directories in which one may come are noted.
 func (f *limitReader) glob(n node, pattern string) []string {
 	if f.inputs == nil {
-		f.wrong(n, "no file is read for a route; allowed is overrides")
+		f.wrong(n, "files are not read for a route's limit; use overrides")
 		return nil
 	}
 	if !isPattern(pattern) {
@@ -211,7 +211,7 @@ func (f *limitReader) glob(n node, pattern string) []string {
 	}
 	names, err := filepath.Glob(pattern)
 	if err != nil {
-		f.wrong(n, "%q is no pattern of names: %v", written, err)
+		f.wrong(n, "invalid file name pattern %q: %v", written, err)
 		return nil
 	}
 	dir := filepath.Dir(pattern)
@@ -227,7 +227,7 @@ func (f *limitReader) glob(n node, pattern string) []string {
 		f.wrongFile(n, err)
 	}
 	if len(names) == 0 {
-		f.warn(n, "no file has such a name yet")
+		f.warn(n, "no file matches this pattern yet")
 	}
 	slices.Sort(names)
 	return names
@@ -291,7 +291,7 @@ func (f *limitReader) readOverridesFile(n node, d *draft, o *overrides, name str
 		switch {
 		case errors.Is(err, io.EOF):
 			if header {
-				wrong(1, 1, "an empty file; wanted is a header row, such as key,rate,burst")
+				wrong(1, 1, "empty file; want a header row such as key,rate,burst")
 			}
 			return
 		case errors.As(err, &syntax):
@@ -301,7 +301,7 @@ func (f *limitReader) readOverridesFile(n node, d *draft, o *overrides, name str
 			f.wrong(n, "%v", err)
 			return
 		case limit.N <= 0:
-			f.wrong(n, "more than %d bytes of overrides", maxOverrideBytes)
+			f.wrong(n, "the overrides files exceed %d bytes", maxOverrideBytes)
 			return
 		}
 		line, _ := rows.FieldPos(0)
@@ -310,17 +310,17 @@ func (f *limitReader) readOverridesFile(n node, d *draft, o *overrides, name str
 			header = false
 			is := func(i int, name string) bool { return strings.EqualFold(strings.TrimSpace(row[i]), name) }
 			if len(row) != parts+2 || !is(parts, "rate") || !is(parts+1, "burst") {
-				wrong(line, 1, "the header row has %d columns; wanted are %d for the key's parts, then rate and burst", len(row), parts)
+				wrong(line, 1, "header row of %d columns; want %d for the key's parts, then rate and burst", len(row), parts)
 				return
 			}
 			continue
 		}
 		if len(row) != parts+2 {
-			wrong(line, 1, "%d columns; wanted are %d for the key's parts, then rate and burst", len(row), parts)
+			wrong(line, 1, "row of %d columns; want %d for the key's parts, then rate and burst", len(row), parts)
 			continue
 		}
 		if len(o.file) >= maxOverrides {
-			wrong(line, 1, "more than %d rows", maxOverrides)
+			wrong(line, 1, "more than %d overrides", maxOverrides)
 			return
 		}
 		tier, err := f.tierOf(strings.TrimSpace(row[parts]), strings.TrimSpace(row[parts+1]))
@@ -353,7 +353,7 @@ func skipBOM(r io.Reader) io.Reader {
 // addOverride adds a row to a table, or says what is wrong with it, and with which of its parts.
 func (f *limitReader) addOverride(table map[digest]override, d *draft, parts []string, row override, wrong func(part int, format string, args ...any)) {
 	if len(parts) != len(d.key) {
-		wrong(0, "%d parts; the limit's key has %d", len(parts), len(d.key))
+		wrong(0, "want %d parts, as the limit's key has, not %d", len(d.key), len(parts))
 		return
 	}
 	for i, part := range parts {
@@ -363,7 +363,7 @@ func (f *limitReader) addOverride(table map[digest]override, d *draft, parts []s
 		}
 	}
 	if t := row.tier; d.cost.expression == nil && !t.unlimited && d.cost.constant > t.bucket.Burst() {
-		wrong(0, "a burst of %d is below the limit's cost of %d, which it would never allow", t.bucket.Burst(), d.cost.constant)
+		wrong(0, "the limit's cost of %d exceeds the burst of %d, so every request would be denied", d.cost.constant, t.bucket.Burst())
 		return
 	}
 	var few [maxKeyParts]digest
@@ -376,7 +376,7 @@ func (f *limitReader) addOverride(table map[digest]override, d *draft, parts []s
 	}
 	sum := digestOf(few[:len(parts)])
 	if _, twice := table[sum]; twice {
-		wrong(0, "a second override of the same key")
+		wrong(0, "duplicate key; want one override for each key")
 		return
 	}
 	table[sum] = row

@@ -53,13 +53,13 @@ limits:
 	}
 	dir := filepath.Dir(file)
 	for _, tt := range []struct{ key, rate, reason string }{
-		{`gold, "our best"`, "600/m", "it is for every request; its rate is that of " + dir + "/tenants/a.csv:2"},
-		{"secret", "1000/h", "it is for every request; its rate is that of " + dir + "/tenants/a.csv:3"},
-		{"both", "7/m", "it is for every request; its rate is that of overrides[0], which is over " + dir + "/tenants/a.csv:4"},
-		{"free", "unlimited", "it is for every request; its rate is that of " + dir + "/tenants/b.csv:4"},
-		{"\u00e9 ", "2/s", "it is for every request; its rate is that of " + dir + "/tenants/b.csv:5"},
-		{"\u00e9", "60/m", "it is for every request"},
-		{"gold", "60/m", "it is for every request"},
+		{`gold, "our best"`, "600/m", "it applies to every request; its rate is from " + dir + "/tenants/a.csv:2"},
+		{"secret", "1000/h", "it applies to every request; its rate is from " + dir + "/tenants/a.csv:3"},
+		{"both", "7/m", "it applies to every request; its rate is from overrides[0], which takes precedence over " + dir + "/tenants/a.csv:4"},
+		{"free", "unlimited", "it applies to every request; its rate is from " + dir + "/tenants/b.csv:4"},
+		{"\u00e9 ", "2/s", "it applies to every request; its rate is from " + dir + "/tenants/b.csv:5"},
+		{"\u00e9", "60/m", "it applies to every request"},
+		{"gold", "60/m", "it applies to every request"},
 	} {
 		r := request(t, "GET h/")
 		r.Headers["k"] = tt.key
@@ -75,7 +75,7 @@ limits:
 
 // A wrong row says where it stands and what is allowed, and nothing of a key.
 func TestOverrideMistakes(t *testing.T) {
-	const rate = "allowed are tokens/period such as 10/s, 100/m, 5000/24h, 10/7d and 3/250ms: a period is us, ms, s, m, h or d, or a number of them; or unlimited"
+	const rate = "want tokens/period such as 10/s, 100/m, 5000/24h, 10/7d or 3/250ms (units: us, ms, s, m, h, d), or unlimited"
 	for _, tt := range []struct {
 		config string // of the limit a, besides its name
 		csv    string
@@ -93,21 +93,21 @@ hunter2,1/s,
 POST,10/s,
 "POST",11/s,
 ` + inHex("POST") + `,12/s,
-`, `DIR/o.csv:2:5: limits[0].overrides_file: "ten"; ` + rate + `
+`, `DIR/o.csv:2:5: limits[0].overrides_file: invalid rate "ten"; ` + rate + `
 DIR/o.csv:3:5: limits[0].overrides_file: a burst is 1 to 1000000000 tokens, not 0
-DIR/o.csv:4:5: limits[0].overrides_file: "x"; allowed are bursts from 1 to 1000000000
-DIR/o.csv:5:5: limits[0].overrides_file: a burst of 5 with the rate unlimited, which has no bucket
-DIR/o.csv:6:1: limits[0].overrides_file: 2 columns; wanted are 1 for the key's parts, then rate and burst
-DIR/o.csv:7:1: limits[0].overrides_file: an empty part of a key, which no request has: it is absent there
-DIR/o.csv:8:1: limits[0].overrides_file: sha256: with 2 characters behind it; wanted are 64 hex digits
-DIR/o.csv:9:1: limits[0].overrides_file: a burst of 1 is below the limit's cost of 3, which it would never allow
-DIR/o.csv:11:1: limits[0].overrides_file: a second override of the same key
-DIR/o.csv:12:1: limits[0].overrides_file: a second override of the same key`},
-		{"key: request.method, rate: 9/s", "GET,10/s,\n", `DIR/o.csv:1:1: limits[0].overrides_file: the header row has 3 columns; wanted are 1 for the key's parts, then rate and burst`},
-		{"key: [request.method, request.host], rate: 9/s", "key,rate,burst\n", `DIR/o.csv:1:1: limits[0].overrides_file: the header row has 3 columns; wanted are 2 for the key's parts, then rate and burst`},
-		{"key: request.method, rate: 9/s", "", `DIR/o.csv:1:1: limits[0].overrides_file: an empty file; wanted is a header row, such as key,rate,burst`},
+DIR/o.csv:4:5: limits[0].overrides_file: invalid burst "x"; want a whole number from 1 to 1000000000
+DIR/o.csv:5:5: limits[0].overrides_file: burst 5 needs a bucket, but the rate is unlimited; omit burst
+DIR/o.csv:6:1: limits[0].overrides_file: row of 2 columns; want 1 for the key's parts, then rate and burst
+DIR/o.csv:7:1: limits[0].overrides_file: empty key part; a request's empty part counts as absent
+DIR/o.csv:8:1: limits[0].overrides_file: want sha256: and 64 hex digits, not 2 characters
+DIR/o.csv:9:1: limits[0].overrides_file: the limit's cost of 3 exceeds the burst of 1, so every request would be denied
+DIR/o.csv:11:1: limits[0].overrides_file: duplicate key; want one override for each key
+DIR/o.csv:12:1: limits[0].overrides_file: duplicate key; want one override for each key`},
+		{"key: request.method, rate: 9/s", "GET,10/s,\n", `DIR/o.csv:1:1: limits[0].overrides_file: header row of 3 columns; want 1 for the key's parts, then rate and burst`},
+		{"key: [request.method, request.host], rate: 9/s", "key,rate,burst\n", `DIR/o.csv:1:1: limits[0].overrides_file: header row of 3 columns; want 2 for the key's parts, then rate and burst`},
+		{"key: request.method, rate: 9/s", "", `DIR/o.csv:1:1: limits[0].overrides_file: empty file; want a header row such as key,rate,burst`},
 		{"key: request.method, rate: 9/s", "key,rate,burst\nGET,1/s,\nPU\"T,1/s,\n", `DIR/o.csv:3:3: limits[0].overrides_file: bare " in non-quoted-field`},
-		{"rate: 9/s", "key,rate,burst\n", `DIR/sluice.yaml:1:47: limits[0].overrides_file: the limit has no key, so that it has one bucket, whose rate is the limit's`},
+		{"rate: 9/s", "key,rate,burst\n", `DIR/sluice.yaml:1:47: limits[0].overrides_file: requires key; a limit without one has a single bucket`},
 	} {
 		file := directory(t, "sluice.yaml", "limits: [{name: a, "+tt.config+", overrides_file: o.csv}]\n", "o.csv", tt.csv)
 		_, _, err := Load(file, env())
@@ -120,7 +120,7 @@ DIR/o.csv:12:1: limits[0].overrides_file: a second override of the same key`},
 	file := directory(t, "sluice.yaml", "limits: [{name: a, key: request.method, rate: 9/s, overrides_file: none.csv}, {name: b, key: request.method, rate: 9/s, overrides_file: '[.csv'}]\n")
 	_, _, err := Load(file, env())
 	want := file + ":1:68: limits[0].overrides_file: open " + filepath.Dir(file) + "/none.csv: no such file or directory\n" +
-		file + ":1:137: limits[1].overrides_file: \"[.csv\" is no pattern of names: syntax error in pattern"
+		file + ":1:137: limits[1].overrides_file: invalid file name pattern \"[.csv\": syntax error in pattern"
 	if err == nil || err.Error() != want {
 		t.Errorf("%v\nwant\n%s", err, want)
 	}
@@ -270,7 +270,7 @@ func TestInputsTellFilesApart(t *testing.T) {
 // A part that is just an attribute is written as requests have it, or in
 // another spelling of that. What no request can have is an error.
 func TestPartsOfAttributes(t *testing.T) {
-	const network = "which is an IPv4 address or an IPv6 /64; write "
+	const notNetwork = " is not a client network (an IPv4 address or an IPv6 /64); write "
 	for _, tt := range []struct {
 		key, part, line string // a request that it is for, or
 		wrong           string // what is wrong with it
@@ -281,31 +281,31 @@ func TestPartsOfAttributes(t *testing.T) {
 		{"client.network", "::ffff:203.0.113.7", "GET h/ from 203.0.113.7", ""},
 		{"client.network", "2001:db8::/64", "GET h/ from 2001:db8::5", ""},
 		{"client.network", "2001:0DB8:0:0::/64", "GET h/ from 2001:db8::5", ""},
-		{"client.network", "2001:db8::1", "", "2001:db8::1 is the network of no client, " + network + "2001:db8::/64"},
-		{"client.network", "2001:db8::1/64", "", "2001:db8::1/64 is the network of no client, " + network + "2001:db8::/64"},
-		{"client.network", "2001:db8::/32", "", "2001:db8::/32 is the network of no client, " + network + "2001:db8::/64"},
-		{"client.network", "10.0.0.0/8", "", "10.0.0.0/8 is the network of no client, " + network + "10.0.0.0"},
-		{"client.network", "gold", "", "no network of a client; allowed is an address such as 203.0.113.7, or an IPv6 /64 such as 2001:db8::/64"},
+		{"client.network", "2001:db8::1", "", "2001:db8::1" + notNetwork + "2001:db8::/64"},
+		{"client.network", "2001:db8::1/64", "", "2001:db8::1/64" + notNetwork + "2001:db8::/64"},
+		{"client.network", "2001:db8::/32", "", "2001:db8::/32" + notNetwork + "2001:db8::/64"},
+		{"client.network", "10.0.0.0/8", "", "10.0.0.0/8" + notNetwork + "10.0.0.0"},
+		{"client.network", "gold", "", "invalid client network; want an address such as 203.0.113.7, or an IPv6 /64 such as 2001:db8::/64"},
 		{"client.ip", "2001:DB8::1", "GET h/ from 2001:db8::1", ""},
-		{"client.ip", "2001:db8::/64", "", "no address; allowed is one such as 203.0.113.7 or 2001:db8::1"},
-		{"source.address", "10.0.0.1:80", "", "no address; allowed is one such as 203.0.113.7 or 2001:db8::1"},
+		{"client.ip", "2001:db8::/64", "", "invalid address; want one such as 203.0.113.7 or 2001:db8::1"},
+		{"source.address", "10.0.0.1:80", "", "invalid address; want one such as 203.0.113.7 or 2001:db8::1"},
 		{"request.method", "GET ", "GET h/", ""},
-		{"request.method", "get", "", "no method; allowed are upper-case names such as GET and POST"},
-		{"request.method", "GET POST", "", "no method; allowed are upper-case names such as GET and POST"},
+		{"request.method", "get", "", "invalid method; want an upper-case name such as GET or POST"},
+		{"request.method", "GET POST", "", "invalid method; want an upper-case name such as GET or POST"},
 		{"request.host", "Shop.Example.COM", "GET shop.example.com/", ""},
 		{"request.host", "shop.example.com.", "GET shop.example.com/", ""},
-		{"request.host", "shop.example.com:443", "", "a host with a port, which no key has; write it without"},
-		{"request.host", "*.example.com", "", "a pattern; a key's part is one host"},
-		{"request.host", "https://shop.example.com", "", "no host; allowed are names such as api.example.com, and addresses, without a port"},
+		{"request.host", "shop.example.com:443", "", "keys hold no port; write the host without it"},
+		{"request.host", "*.example.com", "", "patterns are not allowed; want one host"},
+		{"request.host", "https://shop.example.com", "", "invalid host; want a name such as api.example.com, or an address, without a port"},
 		{"request.url_path", "/a", "GET h/a?b=c", ""},
-		{"request.url_path", "/a?b=c", "", "a path with a query, which is no part of request.url_path; write it without"},
-		{"request.url_path", "a", "", "no path, which begins with /"},
-		{"request.scheme", "HTTPS", "", "no scheme; allowed are http and https"},
-		{"request.protocol", "HTTP/2.0", "", "no protocol; allowed are HTTP/1.0, HTTP/1.1, HTTP/2 and HTTP/3"},
+		{"request.url_path", "/a?b=c", "", "request.url_path has no query; write the path without it"},
+		{"request.url_path", "a", "", "invalid path; want one that begins with /"},
+		{"request.scheme", "HTTPS", "", "unknown scheme; want http or https"},
+		{"request.protocol", "HTTP/2.0", "", "unknown protocol; want HTTP/1.0, HTTP/1.1, HTTP/2 or HTTP/3"},
 		{"source.port", "0443", "", ""},
-		{"source.port", "https", "", "no whole number from 0 on"},
-		{"source.principal", "spiffe://a/*", "", "a pattern; a key's part is one principal"},
-		{"source.principal", "shop", "", "no principal, which is a URI such as spiffe://cluster.local/ns/web/sa/shop"},
+		{"source.port", "https", "", "must be a whole number >= 0"},
+		{"source.principal", "spiffe://a/*", "", "patterns are not allowed; want one principal"},
+		{"source.principal", "shop", "", "invalid principal; want a URI such as spiffe://cluster.local/ns/web/sa/shop"},
 		{"request.host + request.method", "anything at all", "", ""},
 	} {
 		for _, file := range []bool{false, true} {
@@ -362,7 +362,7 @@ func TestOverrideWarnings(t *testing.T) {
 	}
 	want := "DIR/sluice.yaml:1:73: limits[0].overrides[0].key: " + spaced + "\n" +
 		"DIR/o.csv:2:1: limits[0].overrides_file[0]: " + spaced + "\n" +
-		"DIR/sluice.yaml:1:116: limits[0].overrides_file[1]: no file has such a name yet"
+		"DIR/sluice.yaml:1:116: limits[0].overrides_file[1]: no file matches this pattern yet"
 	if got := strings.ReplaceAll(c.Warnings.Error(), filepath.Dir(config), "DIR"); got != want {
 		t.Errorf("%s\nwant\n%s", got, want)
 	}

@@ -51,14 +51,14 @@ func (f *limitReader) tierOf(rate, burst string) (*tier, error) {
 	t := &tier{rate: rate}
 	switch {
 	case period == 0 && burst != "":
-		return nil, fmt.Errorf("a burst of %s with the rate unlimited, which has no bucket", burst)
+		return nil, fmt.Errorf("burst %s needs a bucket, but the rate is unlimited; omit burst", burst)
 	case period == 0:
 		t.unlimited = true
 	default:
 		size := tokens
 		if burst != "" {
 			if size, err = strconv.ParseInt(burst, 10, 64); err != nil || burst[0] == '+' {
-				return nil, fmt.Errorf("%q; allowed are bursts from 1 to %d", burst, limiter.MaxTokens)
+				return nil, fmt.Errorf("invalid burst %q; want a whole number from 1 to %d", burst, limiter.MaxTokens)
 			}
 		}
 		if t.bucket, err = limiter.NewBucket(tokens, period, size); err != nil {
@@ -71,20 +71,20 @@ func (f *limitReader) tierOf(rate, burst string) (*tier, error) {
 
 // parseRate reads tokens/period: 10/s, 10/7d, 5000/24h, 3/250ms; or unlimited, whose period is 0.
 func parseRate(s string) (tokens int64, period time.Duration, err error) {
-	const allowed = "allowed are tokens/period such as 10/s, 100/m, 5000/24h, 10/7d and 3/250ms: a period is us, ms, s, m, h or d, or a number of them; or unlimited"
+	const want = "want tokens/period such as 10/s, 100/m, 5000/24h, 10/7d or 3/250ms (units: us, ms, s, m, h, d), or unlimited"
 	if s == unlimited {
 		return 0, 0, nil
 	}
 	count, every, ok := strings.Cut(s, "/")
 	tokens, err = strconv.ParseInt(count, 10, 64)
 	if !ok || err != nil || strings.HasPrefix(count, "+") {
-		return 0, 0, fmt.Errorf("%q; %s", s, allowed)
+		return 0, 0, fmt.Errorf("invalid rate %q; %s", s, want)
 	}
 	if period, err = parsePeriod(every); err != nil {
-		return 0, 0, fmt.Errorf("%q; %s", s, allowed)
+		return 0, 0, fmt.Errorf("invalid rate %q; %s", s, want)
 	}
 	if _, err := limiter.NewBucket(tokens, period, 1); err != nil {
-		return 0, 0, fmt.Errorf("%q: %w", s, err)
+		return 0, 0, fmt.Errorf("invalid rate %q: %w", s, err)
 	}
 	return tokens, period, nil
 }

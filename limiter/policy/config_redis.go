@@ -46,7 +46,7 @@ func (f *configFile) access(username, password *string, isFile *bool, tls **limi
 	one := func(read func(node) (string, bool)) func(node) {
 		return func(n node) {
 			if passwords++; passwords > 1 {
-				f.wrong(n, "a second password; allowed is one of password and password_file")
+				f.wrong(n, "password and password_file are mutually exclusive")
 				return
 			}
 			if s, ok := read(n); ok {

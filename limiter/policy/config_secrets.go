@@ -25,7 +25,7 @@ func (f *configFile) secretFile(n node) (string, bool) {
 	f.warnOfReaders(n, f.path(name))
 	secret := strings.TrimRight(string(withoutBOM(text)), "\r\n")
 	if secret == "" || len(text) > maxSecret {
-		f.wrong(n, "%s holds %d bytes or more; allowed are 1 to %d", shown(n, f.path(name)), len(secret), maxSecret)
+		f.wrong(n, "%s must contain a secret of 1 to %d bytes", shown(n, f.path(name)), maxSecret)
 		return "", false
 	}
 	return secret, true
@@ -33,7 +33,7 @@ func (f *configFile) secretFile(n node) (string, bool) {
 
 func (f *configFile) readSecret(n node, read func(node) (string, bool)) {
 	if f.config.hasher.secret != nil {
-		f.wrong(n, "a second secret; allowed is one of key_secret and key_secret_file")
+		f.wrong(n, "key_secret and key_secret_file are mutually exclusive")
 		return
 	}
 	s, ok := read(n)
@@ -41,11 +41,11 @@ func (f *configFile) readSecret(n node, read func(node) (string, bool)) {
 		return
 	}
 	if s == "" {
-		f.wrong(n, "an empty secret; leave the field out, or give it a value")
+		f.wrong(n, "empty secret; give it a value or omit the field")
 		return
 	}
 	if len(s) < shortSecret {
-		f.warn(n, "a secret of %d bytes, which can be found by trial; write %d or more, at random", len(s), shortSecret)
+		f.warn(n, "a secret of %d bytes can be guessed; use at least %d random bytes", len(s), shortSecret)
 	}
 	f.config.hasher.secret = []byte(s)
 }
@@ -79,6 +79,6 @@ const shortSecret = 16
 // warnOfReaders warns of a secret's file that every user of the machine can read.
 func (f *configFile) warnOfReaders(n node, file string) {
 	if info, err := os.Stat(file); err == nil && info.Mode().IsRegular() && info.Mode().Perm()&0o004 != 0 {
-		f.warn(n, "%s can be read by every user (mode %#o); write chmod o-r, or defaultMode: 0440 for a Secret's volume", file, info.Mode().Perm())
+		f.warn(n, "%s is readable by every user (mode %#o); use chmod o-r, or defaultMode: 0440 for a Secret volume", file, info.Mode().Perm())
 	}
 }

@@ -170,12 +170,12 @@ func TestSettings(t *testing.T) {
 		Setting{Field: "store.redis.url", Value: "http://:hunter2@h", From: "--redis"},
 		Setting{Field: "colour", Value: "red", From: "--colour"},
 	)
-	want := `--grpc: listen.grpc: "nowhere"; allowed are host:port and unix:///absolute/path
-SLUICE_GRACE: grace: "soon"; allowed are durations such as 500ms and 10s, from 0s to 1h0m0s
---log-level: log_level: "loud"; allowed are debug, info, warn, error
---domain: domain: "a b"; allowed are 1 to 253 of letters, digits and . _ / -
+	want := `--grpc: listen.grpc: invalid address "nowhere"; want host:port or unix:///absolute/path
+SLUICE_GRACE: grace: invalid duration "soon"; want one from 0s to 1h0m0s, such as 500ms or 10s
+--log-level: log_level: unknown value "loud"; want one of debug, info, warn, error
+--domain: domain: invalid value "a b"; want 1 to 253 letters, digits and . _ / -
 --redis: store.redis.url: invalid URL scheme; allowed are redis://[user:password@]host:port[/database], the same with rediss://, and unix:///path/to/socket[?db=database]
---colour: colour: no such setting`
+--colour: colour: unknown setting`
 	if err == nil || err.Error() != want {
 		t.Errorf("%v\nwant\n%s", err, want)
 	}
@@ -190,7 +190,7 @@ func TestLoadErrors(t *testing.T) {
 			t.Errorf("%v, want %s", err, want)
 		}
 	}
-	if _, err := Parse("f", make([]byte, maxFile+1), env()); err == nil || err.Error() != "f: the file has more than the 1048576 bytes that are allowed" {
+	if _, err := Parse("f", make([]byte, maxFile+1), env()); err == nil || err.Error() != "f: the file exceeds the maximum of 1048576 bytes" {
 		t.Error(err)
 	}
 }
@@ -198,7 +198,7 @@ func TestLoadErrors(t *testing.T) {
 func TestMistakeAsJSON(t *testing.T) {
 	_, err := Parse("f.yaml", []byte("domain: a b\n"), env())
 	got, jsonErr := json.Marshal(err)
-	if want := `[{"file":"f.yaml","line":1,"column":9,"field":"domain","message":"\"a b\"; allowed are 1 to 253 of letters, digits and . _ / -"}]`; jsonErr != nil || string(got) != want {
+	if want := `[{"file":"f.yaml","line":1,"column":9,"field":"domain","message":"invalid value \"a b\"; want 1 to 253 letters, digits and . _ / -"}]`; jsonErr != nil || string(got) != want {
 		t.Errorf("%s, %v", got, jsonErr)
 	}
 }
@@ -219,7 +219,7 @@ func TestSentinelAccess(t *testing.T) {
 	}
 	for more, want := range map[string]string{
 		"url: 'redis://h', sentinel: {password: hunter2}":                                                                       "sentinel, which says how to talk to sentinels, is for the mode sentinel",
-		"mode: sentinel, addresses: ['h:1'], master: m, sentinel: {password: hunter2, password_file: secret}":                   "store.redis.sentinel.password_file: a second password",
+		"mode: sentinel, addresses: ['h:1'], master: m, sentinel: {password: hunter2, password_file: secret}":                   "store.redis.sentinel.password_file: password and password_file are mutually exclusive",
 		"mode: sentinel, addresses: ['h:1'], master: m, sentinel: {pasword: hunter2}":                                           "store.redis.sentinel.pasword: unknown field; ",
 		"mode: sentinel, addresses: ['h:1'], master: m, sentinel: {tls: {cert_file: secret}}":                                   "one of cert_file and key_file; wanted are both or none",
 		"mode: sentinel, addresses: ['h:1'], master: m, sentinel: {password: hunter2, tls: {ca_file: secret, server_name: []}}": "store.redis.sentinel.tls.server_name: ",
@@ -250,19 +250,19 @@ func TestReplaces(t *testing.T) {
 	for _, tt := range []struct{ old, new, want string }{
 		{"", "", ""},
 		{"domain: a", "{domain: b, mode: shadow, limits: [{name: a, rate: 1/s}], key_secret: x, headers: [], grace: 1s}", ""},
-		{"", "listen: {grpc: '127.0.0.1:1', admin: '127.0.0.1:2', metrics: '127.0.0.1:3'}", "f: listen.grpc: changed, which takes a restart\nf: listen.admin: changed, which takes a restart\nf: listen.metrics: changed, which takes a restart"},
-		{"", "store: {redis: {url: 'redis://h'}}", "f: store.redis: changed, which takes a restart"},
-		{"store: {redis: {url: 'redis://h'}}", "", "f: store.redis: changed, which takes a restart"},
+		{"", "listen: {grpc: '127.0.0.1:1', admin: '127.0.0.1:2', metrics: '127.0.0.1:3'}", "f: listen.grpc: changed; a restart is needed to apply it\nf: listen.admin: changed; a restart is needed to apply it\nf: listen.metrics: changed; a restart is needed to apply it"},
+		{"", "store: {redis: {url: 'redis://h'}}", "f: store.redis: changed; a restart is needed to apply it"},
+		{"store: {redis: {url: 'redis://h'}}", "", "f: store.redis: changed; a restart is needed to apply it"},
 		{"store: {redis: {url: 'redis://h'}}", "store: {redis: {url: 'redis://i', timeout: 1s, key_prefix: p}}",
-			"f: store.redis.url: changed, which takes a restart\nf: store.redis.timeout: changed, which takes a restart\nf: store.redis.key_prefix: changed, which takes a restart"},
+			"f: store.redis.url: changed; a restart is needed to apply it\nf: store.redis.timeout: changed; a restart is needed to apply it\nf: store.redis.key_prefix: changed; a restart is needed to apply it"},
 		{"store: {redis: {url: 'redis://h', username: a, password: x}}", "store: {redis: {url: 'redis://h', username: b, password: y}}",
-			"f: store.redis.username: changed, which takes a restart\nf: store.redis.password: changed, which takes a restart"},
+			"f: store.redis.username: changed; a restart is needed to apply it\nf: store.redis.password: changed; a restart is needed to apply it"},
 		{"store: {redis: {url: 'redis://h', password_file: secret}}", "store: {redis: {url: 'redis://h', password_file: secret}}", ""},
-		{"store: {redis: {url: 'redis://h', password: x}}", "store: {redis: {url: 'redis://h', password_file: secret}}", "f: store.redis.password: changed, which takes a restart"},
-		{sentinels("{username: a, password_file: secret}"), sentinels("{username: b, password: two}"), "f: store.redis.sentinel: changed, which takes a restart"},
+		{"store: {redis: {url: 'redis://h', password: x}}", "store: {redis: {url: 'redis://h', password_file: secret}}", "f: store.redis.password: changed; a restart is needed to apply it"},
+		{sentinels("{username: a, password_file: secret}"), sentinels("{username: b, password: two}"), "f: store.redis.sentinel: changed; a restart is needed to apply it"},
 		{sentinels("{username: a, password_file: secret}"), sentinels("{username: a, password_file: secret}"), ""},
-		{sentinels("{password: x}"), sentinels("{password_file: secret}"), "f: store.redis.sentinel: changed, which takes a restart"},
-		{sentinels("{tls: {server_name: a}}"), sentinels("{tls: {server_name: b}}"), "f: store.redis.sentinel: changed, which takes a restart"},
+		{sentinels("{password: x}"), sentinels("{password_file: secret}"), "f: store.redis.sentinel: changed; a restart is needed to apply it"},
+		{sentinels("{tls: {server_name: a}}"), sentinels("{tls: {server_name: b}}"), "f: store.redis.sentinel: changed; a restart is needed to apply it"},
 		{sentinels("{tls: {server_name: a}, password: x}"), sentinels("{tls: {server_name: a}, password: x}"), ""},
 	} {
 		got := ""
@@ -279,14 +279,14 @@ func TestWarnings(t *testing.T) {
 	const common = "local_share: 0.1\non_failure: local\nlimits:\n"
 	for text, want := range map[string]string{
 		"- {name: a, rate: 20/s, cost: 2}":                        "", // the local burst is 2
-		"- {name: a, rate: 20/s, cost: 3}":                        "test.yaml:4:31: limits[0].cost: 3 is above the local burst of 2, which is local_share of 20: nothing passes while the store fails",
-		"- {name: a, rate: 5/s, cost: 1 + 1}":                     "test.yaml:4:30: limits[0].cost: 2 is above the local burst of 1, which is local_share of 5: nothing passes while the store fails",
+		"- {name: a, rate: 20/s, cost: 3}":                        "test.yaml:4:31: limits[0].cost: 3 exceeds the local burst of 2 (local_share of 20): every request is denied while the store fails",
+		"- {name: a, rate: 5/s, cost: 1 + 1}":                     "test.yaml:4:30: limits[0].cost: 2 exceeds the local burst of 1 (local_share of 5): every request is denied while the store fails",
 		"- {name: a, rate: 5/s, cost: int(source.port)}":          "", // nobody knows
 		"- {name: a, rate: 20/s, cost: 3, mode: shadow}":          "",
 		"- {name: a, rate: 20/s, cost: 3, on_failure: deny}":      "",
 		"- {name: a, rate: unlimited, cost: 3}":                   "",
-		"- {name: a, rate: 5/s}\n- {name: b, rate: 5/s, cost: 2}": "test.yaml:5:30: limits[1].cost: 2 is above the local burst of 1, which is local_share of 5: nothing passes while the store fails",
-		"- name: a\n  rate: 40/s\n  cost: 4\n  key: client.ip\n  overrides: [{key: 10.0.0.1, rate: 30/s}, {key: 10.0.0.2, rate: 39/s}, {key: 10.0.0.3, rate: 40/s}, {key: 10.0.0.4, rate: unlimited}]": "test.yaml:6:9: limits[0].cost: 4 is above the local burst of 2 overrides, which is local_share of theirs: nothing of those passes while the store fails",
+		"- {name: a, rate: 5/s}\n- {name: b, rate: 5/s, cost: 2}": "test.yaml:5:30: limits[1].cost: 2 exceeds the local burst of 1 (local_share of 5): every request is denied while the store fails",
+		"- name: a\n  rate: 40/s\n  cost: 4\n  key: client.ip\n  overrides: [{key: 10.0.0.1, rate: 30/s}, {key: 10.0.0.2, rate: 39/s}, {key: 10.0.0.3, rate: 40/s}, {key: 10.0.0.4, rate: unlimited}]": "test.yaml:6:9: limits[0].cost: 4 exceeds the local burst (local_share) of 2 overrides: their requests are denied while the store fails",
 	} {
 		if got := parse(t, common+text+"\n").Warnings.Error(); got != want {
 			t.Errorf("%s\n%s\nwant\n%s", text, got, want)
@@ -298,7 +298,7 @@ func TestWarnings(t *testing.T) {
 func TestWarnsOfMemory(t *testing.T) {
 	for limits, want := range map[int]string{
 		1_000:  "",
-		10_000: "test.yaml:2:1: limits: 10000 limits need about 149 MiB of memory, more than the 128 MiB that a sidecar is injected with: raise its memory limit",
+		10_000: "test.yaml:2:1: limits: 10000 limits need about 149 MiB of memory, more than the 128 MiB of an injected sidecar; raise its memory limit",
 	} {
 		var text strings.Builder
 		text.WriteString("limits:\n")
@@ -339,8 +339,8 @@ func TestConfigDoesNotKeepItsFile(t *testing.T) {
 func TestWarningsOfAbsence(t *testing.T) {
 	const (
 		when  = `when: 'request.headers["a"] == "x"'`
-		group = "all limits of the group g have a when: a request for which none holds, or which leaves out what they read, is not limited by it; end the group with a limit that has none"
-		size  = `request.size is absent where a body comes without a content-length, as one in chunks does, and such a request costs 1; say what it costs: "content-length" in request.headers ? request.size : 1000`
+		group = "every limit of the group g has a when: a request for which each is false or absent is not limited by the group; end the group with a limit without when"
+		size  = `request.size is absent if a body has no content-length, as with chunked encoding, and the cost is then 1; state the cost, as in "content-length" in request.headers ? request.size : 1000`
 	)
 	for text, want := range map[string]string{
 		"- {name: a, rate: 1/s, group: g, " + when + "}":                                                                     "test.yaml:2:40: limits[0].when: " + group,

@@ -69,7 +69,7 @@ func TestDraw(t *testing.T) {
 		}},
 		{`limits: [{name: a, rate: 1/s, key: ['request.query', 'request.path.split("?")[1]']}]`, [][]string{
 			{"GET h/?k", "a #(k)#(k)"},
-			{"GET h/", "limit a: key: the expression fails: index out of bounds"},
+			{"GET h/", "limit a: key: evaluation failed: index out of bounds"},
 		}},
 		{`limits: [{name: a, rate: 1/s, key: [request.scheme, request.protocol, source.address, source.principal, 'source.port']}]`, [][]string{
 			{"GET h/ by spiffe://a/ns/b", "a =5.https=6.HTTP/2=11.203.0.113.7=15.spiffe://a/ns/b=1.0"},
@@ -146,7 +146,7 @@ func TestDraw(t *testing.T) {
 			{"GET h/v1/%4frders", "a -"},
 			{"GET h/v1/%4frders/A%2FB/PAY/", "a -"},
 			{"GET h/V2/x", "a -"},
-			{"GET h/v1/ORDER", "", `a: the path "/v1/ORDER" is none of match.paths`},
+			{"GET h/v1/ORDER", "", `a: path "/v1/ORDER" matches none of match.paths`},
 			// Some servers know more letters than A to Z.
 			{"GET h/%E2%84%AAilo/%C3%89", "a -"},
 			{"GET h/v1/order%C5%BF", "a -"},
@@ -204,7 +204,7 @@ func TestDraw(t *testing.T) {
 			{"GET h/ with a=1 with b=1", "not-nil -, same -"},
 		}},
 		{`limits: [{name: in, rate: 1/s, when: 'request.headers["a"] in ["x", "y"]'}, {name: starts, rate: 1/s, when: 'request.headers["a"].startsWith("x")'}, {name: not, rate: 1/s, when: '!(request.headers["a"] in ["x"])'}, {name: plus, rate: 1/s, when: 'request.headers["a"] + "" == "x"'}, {name: size, rate: 1/s, when: 'size(request.headers["a"]) > 3'}]`, [][]string{
-			{"GET h/", "in -, starts -, not -, plus -, size -", "in: it matches; when is absent, and then it applies", "plus: it matches; when is absent, and then it applies"},
+			{"GET h/", "in -, starts -, not -, plus -, size -", "in: it matches; when is absent, so it applies", "plus: it matches; when is absent, so it applies"},
 			{"GET h/ with a=x", "in -, starts -, plus -"},
 			{"GET h/ with a=z", "not -"},
 			{"GET h/ with a=zzzz", "not -, size -"},
@@ -225,14 +225,14 @@ func TestDraw(t *testing.T) {
 			{"GET h/ with b=y", ""},
 		}},
 		{`limits: [{name: gold, rate: 1/s, when: 'metadata.filter_metadata["jwt"].payload.plan == "gold"'}, {name: rest, rate: 1/s, when: 'metadata.filter_metadata["jwt"].payload.plan != "gold"'}, {name: member, rate: 1/s, when: 'metadata.filter_metadata.jwt.payload.org.member'}]`, [][]string{
-			{"GET h/", "rest -, member -", "member: it matches; when is absent, and then it applies"},
+			{"GET h/", "rest -, member -", "member: it matches; when is absent, so it applies"},
 			{`GET h/ claim plan="gold"`, "gold -, member -"},
 			{`GET h/ claim plan=""`, "rest -, member -"},
 			{`GET h/ claim plan=null`, "rest -, member -"},
 			{`GET h/ claim plan=5`, "rest -, member -"},
 			{`GET h/ claim org.member=false`, "rest -"},
-			{`GET h/ claim org.member="yes"`, "limit member: when: when is a boolean, and this is string, rest -", "member: a mistake of the config: when: when is a boolean, and this is string"},
-			{`GET h/ claim org="acme"`, "limit member: when: the expression fails: no such key, rest -"},
+			{`GET h/ claim org.member="yes"`, "limit member: when: must be a boolean, not string, rest -", "member: config mistake: when: must be a boolean, not string"},
+			{`GET h/ claim org="acme"`, "limit member: when: evaluation failed: no such key, rest -"},
 		}},
 		{`limits: [{name: a, rate: 1/s, when: 'context["tier"] == "beta"'}, {name: b, rate: 1/s, when: 'context.tier.startsWith("b")'}]`, [][]string{
 			{"GET h/", "b -"},
@@ -254,12 +254,12 @@ func TestDraw(t *testing.T) {
 			{"GET h/ with a=2", "a -, b -"},
 			{"GET h/ with a=1", "b -"},
 			{"GET h/", "a -, b -"},
-			{"GET h/ with a=s3cret", "limit a: when: the expression fails: type conversion error, b -", "a: a mistake of the config: when: the expression fails: type conversion error"},
+			{"GET h/ with a=s3cret", "limit a: when: evaluation failed: type conversion error, b -", "a: config mistake: when: evaluation failed: type conversion error"},
 		}},
 		{`limits: [{name: a, rate: 1/s, mode: shadow, when: '{"x": true}[request.headers["a"]]'}, {name: b, rate: 1/s}]`, [][]string{
 			{"GET h/ with a=x", "a -, b -"},
 			{"GET h/", "a -, b -"},
-			{"GET h/ with a=y", "limit a: when: the expression fails: no such key, b -"},
+			{"GET h/ with a=y", "limit a: when: evaluation failed: no such key, b -"},
 		}},
 
 		// null is what is read and is absent; what is made of it is absent.
@@ -271,13 +271,13 @@ func TestDraw(t *testing.T) {
 		{`limits: [{name: a, rate: 99/s, cost: 'request.headers["bulk"] == "1" ? 10 : {"gold": 1, "free": 50}[request.headers["plan"]]'}]`, [][]string{
 			{"GET h/ with plan=free", "a - costs 50"},
 			{"GET h/", "a -"},
-			{"GET h/ with plan=bulk", "limit a: cost: the expression fails: no such key"},
-			{"GET h/ with plan=zzz with bulk=0", "limit a: cost: the expression fails: no such key"},
+			{"GET h/ with plan=bulk", "limit a: cost: evaluation failed: no such key"},
+			{"GET h/ with plan=zzz with bulk=0", "limit a: cost: evaluation failed: no such key"},
 			{"GET h/ with plan=zzz with bulk=1", "a - costs 10"},
 		}},
 		{`limits: [{name: a, rate: 9/s, absent: skip, key: 'request.headers[?"x-tenant"].hasValue() ? request.headers["x-tenant"] : {"gold": "g"}[request.headers["plan"]]'}, {name: b, rate: 9/s, when: '(has(request.headers.z) ? "q" : {"gold": "g"}[request.headers["plan"]]) == "g"'}]`, [][]string{
 			{"GET h/ with plan=gold", "a #(g), b -"},
-			{"GET h/ with plan=zzz", "limit a: key: the expression fails: no such key, limit b: when: the expression fails: no such key"},
+			{"GET h/ with plan=zzz", "limit a: key: evaluation failed: no such key, limit b: when: evaluation failed: no such key"},
 			{"GET h/", "b -"},
 		}},
 		// Claims within lists, and what is there to go through.
@@ -314,15 +314,15 @@ func TestDraw(t *testing.T) {
 		{`limits: [{name: a, rate: 100/s, cost: 'int(request.headers["n"])'}, {name: b, rate: 100/s, cost: 'metadata.filter_metadata.jwt.payload.weight'}]`, [][]string{
 			{"GET h/", "a -, b -"},
 			{"GET h/ with n=3", "a - costs 3, b -"},
-			{"GET h/ with n=-3", "limit a: cost: a cost is 0 or more, and this is less or no number, b -"},
-			{"GET h/ with n=three", "limit a: cost: the expression fails: type conversion error, b -"},
+			{"GET h/ with n=-3", "limit a: cost: must be a number >= 0, b -"},
+			{"GET h/ with n=three", "limit a: cost: evaluation failed: type conversion error, b -"},
 			{"GET h/ claim weight=2.5", "a -, b - costs 3"},
 			{"GET h/ claim weight=1e300", "a -, b - costs 1000000001"},
-			{`GET h/ claim weight="2"`, "limit b: cost: a cost is a number, and this is string, a -"},
+			{`GET h/ claim weight="2"`, "limit b: cost: must be a number, not string, a -"},
 			{`GET h/ claim weight=null`, "a -, b -"},
 		}},
 		{`limits: [{name: a, rate: 100/s, cost: '0.0 / double(request.headers["n"])'}]`, [][]string{
-			{"GET h/ with n=0", "limit a: cost: a cost is 0 or more, and this is less or no number"},
+			{"GET h/ with n=0", "limit a: cost: must be a number >= 0"},
 		}},
 
 		// Absent parts of keys, in every place, under each of the four.
@@ -330,10 +330,10 @@ func TestDraw(t *testing.T) {
 			{`GET h/ claim org.id="x" context team=y`, "a #(x)#(y), b #(x)#(y), c #(x)#(y), d #(x)#(y)"},
 			{`GET h/ claim org.id=7 context team=y`, "a #(7)#(y), b #(7)#(y), c #(7)#(y), d #(7)#(y)"},
 			{`GET h/ claim org.id="x"`, "a #(x)~11.203.0.113.7, b #(x)~0., d #(x)~0. refused",
-				"a: it is for every request; its key's part context.team is absent: the client's network takes its place",
-				"b: it is for every request; its key's part context.team is absent: all such requests share a bucket",
-				"c: its key's part context.team is absent, and absent: skip",
-				"d: it is for every request; its key's part context.team is absent: the request is denied"},
+				"a: it applies to every request; its key part context.team is absent: the client's network is used instead",
+				"b: it applies to every request; its key part context.team is absent: all such requests share a bucket",
+				"c: its key part context.team is absent, and the limit has absent: skip",
+				"d: it applies to every request; its key part context.team is absent: the request is denied"},
 			{`GET h/ claim org.id=null context team=y`, "a ~11.203.0.113.7#(y), b ~0.#(y), d ~0.#(y) refused"},
 			{`GET h/ context team=`, "a ~11.203.0.113.7~11.203.0.113.7, b ~0.~0., d ~0.~0. refused"},
 		}},
@@ -346,32 +346,32 @@ func TestDraw(t *testing.T) {
 		{`limits: [{name: gold, rate: 9/s, group: plan, when: 'request.headers["plan"] == "gold"'}, {name: keyed, rate: 9/s, group: plan, absent: skip, key: request.headers.k}, {name: always, rate: 9/s}, {name: rest, rate: 9/s, group: plan}, {name: other, rate: 9/s, group: other}]`, [][]string{
 			{"GET h/ with plan=gold with k=1", "gold -, always -, other -", "keyed: gold comes first in the group plan", "rest: gold comes first in the group plan"},
 			{"GET h/ with k=1", "keyed #(1), always -, other -", "rest: keyed comes first in the group plan"},
-			{"GET h/", "always -, rest -, other -", "keyed: its key's part request.headers.k is absent, and absent: skip"},
+			{"GET h/", "always -, rest -, other -", "keyed: its key part request.headers.k is absent, and the limit has absent: skip"},
 		}},
 		{`limits: [{name: a, rate: 9/s, group: g, when: 'int(request.headers["n"]) > 1'}, {name: b, rate: 9/s, group: g}, {name: c, rate: unlimited, group: h}, {name: d, rate: 9/s, group: h}]`, [][]string{
-			{"GET h/ with n=x", "c unlimited, limit a: when: the expression fails: type conversion error, b -"},
+			{"GET h/ with n=x", "c unlimited, limit a: when: evaluation failed: type conversion error, b -"},
 			{"GET h/ with n=2", "c unlimited, a -", "d: c comes first in the group h"},
 		}},
 
 		// What leaves something out neither takes the first place in a group nor what is unlimited.
 		{`limits: [{name: internal, group: g, rate: unlimited, when: 'request.headers["x-team"] in ["ops"]'}, {name: beta, group: g, rate: 99/s, when: 'request.headers["x-beta"].startsWith("o")'}, {name: rest, group: g, rate: 1/s}]`, [][]string{
 			{"GET h/", "rest -",
-				`internal: when is absent, and in a group does not hold then: request.headers["x-team"] in ["ops"]`,
-				`beta: when is absent, and in a group does not hold then: request.headers["x-beta"].startsWith("o")`},
+				`internal: when is absent, and a limit in a group does not apply then: request.headers["x-team"] in ["ops"]`,
+				`beta: when is absent, and a limit in a group does not apply then: request.headers["x-beta"].startsWith("o")`},
 			{"GET h/ with x-team=", "rest -"},
 			{"GET h/ with x-team=ops", "internal unlimited"},
 			{"GET h/ with x-team=dev", "rest -", `internal: when is false: request.headers["x-team"] in ["ops"]`},
 			{"GET h/ with x-beta=on", "beta -"},
 			{"GET h/ context sluice.limit.big={rate:_unlimited,_group:_h,_when:_'context.tier.startsWith(\"g\")'} context sluice.limit.slow={rate:_1/s,_group:_h}", "rest -, slow -",
-				`big: when is absent, and in a group does not hold then: context.tier.startsWith("g")`},
+				`big: when is absent, and a limit in a group does not apply then: context.tier.startsWith("g")`},
 		}},
 		{`limits: [{name: a, rate: unlimited, when: 'int(request.headers["level"]) > 5'}, {name: b, rate: unlimited, when: 'metadata.filter_metadata.jwt.payload.admin'}, {name: c, rate: unlimited, when: 'request.headers.exists(k, request.headers[k].contains("x"))'}]`, [][]string{
-			{"GET h/", "", `a: when is absent, and for the rate unlimited does not hold then: int(request.headers["level"]) > 5`},
+			{"GET h/", "", `a: when is absent, and an unlimited limit does not apply then: int(request.headers["level"]) > 5`},
 			{"GET h/ with level=9 claim admin=true", "a unlimited, b unlimited"},
 		}},
 		// An override's rate is that of a key, which is there: the limit applies as it does to others.
 		{`limits: [{name: a, rate: 1/s, key: request.headers.k, when: 'request.headers["a"].startsWith("x")', overrides: [{key: ours, rate: unlimited}]}]`, [][]string{
-			{"GET h/ with k=ours", "a unlimited", "a: it matches; when is absent, and then it applies; its rate is that of overrides[0]"},
+			{"GET h/ with k=ours", "a unlimited", "a: it matches; when is absent, so it applies; its rate is from overrides[0]"},
 			{"GET h/ with k=other", "a #(other)"},
 			{"GET h/", "a ~11.203.0.113.7"},
 		}},
@@ -457,41 +457,41 @@ func TestDraw(t *testing.T) {
 
 		// overrides
 		{`limits: [{name: a, rate: 60/m, key: ['request.headers["x-api-key"]', request.method], overrides: [{key: [gold, POST], rate: 600/m, burst: 100}, {key: ["sha256:2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae", GET], rate: unlimited}, {key: [gold, "sha256:6cd0e0de70b0e6a4e8f6b1a5b1e6a0a5a06a0f8b1d29b7bfbe5b1e6d5e6a0a5a"], rate: 1/s}]}]`, [][]string{
-			{"POST h/ with x-api-key=gold", "a #(gold)=4.POST", "a: it is for every request; its rate is that of overrides[0]"},
-			{"GET h/ with x-api-key=gold", "a #(gold)=3.GET", "a: it is for every request"},
-			{"GET h/ with x-api-key=foo", "a unlimited", "a: it is for every request; its rate is that of overrides[1]"},
+			{"POST h/ with x-api-key=gold", "a #(gold)=4.POST", "a: it applies to every request; its rate is from overrides[0]"},
+			{"GET h/ with x-api-key=gold", "a #(gold)=3.GET", "a: it applies to every request"},
+			{"GET h/ with x-api-key=foo", "a unlimited", "a: it applies to every request; its rate is from overrides[1]"},
 			{"POST h/ with x-api-key=foo", "a #(foo)=4.POST"},
 			{"POST h/", "a ~11.203.0.113.7=4.POST"},
 		}},
 		// No key that a client sends is the stand-in of an absent one.
 		{`limits: [{name: a, rate: 60/m, key: request.headers.k, overrides: [{key: 203.0.113.7, rate: 1/s}, {key: 42, rate: 2/s}]}]`, [][]string{
-			{"GET h/", "a ~11.203.0.113.7", "a: it is for every request; its key's part request.headers.k is absent: the client's network takes its place"},
-			{"GET h/ with k=203.0.113.7", "a #(203.0.113.7)", "a: it is for every request; its rate is that of overrides[0]"},
-			{"GET h/ with k=42", "a #(42)", "a: it is for every request; its rate is that of overrides[1]"},
+			{"GET h/", "a ~11.203.0.113.7", "a: it applies to every request; its key part request.headers.k is absent: the client's network is used instead"},
+			{"GET h/ with k=203.0.113.7", "a #(203.0.113.7)", "a: it applies to every request; its rate is from overrides[0]"},
+			{"GET h/ with k=42", "a #(42)", "a: it applies to every request; its rate is from overrides[1]"},
 		}},
 
 		// What Envoy's filter chain says.
 		{"", [][]string{
-			{"GET h/ context sluice.limit.a={rate:_5/m}", "a -", "a: it is for every request"},
-			{"GET h/ context sluice.limit.b={rate:_5/m,_key:_client.ip} context sluice.limit.a={rate:_1/s,_match:_{methods:_[POST]}}", "b =11.203.0.113.7", `a: the method "GET" is none of match.methods`},
+			{"GET h/ context sluice.limit.a={rate:_5/m}", "a -", "a: it applies to every request"},
+			{"GET h/ context sluice.limit.b={rate:_5/m,_key:_client.ip} context sluice.limit.a={rate:_1/s,_match:_{methods:_[POST]}}", "b =11.203.0.113.7", `a: method "GET" matches none of match.methods`},
 			{"GET h/ context sluice.limit.a=off", ""},
 			{"GET h/ context sluice.limit.a={rate:_5/m,_key:_'request.headers[\"k\"]',_cost:_2,_absent:_share} with k=v", "a #(v) costs 2"},
-			{"GET h/ context sluice.limit.a={rate:_5/x}", `limit a: context_extensions: sluice.limit.a:1:8: rate: "5/x"; allowed are tokens/period such as 10/s, 100/m, 5000/24h, 10/7d and 3/250ms: a period is us, ms, s, m, h or d, or a number of them; or unlimited`},
-			{"GET h/ context sluice.limit.a={rate:_5/m,_name:_b}", "limit a: context_extensions: sluice.limit.a:1:13: name: unknown field; allowed are absent, burst, cost, domain, group, key, match, mode, on_failure, overrides, rate, when"},
-			{"GET h/ context sluice.limit.a={rate:_5/m,_overrides-file:_x}", "limit a: context_extensions: sluice.limit.a:1:13: overrides-file: unknown field; allowed are absent, burst, cost, domain, group, key, match, mode, on_failure, overrides, rate, when"},
-			{"GET h/ context sluice.limit.a={rate:_'${RATE}'}", "limit a: context_extensions: sluice.limit.a:1:8: rate: ${...} stands for a variable in the config file only"},
-			{"GET h/ context sluice.limit.a=", `limit a: context_extensions: empty; wanted is a limit such as {rate: 10/m, key: client.network}, or "off"`},
-			{"GET h/ context sluice.limit.A={rate:_5/m}", `context_extensions: sluice.limit.: the name "A"; allowed are 1 to 63 of a-z, 0-9 and -`},
-			{"GET h/ context sluice.limits=a", `context_extensions: sluice.limits: the config has no limit "a"`},
-			{"GET h/ context sluice.limit=a", `context_extensions: the key "sluice.limit"; allowed are sluice.limits and sluice.limit.<name>`},
+			{"GET h/ context sluice.limit.a={rate:_5/x}", `limit a: context_extensions: sluice.limit.a:1:8: rate: invalid rate "5/x"; want tokens/period such as 10/s, 100/m, 5000/24h, 10/7d or 3/250ms (units: us, ms, s, m, h, d), or unlimited`},
+			{"GET h/ context sluice.limit.a={rate:_5/m,_name:_b}", "limit a: context_extensions: sluice.limit.a:1:13: name: unknown field; want one of absent, burst, cost, domain, group, key, match, mode, on_failure, overrides, rate, when"},
+			{"GET h/ context sluice.limit.a={rate:_5/m,_overrides-file:_x}", "limit a: context_extensions: sluice.limit.a:1:13: overrides-file: unknown field; want one of absent, burst, cost, domain, group, key, match, mode, on_failure, overrides, rate, when"},
+			{"GET h/ context sluice.limit.a={rate:_'${RATE}'}", "limit a: context_extensions: sluice.limit.a:1:8: rate: variables (${...}) are replaced in the config file only; write the value out"},
+			{"GET h/ context sluice.limit.a=", `limit a: context_extensions: empty value; want a limit such as {rate: 10/m, key: client.network}, or "off"`},
+			{"GET h/ context sluice.limit.A={rate:_5/m}", `context_extensions: sluice.limit.: invalid name "A"; want 1 to 63 characters of a-z, 0-9 and -`},
+			{"GET h/ context sluice.limits=a", `context_extensions: sluice.limits: unknown limit "a"`},
+			{"GET h/ context sluice.limit=a", `context_extensions: unknown key "sluice.limit"; want sluice.limits or sluice.limit.<name>`},
 			{"GET h/ context sluicer=a", ""},
-			{"GET h/ context sluice.limit.a={rate:_5/m,_overrides:_[{key:_gold,_rate:_9/s}],_key:_request.headers.k} with k=gold", "a #(gold)", "a: it is for every request; its rate is that of overrides[0]"},
+			{"GET h/ context sluice.limit.a={rate:_5/m,_overrides:_[{key:_gold,_rate:_9/s}],_key:_request.headers.k} with k=gold", "a #(gold)", "a: it applies to every request; its rate is from overrides[0]"},
 		}},
 		{"limits: [{name: a, rate: 1/s}, {name: b, rate: 1/s, group: g}, {name: c, rate: 1/s, domain: shop}]", [][]string{
 			{"GET h/ context sluice.limits=a", "a -", "b: the route's sluice.limits does not name it"},
 			{"GET h/ context sluice.limits=c,_a", "a -, c -"},
-			{"GET h/ context sluice.limits=", `context_extensions: sluice.limits: the config has no limit "", a -, b -, c -`},
-			{"GET h/ context sluice.limits=a,d", `context_extensions: sluice.limits: the config has no limit "d", a -, b -, c -`},
+			{"GET h/ context sluice.limits=", `context_extensions: sluice.limits: unknown limit "", a -, b -, c -`},
+			{"GET h/ context sluice.limits=a,d", `context_extensions: sluice.limits: unknown limit "d", a -, b -, c -`},
 			{"GET h/ context sluice.limit.a=off", "b -, c -", "a: the route turns it off: sluice.limit.a"},
 			{"GET h/ context sluice.limit.a={rate:_5/m,_cost:_2}", "b -, c -, a - costs 2"},
 			{"GET h/ context sluice.limit.a={rate:_5/m,_cost:_2} context sluice.limits=b", "b -, a - costs 2", "c: the route's sluice.limits does not name it"},

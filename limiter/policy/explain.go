@@ -96,11 +96,11 @@ func (c *Config) reason(s *subject, l *rule, f finding) string {
 		return "when is false: " + l.when.text
 	case foundWhenAbsent:
 		if l.group != "" {
-			return "when is absent, and in a group does not hold then: " + l.when.text
+			return "when is absent, and a limit in a group does not apply then: " + l.when.text
 		}
-		return "when is absent, and for the rate unlimited does not hold then: " + l.when.text
+		return "when is absent, and an unlimited limit does not apply then: " + l.when.text
 	case foundSkipped:
-		return fmt.Sprintf("its key's %s is absent%s, and absent: skip", l.partName(f.part), l.whyAbsent(s, f.part))
+		return fmt.Sprintf("its key %s is absent%s, and the limit has absent: skip", l.partName(f.part), l.whyAbsent(s, f.part))
 	case foundGroupTaken:
 		return fmt.Sprintf("%s comes first in the group %s", f.other.limit.Name, l.group)
 	case foundOff:
@@ -110,21 +110,21 @@ func (c *Config) reason(s *subject, l *rule, f finding) string {
 	case foundUnlisted:
 		return "the route's sluice.limits does not name it"
 	case foundMistake:
-		return fmt.Sprintf("a mistake of the config: %s: %v", f.err.Field, f.err.Err)
+		return fmt.Sprintf("config mistake: %s: %v", f.err.Field, f.err.Err)
 	}
-	reason := "it is for every request"
+	reason := "it applies to every request"
 	if !l.match.isEmpty() || l.when != nil {
 		reason = "it matches"
 	}
 	if f.whenIs {
-		reason += "; when is absent, and then it applies"
+		reason += "; when is absent, so it applies"
 	}
 	switch f.kind {
 	case foundOverridden:
-		reason += "; its rate is that of " + l.overrides.place(f.sum)
+		reason += "; its rate is from " + l.overrides.place(f.sum)
 	case foundPartAbsent:
-		reason += fmt.Sprintf("; its key's %s is absent%s: ", l.partName(f.part), l.whyAbsent(s, f.part)) + map[absence]string{
-			absentClient: "the client's network takes its place",
+		reason += fmt.Sprintf("; its key %s is absent%s: ", l.partName(f.part), l.whyAbsent(s, f.part)) + map[absence]string{
+			absentClient: "the client's network is used instead",
 			absentShare:  "all such requests share a bucket",
 			absentDeny:   "the request is denied",
 		}[l.absent]
@@ -147,21 +147,21 @@ func (l *rule) whyAbsent(s *subject, i int) string {
 func (m *match) why(s *subject, field string) string {
 	switch field {
 	case "hosts":
-		return fmt.Sprintf("the host %s is none of match.hosts", quoted(s.host()))
+		return fmt.Sprintf("host %s matches none of match.hosts", quoted(s.host()))
 	case "methods":
-		return fmt.Sprintf("the method %s is none of match.methods", quoted(s.Method))
+		return fmt.Sprintf("method %s matches none of match.methods", quoted(s.Method))
 	case "paths":
-		return fmt.Sprintf("the path %s%s is none of match.paths", quoted(s.sent), alsoRead(s.paths[1:]))
+		return fmt.Sprintf("path %s%s matches none of match.paths", quoted(s.sent), alsoRead(s.paths[1:]))
 	case "clients":
 		if !s.client.IsValid() {
-			return "the client's address is not known, so that match.clients cannot hold"
+			return "the client's address is unknown, so match.clients cannot match"
 		}
-		return fmt.Sprintf("the client %v is in none of match.clients", s.client)
+		return fmt.Sprintf("client %v is in none of match.clients", s.client)
 	}
 	if s.Source.Principal == "" {
-		return "the peer has no principal, so that match.principals cannot hold"
+		return "the peer has no principal, so match.principals cannot match"
 	}
-	return fmt.Sprintf("the principal %s is none of match.principals", quoted(s.Source.Principal))
+	return fmt.Sprintf("principal %s matches none of match.principals", quoted(s.Source.Principal))
 }
 
 // alsoRead lists the other readings of a path, or the first of them.

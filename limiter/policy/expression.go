@@ -31,7 +31,7 @@ const (
 
 // wanted says what an expression's value has to be.
 func (p purpose) wanted() string {
-	return [...]string{"a key's part is a text, a number or a boolean", "when is a boolean", "a cost is a number"}[p]
+	return [...]string{"must be a string, a number or a boolean", "must be a boolean", "must be a number"}[p]
 }
 
 // accepts reports whether a value of a type that the check found may do; one of unknown type is seen at run time.
@@ -97,7 +97,7 @@ func compile(text string, p purpose) (*expression, []expressionError) {
 		return nil, []expressionError{{message: fmt.Sprintf(format, args...)}}
 	}
 	if len(text) > maxExpression {
-		return wrong("an expression of %d bytes; allowed are %d", len(text), maxExpression)
+		return wrong("expression of %d bytes; the maximum is %d", len(text), maxExpression)
 	}
 	env, err := environment()
 	if err != nil {
@@ -116,7 +116,7 @@ func compile(text string, p purpose) (*expression, []expressionError) {
 		return nil, found
 	}
 	if out := checked.OutputType(); !p.accepts(out) {
-		return wrong("%s, and this is %v", p.wanted(), out)
+		return wrong("%s, not %v", p.wanted(), out)
 	}
 	if found := checkConstants(env, native); found != nil {
 		return nil, found
@@ -168,7 +168,7 @@ func checkHeaderNames(tree *ast.AST) (found []expressionError) {
 		if name, ok := headerName(tree, e); ok && name != strings.ToLower(name) {
 			at := tree.SourceInfo().GetStartLocation(e.ID())
 			found = append(found, expressionError{at.Line(), at.Column() + 1,
-				fmt.Sprintf("the header %q is not in lower case: write %q", name, strings.ToLower(name))})
+				fmt.Sprintf("the header %q is not in lower case; write %q", name, strings.ToLower(name))})
 		}
 	}))
 	return found
@@ -281,10 +281,10 @@ var failures = []string{
 func failure(err error) error {
 	for _, known := range failures {
 		if strings.HasPrefix(err.Error(), known) {
-			return errors.New("the expression fails: " + known)
+			return errors.New("evaluation failed: " + known)
 		}
 	}
-	return errors.New("the expression fails")
+	return errors.New("evaluation failed")
 }
 
 // part is the expression's value as a key's part; "" where it is absent or empty.
@@ -305,13 +305,13 @@ func (e *expression) part(s *subject) (string, error) {
 		return strconv.FormatUint(uint64(v), 10), nil
 	case types.Double:
 		if f := float64(v); math.IsNaN(f) || math.IsInf(f, 0) {
-			return "", errors.New("the value is not a finite number")
+			return "", errors.New("must be a finite number")
 		}
 		return strconv.FormatFloat(float64(v), 'f', -1, 64), nil
 	case types.Bool:
 		return strconv.FormatBool(bool(v)), nil
 	}
-	return "", fmt.Errorf("%s, and this is %v", forKey.wanted(), v.Type())
+	return "", fmt.Errorf("%s, not %v", forKey.wanted(), v.Type())
 }
 
 // holds is the expression's value as a condition; known is false where it is absent.
@@ -322,7 +322,7 @@ func (e *expression) holds(s *subject) (holds, known bool, err error) {
 	}
 	b, ok := v.(types.Bool)
 	if !ok {
-		return false, false, fmt.Errorf("%s, and this is %v", forWhen.wanted(), v.Type())
+		return false, false, fmt.Errorf("%s, not %v", forWhen.wanted(), v.Type())
 	}
 	return bool(b), true, nil
 }
@@ -341,13 +341,13 @@ func (e *expression) tokens(s *subject) (int64, error) {
 	case types.Double:
 		return wholeCost(float64(v))
 	}
-	return 0, fmt.Errorf("%s, and this is %v", forCost.wanted(), v.Type())
+	return 0, fmt.Errorf("%s, not %v", forCost.wanted(), v.Type())
 }
 
 // wholeCost is a cost in whole tokens: a fraction is rounded up.
 func wholeCost(f float64) (int64, error) {
 	if math.IsNaN(f) || f < 0 {
-		return 0, errors.New("a cost is 0 or more, and this is less or no number")
+		return 0, errors.New("must be a number >= 0")
 	}
 	return int64(min(math.Ceil(f), limiter.MaxTokens+1)), nil
 }

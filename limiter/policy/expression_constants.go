@@ -32,12 +32,12 @@ func checkConstants(env *cel.Env, tree *ast.AST) []expressionError {
 
 func (c *constants) wrong(e ast.Expr, err error) {
 	message := err.Error()
-	for kind, allowed := range map[string]string{
-		"google.protobuf.Duration": `allowed are durations such as "90s" and "1h30m"`,
-		"RFC 3339":                 `allowed are times such as "2026-01-31T00:00:00Z"`,
+	for kind, want := range map[string]string{
+		"google.protobuf.Duration": `want a duration such as "90s" or "1h30m"`,
+		"RFC 3339":                 `want a time such as "2026-01-31T00:00:00Z"`,
 	} {
 		if strings.Contains(message, kind) {
-			message += "; " + allowed
+			message += "; " + want
 		}
 	}
 	at := c.tree.SourceInfo().GetStartLocation(e.ID())
@@ -165,7 +165,7 @@ func checkTimeZone(v ref.Val) error {
 		return err
 	}
 	if now := (types.Timestamp{Time: time.Unix(0, 0).UTC()}); types.IsError(invoke(own["getHours"], []ref.Val{now, v})) {
-		return fmt.Errorf("%q is no time zone; allowed are names such as Europe/Berlin, and offsets such as +02:00", v.Value())
+		return fmt.Errorf("unknown time zone %q; want a name such as Europe/Berlin, or an offset such as +02:00", v.Value())
 	}
 	return nil
 }
@@ -191,7 +191,7 @@ func checkDivisor(v ref.Val) error {
 
 func checkOffset(v ref.Val) error {
 	if n, ok := v.(types.Int); ok && n < 0 {
-		return fmt.Errorf("%d is no offset in a text; allowed are numbers from 0 on", n)
+		return fmt.Errorf("invalid offset %d; want a number >= 0", n)
 	}
 	return nil
 }

@@ -191,7 +191,7 @@ func (chargedUnits) CallCost(_, overload string, args []ref.Val, _ ref.Val) *uin
 
 var (
 	errZone     = errors.New("unknown time zone")
-	errGrown    = errors.New("a text grows too large")
+	errGrown    = errors.New("string grows too large")
 	errOverload = types.NewErr("no such overload")
 )
 

@@ -19,8 +19,8 @@ const (
 )
 
 var (
-	errPattern  = fmt.Errorf("a regular expression of more than %d instructions", maxProgram)
-	errPatterns = fmt.Errorf("regular expressions of more than %d instructions together", maxPrograms)
+	errPattern  = fmt.Errorf("regular expression of more than %d instructions", maxProgram)
+	errPatterns = fmt.Errorf("regular expressions of more than %d instructions in total", maxPrograms)
 )
 
 // priceMatch plans text.matches(pattern). Go's regular expressions take time

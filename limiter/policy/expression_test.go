@@ -125,7 +125,7 @@ func TestExpressionsAreBounded(t *testing.T) {
 	c := parse(t, `limits: [{name: a, rate: 1/s, key: 'request.url_path.split("").map(a, request.url_path.split("").map(b, a + b)).size()'}]`)
 	r := request(t, "GET h/")
 	r.Path = "/" + strings.Repeat("x", 10_000)
-	if d := c.Draw(r); !d.Invalid || d.Mistakes[0].Error() != "limit a: key: the expression fails: operation cancelled: actual cost limit exceeded" {
+	if d := c.Draw(r); !d.Invalid || d.Mistakes[0].Error() != "limit a: key: evaluation failed: operation cancelled: actual cost limit exceeded" {
 		t.Error(d)
 	}
 	if _, mistakes := compile(strings.Repeat("(", 2000)+"1"+strings.Repeat(")", 2000), forKey); mistakes == nil {

@@ -41,7 +41,7 @@ var canonicalParts = map[string]func(string) (string, error){
 func canonicalAddress(s string) (string, error) {
 	a, err := netip.ParseAddr(s)
 	if err != nil {
-		return "", errors.New("no address; allowed is one such as 203.0.113.7 or 2001:db8::1")
+		return "", errors.New("invalid address; want one such as 203.0.113.7 or 2001:db8::1")
 	}
 	return bareAddress(a.String()), nil
 }
@@ -53,7 +53,7 @@ func canonicalNetwork(s string) (string, error) {
 		a, err = prefix.Addr(), nil
 	}
 	if err != nil {
-		return "", errors.New("no network of a client; allowed is an address such as 203.0.113.7, or an IPv6 /64 such as 2001:db8::/64")
+		return "", errors.New("invalid client network; want an address such as 203.0.113.7, or an IPv6 /64 such as 2001:db8::/64")
 	}
 	network := network(parseAddr(a.String()))
 	same := bareAddress(a.String()) == network // a client that is a network of itself
@@ -62,7 +62,7 @@ func canonicalNetwork(s string) (string, error) {
 		same = same && prefix.Masked() == prefix
 	}
 	if !same {
-		return "", fmt.Errorf("%s is the network of no client, which is an IPv4 address or an IPv6 /64; write %s", s, network)
+		return "", fmt.Errorf("%s is not a client network (an IPv4 address or an IPv6 /64); write %s", s, network)
 	}
 	return network, nil
 }
@@ -70,14 +70,14 @@ func canonicalNetwork(s string) (string, error) {
 func canonicalNumber(s string) (string, error) {
 	n, err := strconv.ParseInt(s, 10, 64)
 	if err != nil || n < 0 {
-		return "", errors.New("no whole number from 0 on")
+		return "", errors.New("must be a whole number >= 0")
 	}
 	return strconv.FormatInt(n, 10), nil
 }
 
 func canonicalMethod(s string) (string, error) {
 	if !methodOf.MatchString(s) {
-		return "", errors.New("no method; allowed are upper-case names such as GET and POST")
+		return "", errors.New("invalid method; want an upper-case name such as GET or POST")
 	}
 	return s, nil
 }
@@ -87,7 +87,7 @@ func canonicalMethod(s string) (string, error) {
 var methodOf = regexp.MustCompile("^[A-Z0-9!#$%&'*+.^_`|~-]+$")
 
 func canonicalHost(s string) (string, error) {
-	const noHost = "no host; allowed are names such as api.example.com, and addresses, without a port"
+	const noHost = "invalid host; want a name such as api.example.com, or an address, without a port"
 	if strings.Contains(s, "/") { // a URL, whose colon begins no port
 		return "", errors.New(noHost)
 	}
@@ -96,9 +96,9 @@ func canonicalHost(s string) (string, error) {
 	case err != nil:
 		return "", errors.New(noHost)
 	case strings.HasPrefix(host, "*"):
-		return "", errors.New("a pattern; a key's part is one host")
+		return "", errors.New("patterns are not allowed; want one host")
 	case strings.TrimSuffix(lowerASCII(s), ".") != parsed && strings.Trim(lowerASCII(s), "[]") != parsed:
-		return "", errors.New("a host with a port, which no key has; write it without")
+		return "", errors.New("keys hold no port; write the host without it")
 	default:
 		return parsed, nil
 	}
@@ -106,7 +106,7 @@ func canonicalHost(s string) (string, error) {
 
 func canonicalScheme(s string) (string, error) {
 	if s != "http" && s != "https" {
-		return "", errors.New("no scheme; allowed are http and https")
+		return "", errors.New("unknown scheme; want http or https")
 	}
 	return s, nil
 }
@@ -116,19 +116,19 @@ func canonicalProtocol(s string) (string, error) {
 	case "HTTP/1.0", "HTTP/1.1", "HTTP/2", "HTTP/3":
 		return s, nil
 	}
-	return "", errors.New("no protocol; allowed are HTTP/1.0, HTTP/1.1, HTTP/2 and HTTP/3")
+	return "", errors.New("unknown protocol; want HTTP/1.0, HTTP/1.1, HTTP/2 or HTTP/3")
 }
 
 func canonicalPath(s string) (string, error) {
 	if !strings.HasPrefix(s, "/") && s != "*" {
-		return "", errors.New("no path, which begins with /")
+		return "", errors.New("invalid path; want one that begins with /")
 	}
 	return s, nil
 }
 
 func canonicalURLPath(s string) (string, error) {
 	if strings.Contains(s, "?") {
-		return "", errors.New("a path with a query, which is no part of request.url_path; write it without")
+		return "", errors.New("request.url_path has no query; write the path without it")
 	}
 	return canonicalPath(s)
 }
@@ -136,9 +136,9 @@ func canonicalURLPath(s string) (string, error) {
 func canonicalPrincipal(s string) (string, error) {
 	switch {
 	case strings.Contains(s, "*"):
-		return "", errors.New("a pattern; a key's part is one principal")
+		return "", errors.New("patterns are not allowed; want one principal")
 	case !strings.Contains(s, ":"):
-		return "", errors.New("no principal, which is a URI such as spiffe://cluster.local/ns/web/sa/shop")
+		return "", errors.New("invalid principal; want a URI such as spiffe://cluster.local/ns/web/sa/shop")
 	}
 	return s, nil
 }
@@ -154,4 +154,4 @@ func spacedPart(key []*expression, parts []string) int {
 	return -1
 }
 
-const spaced = "a part with a space at its edge, which counts; no header's value has one"
+const spaced = "a leading or trailing space is part of the key; header values never have one"

@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"strings"
@@ -138,32 +139,32 @@ func methodMatches(pattern, method string) bool {
 func parseMethod(s string) (string, error) {
 	for i := 0; i < len(s); i++ {
 		if c := s[i]; (c < 'A' || c > 'Z') && c != '-' && c != '_' {
-			return "", fmt.Errorf("%q is no method; allowed are upper-case names such as GET, which includes HEAD, and POST", s)
+			return "", fmt.Errorf("invalid method %q; want an upper-case name such as GET, which includes HEAD, or POST", s)
 		}
 	}
 	if s == "" {
-		return "", fmt.Errorf("empty; allowed are upper-case names such as GET, which includes HEAD, and POST")
+		return "", errors.New("empty method; want an upper-case name such as GET, which includes HEAD, or POST")
 	}
 	return s, nil
 }
 
 // parsePrefix reads a network, or an address as the network of it alone.
 func parsePrefix(s string) (netip.Prefix, error) {
-	const allowed = "allowed are networks such as 10.0.0.0/8 and 2001:db8::/32, and addresses"
+	const want = "want one such as 10.0.0.0/8 or 2001:db8::/32, or an address"
 	p, err := netip.ParsePrefix(s)
 	if err != nil {
 		a, err := netip.ParseAddr(s)
 		if err != nil || a.Zone() != "" {
-			return netip.Prefix{}, fmt.Errorf("%q is no network; %s", s, allowed)
+			return netip.Prefix{}, fmt.Errorf("invalid network %q; %s", s, want)
 		}
 		a = a.Unmap()
 		return netip.PrefixFrom(a, a.BitLen()), nil
 	}
 	if p.Addr().Is4In6() {
-		return netip.Prefix{}, fmt.Errorf("%q is IPv4 in IPv6; write the IPv4 network", s)
+		return netip.Prefix{}, fmt.Errorf("%q is an IPv4-mapped network; write it as IPv4", s)
 	}
 	if p.Masked() != p {
-		return netip.Prefix{}, fmt.Errorf("%q has bits outside of its mask; write %v", s, p.Masked())
+		return netip.Prefix{}, fmt.Errorf("%q has bits outside its mask; write %v", s, p.Masked())
 	}
 	return p, nil
 }
@@ -173,7 +174,7 @@ type principalPattern []string // what stands between the *s
 
 func parsePrincipal(s string) (principalPattern, error) {
 	if !strings.Contains(s, "://") {
-		return nil, fmt.Errorf("%q is no principal; allowed are URIs such as spiffe://cluster.local/ns/web/sa/shop, with * for any text", s)
+		return nil, fmt.Errorf("invalid principal %q; want a URI such as spiffe://cluster.local/ns/web/sa/shop, with * for any text", s)
 	}
 	return strings.Split(s, "*"), nil
 }

@@ -149,13 +149,12 @@ var hostOfName = regexp.MustCompile(`^[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?
 
 // parseHost reads a host of a match.
 func parseHost(s string) (string, error) {
-	const allowed = "allowed are names such as api.example.com and *.example.com, and addresses, without a port"
 	name, isWild := strings.CutPrefix(s, "*.")
 	if a, err := netip.ParseAddr(strings.TrimSuffix(strings.TrimPrefix(s, "["), "]")); err == nil {
 		return canonical(a), nil
 	}
 	if !hostOfName.MatchString(name) || strings.Contains(name, "..") {
-		return "", fmt.Errorf("%q is no host; %s", s, allowed)
+		return "", fmt.Errorf("invalid host %q; want a name such as api.example.com or *.example.com, or an address, without a port", s)
 	}
 	if isWild {
 		return "*." + lowerASCII(name), nil

@@ -15,12 +15,12 @@ type pathPattern struct {
 }
 
 func parsePath(s string) (pathPattern, error) {
-	const allowed = "allowed are paths such as /v1/orders, /v1/orders/{id}/pay and /v2/**"
+	const want = "want one such as /v1/orders, /v1/orders/{id}/pay or /v2/**"
 	if !strings.HasPrefix(s, "/") {
-		return pathPattern{}, fmt.Errorf("%q does not begin with /; %s", s, allowed)
+		return pathPattern{}, fmt.Errorf("path %q does not begin with /; %s", s, want)
 	}
 	if strings.ContainsAny(s, "?#") {
-		return pathPattern{}, fmt.Errorf("%q has a query, which is not matched; %s", s, allowed)
+		return pathPattern{}, fmt.Errorf("path %q has a query or fragment, which is never matched; %s", s, want)
 	}
 	var p pathPattern
 	body := strings.TrimPrefix(s, "/")
@@ -35,9 +35,9 @@ func parsePath(s string) (pathPattern, error) {
 		case strings.HasPrefix(segment, "{") && strings.HasSuffix(segment, "}") && len(segment) > 2 && !strings.ContainsAny(segment[1:len(segment)-1], "{}*"):
 			p.segments = append(p.segments, "")
 		case strings.ContainsAny(segment, "{}*"):
-			return pathPattern{}, fmt.Errorf("%q: the segment %q is not a name, {x}, or ** at the end; %s", s, segment, allowed)
+			return pathPattern{}, fmt.Errorf("path %q: segment %q is not a literal, {x}, or ** at the end; %s", s, segment, want)
 		case segment == "" || "/"+segment != normalPath("/"+segment):
-			return pathPattern{}, fmt.Errorf("%q is not in its normal form, which requests are matched in: write %q", s, normalPath(s))
+			return pathPattern{}, fmt.Errorf("path %q is not in normal form, in which requests are matched; write %q", s, normalPath(s))
 		default:
 			p.segments = append(p.segments, segment)
 		}

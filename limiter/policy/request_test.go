@@ -90,7 +90,7 @@ func TestRepeatedHeaderHasNoOverride(t *testing.T) {
 		t.Errorf("%+v", d.Charges)
 	}
 	reason := c.Explain(r).Limits[0].Reason
-	if want := `it is for every request; its key's part request.headers["x-api-key"] is absent (the header was sent more than once): the client's network takes its place`; reason != want {
+	if want := `it applies to every request; its key part request.headers["x-api-key"] is absent (the header was sent more than once): the client's network is used instead`; reason != want {
 		t.Errorf("%s\nwant %s", reason, want)
 	}
 }

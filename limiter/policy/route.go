@@ -169,17 +169,17 @@ func (c *Config) readRouteText(text routeText, expressions map[[2]string]*expres
 	name, isLimit := strings.CutPrefix(text.key, routeLimit)
 	switch {
 	case len(text.key)+len(text.value) > maxRouteText:
-		return wrong("", fmt.Errorf("%d bytes under a key that begins with sluice.; allowed are %d", len(text.value), maxRouteText))
+		return wrong("", fmt.Errorf("a sluice. key and its value have %d bytes; the maximum is %d", len(text.key)+len(text.value), maxRouteText))
 	case text.key == routeLimits:
 		return c.readListed(text.value, wrong)
 	case !isLimit:
-		return wrong("", fmt.Errorf("the key %q; allowed are sluice.limits and sluice.limit.<name>", text.key))
+		return wrong("", fmt.Errorf("unknown key %q; want sluice.limits or sluice.limit.<name>", text.key))
 	}
 	if err := checkName(name); err != nil {
-		return wrong("", fmt.Errorf("%s: the name %w", routeLimit, err))
+		return wrong("", fmt.Errorf("%s: %w", routeLimit, err))
 	}
 	if c.noRouteLimits {
-		return wrong(name, errors.New("routes.limits is false in this config: no route may bring a limit, nor switch one off"))
+		return wrong(name, errors.New("routes.limits is false in this config, so routes can neither add a limit nor turn one off"))
 	}
 	e := &routeEntry{replaces: -1}
 	if i, ok := c.byName[name]; ok {
@@ -194,7 +194,7 @@ func (c *Config) readRouteText(text routeText, expressions map[[2]string]*expres
 	root := f.document([]byte(text.value))
 	if root == nil {
 		if len(f.mistakes) == 0 {
-			return wrong(name, errors.New(`empty; wanted is a limit such as {rate: 10/m, key: client.network}, or "off"`))
+			return wrong(name, errors.New(`empty value; want a limit such as {rate: 10/m, key: client.network}, or "off"`))
 		}
 		return wrong(name, f.mistakes)
 	}
@@ -203,7 +203,7 @@ func (c *Config) readRouteText(text routeText, expressions map[[2]string]*expres
 		e.rule = f.rule(d)
 	}
 	if e.rule != nil && c.routeDomains != nil && !slices.Contains(c.routeDomains, e.rule.limit.Domain) {
-		return wrong(name, fmt.Errorf("the domain %q; routes.domains in this config allows %s", e.rule.limit.Domain, strings.Join(c.routeDomains, ", ")))
+		return wrong(name, fmt.Errorf("domain %q is not allowed for routes; want one of routes.domains: %s", e.rule.limit.Domain, strings.Join(c.routeDomains, ", ")))
 	}
 	if len(f.mistakes) > 0 {
 		e := wrong(name, f.mistakes)
@@ -220,7 +220,7 @@ func (c *Config) readListed(value string, wrong func(string, error) *routeEntry)
 		name = strings.TrimSpace(name)
 		i, ok := c.byName[name]
 		if !ok {
-			return wrong("", fmt.Errorf("sluice.limits: the config has no limit %q", name))
+			return wrong("", fmt.Errorf("sluice.limits: unknown limit %q", name))
 		}
 		e.listed[i>>6] |= 1 << (i & 63)
 	}

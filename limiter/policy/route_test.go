@@ -24,7 +24,7 @@ func TestRouteTable(t *testing.T) {
 	}
 	before := len(c.routes.entries)
 	d := c.Draw(&Request{Context: map[string]string{"sluice.limit.b": strings.Repeat(" ", maxRouteText)}})
-	if !d.Invalid || d.Mistakes[0].Error() != "context_extensions: 8192 bytes under a key that begins with sluice.; allowed are 8192" && len(c.routes.entries) != before {
+	if !d.Invalid || d.Mistakes[0].Error() != "context_extensions: a sluice. key and its value have 8206 bytes; the maximum is 8192" || len(c.routes.entries) != before {
 		t.Errorf("%+v", d)
 	}
 	d = c.Draw(&Request{Context: map[string]string{"sluice.limit.b": "{rate: 5/m, overrides_file: x.csv}"}})
@@ -69,7 +69,7 @@ func TestRouteTableMemory(t *testing.T) {
 		runtime.KeepAlive(c)
 	}
 	if _, wrong := compile(strings.Repeat(`request.host.matches("(x{100}){10}") || `, 20)+"true", forWhen); wrong == nil ||
-		wrong[0].message != "regular expressions of more than 16384 instructions together" {
+		wrong[0].message != "regular expressions of more than 16384 instructions in total" {
 		t.Errorf("many large patterns: %v", wrong)
 	}
 }
@@ -136,8 +136,8 @@ func TestRoutesSwitch(t *testing.T) {
 		{limits + "routes: {limits: false}", "sluice.limit.a", "off", "routes.limits is false"},
 		{limits + "routes: {limits: false}", "sluice.limits", "a", "shop:a"},
 		{limits + "routes: {domains: [shop]}", "sluice.limit.b", "{rate: 1/s}", "shop:a shop:b"},
-		{limits + "routes: {domains: [shop]}", "sluice.limit.b", "{rate: 1/s, domain: bank}", `"bank"; routes.domains in this config allows shop`},
-		{limits + "routes: {domains: [bank]}", "sluice.limit.b", "{rate: 1/s}", `"shop"; routes.domains in this config allows bank`},
+		{limits + "routes: {domains: [shop]}", "sluice.limit.b", "{rate: 1/s, domain: bank}", `domain "bank" is not allowed for routes; want one of routes.domains: shop`},
+		{limits + "routes: {domains: [bank]}", "sluice.limit.b", "{rate: 1/s}", `domain "shop" is not allowed for routes; want one of routes.domains: bank`},
 		{limits + "routes: {domains: [bank]}", "sluice.limit.a", "off", ""},
 	} {
 		if got := ask(row.config, row.key, row.value); !strings.Contains(got, row.want) || row.want == "" && got != "" {

@@ -199,7 +199,7 @@ func TestSchemaFields(t *testing.T) {
 				want = m.Message
 			}
 		}
-		got := "unknown field; allowed are " + strings.Join(slices.Sorted(maps.Keys(at(path...))), ", ")
+		got := "unknown field; want one of " + strings.Join(slices.Sorted(maps.Keys(at(path...))), ", ")
 		if got != want {
 			t.Errorf("%s: the schema's\n%s\nthe reader's\n%s", field, got, want)
 		}

@@ -83,7 +83,7 @@ func start(n ast.Node) *token.Token {
 // document parses the one document of a config. Without any it returns nil.
 func (r *reader) document(text []byte) *node {
 	if len(text) > maxFile {
-		r.at(nil, "", "the file has more than the %d bytes that are allowed", maxFile)
+		r.at(nil, "", "the file exceeds the maximum of %d bytes", maxFile)
 		return nil
 	}
 	if line, column, message := outgrown(text); message != "" {
@@ -106,7 +106,7 @@ func (r *reader) document(text []byte) *node {
 			continue
 		}
 		if root != nil {
-			r.at(start(d.Body), "", "a second document; allowed is one")
+			r.at(start(d.Body), "", "second document; a config is one YAML document")
 			break
 		}
 		root = &node{Node: d.Body}
@@ -119,23 +119,23 @@ func (r *reader) document(text []byte) *node {
 func (r *reader) mapping(n node, fields map[string]func(node)) bool {
 	values, ok := entries(n.Node)
 	if !ok {
-		r.wrong(n, "%s; wanted is a mapping with %s", describe(n.Node), list(fields))
+		r.wrong(n, "must be a mapping, not %s; its fields are %s", describe(n.Node), list(fields))
 		return false
 	}
 	seen := make(map[string]bool)
 	for _, v := range values {
 		key, ok := v.Key.(*ast.StringNode)
 		if !ok {
-			r.at(v.Key.GetToken(), n.field, "%s as a field's name; allowed are %s", describe(v.Key), list(fields))
+			r.at(v.Key.GetToken(), n.field, "a field name must be a string, not %s; want one of %s", describe(v.Key), list(fields))
 			continue
 		}
 		value := node{v.Value, join(n.field, key.Value)}
 		read, known := fields[key.Value]
 		switch {
 		case !known:
-			r.at(key.GetToken(), value.field, "unknown field; allowed are %s", list(fields))
+			r.at(key.GetToken(), value.field, "unknown field; want one of %s", list(fields))
 		case seen[key.Value]:
-			r.at(key.GetToken(), value.field, "given twice")
+			r.at(key.GetToken(), value.field, "duplicate field")
 		default:
 			seen[key.Value] = true
 			if r.plain(value) {
@@ -177,15 +177,15 @@ func entries(n ast.Node) ([]*ast.MappingValueNode, bool) {
 func (r *reader) plain(n node) bool {
 	switch v := n.Node.(type) {
 	case nil, *ast.NullNode:
-		r.at(nullToken(n.Node), n.field, "no value; leave the field out, or give it one")
+		r.at(nullToken(n.Node), n.field, "no value; give it one or omit the field")
 	case *ast.TagNode:
 		r.wrong(n, "a value that begins with ! is a YAML tag, which is not allowed; quote the expression")
 	case *ast.AnchorNode, *ast.AliasNode, *ast.MergeKeyNode:
-		r.wrong(n, "anchors, aliases and merges are not allowed; write the value out")
+		r.wrong(n, "anchors, aliases and merge keys are not allowed; write the value out")
 	case *ast.StringNode, *ast.LiteralNode, *ast.IntegerNode, *ast.FloatNode, *ast.BoolNode, *ast.MappingNode, *ast.MappingValueNode, *ast.SequenceNode:
 		return true
 	default:
-		r.wrong(n, "%v is not allowed here", v.Type())
+		r.wrong(n, "a YAML value of type %v is not allowed", v.Type())
 	}
 	return false
 }
@@ -209,9 +209,9 @@ func describe(n ast.Node) string {
 	case *ast.BoolNode:
 		return "a boolean"
 	case *ast.StringNode, *ast.LiteralNode:
-		return "a text"
+		return "a string"
 	}
-	return "no plain value"
+	return "an unsupported value"
 }
 
 // each reads a list's values, or the one value that stands for a list of it.
@@ -233,11 +233,11 @@ func (r *reader) each(n node, read func(node)) {
 func texts[T any](r *reader, n node, into *[]T, parse func(string) (T, error)) {
 	values, ok := n.Node.(*ast.SequenceNode)
 	if !ok {
-		r.wrong(n, "%s; wanted is a list", describe(n.Node))
+		r.wrong(n, "must be a list, not %s", describe(n.Node))
 		return
 	}
 	if len(values.Values) == 0 {
-		r.wrong(n, "an empty list; leave the field out, or give it values")
+		r.wrong(n, "empty list; give it values or omit the field")
 		return
 	}
 	r.each(n, func(n node) {
@@ -260,11 +260,16 @@ func (r *reader) text(n node) (string, bool) {
 	case *ast.LiteralNode:
 		s = v.Value.Value
 	default:
-		r.wrong(n, "%s; wanted is a text: quote it", describe(n.Node))
+		quote := ""
+		switch n.Node.(type) {
+		case *ast.IntegerNode, *ast.FloatNode, *ast.BoolNode:
+			quote = "; quote it"
+		}
+		r.wrong(n, "must be a string, not %s%s", describe(n.Node), quote)
 		return "", false
 	}
 	if len(s) > maxText {
-		r.wrong(n, "a text of %d bytes; allowed are %d", len(s), maxText)
+		r.wrong(n, "string of %d bytes; the maximum is %d", len(s), maxText)
 		return "", false
 	}
 	return r.expand(n, s)
@@ -278,7 +283,7 @@ func (r *reader) scalar(n node) (string, bool) {
 	case *ast.StringNode, *ast.LiteralNode:
 		return r.text(n)
 	}
-	r.wrong(n, "%s; wanted is a number or a text", describe(n.Node))
+	r.wrong(n, "must be a number or a string, not %s", describe(n.Node))
 	return "", false
 }
 
@@ -304,7 +309,7 @@ func (r *reader) oneOf(n node, into *string, allowed ...string) {
 		return
 	}
 	if !slices.Contains(allowed, s) {
-		r.wrong(n, "%q; allowed are %s", s, strings.Join(allowed, ", "))
+		r.wrong(n, "unknown value %q; want one of %s", s, strings.Join(allowed, ", "))
 		return
 	}
 	*into = s
@@ -318,7 +323,7 @@ func (r *reader) whole(n node, into *int64, from, to int64) {
 	}
 	v, err := strconv.ParseInt(s, 10, 64)
 	if err != nil || v < from || v > to {
-		r.wrong(n, "%s; allowed are whole numbers from %d to %d", shown(n, s), from, to)
+		r.wrong(n, "must be a whole number from %d to %d, not %s", from, to, shown(n, s))
 		return
 	}
 	*into = v
@@ -326,18 +331,17 @@ func (r *reader) whole(n node, into *int64, from, to int64) {
 
 // boolean reads true or false. A variable's value is a text, which may say it, too.
 func (r *reader) boolean(n node, into *bool) {
-	const allowed = "allowed are true and false"
 	switch v := n.Node.(type) {
 	case *ast.BoolNode:
 		*into = v.Value
 	case *ast.StringNode, *ast.LiteralNode:
 		if s, ok := r.text(n); ok && s != "true" && s != "false" {
-			r.wrong(n, "%q; %s", s, allowed)
+			r.wrong(n, "must be true or false, not %q", s)
 		} else {
 			*into = s == "true"
 		}
 	default:
-		r.wrong(n, "%s; %s", describe(n.Node), allowed)
+		r.wrong(n, "must be true or false, not %s", describe(n.Node))
 	}
 }
 
@@ -349,7 +353,7 @@ func (r *reader) duration(n node, into *time.Duration, from, to time.Duration) {
 	}
 	d, err := time.ParseDuration(s)
 	if err != nil || d < from || d > to {
-		r.wrong(n, "%q; allowed are durations such as 100ms, 1.5s and 2m, from %v to %v", s, from, to)
+		r.wrong(n, "invalid duration %q; want one from %v to %v, such as 100ms, 1.5s or 2m", s, from, to)
 		return
 	}
 	*into = d

@@ -23,7 +23,7 @@ func outgrown(text []byte) (line, column int, message string) {
 		since := 0 // the last character that is not of a plain text
 		for i := 0; i < len(row); i++ {
 			if i-since > 2*maxText {
-				return number, since + 1, fmt.Sprintf("a text of more than %d bytes; allowed are %d", 2*maxText, maxText)
+				return number, since + 1, fmt.Sprintf("string of more than %d bytes; the maximum is %d", 2*maxText, maxText)
 			}
 			c := row[i]
 			if strings.IndexByte("[]{},:'\"", c) >= 0 {

@@ -92,7 +92,7 @@ func TestNotOutgrown(t *testing.T) {
 		_, err := Parse("f", []byte(text), env())
 		if err != nil {
 			for _, m := range mistakes(t, err) {
-				if strings.HasPrefix(m.Message, "a second limit") { // which says that it was read
+				if strings.HasPrefix(m.Message, "duplicate name") { // which shows that it was read
 					same++
 				} else {
 					t.Errorf("%s: %v", name, m)

@@ -122,7 +122,7 @@ var variable = regexp.MustCompile(`\$\$\{|\$\{([^}]*)\}?`)
 
 var variableName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
 
-const variableForms = "allowed are ${NAME} and ${NAME:-default}, and $${ for a literal ${"
+const variableForms = "want ${NAME}, ${NAME:-default}, or $${ for a literal ${"
 
 // expand puts environment variables into a scalar: ${NAME}, and
 // ${NAME:-default}, whose default counts where the variable is not set or
@@ -132,7 +132,7 @@ func (r *reader) expand(n node, s string) (string, bool) {
 		return s, true
 	}
 	if r.getenv == nil {
-		r.wrong(n, "${...} stands for a variable in the config file only")
+		r.wrong(n, "variables (${...}) are replaced in the config file only; write the value out")
 		return "", false
 	}
 	good := true
@@ -148,21 +148,21 @@ func (r *reader) expand(n node, s string) (string, bool) {
 		name, fallback, has := strings.Cut(strings.TrimSuffix(found[2:], "}"), ":-")
 		switch {
 		case !strings.HasSuffix(found, "}"):
-			return wrong("a variable without its closing brace; %s", variableForms)
+			return wrong("variable without a closing brace; %s", variableForms)
 		case !variableName.MatchString(name):
 			if i := strings.IndexAny(name, ":=?+-"); i > 0 {
 				name = name[:i] // what follows may be a secret, as in ${NAME:=secret}
 			}
-			return wrong("%q is no variable's name; %s", name, variableForms)
+			return wrong("invalid variable name %q; %s", name, variableForms)
 		case strings.Contains(fallback, "${"):
-			return wrong("a variable in the default of %s; a default is a plain text", name)
+			return wrong("the default of %s contains a variable; want plain text", name)
 		}
 		v, isSet := r.getenv(name)
 		switch {
 		case has && v == "":
 			return fallback
 		case !isSet:
-			return wrong("the environment variable %s is not set; ${%s:-default} gives it a default", name, name)
+			return wrong("environment variable %s is not set; write ${%s:-default} for a default", name, name)
 		}
 		if r.variables == nil {
 			r.variables = make(map[string]string)

@@ -18,19 +18,19 @@ func TestVariableDefaults(t *testing.T) {
 		"a${UNSET:-}":          "a",
 		"${SET}/${EMPTY:-b}":   "shop/b",
 		"${SET}${SET:-x}":      "shopshop",
-		"${UNSET:-a-b:-c}":     `"a-b:-c"; allowed are 1 to 253 of letters, digits and . _ / -`,
-		"${UNSET:-$$}":         `"$$"; allowed are 1 to 253 of letters, digits and . _ / -`,
-		"$${SET}":              `"${SET}"; allowed are 1 to 253 of letters, digits and . _ / -`,
-		"${UNSET}":             "the environment variable UNSET is not set; ${UNSET:-default} gives it a default",
-		"${UNSET:-${SET}}":     "a variable in the default of UNSET; a default is a plain text",
-		"${SET:-${UNSET}}":     "a variable in the default of SET; a default is a plain text",
-		"${SET:-$${UNSET}}":    "a variable in the default of SET; a default is a plain text",
-		"${UNSET-x}":           `"UNSET" is no variable's name; ` + variableForms,
-		"${UNSET:?hunter2}":    `"UNSET" is no variable's name; ` + variableForms,
-		"${UNSET:=hunter2}":    `"UNSET" is no variable's name; ` + variableForms,
-		"${}":                  `"" is no variable's name; ` + variableForms,
-		"${UNSET":              "a variable without its closing brace; " + variableForms,
-		"${EMPTY:-${UNSET}-$x": "a variable in the default of EMPTY; a default is a plain text",
+		"${UNSET:-a-b:-c}":     `invalid value "a-b:-c"; want 1 to 253 letters, digits and . _ / -`,
+		"${UNSET:-$$}":         `invalid value "$$"; want 1 to 253 letters, digits and . _ / -`,
+		"$${SET}":              `invalid value "${SET}"; want 1 to 253 letters, digits and . _ / -`,
+		"${UNSET}":             "environment variable UNSET is not set; write ${UNSET:-default} for a default",
+		"${UNSET:-${SET}}":     "the default of UNSET contains a variable; want plain text",
+		"${SET:-${UNSET}}":     "the default of SET contains a variable; want plain text",
+		"${SET:-$${UNSET}}":    "the default of SET contains a variable; want plain text",
+		"${UNSET-x}":           `invalid variable name "UNSET"; ` + variableForms,
+		"${UNSET:?hunter2}":    `invalid variable name "UNSET"; ` + variableForms,
+		"${UNSET:=hunter2}":    `invalid variable name "UNSET"; ` + variableForms,
+		"${}":                  `invalid variable name ""; ` + variableForms,
+		"${UNSET":              "variable without a closing brace; " + variableForms,
+		"${EMPTY:-${UNSET}-$x": "the default of EMPTY contains a variable; want plain text",
 	} {
 		c, err := Parse("f", []byte("domain: '"+text+"'\n"), env("SET", "shop", "EMPTY", ""))
 		var got string
@@ -108,8 +108,8 @@ func TestMessagesKeepTheirWords(t *testing.T) {
 		}
 	}
 	// The value of a variable that another field takes is a word like any other.
-	_, err := Parse("f", []byte("domain: ${V}\nmode: allowed\n"), env("V", "allowed"))
-	if got := fmt.Sprint(err); got != `f:2:7: mode: "allowed"; allowed are enforce, shadow` {
+	_, err := Parse("f", []byte("domain: ${V}\nmode: want\n"), env("V", "want"))
+	if got := fmt.Sprint(err); got != `f:2:7: mode: unknown value "want"; want one of enforce, shadow` {
 		t.Error(got)
 	}
 }
