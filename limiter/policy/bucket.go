@@ -42,25 +42,25 @@ func (c *Config) Bucket(name BucketName) (Bucket, error) {
 	i, ok := c.byName[name.Limit]
 	if !ok {
 		names := make([]string, len(c.rules))
-		for i, l := range c.rules {
-			names[i] = l.limit.Name
+		for i, r := range c.rules {
+			names[i] = r.limit.Name
 		}
 		return Bucket{}, fmt.Errorf("unknown limit %q; the config has: %s", name.Limit, cmp.Or(strings.Join(names, ", "), "none"))
 	}
-	l := c.rules[i]
-	key, tier := []byte(name.Key), l.tier
+	r := c.rules[i]
+	key, tier := []byte(name.Key), r.tier
 	if name.Key != "" {
-		if err := l.checkKey(name.Key); err != nil {
+		if err := r.checkKey(name.Key); err != nil {
 			return Bucket{}, err
 		}
-		if sum, ok := c.hasher.digestOfKey(name.Key); ok && l.overrides != nil {
-			if o, ok := l.overrides.find(sum); ok {
+		if sum, ok := c.hasher.digestOfKey(name.Key); ok && r.overrides != nil {
+			if o, ok := r.overrides.lookup(sum); ok {
 				tier = o.tier
 			}
 		}
 	} else {
 		var err error
-		if key, tier, err = c.keyOf(l, name); err != nil {
+		if key, tier, err = c.keyOf(r, name); err != nil {
 			return Bucket{}, err
 		}
 	}
@@ -70,15 +70,15 @@ func (c *Config) Bucket(name BucketName) (Bucket, error) {
 	return Bucket{
 		Key:    string(key),
 		Rate:   tier.rate,
-		Charge: limiter.Charge{Limit: l.limit, Bucket: tier.bucket, Key: l.prefix + string(key) + "}"},
+		Charge: limiter.Charge{Limit: r.limit, Bucket: tier.bucket, Key: r.prefix + string(key) + "}"},
 	}, nil
 }
 
 // checkKey reports whether a key as it is shown is one of the limit's.
-func (l *rule) checkKey(key string) error {
-	if len(l.key) == 0 {
+func (r *rule) checkKey(key string) error {
+	if len(r.key) == 0 {
 		if key != noKey {
-			return fmt.Errorf("invalid key %q; limit %s has a single bucket, with the key %q", key, l.limit.Name, noKey)
+			return fmt.Errorf("invalid key %q; limit %s has a single bucket, with the key %q", key, r.limit.Name, noKey)
 		}
 		return nil
 	}
@@ -86,9 +86,9 @@ func (l *rule) checkKey(key string) error {
 	for _, p := range parts {
 		length += 2 + len(strconv.Itoa(len(p.Text))) + len(p.Text)
 	}
-	if len(parts) != len(l.key) || length != len(key) {
+	if len(parts) != len(r.key) || length != len(key) {
 		return fmt.Errorf("invalid key %q for limit %s; want its %d parts as logs and metadata show them, such as #43.<hash> or =4.POST",
-			key, l.limit.Name, len(l.key))
+			key, r.limit.Name, len(r.key))
 	}
 	return nil
 }
@@ -122,22 +122,22 @@ func (h *hasher) digestOfKey(key string) (sum digest, ok bool) {
 }
 
 // keyOf makes the key of a name's parts, as requests have it.
-func (c *Config) keyOf(l *rule, name BucketName) (key []byte, t *tier, err error) {
+func (c *Config) keyOf(r *rule, name BucketName) (key []byte, t *tier, err error) {
 	parts := name.Parts
 	if name.Absent && len(parts) == 0 {
-		parts = make([]string, len(l.key))
+		parts = make([]string, len(r.key))
 	}
 	switch {
-	case len(parts) != len(l.key):
-		return nil, nil, fmt.Errorf("want %d key parts for limit %s, not %d", len(l.key), l.limit.Name, len(parts))
-	case len(l.key) == 0 && name.Absent:
-		return nil, nil, fmt.Errorf("limit %s has no key, so none can be absent", l.limit.Name)
-	case len(l.key) == 0:
-		return []byte(noKey), l.tier, nil
+	case len(parts) != len(r.key):
+		return nil, nil, fmt.Errorf("want %d key parts for limit %s, not %d", len(r.key), r.limit.Name, len(parts))
+	case len(r.key) == 0 && name.Absent:
+		return nil, nil, fmt.Errorf("limit %s has no key, so none can be absent", r.limit.Name)
+	case len(r.key) == 0:
+		return []byte(noKey), r.tier, nil
 	}
 	standIn := ""
 	if name.Absent {
-		if standIn, err = l.standIn(name.Client); err != nil {
+		if standIn, err = r.standIn(name.Client); err != nil {
 			return nil, nil, err
 		}
 	}
@@ -152,37 +152,37 @@ func (c *Config) keyOf(l *rule, name BucketName) (key []byte, t *tier, err error
 		case part == "":
 			return nil, nil, errEmptyPart
 		}
-		if part, err = canonicalPart(l.key[i].attribute, part); err != nil {
-			return nil, nil, fmt.Errorf("part %d of the key, %s: %w", i+1, l.key[i].text, err)
+		if part, err = canonicalPart(r.key[i].attribute, part); err != nil {
+			return nil, nil, fmt.Errorf("part %d of the key, %s: %w", i+1, r.key[i].text, err)
 		}
-		key = l.appendPart(key, i, part, &c.hasher)
+		key = r.appendPart(key, i, part, &c.hasher)
 		digests[i] = sha256.Sum256([]byte(part))
 	}
 	if name.Absent && whole {
 		return nil, nil, errors.New("no key part is absent; give an absent part as an empty one")
 	}
-	if whole && l.overrides != nil {
-		if o, ok := l.overrides.find(digestOf(digests)); ok {
+	if whole && r.overrides != nil {
+		if o, ok := r.overrides.lookup(digestOf(digests)); ok {
 			return key, o.tier, nil
 		}
 	}
-	return key, l.tier, nil
+	return key, r.tier, nil
 }
 
 // standIn is what takes the place of an absent part in the limit's keys.
-func (l *rule) standIn(client string) (string, error) {
+func (r *rule) standIn(client string) (string, error) {
 	address := parseAddr(client)
 	switch {
-	case l.absent == absentSkip:
-		return "", fmt.Errorf("limit %s has absent: skip, so requests without a key have no bucket", l.limit.Name)
-	case l.absent == absentDeny:
-		return "", fmt.Errorf("limit %s has absent: deny, so requests without a key have no bucket", l.limit.Name)
-	case l.absent == absentShare && client != "":
-		return "", fmt.Errorf("limit %s has absent: share, so requests without a key share one bucket; omit the address", l.limit.Name)
-	case l.absent == absentShare:
+	case r.absent == absentSkip:
+		return "", fmt.Errorf("limit %s has absent: skip, so requests without a key have no bucket", r.limit.Name)
+	case r.absent == absentDeny:
+		return "", fmt.Errorf("limit %s has absent: deny, so requests without a key have no bucket", r.limit.Name)
+	case r.absent == absentShare && client != "":
+		return "", fmt.Errorf("limit %s has absent: share, so requests without a key share one bucket; omit the address", r.limit.Name)
+	case r.absent == absentShare:
 		return "", nil
 	case !address.IsValid():
-		return "", fmt.Errorf("limit %s has absent: client, so requests without a key have one bucket for each client network; give the client's address", l.limit.Name)
+		return "", fmt.Errorf("limit %s has absent: client, so requests without a key have one bucket for each client network; give the client's address", r.limit.Name)
 	}
 	return network(address), nil
 }
@@ -192,15 +192,15 @@ func (l *rule) standIn(client string) (string, error) {
 func (c *Config) ByKey() [][]string {
 	var all [][]string
 	seen := make(map[string]int)
-	for _, l := range c.rules {
-		if l.tier.unlimited && l.overrides == nil {
+	for _, r := range c.rules {
+		if r.tier.unlimited && r.overrides == nil {
 			continue
 		}
-		key := fmt.Sprint(l.absent) // what stands in for an absent part is in the key, too
-		if len(l.key) == 0 {
+		key := fmt.Sprint(r.absent) // what stands in for an absent part is in the key, too
+		if len(r.key) == 0 {
 			key = ""
 		}
-		for _, e := range l.key {
+		for _, e := range r.key {
 			key += "\x00" + e.text
 		}
 		i, ok := seen[key]
@@ -208,7 +208,7 @@ func (c *Config) ByKey() [][]string {
 			i = len(all)
 			seen[key], all = i, append(all, nil)
 		}
-		all[i] = append(all[i], l.limit.Name)
+		all[i] = append(all[i], r.limit.Name)
 	}
 	return all
 }

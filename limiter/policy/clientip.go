@@ -20,14 +20,14 @@ func (c *clientIP) byHeader() bool { return c.xffFromRight > 0 || c.header != ""
 // of returns the client's address: the peer's, unless the config takes it from a header and believes this peer. It is invalid where
 // not even the peer is known. It is not sure where the header, which should have said it, does not: the address is then the peer's for
 // want of a better one, and nobody is exempt for it. A peer that is not believed is the client for sure.
-func (c *clientIP) of(r *Request) (client netip.Addr, isSure bool) {
-	peer := parseAddr(r.Source.Address)
-	if c.xffFromRight == 0 && c.header == "" || !c.believes(peer, r.Source.Principal) {
+func (c *clientIP) address(req *Request) (client netip.Addr, isSure bool) {
+	peer := parseAddr(req.Source.Address)
+	if c.xffFromRight == 0 && c.header == "" || !c.believes(peer, req.Source.Principal) {
 		return peer, true
 	}
-	said := r.Headers[c.header]
+	said := req.Headers[c.header]
 	if c.header == "" {
-		said = fromRight(r.Headers["x-forwarded-for"], c.xffFromRight)
+		said = fromRight(req.Headers["x-forwarded-for"], c.xffFromRight)
 	}
 	if a := parseAddr(said); a.IsValid() {
 		return a, true

@@ -59,8 +59,8 @@ type Headers struct {
 // Limits are the file's, in its order.
 func (c *Config) Limits() []*limiter.Limit {
 	limits := make([]*limiter.Limit, len(c.rules))
-	for i, l := range c.rules {
-		limits[i] = l.limit
+	for i, r := range c.rules {
+		limits[i] = r.limit
 	}
 	return limits
 }
@@ -77,16 +77,16 @@ func (c *Config) KeyPrefix() string { return c.inherited.keyPrefix }
 
 // FailsClosed reports whether an enforced limit of the file refuses requests while the store does not answer.
 func (c *Config) FailsClosed() bool {
-	return slices.ContainsFunc(c.rules, func(l *rule) bool {
-		return !l.limit.Shadow && l.limit.OnFailure == limiter.Deny
+	return slices.ContainsFunc(c.rules, func(r *rule) bool {
+		return !r.limit.Shadow && r.limit.OnFailure == limiter.Deny
 	})
 }
 
 // ReadsMetadata reports whether an expression of the file reads what Envoy's filters leave behind, such as the claims of a JWT: only who
 // stands after these filters is told.
 func (c *Config) ReadsMetadata() bool {
-	return slices.ContainsFunc(c.rules, func(l *rule) bool {
-		return slices.ContainsFunc(append([]*expression{l.when, l.cost.expression}, l.key...), func(e *expression) bool {
+	return slices.ContainsFunc(c.rules, func(r *rule) bool {
+		return slices.ContainsFunc(append([]*expression{r.when, r.cost.expression}, r.key...), func(e *expression) bool {
 			return e != nil && e.metadata
 		})
 	})

@@ -71,7 +71,7 @@ func Parse(name string, text []byte, getenv func(string) (string, bool), setting
 func withoutBOM(text []byte) []byte { return bytes.TrimPrefix(text, []byte("\xef\xbb\xbf")) }
 
 func readConfig(r reader, text []byte, settings []Setting, in *inputs) (*Config, error) {
-	f := configFile{
+	cr := configReader{
 		limitReader: newLimitReader(r),
 		settings:    settings,
 		store:       limiter.RedisOptions{Timeout: 100 * time.Millisecond},
@@ -84,19 +84,19 @@ func readConfig(r reader, text []byte, settings []Setting, in *inputs) (*Config,
 			client:        clientIP{anyone: true},
 		},
 	}
-	f.inputs = in
-	f.hidden = make(map[[2]int]string)
-	f.set(true)
+	cr.inputs = in
+	cr.hidden = make(map[[2]int]string)
+	cr.applySettings(true)
 	text = withoutBOM(text)
-	if root := f.document(text); root != nil {
-		f.readFile(*root)
+	if root := cr.document(text); root != nil {
+		cr.readFile(*root)
 	}
-	f.set(false)
-	if len(f.mistakes) == 0 { // what was refused for its size is not read again
-		f.say(text)
+	cr.applySettings(false)
+	if len(cr.mistakes) == 0 { // what was refused for its size is not read again
+		cr.hashText(text)
 	}
-	c := f.compile()
-	if len(f.mistakes) > 0 {
+	c := cr.compile()
+	if len(cr.mistakes) > 0 {
 		// What is without a line comes first, and the files that the config names last.
 		part := func(m Mistake) int {
 			switch {
@@ -107,20 +107,20 @@ func readConfig(r reader, text []byte, settings []Setting, in *inputs) (*Config,
 			}
 			return 2
 		}
-		slices.SortStableFunc(f.mistakes, func(a, b Mistake) int {
+		slices.SortStableFunc(cr.mistakes, func(a, b Mistake) int {
 			file := 0
 			if part(a) == 2 && part(b) == 2 {
 				file = cmp.Compare(a.File, b.File)
 			}
 			return cmp.Or(part(a)-part(b), file, a.Line-b.Line, a.Column-b.Column)
 		})
-		return nil, f.mistakes
+		return nil, cr.mistakes
 	}
 	return c, nil
 }
 
 // configFile is a config on its way from text to Config.
-type configFile struct {
+type configReader struct {
 	limitReader
 	onFailureAt node
 	listenTLSAt node
@@ -138,13 +138,13 @@ type configFile struct {
 }
 
 var (
-	nameOf   = regexp.MustCompile(`^[a-z0-9-]{1,63}$`)
-	domainOf = regexp.MustCompile(`^[A-Za-z0-9._/-]{1,253}$`)
-	headerOf = regexp.MustCompile("^[a-z0-9!#$%&'*+.^_`|~-]+$")
+	namePattern   = regexp.MustCompile(`^[a-z0-9-]{1,63}$`)
+	domainPattern = regexp.MustCompile(`^[A-Za-z0-9._/-]{1,253}$`)
+	headerPattern = regexp.MustCompile("^[a-z0-9!#$%&'*+.^_`|~-]+$")
 )
 
 func checkDomain(s string) error {
-	if !domainOf.MatchString(s) {
+	if !domainPattern.MatchString(s) {
 		return fmt.Errorf("invalid value %q; want 1 to 253 letters, digits and . _ / -", s)
 	}
 	return nil
@@ -175,64 +175,64 @@ func checkTCP(s, also string) error {
 	return fmt.Errorf("invalid address %q; want host:port%s", s, also)
 }
 
-func tcp(s string) error { return checkTCP(s, "") }
+func checkHostPort(s string) error { return checkTCP(s, "") }
 
-func (f *configFile) readFile(root node) {
-	c := f.config
-	f.mapping(root, map[string]func(node){
-		"domain": f.checked(&f.domain, checkDomain),
+func (cr *configReader) readFile(root node) {
+	c := cr.config
+	cr.mapping(root, map[string]func(node){
+		"domain": cr.checked(&cr.domain, checkDomain),
 		"listen": func(n node) {
-			f.mapping(n, map[string]func(node){
-				"grpc": f.checked(&c.Listen.GRPC, checkListen),
+			cr.mapping(n, map[string]func(node){
+				"grpc": cr.checked(&c.Listen.GRPC, checkListen),
 				"admin": func(n node) {
-					f.checked(&c.Listen.Admin, tcp)(n)
-					f.warnOfAdmin(n, c.Listen.Admin)
+					cr.checked(&c.Listen.Admin, checkHostPort)(n)
+					cr.warnOfAdmin(n, c.Listen.Admin)
 				},
-				"metrics": f.checked(&c.Listen.Metrics, tcp),
-				"tls":     f.readListenTLS,
+				"metrics": cr.checked(&c.Listen.Metrics, checkHostPort),
+				"tls":     cr.readListenTLS,
 			})
 		},
 		"store": func(n node) {
-			f.mapping(n, map[string]func(node){"redis": f.readRedis})
+			cr.mapping(n, map[string]func(node){"redis": cr.readRedis})
 		},
-		"routes":      f.readRoutes,
-		"mode":        func(n node) { f.oneOf(n, &f.mode, "enforce", "shadow") },
-		"on_failure":  func(n node) { f.onFailureAt = n; f.readOnFailure(n, &f.onFailure) },
-		"local_share": f.readLocalShare,
+		"routes":      cr.readRoutes,
+		"mode":        func(n node) { cr.oneOf(n, &cr.mode, "enforce", "shadow") },
+		"on_failure":  func(n node) { cr.onFailureAt = n; cr.readOnFailure(n, &cr.onFailure) },
+		"local_share": cr.readLocalShare,
 		"failure_status": func(n node) {
 			v := int64(c.FailureStatus)
-			f.whole(n, &v, 500, 599)
+			cr.integer(n, &v, 500, 599)
 			c.FailureStatus = int(v)
 		},
-		"grace":     func(n node) { f.duration(n, &c.Grace, 0, time.Hour) },
-		"log_level": func(n node) { f.oneOf(n, &c.LogLevel, "debug", "info", "warn", "error") },
+		"grace":     func(n node) { cr.duration(n, &c.Grace, 0, time.Hour) },
+		"log_level": func(n node) { cr.oneOf(n, &c.LogLevel, "debug", "info", "warn", "error") },
 		"key_secret": func(n node) {
-			f.leaveOut(n, "")
-			f.readSecret(n, f.text)
+			cr.hideFromHash(n, "")
+			cr.readSecret(n, cr.text)
 		},
-		"key_secret_file": func(n node) { f.readSecret(n, f.secretFile) },
-		"headers":         f.readHeaders,
+		"key_secret_file": func(n node) { cr.readSecret(n, cr.readSecretFile) },
+		"headers":         cr.readHeaders,
 		"client_ip": func(n node) {
-			f.clientIPAt = n
-			f.readClientIP(n)
+			cr.clientIPAt = n
+			cr.readClientIP(n)
 		},
-		"exempt": f.readExempt,
-		"limits": f.readLimits,
+		"exempt": cr.readExempt,
+		"limits": cr.readLimits,
 	})
 }
 
-func (f *configFile) readLimits(n node) {
-	if !f.isList(n, "limits", maxLimits) {
+func (cr *configReader) readLimits(n node) {
+	if !cr.checkList(n, "limits", maxLimits) {
 		return
 	}
-	f.each(n, func(n node) {
-		if d := new(draft); f.readLimit(n, d) {
-			f.drafts = append(f.drafts, d)
+	cr.each(n, func(n node) {
+		if d := new(draft); cr.readLimit(n, d) {
+			cr.drafts = append(cr.drafts, d)
 		}
 	})
-	if memory := memoryFor(len(f.drafts), len(f.expressions)); memory > shippedMemory {
-		f.warn(n, "%d limits need about %d MiB of memory, more than the %d MiB of an injected sidecar; raise its memory limit",
-			len(f.drafts), memory>>20, shippedMemory>>20)
+	if memory := memoryFor(len(cr.drafts), len(cr.expressions)); memory > shippedMemory {
+		cr.warn(n, "%d limits need about %d MiB of memory, more than the %d MiB of an injected sidecar; raise its memory limit",
+			len(cr.drafts), memory>>20, shippedMemory>>20)
 	}
 }
 
@@ -246,85 +246,85 @@ func memoryFor(limits, expressions int) int {
 	return 32<<20 + limits*12<<10 + expressions*6<<10
 }
 
-func (f *configFile) readExempt(n node) {
-	if !f.isList(n, "exemptions such as {match: {paths: [/healthz]}}", maxLimits) {
+func (cr *configReader) readExempt(n node) {
+	if !cr.checkList(n, "exemptions such as {match: {paths: [/healthz]}}", maxLimits) {
 		return
 	}
-	f.each(n, func(n node) {
-		m, before := &match{}, len(f.mistakes)
-		isMapping := f.mapping(n, map[string]func(node){"match": func(n node) { f.readMatch(n, m) }})
-		if len(f.mistakes) > before || !isMapping {
+	cr.each(n, func(n node) {
+		m, before := &match{}, len(cr.mistakes)
+		isMapping := cr.mapping(n, map[string]func(node){"match": func(n node) { cr.readMatch(n, m) }})
+		if len(cr.mistakes) > before || !isMapping {
 			return
 		}
-		if m.isEmpty() {
-			f.wrong(n, "missing match; without it every request would be exempt")
+		if m.matchesAll() {
+			cr.wrong(n, "missing match; without it every request would be exempt")
 			return
 		}
-		f.exempt = append(f.exempt, m)
+		cr.exempt = append(cr.exempt, m)
 	})
 }
 
 // isList reports whether a value is a list of at most so many, and notes it where it is not.
-func (f *configFile) isList(n node, of string, most int) bool {
+func (cr *configReader) checkList(n node, of string, most int) bool {
 	values, ok := n.Node.(*ast.SequenceNode)
 	switch {
 	case !ok:
-		f.wrong(n, "must be a list of %s, not %s", of, describe(n.Node))
+		cr.wrong(n, "must be a list of %s, not %s", of, describe(n.Node))
 	case len(values.Values) > most:
-		f.wrong(n, "list of %d values; the maximum is %d", len(values.Values), most)
+		cr.wrong(n, "list of %d values; the maximum is %d", len(values.Values), most)
 	default:
 		return true
 	}
 	return false
 }
 
-func (f *configFile) readLocalShare(n node) {
-	s, ok := f.scalar(n)
+func (cr *configReader) readLocalShare(n node) {
+	s, ok := cr.scalar(n)
 	if !ok {
 		return
 	}
 	v, err := strconv.ParseFloat(s, 64)
 	if err != nil || !(v >= 1e-6 && v <= 1) { // so that NaN is refused, too
-		f.wrong(n, "must be a number from 0.000001 to 1, not %s", shown(n, s))
+		cr.wrong(n, "must be a number from 0.000001 to 1, not %s", displayText(n, s))
 		return
 	}
-	f.localShare = v
+	cr.localShare = v
 }
 
-func (f *configFile) readHeaders(n node) {
+func (cr *configReader) readHeaders(n node) {
 	if _, ok := n.Node.(*ast.SequenceNode); !ok {
-		f.wrong(n, "must be a list of x-ratelimit, retry-after and ratelimit, not %s", describe(n.Node))
+		cr.wrong(n, "must be a list of x-ratelimit, retry-after and ratelimit, not %s", describe(n.Node))
 		return
 	}
-	f.config.Headers = Headers{} // an empty list is one: no headers
-	f.each(n, func(n node) {
+	cr.config.Headers = Headers{} // an empty list is one: no headers
+	cr.each(n, func(n node) {
 		var s string
-		f.oneOf(n, &s, "x-ratelimit", "retry-after", "ratelimit")
+		cr.oneOf(n, &s, "x-ratelimit", "retry-after", "ratelimit")
 		switch s {
 		case "x-ratelimit":
-			f.config.Headers.XRateLimit = true
+			cr.config.Headers.XRateLimit = true
 		case "retry-after":
-			f.config.Headers.RetryAfter = true
+			cr.config.Headers.RetryAfter = true
 		case "ratelimit":
-			f.config.Headers.RateLimit = true
+			cr.config.Headers.RateLimit = true
 		}
 	})
 }
 
-func (f *configFile) readClientIP(n node) {
-	c := &f.config.client
+func (cr *configReader) readClientIP(n node) {
+	c := &cr.config.client
 	var ways []string
-	ok := f.mapping(n, map[string]func(node){
+	ok := cr.mapping(n, map[string]func(node){
 		"xff_from_right": func(n node) {
 			ways = append(ways, n.field)
 			v := int64(1)
-			f.whole(n, &v, 1, 100)
+			cr.integer(n, &v, 1, 100)
 			c.xffFromRight = int(v)
 		},
 		"header": func(n node) {
 			ways = append(ways, n.field)
-			f.checked(&c.header, func(s string) error {
-				if !headerOf.MatchString(s) {
+			cr.checked(&c.header, func(s string) error {
+				if !headerPattern.MatchString(s) {
 					return fmt.Errorf("invalid header name %q; want one in lower case, such as x-real-ip", s)
 				}
 				return nil
@@ -332,7 +332,7 @@ func (f *configFile) readClientIP(n node) {
 		},
 		"from": func(n node) {
 			c.anyone = false
-			texts(&f.reader, n, new([]struct{}), func(s string) (none struct{}, err error) {
+			texts(&cr.reader, n, new([]struct{}), func(s string) (none struct{}, err error) {
 				if strings.Contains(s, "://") {
 					p, err := parsePrincipal(s)
 					c.principals = append(c.principals, p)
@@ -345,14 +345,14 @@ func (f *configFile) readClientIP(n node) {
 		},
 	})
 	if ok && len(ways) != 1 {
-		f.wrong(n, "want exactly one of xff_from_right and header")
+		cr.wrong(n, "want exactly one of xff_from_right and header")
 	}
 }
 
 // set puts the settings in: the weak ones before the file is read, the others over what it says.
-func (f *configFile) set(weak bool) {
-	c := f.config
-	for _, o := range f.settings {
+func (cr *configReader) applySettings(weak bool) {
+	c := cr.config
+	for _, o := range cr.settings {
 		if o.Weak != weak {
 			continue
 		}
@@ -361,15 +361,15 @@ func (f *configFile) set(weak bool) {
 		case "listen.grpc":
 			c.Listen.GRPC, err = o.Value, checkListen(o.Value)
 		case "listen.admin":
-			c.Listen.Admin, err = o.Value, tcp(o.Value)
+			c.Listen.Admin, err = o.Value, checkHostPort(o.Value)
 		case "listen.metrics":
-			c.Listen.Metrics, err = o.Value, tcp(o.Value)
+			c.Listen.Metrics, err = o.Value, checkHostPort(o.Value)
 		case "domain":
-			f.domain, err = o.Value, checkDomain(o.Value)
+			cr.domain, err = o.Value, checkDomain(o.Value)
 		case "store.redis.url":
-			f.redis, f.store.URL = true, o.Value
-			f.redisAt = node{}
-			err = f.store.Validate()
+			cr.redis, cr.store.URL = true, o.Value
+			cr.redisAt = node{}
+			err = cr.store.Validate()
 		case "grace":
 			c.Grace, err = time.ParseDuration(o.Value)
 			if err != nil || c.Grace < 0 || c.Grace > time.Hour {
@@ -383,69 +383,69 @@ func (f *configFile) set(weak bool) {
 			err = errors.New("unknown setting")
 		}
 		if err != nil {
-			f.mistakes = append(f.mistakes, Mistake{File: o.From, Field: o.Field, Message: err.Error()})
+			cr.mistakes = append(cr.mistakes, Mistake{File: o.From, Field: o.Field, Message: err.Error()})
 		}
 	}
 }
 
 // compile makes the Config of what was read.
-func (f *configFile) compile() *Config {
-	c := f.config
-	c.Domain = f.domain
-	if f.redis {
-		o := f.store
-		if err := o.Validate(); err != nil && f.redisAt.Node != nil {
-			f.wrong(f.redisAt, "%s", f.hideStore(err.Error()))
+func (cr *configReader) compile() *Config {
+	c := cr.config
+	c.Domain = cr.domain
+	if cr.redis {
+		o := cr.store
+		if err := o.Validate(); err != nil && cr.redisAt.Node != nil {
+			cr.wrong(cr.redisAt, "%s", cr.hideStoreVariables(err.Error()))
 		}
 		c.Redis = &o
 	}
-	if f.listenTLSAt.Node != nil && strings.HasPrefix(c.Listen.GRPC, "unix://") {
-		f.wrong(f.listenTLSAt, "TLS requires listen.grpc to be host:port; access to a unix socket is controlled by its directory's permissions")
+	if cr.listenTLSAt.Node != nil && strings.HasPrefix(c.Listen.GRPC, "unix://") {
+		cr.wrong(cr.listenTLSAt, "TLS requires listen.grpc to be host:port; access to a unix socket is controlled by its directory's permissions")
 	}
-	if c.client.byHeader() && c.client.anyone && f.clientIPAt.Node != nil &&
-		slices.ContainsFunc(f.exempt, func(m *match) bool { return len(m.clients) > 0 }) {
-		f.warn(f.clientIPAt, "without from, a client that connects to sluice or its Envoy directly can write an exempt address into the header; "+
+	if c.client.byHeader() && c.client.anyone && cr.clientIPAt.Node != nil &&
+		slices.ContainsFunc(cr.exempt, func(m *match) bool { return len(m.clients) > 0 }) {
+		cr.warn(cr.clientIPAt, "without from, a client that connects to sluice or its Envoy directly can write an exempt address into the header; "+
 			"set from to the networks of your proxies")
 	}
-	if f.onFailure == "local" && f.localShare == 0 {
-		f.wrong(f.onFailureAt, noShare)
+	if cr.onFailure == "local" && cr.localShare == 0 {
+		cr.wrong(cr.onFailureAt, noShare)
 	}
 	c.byName = make(map[string]int)
 	var matches []*match
-	for _, d := range f.drafts {
-		l := f.rule(d)
-		if l == nil {
+	for _, d := range cr.drafts {
+		r := cr.rule(d)
+		if r == nil {
 			continue
 		}
-		if _, twice := c.byName[l.limit.Name]; twice {
-			f.wrong(d.nameAt, "duplicate name %q; want a different name for each limit", l.limit.Name)
+		if _, twice := c.byName[r.limit.Name]; twice {
+			cr.wrong(d.nameAt, "duplicate name %q; want a different name for each limit", r.limit.Name)
 		}
-		c.byName[l.limit.Name] = len(c.rules)
-		c.rules = append(c.rules, l)
-		matches = append(matches, &l.match)
+		c.byName[r.limit.Name] = len(c.rules)
+		c.rules = append(c.rules, r)
+		matches = append(matches, &r.match)
 	}
-	f.warnOfGroups(f.drafts)
-	c.index, c.exempt = newIndex(matches), newIndex(f.exempt)
-	c.Warnings, f.warnings = f.warnings, nil
-	c.inherited = f.limitReader
+	cr.warnOfGroups(cr.drafts)
+	c.index, c.exempt = newIndex(matches), newIndex(cr.exempt)
+	c.Warnings, cr.warnings = cr.warnings, nil
+	c.inherited = cr.limitReader
 	c.inherited.inputs, c.inherited.expressions, c.inherited.tiers, c.inherited.mistakes = nil, nil, nil, nil
-	c.Hash = hex.EncodeToString(f.inputs.said.Sum(nil)[:8])
+	c.Hash = hex.EncodeToString(cr.inputs.public.Sum(nil)[:8])
 	return c
 }
 
 // readRoutes reads what Envoy's routes may bring.
-func (f *configFile) readRoutes(n node) {
-	f.mapping(n, map[string]func(node){
+func (cr *configReader) readRoutes(n node) {
+	cr.mapping(n, map[string]func(node){
 		"limits": func(n node) {
 			limits, ok := n.Node.(*ast.BoolNode)
 			if !ok {
-				f.wrong(n, "must be true or false, not %s", describe(n.Node))
+				cr.wrong(n, "must be true or false, not %s", describe(n.Node))
 				return
 			}
-			f.config.noRouteLimits = !limits.Value
+			cr.config.noRouteLimits = !limits.Value
 		},
 		"domains": func(n node) {
-			texts(&f.reader, n, &f.config.routeDomains, func(s string) (string, error) { return s, checkDomain(s) })
+			texts(&cr.reader, n, &cr.config.routeDomains, func(s string) (string, error) { return s, checkDomain(s) })
 		},
 	})
 }

@@ -32,11 +32,11 @@ type Inputs struct {
 // inputs collects Inputs.
 type inputs struct {
 	Inputs
-	all  hash.Hash // of all contents
-	said hash.Hash // of those that hold no secrets in files of their own
+	all    hash.Hash // of all contents
+	public hash.Hash // of those that hold no secrets in files of their own
 }
 
-func newInputs() *inputs { return &inputs{all: sha256.New(), said: sha256.New()} }
+func newInputs() *inputs { return &inputs{all: sha256.New(), public: sha256.New()} }
 
 func (in *inputs) add(path string) { in.Paths = append(in.Paths, path) }
 
@@ -72,7 +72,7 @@ func (in *inputs) config(file string, before *Inputs) ([]byte, error) {
 		in.add(file)
 	}
 	in.note(file, text)
-	_, _ = in.said.Write(text)
+	_, _ = in.public.Write(text)
 	return text, nil
 }
 
@@ -96,9 +96,9 @@ func (in *inputs) note(file string, text []byte) {
 
 // reading returns r, and notes what is read of it: a file that holds no
 // secret. Nothing else may be read meanwhile.
-func (in *inputs) reading(file string, r io.Reader) io.Reader {
+func (in *inputs) teeReader(file string, r io.Reader) io.Reader {
 	in.add(file)
-	both := io.MultiWriter(in.all, in.said)
+	both := io.MultiWriter(in.all, in.public)
 	_, _ = fmt.Fprintf(both, "\x00%q\x00", file) // what follows has no such name in it, or is no CSV
 	return io.TeeReader(r, both)
 }

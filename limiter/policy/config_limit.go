@@ -66,77 +66,77 @@ type draft struct {
 
 // readLimit reads one limit into a draft. Where its name is known already it may not have another. It reports false where it noted a mistake;
 // what it understood is in the draft all the same.
-func (f *limitReader) readLimit(n node, d *draft) bool {
+func (lr *limitReader) readLimit(n node, d *draft) bool {
 	d.cost.constant = 1
-	bad := len(f.mistakes)
+	bad := len(lr.mistakes)
 	fields := map[string]func(node){
-		"match": func(n node) { f.readMatch(n, &d.match) },
-		"when":  func(n node) { d.whenAt = n; d.when = f.expression(n, forWhen) },
-		"key":   func(n node) { f.readKey(n, &d.key) },
+		"match": func(n node) { lr.readMatch(n, &d.match) },
+		"when":  func(n node) { d.whenAt = n; d.when = lr.expression(n, forWhen) },
+		"key":   func(n node) { lr.readKey(n, &d.key) },
 		"absent": func(n node) {
 			var s string
-			f.oneOf(n, &s, "client", "share", "skip", "deny")
+			lr.oneOf(n, &s, "client", "share", "skip", "deny")
 			d.absent = map[string]absence{"client": absentClient, "share": absentShare, "skip": absentSkip, "deny": absentDeny}[s]
 		},
 		"rate":       func(n node) { d.rate = n },
 		"burst":      func(n node) { d.burst = n },
-		"cost":       func(n node) { d.costAt = n; f.readCost(n, &d.cost) },
-		"group":      f.checked(&d.group, checkName),
-		"domain":     f.checked(&d.domain, checkDomain),
-		"mode":       func(n node) { f.oneOf(n, &d.mode, "enforce", "shadow") },
-		"on_failure": func(n node) { d.onFailureAt = n; f.readOnFailure(n, &d.onFailure) },
+		"cost":       func(n node) { d.costAt = n; lr.readCost(n, &d.cost) },
+		"group":      lr.checked(&d.group, checkName),
+		"domain":     lr.checked(&d.domain, checkDomain),
+		"mode":       func(n node) { lr.oneOf(n, &d.mode, "enforce", "shadow") },
+		"on_failure": func(n node) { d.onFailureAt = n; lr.readOnFailure(n, &d.onFailure) },
 		"overrides":  func(n node) { d.overrides = n },
 	}
 	if d.name == "" {
-		fields["name"] = func(n node) { d.nameAt = n; f.checked(&d.name, checkName)(n) }
+		fields["name"] = func(n node) { d.nameAt = n; lr.checked(&d.name, checkName)(n) }
 	}
-	if f.inputs != nil {
-		fields["overrides_file"] = func(n node) { f.each(n, func(n node) { d.files = append(d.files, n) }) }
+	if lr.inputs != nil {
+		fields["overrides_file"] = func(n node) { lr.each(n, func(n node) { d.files = append(d.files, n) }) }
 	}
-	if !f.mapping(n, fields) {
+	if !lr.mapping(n, fields) {
 		return false
 	}
-	clean := len(f.mistakes) == bad // else what seems to be missing may be what is wrong
+	clean := len(lr.mistakes) == bad // else what seems to be missing may be what is wrong
 	if clean && d.name == "" {
-		f.wrong(node{n.Node, join(n.field, "name")}, "missing; a limit needs a name and a rate")
+		lr.wrong(node{n.Node, join(n.field, "name")}, "missing; a limit needs a name and a rate")
 	}
 	switch {
 	case d.rate.Node != nil:
-		d.tier = f.readTier(d.rate, d.burst)
+		d.tier = lr.readTier(d.rate, d.burst)
 	case clean:
-		f.wrong(node{n.Node, join(n.field, "rate")}, "missing; a limit needs a name and a rate")
+		lr.wrong(node{n.Node, join(n.field, "rate")}, "missing; a limit needs a name and a rate")
 	}
 	if t := d.tier; t != nil && t.unlimited && d.absent == absentDeny {
-		f.wrong(d.rate, "absent: deny needs a bucket, but the rate is unlimited; give a rate that is never reached")
+		lr.wrong(d.rate, "absent: deny needs a bucket, but the rate is unlimited; give a rate that is never reached")
 	} else if t != nil && !t.unlimited && d.cost.expression == nil && d.cost.constant > t.bucket.Burst() {
-		f.wrong(d.costAt, "%d exceeds the burst of %d, so every request would be denied", d.cost.constant, t.bucket.Burst())
+		lr.wrong(d.costAt, "%d exceeds the burst of %d, so every request would be denied", d.cost.constant, t.bucket.Burst())
 	}
-	return len(f.mistakes) == bad
+	return len(lr.mistakes) == bad
 }
 
 func checkName(s string) error {
-	if !nameOf.MatchString(s) {
+	if !namePattern.MatchString(s) {
 		return fmt.Errorf("invalid name %q; want 1 to 63 characters of a-z, 0-9 and -", s)
 	}
 	return nil
 }
 
 // readOnFailure reads a failure mode.
-func (f *limitReader) readOnFailure(n node, into *string) {
-	f.oneOf(n, into, "deny", "allow", "local", "delegate")
+func (lr *limitReader) readOnFailure(n node, into *string) {
+	lr.oneOf(n, into, "deny", "allow", "local", "delegate")
 }
 
 var failureModes = map[string]limiter.FailureMode{"deny": limiter.Deny, "allow": limiter.Allow, "local": limiter.Local, "delegate": limiter.Delegate}
 
-func (f *limitReader) readMatch(n node, m *match) {
-	r, before := &f.reader, len(f.mistakes)
+func (lr *limitReader) readMatch(n node, m *match) {
+	r, before := &lr.reader, len(lr.mistakes)
 	var ignoreCase node
-	f.mapping(n, map[string]func(node){
+	lr.mapping(n, map[string]func(node){
 		"hosts":   func(n node) { texts(r, n, &m.hosts, parseHost) },
 		"methods": func(n node) { texts(r, n, &m.methods, parseMethod) },
 		"paths":   func(n node) { texts(r, n, &m.paths, parsePath) },
 		"ignore_case": func(n node) {
-			if f.boolean(n, &m.ignoreCase); m.ignoreCase {
+			if lr.boolean(n, &m.ignoreCase); m.ignoreCase {
 				ignoreCase = n
 			}
 		},
@@ -147,59 +147,59 @@ func (f *limitReader) readMatch(n node, m *match) {
 		for i, p := range m.paths {
 			m.paths[i] = p.folded()
 		}
-		if len(m.paths) == 0 && len(f.mistakes) == before {
-			f.wrong(ignoreCase, "requires paths; only they are compared with case by default")
+		if len(m.paths) == 0 && len(lr.mistakes) == before {
+			lr.wrong(ignoreCase, "requires paths; only they are compared with case by default")
 		}
 	}
 }
 
-func (f *limitReader) readKey(n node, into *[]*expression) {
-	f.each(n, func(n node) {
-		if e := f.expression(n, forKey); e != nil {
+func (lr *limitReader) readKey(n node, into *[]*expression) {
+	lr.each(n, func(n node) {
+		if e := lr.expression(n, forKey); e != nil {
 			*into = append(*into, e)
 		}
 	})
 	if v, ok := n.Node.(*ast.SequenceNode); ok && len(v.Values) == 0 {
-		f.wrong(n, "empty list; want 1 to %d parts, or omit key for one shared bucket", maxKeyParts)
+		lr.wrong(n, "empty list; want 1 to %d parts, or omit key for one shared bucket", maxKeyParts)
 	} else if ok && len(v.Values) > maxKeyParts {
-		f.wrong(n, "list of %d parts; want 1 to %d", len(v.Values), maxKeyParts)
+		lr.wrong(n, "list of %d parts; want 1 to %d", len(v.Values), maxKeyParts)
 	}
 }
 
 // expression reads a CEL expression; nil where it noted a mistake. Most of a file's limits say the same, which is compiled once.
-func (f *limitReader) expression(n node, p purpose) *expression {
+func (lr *limitReader) expression(n node, p purpose) *expression {
 	var text string
 	if b, isBool := n.Node.(*ast.BoolNode); isBool && p == forWhen {
 		text = strconv.FormatBool(b.Value)
-	} else if s, ok := f.text(n); ok {
+	} else if s, ok := lr.text(n); ok {
 		text = s
 	} else {
 		return nil
 	}
 	id := [2]string{text, p.wanted()}
-	e, known := f.expressions[id]
+	e, known := lr.expressions[id]
 	if !known {
-		if len(f.mistakes) >= maxMistakes {
+		if len(lr.mistakes) >= maxMistakes {
 			return nil // it would not be told
 		}
-		e = f.compile(n, text, p)
-		f.expressions[id] = e
+		e = lr.compile(n, text, p)
+		lr.expressions[id] = e
 	} else if e == nil {
-		f.wrong(n, "same error as in the identical expression above")
+		lr.wrong(n, "same error as in the identical expression above")
 	}
 	return e
 }
 
 // compile compiles an expression, and tries one whose value is always the same.
-func (f *limitReader) compile(n node, text string, p purpose) *expression {
+func (lr *limitReader) compile(n node, text string, p purpose) *expression {
 	e, mistakes := compile(text, p)
 	for _, m := range mistakes {
-		f.wrongExpression(n, m)
+		lr.wrongExpression(n, m)
 	}
 	if e == nil {
 		return nil
 	}
-	if text := written(n.Node); text != "" {
+	if text := sourceText(n.Node); text != "" {
 		e.text = text // with the names of variables
 	}
 	if !e.constant {
@@ -209,16 +209,16 @@ func (f *limitReader) compile(n node, text string, p purpose) *expression {
 	switch p {
 	case forKey:
 		var part string
-		if part, err = e.part(nobody); err == nil && part == "" {
+		if part, err = e.keyPart(nobody); err == nil && part == "" {
 			err = errors.New("always absent; omit key for one shared bucket")
 		}
 	case forWhen:
-		_, _, err = e.holds(nobody)
+		_, _, err = e.condition(nobody)
 	case forCost:
 		_, err = e.tokens(nobody)
 	}
 	if err != nil {
-		f.wrong(n, "%v", err)
+		lr.wrong(n, "%v", err)
 		return nil
 	}
 	return e
@@ -226,9 +226,9 @@ func (f *limitReader) compile(n node, text string, p purpose) *expression {
 
 // wrongExpression notes a mistake within an expression: at its own place where the expression stands in the file as it is, else at
 // the value's.
-func (f *limitReader) wrongExpression(n node, e expressionError) {
+func (lr *limitReader) wrongExpression(n node, e expressionError) {
 	t := n.GetToken()
-	m := Mistake{File: f.file, Field: n.field, Message: e.message, Line: t.Position.Line, Column: t.Position.Column}
+	m := Mistake{File: lr.file, Field: n.field, Message: e.message, Line: t.Position.Line, Column: t.Position.Column}
 	if takesVariables(n) { // CEL's words may be a part of a variable's value
 		m.Message = "invalid expression after its variables are replaced; the error is not shown, as it may quote a secret"
 	} else if s, ok := n.Node.(*ast.StringNode); ok && e.line == 1 && strings.Contains(t.Origin, s.Value) {
@@ -237,25 +237,25 @@ func (f *limitReader) wrongExpression(n node, e expressionError) {
 			m.Column++
 		}
 	}
-	f.add(m)
+	lr.add(m)
 }
 
 // readCost reads a number, or an expression. One that says the same of every request is a number, too.
-func (f *limitReader) readCost(n node, into *cost) {
+func (lr *limitReader) readCost(n node, into *cost) {
 	switch n.Node.(type) {
 	case *ast.IntegerNode, *ast.FloatNode:
-		s, _ := f.scalar(n)
+		s, _ := lr.scalar(n)
 		v, err := strconv.ParseFloat(strings.ReplaceAll(s, "_", ""), 64)
 		if err != nil || math.IsInf(v, 0) {
-			f.wrong(n, "must be a number >= 0 or a CEL expression, not %s", shown(n, s))
+			lr.wrong(n, "must be a number >= 0 or a CEL expression, not %s", displayText(n, s))
 			return
 		}
 		if into.constant, err = wholeCost(v); err != nil {
-			f.wrong(n, "%v", err)
+			lr.wrong(n, "%v", err)
 		}
 		return
 	}
-	e := f.expression(n, forCost)
+	e := lr.expression(n, forCost)
 	if e == nil {
 		return
 	}
@@ -269,31 +269,31 @@ func (f *limitReader) readCost(n node, into *cost) {
 const noShare = "local requires local_share: this sidecar's fraction of each limit, such as 0.1 for ten sidecars"
 
 // rule makes the rule of a draft, once all that a limit inherits is known; nil where its overrides are wrong.
-func (f *limitReader) rule(d *draft) *rule {
-	before := len(f.mistakes)
-	if d.onFailure == "local" && f.localShare == 0 {
-		f.wrong(d.onFailureAt, noShare)
+func (lr *limitReader) rule(d *draft) *rule {
+	before := len(lr.mistakes)
+	if d.onFailure == "local" && lr.localShare == 0 {
+		lr.wrong(d.onFailureAt, noShare)
 	}
-	o := f.readOverrides(d)
-	if len(f.mistakes) > before {
+	o := lr.readOverrides(d)
+	if len(lr.mistakes) > before {
 		return nil
 	}
 	l := &limiter.Limit{
-		Domain:    cmp.Or(d.domain, f.domain),
+		Domain:    cmp.Or(d.domain, lr.domain),
 		Name:      d.name,
-		Shadow:    f.mode == "shadow" || d.mode == "shadow",
-		OnFailure: failureModes[cmp.Or(d.onFailure, f.onFailure)],
+		Shadow:    lr.mode == "shadow" || d.mode == "shadow",
+		OnFailure: failureModes[cmp.Or(d.onFailure, lr.onFailure)],
 	}
 	if e := d.cost.expression; e != nil && e.unaskedSize {
-		f.warn(d.costAt, `request.size is absent if a body has no content-length, as with chunked encoding, and the cost is then 1; `+
+		lr.warn(d.costAt, `request.size is absent if a body has no content-length, as with chunked encoding, and the cost is then 1; `+
 			`state the cost, as in "content-length" in request.headers ? request.size : 1000`)
 	}
-	prefix := f.keyPrefix + ":" + l.Domain + ":" + l.Name + ":{"
+	prefix := lr.keyPrefix + ":" + l.Domain + ":" + l.Name + ":{"
 	share := 0.0
 	if l.OnFailure == limiter.Local {
-		share = f.localShare
+		share = lr.localShare
 		if !l.Shadow {
-			f.warnOfShare(d, o)
+			lr.warnOfShare(d, o)
 		}
 	}
 	return &rule{
@@ -308,21 +308,21 @@ func (f *limitReader) rule(d *draft) *rule {
 		group:     d.group,
 		overrides: o,
 		prefix:    prefix,
-		only:      prefix + noKey + "}",
+		singleKey: prefix + noKey + "}",
 	}
 }
 
 // warnOfShare notes where a limit's cost is above a local bucket's burst, so that its requests are denied for as long as the store fails.
-func (f *limitReader) warnOfShare(d *draft, o *overrides) {
+func (lr *limitReader) warnOfShare(d *draft, o *overrides) {
 	if d.cost.expression != nil {
 		return // nobody knows
 	}
 	isAbove := func(t *tier) bool {
-		return !t.unlimited && d.cost.constant > t.bucket.Share(f.localShare).Burst()
+		return !t.unlimited && d.cost.constant > t.bucket.Share(lr.localShare).Burst()
 	}
 	if isAbove(d.tier) {
-		f.warn(d.costAt, "%d exceeds the local burst of %d (local_share of %d): every request is denied while the store fails",
-			d.cost.constant, d.tier.bucket.Share(f.localShare).Burst(), d.tier.bucket.Burst())
+		lr.warn(d.costAt, "%d exceeds the local burst of %d (local_share of %d): every request is denied while the store fails",
+			d.cost.constant, d.tier.bucket.Share(lr.localShare).Burst(), d.tier.bucket.Burst())
 		return
 	}
 	if o == nil {
@@ -337,13 +337,13 @@ func (f *limitReader) warnOfShare(d *draft, o *overrides) {
 		}
 	}
 	if above > 0 {
-		f.warn(d.costAt, "%d exceeds the local burst (local_share) of %d overrides: their requests are denied while the store fails",
+		lr.warn(d.costAt, "%d exceeds the local burst (local_share) of %d overrides: their requests are denied while the store fails",
 			d.cost.constant, above)
 	}
 }
 
 // warnOfGroups notes where all limits of a group have a when, so that who has none of them hold is not limited by the group.
-func (f *limitReader) warnOfGroups(drafts []*draft) {
+func (lr *limitReader) warnOfGroups(drafts []*draft) {
 	last := make(map[string]*draft) // of the groups without a limit that always applies
 	for _, d := range drafts {
 		if d.group == "" {
@@ -359,17 +359,17 @@ func (f *limitReader) warnOfGroups(drafts []*draft) {
 	}
 	for _, d := range drafts {
 		if last[d.group] == d {
-			f.warn(d.whenAt, "every limit of the group %s has a when: a request for which each is false or absent is not limited by the group; "+
+			lr.warn(d.whenAt, "every limit of the group %s has a when: a request for which each is false or absent is not limited by the group; "+
 				"end the group with a limit without when", d.group)
 		}
 	}
 }
 
 // warn notes what is allowed and hardly meant.
-func (f *limitReader) warn(n node, format string, args ...any) {
-	if len(f.warnings) >= maxMistakes {
+func (lr *limitReader) warn(n node, format string, args ...any) {
+	if len(lr.warnings) >= maxMistakes {
 		return
 	}
 	at := start(n.Node).Position
-	f.warnings = append(f.warnings, Mistake{File: f.file, Line: at.Line, Column: at.Column, Field: n.field, Message: fmt.Sprintf(format, args...)})
+	lr.warnings = append(lr.warnings, Mistake{File: lr.file, Line: at.Line, Column: at.Column, Field: n.field, Message: fmt.Sprintf(format, args...)})
 }

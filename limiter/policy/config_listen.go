@@ -76,78 +76,78 @@ func parseClientName(s string) (principalPattern, error) {
 	return strings.Split(s, "*"), nil
 }
 
-func (f *configFile) readListenTLS(n node) {
-	f.listenTLSAt = n
+func (cr *configReader) readListenTLS(n node) {
+	cr.listenTLSAt = n
 	t := &ListenTLS{}
 	var pem [3][]byte
 	file := func(i int) func(node) {
 		return func(n node) {
-			name, ok := f.text(n)
+			name, ok := cr.text(n)
 			if !ok {
 				return
 			}
-			t.files[i] = f.path(name)
-			text, err := f.inputs.read(t.files[i], maxCertFile)
+			t.files[i] = cr.path(name)
+			text, err := cr.inputs.read(t.files[i], maxCertFile)
 			if err == nil && len(text) > maxCertFile {
 				err = fmt.Errorf("%s has more than %d bytes", t.files[i], maxCertFile)
 			}
 			if err != nil {
-				f.wrong(n, "%v", err)
+				cr.wrong(n, "%v", err)
 				return
 			}
 			pem[i] = text
 		}
 	}
 	var caAt node
-	before := len(f.mistakes)
-	ok := f.mapping(n, map[string]func(node){
+	before := len(cr.mistakes)
+	ok := cr.mapping(n, map[string]func(node){
 		"cert_file":      file(0),
 		"key_file":       file(1),
 		"client_ca_file": func(n node) { caAt = n; file(2)(n) },
 		"client_names": func(n node) {
-			texts(&f.reader, n, &t.patterns, func(s string) (principalPattern, error) {
+			texts(&cr.reader, n, &t.patterns, func(s string) (principalPattern, error) {
 				t.clientNames = append(t.clientNames, s)
 				return parseClientName(s)
 			})
 		},
 	})
-	if !ok || len(f.mistakes) > before {
+	if !ok || len(cr.mistakes) > before {
 		return
 	}
 	switch {
 	case pem[0] == nil || pem[1] == nil:
-		f.wrong(n, "cert_file and key_file are both required")
+		cr.wrong(n, "cert_file and key_file are both required")
 		return
 	case t.clientNames != nil && pem[2] == nil:
-		f.wrong(n, "client_names requires client_ca_file: without it clients need no certificate")
+		cr.wrong(n, "client_names requires client_ca_file: without it clients need no certificate")
 		return
 	}
 	var err error
 	if t.Certificate, err = tls.X509KeyPair(pem[0], pem[1]); err != nil {
 		// The error speaks of PEM blocks and algorithms, and quotes nothing of the key.
-		f.wrong(n, "%s and %s are not a certificate and its key: %v", t.files[0], t.files[1], err)
+		cr.wrong(n, "%s and %s are not a certificate and its key: %v", t.files[0], t.files[1], err)
 		return
 	}
 	if end := t.Certificate.Leaf.NotAfter; time.Now().After(end) {
-		f.warn(n, "the certificate in %s expired at %s; clients reject it", t.files[0], end.UTC().Format(time.RFC3339))
+		cr.warn(n, "the certificate in %s expired at %s; clients reject it", t.files[0], end.UTC().Format(time.RFC3339))
 	}
 	if pem[2] != nil {
 		t.ClientCAs = x509.NewCertPool()
 		if !t.ClientCAs.AppendCertsFromPEM(pem[2]) {
-			f.wrong(caAt, "%s contains no PEM certificate", t.files[2])
+			cr.wrong(caAt, "%s contains no PEM certificate", t.files[2])
 			return
 		}
 	}
-	f.config.ListenTLS = t
+	cr.config.ListenTLS = t
 }
 
 // warnOfAdmin warns of an admin listener that everybody can reach: its page and profiles show what is asked and by whom.
-func (f *configFile) warnOfAdmin(n node, addr string) {
+func (cr *configReader) warnOfAdmin(n node, addr string) {
 	host, _, err := net.SplitHostPort(addr)
 	if err != nil {
 		return // a mistake that was noted
 	}
 	if ip, err := netip.ParseAddr(host); host == "" || err == nil && ip.IsUnspecified() {
-		f.warn(n, "%s is open to everyone who can reach this machine; listen on 127.0.0.1 and use kubectl port-forward", addr)
+		cr.warn(n, "%s is open to everyone who can reach this machine; listen on 127.0.0.1 and use kubectl port-forward", addr)
 	}
 }

@@ -85,7 +85,7 @@ func (e *expression) digestOfPart(part string) (d digest, err error) {
 }
 
 // find is the override of the key with a digest, if it has one.
-func (o *overrides) find(d digest) (override, bool) {
+func (o *overrides) lookup(d digest) (override, bool) {
 	if row, ok := o.inline[d]; ok {
 		return row, true
 	}
@@ -94,7 +94,7 @@ func (o *overrides) find(d digest) (override, bool) {
 }
 
 // place says where an override stands.
-func (o *overrides) place(d digest) string {
+func (o *overrides) position(d digest) string {
 	row, isInline := o.inline[d]
 	inFile, isInFile := o.file[d]
 	line := ""
@@ -111,7 +111,7 @@ func (o *overrides) place(d digest) string {
 }
 
 // readOverrides reads the overrides of a limit whose own fields are read.
-func (f *limitReader) readOverrides(d *draft) *overrides {
+func (lr *limitReader) readOverrides(d *draft) *overrides {
 	if d.overrides.Node == nil && len(d.files) == 0 {
 		return nil
 	}
@@ -120,36 +120,36 @@ func (f *limitReader) readOverrides(d *draft) *overrides {
 		if at.Node == nil {
 			at = d.files[0]
 		}
-		f.wrong(at, "requires key; a limit without one has a single bucket")
+		lr.wrong(at, "requires key; a limit without one has a single bucket")
 		return nil
 	}
 	o := &overrides{inline: make(map[digest]override), file: make(map[digest]override)}
 	if d.overrides.Node != nil {
-		f.readInline(d, o)
+		lr.readInline(d, o)
 	}
 	bytes := int64(0)
 	for _, n := range d.files {
-		pattern, ok := f.text(n)
+		pattern, ok := lr.text(n)
 		if !ok {
 			continue
 		}
-		for _, name := range f.glob(n, pattern) {
-			f.readOverridesFile(n, d, o, name, &bytes)
+		for _, name := range lr.glob(n, pattern) {
+			lr.readOverridesFile(n, d, o, name, &bytes)
 		}
 	}
 	return o
 }
 
-func (f *limitReader) readInline(d *draft, o *overrides) {
+func (lr *limitReader) readInline(d *draft, o *overrides) {
 	if _, ok := d.overrides.Node.(*ast.SequenceNode); !ok {
-		f.wrong(d.overrides, "must be a list of overrides such as {key: gold, rate: 100/m}, not %s", describe(d.overrides.Node))
+		lr.wrong(d.overrides, "must be a list of overrides such as {key: gold, rate: 100/m}, not %s", describe(d.overrides.Node))
 		return
 	}
 	index := -1
-	f.each(d.overrides, func(n node) {
+	lr.each(d.overrides, func(n node) {
 		index++
 		var key, rate, burst node
-		isMapping := f.mapping(n, map[string]func(node){
+		isMapping := lr.mapping(n, map[string]func(node){
 			"key":   func(n node) { key = n },
 			"rate":  func(n node) { rate = n },
 			"burst": func(n node) { burst = n },
@@ -158,76 +158,76 @@ func (f *limitReader) readInline(d *draft, o *overrides) {
 			return
 		}
 		if key.Node == nil || rate.Node == nil {
-			f.wrong(n, "missing key or rate; an override needs both")
+			lr.wrong(n, "missing key or rate; an override needs both")
 			return
 		}
 		var parts []string
 		good := true
-		f.each(key, func(n node) {
-			s, ok := f.readPart(n)
+		lr.each(key, func(n node) {
+			s, ok := lr.readPart(n)
 			good = good && ok
 			parts = append(parts, s)
 		})
-		tier := f.readTier(rate, burst)
+		tier := lr.readTier(rate, burst)
 		if !good || tier == nil {
 			return
 		}
-		f.addOverride(o.inline, d, parts, override{tier: tier, row: int32(index)}, func(_ int, format string, args ...any) {
-			f.wrong(key, format, args...)
+		lr.addOverride(o.inline, d, parts, override{tier: tier, row: int32(index)}, func(_ int, format string, args ...any) {
+			lr.wrong(key, format, args...)
 		})
 		if spacedPart(d.key, parts) >= 0 {
-			f.warn(key, spaced)
+			lr.warn(key, spacedWarning)
 		}
 	})
 }
 
 // readPart reads a part of an override's key. An unquoted sha256:2c26... within brackets is a text in YAML, and a mapping for
 // goccy/go-yaml.
-func (f *limitReader) readPart(n node) (string, bool) {
+func (lr *limitReader) readPart(n node) (string, bool) {
 	if entries, ok := entries(n.Node); ok && len(entries) == 1 && entries[0].Key.GetToken().Value == "sha256" {
 		switch v := entries[0].Value.(type) {
 		case *ast.StringNode, *ast.IntegerNode, *ast.FloatNode:
 			return "sha256:" + v.GetToken().Value, true
 		}
 	}
-	return f.scalar(n)
+	return lr.scalar(n)
 }
 
 // glob is the files that a pattern names. There may be none yet, as for nginx's include; a name without a pattern has to be there. The
 // directories in which one may come are noted.
-func (f *limitReader) glob(n node, pattern string) []string {
-	if f.inputs == nil {
-		f.wrong(n, "files are not read for a route's limit; use overrides")
+func (lr *limitReader) glob(n node, pattern string) []string {
+	if lr.inputs == nil {
+		lr.wrong(n, "files are not read for a route's limit; use overrides")
 		return nil
 	}
 	if !isPattern(pattern) {
-		path := f.path(pattern)
-		f.inputs.add(filepath.Dir(path))
+		path := lr.path(pattern)
+		lr.inputs.add(filepath.Dir(path))
 		return []string{path}
 	}
 	written := pattern
 	if !filepath.IsAbs(pattern) { // the config's own directory is no pattern
-		pattern = filepath.Join(escapeMeta(f.dir), pattern)
+		pattern = filepath.Join(escapeMeta(lr.dir), pattern)
 	}
 	names, err := filepath.Glob(pattern)
 	if err != nil {
-		f.wrong(n, "invalid file name pattern %q: %v", written, err)
+		lr.wrong(n, "invalid file name pattern %q: %v", written, err)
 		return nil
 	}
 	dir := filepath.Dir(pattern)
 	for ; isPattern(dir); dir = filepath.Dir(dir) {
 		in, _ := filepath.Glob(dir) // a good pattern, as the whole is one
 		for _, d := range in {
-			f.inputs.add(d)
+			lr.inputs.add(d)
 		}
 	}
 	dir = unescapeMeta(dir)
-	f.inputs.add(dir)
+	lr.inputs.add(dir)
 	if _, err := os.ReadDir(dir); err != nil && !errors.Is(err, os.ErrNotExist) {
-		f.wrongFile(n, err)
+		lr.wrongFile(n, err)
 	}
 	if len(names) == 0 {
-		f.warn(n, "no file matches this pattern yet")
+		lr.warn(n, "no file matches this pattern yet")
 	}
 	slices.Sort(names)
 	return names
@@ -263,15 +263,15 @@ func unescapeMeta(pattern string) string {
 }
 
 // readOverridesFile reads a CSV file: a header row, then a row for each key: its parts, a rate, a burst.
-func (f *limitReader) readOverridesFile(n node, d *draft, o *overrides, name string, bytes *int64) {
+func (lr *limitReader) readOverridesFile(n node, d *draft, o *overrides, name string, bytes *int64) {
 	file, err := limiter.OpenFile(name)
 	if err != nil {
-		f.inputs.failed(name, err)
-		f.wrongFile(n, err)
+		lr.inputs.failed(name, err)
+		lr.wrongFile(n, err)
 		return
 	}
 	defer func() { _ = file.Close() }()
-	limit := &io.LimitedReader{R: f.inputs.reading(name, file), N: maxOverrideBytes - *bytes + 1}
+	limit := &io.LimitedReader{R: lr.inputs.teeReader(name, file), N: maxOverrideBytes - *bytes + 1}
 	defer func() { *bytes = maxOverrideBytes - limit.N + 1 }()
 	rows := csv.NewReader(skipBOM(limit))
 	rows.ReuseRecord = true
@@ -279,13 +279,13 @@ func (f *limitReader) readOverridesFile(n node, d *draft, o *overrides, name str
 	o.files = append(o.files, name)
 	number := int32(len(o.files) - 1)
 
-	before := len(f.mistakes)
+	before := len(lr.mistakes)
 	wrong := func(line, column int, format string, args ...any) {
-		f.add(Mistake{File: name, Line: line, Column: column, Field: n.field, Message: fmt.Sprintf(format, args...)})
+		lr.add(Mistake{File: name, Line: line, Column: column, Field: n.field, Message: fmt.Sprintf(format, args...)})
 	}
 	const mostMistakes = 100 // of one file: a wrong column makes every row one
 	header := true
-	for len(f.mistakes)-before < mostMistakes {
+	for len(lr.mistakes)-before < mostMistakes {
 		row, err := rows.Read()
 		var syntax *csv.ParseError
 		switch {
@@ -298,10 +298,10 @@ func (f *limitReader) readOverridesFile(n node, d *draft, o *overrides, name str
 			wrong(syntax.Line, syntax.Column, "%v", syntax.Err)
 			return
 		case err != nil:
-			f.wrong(n, "%v", err)
+			lr.wrong(n, "%v", err)
 			return
 		case limit.N <= 0:
-			f.wrong(n, "the overrides files exceed %d bytes", maxOverrideBytes)
+			lr.wrong(n, "the overrides files exceed %d bytes", maxOverrideBytes)
 			return
 		}
 		line, _ := rows.FieldPos(0)
@@ -323,19 +323,19 @@ func (f *limitReader) readOverridesFile(n node, d *draft, o *overrides, name str
 			wrong(line, 1, "more than %d overrides", maxOverrides)
 			return
 		}
-		tier, err := f.tierOf(strings.TrimSpace(row[parts]), strings.TrimSpace(row[parts+1]))
+		tier, err := lr.tierOf(strings.TrimSpace(row[parts]), strings.TrimSpace(row[parts+1]))
 		if err != nil {
 			_, column := rows.FieldPos(parts)
 			wrong(line, column, "%v", err)
 			continue
 		}
-		f.addOverride(o.file, d, row[:parts], override{tier: tier, file: number, row: int32(line)}, func(part int, format string, args ...any) {
+		lr.addOverride(o.file, d, row[:parts], override{tier: tier, file: number, row: int32(line)}, func(part int, format string, args ...any) {
 			_, column := rows.FieldPos(part)
 			wrong(line, column, format, args...)
 		})
-		if part := spacedPart(d.key, row[:parts]); part >= 0 && len(f.warnings) < maxMistakes {
+		if part := spacedPart(d.key, row[:parts]); part >= 0 && len(lr.warnings) < maxMistakes {
 			_, column := rows.FieldPos(part)
-			f.warnings = append(f.warnings, Mistake{File: name, Line: line, Column: column, Field: n.field, Message: spaced})
+			lr.warnings = append(lr.warnings, Mistake{File: name, Line: line, Column: column, Field: n.field, Message: spacedWarning})
 		}
 	}
 }
@@ -351,7 +351,7 @@ func skipBOM(r io.Reader) io.Reader {
 }
 
 // addOverride adds a row to a table, or says what is wrong with it, and with which of its parts.
-func (f *limitReader) addOverride(table map[digest]override, d *draft, parts []string, row override, wrong func(part int, format string, args ...any)) {
+func (lr *limitReader) addOverride(table map[digest]override, d *draft, parts []string, row override, wrong func(part int, format string, args ...any)) {
 	if len(parts) != len(d.key) {
 		wrong(0, "want %d parts, as the limit's key has, not %d", len(d.key), len(parts))
 		return

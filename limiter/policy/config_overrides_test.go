@@ -61,9 +61,9 @@ limits:
 		{"\u00e9", "60/m", "it applies to every request"},
 		{"gold", "60/m", "it applies to every request"},
 	} {
-		r := request(t, "GET h/")
-		r.Headers["k"] = tt.key
-		if l := c.Explain(r).Limits[0]; l.Rate != tt.rate || l.Reason != tt.reason {
+		req := request(t, "GET h/")
+		req.Headers["k"] = tt.key
+		if l := c.Explain(req).Limits[0]; l.Rate != tt.rate || l.Reason != tt.reason {
 			t.Errorf("%s: %s, %s; want %s, %s", tt.key, l.Rate, l.Reason, tt.rate, tt.reason)
 		}
 	}
@@ -164,13 +164,13 @@ func BenchmarkOverrides(b *testing.B) {
 			if err != nil {
 				b.Fatal(err)
 			}
-			r := request(b, fmt.Sprintf("GET h/ with k=tenant-%d", n-1))
-			if d := c.Draw(r); d.Charges[0].Bucket.Burst() != int64((n-1)%100+1) {
+			req := request(b, fmt.Sprintf("GET h/ with k=tenant-%d", n-1))
+			if d := c.Draw(req); d.Charges[0].Bucket.Burst() != int64((n-1)%100+1) {
 				b.Fatal(d)
 			}
 			b.ReportAllocs()
 			for b.Loop() {
-				c.Draw(r)
+				c.Draw(req)
 			}
 		})
 	}
@@ -360,8 +360,8 @@ func TestOverrideWarnings(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := "DIR/sluice.yaml:1:73: limits[0].overrides[0].key: " + spaced + "\n" +
-		"DIR/o.csv:2:1: limits[0].overrides_file[0]: " + spaced + "\n" +
+	want := "DIR/sluice.yaml:1:73: limits[0].overrides[0].key: " + spacedWarning + "\n" +
+		"DIR/o.csv:2:1: limits[0].overrides_file[0]: " + spacedWarning + "\n" +
 		"DIR/sluice.yaml:1:116: limits[0].overrides_file[1]: no file matches this pattern yet"
 	if got := strings.ReplaceAll(c.Warnings.Error(), filepath.Dir(config), "DIR"); got != want {
 		t.Errorf("%s\nwant\n%s", got, want)

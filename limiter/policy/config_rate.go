@@ -10,16 +10,16 @@ import (
 )
 
 // readTier reads a rate and a burst, whose node may be nil.
-func (f *limitReader) readTier(rate, burst node) *tier {
-	text, ok := f.scalar(rate) // a number lacks its period, and is told so
+func (lr *limitReader) readTier(rate, burst node) *tier {
+	text, ok := lr.scalar(rate) // a number lacks its period, and is told so
 	if !ok {
 		return nil
 	}
 	most, at := "", rate
 	if burst.Node != nil {
 		var v int64
-		before := len(f.mistakes)
-		if f.whole(burst, &v, 1, limiter.MaxTokens); len(f.mistakes) > before {
+		before := len(lr.mistakes)
+		if lr.integer(burst, &v, 1, limiter.MaxTokens); len(lr.mistakes) > before {
 			return nil
 		}
 		most, at = strconv.FormatInt(v, 10), burst
@@ -27,21 +27,21 @@ func (f *limitReader) readTier(rate, burst node) *tier {
 	if _, _, err := parseRate(text); err != nil {
 		at = rate
 	}
-	t, err := f.tierOf(text, most)
+	t, err := lr.tierOf(text, most)
 	if err != nil {
-		f.wrong(at, "%v", err)
+		lr.wrong(at, "%v", err)
 		return nil
 	}
 	return t
 }
 
 // unlimited is the rate of no bucket at all.
-const unlimited = "unlimited"
+const unlimitedRate = "unlimited"
 
 // tierOf makes a tier of a rate and a burst as they are written; an empty burst is the rate's tokens.
-func (f *limitReader) tierOf(rate, burst string) (*tier, error) {
+func (lr *limitReader) tierOf(rate, burst string) (*tier, error) {
 	id := [2]string{rate, burst}
-	if t := f.tiers[id]; t != nil {
+	if t := lr.tiers[id]; t != nil {
 		return t, nil
 	}
 	tokens, period, err := parseRate(rate)
@@ -65,14 +65,14 @@ func (f *limitReader) tierOf(rate, burst string) (*tier, error) {
 			return nil, err
 		}
 	}
-	f.tiers[id] = t
+	lr.tiers[id] = t
 	return t, nil
 }
 
 // parseRate reads tokens/period: 10/s, 10/7d, 5000/24h, 3/250ms; or unlimited, whose period is 0.
 func parseRate(s string) (tokens int64, period time.Duration, err error) {
 	const want = "want tokens/period such as 10/s, 100/m, 5000/24h, 10/7d or 3/250ms (units: us, ms, s, m, h, d), or unlimited"
-	if s == unlimited {
+	if s == unlimitedRate {
 		return 0, 0, nil
 	}
 	count, every, ok := strings.Cut(s, "/")

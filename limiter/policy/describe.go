@@ -20,13 +20,13 @@ type Described struct {
 // Describe tells the file's limits, in its order.
 func (c *Config) Describe() []Described {
 	all := make([]Described, len(c.rules))
-	for i, l := range c.rules {
-		d := Described{Limit: l.limit, Rate: l.tier.rate, Burst: l.tier.bucket.Burst(), Group: l.group}
-		for _, e := range l.key {
+	for i, r := range c.rules {
+		d := Described{Limit: r.limit, Rate: r.tier.rate, Burst: r.tier.bucket.Burst(), Group: r.group}
+		for _, e := range r.key {
 			d.Key = append(d.Key, e.text)
 		}
-		if l.overrides != nil {
-			d.Overrides = len(l.overrides.inline) + len(l.overrides.file)
+		if r.overrides != nil {
+			d.Overrides = len(r.overrides.inline) + len(r.overrides.file)
 		}
 		all[i] = d
 	}

@@ -21,8 +21,8 @@ type Draw struct {
 }
 
 // Draw says what a request owes.
-func (c *Config) Draw(r *Request) Draw {
-	s := newSubject(r, &c.client)
+func (c *Config) Draw(req *Request) Draw {
+	s := newSubject(req, &c.client)
 	for range c.exempt.find(s, allReadings) {
 		return Draw{Exempt: true}
 	}
@@ -80,7 +80,7 @@ type absentWhen bool
 type findingKind uint8
 
 const (
-	foundPlain      findingKind = iota // the limit applies as it is
+	foundApplies    findingKind = iota // the limit applies as it is
 	foundOverridden                    // with an override's rate
 	foundPartAbsent                    // a part of the key is absent, and it applies all the same
 	foundExempt
@@ -96,58 +96,58 @@ const (
 )
 
 // consider adds what the request owes a limit that it matches.
-func (d *drawing) consider(l *rule) finding {
-	if l.group != "" {
+func (d *drawing) consider(r *rule) finding {
+	if r.group != "" {
 		for _, first := range d.groups {
-			if first.group == l.group {
+			if first.group == r.group {
 				return finding{kind: foundGroupTaken, other: first}
 			}
 		}
 	}
-	f := d.judge(l)
+	f := d.judge(r)
 	switch {
 	case f.err != nil:
 		d.wrong(f.err)
 	case !f.applies:
 	case f.tier.unlimited:
-		d.Unlimited = append(d.Unlimited, l.limit)
+		d.Unlimited = append(d.Unlimited, r.limit)
 	default:
 		if d.Charges == nil {
 			d.Charges = make([]limiter.Charge, 0, 4) // most requests owe so few
 		}
-		c := limiter.Charge{Limit: l.limit, Bucket: f.tier.bucket, Key: f.key, Cost: f.cost, Refused: f.refused}
-		if l.share > 0 {
-			c.Local = c.Bucket.Share(l.share)
+		c := limiter.Charge{Limit: r.limit, Bucket: f.tier.bucket, Key: f.key, Cost: f.cost, Refused: f.refused}
+		if r.share > 0 {
+			c.Local = c.Bucket.Share(r.share)
 		}
 		d.Charges = append(d.Charges, c)
 	}
-	if f.applies && l.group != "" {
-		d.groups = append(d.groups, l)
+	if f.applies && r.group != "" {
+		d.groups = append(d.groups, r)
 	}
 	return f
 }
 
 // judge says whether a limit that the request matches applies, and what the request then owes it.
-func (d *drawing) judge(l *rule) finding {
-	f := finding{applies: true, tier: l.tier, cost: l.cost.constant}
+func (d *drawing) judge(r *rule) finding {
+	f := finding{applies: true, tier: r.tier, cost: r.cost.constant}
 	mistake := func(field string, err error) finding {
-		return finding{kind: foundMistake, err: &RuleError{Limit: l.limit.Name, Field: field, Err: err, Shadow: l.limit.Shadow}}
+		return finding{kind: foundMistake, err: &RuleError{Limit: r.limit.Name, Field: field, Err: err, Shadow: r.limit.Shadow}}
 	}
-	if l.when != nil {
-		holds, known, err := l.when.holds(d.subject)
+	if r.when != nil {
+		holds, known, err := r.when.condition(d.subject)
 		switch {
 		case err != nil:
 			return mistake("when", err)
 		case known && !holds:
 			return finding{kind: foundWhenFalse}
-		case !known && !l.appliesIfAbsent():
+		case !known && !r.appliesIfAbsent():
 			return finding{kind: foundWhenAbsent}
 		}
 		f.whenIs = absentWhen(!known)
 	}
-	if len(l.key) == 0 {
-		f.key = l.only
-	} else if err := d.makeKey(l, &f); err != nil {
+	if len(r.key) == 0 {
+		f.key = r.singleKey
+	} else if err := d.makeKey(r, &f); err != nil {
 		return mistake("key", err)
 	}
 	if !f.applies {
@@ -156,37 +156,37 @@ func (d *drawing) judge(l *rule) finding {
 	if f.tier.unlimited {
 		f.key = ""
 	}
-	if l.cost.expression != nil {
+	if r.cost.expression != nil {
 		var err error
-		if f.cost, err = l.cost.expression.tokens(d.subject); err != nil {
+		if f.cost, err = r.cost.expression.tokens(d.subject); err != nil {
 			return mistake("cost", err)
 		}
 	}
-	f.refused = f.kind == foundPartAbsent && l.absent == absentDeny
+	f.refused = f.kind == foundPartAbsent && r.absent == absentDeny
 	return f
 }
 
 // makeKey makes the key of a limit that has one, and finds the key's override.
-func (d *drawing) makeKey(l *rule, f *finding) error {
+func (d *drawing) makeKey(r *rule, f *finding) error {
 	var few [256]byte
-	key := append(few[:0], l.prefix...)
+	key := append(few[:0], r.prefix...)
 	var digests [maxKeyParts]digest
-	for i, e := range l.key {
-		value, err := e.part(d.subject)
+	for i, e := range r.key {
+		value, err := e.keyPart(d.subject)
 		switch {
 		case err != nil:
 			return err
 		case value != "":
-			if l.overrides != nil {
+			if r.overrides != nil {
 				digests[i] = sha256.Sum256([]byte(value))
 			}
-			key = l.appendPart(key, i, value, d.hasher)
+			key = r.appendPart(key, i, value, d.hasher)
 			continue
 		}
 		if f.kind != foundPartAbsent {
 			f.kind, f.part = foundPartAbsent, i
 		}
-		switch l.absent {
+		switch r.absent {
 		case absentSkip:
 			f.applies, f.kind = false, foundSkipped
 			return nil
@@ -197,11 +197,11 @@ func (d *drawing) makeKey(l *rule, f *finding) error {
 		}
 	}
 	f.key = string(append(key, '}'))
-	if l.overrides == nil || f.kind == foundPartAbsent {
+	if r.overrides == nil || f.kind == foundPartAbsent {
 		return nil
 	}
-	sum := digestOf(digests[:len(l.key)])
-	if o, ok := l.overrides.find(sum); ok {
+	sum := digestOf(digests[:len(r.key)])
+	if o, ok := r.overrides.lookup(sum); ok {
 		f.kind, f.tier, f.sum = foundOverridden, o.tier, sum
 	}
 	return nil

@@ -509,9 +509,9 @@ func TestDraw(t *testing.T) {
 			if got, want := drawn(t, c, row[0]), withHashes(row[1]); got != want {
 				t.Errorf("%s\n%s\n got %s\nwant %s", section.config, row[0], got, want)
 			}
-			r := request(t, row[0])
-			x := c.Explain(r)
-			if d := c.Draw(r); !reflect.DeepEqual(x.Draw, d) {
+			req := request(t, row[0])
+			x := c.Explain(req)
+			if d := c.Draw(req); !reflect.DeepEqual(x.Draw, d) {
 				t.Errorf("%s\n%s\nexplained %+v\ndrawn     %+v", section.config, row[0], x.Draw, d)
 			}
 			for _, why := range row[2:] {
@@ -535,13 +535,13 @@ func TestDraw(t *testing.T) {
 // A claim is found in Envoy's dynamic metadata.
 func TestDrawByClaim(t *testing.T) {
 	c := parse(t, `limits: [{name: a, rate: 1/s, key: 'metadata.filter_metadata["envoy.filters.http.jwt_authn"].payload.sub'}]`)
-	r := request(t, "GET h/")
+	req := request(t, "GET h/")
 	claims, err := structpb.NewStruct(map[string]any{"payload": map[string]any{"sub": "k"}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.Metadata = map[string]*structpb.Struct{"envoy.filters.http.jwt_authn": claims}
-	d := c.Draw(r)
+	req.Metadata = map[string]*structpb.Struct{"envoy.filters.http.jwt_authn": claims}
+	d := c.Draw(req)
 	if d.Charges[0].Key != "sluice:default:a:{"+hashed("k")+"}" {
 		t.Errorf("%+v", d)
 	}

@@ -29,8 +29,8 @@ type Explained struct {
 }
 
 // Explain says what Draw does with a request, and why.
-func (c *Config) Explain(r *Request) Explanation {
-	s := newSubject(r, &c.client)
+func (c *Config) Explain(req *Request) Explanation {
+	s := newSubject(req, &c.client)
 	x := Explanation{}
 	for i := range c.exempt.find(s, allReadings) {
 		x.Exempt = fmt.Sprintf("exempt[%d] holds", i)
@@ -40,38 +40,38 @@ func (c *Config) Explain(r *Request) Explanation {
 	d := drawing{subject: s, hasher: &c.hasher}
 	on := c.route(s.Context)
 	d.wrong(on.mistakes...)
-	look := func(l *rule) finding {
-		if field := l.match.mismatch(s, anyReading); field != "" {
+	look := func(r *rule) finding {
+		if field := r.match.mismatch(s, anyReading); field != "" {
 			return finding{kind: foundMismatch, field: field}
 		}
-		return d.consider(l)
+		return d.consider(r)
 	}
-	add := func(l *rule, f finding) {
+	add := func(r *rule, f finding) {
 		if x.Draw.Exempt {
 			f = finding{kind: foundExempt}
 		}
-		tier := l.tier
+		tier := r.tier
 		if f.applies {
 			tier = f.tier
 		}
-		e := Explained{Limit: l.limit, Applies: f.applies, Reason: c.reason(s, l, f), Rate: tier.rate, Burst: tier.bucket.Burst(), Charge: -1}
+		e := Explained{Limit: r.limit, Applies: f.applies, Reason: c.reason(s, r, f), Rate: tier.rate, Burst: tier.bucket.Burst(), Charge: -1}
 		if f.applies && !tier.unlimited {
 			e.Charge = len(d.Charges) - 1
-			e.Key = strings.TrimSuffix(strings.TrimPrefix(f.key, l.prefix), "}")
+			e.Key = strings.TrimSuffix(strings.TrimPrefix(f.key, r.prefix), "}")
 		}
 		x.Limits = append(x.Limits, e)
 	}
-	for i, l := range c.rules {
+	for i, r := range c.rules {
 		replaced := on.replacing(i)
 		switch {
 		case replaced != nil && replaced.rule == nil:
-			add(l, finding{kind: foundOff})
+			add(r, finding{kind: foundOff})
 		case replaced != nil:
-			add(l, finding{kind: foundReplaced})
+			add(r, finding{kind: foundReplaced})
 		case on.omits(i):
-			add(l, finding{kind: foundUnlisted})
+			add(r, finding{kind: foundUnlisted})
 		default:
-			add(l, look(l))
+			add(r, look(r))
 		}
 	}
 	for _, e := range on.limits {
@@ -86,34 +86,34 @@ func (c *Config) Explain(r *Request) Explanation {
 }
 
 // reason puts a finding into words.
-func (c *Config) reason(s *subject, l *rule, f finding) string {
+func (c *Config) reason(s *subject, r *rule, f finding) string {
 	switch f.kind {
 	case foundExempt:
 		return "the request is exempt"
 	case foundMismatch:
-		return l.match.why(s, f.field)
+		return r.match.explain(s, f.field)
 	case foundWhenFalse:
-		return "when is false: " + l.when.text
+		return "when is false: " + r.when.text
 	case foundWhenAbsent:
-		if l.group != "" {
-			return "when is absent, and a limit in a group does not apply then: " + l.when.text
+		if r.group != "" {
+			return "when is absent, and a limit in a group does not apply then: " + r.when.text
 		}
-		return "when is absent, and an unlimited limit does not apply then: " + l.when.text
+		return "when is absent, and an unlimited limit does not apply then: " + r.when.text
 	case foundSkipped:
-		return fmt.Sprintf("its key %s is absent%s, and the limit has absent: skip", l.partName(f.part), l.whyAbsent(s, f.part))
+		return fmt.Sprintf("its key %s is absent%s, and the limit has absent: skip", r.partName(f.part), r.explainAbsent(s, f.part))
 	case foundGroupTaken:
-		return fmt.Sprintf("%s comes first in the group %s", f.other.limit.Name, l.group)
+		return fmt.Sprintf("%s comes first in the group %s", f.other.limit.Name, r.group)
 	case foundOff:
-		return fmt.Sprintf("the route turns it off: %s%s", routeLimit, l.limit.Name)
+		return fmt.Sprintf("the route turns it off: %s%s", routeLimit, r.limit.Name)
 	case foundReplaced:
-		return fmt.Sprintf("the route's %s%s replaces it", routeLimit, l.limit.Name)
+		return fmt.Sprintf("the route's %s%s replaces it", routeLimit, r.limit.Name)
 	case foundUnlisted:
 		return "the route's sluice.limits does not name it"
 	case foundMistake:
 		return fmt.Sprintf("config mistake: %s: %v", f.err.Field, f.err.Err)
 	}
 	reason := "it applies to every request"
-	if !l.match.isEmpty() || l.when != nil {
+	if !r.match.matchesAll() || r.when != nil {
 		reason = "it matches"
 	}
 	if f.whenIs {
@@ -121,30 +121,30 @@ func (c *Config) reason(s *subject, l *rule, f finding) string {
 	}
 	switch f.kind {
 	case foundOverridden:
-		reason += "; its rate is from " + l.overrides.place(f.sum)
+		reason += "; its rate is from " + r.overrides.position(f.sum)
 	case foundPartAbsent:
-		reason += fmt.Sprintf("; its key %s is absent%s: ", l.partName(f.part), l.whyAbsent(s, f.part)) + map[absence]string{
+		reason += fmt.Sprintf("; its key %s is absent%s: ", r.partName(f.part), r.explainAbsent(s, f.part)) + map[absence]string{
 			absentClient: "the client's network is used instead",
 			absentShare:  "all such requests share a bucket",
 			absentDeny:   "the request is denied",
-		}[l.absent]
+		}[r.absent]
 	}
 	return reason
 }
 
 // partName is a part of a key, for people.
-func (l *rule) partName(i int) string { return "part " + l.key[i].text }
+func (r *rule) partName(i int) string { return "part " + r.key[i].text }
 
 // whyAbsent says, in parentheses after a space, why a part of a key is absent although the header is there; else it is empty.
-func (l *rule) whyAbsent(s *subject, i int) string {
-	if header := l.key[i].header; header != "" && s.isRepeated(header) {
+func (r *rule) explainAbsent(s *subject, i int) string {
+	if header := r.key[i].header; header != "" && s.isRepeated(header) {
 		return " (the header was sent more than once)"
 	}
 	return ""
 }
 
 // why says why a field of the match does not hold.
-func (m *match) why(s *subject, field string) string {
+func (m *match) explain(s *subject, field string) string {
 	switch field {
 	case "hosts":
 		return fmt.Sprintf("host %s matches none of match.hosts", quoted(s.host()))
@@ -194,7 +194,7 @@ func quoted(sent string) string {
 }
 
 // Client is the address that the config takes for the request's client; empty where it is not known.
-func (c *Config) Client(r *Request) string {
-	client, _ := c.client.of(r)
+func (c *Config) Client(req *Request) string {
+	client, _ := c.client.address(req)
 	return addressText(client)
 }

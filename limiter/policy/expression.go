@@ -233,15 +233,15 @@ func directRead(tree *ast.AST) (read func(*subject) string, header string) {
 	if !ok || a.kind != cel.StringType {
 		return nil, ""
 	}
-	return func(s *subject) string { return a.of(s).(string) }, ""
+	return func(s *subject) string { return a.value(s).(string) }, ""
 }
 
 // keyHeader is a header as a key's part: empty, and so absent, where it was sent more than once.
-func (r *Request) keyHeader(name string) string {
-	if r.isRepeated(name) {
+func (req *Request) keyHeader(name string) string {
+	if req.isRepeated(name) {
 		return ""
 	}
-	return r.Headers[name]
+	return req.Headers[name]
 }
 
 // eval is the expression's value; nil where it is absent. The error says nothing of what the client sent.
@@ -273,7 +273,7 @@ func (e *expression) eval(s cel.Activation) (ref.Val, error) {
 var failures = []string{
 	"no such key", "no such overload", "index out of bounds", "index out of range", "invalid substring range", "division by zero", "modulus by zero",
 	"integer overflow", "unsigned integer overflow", "duration overflow", "timestamp overflow", "type conversion error",
-	"invalid RFC 3339 timestamp", errZone.Error(), "time: invalid location name", "timezone offset", "error parsing regexp", errPattern.Error(), errGrown.Error(),
+	"invalid RFC 3339 timestamp", errZone.Error(), "time: invalid location name", "timezone offset", "error parsing regexp", errPattern.Error(), errStringSize.Error(),
 	"operation cancelled: actual cost limit exceeded",
 }
 
@@ -288,7 +288,7 @@ func failure(err error) error {
 }
 
 // part is the expression's value as a key's part; "" where it is absent or empty.
-func (e *expression) part(s *subject) (string, error) {
+func (e *expression) keyPart(s *subject) (string, error) {
 	if e.direct != nil {
 		return e.direct(s), nil
 	}
@@ -315,7 +315,7 @@ func (e *expression) part(s *subject) (string, error) {
 }
 
 // holds is the expression's value as a condition; known is false where it is absent.
-func (e *expression) holds(s *subject) (holds, known bool, err error) {
+func (e *expression) condition(s *subject) (holds, known bool, err error) {
 	v, err := e.eval(s)
 	if err != nil || v == nil {
 		return false, false, err

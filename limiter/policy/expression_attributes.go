@@ -19,8 +19,8 @@ type attribute struct {
 	kind *cel.Type
 	// open says that what it holds is an address, a name or the like, which may stand in a key as it is. The rest (headers, claims,
 	// context, queries) may hold secrets, and is hashed.
-	open bool
-	of   func(*subject) any
+	open  bool
+	value func(*subject) any
 }
 
 var attributes = map[string]attribute{
@@ -59,7 +59,7 @@ func (s *subject) ResolveName(name string) (any, bool) {
 	if !ok {
 		return nil, false
 	}
-	return a.of(s), true
+	return a.value(s), true
 }
 
 // Parent is CEL's; there is none.
@@ -234,7 +234,7 @@ func decorator(asks map[int64]bool, instructions *int) interpreter.Interpretable
 // lookup is the reading of an attribute, with what is selected of it.
 type lookup struct {
 	interpreter.InterpretableAttribute
-	asks bool // has(): whether it is there
+	isHas bool // has(): whether it is there
 }
 
 // Exec is CEL's.
@@ -243,7 +243,7 @@ func (l lookup) Exec(frame *interpreter.ExecutionFrame) ref.Val {
 	if !isAbsent(v) || !l.readsAbsent(frame) {
 		return v
 	}
-	if l.asks {
+	if l.isHas {
 		return types.False
 	}
 	for _, q := range l.Attr().(interpreter.NamespacedAttribute).Qualifiers() {

@@ -21,24 +21,24 @@ import (
 // charges for the others is a fair price for work that is linear.
 const (
 	maxEvaluation = 10_000    // units of an evaluation; a unit is some 100 to 400 ns
-	maxGrown      = 256 << 10 // bytes of a text that is made of others
+	maxString     = 256 << 10 // bytes of a text that is made of others
 )
 
 // pricedCalls are the functions whose calls are charged before they run.
 var pricedCalls = map[string]pricedCall{
-	"replace":     {units: replaceUnits, run: replaced},
-	"join":        {units: joinUnits, run: joined},
+	"replace":     {units: replaceUnits, run: runReplace},
+	"join":        {units: joinUnits, run: runJoin},
 	"format":      {units: formatUnits},
 	"split":       {units: splitUnits},
-	"indexOf":     {units: scanUnits, run: indexOf},
-	"lastIndexOf": {units: scanUnits, run: lastIndexOf},
+	"indexOf":     {units: scanUnits, run: runIndexOf},
+	"lastIndexOf": {units: scanUnits, run: runLastIndexOf},
 	"size":        {units: func(args []ref.Val) (int, error) { return 1 + textLen(args[0])/100, nil }},
 	"int":         {units: scanUnits},
 	"uint":        {units: scanUnits},
 	"double":      {units: scanUnits},
 	"duration":    {units: scanUnits}, // their errors quote the text
 	"timestamp":   {units: scanUnits},
-	"string":      {units: scanUnits, run: printed},
+	"string":      {units: scanUnits, run: runString},
 	// With a time zone these read a file.
 	"getFullYear": {units: zoneUnits}, "getMonth": {units: zoneUnits}, "getDate": {units: zoneUnits}, "getDayOfMonth": {units: zoneUnits},
 	"getDayOfYear": {units: zoneUnits}, "getDayOfWeek": {units: zoneUnits}, "getHours": {units: zoneUnits}, "getMinutes": {units: zoneUnits},
@@ -190,9 +190,9 @@ func (chargedUnits) CallCost(_, overload string, args []ref.Val, _ ref.Val) *uin
 }
 
 var (
-	errZone     = errors.New("unknown time zone")
-	errGrown    = errors.New("string grows too large")
-	errOverload = types.NewErr("no such overload")
+	errZone       = errors.New("unknown time zone")
+	errStringSize = errors.New("string grows too large")
+	errOverload   = types.NewErr("no such overload")
 )
 
 // textLen is the length of a text in bytes; 0 of what is none.
@@ -249,18 +249,18 @@ func isContainer(v ref.Val) bool {
 // measure adds the elements and the bytes of a value with all that is in it,
 // until there are more of them than any evaluation may handle.
 func measure(v ref.Val, elements, bytes *int) {
-	if *elements++; *elements > maxEvaluation || *bytes > maxGrown {
+	if *elements++; *elements > maxEvaluation || *bytes > maxString {
 		return
 	}
 	switch v := v.(type) {
 	case traits.Mapper:
-		for i := v.Iterator(); i.HasNext() == types.True && *elements <= maxEvaluation && *bytes <= maxGrown; {
+		for i := v.Iterator(); i.HasNext() == types.True && *elements <= maxEvaluation && *bytes <= maxString; {
 			key := i.Next()
 			measure(key, elements, bytes)
 			measure(v.Get(key), elements, bytes)
 		}
 	case traits.Lister:
-		for i := v.Iterator(); i.HasNext() == types.True && *elements <= maxEvaluation && *bytes <= maxGrown; {
+		for i := v.Iterator(); i.HasNext() == types.True && *elements <= maxEvaluation && *bytes <= maxString; {
 			measure(i.Next(), elements, bytes)
 		}
 	default:
@@ -275,8 +275,8 @@ func formatUnits(args []ref.Val) (int, error) {
 	for _, v := range args[1:] {
 		measure(v, &elements, &bytes)
 	}
-	if bytes > maxGrown {
-		return 0, errGrown
+	if bytes > maxString {
+		return 0, errStringSize
 	}
 	return 1 + elements + bytes/10, nil
 }
@@ -291,7 +291,7 @@ func splitUnits(args []ref.Val) (int, error) {
 	parts := strings.Count(string(text), string(separator)) + 1
 	if len(args) == 3 {
 		if most, ok := args[2].(types.Int); ok && most >= 0 {
-			parts = min(parts, int(min(most, maxGrown)))
+			parts = min(parts, int(min(most, maxString)))
 		}
 	}
 	return 1 + parts + len(text)/100, nil
@@ -299,31 +299,31 @@ func splitUnits(args []ref.Val) (int, error) {
 
 // replacing is what text.replace(old, new) and text.replace(old, new, times)
 // ask for.
-type replacing struct {
+type replaceArgs struct {
 	text, old, by string
 	times         int // -1: all
 }
 
-func replacingOf(args []ref.Val) (r replacing, ok bool) {
+func replaceArgsOf(args []ref.Val) (r replaceArgs, ok bool) {
 	if len(args) != 3 && len(args) != 4 {
 		return r, false
 	}
 	text, ok1 := args[0].(types.String)
 	old, ok2 := args[1].(types.String)
 	by, ok3 := args[2].(types.String)
-	r = replacing{string(text), string(old), string(by), -1}
+	r = replaceArgs{string(text), string(old), string(by), -1}
 	if len(args) == 4 {
 		n, ok := args[3].(types.Int)
 		if !ok {
 			return r, false
 		}
-		r.times = int(min(n, maxGrown))
+		r.times = int(min(n, maxString))
 	}
 	return r, ok1 && ok2 && ok3
 }
 
 func replaceUnits(args []ref.Val) (int, error) {
-	r, ok := replacingOf(args)
+	r, ok := replaceArgsOf(args)
 	if !ok {
 		return 1, nil
 	}
@@ -332,14 +332,14 @@ func replaceUnits(args []ref.Val) (int, error) {
 		found = min(found, r.times)
 	}
 	grown := len(r.text) + found*max(0, len(r.by)-len(r.old))
-	if grown > maxGrown {
-		return 0, errGrown
+	if grown > maxString {
+		return 0, errStringSize
 	}
 	return 1 + found/10 + grown/100, nil
 }
 
-func replaced(args []ref.Val) ref.Val {
-	r, ok := replacingOf(args)
+func runReplace(args []ref.Val) ref.Val {
+	r, ok := replaceArgsOf(args)
 	if !ok {
 		return errOverload
 	}
@@ -357,13 +357,13 @@ func joinUnits(args []ref.Val) (int, error) {
 	if len(args) == 2 {
 		bytes += elements * textLen(args[1])
 	}
-	if bytes > maxGrown {
-		return 0, errGrown
+	if bytes > maxString {
+		return 0, errStringSize
 	}
 	return 1 + elements + bytes/100, nil
 }
 
-func joined(args []ref.Val) ref.Val {
+func runJoin(args []ref.Val) ref.Val {
 	texts, ok := args[0].(traits.Lister)
 	between := types.String("")
 	if ok && len(args) == 2 {
@@ -388,8 +388,8 @@ func joined(args []ref.Val) ref.Val {
 
 // indexOf is text.indexOf(part) and text.indexOf(part, from), in code points
 // as CEL counts them, in linear time. CEL's own takes the product of both.
-func indexOf(args []ref.Val) ref.Val {
-	text, part, from, ok := searching(args)
+func runIndexOf(args []ref.Val) ref.Val {
+	text, part, from, ok := searchArgs(args)
 	switch {
 	case !ok:
 		return errOverload
@@ -412,8 +412,8 @@ func indexOf(args []ref.Val) ref.Val {
 
 // lastIndexOf is text.lastIndexOf(part), and text.lastIndexOf(part, from),
 // where the part begins at from or before it.
-func lastIndexOf(args []ref.Val) ref.Val {
-	text, part, from, ok := searching(args)
+func runLastIndexOf(args []ref.Val) ref.Val {
+	text, part, from, ok := searchArgs(args)
 	if !ok {
 		return errOverload
 	}
@@ -440,7 +440,7 @@ func lastIndexOf(args []ref.Val) ref.Val {
 }
 
 // searching are the arguments of indexOf and lastIndexOf.
-func searching(args []ref.Val) (text, part string, from int64, ok bool) {
+func searchArgs(args []ref.Val) (text, part string, from int64, ok bool) {
 	if len(args) != 2 && len(args) != 3 {
 		return "", "", 0, false
 	}
@@ -467,7 +467,7 @@ func byteOffset(text string, n int64) (at int, ok bool) {
 }
 
 // printed is string(), which prints numbers without an exponent.
-func printed(args []ref.Val) ref.Val {
+func runString(args []ref.Val) ref.Val {
 	if f, ok := args[0].(types.Double); ok {
 		return types.String(strconv.FormatFloat(float64(f), 'f', -1, 64))
 	}

@@ -22,9 +22,9 @@ const evaluationTime = bombTime / 12
 
 // quickest returns the least processor time in which an expression was evaluated
 // for a request.
-func quickest(e *expression, r *Request) time.Duration {
+func quickest(e *expression, req *Request) time.Duration {
 	var ids clientIP
-	return leastTime(evaluationTime/2, func() { _, _ = e.eval(newSubject(r, &ids)) })
+	return leastTime(evaluationTime/2, func() { _, _ = e.eval(newSubject(req, &ids)) })
 }
 
 // leastTime runs do up to eight times, until one run took less than enough, and
@@ -60,7 +60,7 @@ var processBegan = time.Now()
 // end the evaluation, not after it took its time.
 func TestCallsAreChargedBeforeTheyRun(t *testing.T) {
 	long := strings.Repeat("a", 60_000)
-	r := &Request{Path: "/" + long, Headers: map[string]string{"a": long, "half": long[:30_000] + "b", "p": strings.Repeat("(a{1,1000}){1,1}", 200), "f": strings.Repeat("%s", 1000)}}
+	req := &Request{Path: "/" + long, Headers: map[string]string{"a": long, "half": long[:30_000] + "b", "p": strings.Repeat("(a{1,1000}){1,1}", 200), "f": strings.Repeat("%s", 1000)}}
 	for _, text := range []string{
 		`request.headers["a"].matches(".*.*.*.*.*.*.*.*.*b")`,
 		`request.headers["a"].matches("(a?){200}b")`,
@@ -82,7 +82,7 @@ func TestCallsAreChargedBeforeTheyRun(t *testing.T) {
 			t.Errorf("%s: %v", text, mistakes)
 			continue
 		}
-		took := quickest(e, r)
+		took := quickest(e, req)
 		if took > evaluationTime {
 			t.Errorf("%v, of at most %v: %.100s", took, evaluationTime, text)
 		} else {
@@ -106,7 +106,7 @@ func TestOrdinaryMatches(t *testing.T) {
 			continue
 		}
 		var ids clientIP
-		got, _, err := e.holds(newSubject(&Request{Path: path}, &ids))
+		got, _, err := e.condition(newSubject(&Request{Path: path}, &ids))
 		if got != want || err != nil {
 			t.Errorf("%s: %v, %v", pattern, got, err)
 		}
@@ -237,7 +237,7 @@ func TestNoExpressionTakesLong(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := &Request{
+	req := &Request{
 		Path: "/" + a[:8000] + "?" + a[:8000], Headers: map[string]string{"a": a, "b": a[:30_000] + "b", "p": strings.Repeat("a{1000}", 300)},
 		Metadata: map[string]*structpb.Struct{"m": claims}, Time: time.Now(),
 	}
@@ -255,13 +255,13 @@ func TestNoExpressionTakesLong(t *testing.T) {
 			continue
 		}
 		compiled++
-		took := quickest(e, r)
+		took := quickest(e, req)
 		longest = max(longest, took)
 		if took > evaluationTime {
 			t.Errorf("%v, of at most %v: %s", took, evaluationTime, text)
 		}
 		var ids clientIP
-		if _, err := e.eval(newSubject(r, &ids)); err != nil {
+		if _, err := e.eval(newSubject(req, &ids)); err != nil {
 			failed[err.Error()]++
 		}
 	}

@@ -28,7 +28,7 @@ var (
 // price. A pattern that is a constant is compiled once, and its instructions are
 // added to instructions.
 func priceMatch(call interpreter.InterpretableCall, args []interpreter.InterpretableV2, instructions *int) (interpreter.InterpretableV2, error) {
-	p := &priced{id: call.ID(), args: args, pricedCall: pricedCall{units: matchUnits, run: matched}}
+	p := &priced{id: call.ID(), args: args, pricedCall: pricedCall{units: matchUnits, run: runMatch}}
 	c, ok := args[1].(interpreter.InterpretableConst)
 	if !ok {
 		return p, nil
@@ -80,7 +80,7 @@ func matchUnits(args []ref.Val) (int, error) {
 	return 1 + size*compileFactor + textLen(args[0])*size/stepsPerUnit, nil
 }
 
-func matched(args []ref.Val) ref.Val {
+func runMatch(args []ref.Val) ref.Val {
 	text, ok1 := args[0].(types.String)
 	pattern, ok2 := args[1].(types.String)
 	if !ok1 || !ok2 {

@@ -25,8 +25,8 @@ func TestEvaluationIsBounded(t *testing.T) {
 		`(request.headers["a"] + request.headers["a"] + request.headers["a"]).size() > request.headers["a"].lowerAscii().reverse().size()`,
 	} {
 		c := parse(t, "limits: [{name: a, rate: 1/s, when: '"+text+"'}]")
-		r := &Request{Path: long, Headers: map[string]string{"a": long}}
-		took := leastTime(bombTime, func() { c.Draw(r) })
+		req := &Request{Path: long, Headers: map[string]string{"a": long}}
+		took := leastTime(bombTime, func() { c.Draw(req) })
 		if took > bombTime {
 			t.Errorf("%s: %v", text, took)
 		} else {
@@ -50,7 +50,7 @@ func FuzzExpression(f *testing.F) {
 		if strings.Contains(text, secret) {
 			return
 		}
-		r := request(t, "POST h.example.com/a/b?q="+secret+" with a="+secret+" context x="+secret+` claim n="`+secret+`"`)
+		req := request(t, "POST h.example.com/a/b?q="+secret+" with a="+secret+" context x="+secret+` claim n="`+secret+`"`)
 		for _, p := range []purpose{forKey, forWhen, forCost} {
 			e, mistakes := compile(text, p)
 			if (e == nil) == (mistakes == nil) {
@@ -59,13 +59,13 @@ func FuzzExpression(f *testing.F) {
 			if e == nil {
 				continue
 			}
-			s := newSubject(r, &clientIP{})
+			s := newSubject(req, &clientIP{})
 			var err error
 			switch p {
 			case forKey:
-				_, err = e.part(s)
+				_, err = e.keyPart(s)
 			case forWhen:
-				_, _, err = e.holds(s)
+				_, _, err = e.condition(s)
 			case forCost:
 				var tokens int64
 				if tokens, err = e.tokens(s); err == nil && tokens < 0 {
@@ -102,7 +102,7 @@ func TestDirectReads(t *testing.T) {
 			if mistakes != nil || e.direct == nil {
 				t.Fatalf("%s: no direct read (%v)", text, mistakes)
 			}
-			direct, err := e.part(s)
+			direct, err := e.keyPart(s)
 			var v ref.Val
 			if err == nil {
 				v, err = e.eval(s)
@@ -123,9 +123,9 @@ func TestDirectReads(t *testing.T) {
 
 func TestExpressionsAreBounded(t *testing.T) {
 	c := parse(t, `limits: [{name: a, rate: 1/s, key: 'request.url_path.split("").map(a, request.url_path.split("").map(b, a + b)).size()'}]`)
-	r := request(t, "GET h/")
-	r.Path = "/" + strings.Repeat("x", 10_000)
-	if d := c.Draw(r); !d.Invalid || d.Mistakes[0].Error() != "limit a: key: evaluation failed: operation cancelled: actual cost limit exceeded" {
+	req := request(t, "GET h/")
+	req.Path = "/" + strings.Repeat("x", 10_000)
+	if d := c.Draw(req); !d.Invalid || d.Mistakes[0].Error() != "limit a: key: evaluation failed: operation cancelled: actual cost limit exceeded" {
 		t.Error(d)
 	}
 	if _, mistakes := compile(strings.Repeat("(", 2000)+"1"+strings.Repeat(")", 2000), forKey); mistakes == nil {

@@ -19,39 +19,39 @@ import (
 // request makes a request of a line such as "POST api.example.com/v1/orders from 10.0.0.1 by spiffe://a/b with x-api-key=k".
 func request(t testing.TB, line string) *Request {
 	t.Helper()
-	r := &Request{Headers: map[string]string{}, Context: map[string]string{}, Scheme: "https", Protocol: "HTTP/2"}
+	req := &Request{Headers: map[string]string{}, Context: map[string]string{}, Scheme: "https", Protocol: "HTTP/2"}
 	words := strings.Split(line, " ")
-	r.Method = words[0]
+	req.Method = words[0]
 	at := strings.IndexByte(words[1], '/')
-	r.Host, r.Path = words[1][:at], words[1][at:]
-	r.Source.Address = "203.0.113.7"
+	req.Host, req.Path = words[1][:at], words[1][at:]
+	req.Source.Address = "203.0.113.7"
 	for i := 2; i < len(words); i += 2 {
 		switch value := words[i+1]; words[i] {
 		case "from":
-			r.Source.Address = strings.TrimPrefix(value, "nowhere")
+			req.Source.Address = strings.TrimPrefix(value, "nowhere")
 		case "by":
-			r.Source.Principal = value
+			req.Source.Principal = value
 		case "with":
 			name, v, _ := strings.Cut(value, "=")
 			text, err := url.PathUnescape(v)
 			if err != nil {
 				t.Fatal(err)
 			}
-			r.Headers[name] = text
+			req.Headers[name] = text
 		case "context":
 			name, v, _ := strings.Cut(value, "=")
-			r.Context[name] = strings.ReplaceAll(v, "_", " ")
+			req.Context[name] = strings.ReplaceAll(v, "_", " ")
 		case "claim": // its value in JSON; a name with dots is nested
-			claim(t, r, value)
+			claim(t, req, value)
 		default:
 			t.Fatalf("%q: what is %q?", line, words[i])
 		}
 	}
-	return r
+	return req
 }
 
 // claim adds a JWT's claim to a request, as Envoy's filter hands it on.
-func claim(t testing.TB, r *Request, line string) {
+func claim(t testing.TB, req *Request, line string) {
 	t.Helper()
 	name, text, _ := strings.Cut(line, "=")
 	var value any
@@ -66,11 +66,11 @@ func claim(t testing.TB, r *Request, line string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if r.Metadata == nil {
+	if req.Metadata == nil {
 		payload := structpb.NewStructValue(&structpb.Struct{Fields: map[string]*structpb.Value{}})
-		r.Metadata = map[string]*structpb.Struct{"jwt": {Fields: map[string]*structpb.Value{"payload": payload}}}
+		req.Metadata = map[string]*structpb.Struct{"jwt": {Fields: map[string]*structpb.Value{"payload": payload}}}
 	}
-	r.Metadata["jwt"].Fields["payload"].GetStructValue().Fields[names[0]] = v
+	req.Metadata["jwt"].Fields["payload"].GetStructValue().Fields[names[0]] = v
 }
 
 // drawn says what a request draws: "name key cost", one after another. What all keys begin and end with is left out.

@@ -76,7 +76,7 @@ func canonicalNumber(s string) (string, error) {
 }
 
 func canonicalMethod(s string) (string, error) {
-	if !methodOf.MatchString(s) {
+	if !methodPattern.MatchString(s) {
 		return "", errors.New("invalid method; want an upper-case name such as GET or POST")
 	}
 	return s, nil
@@ -84,7 +84,7 @@ func canonicalMethod(s string) (string, error) {
 
 // methodOf is a token of RFC 9110 without lower-case letters, which no method
 // has.
-var methodOf = regexp.MustCompile("^[A-Z0-9!#$%&'*+.^_`|~-]+$")
+var methodPattern = regexp.MustCompile("^[A-Z0-9!#$%&'*+.^_`|~-]+$")
 
 func canonicalHost(s string) (string, error) {
 	const noHost = "invalid host; want a name such as api.example.com, or an address, without a port"
@@ -154,4 +154,4 @@ func spacedPart(key []*expression, parts []string) int {
 	return -1
 }
 
-const spaced = "a leading or trailing space is part of the key; header values never have one"
+const spacedWarning = "a leading or trailing space is part of the key; header values never have one"

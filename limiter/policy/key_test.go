@@ -71,9 +71,9 @@ func TestKeySecret(t *testing.T) {
 // A key holds at most some hundred bytes a part, whatever a client sends.
 func TestKeysAreBounded(t *testing.T) {
 	c := parse(t, `limits: [{name: a, rate: 1/s, key: [request.url_path, request.host]}]`)
-	r := request(t, "GET h/")
-	r.Path, r.Host = "/"+strings.Repeat("é", 50_000), strings.Repeat("h", 50_000)
-	d := c.Draw(r)
+	req := request(t, "GET h/")
+	req.Path, req.Host = "/"+strings.Repeat("é", 50_000), strings.Repeat("h", 50_000)
+	d := c.Draw(req)
 	if len(d.Charges[0].Key) > 150 {
 		t.Errorf("%d bytes", len(d.Charges[0].Key))
 	}

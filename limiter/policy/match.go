@@ -20,23 +20,23 @@ type match struct {
 // subject is a request as matches and expressions see it: what is worked out from it is worked out once. It is for one goroutine.
 type subject struct {
 	*Request
-	hosts  []string // the host's readings: as expressions see it, and those that differ from that
-	sent   string   // the path without its query
-	paths  []string // the path's readings: as sent, and those that differ from that
-	query  string
-	client netip.Addr // invalid where it is unknown
-	isSure bool       // the client's address is not the peer's for want of a better one
+	hosts     []string // the host's readings: as expressions see it, and those that differ from that
+	sent      string   // the path without its query
+	paths     []string // the path's readings: as sent, and those that differ from that
+	query     string
+	client    netip.Addr // invalid where it is unknown
+	isTrusted bool       // the client's address is not the peer's for want of a better one
 
 	onePath, oneHost [1]string    // what paths and hosts are in, where there is one reading, as of most requests
 	foldedPaths      *[2][]string // see folded; nil until it is asked
 	forKeys          *keySubject  // made where a key wants it
 }
 
-func newSubject(r *Request, ids *clientIP) *subject {
-	s := &subject{Request: r}
-	s.hosts = appendHosts(s.oneHost[:0], r.Host)
-	s.client, s.isSure = ids.of(r)
-	s.sent, s.query, _ = strings.Cut(r.Path, "?")
+func newSubject(req *Request, ids *clientIP) *subject {
+	s := &subject{Request: req}
+	s.hosts = appendHosts(s.oneHost[:0], req.Host)
+	s.client, s.isTrusted = ids.address(req)
+	s.sent, s.query, _ = strings.Cut(req.Path, "?")
 	s.paths = appendReadings(s.onePath[:0], s.sent)
 	return s
 }
@@ -58,49 +58,49 @@ const (
 )
 
 // pathsFor is what a match's patterns are compared with.
-func (s *subject) pathsFor(m *match, r reading) []string {
+func (s *subject) pathsFor(m *match, which reading) []string {
 	if m.ignoreCase {
-		return s.folded(r)
+		return s.folded(which)
 	}
 	return s.paths
 }
 
 // folded are the path's readings without case, each in its place. They are made when they are first asked for.
-func (s *subject) folded(r reading) []string {
+func (s *subject) folded(which reading) []string {
 	if s.foldedPaths == nil {
 		s.foldedPaths = new([2][]string)
 	}
-	if s.foldedPaths[r] == nil {
+	if s.foldedPaths[which] == nil {
 		folded := make([]string, len(s.paths))
 		for i, path := range s.paths {
-			if r == allReadings {
+			if which == allReadings {
 				folded[i] = lowerASCII(path)
 			} else {
 				folded[i] = foldPath(path)
 			}
 		}
-		s.foldedPaths[r] = folded
+		s.foldedPaths[which] = folded
 	}
-	return s.foldedPaths[r]
+	return s.foldedPaths[which]
 }
 
 // mismatch is the first of the match's fields that does not hold, or empty.
-func (m *match) mismatch(s *subject, r reading) string {
+func (m *match) mismatch(s *subject, which reading) string {
 	switch {
-	case len(m.hosts) > 0 && !matchesReadings(m.hosts, s.hosts, r, hostMatches):
+	case len(m.hosts) > 0 && !matchesReadings(m.hosts, s.hosts, which, hostMatches):
 		return "hosts"
 	case len(m.methods) > 0 && !anyOf(m.methods, s.Method, methodMatches):
 		return "methods"
-	case len(m.paths) > 0 && !matchesReadings(m.paths, s.pathsFor(m, r), r, pathPattern.matches):
+	case len(m.paths) > 0 && !matchesReadings(m.paths, s.pathsFor(m, which), which, pathPattern.matches):
 		return "paths"
 	}
-	return m.whoMismatches(s, r)
+	return m.whoMismatches(s, which)
 }
 
 // whoMismatches is mismatch for what an index does not answer. Nobody is exempt for the address of a peer that should have said another.
-func (m *match) whoMismatches(s *subject, r reading) string {
+func (m *match) whoMismatches(s *subject, which reading) string {
 	switch {
-	case len(m.clients) > 0 && (!s.client.IsValid() || r == allReadings && !s.isSure || !anyOf(m.clients, s.client, netip.Prefix.Contains)):
+	case len(m.clients) > 0 && (!s.client.IsValid() || which == allReadings && !s.isTrusted || !anyOf(m.clients, s.client, netip.Prefix.Contains)):
 		return "clients"
 	case len(m.principals) > 0 && !anyOf(m.principals, s.Source.Principal, principalPattern.matches):
 		return "principals"
@@ -109,17 +109,17 @@ func (m *match) whoMismatches(s *subject, r reading) string {
 }
 
 // matchesReadings reports whether any reading is one of the patterns', or all are.
-func matchesReadings[P any](patterns []P, readings []string, r reading, matches func(P, string) bool) bool {
+func matchesReadings[P any](patterns []P, readings []string, which reading, matches func(P, string) bool) bool {
 	for _, reading := range readings {
-		if anyOf(patterns, reading, matches) == (r == anyReading) {
-			return r == anyReading
+		if anyOf(patterns, reading, matches) == (which == anyReading) {
+			return which == anyReading
 		}
 	}
-	return r == allReadings
+	return which == allReadings
 }
 
 // isEmpty reports whether the match holds for every request.
-func (m *match) isEmpty() bool {
+func (m *match) matchesAll() bool {
 	return len(m.hosts)+len(m.methods)+len(m.paths)+len(m.clients)+len(m.principals) == 0
 }
 

@@ -145,7 +145,7 @@ func hostMatches(pattern, host string) bool {
 	return pattern == host
 }
 
-var hostOfName = regexp.MustCompile(`^[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?$`)
+var hostPattern = regexp.MustCompile(`^[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?$`)
 
 // parseHost reads a host of a match.
 func parseHost(s string) (string, error) {
@@ -153,7 +153,7 @@ func parseHost(s string) (string, error) {
 	if a, err := netip.ParseAddr(strings.TrimSuffix(strings.TrimPrefix(s, "["), "]")); err == nil {
 		return canonical(a), nil
 	}
-	if !hostOfName.MatchString(name) || strings.Contains(name, "..") {
+	if !hostPattern.MatchString(name) || strings.Contains(name, "..") {
 		return "", fmt.Errorf("invalid host %q; want a name such as api.example.com or *.example.com, or an address, without a port", s)
 	}
 	if isWild {

@@ -30,15 +30,15 @@ type set []uint64
 
 // members are the matches that one pattern belongs to: their numbers or, where there are many, the set of them.
 type members struct {
-	few  []int32
-	many set
+	numbers []int32
+	set     set
 }
 
 func (m members) addTo(s set) {
-	for _, i := range m.few {
+	for _, i := range m.numbers {
 		s[i>>6] |= 1 << (i & 63)
 	}
-	for i, w := range m.many {
+	for i, w := range m.set {
 		s[i] |= w
 	}
 }
@@ -47,8 +47,8 @@ func (m members) addTo(s set) {
 type pathNode struct {
 	named map[string]*pathNode
 	any   *pathNode // {x}
-	here  members   // of patterns that end here
-	rest  members   // of patterns that go on with **
+	exact members   // of patterns that end here
+	below members   // of patterns that go on with **
 }
 
 func newIndex(matches []*match) *index {
@@ -102,9 +102,9 @@ func newIndex(matches []*match) *index {
 				n = n.child(segment)
 			}
 			if p.rest {
-				n.rest = x.with(n.rest, i)
+				n.below = x.with(n.below, i)
 			} else {
-				n.here = x.with(n.here, i)
+				n.exact = x.with(n.exact, i)
 			}
 		}
 	}
@@ -113,15 +113,15 @@ func newIndex(matches []*match) *index {
 
 // with is m with the match i in it.
 func (x *index) with(m members, i int) members {
-	if m.many == nil && len(m.few) >= max(8, 2*x.words) { // from here on a set is smaller, and quicker to add
-		m.many = make(set, x.words)
-		members{few: m.few}.addTo(m.many)
-		m.few = nil
+	if m.set == nil && len(m.numbers) >= max(8, 2*x.words) { // from here on a set is smaller, and quicker to add
+		m.set = make(set, x.words)
+		members{numbers: m.numbers}.addTo(m.set)
+		m.numbers = nil
 	}
-	if m.many != nil {
-		m.many[i>>6] |= 1 << (i & 63)
+	if m.set != nil {
+		m.set[i>>6] |= 1 << (i & 63)
 	} else {
-		m.few = append(m.few, int32(i))
+		m.numbers = append(m.numbers, int32(i))
 	}
 	return m
 }
@@ -146,7 +146,7 @@ func (n *pathNode) child(segment string) *pathNode {
 }
 
 // find yields, in order, the numbers of the matches that hold for a request.
-func (x *index) find(s *subject, r reading) iter.Seq[int] {
+func (x *index) find(s *subject, which reading) iter.Seq[int] {
 	return func(yield func(int) bool) {
 		if x.words == 0 {
 			return
@@ -158,7 +158,7 @@ func (x *index) find(s *subject, r reading) iter.Seq[int] {
 		clear(found)
 		x.anyHost.addTo(found)
 		for i, host := range s.hosts {
-			if i > 0 && r == allReadings {
+			if i > 0 && which == allReadings {
 				clear(also)
 				x.anyHost.addTo(also)
 				x.addHost(host, also)
@@ -176,21 +176,21 @@ func (x *index) find(s *subject, r reading) iter.Seq[int] {
 		clear(also)
 		x.anyPath.addTo(also)
 		for i, path := range s.paths {
-			if i > 0 && r == allReadings {
+			if i > 0 && which == allReadings {
 				found.intersect(also)
 				clear(also)
 				x.anyPath.addTo(also)
 			}
 			x.paths.find(strings.TrimPrefix(path, "/"), also)
 			if x.folded != nil {
-				x.folded.find(strings.TrimPrefix(s.folded(r)[i], "/"), also)
+				x.folded.find(strings.TrimPrefix(s.folded(which)[i], "/"), also)
 			}
 		}
 		found.intersect(also)
 
 		for i, w := range found {
 			for ; w != 0; w &= w - 1 {
-				if n := i<<6 + bits.TrailingZeros64(w); x.matches[n].whoMismatches(s, r) == "" && !yield(n) {
+				if n := i<<6 + bits.TrailingZeros64(w); x.matches[n].whoMismatches(s, which) == "" && !yield(n) {
 					return
 				}
 			}
@@ -216,9 +216,9 @@ func (s set) intersect(with set) {
 
 // find adds the patterns that a path, without its first slash, is one of. It does what pathPattern.matches does.
 func (n *pathNode) find(path string, into set) {
-	n.rest.addTo(into)
+	n.below.addTo(into)
 	if path == "" {
-		n.here.addTo(into)
+		n.exact.addTo(into)
 		return
 	}
 	segment, rest, more := strings.Cut(path, "/")
@@ -229,7 +229,7 @@ func (n *pathNode) find(path string, into set) {
 		switch {
 		case next == nil:
 		case more && rest == "": // a trailing slash
-			next.rest.addTo(into)
+			next.below.addTo(into)
 		default:
 			next.find(rest, into)
 		}

@@ -74,16 +74,16 @@ func TestIndex(t *testing.T) {
 				Path:   strings.Join(rapid.SliceOfN(rapid.SampledFrom([]string{"/", "a", "b", "c", "/a", "/b", "..", "%2f", "%61", ";x", "?q", "d", "A", "/B", "%41", "k", "\u212a"}), 0, 9).Draw(t, "path"), ""),
 				Source: Peer{Address: rapid.SampledFrom([]string{"10.1.1.1", "203.0.113.7", "::2", ""}).Draw(t, "source")},
 			}, &ids)
-			for _, r := range []reading{anyReading, allReadings} {
+			for _, which := range []reading{anyReading, allReadings} {
 				var want []int
 				for i, m := range all {
-					if m.mismatch(s, r) == "" {
+					if m.mismatch(s, which) == "" {
 						want = append(want, i)
 					}
 				}
-				got := slices.Collect(x.find(s, r))
+				got := slices.Collect(x.find(s, which))
 				if !slices.Equal(got, want) {
-					t.Fatalf("%s %q %q, reading %d: found %v, want %v", s.Method, s.Host, s.Path, r, got, want)
+					t.Fatalf("%s %q %q, reading %d: found %v, want %v", s.Method, s.Host, s.Path, which, got, want)
 				}
 				found += len(got)
 			}
@@ -153,10 +153,10 @@ func BenchmarkDraw(b *testing.B) {
 			if got := drawn(b, c, benchRequest); got != withHashes(config.want) {
 				b.Fatal(got)
 			}
-			r := request(b, benchRequest)
+			req := request(b, benchRequest)
 			b.ReportAllocs()
 			for b.Loop() {
-				c.Draw(r)
+				c.Draw(req)
 			}
 		})
 	}
@@ -169,14 +169,14 @@ func TestDrawGrowsLittle(t *testing.T) {
 		t.Skip("measures")
 	}
 	few, many := parse(t, manyLimits(10)), parse(t, manyLimits(1000))
-	r := request(t, benchRequest)
-	if got := testing.AllocsPerRun(100, func() { many.Draw(r) }); got > 10+raceAllocations {
+	req := request(t, benchRequest)
+	if got := testing.AllocsPerRun(100, func() { many.Draw(req) }); got > 10+raceAllocations {
 		t.Errorf("%v allocations", got)
 	}
 	measure := func(c *Config) int64 {
 		return testing.Benchmark(func(b *testing.B) {
 			for b.Loop() {
-				c.Draw(r)
+				c.Draw(req)
 			}
 		}).NsPerOp()
 	}

@@ -36,8 +36,8 @@ func parsePath(s string) (pathPattern, error) {
 			p.segments = append(p.segments, "")
 		case strings.ContainsAny(segment, "{}*"):
 			return pathPattern{}, fmt.Errorf("path %q: segment %q is not a literal, {x}, or ** at the end; %s", s, segment, want)
-		case segment == "" || "/"+segment != normalPath("/"+segment):
-			return pathPattern{}, fmt.Errorf("path %q is not in normal form, in which requests are matched; write %q", s, normalPath(s))
+		case segment == "" || "/"+segment != normalizePath("/"+segment):
+			return pathPattern{}, fmt.Errorf("path %q is not in normal form, in which requests are matched; write %q", s, normalizePath(s))
 		default:
 			p.segments = append(p.segments, segment)
 		}

@@ -88,9 +88,9 @@ var servers = [...]habits{
 
 // normalPath is the normal form of a path without its query: percent-decoded once, with \ read as /, empty and dot segments
 // resolved, and each segment's ;parameters and the trailing slash dropped. It always begins with /.
-func normalPath(path string) string {
-	if matters, plain := look(path); !plain {
-		return read(path, normal&matters)
+func normalizePath(path string) string {
+	if matters, plain := relevantHabits(path); !plain {
+		return readPath(path, normal&matters)
 	}
 	return path
 }
@@ -100,7 +100,7 @@ func normalPath(path string) string {
 func appendReadings(readings []string, sent string) []string {
 	from := len(readings)
 	readings = append(readings, sent)
-	matters, plain := look(sent)
+	matters, plain := relevantHabits(sent)
 	if plain {
 		return readings
 	}
@@ -110,7 +110,7 @@ func appendReadings(readings []string, sent string) []string {
 		if done[i] = server; slices.Contains(done[:i], server) {
 			continue
 		}
-		if reading := read(sent, server); !slices.Contains(readings[from:], reading) {
+		if reading := readPath(sent, server); !slices.Contains(readings[from:], reading) {
 			readings = append(readings, reading)
 		}
 	}
@@ -118,7 +118,7 @@ func appendReadings(readings []string, sent string) []string {
 }
 
 // look finds which habits may change a path, and whether it is plain, so that all servers read it as it was sent.
-func look(path string) (matters habits, plain bool) {
+func relevantHabits(path string) (matters habits, plain bool) {
 	if path == "" || path[0] != '/' {
 		return everyHabit, false
 	}
@@ -173,7 +173,7 @@ func look(path string) (matters habits, plain bool) {
 
 // read reads a path as a server with these habits does. What it returns begins with / and has no empty segment and no slash at
 // the end.
-func read(path string, h habits) string {
+func readPath(path string, h habits) string {
 	has := func(habit habits) bool { return h&habit != 0 }
 	b := make([]byte, 0, len(path)+1) // changed in place from here on: nothing makes it longer
 	if !strings.HasPrefix(path, "/") {
@@ -196,7 +196,7 @@ func read(path string, h habits) string {
 		b = withoutDots(b, has(dropParams))
 	}
 	if has(backslash | decode) {
-		b = decoded(b, h)
+		b = decodePath(b, h)
 	}
 	if has(dropAuthority) {
 		b = withoutAuthority(b)
@@ -309,7 +309,7 @@ func segmentEnd(path []byte) int {
 }
 
 // decoded decodes a path once, and has \ be /, as far as these habits say.
-func decoded(path []byte, h habits) []byte {
+func decodePath(path []byte, h habits) []byte {
 	kept := path[:0]
 	for i := 0; i < len(path); i++ {
 		c := path[i]

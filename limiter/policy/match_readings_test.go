@@ -82,7 +82,7 @@ func TestPathReadings(t *testing.T) {
 		if !slices.Contains(readings, tt.read) {
 			t.Errorf("%q is %q for %s, and no reading: %q", tt.sent, tt.read, tt.server, readings)
 		}
-		if want := normalPath(tt.sent); want != tt.sent && readings[1] != want {
+		if want := normalizePath(tt.sent); want != tt.sent && readings[1] != want {
 			t.Errorf("%q: the second reading is %q, the normal form %q", tt.sent, readings[1], want)
 		}
 	}
@@ -119,7 +119,7 @@ func checkReadings(t interface {
 	got := appendReadings(nil, path)
 	want := map[string]bool{path: true}
 	for _, server := range servers {
-		r := read(path, server)
+		r := readPath(path, server)
 		want[r] = true
 		if r == "" || r[0] != '/' || r != "/" && strings.HasSuffix(r, "/") || strings.Contains(r, "//") || len(r) > len(path)+1 {
 			t.Fatalf("%q, read with %b: %q", path, server, r)
@@ -187,17 +187,17 @@ func TestPathVariants(t *testing.T) {
 			if got := drawn(t, c, "GET "+host+"/x from 10.0.0.1"); got != "" {
 				t.Fatal(got)
 			}
-			r := request(t, "GET "+host+"/")
-			r.Path = path
-			if d := c.Draw(r); len(d.Charges) != 1 {
+			req := request(t, "GET "+host+"/")
+			req.Path = path
+			if d := c.Draw(req); len(d.Charges) != 1 {
 				t.Errorf("%s%s slips past: %v", host, path, d)
 			}
 		}
 	}
 	for _, path := range []string{"/v1/order", "/v1/orders/x", "/v1/orders/%2e%2e", "/v1/%256frders", "/v1", "", "v1/orders2"} {
-		r := request(t, "GET shop.example.com/")
-		r.Path = path
-		if d := c.Draw(r); len(d.Charges) != 0 {
+		req := request(t, "GET shop.example.com/")
+		req.Path = path
+		if d := c.Draw(req); len(d.Charges) != 0 {
 			t.Errorf("%s is limited: %v", path, d)
 		}
 	}
@@ -208,7 +208,7 @@ func FuzzNormalPath(f *testing.F) {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, path string) {
-		got := normalPath(path)
+		got := normalizePath(path)
 		if got == "" || got[0] != '/' || got != "/" && strings.HasSuffix(got, "/") || len(got) > len(path)+1 {
 			t.Fatalf("%q: %q", path, got)
 		}
@@ -220,13 +220,13 @@ func FuzzNormalPath(f *testing.F) {
 		// What changes nothing but the spelling changes nothing.
 		if strings.HasPrefix(path, "/") {
 			for _, same := range []string{path + "/", "/" + path, "/." + path, "/x/.." + path, path + "/."} {
-				if normalPath(same) != got {
-					t.Fatalf("%q is %q, but %q is %q", path, got, same, normalPath(same))
+				if normalizePath(same) != got {
+					t.Fatalf("%q is %q, but %q is %q", path, got, same, normalizePath(same))
 				}
 			}
 		}
-		if !strings.Contains(got, "%") && normalPath(got) != got {
-			t.Fatalf("%q is normal, but is not its own normal form: %q", got, normalPath(got))
+		if !strings.Contains(got, "%") && normalizePath(got) != got {
+			t.Fatalf("%q is normal, but is not its own normal form: %q", got, normalizePath(got))
 		}
 	})
 }

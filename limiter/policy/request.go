@@ -47,16 +47,16 @@ type Peer struct {
 // SetHeaders sets headers from their lines, a name and a value each, in the order in which they were sent. It replaces
 // what Headers and Repeated say of these names. The lines of one header are joined by ",", those of cookie by "; "
 // (RFC 9113, section 8.2.3).
-func (r *Request) SetHeaders(lines iter.Seq2[string, string]) {
+func (req *Request) SetHeaders(lines iter.Seq2[string, string]) {
 	values := make(map[string][]string)
 	for name, value := range lines {
 		name = strings.ToLower(name)
 		values[name] = append(values[name], value)
 	}
-	if r.Headers == nil {
-		r.Headers = make(map[string]string, len(values))
+	if req.Headers == nil {
+		req.Headers = make(map[string]string, len(values))
 	}
-	repeated := slices.DeleteFunc(slices.Clone(r.Repeated), func(name string) bool { return values[name] != nil })
+	repeated := slices.DeleteFunc(slices.Clone(req.Repeated), func(name string) bool { return values[name] != nil })
 	for name, all := range values {
 		separator := ","
 		switch {
@@ -65,17 +65,17 @@ func (r *Request) SetHeaders(lines iter.Seq2[string, string]) {
 		case len(all) > 1:
 			repeated = append(repeated, name)
 		}
-		r.Headers[name] = strings.Join(all, separator)
+		req.Headers[name] = strings.Join(all, separator)
 	}
 	slices.Sort(repeated)
-	r.Repeated = repeated
+	req.Repeated = repeated
 }
 
 // isRepeated reports whether a header was sent more than once.
-func (r *Request) isRepeated(name string) bool {
-	if len(r.Repeated) == 0 {
+func (req *Request) isRepeated(name string) bool {
+	if len(req.Repeated) == 0 {
 		return false
 	}
-	_, found := slices.BinarySearch(r.Repeated, name)
+	_, found := slices.BinarySearch(req.Repeated, name)
 	return found
 }

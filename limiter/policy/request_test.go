@@ -20,14 +20,14 @@ func lines(all ...string) func(yield func(name, value string) bool) {
 }
 
 func TestSetHeaders(t *testing.T) {
-	r := &Request{Headers: map[string]string{"x-old": "kept", "x-a": "replaced", "x-b": "1,2"}, Repeated: []string{"x-b", "x-old"}}
-	r.SetHeaders(lines("X-A=1", "x-c=1", "x-a=", "cookie=a=1", "Cookie=b=2", "x-b=3", "x-c=2", "x-c=3"))
+	req := &Request{Headers: map[string]string{"x-old": "kept", "x-a": "replaced", "x-b": "1,2"}, Repeated: []string{"x-b", "x-old"}}
+	req.SetHeaders(lines("X-A=1", "x-c=1", "x-a=", "cookie=a=1", "Cookie=b=2", "x-b=3", "x-c=2", "x-c=3"))
 	want := map[string]string{"x-old": "kept", "x-a": "1,", "x-b": "3", "x-c": "1,2,3", "cookie": "a=1; b=2"}
-	if fmt.Sprint(r.Headers) != fmt.Sprint(want) {
-		t.Errorf("headers %v, want %v", r.Headers, want)
+	if fmt.Sprint(req.Headers) != fmt.Sprint(want) {
+		t.Errorf("headers %v, want %v", req.Headers, want)
 	}
-	if want := []string{"x-a", "x-c", "x-old"}; !slices.Equal(r.Repeated, want) {
-		t.Errorf("repeated %v, want %v", r.Repeated, want)
+	if want := []string{"x-a", "x-c", "x-old"}; !slices.Equal(req.Repeated, want) {
+		t.Errorf("repeated %v, want %v", req.Repeated, want)
 	}
 }
 
@@ -59,9 +59,9 @@ func TestRepeatedHeaderIsNoKey(t *testing.T) {
 	} {
 		c := parse(t, "limits:\n  - {name: a, rate: 1/s, "+tt.limit+"}\n")
 		var got []string
-		r := request(t, "GET h/")
-		r.SetHeaders(lines("x-api-key=real", "other=o", "x-request-id=1", "twice=a", "cookie=a=1", "x-api-key=j1", "cookie=b=2", "x-request-id=2", "twice=b"))
-		d := c.Draw(r)
+		req := request(t, "GET h/")
+		req.SetHeaders(lines("x-api-key=real", "other=o", "x-request-id=1", "twice=a", "cookie=a=1", "x-api-key=j1", "cookie=b=2", "x-request-id=2", "twice=b"))
+		d := c.Draw(req)
 		for _, m := range d.Mistakes {
 			got = append(got, m.Error())
 		}
@@ -84,12 +84,12 @@ func TestRepeatedHeaderIsNoKey(t *testing.T) {
 // An override for a key does not hold for who sends the key and another.
 func TestRepeatedHeaderHasNoOverride(t *testing.T) {
 	c := parse(t, `limits: [{name: a, rate: 1/s, key: 'request.headers["x-api-key"]', overrides: [{key: gold, rate: 100/s}, {key: "gold,x", rate: 200/s}]}]`)
-	r := request(t, "GET h/")
-	r.SetHeaders(lines("x-api-key=gold", "x-api-key=x"))
-	if d := c.Draw(r); len(d.Charges) != 1 || d.Charges[0].Bucket.Burst() != 1 {
+	req := request(t, "GET h/")
+	req.SetHeaders(lines("x-api-key=gold", "x-api-key=x"))
+	if d := c.Draw(req); len(d.Charges) != 1 || d.Charges[0].Bucket.Burst() != 1 {
 		t.Errorf("%+v", d.Charges)
 	}
-	reason := c.Explain(r).Limits[0].Reason
+	reason := c.Explain(req).Limits[0].Reason
 	if want := `it applies to every request; its key part request.headers["x-api-key"] is absent (the header was sent more than once): the client's network is used instead`; reason != want {
 		t.Errorf("%s\nwant %s", reason, want)
 	}
@@ -102,9 +102,9 @@ client_ip: {header: x-real-ip}
 exempt: [{match: {clients: [203.0.113.0/24, 10.0.0.0/8]}}]
 limits: [{name: a, rate: 1/s, key: client.ip}]
 `)
-	r := request(t, "GET h/")
-	r.SetHeaders(lines("x-real-ip=10.0.0.1", "x-real-ip=10.0.0.2"))
-	if d := c.Draw(r); d.Exempt || len(d.Charges) != 1 || !strings.HasSuffix(d.Charges[0].Key, "{=11.203.0.113.7}") {
+	req := request(t, "GET h/")
+	req.SetHeaders(lines("x-real-ip=10.0.0.1", "x-real-ip=10.0.0.2"))
+	if d := c.Draw(req); d.Exempt || len(d.Charges) != 1 || !strings.HasSuffix(d.Charges[0].Key, "{=11.203.0.113.7}") {
 		t.Errorf("%+v", d)
 	}
 }

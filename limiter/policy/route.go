@@ -32,11 +32,11 @@ type route struct {
 
 // routeEntry is one of context_extensions, as it was understood.
 type routeEntry struct {
-	rule     *rule // the route's own limit; nil: off
-	replaces int   // the file's limit of that name, or -1
-	listed   set   // of the file's limits
-	mistake  *RuleError
-	memory   int // bytes that it takes, about
+	rule    *rule // the route's own limit; nil: off
+	index   int   // the file's limit of that name, or -1
+	limits  set   // of the file's limits
+	mistake *RuleError
+	memory  int // bytes that it takes, about
 }
 
 // considers reports whether the file's limit i is considered on the route.
@@ -46,13 +46,13 @@ func (r *route) considers(i int) bool {
 
 // omits reports whether the route lists others of the file's limits.
 func (r *route) omits(i int) bool {
-	return r.only != nil && r.only.listed[i>>6]&(1<<(i&63)) == 0
+	return r.only != nil && r.only.limits[i>>6]&(1<<(i&63)) == 0
 }
 
 // replacing is the route's entry by the name of the file's limit i, or nil.
 func (r *route) replacing(i int) *routeEntry {
 	for _, e := range r.limits {
-		if e.replaces == i {
+		if e.index == i {
 			return e
 		}
 	}
@@ -181,32 +181,32 @@ func (c *Config) readRouteText(text routeText, expressions map[[2]string]*expres
 	if c.noRouteLimits {
 		return wrong(name, errors.New("routes.limits is false in this config, so routes can neither add a limit nor turn one off"))
 	}
-	e := &routeEntry{replaces: -1}
+	e := &routeEntry{index: -1}
 	if i, ok := c.byName[name]; ok {
-		e.replaces = i
+		e.index = i
 	}
 	if text.value == "off" {
 		return e
 	}
-	f := c.inherited
-	f.reader = reader{file: text.key}
-	f.expressions, f.tiers = expressions, make(map[[2]string]*tier)
-	root := f.document([]byte(text.value))
+	lr := c.inherited
+	lr.reader = reader{file: text.key}
+	lr.expressions, lr.tiers = expressions, make(map[[2]string]*tier)
+	root := lr.document([]byte(text.value))
 	if root == nil {
-		if len(f.mistakes) == 0 {
+		if len(lr.mistakes) == 0 {
 			return wrong(name, errors.New(`empty value; want a limit such as {rate: 10/m, key: client.network}, or "off"`))
 		}
-		return wrong(name, f.mistakes)
+		return wrong(name, lr.mistakes)
 	}
 	d := &draft{name: name}
-	if f.readLimit(*root, d) {
-		e.rule = f.rule(d)
+	if lr.readLimit(*root, d) {
+		e.rule = lr.rule(d)
 	}
 	if e.rule != nil && c.routeDomains != nil && !slices.Contains(c.routeDomains, e.rule.limit.Domain) {
 		return wrong(name, fmt.Errorf("domain %q is not allowed for routes; want one of routes.domains: %s", e.rule.limit.Domain, strings.Join(c.routeDomains, ", ")))
 	}
-	if len(f.mistakes) > 0 {
-		e := wrong(name, f.mistakes)
+	if len(lr.mistakes) > 0 {
+		e := wrong(name, lr.mistakes)
 		e.mistake.Shadow = e.mistake.Shadow || d.mode == "shadow"
 		return e
 	}
@@ -215,14 +215,14 @@ func (c *Config) readRouteText(text routeText, expressions map[[2]string]*expres
 
 // readListed reads the value of sluice.limits.
 func (c *Config) readListed(value string, wrong func(string, error) *routeEntry) *routeEntry {
-	e := &routeEntry{listed: make(set, (len(c.rules)+63)/64)}
+	e := &routeEntry{limits: make(set, (len(c.rules)+63)/64)}
 	for name := range strings.SplitSeq(value, ",") {
 		name = strings.TrimSpace(name)
 		i, ok := c.byName[name]
 		if !ok {
 			return wrong("", fmt.Errorf("sluice.limits: unknown limit %q", name))
 		}
-		e.listed[i>>6] |= 1 << (i & 63)
+		e.limits[i>>6] |= 1 << (i & 63)
 	}
 	return e
 }

@@ -17,7 +17,7 @@ type rule struct {
 	overrides *overrides
 	share     float64 // this process's part of it while Redis fails; 0: none
 	prefix    string  // of its keys, up to and with the brace
-	only      string  // the whole key of its one bucket, where it has no key
+	singleKey string  // the whole key of its one bucket, where it has no key
 }
 
 // tier is a rate and a burst, as the config writes them and as a bucket. Limits and overrides that say the same share one.
@@ -47,11 +47,11 @@ const (
 // it does not apply, or it would keep the limits behind it, which may be stricter, from counting. An unlimited one does not either: all
 // that it does is to grant. The rate of an override is not asked: only a key that is there has one, and alone an override that is unlimited
 // grants as much as a limit that does not apply.
-func (l *rule) appliesIfAbsent() bool { return l.group == "" && !l.tier.unlimited }
+func (r *rule) appliesIfAbsent() bool { return r.group == "" && !r.tier.unlimited }
 
 // appendPart appends a part of the limit's key that is there.
-func (l *rule) appendPart(key []byte, i int, value string, h *hasher) []byte {
-	if l.key[i].open {
+func (r *rule) appendPart(key []byte, i int, value string, h *hasher) []byte {
+	if r.key[i].open {
 		return h.appendOpen(key, value)
 	}
 	return h.appendHash(key, value)

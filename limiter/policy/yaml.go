@@ -62,7 +62,7 @@ func (r *reader) add(m Mistake) {
 // variables, which may be secrets, the message has their names instead: in
 // what it quotes, so that no word of its own is cut out.
 func (r *reader) wrong(n node, format string, args ...any) {
-	r.at(start(n.Node), n.field, "%s", r.hide(n.Node, fmt.Sprintf(format, args...)))
+	r.at(start(n.Node), n.field, "%s", r.hideVariables(n.Node, fmt.Sprintf(format, args...)))
 }
 
 // start is a value's first token.
@@ -86,7 +86,7 @@ func (r *reader) document(text []byte) *node {
 		r.at(nil, "", "the file exceeds the maximum of %d bytes", maxFile)
 		return nil
 	}
-	if line, column, message := outgrown(text); message != "" {
+	if line, column, message := checkBounds(text); message != "" {
 		r.mistakes = append(r.mistakes, Mistake{File: r.file, Line: line, Column: column, Message: message})
 		return nil
 	}
@@ -119,26 +119,26 @@ func (r *reader) document(text []byte) *node {
 func (r *reader) mapping(n node, fields map[string]func(node)) bool {
 	values, ok := entries(n.Node)
 	if !ok {
-		r.wrong(n, "must be a mapping, not %s; its fields are %s", describe(n.Node), list(fields))
+		r.wrong(n, "must be a mapping, not %s; its fields are %s", describe(n.Node), fieldNames(fields))
 		return false
 	}
 	seen := make(map[string]bool)
 	for _, v := range values {
 		key, ok := v.Key.(*ast.StringNode)
 		if !ok {
-			r.at(v.Key.GetToken(), n.field, "a field name must be a string, not %s; want one of %s", describe(v.Key), list(fields))
+			r.at(v.Key.GetToken(), n.field, "a field name must be a string, not %s; want one of %s", describe(v.Key), fieldNames(fields))
 			continue
 		}
 		value := node{v.Value, join(n.field, key.Value)}
 		read, known := fields[key.Value]
 		switch {
 		case !known:
-			r.at(key.GetToken(), value.field, "unknown field; want one of %s", list(fields))
+			r.at(key.GetToken(), value.field, "unknown field; want one of %s", fieldNames(fields))
 		case seen[key.Value]:
 			r.at(key.GetToken(), value.field, "duplicate field")
 		default:
 			seen[key.Value] = true
-			if r.plain(value) {
+			if r.checkValue(value) {
 				read(value)
 			}
 		}
@@ -153,7 +153,7 @@ func join(field, name string) string {
 	return field + "." + name
 }
 
-func list(fields map[string]func(node)) string {
+func fieldNames(fields map[string]func(node)) string {
 	names := make([]string, 0, len(fields))
 	for name := range fields {
 		names = append(names, name)
@@ -174,7 +174,7 @@ func entries(n ast.Node) ([]*ast.MappingValueNode, bool) {
 }
 
 // plain reports whether a value is there and is made of nothing that a config has no use for; else it notes the mistake.
-func (r *reader) plain(n node) bool {
+func (r *reader) checkValue(n node) bool {
 	switch v := n.Node.(type) {
 	case nil, *ast.NullNode:
 		r.at(nullToken(n.Node), n.field, "no value; give it one or omit the field")
@@ -222,7 +222,7 @@ func (r *reader) each(n node, read func(node)) {
 		return
 	}
 	for i, v := range values.Values {
-		if item := (node{v, fmt.Sprintf("%s[%d]", n.field, i)}); r.plain(item) {
+		if item := (node{v, fmt.Sprintf("%s[%d]", n.field, i)}); r.checkValue(item) {
 			read(item)
 		}
 	}
@@ -316,14 +316,14 @@ func (r *reader) oneOf(n node, into *string, allowed ...string) {
 }
 
 // whole reads a whole number in a range.
-func (r *reader) whole(n node, into *int64, from, to int64) {
+func (r *reader) integer(n node, into *int64, from, to int64) {
 	s, ok := r.scalar(n)
 	if !ok {
 		return
 	}
 	v, err := strconv.ParseInt(s, 10, 64)
 	if err != nil || v < from || v > to {
-		r.wrong(n, "must be a whole number from %d to %d, not %s", from, to, shown(n, s))
+		r.wrong(n, "must be a whole number from %d to %d, not %s", from, to, displayText(n, s))
 		return
 	}
 	*into = v

@@ -10,14 +10,14 @@ import (
 // outgrown finds where a text is larger than any config, before a parser that recurses, and takes quadratic time for some of it, sees it:
 // too many levels, fields of one mapping, or values of one list. It knows YAML roughly, and counts rather too much than too little:
 // quotes count as such where they end on their line.
-func outgrown(text []byte) (line, column int, message string) {
-	var flow []bracket  // that are open
-	var block []outline // the block mappings and lists that are open, by their columns
+func checkBounds(text []byte) (line, column int, message string) {
+	var flow []flowScope   // that are open
+	var block []blockScope // the block mappings and lists that are open, by their columns
 	for number, rest := 1, text; len(rest) > 0; number++ {
 		var row []byte
 		row, rest, _ = bytes.Cut(rest, []byte{'\n'})
 		row = withoutComment(row)
-		if column, message = outgrownBlock(row, &block); message != "" {
+		if column, message = checkBlockBounds(row, &block); message != "" {
 			return number, column, message
 		}
 		since := 0 // the last character that is not of a plain text
@@ -31,11 +31,11 @@ func outgrown(text []byte) (line, column int, message string) {
 			}
 			switch c {
 			case '\'', '"':
-				if end := closing(row, i); end-i <= maxText {
+				if end := closingQuote(row, i); end-i <= maxText {
 					i, since = end, end
 				}
 			case '[', '{':
-				flow = append(flow, bracket{open: c})
+				flow = append(flow, flowScope{open: c})
 				if len(flow) > maxDepth {
 					return number, i + 1, tooDeep
 				}
@@ -58,7 +58,7 @@ func outgrown(text []byte) (line, column int, message string) {
 }
 
 // closing is where the quote at i ends on its line; i where it does not, or where it opens nothing, as in don't.
-func closing(row []byte, i int) int {
+func closingQuote(row []byte, i int) int {
 	if i > 0 && (isDigits(string(row[i-1:i])) || unicode.IsLetter(rune(row[i-1]))) {
 		return i
 	}
@@ -78,7 +78,7 @@ func withoutComment(row []byte) []byte {
 	for i := 0; i < len(row); i++ {
 		switch c := row[i]; {
 		case c == '\'' || c == '"':
-			i = closing(row, i)
+			i = closingQuote(row, i)
 		case c == '#' && (i == 0 || row[i-1] == ' ' || row[i-1] == '\t'):
 			return row[:i]
 		}
@@ -93,23 +93,23 @@ var (
 )
 
 // bracket is a flow mapping or list.
-type bracket struct {
+type flowScope struct {
 	open   byte
 	commas int
 }
 
 // outline is a block mapping or list that begins at a column.
-type outline struct{ column, entries int }
+type blockScope struct{ column, entries int }
 
 // outgrownBlock counts what one line adds to block mappings and lists.
-func outgrownBlock(row []byte, block *[]outline) (column int, message string) {
+func checkBlockBounds(row []byte, block *[]blockScope) (column int, message string) {
 	add := func(column, most int, message string) string {
 		open := *block
 		for len(open) > 0 && open[len(open)-1].column > column {
 			open = open[:len(open)-1]
 		}
 		if len(open) == 0 || open[len(open)-1].column < column {
-			open = append(open, outline{column: column})
+			open = append(open, blockScope{column: column})
 		}
 		*block = open
 		last := &open[len(open)-1]

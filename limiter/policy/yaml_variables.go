@@ -14,7 +14,7 @@ import (
 
 // hide puts the names of the variables that a value takes in the place of
 // their values, where a message quotes them.
-func (r *reader) hide(n ast.Node, message string) string {
+func (r *reader) hideVariables(n ast.Node, message string) string {
 	names := r.replacer(n)
 	if names == nil {
 		return message
@@ -63,7 +63,7 @@ func (r *reader) replacer(n ast.Node) *strings.Replacer {
 			}
 			return
 		}
-		for _, found := range variable.FindAllStringSubmatch(written(n), -1) {
+		for _, found := range variablePattern.FindAllStringSubmatch(sourceText(n), -1) {
 			name, _, _ := strings.Cut(found[1], ":-")
 			if value := r.variables[name]; value != "" {
 				taken[value] = name
@@ -86,7 +86,7 @@ func (r *reader) replacer(n ast.Node) *strings.Replacer {
 
 // written is a text as it stands in the file: with the names of variables, and
 // not their values. It is empty for what is no text.
-func written(n ast.Node) string {
+func sourceText(n ast.Node) string {
 	switch v := n.(type) {
 	case *ast.StringNode:
 		return v.Value
@@ -97,13 +97,13 @@ func written(n ast.Node) string {
 }
 
 // takesVariables reports whether a value takes environment variables.
-func takesVariables(n node) bool { return strings.Contains(written(n.Node), "${") }
+func takesVariables(n node) bool { return strings.Contains(sourceText(n.Node), "${") }
 
 // shown is a scalar's text for a message that does not quote it: as it stands
 // in the file where it takes variables.
-func shown(n node, text string) string {
+func displayText(n node, text string) string {
 	if takesVariables(n) {
-		return written(n.Node)
+		return sourceText(n.Node)
 	}
 	return text
 }
@@ -112,15 +112,15 @@ func shown(n node, text string) string {
 func (r *reader) wrongFile(n node, err error) {
 	var path *os.PathError
 	if takesVariables(n) && errors.As(err, &path) {
-		r.wrong(n, "%s: %v", written(n.Node), path.Err)
+		r.wrong(n, "%s: %v", sourceText(n.Node), path.Err)
 		return
 	}
 	r.wrong(n, "%v", err)
 }
 
-var variable = regexp.MustCompile(`\$\$\{|\$\{([^}]*)\}?`)
+var variablePattern = regexp.MustCompile(`\$\$\{|\$\{([^}]*)\}?`)
 
-var variableName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
+var variableNamePattern = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
 
 const variableForms = "want ${NAME}, ${NAME:-default}, or $${ for a literal ${"
 
@@ -141,7 +141,7 @@ func (r *reader) expand(n node, s string) (string, bool) {
 		r.wrong(n, format, args...)
 		return ""
 	}
-	s = variable.ReplaceAllStringFunc(s, func(found string) string {
+	s = variablePattern.ReplaceAllStringFunc(s, func(found string) string {
 		if found == "$${" {
 			return "${"
 		}
@@ -149,7 +149,7 @@ func (r *reader) expand(n node, s string) (string, bool) {
 		switch {
 		case !strings.HasSuffix(found, "}"):
 			return wrong("variable without a closing brace; %s", variableForms)
-		case !variableName.MatchString(name):
+		case !variableNamePattern.MatchString(name):
 			if i := strings.IndexAny(name, ":=?+-"); i > 0 {
 				name = name[:i] // what follows may be a secret, as in ${NAME:=secret}
 			}

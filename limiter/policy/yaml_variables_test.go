@@ -130,7 +130,7 @@ limits:
 	if string(c.hasher.secret) != "a: [b" || c.FailureStatus != 502 || c.Limits()[0].Name != "orders" || c.rules[0].tier.bucket.Burst() != 5 {
 		t.Errorf("%+v %+v", c, c.rules[0])
 	}
-	if v, err := c.rules[0].key[0].part(&subject{Request: &Request{Headers: map[string]string{"x-key": "k"}}}); v != "${k" || err != nil {
+	if v, err := c.rules[0].key[0].keyPart(&subject{Request: &Request{Headers: map[string]string{"x-key": "k"}}}); v != "${k" || err != nil {
 		t.Errorf("%q, %v", v, err)
 	}
 	if _, err := Parse("f", []byte("limits: ${LIMITS}\n"), env("LIMITS", "[{name: a, rate: 1/s}]")); err == nil {
