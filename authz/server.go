@@ -232,17 +232,25 @@ func (s *Server) decide(ctx context.Context, began time.Time, check *checkState)
 	for _, m := range draw.Mistakes {
 		check.mistakes = append(check.mistakes, m)
 	}
-	switch {
-	case draw.Invalid:
-		return nil
-	case draw.Exempt:
-		check.decision.Outcome = limiter.Exempt
-		return nil
+	if !draw.Invalid {
+		check.unlimited = draw.Unlimited
 	}
-	check.unlimited = draw.Unlimited
-	check.decision = limiter.Decide(ctx, s.store, draw.Charges)
-	if check.decision.Outcome == limiter.Unmatched && len(draw.Unlimited) > 0 {
-		check.decision.Outcome = limiter.Allowed
-	}
+	check.decision = decideDraw(ctx, s.store, &draw)
 	return nil
+}
+
+// decideDraw decides a request by what it draws from the store. Explain decides
+// by it, too.
+func decideDraw(ctx context.Context, store limiter.Store, draw *policy.Draw) limiter.Decision {
+	switch {
+	case draw.Exempt:
+		return limiter.Decision{Outcome: limiter.Exempt, Strictest: -1}
+	case draw.Invalid:
+		return limiter.Decision{Outcome: limiter.Invalid, Strictest: -1}
+	}
+	d := limiter.Decide(ctx, store, draw.Charges)
+	if d.Outcome == limiter.Unmatched && len(draw.Unlimited) > 0 {
+		d.Outcome = limiter.Allowed
+	}
+	return d
 }

@@ -372,7 +372,7 @@ func (a *admin) denials() []denialReport {
 		r := denialReport{
 			ID: d.ID, Count: d.Count, Last: d.Last.UTC(), Decision: d.Outcome.String(), Reason: reasonOf(&d),
 			Limit: d.Limit, Domain: d.Domain, Key: d.Key, Parts: policy.KeyParts(d.Key), Cost: d.Cost, Remaining: d.Remaining,
-			Method: escaped(d.Method), Host: escaped(d.Host), Path: escaped(d.Path), Source: escaped(d.Source), RequestID: d.RequestID,
+			Method: authz.Escape(d.Method), Host: authz.Escape(d.Host), Path: authz.Escape(d.Path), Source: authz.Escape(d.Source), RequestID: d.RequestID,
 			Explainable: d.Explainable(),
 		}
 		if d.Outcome == limiter.Limited && d.RetryAfter != limiter.Never {
@@ -424,7 +424,7 @@ func (a *admin) explain(r *http.Request) (any, error) {
 	}
 	request, err := a.askedFor(r.Form)
 	if err != nil {
-		return nil, badRequest{errors.New(strings.TrimPrefix(err.Error(), "--"))}
+		return nil, badRequest{err}
 	}
 	var store limiter.Store
 	if a.sidecar.redis != nil {
@@ -434,8 +434,7 @@ func (a *admin) explain(r *http.Request) (any, error) {
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), humanTimeout)
 	defer cancel()
-	e, _ := explain(ctx, a.sidecar.cfg.Load(), store, request)
-	return e, nil
+	return authz.Explain(ctx, a.sidecar.cfg.Load(), store, request), nil
 }
 
 // askedFor is the request that a form describes.
@@ -450,10 +449,11 @@ func (a *admin) askedFor(form url.Values) (*policy.Request, error) {
 		}
 		return nil, fmt.Errorf("the request of denial %d is not kept (any more)", id)
 	}
-	given := func(name, otherwise string) string { return cmp.Or(form.Get(name), otherwise) }
-	asked := asked{
-		method: given("method", "GET"), host: form.Get("host"), path: given("path", "/"), source: given("source", "127.0.0.1"),
-		principal: form.Get("principal"), headers: form["header"], context: form["context"],
+	field := func(name, otherwise string) *string { return new(cmp.Or(form.Get(name), otherwise)) }
+	spec := authz.RequestSpec{
+		Method: field("method", "GET"), Host: field("host", ""), Path: field("path", "/"),
+		Source: field("source", "127.0.0.1"), Principal: field("principal", ""),
+		Headers: form["header"], Context: form["context"],
 	}
-	return asked.request(nil)
+	return spec.NewRequest()
 }

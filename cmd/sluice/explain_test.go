@@ -7,6 +7,7 @@ import (
 
 	"google.golang.org/protobuf/encoding/protojson"
 
+	"github.com/sluiceproxy/sluice/authz"
 	"github.com/sluiceproxy/sluice/limiter/policy"
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
@@ -72,7 +73,7 @@ allowed
 	}
 	fromFile := []string{"explain", "--config", config, "--request", file(t, "request.json", string(text)), "-o", "json"}
 	status, stdout, stderr := sluice(t, nil, fromFile...)
-	var e explanation
+	var e authz.Explanation
 	if err := json.Unmarshal([]byte(stdout), &e); err != nil || status != 1 || stderr != "" {
 		t.Fatalf("%d %s %v\n%s", status, stderr, err, stdout)
 	}

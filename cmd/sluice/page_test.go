@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/sluiceproxy/sluice/authz"
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
@@ -444,7 +445,7 @@ limits:
 					"path=/a&source=203.0.113.7&header=x-api-key%3Dk3y2":               "allowed [a true 2/2] [b true 0/1]",
 					"path=/b&method=POST&host=h&context=sluice.limits%3Db&principal=p": "allowed [a false] [b true 0/1]",
 				} {
-					var e explanation
+					var e authz.Explanation
 					ask("/api/explain?"+query, &e)
 					said := e.Decision
 					for _, l := range e.Limits {
