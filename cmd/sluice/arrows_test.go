@@ -23,7 +23,8 @@ var arrows = map[string][]string{
 	"envoy":             {"limiter/policy"},
 	"k8s":               {},
 	"k8s/testenv":       {},
-	"cmd/sluice":        {"authz", "envoy", "k8s", "limiter", "limiter/policy"},
+	"cmd/sluice/page":   {"authz", "limiter", "limiter/policy"},
+	"cmd/sluice":        {"authz", "cmd/sluice/page", "envoy", "k8s", "limiter", "limiter/policy"},
 }
 
 // testArrows are what all rooms' tests may import besides, and nodeArrows what k8s's may: the node that they run wants an Envoy.

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/sluiceproxy/sluice/authz"
+	"github.com/sluiceproxy/sluice/limiter/policy"
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
@@ -400,7 +401,17 @@ limits:
 				}
 			}
 
-			var status statusReport
+			var status struct {
+				Checks map[string]int
+				Ready  bool
+				Domain string
+				Store  struct{ Kind, Address string }
+				Config struct {
+					File, Hash string
+					Limits     int
+					Last       *struct{} `json:"last_reload"`
+				}
+			}
 			ask("/api/status", &status)
 			if status.Checks["allowed"] != 1 || status.Checks["limited"] != 2 || !status.Ready || status.Domain != "default" || len(status.Config.Hash) != 16 || status.Config.Limits != 2 ||
 				status.Config.File != config || status.Config.Last != nil || (status.Store.Kind == "redis") != (name == "on Redis") {
@@ -411,7 +422,14 @@ limits:
 			}
 			var limits struct {
 				Total  int
-				Limits []limitReport
+				Limits []struct {
+					Name, Mode, From, Rate      string
+					Burst                       int
+					Key                         []string
+					Group                       string
+					Overrides, Allowed, Limited int
+					Tokens                      int
+				}
 			}
 			ask("/api/limits", &limits)
 			got := fmt.Sprintf("%d %+v", limits.Total, limits.Limits)
@@ -424,12 +442,23 @@ limits:
 				t.Errorf("%+v", limits)
 			}
 			const key = `[{hash pJsSh4cMEKdvH0ZVKspEMYQs7V3t8O4_KP-hKFWk6Go} {open 203.0.113.7}]`
-			var top struct{ Requests, Denials []keyReport }
+			type topKey struct {
+				Parts []policy.KeyPart
+				Count int
+			}
+			var top struct{ Requests, Denials []topKey }
 			ask("/api/top?limit=a", &top)
 			if len(top.Requests) != 1 || top.Requests[0].Count != 3 || top.Denials[0].Count != 2 || fmt.Sprint(top.Denials[0].Parts) != key {
 				t.Errorf("%+v", top)
 			}
-			var denials []denialReport
+			var denials []struct {
+				ID                                    uint64
+				Count                                 int
+				Limit, Decision, Reason, Path, Source string
+				RetryAfter                            *int `json:"retry_after"`
+				Explainable                           bool
+				Parts                                 []policy.KeyPart
+			}
 			ask("/api/denials", &denials)
 			if len(denials) != 1 {
 				t.Fatalf("%+v", denials)
@@ -460,7 +489,7 @@ limits:
 					}
 				}
 			}
-			var past []second
+			var past []struct{ At int64 }
 			await(t, func() bool { ask("/api/history", &past); return len(past) > 0 })
 			var paths map[string]string
 			ask("/api/", &paths)

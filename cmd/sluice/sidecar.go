@@ -22,6 +22,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/sluiceproxy/sluice/authz"
+	"github.com/sluiceproxy/sluice/cmd/sluice/page"
 	"github.com/sluiceproxy/sluice/limiter"
 	"github.com/sluiceproxy/sluice/limiter/policy"
 )
@@ -206,10 +207,10 @@ func (s *sidecar) serve(ctx context.Context) error {
 		s.stopGracefully(server)
 	})
 	s.addHTTP(&all, s.metrics, s.metricsHandler())
-	operators := &admin{sidecar: s, stores: s.stores, began: time.Now()}
-	s.addHTTP(&all, s.admin, operators.handler())
+	operators := s.page()
+	s.addHTTP(&all, s.admin, operators)
 	all.Add(func() error { calls.run(background); return nil }, func(error) { cancel() })
-	all.Add(func() error { operators.history.run(background, operators.sample); return nil }, func(error) { cancel() })
+	all.Add(func() error { operators.Run(background); return nil }, func(error) { cancel() })
 	if s.memory != nil {
 		all.Add(func() error { s.memory.Run(background); return nil }, func(error) { cancel() })
 	} else {
@@ -260,6 +261,30 @@ func (s *sidecar) stopGracefully(server stopper) {
 func (s *sidecar) addHTTP(all *group.Group, l net.Listener, h http.Handler) {
 	server := newServer(l, h, s.log, bounds{})
 	all.Add(server.run, func(error) { _ = server.Close() })
+}
+
+// page returns the operator's page of this sidecar.
+func (s *sidecar) page() *page.Page {
+	var buckets limiter.Store
+	if s.redis != nil {
+		buckets = s.redis.ReadOnly()
+	} else {
+		buckets = s.memory.ReadOnly()
+	}
+	return page.New(page.Options{
+		Server: s.check, Config: s.cfg.Load, Buckets: buckets, StoreMetrics: s.stores, State: s.state,
+		Version: buildVersion(), ConfigFile: s.reload.source.file,
+	})
+}
+
+// state returns what the operator's page shows of the process.
+func (s *sidecar) state() page.State {
+	draining := s.draining.Load()
+	state := page.State{Ready: s.answered.Load() && !draining, Draining: draining, LogLevel: s.level.String()}
+	if last := s.reload.last.Load(); last != nil {
+		state.Reloaded, state.ReloadErrors = last.at, last.mistakes
+	}
+	return state
 }
 
 func (s *sidecar) metricsHandler() http.Handler {

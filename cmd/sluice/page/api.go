@@ -1,0 +1,360 @@
+package page
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"mime"
+	"net/http"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	dto "github.com/prometheus/client_model/go"
+
+	"github.com/sluiceproxy/sluice/authz"
+	"github.com/sluiceproxy/sluice/limiter"
+	"github.com/sluiceproxy/sluice/limiter/policy"
+)
+
+const (
+	defaultLimits = 100 // of GET /api/limits
+	maxLimits     = 1000
+	topKeys       = 20 // of GET /api/top
+
+	// explainTimeout is how long explain waits for the store. It is longer
+	// than the timeout of a check, because a person waits for it.
+	explainTimeout = 2 * time.Second
+)
+
+// statusReport is the response of GET /api/status. Counts are since the start.
+type statusReport struct {
+	Version  string            `json:"version"`
+	Domain   string            `json:"domain"`
+	Now      time.Time         `json:"now"`
+	Started  time.Time         `json:"started"`
+	LogLevel string            `json:"log_level"`
+	Ready    bool              `json:"ready"`
+	Draining bool              `json:"draining"`
+	Checks   map[string]uint64 `json:"checks"`        // by decision
+	Seconds  quantiles         `json:"check_seconds"` // in the last minute
+	Store    storeReport       `json:"store"`
+	Config   configReport      `json:"config"`
+}
+
+type storeReport struct {
+	Kind             string            `json:"kind"` // redis or memory
+	Address          string            `json:"address,omitempty"`
+	BreakerOpen      uint64            `json:"breaker_open"` // nodes whose circuit breaker is open
+	Errors           map[string]uint64 `json:"errors"`       // by kind
+	ErrorsLastMinute uint64            `json:"errors_last_minute"`
+	Seconds          quantiles         `json:"seconds"` // in the last minute
+	Entries          uint64            `json:"entries"` // buckets in this process
+
+	histogram *dto.Histogram // of a call to the store, in seconds
+}
+
+type configReport struct {
+	File   string  `json:"file"`
+	Hash   string  `json:"hash"`
+	Limits int     `json:"limits"`
+	Last   *reload `json:"last_reload"` // null: none since the start
+}
+
+type reload struct {
+	At       time.Time `json:"at"`
+	Result   string    `json:"result"` // success or failure
+	Mistakes []string  `json:"mistakes"`
+}
+
+func (p *Page) status() statusReport {
+	cfg, state := p.Config(), p.State()
+	r := statusReport{
+		Version: p.Version, Domain: cfg.Domain, Now: time.Now().UTC(), Started: p.started.UTC(), LogLevel: state.LogLevel,
+		Ready: state.Ready, Draining: state.Draining,
+		Checks: make(map[string]uint64), Store: p.store(),
+		Config: configReport{File: p.ConfigFile, Hash: cfg.Hash, Limits: len(cfg.Limits())},
+	}
+	for outcome, n := range p.Server.Totals().Checks {
+		r.Checks[outcome.String()] = n
+	}
+	r.Seconds, r.Store.Seconds, r.Store.ErrorsLastMinute = p.history.lastMinute()
+	if !state.Reloaded.IsZero() {
+		r.Config.Last = &reload{At: state.Reloaded.UTC(), Result: "success", Mistakes: state.ReloadErrors}
+		if len(state.ReloadErrors) > 0 {
+			r.Config.Last.Result = "failure"
+		}
+	}
+	return r
+}
+
+// store reports what the store's own metrics say.
+func (p *Page) store() storeReport {
+	r := storeReport{Kind: "memory", Errors: make(map[string]uint64)}
+	if o := p.Config().Redis; o != nil {
+		r.Kind, r.Address = "redis", addressOf(o)
+	}
+	families, _ := p.StoreMetrics.Gather() // what cannot be gathered is not shown
+	for _, f := range families {
+		for _, m := range f.GetMetric() {
+			switch f.GetName() {
+			case "sluice_store_errors_total":
+				r.Errors[m.GetLabel()[0].GetValue()] = uint64(m.GetCounter().GetValue())
+			case "sluice_store_breaker_open":
+				r.BreakerOpen = uint64(m.GetGauge().GetValue())
+			case "sluice_store_seconds":
+				r.histogram = m.GetHistogram()
+			case "sluice_janitor_entries":
+				r.Entries += uint64(m.GetGauge().GetValue())
+			}
+		}
+	}
+	return r
+}
+
+// sample returns the counts as they are now.
+func (p *Page) sample() sample {
+	totals, store := p.Server.Totals(), p.store()
+	s := sample{at: time.Now(), checks: histogramOf(totals.Seconds), calls: histogramOf(store.histogram)}
+	for outcome, n := range totals.Checks {
+		switch outcome {
+		case limiter.Limited:
+			s.limited += n
+		case limiter.FailedClosed, limiter.Delegated, limiter.Invalid:
+			s.refused += n
+		case limiter.Canceled: // neither: nobody learned of the decision
+		default:
+			s.passed += n
+		}
+	}
+	for _, n := range store.Errors {
+		s.storeErrors += n
+	}
+	return s
+}
+
+// addressOf returns where a Redis is, without its credentials.
+func addressOf(o *limiter.RedisOptions) string {
+	all := slices.Clone(o.Addresses)
+	if u, err := url.Parse(o.URL); err == nil && o.URL != "" {
+		all = append([]string{(&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}).String()}, all...)
+	}
+	return strings.Join(all, ", ")
+}
+
+// limitReport is one limit of GET /api/limits, with what it decided since the
+// start.
+type limitReport struct {
+	Name      string   `json:"name"`
+	Mode      string   `json:"mode"` // enforce or shadow
+	From      string   `json:"from"` // config, or route: Envoy's filter chain
+	Rate      string   `json:"rate,omitempty"`
+	Burst     int64    `json:"burst,omitempty"`
+	Key       []string `json:"key"`
+	Group     string   `json:"group,omitempty"`
+	Overrides int      `json:"overrides"`
+	Allowed   uint64   `json:"allowed"`
+	Limited   uint64   `json:"limited"`
+	Tokens    uint64   `json:"tokens"` // that were taken
+}
+
+// limits returns the limits whose names contain the parameter filter. If there
+// are more than n, it returns the n that denied most.
+func (p *Page) limits(r *http.Request) (any, error) {
+	filter, most := r.FormValue("filter"), defaultLimits
+	if n := r.FormValue("n"); n != "" {
+		var err error
+		if most, err = strconv.Atoi(n); err != nil || most < 1 || most > maxLimits {
+			return nil, badRequest{fmt.Errorf("n=%q: must be a number from 1 to %d", n, maxLimits)}
+		}
+	}
+	found := slices.DeleteFunc(p.allLimits(), func(l limitReport) bool { return !strings.Contains(l.Name, filter) })
+	total := len(found)
+	if total > most {
+		slices.SortStableFunc(found, func(a, b limitReport) int {
+			return cmp.Or(cmp.Compare(b.Limited, a.Limited), cmp.Compare(b.Allowed, a.Allowed))
+		})
+		found = found[:most]
+	}
+	return struct {
+		Total  int           `json:"total"`
+		Limits []limitReport `json:"limits"`
+	}{total, found}, nil
+}
+
+// allLimits returns the limits of the config in its order, and then those that
+// are counted and not in the config: they come from Envoy's routes.
+func (p *Page) allLimits() []limitReport {
+	type id struct {
+		name   string
+		shadow bool
+	}
+	modes := map[bool]string{false: "enforce", true: "shadow"}
+	counted := p.Server.Limits()
+	totals := make(map[id]authz.LimitTotals)
+	for _, l := range counted {
+		totals[id{l.Name, l.Shadow}] = l
+	}
+	all := []limitReport{}
+	inConfig := make(map[id]bool)
+	for _, d := range p.Config().Describe() {
+		l := id{d.Limit.Name, d.Limit.Shadow}
+		inConfig[l] = true
+		all = append(all, limitReport{
+			Name: l.name, Mode: modes[l.shadow], From: "config", Rate: d.Rate, Burst: d.Burst,
+			Key: append([]string{}, d.Key...), Group: d.Group, Overrides: d.Overrides,
+			Allowed: totals[l].Allowed, Limited: totals[l].Limited, Tokens: totals[l].Taken,
+		})
+	}
+	for _, l := range counted {
+		if !inConfig[id{l.Name, l.Shadow}] {
+			all = append(all, limitReport{
+				Name: l.Name, Mode: modes[l.Shadow], From: "route", Key: []string{},
+				Allowed: l.Allowed, Limited: l.Limited, Tokens: l.Taken,
+			})
+		}
+	}
+	return all
+}
+
+// keyReport is one key of GET /api/top.
+type keyReport struct {
+	Key   string           `json:"key"`
+	Parts []policy.KeyPart `json:"parts"` // of the key; secrets are hashed
+	Count uint64           `json:"count"`
+	Over  uint64           `json:"over"` // Count is too high by at most this
+}
+
+// top returns the keys of the parameter limit with the most requests and the
+// most denials.
+func (p *Page) top(r *http.Request) (any, error) {
+	limit := r.FormValue("limit")
+	if limit == "" {
+		return nil, badRequest{errors.New("limit: missing; want the name of a limit")}
+	}
+	requests, denials := p.Server.Top(limit, topKeys)
+	report := func(keys []authz.TopKey) []keyReport {
+		all := make([]keyReport, len(keys))
+		for i, k := range keys {
+			all[i] = keyReport{k.Key, policy.KeyParts(k.Key), k.Count, k.Over}
+		}
+		return all
+	}
+	return struct {
+		Limit    string      `json:"limit"`
+		Requests []keyReport `json:"requests"`
+		Denials  []keyReport `json:"denials"`
+	}{limit, report(requests), report(denials)}, nil
+}
+
+// denialReport is one entry of GET /api/denials: the latest of Count denied
+// requests with the same limit, key and outcome. Its texts are escaped.
+type denialReport struct {
+	ID          uint64           `json:"id"`
+	Count       uint64           `json:"count"`
+	Last        time.Time        `json:"last"`
+	Decision    string           `json:"decision"`
+	Reason      string           `json:"reason"`
+	Limit       string           `json:"limit"`
+	Domain      string           `json:"domain"`
+	Key         string           `json:"key"`
+	Parts       []policy.KeyPart `json:"parts"`
+	Cost        int64            `json:"cost"`
+	Remaining   int64            `json:"remaining"`
+	RetryAfter  *int64           `json:"retry_after"` // in seconds; null: never, or unknown
+	Method      string           `json:"method"`
+	Host        string           `json:"host"`
+	Path        string           `json:"path"`
+	Source      string           `json:"source"`
+	RequestID   string           `json:"request_id"`
+	Explainable bool             `json:"explainable"`
+}
+
+func (p *Page) denials() []denialReport {
+	all := []denialReport{}
+	for _, d := range p.Server.Denials() {
+		r := denialReport{
+			ID: d.ID, Count: d.Count, Last: d.Last.UTC(), Decision: d.Outcome.String(), Reason: reasonOf(&d),
+			Limit: d.Limit, Domain: d.Domain, Key: d.Key, Parts: policy.KeyParts(d.Key), Cost: d.Cost, Remaining: d.Remaining,
+			Method: authz.Escape(d.Method), Host: authz.Escape(d.Host), Path: authz.Escape(d.Path), Source: authz.Escape(d.Source),
+			RequestID: d.RequestID, Explainable: d.Explainable(),
+		}
+		if d.Outcome == limiter.Limited && d.RetryAfter != limiter.Never {
+			r.RetryAfter = new(int64((d.RetryAfter + time.Second - 1) / time.Second))
+		}
+		all = append(all, r)
+	}
+	return all
+}
+
+// reasonOf says why a request was denied.
+func reasonOf(d *authz.Denial) string {
+	switch {
+	case d.Outcome == limiter.Invalid && d.Field == "":
+		return "the check holds no HTTP request"
+	case d.Outcome == limiter.Invalid:
+		return "a mistake of the config: " + d.Field + " of " + cmp.Or(d.Limit, "the route")
+	case d.Failure != "" && d.Outcome == limiter.Delegated:
+		return "the store does not answer (" + string(d.Failure) + "): left to Envoy"
+	case d.Failure != "":
+		return "the store does not answer (" + string(d.Failure) + "), and on_failure refuses"
+	case d.Outcome != limiter.Limited:
+		return "a mistake in sluice ended the check: see the log"
+	}
+	reason := fmt.Sprintf("costs %d, and %d are left", d.Cost, d.Remaining)
+	if d.RetryAfter == limiter.Never {
+		reason += "; never allowed: it costs more than the burst, or a part of its key is absent"
+	}
+	if d.Local {
+		reason += "; decided in this process, as the store does not answer"
+	}
+	return reason
+}
+
+// explain explains the request that the query or the form describes.
+func (p *Page) explain(r *http.Request) (any, error) {
+	const form = "application/x-www-form-urlencoded"
+	if media, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); r.ContentLength != 0 && (err != nil || media != form) {
+		return nil, unsupportedMedia{errors.New("the request's body must be " + form)}
+	}
+	if err := r.ParseForm(); err != nil {
+		return nil, badRequest{fmt.Errorf("the form: %w", err)}
+	}
+	known := []string{"method", "host", "path", "source", "principal", "header", "context", "denial"}
+	for name := range r.Form {
+		if !slices.Contains(known, name) {
+			return nil, badRequest{fmt.Errorf("unknown parameter %q; want %s", name, strings.Join(known, ", "))}
+		}
+	}
+	request, err := p.requestFromForm(r.Form)
+	if err != nil {
+		return nil, badRequest{err}
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), explainTimeout)
+	defer cancel()
+	return authz.Explain(ctx, p.Config(), p.Buckets, request), nil
+}
+
+// requestFromForm returns the request that form describes.
+func (p *Page) requestFromForm(form url.Values) (*policy.Request, error) {
+	if text := form.Get("denial"); text != "" {
+		id, err := strconv.ParseUint(text, 10, 64)
+		if err != nil {
+			return nil, fmt.Errorf("denial %q: want an id of /api/denials", text)
+		}
+		if request := p.Server.Denied(id); request != nil {
+			return request, nil
+		}
+		return nil, fmt.Errorf("denial %d: its request is not kept, or no longer", id)
+	}
+	field := func(name, otherwise string) *string { return new(cmp.Or(form.Get(name), otherwise)) }
+	spec := authz.RequestSpec{
+		Method: field("method", "GET"), Host: field("host", ""), Path: field("path", "/"),
+		Source: field("source", "127.0.0.1"), Principal: field("principal", ""),
+		Headers: form["header"], Context: form["context"],
+	}
+	return spec.NewRequest()
+}
