@@ -158,8 +158,8 @@ func slotsNote(limits []ExplainedLimit) []string {
 // forms. A field that is nil is left as it is.
 type RequestSpec struct {
 	Method, Host, Path *string
-	Source             *string // the address of the connection's peer
-	Principal          *string // of the peer
+	Source             *string  // the address of the connection's peer
+	Principal          *string  // of the peer
 	Headers, Context   []string // name=value; context are the route's context_extensions
 }
 
