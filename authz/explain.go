@@ -61,7 +61,9 @@ type ExplainedLimit struct {
 // token. store must be one that only reads, or nil if the buckets are in
 // another process; they are then assumed to be full. It is safe for concurrent
 // use.
-func Explain(ctx context.Context, config *policy.Config, store limiter.Store, request *policy.Request) Explanation {
+func Explain(
+	ctx context.Context, config *policy.Config, store limiter.Store, request *policy.Request,
+) Explanation {
 	x := config.Explain(request)
 	e := Explanation{Domain: config.Domain, Client: config.Client(request), Limits: []ExplainedLimit{}}
 	full := store == nil
@@ -81,9 +83,10 @@ func Explain(ctx context.Context, config *policy.Config, store limiter.Store, re
 	case x.Draw.Exempt:
 		notes = append(notes, x.Exempt)
 	case x.Draw.Invalid:
-		notes = append(notes, "the request shows a mistake of the config")
+		notes = append(notes, "the request reveals an error in the config")
 	case full && len(d.Charges) > 0:
-		notes = append(notes, "there is no Redis, so the buckets are in the sidecar's own process: what they hold is not known here, and taken to be all")
+		notes = append(notes, "without Redis the buckets are in the sidecar's process and cannot be read; "+
+			"they are assumed full")
 	}
 	for _, m := range x.Draw.Mistakes {
 		if m.Field == "context_extensions" { // other mistakes are in the reasons of their limits
@@ -104,7 +107,8 @@ func Explain(ctx context.Context, config *policy.Config, store limiter.Store, re
 // buckets are only assumed to be full.
 func explainLimit(l *policy.Explained, d *limiter.Decision, full bool) ExplainedLimit {
 	out := ExplainedLimit{
-		Name: l.Limit.Name, Applies: l.Applies, Reason: l.Reason, Domain: l.Limit.Domain, Mode: "enforce", Rate: l.Rate,
+		Name: l.Limit.Name, Applies: l.Applies, Reason: l.Reason, Domain: l.Limit.Domain,
+		Mode: "enforce", Rate: l.Rate,
 	}
 	if l.Limit.Shadow {
 		out.Mode = "shadow"
@@ -118,7 +122,7 @@ func explainLimit(l *policy.Explained, d *limiter.Decision, full bool) Explained
 	charge, verdict := &d.Charges[l.Charge], &d.Verdicts[l.Charge]
 	out.Key, out.Cost = &l.Key, &charge.Cost
 	if verdict.Err != nil {
-		out.Reason += fmt.Sprintf("; its bucket is not known: %v", verdict.Err)
+		out.Reason += fmt.Sprintf("; its bucket is unknown: %v", verdict.Err)
 		return out
 	}
 	if !full {
@@ -151,7 +155,10 @@ func slotsNote(limits []ExplainedLimit) []string {
 	for i, k := range keys {
 		keys[i] = strings.Join(names[k], ", ")
 	}
-	return []string{"the cluster takes from these in calls of their own, as their keys differ and so their hash slots: " + strings.Join(keys, " | ")}
+	return []string{
+		"limits with different keys are in different hash slots, and each of these takes a call of its own: " +
+			strings.Join(keys, " | "),
+	}
 }
 
 // RequestSpec describes a request in the words of command-line flags and
@@ -175,11 +182,11 @@ func (s *RequestSpec) NewRequest() (*policy.Request, error) {
 func (s *RequestSpec) Apply(r *policy.Request) error {
 	if s.Source != nil {
 		if _, err := netip.ParseAddr(*s.Source); err != nil {
-			return fmt.Errorf("source %q: allowed are IP addresses", *s.Source)
+			return fmt.Errorf("source %q: must be an IP address", *s.Source)
 		}
 	}
 	if s.Path != nil && !strings.HasPrefix(*s.Path, "/") && *s.Path != "*" {
-		return fmt.Errorf("path %q: allowed are paths that begin with /", *s.Path)
+		return fmt.Errorf("path %q: must begin with /", *s.Path)
 	}
 	headers, err := pairs("header", s.Headers)
 	if err != nil {
@@ -208,7 +215,9 @@ func (s *RequestSpec) Apply(r *policy.Request) error {
 		}
 	})
 	// Envoy lists these among the headers.
-	for name, value := range map[string]string{":method": r.Method, ":path": r.Path, ":authority": r.Host, ":scheme": r.Scheme} {
+	for name, value := range map[string]string{
+		":method": r.Method, ":path": r.Path, ":authority": r.Host, ":scheme": r.Scheme,
+	} {
 		if value != "" {
 			r.Headers[name] = value
 		}
@@ -227,7 +236,7 @@ func pairs(field string, values []string) (all [][2]string, err error) {
 	for _, v := range values {
 		name, value, ok := strings.Cut(v, "=")
 		if !ok || name == "" {
-			return nil, fmt.Errorf("%s %q: wanted is name=value", field, v)
+			return nil, fmt.Errorf("%s %q: must be name=value", field, v)
 		}
 		all = append(all, [2]string{name, value})
 	}

@@ -13,10 +13,11 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/policy"
 )
 
-// humanTimeout is the least that a command waits for Redis: a person waits longer than a request, and from farther away.
+// humanTimeout is the shortest timeout of a command for Redis: a person waits
+// longer than a request, and may be farther away.
 const humanTimeout = 2 * time.Second
 
-// openRedis opens the config's Redis for a person. The caller closes it.
+// openRedis opens the config's Redis for a command. The caller closes it.
 func openRedis(cfg *policy.Config) (*limiter.Redis, error) {
 	o := *cfg.Redis
 	o.Timeout = max(o.Timeout, humanTimeout)
@@ -30,24 +31,24 @@ func openRedis(cfg *policy.Config) (*limiter.Redis, error) {
 func (p *program) bucketCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "bucket",
-		Short: "Look at one bucket in Redis, or refill it",
+		Short: "Show or reset one bucket in Redis",
 		Args:  cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
-			return usageError{errors.New("a command is missing: get or reset")}
+			return usageError{errors.New("missing command; want get or reset")}
 		},
 	}
-	var a askedBucket
+	var a bucketFlags
 	get := &cobra.Command{
 		Use:   "get",
-		Short: "Say what a bucket holds now",
-		Long:  "Say what a bucket holds now. An absent bucket is a full one.",
+		Short: "Show the tokens in a bucket",
+		Long:  "Show the tokens in a bucket. A bucket that does not exist is full.",
 		Args:  cobra.NoArgs,
 		RunE:  func(c *cobra.Command, _ []string) error { return p.bucket(c.Context(), &a, false) },
 	}
 	reset := &cobra.Command{
 		Use:   "reset",
 		Short: "Refill a bucket",
-		Long:  "Refill a bucket, by removing it: an absent bucket is a full one.",
+		Long:  "Refill a bucket by deleting it. A bucket that does not exist is full.",
 		Args:  cobra.NoArgs,
 		RunE:  func(c *cobra.Command, _ []string) error { return p.bucket(c.Context(), &a, true) },
 	}
@@ -55,9 +56,12 @@ func (p *program) bucketCommand() *cobra.Command {
 		f := sub.Flags()
 		f.StringVar(&a.config, "config", "", "`file` with the limits (default $SLUICE_CONFIG)")
 		f.StringVar(&a.name.Limit, "limit", "", "`name` of the limit")
-		f.StringArrayVar(&a.name.Parts, "key", nil, "a `part` of the key, in clear; one for each, in the file's order")
+		f.StringArrayVar(&a.name.Parts, "key", nil,
+			"a `part` of the key, in clear; repeat it in the order of the limit's key")
 		f.StringVar(&a.name.Key, "key-hash", "", "the whole `key`, as logs and metadata show it")
-		f.StringVar(&a.absent, "absent", "", "the bucket of who sends no key, or of the parts that are empty; with absent: client, of the network of this `address` (--absent=ADDRESS)")
+		f.StringVar(&a.absent, "absent", "",
+			"the bucket of requests without a key, or without the parts that are empty; "+
+				"if the limit has absent: client, of clients in the network of this `address` (--absent=ADDRESS)")
 		f.Lookup("absent").NoOptDefVal = noAddress
 		outputFlag(sub, &a.output)
 		c.AddCommand(sub)
@@ -65,17 +69,18 @@ func (p *program) bucketCommand() *cobra.Command {
 	return c
 }
 
-// askedBucket is which bucket is meant.
-type askedBucket struct {
+// bucketFlags are the flags of bucket get and bucket reset.
+type bucketFlags struct {
 	config, output string
 	name           policy.BucketName
-	absent         string // an address, or noAddress; empty: no part is absent
+	absent         string // an address or noAddress; empty if no part is absent
 }
 
-// noAddress is what --absent is without a value.
+// noAddress is the value of --absent without an address.
 const noAddress = "-"
 
-// bucketState is the result, as JSON has it: tokens are whole, and reset is in seconds.
+// bucketState is the result, as -o json prints it. Reset is the number of seconds
+// until the bucket is full.
 type bucketState struct {
 	Limit  string `json:"limit"`
 	Key    string `json:"key"`
@@ -86,8 +91,8 @@ type bucketState struct {
 	Reset  int64  `json:"reset"`
 }
 
-// bucket looks at a bucket, after it has refilled it where reset says so.
-func (p *program) bucket(ctx context.Context, a *askedBucket, reset bool) error {
+// bucket prints the state of a bucket. If reset is true it refills it first.
+func (p *program) bucket(ctx context.Context, a *bucketFlags, reset bool) error {
 	asJSON, err := isJSON(a.output)
 	if err != nil {
 		return err
@@ -95,9 +100,9 @@ func (p *program) bucket(ctx context.Context, a *askedBucket, reset bool) error 
 	name := a.name
 	switch {
 	case name.Limit == "":
-		return usageError{errors.New("--limit is missing: the name of a limit")}
+		return usageError{errors.New("--limit: missing; want the name of a limit")}
 	case name.Key != "" && (len(name.Parts) > 0 || a.absent != ""):
-		return usageError{errors.New("--key-hash is the whole key; leave --key and --absent out")}
+		return usageError{errors.New("--key-hash is the whole key; omit --key and --absent")}
 	}
 	if name.Absent = a.absent != ""; a.absent != noAddress {
 		name.Client = a.absent
@@ -114,7 +119,8 @@ func (p *program) bucket(ctx context.Context, a *askedBucket, reset bool) error 
 		return err
 	}
 	if cfg.Redis == nil {
-		return errors.New("the config has no Redis: the buckets are in the sidecar's own process, where no other can look")
+		return errors.New("the config has no store.redis: " +
+			"the buckets are in the sidecar's process and cannot be read from outside")
 	}
 	redis, err := openRedis(cfg)
 	if err != nil {
@@ -132,7 +138,8 @@ func (p *program) bucket(ctx context.Context, a *askedBucket, reset bool) error 
 		return err
 	}
 	s := bucketState{
-		Limit: name.Limit, Key: b.Key, Exists: exists, Tokens: v.Remaining, Burst: b.Charge.Bucket.Burst(), Rate: b.Rate,
+		Limit: name.Limit, Key: b.Key, Exists: exists,
+		Tokens: v.Remaining, Burst: b.Charge.Bucket.Burst(), Rate: b.Rate,
 		Reset: int64((v.FullAfter + time.Second - 1) / time.Second),
 	}
 	if asJSON {
@@ -143,8 +150,9 @@ func (p *program) bucket(ctx context.Context, a *askedBucket, reset bool) error 
 	case s.Reset > 0:
 		full = fmt.Sprintf("full in %d s", s.Reset)
 	case !s.Exists && !existed:
-		full = "full: there is no such bucket, as it was not used or has refilled since"
+		full = "full: the bucket does not exist, because it was not used or has refilled"
 	}
-	_, err = fmt.Fprintf(p.stdout, "%s {%s}: %d of %d tokens, refilled at %s, %s\n", s.Limit, s.Key, s.Tokens, s.Burst, s.Rate, full)
+	_, err = fmt.Fprintf(p.stdout, "%s {%s}: %d of %d tokens, refilled at %s, %s\n",
+		s.Limit, s.Key, s.Tokens, s.Burst, s.Rate, full)
 	return err
 }

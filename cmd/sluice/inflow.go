@@ -15,39 +15,45 @@ import (
 	"google.golang.org/grpc/tap"
 )
 
-// inflow bounds what gRPC's clients have sent and not been answered yet, for the whole process: gRPC itself bounds a message and the
-// calls of a connection, and some hundred messages that are sent by halves fit into these bounds and in no memory.
+// inflow bounds the memory of all gRPC calls in flight. gRPC itself bounds the
+// size of a message and the number of calls on a connection; but some hundred
+// messages of that size, each without its last byte, would fill the memory.
 //
-// Of each connection it knows the calls under way, and how many bytes came since the oldest of them began, which is at least what is
-// kept of them. When the connections together hold more than the budget, the one that holds most is closed. So is a connection with a
-// call that takes longer than any check does, as its message does not arrive.
+// For each connection, inflow knows the calls in flight and the number of bytes
+// received since the oldest of them began. That is an upper bound on what is
+// kept of them. When the sum over the connections exceeds the budget, the one
+// that holds most is closed. A connection is also closed if a call on it takes
+// longer than any check, because its message does not arrive.
 type inflow struct {
 	listener *boundedListener
 	budget   int64         // bytes
-	step     int64         // bytes that a connection may receive until the sum is looked at again
-	life     time.Duration // of a call
+	step     int64         // bytes that a connection may receive before the sum is computed again
+	maxCall  time.Duration // the longest time that a call may take
 	log      *zap.Logger
 	closed   *prometheus.CounterVec
 }
 
-// callCost is what a call takes beside its message: a goroutine, and its headers.
+// callCost is the memory of a call besides its message, in bytes: a goroutine
+// and the headers.
 const callCost = 16 << 10
 
-// leastBudget has room for the largest message that gRPC accepts, and some beside it.
+// leastBudget is more than the largest message that gRPC accepts, in bytes.
 const leastBudget = 20 << 20
 
-// messageTime is how long a message may take to arrive.
+// messageTime is the longest time that a message may take to arrive.
 const messageTime = 5 * time.Second
 
-// newInflow bounds the calls on l. answer is the longest that an answer takes once the message is there.
+// newInflow bounds the calls on l. answer is the longest time from a message to
+// its answer.
 func newInflow(l *boundedListener, answer time.Duration, log *zap.Logger, metrics prometheus.Registerer) *inflow {
 	f := &inflow{
 		listener: l,
 		budget:   max(memoryLimit()/4, leastBudget),
-		life:     messageTime + answer,
+		maxCall:  messageTime + answer,
 		log:      log,
 		closed: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "sluice_grpc_connections_closed_total", Help: "Total number of gRPC connections that sluice closed to protect itself, by reason.",
+			Name: "sluice_grpc_connections_closed_total",
+			Help: "Total number of gRPC connections that sluice closed to protect itself, by reason.",
 		}, []string{"reason"}),
 	}
 	f.step = max(f.budget/2/int64(l.most), 1)
@@ -59,7 +65,7 @@ func newInflow(l *boundedListener, answer time.Duration, log *zap.Logger, metric
 	return f
 }
 
-// memoryLimit is what this process may use, which the Go runtime knows as GOMEMLIMIT; without one, 4 GiB.
+// memoryLimit returns GOMEMLIMIT in bytes, or 4 GiB if it is not set.
 func memoryLimit() int64 {
 	if limit := debug.SetMemoryLimit(-1); limit < math.MaxInt64 {
 		return limit
@@ -67,27 +73,31 @@ func memoryLimit() int64 {
 	return 4 << 30
 }
 
-// grpcConnections is how many connections gRPC may have: an idle one takes some 30 kB, and with TLS 100.
+// grpcConnections returns the maximum number of gRPC connections. An idle one
+// takes about 30 kB, with TLS 100 kB.
 func grpcConnections() int { return int(min(max(memoryLimit()/(256<<10), 128), 4096)) }
 
-// callsOf are a connection's calls under way.
-type callsOf struct {
-	unseen int64 // bytes since the sum was looked at; the connection's reader's own
+// connCalls has the calls in flight on a connection.
+type connCalls struct {
+	// unseen is the number of bytes received since the sum was computed. Only
+	// the reader of the connection uses it.
+	unseen int64
 
 	mu   sync.Mutex
-	all  []call // in the order in which they began; some have ended
-	tidy int    // the length from which on all that have ended are removed
+	all  []call // in the order in which they began; some may have ended
+	tidy int    // the length of all at which every ended call is removed
 }
 
-// call is one call.
+// call is a gRPC call.
 type call struct {
 	ctx      context.Context // done when the call has ended
 	began    int64           // Unix nanoseconds
-	received int64           // the connection's bytes before it
-	watches  bool            // it is there to last
+	received int64           // bytes on the connection before the call
+	watches  bool            // a health watch, which lasts
 }
 
-// begin is called with each call that begins, by its connection's reader.
+// begin records a call. gRPC calls it at the beginning of each, from the
+// goroutine that reads the connection.
 func (f *inflow) begin(ctx context.Context, info *tap.Info) (context.Context, error) {
 	from, ok := peer.FromContext(ctx)
 	if !ok {
@@ -100,23 +110,25 @@ func (f *inflow) begin(ctx context.Context, info *tap.Info) (context.Context, er
 	c := at.conn
 	calls := &c.calls
 	calls.mu.Lock()
-	calls.forget(false)
+	calls.forgetLocked()
 	calls.all = append(calls.all, call{
-		ctx: ctx, began: c.active.Load(), received: c.received.Load(), watches: info.FullMethodName == grpc_health_v1.Health_Watch_FullMethodName,
+		ctx: ctx, began: c.active.Load(), received: c.received.Load(),
+		watches: info.FullMethodName == grpc_health_v1.Health_Watch_FullMethodName,
 	})
 	calls.mu.Unlock()
 	f.received(c, callCost)
 	return ctx, nil
 }
 
-// forget removes the oldest calls that have ended; all of them where asked, or where there may be many. The caller holds mu.
-func (c *callsOf) forget(all bool) {
+// forgetLocked removes the oldest calls up to the first that has not ended, and
+// from time to time all that have ended.
+func (c *connCalls) forgetLocked() {
 	n := 0
 	for n < len(c.all) && c.all[n].ctx.Err() != nil {
 		n++
 	}
 	clear(c.all[:n])
-	if c.all = c.all[n:]; len(c.all) < max(c.tidy, 64) && !all {
+	if c.all = c.all[n:]; len(c.all) < max(c.tidy, 64) {
 		return
 	}
 	kept := make([]call, 0, 2*len(c.all))
@@ -128,29 +140,29 @@ func (c *callsOf) forget(all bool) {
 	c.all, c.tidy = kept, 2*len(kept)
 }
 
-// holds is what is kept of a connection's calls, at most.
-func (c *boundedConn) holds() int64 {
+// heldBytes returns an upper bound on the memory of the calls in flight.
+func (c *boundedConn) heldBytes() int64 {
 	c.calls.mu.Lock()
 	defer c.calls.mu.Unlock()
-	c.calls.forget(false)
+	c.calls.forgetLocked()
 	if len(c.calls.all) == 0 {
 		return 0
 	}
 	return c.received.Load() - c.calls.all[0].received + callCost*int64(len(c.calls.all))
 }
 
-// received is told of bytes that a connection takes.
+// received records that c received n bytes.
 func (f *inflow) received(c *boundedConn, n int64) {
 	if c.calls.unseen += n; c.calls.unseen < f.step {
 		return
 	}
 	c.calls.unseen = 0
-	if c.holds() >= f.step { // or it is not this one
+	if c.heldBytes() >= f.step { // otherwise c is not the cause
 		f.relieve()
 	}
 }
 
-// relieve closes connections until the others hold no more than the budget.
+// relieve closes connections until the others are within the budget.
 func (f *inflow) relieve() {
 	type holder struct {
 		conn *boundedConn
@@ -160,7 +172,7 @@ func (f *inflow) relieve() {
 		var sum int64
 		var most holder
 		for _, c := range f.listener.all() {
-			n := c.holds()
+			n := c.heldBytes()
 			sum += n
 			if n > most.n {
 				most = holder{c, n}
@@ -169,17 +181,19 @@ func (f *inflow) relieve() {
 		if sum <= f.budget {
 			return
 		}
-		f.close(most.conn, "memory", "gRPC connection closed: what it sent and was not answered yet takes too much memory", zap.Int64("bytes", most.n))
+		f.close(most.conn, "memory", "gRPC connection closed: its unanswered calls take too much memory",
+			zap.Int64("bytes", most.n))
 	}
 }
 
+// close closes c, and counts and logs why.
 func (f *inflow) close(c *boundedConn, reason, message string, fields ...zap.Field) {
 	f.closed.WithLabelValues(reason).Inc()
 	f.log.Warn(message, append(fields, zap.Stringer("peer", c.Conn.RemoteAddr()))...)
 	c.abort()
 }
 
-// run closes connections whose messages do not arrive, until ctx ends.
+// run closes connections whose messages do not arrive in time, until ctx ends.
 func (f *inflow) run(ctx context.Context) {
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
@@ -189,19 +203,21 @@ func (f *inflow) run(ctx context.Context) {
 			return
 		case now := <-tick.C:
 			for _, c := range f.listener.all() {
-				if c.late(now.Add(-f.life)) {
-					f.close(c, "time", "gRPC connection closed: a message on it did not arrive in time", zap.Duration("allowed", f.life))
+				if c.hasCallBefore(now.Add(-f.maxCall)) {
+					f.close(c, "time", "gRPC connection closed: a message did not arrive in time",
+						zap.Duration("allowed", f.maxCall))
 				}
 			}
 		}
 	}
 }
 
-// late reports whether a call is under way that began before an instant.
-func (c *boundedConn) late(instant time.Time) bool {
+// hasCallBefore reports whether a call in flight began before instant. It
+// ignores health watches.
+func (c *boundedConn) hasCallBefore(instant time.Time) bool {
 	c.calls.mu.Lock()
 	defer c.calls.mu.Unlock()
-	c.calls.forget(false)
+	c.calls.forgetLocked()
 	for _, k := range c.calls.all {
 		if !k.watches && k.ctx.Err() == nil {
 			return k.began < instant.UnixNano()
@@ -210,7 +226,8 @@ func (c *boundedConn) late(instant time.Time) bool {
 	return false
 }
 
-// remoteAddr is a connection's peer, by which a call's connection is found.
+// remoteAddr is the address of a connection's peer. A call's connection is found
+// by it.
 type remoteAddr struct {
 	net.Addr
 	conn *boundedConn

@@ -12,25 +12,28 @@ import (
 	"github.com/sluiceproxy/sluice/k8s"
 )
 
-// defaultImage is sluice's, at the program's own version.
+// defaultImage returns the image of this program's version.
 func defaultImage() string {
 	v := buildVersion()
 	if strings.ContainsAny(v, "+-") || v == "devel" {
-		v = "latest" // no release
+		v = "latest" // this is no release
 	}
 	return "ghcr.io/sluiceproxy/sluice:" + v
 }
 
-// sidecarFlags are the flags that say what is injected.
+// sidecarFlags are the flags for the sidecar that is injected.
 type sidecarFlags struct{ image, user, resources string }
 
+// register adds the flags to f.
 func (s *sidecarFlags) register(f *pflag.FlagSet) {
-	f.StringVar(&s.image, "image", defaultImage(), "sluice's `image` in pods")
-	f.StringVar(&s.user, "run-as-user", "65532", "the sidecar's `user` ID, or platform to leave it to the platform, as on OpenShift")
-	f.StringVar(&s.resources, "resources", "", "the sidecar's `resources`, such as {requests: {cpu: 50m}, limits: {memory: 128Mi}}")
+	f.StringVar(&s.image, "image", defaultImage(), "sidecar's `image`")
+	f.StringVar(&s.user, "run-as-user", "65532",
+		"sidecar's `user` ID, or platform to leave it to the platform, as on OpenShift")
+	f.StringVar(&s.resources, "resources", "",
+		"sidecar's `resources`, such as {requests: {cpu: 50m}, limits: {memory: 128Mi}}")
 }
 
-// options are the options of an injection. Its errors are of usage.
+// options returns the options of an injection, or a usageError.
 func (s *sidecarFlags) options() (k8s.Options, error) {
 	o := k8s.Options{Image: s.image, User: s.user, Version: buildVersion()}
 	if err := k8s.CheckImage(s.image); err != nil {
@@ -55,8 +58,10 @@ func (p *program) injectCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "inject",
 		Short: "Add the sidecar to the pods of a Kubernetes manifest",
-		Long: `Add the sidecar to every pod of a manifest, from stdin or a file to stdout, as the webhook would: YAML of any number of documents, or
-JSON, and Lists. What cannot have one is left as it is with a warning, unless it asks for one by label, which is an error.`,
+		Long: `Add the sidecar to every pod and pod template of a manifest, as the webhook does, and print the result.
+
+The manifest is YAML with any number of documents, or JSON, and may contain Lists. A pod that cannot have a sidecar is
+printed unchanged, with a warning; if its label asks for a sidecar, that is an error.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			options, err := sidecar.options()
@@ -90,7 +95,7 @@ JSON, and Lists. What cannot have one is left as it is with a warning, unless it
 			return err
 		},
 	}
-	c.Flags().StringVarP(&file, "file", "f", "", "manifest's `file` (default stdin)")
+	c.Flags().StringVarP(&file, "file", "f", "", "`file` with the manifest (default stdin)")
 	c.Flags().BoolVar(&strict, "strict", false, "print nothing and exit with status 1 if there is a warning")
 	sidecar.register(c.Flags())
 	return c

@@ -10,11 +10,12 @@ import (
 	"golang.org/x/term"
 )
 
-// newLog logs to w: lines for people where w is a terminal, else JSON. level is debug, info, warn or error, and may change later.
+// newLog returns a log that writes to w: text if w is a terminal, else JSON.
+// level is debug, info, warn or error. The AtomicLevel changes it later.
 func newLog(w io.Writer, level string) (*zap.Logger, zap.AtomicLevel, error) {
 	at, err := zap.ParseAtomicLevel(level)
 	if err != nil {
-		return nil, at, fmt.Errorf("log level %q: allowed are debug, info, warn, error", level)
+		return nil, at, fmt.Errorf("log level %q: must be debug, info, warn or error", level)
 	}
 	c := zap.NewProductionEncoderConfig()
 	c.EncodeTime = zapcore.RFC3339NanoTimeEncoder

@@ -18,15 +18,15 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/policy"
 )
 
-// configSource is where a config comes from.
+// configSource reads a config.
 type configSource struct {
-	file string // as mistakes name it
-	// load reads it for the first time, and reload again.
-	load   func() (*policy.Config, policy.Inputs, error)
+	file string // its name in errors
+	load func() (*policy.Config, policy.Inputs, error)
+	// reload reads the config again. before are the inputs of the last reading.
 	reload func(before policy.Inputs) (*policy.Config, policy.Inputs, error)
 }
 
-// configFile is the source of a file, empty for none.
+// configFile returns the source that reads file, or no file if it is empty.
 func (p *program) configFile(file string, settings []policy.Setting) configSource {
 	return configSource{
 		file: file,
@@ -37,10 +37,10 @@ func (p *program) configFile(file string, settings []policy.Setting) configSourc
 	}
 }
 
-// loadWhole reads a config for the first time, when nobody knows yet which
-// files there are. It reads until two readings in a row are equal, so that
-// what it returns is no mixture of two versions.
-func (c configSource) loadWhole() (*policy.Config, policy.Inputs, error) {
+// loadStable reads a config for the first time, when its files are not known
+// yet. It reads until two consecutive readings are equal, so that it does not
+// return a mixture of two versions.
+func (c configSource) loadStable() (*policy.Config, policy.Inputs, error) {
 	cfg, inputs, err := c.load()
 	for range 5 {
 		before := inputs
@@ -52,48 +52,57 @@ func (c configSource) loadWhole() (*policy.Config, policy.Inputs, error) {
 }
 
 const (
-	// settle is how long the files must be left alone before they are read: editors and copies write in steps.
-	settle = 50 * time.Millisecond
-	// patience is how long changes may go on before the files are read all the same.
-	patience = time.Second
-	// recheck is how often the files are looked at although nobody said that they changed: not every file system says.
-	recheck = 10 * time.Second
+	// debounce is how long the files must be unchanged before they are read,
+	// because editors and copies write in steps.
+	debounce = 50 * time.Millisecond
+	// maxDebounce is how long changes can delay the reading.
+	maxDebounce = time.Second
+	// pollEvery is how often the files are checked without an event, because
+	// not every file system sends events.
+	pollEvery = 10 * time.Second
 )
 
-// reloader keeps a running sidecar by its files: a new config takes the place of the old one whole, or not at all.
+// reloader reloads the config of a running sidecar when its files change. A
+// config with an error is rejected as a whole. Only last is safe for concurrent
+// use.
 type reloader struct {
 	source configSource
-	use    func(*policy.Config) error // refuses what cannot be changed while running
+	apply  func(*policy.Config) error // fails if the change needs a restart
 	log    *zap.Logger
 
-	inputs policy.Inputs // of the last attempt, good or bad
-	state  string        // of the files, as stat sees them, at the last attempt
-	// watched are the directories that are watched, and names are what concerns the inputs in them; one that ends in /* is all of
-	// a directory.
+	inputs policy.Inputs // of the last attempt, whether it succeeded or not
+	state  string        // stateOf the files at the last attempt
+	// watched are the directories that are watched. names are the paths in them
+	// whose events matter; dir/* stands for all paths in dir.
 	watched, names map[string]bool
 
-	last    atomic.Pointer[reloaded]
+	last    atomic.Pointer[reloadResult] // nil: there was no attempt
 	reloads *prometheus.CounterVec
 	info    *prometheus.GaugeVec
 }
 
-// reloaded is how an attempt at a new config ended.
-type reloaded struct {
-	at       time.Time
-	mistakes []string // empty: it is in force
+// reloadResult is the result of an attempt to reload the config.
+type reloadResult struct {
+	at     time.Time
+	errors []string // empty if the new config is in force
 }
 
-func newReloader(source configSource, cfg *policy.Config, inputs policy.Inputs, use func(*policy.Config) error, log *zap.Logger, metrics prometheus.Registerer) *reloader {
+// newReloader returns a reloader for a sidecar that runs with cfg, which was
+// read from inputs.
+func newReloader(
+	source configSource, cfg *policy.Config, inputs policy.Inputs, apply func(*policy.Config) error,
+	log *zap.Logger, metrics prometheus.Registerer,
+) *reloader {
 	r := &reloader{
 		source: source,
-		use:    use,
+		apply:  apply,
 		log:    log,
 		inputs: inputs,
 		reloads: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "sluice_config_reloads_total", Help: "New configs, by whether they are in force.",
+			Name: "sluice_config_reloads_total", Help: "Total number of config reloads, by result.",
 		}, []string{"result"}),
 		info: prometheus.NewGaugeVec(prometheus.GaugeOpts{
-			Name: "sluice_config_info", Help: "1, with the hash of the config that is in force.",
+			Name: "sluice_config_info", Help: "Always 1, with the hash of the config in force.",
 		}, []string{"hash"}),
 	}
 	r.reloads.WithLabelValues("success")
@@ -103,27 +112,28 @@ func newReloader(source configSource, cfg *policy.Config, inputs policy.Inputs, 
 	return r
 }
 
-// run reloads when the files change, and when hangup says so, until ctx ends.
+// run reloads the config when its files change, and when hangup receives a
+// signal, until ctx ends.
 func (r *reloader) run(ctx context.Context, hangup <-chan os.Signal) {
 	if r.inputs.Piped {
-		r.log.Warn("the config was read from a pipe: it cannot be reloaded, only the files that it names can; a change takes a restart",
+		r.log.Warn("config was read from a pipe and cannot be reloaded, except for the files that it names",
 			zap.String("config", r.source.file))
 	}
 	var events chan fsnotify.Event
 	var watchErrors chan error
 	watcher, err := fsnotify.NewWatcher()
 	if err != nil {
-		r.log.Warn("the config's files are not watched, only looked at now and then", zap.Duration("every", recheck), zap.Error(err))
+		r.log.Warn("config files cannot be watched, polling them", zap.Duration("every", pollEvery), zap.Error(err))
 	} else {
 		defer func() { _ = watcher.Close() }()
 		events, watchErrors = watcher.Events, watcher.Errors
 		r.watch(watcher)
 	}
-	tick := time.NewTicker(recheck)
+	tick := time.NewTicker(pollEvery)
 	defer tick.Stop()
-	quiet := time.NewTimer(settle) // the files may have changed since they were read
+	quiet := time.NewTimer(debounce) // the files may have changed since they were read
 	defer quiet.Stop()
-	since := time.Now() // when the changes began that go on; zero: none do
+	since := time.Now() // when changes that are not read yet began, or zero
 	for {
 		var done bool
 		select {
@@ -137,17 +147,18 @@ func (r *reloader) run(ctx context.Context, hangup <-chan os.Signal) {
 			if !r.concerns(e.Name) {
 				continue
 			}
-			r.state = "" // whatever the file's size and time say
-		case err := <-watchErrors: // some events may be lost
-			r.log.Warn("watching the config's files", zap.Error(err))
+			r.state = "" // the file may have changed and kept its size and time
+		case err := <-watchErrors: // events may be lost
+			r.log.Warn("watching config files failed", zap.Error(err))
 		case <-quiet.C:
-			overdue := time.Since(since) >= patience
-			done = (overdue || !writtenAfter(r.inputs.Paths, time.Now().Add(-settle))) && r.reload(false)
+			overdue := time.Since(since) >= maxDebounce
+			done = (overdue || !writtenAfter(r.inputs.Paths, time.Now().Add(-debounce))) && r.reload(false)
 			if !done && overdue {
 				since = time.Now()
 			}
 		}
-		// What changed before its directory was watched was seen by nobody, so that it is looked at again.
+		// A change in a directory before it was watched sent no event, so the
+		// files of new directories are read again.
 		if done && watcher != nil && r.watch(watcher) {
 			done = false
 		}
@@ -156,29 +167,30 @@ func (r *reloader) run(ctx context.Context, hangup <-chan os.Signal) {
 			since = time.Time{}
 		case since.IsZero():
 			since = time.Now()
-			quiet.Reset(settle)
-		case time.Since(since) < patience:
-			quiet.Reset(settle)
-		default: // the changes go on for too long
+			quiet.Reset(debounce)
+		case time.Since(since) < maxDebounce:
+			quiet.Reset(debounce)
+		default: // changes have delayed the reading long enough
 			quiet.Reset(0)
 		}
 	}
 }
 
-// concerns reports whether a change of a name may change what the inputs are.
+// concerns reports whether a change of the file name may change the inputs.
 func (r *reloader) concerns(name string) bool {
 	return r.names[name] || r.names[filepath.Dir(name)+"/*"]
 }
 
-// reload reads the files if they changed since they were read last, or in any case, and puts what they say in force if it is good. It
-// reports false where the files change while they are read, so that they have to be read again.
-func (r *reloader) reload(inAnyCase bool) bool {
+// reload reads the files if they have changed since the last attempt or force is
+// true, and applies the config if it is valid. It returns false if the files
+// changed while they were read, so that they must be read again.
+func (r *reloader) reload(force bool) bool {
 	before := stateOf(r.inputs.Paths)
-	if before == r.state && !inAnyCase {
+	if before == r.state && !force {
 		return true
 	}
 	cfg, inputs, err := r.source.reload(r.inputs)
-	if !slices.Equal(inputs.Paths, r.inputs.Paths) { // there are other files now: what were they like before?
+	if !slices.Equal(inputs.Paths, r.inputs.Paths) { // other files are read now
 		before = stateOf(inputs.Paths)
 		cfg, inputs, err = r.source.reload(inputs)
 	}
@@ -189,29 +201,29 @@ func (r *reloader) reload(inAnyCase bool) bool {
 		r.inputs.Hash, r.state = [len(inputs.Hash)]byte{}, ""
 		return false
 	}
-	if same && !inAnyCase {
+	if same && !force {
 		return true
 	}
 	if err == nil {
-		err = r.use(cfg)
+		err = r.apply(cfg)
 	}
 	if err != nil {
-		mistakes := mistakesOf(err)
-		r.last.Store(&reloaded{time.Now(), mistakes})
+		messages := messagesOf(err)
+		r.last.Store(&reloadResult{time.Now(), messages})
 		r.reloads.WithLabelValues("failure").Inc()
-		r.log.Error("the new config is not in force, the old one stays", zap.Strings("mistakes", mistakes))
+		r.log.Error("config reload failed, keeping the previous config", zap.Strings("mistakes", messages))
 		return true
 	}
-	r.last.Store(&reloaded{at: time.Now()})
+	r.last.Store(&reloadResult{at: time.Now()})
 	r.reloads.WithLabelValues("success").Inc()
 	r.info.Reset()
 	r.info.WithLabelValues(cfg.Hash).Set(1)
-	r.log.Info("a new config is in force", zap.String("hash", cfg.Hash), zap.Int("limits", len(cfg.Limits())))
+	r.log.Info("config reloaded", zap.String("hash", cfg.Hash), zap.Int("limits", len(cfg.Limits())))
 	return true
 }
 
-// mistakesOf is an error for people, a mistake each.
-func mistakesOf(err error) []string {
+// messagesOf returns the errors of a config, at most 20 of them, or err itself.
+func messagesOf(err error) []string {
 	var mistakes policy.Mistakes
 	if !errors.As(err, &mistakes) {
 		return []string{err.Error()}
@@ -228,35 +240,42 @@ func mistakesOf(err error) []string {
 	return lines
 }
 
-// stateOf tells whether files changed: where they really are, their sizes and when they were written.
+// stateOf returns a text that changes when a file does: the targets of symbolic
+// links, the sizes and the modification times.
 func stateOf(paths []string) string {
 	var b strings.Builder
 	for _, path := range paths {
-		really, err := filepath.EvalSymlinks(path)
+		target, err := filepath.EvalSymlinks(path)
 		if err != nil {
 			fmt.Fprintf(&b, "%s: %v\n", path, err)
 			continue
 		}
-		if info, err := os.Stat(really); err != nil {
+		if info, err := os.Stat(target); err != nil {
 			fmt.Fprintf(&b, "%s: %v\n", path, err)
 		} else {
-			fmt.Fprintf(&b, "%s %d %d\n", really, info.Size(), info.ModTime().UnixNano())
+			fmt.Fprintf(&b, "%s %d %d\n", target, info.Size(), info.ModTime().UnixNano())
 		}
 	}
 	return b.String()
 }
 
-// writtenAfter reports whether a file was written after an instant, by the file system's clock.
+// writtenAfter reports whether a file was written between instant and now, by
+// the file system's clock.
 func writtenAfter(paths []string, instant time.Time) bool {
 	for _, path := range paths {
-		if info, err := os.Stat(path); err == nil && !info.IsDir() && info.ModTime().After(instant) && info.ModTime().Before(time.Now()) {
+		info, err := os.Stat(path)
+		if err != nil || info.IsDir() {
+			continue
+		}
+		if info.ModTime().After(instant) && info.ModTime().Before(time.Now()) {
 			return true
 		}
 	}
 	return false
 }
 
-// watch has the watcher watch the directories in which something may change what the inputs are. It reports whether there are new ones.
+// watch makes w watch the directories in which a change may change the inputs.
+// It reports whether there are new ones.
 func (r *reloader) watch(w *fsnotify.Watcher) (added bool) {
 	wanted := make(map[string]bool)
 	r.names = make(map[string]bool)
@@ -267,12 +286,12 @@ func (r *reloader) watch(w *fsnotify.Watcher) (added bool) {
 	}
 	for dir := range r.watched {
 		if !wanted[dir] {
-			_ = w.Remove(dir) // it may be gone
+			_ = w.Remove(dir) // fails if dir is gone
 		}
 	}
 	for dir := range wanted {
-		if err := w.Add(dir); err != nil { // one that was replaced is another, and has to be added again
-			r.log.Debug("a directory is not watched", zap.String("directory", dir), zap.Error(err))
+		if err := w.Add(dir); err != nil { // also known ones: they may have been replaced
+			r.log.Debug("directory cannot be watched", zap.String("directory", dir), zap.Error(err))
 			delete(wanted, dir)
 		} else if !r.watched[dir] {
 			added = true
@@ -282,11 +301,14 @@ func (r *reloader) watch(w *fsnotify.Watcher) (added bool) {
 	return added
 }
 
-// maxLinks is how many symbolic links of a path are followed, as the kernel does.
+// maxLinks is the number of symbolic links of a path that are followed, as in
+// Linux.
 const maxLinks = 40
 
-// addWatched adds, for an absolute path, the directories in which a part of it stands that may come, go or be replaced, and those parts:
-// the file, what is missing of its directory, and each symbolic link on the way, as in a volume of Kubernetes, with what it leads to.
+// addWatched adds the directories that must be watched to see every change of an
+// absolute path, and the names in them whose events matter: the file, the
+// missing parts of its directory, and each symbolic link on the way with its
+// target, as in a volume of Kubernetes.
 func addWatched(dirs, names map[string]bool, path string, links int) {
 	if info, err := os.Stat(path); err == nil && info.IsDir() {
 		dirs[path], names[path+"/*"] = true, true
@@ -294,14 +316,14 @@ func addWatched(dirs, names map[string]bool, path string, links int) {
 	names[path] = true
 	dir := filepath.Dir(path)
 	for !exists(dir) && dir != filepath.Dir(dir) {
-		names[dir] = true // where it may come back
+		names[dir] = true // it may be created
 		dir = filepath.Dir(dir)
 	}
 	dirs[dir] = true
 	for p := path; p != filepath.Dir(p) && links > 0; p = filepath.Dir(p) {
 		target, err := os.Readlink(p)
 		if err != nil {
-			continue // no link
+			continue // not a link
 		}
 		if !filepath.IsAbs(target) {
 			target = filepath.Join(filepath.Dir(p), target)
@@ -312,6 +334,7 @@ func addWatched(dirs, names map[string]bool, path string, links int) {
 	}
 }
 
+// exists reports whether there is a file or a directory at path.
 func exists(path string) bool {
 	_, err := os.Stat(path)
 	return err == nil

@@ -466,7 +466,7 @@ func TestReloadHasPatience(t *testing.T) {
 			t.Fatal("never")
 		}
 	}
-	if took := time.Since(began); took > 4*patience {
+	if took := time.Since(began); took > 4*maxDebounce {
 		t.Errorf("read after %v", took)
 	}
 }

@@ -18,16 +18,17 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/policy"
 )
 
-// settings are what the environment and the flags of run say over the config file.
+// settings are the fields of the config that the environment and the flags of
+// run override.
 var settings = []struct {
 	flag, env, field, usage string
 }{
 	{"grpc", "SLUICE_GRPC", "listen.grpc", "`address` for Envoy's checks, host:port or unix:///path"},
 	{"admin", "SLUICE_ADMIN", "listen.admin", "`address` for the operator's page and profiles"},
 	{"metrics", "SLUICE_METRICS", "listen.metrics", "`address` for /metrics, /healthz and /readyz"},
-	{"domain", "SLUICE_DOMAIN", "domain", "`name` of whose buckets these are"},
+	{"domain", "SLUICE_DOMAIN", "domain", "`name` that the keys of all buckets begin with"},
 	{"redis", "SLUICE_REDIS", "store.redis.url", "`URL` of the Redis that keeps the buckets"},
-	{"grace", "SLUICE_GRACE", "grace", "`duration` for what is in flight when the sidecar is told to stop"},
+	{"grace", "SLUICE_GRACE", "grace", "`duration` that checks in flight have to finish on shutdown"},
 	{"log-level", "SLUICE_LOG_LEVEL", "log_level", "`level`: debug, info, warn or error"},
 }
 
@@ -36,13 +37,13 @@ func (p *program) runCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "run",
 		Short: "Run the sidecar",
-		Long: `Run the sidecar until SIGTERM or SIGINT; it then answers what is in flight and ends.
+		Long: `Run the sidecar until SIGTERM or SIGINT. It then answers the checks in flight and exits.
 
-A flag is over its environment variable, which is over the config file. Without a config every limit comes from Envoy's filter chain,
-and the buckets are in this process.
+Flags override environment variables, which override the config file. Without a config file, all limits come from
+Envoy's routes and the buckets are in this process.
 
-The config's files are watched, and reread on SIGHUP: a new config takes the place of the old one whole or, where it has a mistake, not
-at all. listen and store take a restart.`,
+The config's files are reloaded when they change, and on SIGHUP. A config with an error is rejected as a whole, and the
+previous one stays in force. A change of listen or store needs a restart.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			ctx, stop := untilSignal(c.Context())
@@ -57,7 +58,8 @@ at all. listen and store take a restart.`,
 	return c
 }
 
-// settings are what the environment and then the flags say; flags may be nil.
+// settings returns what the environment sets, and then what flags set. flags
+// may be nil.
 func (p *program) settings(flags *pflag.FlagSet) []policy.Setting {
 	var all []policy.Setting
 	for _, s := range settings {
@@ -81,10 +83,10 @@ func (p *program) runSidecar(ctx context.Context, config string, settings []poli
 		config, _ = p.getenv("SLUICE_CONFIG")
 	}
 	tuneGC(p.getenv)
-	taken, getenv := make(map[string]bool), p.getenv
+	used, getenv := make(map[string]bool), p.getenv
 	recording := *p
 	recording.getenv = func(name string) (string, bool) {
-		taken[name] = true
+		used[name] = true
 		return getenv(name)
 	}
 	source := p.configFile(config, settings)
@@ -92,25 +94,25 @@ func (p *program) runSidecar(ctx context.Context, config string, settings []poli
 	s, err := startSidecar(ctx, source, p.stderr)
 	switch {
 	case ctx.Err() != nil && s == nil:
-		return nil // told to stop before there was anything to stop
+		return nil // stopped before there was anything to shut down
 	case err != nil:
-		return p.sayMistakes(err)
+		return p.printErrors(err)
 	}
-	if unknown := p.unknownVariables(taken); len(unknown) > 0 {
-		s.log.Warn("unknown environment variables, which mean nothing to sluice", zap.Strings("variables", unknown))
+	if unknown := p.unknownVariables(used); len(unknown) > 0 {
+		s.log.Warn("unknown environment variables, ignored", zap.Strings("variables", unknown))
 	}
 	return s.serve(ctx)
 }
 
-// load reads a config, and says every mistake in it on a line of its own.
+// load reads a config, and prints every error in it on a line of its own.
 func (p *program) load(file string, settings ...policy.Setting) (*policy.Config, error) {
 	cfg, _, err := policy.Load(file, p.getenv, settings...)
-	return cfg, p.sayMistakes(err)
+	return cfg, p.printErrors(err)
 }
 
-// sayMistakes prints the mistakes of a config; the error that it returns needs
-// no more words. A wrong flag is wrong usage.
-func (p *program) sayMistakes(err error) error {
+// printErrors prints the errors of a config and returns errNo, or errUsage if
+// one is in a flag. It returns any other error as it is.
+func (p *program) printErrors(err error) error {
 	var mistakes policy.Mistakes
 	if !errors.As(err, &mistakes) {
 		return err
@@ -125,11 +127,11 @@ func (p *program) sayMistakes(err error) error {
 	return result
 }
 
-// unknownVariables are the names of environment variables that look as if they
-// were sluice's and mean nothing: they are misspelt. What Kubernetes and Docker
-// make of a Service's name is none of them, and neither is what the config
-// takes.
-func (p *program) unknownVariables(taken map[string]bool) []string {
+// unknownVariables returns the names of environment variables that begin with
+// SLUICE_ and have no meaning: they are probably misspelt. It leaves out used,
+// those that the config refers to, and those that Kubernetes and Docker set for
+// a Service named sluice.
+func (p *program) unknownVariables(used map[string]bool) []string {
 	known := map[string]bool{"SLUICE_CONFIG": true}
 	for _, s := range settings {
 		known[s.env] = true
@@ -137,7 +139,10 @@ func (p *program) unknownVariables(taken map[string]bool) []string {
 	var unknown []string
 	for _, v := range p.environ() {
 		name, value, _ := strings.Cut(v, "=")
-		if strings.HasPrefix(name, "SLUICE_") && !known[name] && !taken[name] && !serviceVariable.MatchString(name) && !strings.Contains(value, "://") {
+		if !strings.HasPrefix(name, "SLUICE_") || known[name] || used[name] {
+			continue
+		}
+		if !serviceVariable.MatchString(name) && !strings.Contains(value, "://") {
 			unknown = append(unknown, name)
 		}
 	}
@@ -145,24 +150,27 @@ func (p *program) unknownVariables(taken map[string]bool) []string {
 	return unknown
 }
 
-// serviceVariable are the variables that Kubernetes and Docker set for
-// Services and links. SLUICE_PORT, which is one, has a URL for a value.
-var serviceVariable = regexp.MustCompile(`_SERVICE_(HOST|PORT)(_[A-Z0-9_]+)?$|_PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$`)
+// serviceVariable matches the variables that Kubernetes and Docker set for
+// Services and links, except for SLUICE_PORT, whose value is a URL.
+var serviceVariable = regexp.MustCompile(
+	`_SERVICE_(HOST|PORT)(_[A-Z0-9_]+)?$|_PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$`)
 
-// tuneGC lets the heap grow to three times what is live before it is collected. A sidecar's live heap is a few megabytes, and
-// Go's default of twice would collect hundreds of times a second under load, a fifth of all its processor time. GOGC is over
-// this, and GOMEMLIMIT still holds: near it the collector runs as often as it takes.
+// tuneGC lets the heap grow to three times its live size before it is collected.
+// A sidecar's live heap is a few megabytes; with Go's default of twice that, it
+// would be collected hundreds of times a second under load, which takes a fifth
+// of the process' CPU time. GOGC takes precedence. Near GOMEMLIMIT the collector
+// still runs as often as it has to.
 func tuneGC(getenv func(string) (string, bool)) {
 	if _, ok := getenv("GOGC"); !ok {
 		debug.SetGCPercent(200)
 	}
 }
 
-// leaveRoom lowers the memory limit of the Go runtime, at most to a half.
-// GOMEMLIMIT is, as shipped, all that the container may use, and the runtime
-// counts neither the pages of the program's file nor what the kernel uses for
-// the process, such as socket buffers. A fifth is left for the latter.
-func leaveRoom() {
+// lowerMemoryLimit lowers the memory limit of the Go runtime, at most to a half.
+// As shipped, GOMEMLIMIT is the container's limit. The runtime does not count
+// the pages of the program's file, nor what the kernel uses for the process,
+// such as socket buffers; a fifth is reserved for the latter.
+func lowerMemoryLimit() {
 	limit := debug.SetMemoryLimit(-1)
 	if limit == math.MaxInt64 {
 		return

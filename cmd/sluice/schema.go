@@ -10,7 +10,9 @@ func (p *program) schemaCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "schema",
 		Short: "Print the config's JSON Schema, for editors",
-		Long: `Print the config's JSON Schema, for editors: with the YAML language server, put this on the config's first line:
+		Long: `Print the config's JSON Schema, for editors.
+
+With the YAML language server, save it as sluice.schema.json and make this the config's first line:
 
   # yaml-language-server: $schema=sluice.schema.json`,
 		Args: cobra.NoArgs,

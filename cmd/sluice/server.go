@@ -18,34 +18,43 @@ import (
 	"go.uber.org/zap"
 )
 
-// bounds are what the peers of an HTTP server may take, all together. The zero value of a field is the default.
+// bounds limits the resources that the clients of an HTTP server can use. The
+// zero value of a field means its default.
 type bounds struct {
-	// connections at once. With HTTP/1 it is the number of requests at once, too. Default: 64.
+	// connections is the maximum number of connections, which with HTTP/1 is
+	// the maximum number of concurrent requests, too. The default is 64.
 	connections int
-	// read is the time for a whole request, its body included. Default: 10s. Its header has at most 5s.
+	// read is the maximum time for reading a request, including its body. The
+	// default is 10s. The header must arrive within 5s.
 	read time.Duration
-	// write is the time for a response, counted from the end of the request's header. Default: 20s.
+	// write is the maximum time from the end of the request's header to the end
+	// of the response. The default is 20s.
 	write time.Duration
-	// idle is how long a connection is kept between two requests. Default: 2m, more than an interval between scrapes.
+	// idle is how long a connection is kept between two requests. The default
+	// is 2m, more than the interval between two scrapes.
 	idle time.Duration
 }
 
-// What a peer of an HTTP server may take in any case.
+// Bounds that are the same for all HTTP servers.
 const (
-	readHeader        = 5 * time.Second
-	maxHeaderBytes    = 16 << 10
-	maxHTTP2Streams   = 64      // requests at once on an HTTP/2 connection
-	maxHTTP2Received  = 4 << 20 // bytes of bodies that no handler has read yet, of an HTTP/2 connection
-	maxHTTP2OneStream = 1 << 20 // and of one of its streams
+	readHeader      = 5 * time.Second
+	maxHeaderBytes  = 16 << 10
+	maxHTTP2Streams = 64 // concurrent requests on an HTTP/2 connection
+	// maxHTTP2Received and maxHTTP2OneStream are the flow-control windows of an
+	// HTTP/2 connection and of one of its streams, in bytes.
+	maxHTTP2Received  = 4 << 20
+	maxHTTP2OneStream = 1 << 20
 )
 
-// server is an HTTP server on its listener. Every HTTP server of every command is made by newServer.
+// server is an HTTP server with its listener. All HTTP servers of all commands
+// are made by newServer.
 type server struct {
 	*http.Server
 	listener net.Listener
 }
 
-// newServer returns a server that answers on l by h once it runs. Errors of connections go to log, a few a minute.
+// newServer returns a server that serves h on l when it is run. It logs errors
+// of connections, a few per minute.
 func newServer(l net.Listener, h http.Handler, log *zap.Logger, b bounds) *server {
 	or := func(given, otherwise time.Duration) time.Duration {
 		if given == 0 {
@@ -68,14 +77,15 @@ func newServer(l net.Listener, h http.Handler, log *zap.Logger, b bounds) *serve
 			MaxConcurrentStreams:          maxHTTP2Streams,
 			MaxReceiveBufferPerConnection: maxHTTP2Received,
 			MaxReceiveBufferPerStream:     maxHTTP2OneStream,
-			SendPingTimeout:               30 * time.Second, // finds peers that are gone
+			SendPingTimeout:               30 * time.Second, // detects clients that are gone
 			WriteByteTimeout:              10 * time.Second,
 		},
-		ErrorLog: stdlog.New(&seldomLog{log: log}, "", 0),
+		ErrorLog: stdlog.New(&throttledLog{log: log}, "", 0),
 	}}
 }
 
-// run serves until the server is closed or shut down, and then returns nil. It speaks TLS where TLSConfig is set.
+// run serves until the server is closed or shut down, and then returns nil. It
+// uses TLS if TLSConfig is set.
 func (s *server) run() error {
 	serve := func() error { return s.Serve(s.listener) }
 	if s.TLSConfig != nil {
@@ -87,25 +97,27 @@ func (s *server) run() error {
 	return nil
 }
 
-// seldomLog logs lines that peers cause: of failed TLS handshakes one in ten seconds, and so of all others. It says how many it
-// left out before.
-type seldomLog struct {
+// throttledLog logs lines that clients cause: every ten seconds one about failed
+// TLS handshakes and one about anything else. A line has the number of those
+// that were omitted before it. It is safe for concurrent use.
+type throttledLog struct {
 	log *zap.Logger
 
 	mu         sync.Mutex
-	handshakes seldomLines
-	others     seldomLines
+	handshakes throttle
+	others     throttle
 }
 
-type seldomLines struct {
-	next    time.Time
+// throttle is the state of one kind of lines.
+type throttle struct {
+	next    time.Time // when a line may be logged again
 	omitted int
 }
 
-const seldomEvery = 10 * time.Second
+const throttleEvery = 10 * time.Second
 
-// Write logs a line, or counts it. It never fails.
-func (s *seldomLog) Write(line []byte) (int, error) {
+// Write logs a line or counts it as omitted. It never fails.
+func (s *throttledLog) Write(line []byte) (int, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	lines := &s.others
@@ -118,14 +130,16 @@ func (s *seldomLog) Write(line []byte) (int, error) {
 		return len(line), nil
 	}
 	s.log.Warn(strings.TrimSpace(string(line)), zap.Int("omitted_before", lines.omitted))
-	lines.next, lines.omitted = now.Add(seldomEvery), 0
+	lines.next, lines.omitted = now.Add(throttleEvery), 0
 	return len(line), nil
 }
 
-// scrapes serves the metrics of g. What Prometheus' own handler gathers for a scrape takes several times its text, and stays
-// until the last byte is sent, so that some hundred scrapes that nobody reads would fill the memory. Here one scrape at a time is
-// gathered, into compressed text, and only that waits for its reader.
-func scrapes(g prometheus.Gatherer, log *zap.Logger, options promhttp.HandlerOpts) http.Handler {
+// scrapeHandler serves the metrics of g. Prometheus' own handler keeps what it
+// gathered, which takes several times the memory of the text, until the last
+// byte is sent. A hundred clients that do not read would fill the memory. This
+// handler gathers one scrape at a time into compressed text, and keeps only
+// that until it is sent.
+func scrapeHandler(g prometheus.Gatherer, log *zap.Logger, options promhttp.HandlerOpts) http.Handler {
 	options.ErrorLog = zap.NewStdLog(log)
 	options.OfferedCompressions = []promhttp.Compression{promhttp.Gzip}
 	gather := promhttp.HandlerFor(g, options)
@@ -134,7 +148,7 @@ func scrapes(g prometheus.Gatherer, log *zap.Logger, options promhttp.HandlerOpt
 		select {
 		case one <- struct{}{}:
 		case <-r.Context().Done():
-			return // the client is gone
+			return // the client has gone
 		}
 		scrape := scrape{header: make(http.Header), status: http.StatusOK}
 		func() {
@@ -147,23 +161,23 @@ func scrapes(g prometheus.Gatherer, log *zap.Logger, options promhttp.HandlerOpt
 	})
 }
 
-// scrape is an answer that nobody has read yet.
+// scrape is the response to a scrape before it is sent.
 type scrape struct {
 	header http.Header
 	status int
 	body   bytes.Buffer
 }
 
-// Header is http.ResponseWriter's.
+// Header implements http.ResponseWriter.
 func (s *scrape) Header() http.Header { return s.header }
 
-// WriteHeader is http.ResponseWriter's.
+// WriteHeader implements http.ResponseWriter.
 func (s *scrape) WriteHeader(status int) { s.status = status }
 
-// Write is http.ResponseWriter's.
+// Write implements http.ResponseWriter.
 func (s *scrape) Write(b []byte) (int, error) { return s.body.Write(b) }
 
-// send sends the scrape, decompressed for a client that does not accept gzip.
+// send sends the scrape. It decompresses it if the client does not accept gzip.
 func (s *scrape) send(w http.ResponseWriter, acceptsGzip bool) {
 	for name, values := range s.header {
 		w.Header()[name] = values
@@ -173,16 +187,16 @@ func (s *scrape) send(w http.ResponseWriter, acceptsGzip bool) {
 		w.Header().Del("Content-Encoding")
 		plain, err := gzip.NewReader(&s.body)
 		if err != nil {
-			sayStatus(w, http.StatusInternalServerError, "the metrics could not be written")
+			writeStatus(w, http.StatusInternalServerError, "the metrics cannot be decompressed")
 			return
 		}
 		body = plain
 	}
 	w.WriteHeader(s.status)
-	_, _ = io.Copy(w, body) // fails where the client is gone
+	_, _ = io.Copy(w, body) // fails if the client has gone
 }
 
-// acceptsGzip reports whether a client says that it takes gzip.
+// acceptsGzip reports whether a client accepts gzip, by its request header.
 func acceptsGzip(h http.Header) bool {
 	for coding := range strings.SplitSeq(strings.Join(h.Values("Accept-Encoding"), ","), ",") {
 		name, parameter, _ := strings.Cut(coding, ";")

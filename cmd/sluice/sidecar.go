@@ -27,33 +27,37 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/policy"
 )
 
-// sidecar is sluice itself, from a config that was read to its last answer.
+// sidecar is the process of `sluice run`.
 type sidecar struct {
 	cfg      atomic.Pointer[policy.Config] // in force
 	log      *zap.Logger
 	level    zap.AtomicLevel // of the log
 	reload   *reloader
-	hangup   chan os.Signal // SIGHUP: reload
-	check    *authz.Server
-	memory   *limiter.Memory   // nil where the buckets are in Redis
-	redis    *limiter.Redis    // nil where they are in this process
-	fallback *limiter.Fallback // over redis
-	ceiling  *limiter.Ceiling  // over fallback
-	traces   *traces           // nil: none
+	hangup   chan os.Signal // receives SIGHUP
+	checks   *authz.Server
+	memory   *limiter.Memory   // nil if the buckets are in Redis
+	redis    *limiter.Redis    // nil if the buckets are in this process
+	fallback *limiter.Fallback // wraps redis; nil without it
+	ceiling  *limiter.Ceiling  // wraps fallback; nil without it
+	traces   *traces           // nil disables tracing
 
 	grpc, metrics, admin net.Listener
-	registry, stores     *prometheus.Registry // stores: what the store says of itself
+	registry, stores     *prometheus.Registry // stores has the metrics of the store
 
-	answered atomic.Bool // the store has answered once, or need not have
+	// answered is true once Redis has answered, or if readiness does not need
+	// its answer.
+	answered atomic.Bool
 	draining atomic.Bool
 }
 
-// newSidecar reads the config and binds all listeners, so that what can fail at the start has failed when it returns. What it returns
-// must serve, which closes it.
+// newSidecar reads the config and binds all listeners, so that everything that
+// can fail at the start has failed when it returns. The caller must call serve,
+// which closes the sidecar.
 func newSidecar(source configSource, stderr io.Writer) (*sidecar, error) {
 	hangup := make(chan os.Signal, 1)
-	signal.Notify(hangup, syscall.SIGHUP) // before anything that takes long: by default it would end the process
-	cfg, inputs, err := source.loadWhole()
+	// First, because a SIGHUP that is not handled would end the process.
+	signal.Notify(hangup, syscall.SIGHUP)
+	cfg, inputs, err := source.loadStable()
 	if err != nil {
 		return nil, err
 	}
@@ -61,10 +65,14 @@ func newSidecar(source configSource, stderr io.Writer) (*sidecar, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &sidecar{log: log, level: level, hangup: hangup, registry: prometheus.NewRegistry(), stores: prometheus.NewRegistry()}
+	s := &sidecar{
+		log: log, level: level, hangup: hangup,
+		registry: prometheus.NewRegistry(), stores: prometheus.NewRegistry(),
+	}
 	s.cfg.Store(cfg)
-	s.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	s.reload = newReloader(source, cfg, inputs, s.use, log, s.registry)
+	s.registry.MustRegister(
+		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	s.reload = newReloader(source, cfg, inputs, s.apply, log, s.registry)
 	if s.traces, err = newTraces(log); err != nil {
 		return nil, err
 	}
@@ -88,7 +96,7 @@ func newSidecar(source configSource, stderr io.Writer) (*sidecar, error) {
 		store = traced(s.memory, "memory")
 	}
 	s.answered.Store(s.redis == nil || !cfg.FailsClosed())
-	s.check = authz.New(authz.Options{Config: cfg, Store: store, Log: log, Metrics: s.registry, Tracer: tracer})
+	s.checks = authz.New(authz.Options{Config: cfg, Store: store, Log: log, Metrics: s.registry, Tracer: tracer})
 
 	for _, l := range []struct {
 		field, addr string
@@ -106,15 +114,15 @@ func newSidecar(source configSource, stderr io.Writer) (*sidecar, error) {
 	return s, nil
 }
 
-// startSidecar is newSidecar, given up when ctx ends: a config from a pipe, or
-// the lock on a socket's directory, takes as long as others like. The sidecar
-// is then nil and the error ctx's.
+// startSidecar is newSidecar, except that it returns nil and the error of ctx
+// when ctx ends: a config from a pipe, or the lock on a socket's directory, can
+// take any time.
 func startSidecar(ctx context.Context, source configSource, stderr io.Writer) (*sidecar, error) {
 	return unlessDone(ctx, func() (*sidecar, error) { return newSidecar(source, stderr) })
 }
 
-// unlessDone returns what f returns or, if ctx ends first, its error. f then
-// goes on until the process ends.
+// unlessDone returns what f returns or, if ctx ends first, its error. In that
+// case f is abandoned, and may run until the process ends.
 func unlessDone[T any](ctx context.Context, f func() (T, error)) (T, error) {
 	type result struct {
 		value T
@@ -134,8 +142,8 @@ func unlessDone[T any](ctx context.Context, f func() (T, error)) (T, error) {
 	}
 }
 
-// use puts another config in force, unless it says what only a restart can bring about.
-func (s *sidecar) use(cfg *policy.Config) error {
+// apply puts cfg in force. It fails if the change needs a restart.
+func (s *sidecar) apply(cfg *policy.Config) error {
 	if err := cfg.Replaces(s.cfg.Load(), s.reload.source.file); err != nil {
 		return err
 	}
@@ -149,17 +157,18 @@ func (s *sidecar) use(cfg *policy.Config) error {
 		}
 	}
 	if cfg.SentinelPasswordChanged(s.cfg.Load()) {
-		s.log.Warn("store.redis.sentinel.password_file changed: the new password is used after a restart")
+		s.log.Warn("store.redis.sentinel.password_file changed: restart to use the new password")
 	}
 	s.level.SetLevel(level)
 	if !cfg.FailsClosed() {
-		s.answered.Store(true) // nothing waits for Redis any more
+		s.answered.Store(true) // readiness no longer needs Redis
 	}
 	s.cfg.Store(cfg)
-	s.check.SetConfig(cfg)
+	s.checks.SetConfig(cfg)
 	return nil
 }
 
+// close closes what newSidecar opened.
 func (s *sidecar) close() {
 	signal.Stop(s.hangup)
 	for _, l := range []net.Listener{s.grpc, s.metrics, s.admin} {
@@ -175,14 +184,16 @@ func (s *sidecar) close() {
 	}
 }
 
-// serve answers until ctx ends, and then drains: health and /readyz say that no more should come, what is in flight is answered, for
-// at most the config's grace. It returns nil after a drain, and an error where a listener broke.
+// serve runs the sidecar until ctx ends. It then drains: health and /readyz
+// report it, and the checks in flight are answered within the config's grace
+// period. serve returns nil after a drain, and an error if a listener failed.
 func (s *sidecar) serve(ctx context.Context) error {
 	defer s.close()
 	background, cancel := context.WithCancel(context.Background())
 	defer cancel()
 
-	// The first to end ends all, in this order: gRPC drains while /readyz and /metrics still answer.
+	// The first actor that ends interrupts all, in this order: gRPC drains while
+	// /readyz and /metrics still answer.
 	var all group.Group
 	stopped := make(chan struct{})
 	all.Add(func() error {
@@ -193,17 +204,17 @@ func (s *sidecar) serve(ctx context.Context) error {
 		}
 		return nil
 	}, func(error) { close(stopped) })
-	checks := bounded(s.grpc, grpcConnections())
-	calls := newInflow(checks, s.answerTime(), s.log, s.registry)
-	leaveRoom() // all that is sized by GOMEMLIMIT exists now
+	grpcListener := bounded(s.grpc, grpcConnections())
+	calls := newInflow(grpcListener, s.storeTimeout(), s.log, s.registry)
+	lowerMemoryLimit() // everything that is sized by GOMEMLIMIT exists now
 	options := []grpc.ServerOption{grpc.InTapHandle(calls.begin)}
 	if s.cfg.Load().ListenTLS != nil {
 		options = append(options, grpc.Creds(newLoggedTLS(serverTLS(s.cfg.Load), s.log)))
 	}
-	server := s.check.GRPC(options...)
-	all.Add(func() error { return server.Serve(checks) }, func(error) {
+	server := s.checks.GRPC(options...)
+	all.Add(func() error { return server.Serve(grpcListener) }, func(error) {
 		s.draining.Store(true)
-		s.check.Drain()
+		s.checks.Drain()
 		s.stopGracefully(server)
 	})
 	s.addHTTP(&all, s.metrics, s.metricsHandler())
@@ -226,31 +237,35 @@ func (s *sidecar) serve(ctx context.Context) error {
 	if s.redis != nil {
 		store = "redis"
 	}
-	s.log.Info("serving", zap.String("version", buildVersion()), zap.String("domain", s.cfg.Load().Domain), zap.String("store", store),
-		zap.Stringer("grpc", s.grpc.Addr()), zap.Stringer("metrics", s.metrics.Addr()), zap.Stringer("admin", s.admin.Addr()))
+	s.log.Info("serving",
+		zap.String("version", buildVersion()), zap.String("domain", s.cfg.Load().Domain), zap.String("store", store),
+		zap.Stringer("grpc", s.grpc.Addr()), zap.Stringer("metrics", s.metrics.Addr()),
+		zap.Stringer("admin", s.admin.Addr()))
 	err := all.Run()
 	s.log.Info("stopped", zap.Error(err))
 	return err
 }
 
-// answerTime is the longest that an answer to a check takes.
-func (s *sidecar) answerTime() time.Duration {
+// storeTimeout returns the longest time that a check waits for the store.
+func (s *sidecar) storeTimeout() time.Duration {
 	if redis := s.cfg.Load().Redis; redis != nil {
 		return redis.Timeout
 	}
 	return 0
 }
 
-// stopper is what stopGracefully needs of a gRPC server.
+// stopper is the part of a gRPC server that stopGracefully uses.
 type stopper interface {
 	GracefulStop()
 	Stop()
 }
 
+// stopGracefully stops the server when the calls in flight have ended, at the
+// latest after the grace period.
 func (s *sidecar) stopGracefully(server stopper) {
 	grace := s.cfg.Load().Grace
 	over := time.AfterFunc(grace, func() {
-		s.log.Warn("the grace is over: what is still in flight is cut", zap.Duration("grace", grace))
+		s.log.Warn("grace period expired, closing connections", zap.Duration("grace", grace))
 		server.Stop()
 	})
 	server.GracefulStop()
@@ -272,7 +287,7 @@ func (s *sidecar) page() *page.Page {
 		buckets = s.memory.ReadOnly()
 	}
 	return page.New(page.Options{
-		Server: s.check, Config: s.cfg.Load, Buckets: buckets, StoreMetrics: s.stores, State: s.state,
+		Server: s.checks, Config: s.cfg.Load, Buckets: buckets, StoreMetrics: s.stores, State: s.state,
 		Version: buildVersion(), ConfigFile: s.reload.source.file,
 	})
 }
@@ -282,50 +297,54 @@ func (s *sidecar) state() page.State {
 	draining := s.draining.Load()
 	state := page.State{Ready: s.answered.Load() && !draining, Draining: draining, LogLevel: s.level.String()}
 	if last := s.reload.last.Load(); last != nil {
-		state.Reloaded, state.ReloadErrors = last.at, last.mistakes
+		state.Reloaded, state.ReloadErrors = last.at, last.errors
 	}
 	return state
 }
 
+// metricsHandler serves /metrics, /healthz and /readyz.
 func (s *sidecar) metricsHandler() http.Handler {
 	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", scrapes(prometheus.Gatherers{s.registry, s.stores}, s.log, promhttp.HandlerOpts{
-		EnableOpenMetrics: true, // for exemplars
+	mux.Handle("GET /metrics", scrapeHandler(prometheus.Gatherers{s.registry, s.stores}, s.log, promhttp.HandlerOpts{
+		EnableOpenMetrics: true, // has exemplars
 	}))
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { sayStatus(w, http.StatusOK, "ok") })
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { writeStatus(w, http.StatusOK, "ok") })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
 		switch {
 		case s.draining.Load():
-			sayStatus(w, http.StatusServiceUnavailable, "draining")
+			writeStatus(w, http.StatusServiceUnavailable, "draining")
 		case !s.answered.Load():
-			sayStatus(w, http.StatusServiceUnavailable, "waiting for Redis's first answer")
+			writeStatus(w, http.StatusServiceUnavailable, "waiting for Redis")
 		default:
-			sayStatus(w, http.StatusOK, "ok")
+			writeStatus(w, http.StatusOK, "ok")
 		}
 	})
 	return mux
 }
 
-func sayStatus(w http.ResponseWriter, status int, text string) {
+// writeStatus answers with a status and a line of text.
+func writeStatus(w http.ResponseWriter, status int, text string) {
 	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
 	w.WriteHeader(status)
 	_, _ = fmt.Fprintln(w, text)
 }
 
-// awaitStore asks Redis until it has answered once: a sidecar that would refuse everything is not ready. Later outages
-// never take it out of service, which would help nobody. Then it says once what is wrong with how Redis is run.
+// awaitStore pings Redis until it has answered once, because a sidecar that
+// would refuse every request is not ready. A later outage does not change its
+// readiness: no other sidecar would do better. Then awaitStore logs what is
+// wrong with the way Redis is run.
 func (s *sidecar) awaitStore(ctx context.Context) {
 	const every = 250 * time.Millisecond
 	tick := time.NewTicker(every)
 	defer tick.Stop()
-	for said := false; ; said = true {
-		ask, cancel := context.WithTimeout(ctx, max(every, s.cfg.Load().Redis.Timeout))
-		err := s.redis.Ping(ask)
+	for logged := false; ; logged = true {
+		ping, cancel := context.WithTimeout(ctx, max(every, s.cfg.Load().Redis.Timeout))
+		err := s.redis.Ping(ping)
 		cancel()
 		if err == nil {
 			break
 		}
-		if !said && ctx.Err() == nil {
+		if !logged && ctx.Err() == nil {
 			s.log.Warn("Redis does not answer", zap.Bool("ready", s.answered.Load()), zap.Error(err))
 		}
 		select {
@@ -335,7 +354,7 @@ func (s *sidecar) awaitStore(ctx context.Context) {
 		}
 	}
 	if !s.answered.Swap(true) {
-		s.log.Info("redis answers: ready")
+		s.log.Info("Redis answers, ready")
 	}
 	cfg := s.cfg.Load()
 	for _, f := range s.redis.Diagnose(ctx, cfg.KeyPrefix()+":"+cfg.Domain, 0) {

@@ -25,17 +25,19 @@ import (
 	"github.com/sluiceproxy/sluice/limiter"
 )
 
-// traces sends spans by OTLP. It is nil where the environment names nowhere to send them.
+// traces sends spans by OTLP.
 type traces struct {
 	provider *sdktrace.TracerProvider
 	tracer   trace.Tracer
 }
 
-// lastSpans is how long a sidecar that ends waits for its last spans to be sent.
+// lastSpans is how long close waits until the last spans are sent.
 const lastSpans = 2 * time.Second
 
-// newTraces returns what OpenTelemetry's own environment variables describe, which its library reads: endpoint, protocol, headers,
-// certificates, sampler, batches, and the names of the service. It asks nobody yet.
+// newTraces returns what OpenTelemetry's environment variables describe, or nil
+// if they name no endpoint. OpenTelemetry's library reads them: endpoint,
+// protocol, headers, certificates, sampler, batches, and the service's name.
+// newTraces does not connect yet.
 func newTraces(log *zap.Logger) (*traces, error) {
 	endpoint := false
 	for _, name := range []string{"OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"} {
@@ -45,10 +47,11 @@ func newTraces(log *zap.Logger) (*traces, error) {
 		}
 		endpoint = true
 		if u, err := url.Parse(text); err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
-			return nil, fmt.Errorf("%s is not valid: allowed are http://host:port and https://host:port", name)
+			return nil, fmt.Errorf("%s: must be http://host:port or https://host:port", name)
 		}
 	}
-	if !endpoint || strings.EqualFold(os.Getenv("OTEL_SDK_DISABLED"), "true") || os.Getenv("OTEL_TRACES_EXPORTER") == "none" {
+	disabled := strings.EqualFold(os.Getenv("OTEL_SDK_DISABLED"), "true") || os.Getenv("OTEL_TRACES_EXPORTER") == "none"
+	if !endpoint || disabled {
 		return nil, nil
 	}
 	protocol := os.Getenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL")
@@ -61,44 +64,49 @@ func newTraces(log *zap.Logger) (*traces, error) {
 	switch protocol {
 	case "grpc":
 		exporter, err = otlptracegrpc.New(ctx)
-	case "", "http/protobuf": // as OpenTelemetry has it
+	case "", "http/protobuf": // OpenTelemetry's default
 		exporter, err = otlptracehttp.New(ctx)
 	default:
-		err = fmt.Errorf("OTEL_EXPORTER_OTLP_PROTOCOL %q: allowed are http/protobuf and grpc", protocol)
+		err = fmt.Errorf("OTEL_EXPORTER_OTLP_PROTOCOL %q: must be http/protobuf or grpc", protocol)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("traces: %w", err)
 	}
 	about, err := resource.New(ctx,
-		resource.WithAttributes(attribute.String("service.name", "sluice"), attribute.String("service.version", buildVersion())),
+		resource.WithAttributes(
+			attribute.String("service.name", "sluice"), attribute.String("service.version", buildVersion())),
 		resource.WithTelemetrySDK(), resource.WithFromEnv())
 	if err != nil && !errors.Is(err, resource.ErrPartialResource) {
 		return nil, fmt.Errorf("OTEL_RESOURCE_ATTRIBUTES: %w", err)
 	}
-	seldom := log.WithOptions(zap.WrapCore(func(c zapcore.Core) zapcore.Core {
+	throttled := log.WithOptions(zap.WrapCore(func(c zapcore.Core) zapcore.Core {
 		return zapcore.NewSamplerWithOptions(c, time.Minute, 1, 0)
 	}))
-	otel.SetErrorHandler(otel.ErrorHandlerFunc(func(err error) { seldom.Warn("traces are not sent", zap.Error(err)) }))
-	t := &traces{provider: sdktrace.NewTracerProvider(sdktrace.WithBatcher(exporter), sdktrace.WithResource(about))}
+	otel.SetErrorHandler(otel.ErrorHandlerFunc(func(err error) {
+		throttled.Warn("traces are not sent", zap.Error(err))
+	}))
+	t := &traces{
+		provider: sdktrace.NewTracerProvider(sdktrace.WithBatcher(exporter), sdktrace.WithResource(about)),
+	}
 	t.tracer = t.provider.Tracer("github.com/sluiceproxy/sluice")
 	return t, nil
 }
 
-// close sends what is left, for a while.
+// close sends the spans that are left, within lastSpans.
 func (t *traces) close() {
 	ctx, cancel := context.WithTimeout(context.Background(), lastSpans)
 	defer cancel()
-	_ = t.provider.Shutdown(ctx) // the error handler was told
+	_ = t.provider.Shutdown(ctx) // the error handler logs the error
 }
 
-// tracedStore is a Store whose takes have a span each.
+// tracedStore is a Store that makes a span for each Take.
 type tracedStore struct {
 	limiter.Store
 	tracer trace.Tracer
 	name   string
 }
 
-// Take is Store's.
+// Take implements limiter.Store.
 func (s tracedStore) Take(ctx context.Context, charges []limiter.Charge, verdicts []limiter.Verdict) {
 	ctx, span := s.tracer.Start(ctx, "sluice store", trace.WithSpanKind(trace.SpanKindClient))
 	defer span.End()

@@ -14,9 +14,11 @@ func (p *program) validateCommand() *cobra.Command {
 	var output string
 	c := &cobra.Command{
 		Use:   "validate FILE...",
-		Short: "Say every mistake in configs, and where it is",
-		Long: `Say every mistake in configs, and where it is. What is allowed and hardly meant is a warning on stderr, which changes neither the result
-nor the exit status.`,
+		Short: "Validate config files and report every error with its position",
+		Long: `Validate config files and report every error with its position.
+
+What is valid but probably a mistake is reported as a warning on stderr. Warnings are not part of the result and do not
+change the exit status.`,
 		Args: cobra.MinimumNArgs(1),
 		RunE: func(_ *cobra.Command, files []string) error {
 			asJSON, err := isJSON(output)
@@ -30,19 +32,20 @@ nor the exit status.`,
 	return c
 }
 
-// outputFlag adds -o to a command whose result a script may want to read.
+// outputFlag adds -o to a command.
 func outputFlag(c *cobra.Command, output *string) {
 	c.Flags().StringVarP(output, "output", "o", "text", "`format` of the result: text or json")
 }
 
+// isJSON reports whether the value of -o is json.
 func isJSON(output string) (bool, error) {
 	if output != "text" && output != "json" {
-		return false, usageError{fmt.Errorf("-o %q: allowed are text and json", output)}
+		return false, usageError{fmt.Errorf("-o %q: must be text or json", output)}
 	}
 	return output == "json", nil
 }
 
-// printJSON prints a result for scripts.
+// printJSON prints v as JSON.
 func (p *program) printJSON(v any) error {
 	e := json.NewEncoder(p.stdout)
 	e.SetEscapeHTML(false)
@@ -51,7 +54,7 @@ func (p *program) printJSON(v any) error {
 }
 
 func (p *program) validate(files []string, asJSON bool) error {
-	all := policy.Mistakes{} // an empty list in JSON, not null
+	all := policy.Mistakes{} // not nil, which is null in JSON
 	for _, file := range files {
 		cfg, _, err := policy.Load(file, p.getenv, p.settings(nil)...)
 		var mistakes policy.Mistakes
@@ -60,7 +63,7 @@ func (p *program) validate(files []string, asJSON bool) error {
 		}
 		all = append(all, mistakes...)
 		if cfg != nil {
-			for _, w := range cfg.Warnings { // beside the result, which is mistakes only
+			for _, w := range cfg.Warnings {
 				_, _ = fmt.Fprintf(p.stderr, "warning: %v\n", w)
 			}
 		}

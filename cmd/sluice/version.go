@@ -8,7 +8,7 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// version is set by the linker in releases.
+// version is set by the linker in a release.
 var version string
 
 func (p *program) versionCommand() *cobra.Command {
@@ -17,13 +17,15 @@ func (p *program) versionCommand() *cobra.Command {
 		Short: "Print the version",
 		Args:  cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
-			_, err := fmt.Fprintf(p.stdout, "sluice %s (%s, %s/%s)\n", buildVersion(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
+			_, err := fmt.Fprintf(p.stdout, "sluice %s (%s, %s/%s)\n",
+				buildVersion(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
 			return err
 		},
 	}
 }
 
-// buildVersion is the linker's version, else the module's as the go command knows it, else "devel".
+// buildVersion returns the version that the linker set, else the module's
+// version that the go command recorded, else "devel".
 func buildVersion() string {
 	if version != "" {
 		return version

@@ -23,7 +23,7 @@ import (
 	"github.com/sluiceproxy/sluice/k8s"
 )
 
-// webhook is what the command line says of it.
+// webhook has the flags of `sluice webhook`.
 type webhook struct {
 	listen, metrics, account, certs, logLevel string
 	sidecar                                   sidecarFlags
@@ -37,10 +37,10 @@ func (p *program) webhookCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "webhook",
 		Short: "Run the admission webhook that adds the sidecar in a cluster",
-		Long: `Run the mutating admission webhook that adds the sidecar to pods as they are created, until SIGTERM or SIGINT.
+		Long: `Run the mutating admission webhook that adds the sidecar to new pods, until SIGTERM or SIGINT.
 
-It makes its certificates by itself, from a CA in a Secret, and keeps the caBundle of its configuration; --cert-dir takes tls.crt and
-tls.key from elsewhere instead, as from cert-manager, and asks nothing of the cluster.`,
+It issues its own certificates from a CA in a Secret, and maintains the caBundle of its configuration. With --cert-dir
+it uses tls.crt and tls.key from a directory instead, such as cert-manager's, and makes no requests to the cluster.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			ctx, stop := untilSignal(c.Context())
@@ -49,22 +49,29 @@ tls.key from elsewhere instead, as from cert-manager, and asks nothing of the cl
 		},
 	}
 	f := c.Flags()
-	f.StringVar(&w.listen, "listen", ":9443", "`address` for the API server's reviews, host:port")
+	f.StringVar(&w.listen, "listen", ":9443", "`address` for admission reviews, host:port")
 	f.StringVar(&w.metrics, "metrics", ":9003", "`address` for /metrics, /healthz and /readyz")
 	w.sidecar.register(f)
-	f.StringVar(&w.own.Namespace, "namespace", "", "the webhook's own `namespace` (default its service account's)")
-	f.StringVar(&w.own.Service, "service", "sluice-webhook", "`name` of the Service that the API server asks")
+	f.StringVar(&w.own.Namespace, "namespace", "", "`namespace` of the webhook (default: that of its service account)")
+	f.StringVar(&w.own.Service, "service", "sluice-webhook", "`name` of the webhook's Service")
 	f.StringVar(&w.own.Secret, "secret", "sluice-webhook-ca", "`name` of the Secret that holds the CA")
 	f.StringVar(&w.own.Configuration, "config-name", "sluice", "`name` of the MutatingWebhookConfiguration")
-	f.DurationVar(&w.own.Lifetime, "ca-life", 10*365*24*time.Hour, "how long a CA lives, as a `duration`; it is replaced after four fifths")
-	f.DurationVar(&w.own.Overlap, "ca-overlap", time.Hour, "how long an old and a new CA are both believed, as a `duration`")
-	f.DurationVar(&w.own.Interval, "ca-check", time.Minute, "`interval` at which the CA is checked")
-	f.StringVar(&w.account, "service-account", "/var/run/secrets/kubernetes.io/serviceaccount", "`directory` with the token, ca.crt and namespace")
-	f.StringVar(&w.certs, "cert-dir", "", "`directory` with tls.crt and tls.key, reread when they change (default: it makes its own)")
-	f.StringVar(&w.client.File, "client-ca-file", "", "`file` with the CAs of clients, in PEM, reread when it changes: who shows no certificate of theirs is refused (default: all are answered)")
-	f.StringArrayVar(&w.client.Names, "client-name", nil, "`name` that a client's certificate must have as common name or DNS name, for each one that is let in (default any)")
-	f.DurationVar(&w.linger, "linger", 5*time.Second, "`duration` for which it answers on when told to stop, until no API server asks it any more")
-	f.DurationVar(&w.grace, "grace", 10*time.Second, "`duration` for what is in flight after that")
+	f.DurationVar(&w.own.Lifetime, "ca-life", 10*365*24*time.Hour,
+		"`duration` that a CA is valid; it is replaced after four fifths of it")
+	f.DurationVar(&w.own.Overlap, "ca-overlap", time.Hour, "`duration` in which both the old and the new CA are trusted")
+	f.DurationVar(&w.own.Interval, "ca-check", time.Minute, "`interval` between checks of the CA")
+	f.StringVar(&w.account, "service-account", "/var/run/secrets/kubernetes.io/serviceaccount",
+		"`directory` with token, ca.crt and namespace")
+	f.StringVar(&w.certs, "cert-dir", "",
+		"`directory` with tls.crt and tls.key, reloaded when they change (default: issues its own)")
+	f.StringVar(&w.client.File, "client-ca-file", "",
+		"`file` with the CAs of clients, in PEM, reloaded when it changes; clients must have a certificate from them "+
+			"(default: no certificate needed)")
+	f.StringArrayVar(&w.client.Names, "client-name", nil,
+		"`name` that a client's certificate must have as common name or DNS name; may be repeated (default: any)")
+	f.DurationVar(&w.linger, "linger", 5*time.Second,
+		"`duration` to keep answering on shutdown, until every API server has noticed")
+	f.DurationVar(&w.grace, "grace", 10*time.Second, "`duration` that reviews in flight have to finish after that")
 	f.StringVar(&w.logLevel, "log-level", "info", "`level`: debug, info, warn or error")
 	return c
 }
@@ -74,8 +81,9 @@ func (p *program) runWebhook(ctx context.Context, w *webhook) error {
 	if err != nil {
 		return usageError{err}
 	}
-	if w.own.Lifetime <= 0 || w.own.Overlap <= 0 || w.own.Interval <= 0 || w.own.Interval > w.own.Overlap/2 || w.own.Overlap > w.own.Lifetime/20 {
-		return usageError{errors.New("--ca-check must be at most half of --ca-overlap, and that at most a twentieth of --ca-life")}
+	if o := w.own; min(o.Lifetime, o.Overlap, o.Interval) <= 0 || o.Interval > o.Overlap/2 || o.Overlap > o.Lifetime/20 {
+		return usageError{errors.New(
+			"--ca-check must be at most half of --ca-overlap, and that at most a twentieth of --ca-life")}
 	}
 	injection, err := w.sidecar.options()
 	if err != nil {
@@ -96,31 +104,34 @@ func (p *program) runWebhook(ctx context.Context, w *webhook) error {
 	}
 	reviews, err := net.Listen("tcp", w.listen)
 	if err != nil {
-		return fmt.Errorf("--listen: %w", plain(err))
+		return fmt.Errorf("--listen: %w", trimSyscall(err))
 	}
 	defer func() { _ = reviews.Close() }()
 	metrics, err := net.Listen("tcp", w.metrics)
 	if err != nil {
-		return fmt.Errorf("--metrics: %w", plain(err))
+		return fmt.Errorf("--metrics: %w", trimSyscall(err))
 	}
 	defer func() { _ = metrics.Close() }()
 
 	registry := prometheus.NewRegistry()
-	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	registry.MustRegister(
+		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	mux := http.NewServeMux()
 	mux.Handle("/inject", k8s.Webhook(injection, log, registry))
 	var draining atomic.Bool
-	server := newServer(reviews, leaving(&draining, mux), log, bounds{connections: 256})
+	server := newServer(reviews, closeWhenDraining(&draining, mux), log, bounds{connections: 256})
 	server.TLSConfig = tlsConfig
 	status := http.NewServeMux()
-	status.Handle("GET /metrics", scrapes(registry, log, promhttp.HandlerOpts{}))
-	status.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { sayStatus(w, http.StatusOK, "ok") })
+	status.Handle("GET /metrics", scrapeHandler(registry, log, promhttp.HandlerOpts{}))
+	status.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
+		writeStatus(w, http.StatusOK, "ok")
+	})
 	status.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
 		if draining.Load() {
-			sayStatus(w, http.StatusServiceUnavailable, "draining")
+			writeStatus(w, http.StatusServiceUnavailable, "draining")
 			return
 		}
-		sayStatus(w, http.StatusOK, "ok")
+		writeStatus(w, http.StatusOK, "ok")
 	})
 	side := newServer(metrics, status, log, bounds{})
 
@@ -136,8 +147,10 @@ func (p *program) runWebhook(ctx context.Context, w *webhook) error {
 		}
 		log.Info("draining", zap.Duration("linger", w.linger))
 		draining.Store(true)
-		// Nobody says when the last API server knows that this replica leaves, so it answers on for a while. That is why the chart has no
-		// preStop hook to do so: through one, API servers would keep their connections, and an upgraded webhook's pods would wait.
+		// There is no event when the last API server has noticed that this
+		// replica goes away, so it keeps answering for a while. The chart has no
+		// preStop hook instead: API servers would keep their connections during
+		// it, and the pods of an upgrade would wait for it.
 		select {
 		case <-time.After(w.linger):
 		case <-stopped:
@@ -159,21 +172,27 @@ func (p *program) runWebhook(ctx context.Context, w *webhook) error {
 	return err
 }
 
-// leaving answers as h does, and closes each connection with its answer once draining is true: API servers keep theirs, over HTTP/1.1, and
-// a review that is sent on one as it is closed for being idle is lost.
-func leaving(draining *atomic.Bool, h http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
+// closeWhenDraining wraps h to close each connection after its next response
+// once draining is true. Otherwise API servers would keep their HTTP/1.1
+// connections, and a review that is sent while an idle connection is closed is
+// lost.
+func closeWhenDraining(draining *atomic.Bool, h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if draining.Load() {
 			w.Header().Set("Connection", "close")
 		}
-		h.ServeHTTP(w, q)
+		h.ServeHTTP(w, r)
 	})
 }
 
+// getCertificate is the type of tls.Config.GetCertificate.
 type getCertificate = func(*tls.ClientHelloInfo) (*tls.Certificate, error)
 
-// certificates returns what serves, which is there already, and what keeps it so until its context ends.
-func (p *program) certificates(ctx context.Context, w *webhook, log *zap.Logger) (getCertificate, func(context.Context), error) {
+// certificates returns a function that returns the current certificate, which
+// exists already, and one that keeps it valid until its context ends.
+func (p *program) certificates(
+	ctx context.Context, w *webhook, log *zap.Logger,
+) (getCertificate, func(context.Context), error) {
 	if w.certs != "" {
 		files := k8s.CertFiles{Dir: w.certs}
 		if _, err := files.Get(nil); err != nil {
@@ -184,7 +203,7 @@ func (p *program) certificates(ctx context.Context, w *webhook, log *zap.Logger)
 	if w.own.Namespace == "" {
 		text, err := os.ReadFile(filepath.Join(w.account, "namespace"))
 		if err != nil {
-			return nil, nil, fmt.Errorf("%w; --namespace says it too", err)
+			return nil, nil, fmt.Errorf("%w; set --namespace instead", err)
 		}
 		w.own.Namespace = strings.TrimSpace(string(text))
 	}

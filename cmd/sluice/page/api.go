@@ -73,8 +73,8 @@ type reload struct {
 func (p *Page) status() statusReport {
 	cfg, state := p.Config(), p.State()
 	r := statusReport{
-		Version: p.Version, Domain: cfg.Domain, Now: time.Now().UTC(), Started: p.started.UTC(), LogLevel: state.LogLevel,
-		Ready: state.Ready, Draining: state.Draining,
+		Version: p.Version, Domain: cfg.Domain, Now: time.Now().UTC(), Started: p.started.UTC(),
+		LogLevel: state.LogLevel, Ready: state.Ready, Draining: state.Draining,
 		Checks: make(map[string]uint64), Store: p.store(),
 		Config: configReport{File: p.ConfigFile, Hash: cfg.Hash, Limits: len(cfg.Limits())},
 	}
@@ -171,7 +171,9 @@ func (p *Page) limits(r *http.Request) (any, error) {
 			return nil, badRequest{fmt.Errorf("n=%q: must be a number from 1 to %d", n, maxLimits)}
 		}
 	}
-	found := slices.DeleteFunc(p.allLimits(), func(l limitReport) bool { return !strings.Contains(l.Name, filter) })
+	found := slices.DeleteFunc(p.allLimits(), func(l limitReport) bool {
+		return !strings.Contains(l.Name, filter)
+	})
 	total := len(found)
 	if total > most {
 		slices.SortStableFunc(found, func(a, b limitReport) int {
@@ -278,9 +280,10 @@ func (p *Page) denials() []denialReport {
 	for _, d := range p.Server.Denials() {
 		r := denialReport{
 			ID: d.ID, Count: d.Count, Last: d.Last.UTC(), Decision: d.Outcome.String(), Reason: reasonOf(&d),
-			Limit: d.Limit, Domain: d.Domain, Key: d.Key, Parts: policy.KeyParts(d.Key), Cost: d.Cost, Remaining: d.Remaining,
-			Method: authz.Escape(d.Method), Host: authz.Escape(d.Host), Path: authz.Escape(d.Path), Source: authz.Escape(d.Source),
-			RequestID: d.RequestID, Explainable: d.Explainable(),
+			Limit: d.Limit, Domain: d.Domain, Key: d.Key, Parts: policy.KeyParts(d.Key),
+			Cost: d.Cost, Remaining: d.Remaining,
+			Method: authz.Escape(d.Method), Host: authz.Escape(d.Host), Path: authz.Escape(d.Path),
+			Source: authz.Escape(d.Source), RequestID: d.RequestID, Explainable: d.Explainable(),
 		}
 		if d.Outcome == limiter.Limited && d.RetryAfter != limiter.Never {
 			r.RetryAfter = new(int64((d.RetryAfter + time.Second - 1) / time.Second))
@@ -294,22 +297,22 @@ func (p *Page) denials() []denialReport {
 func reasonOf(d *authz.Denial) string {
 	switch {
 	case d.Outcome == limiter.Invalid && d.Field == "":
-		return "the check holds no HTTP request"
+		return "the check has no HTTP request"
 	case d.Outcome == limiter.Invalid:
-		return "a mistake of the config: " + d.Field + " of " + cmp.Or(d.Limit, "the route")
+		return "error in the config: " + d.Field + " of " + cmp.Or(d.Limit, "the route")
 	case d.Failure != "" && d.Outcome == limiter.Delegated:
-		return "the store does not answer (" + string(d.Failure) + "): left to Envoy"
+		return "store failed (" + string(d.Failure) + "), on_failure delegates to Envoy"
 	case d.Failure != "":
-		return "the store does not answer (" + string(d.Failure) + "), and on_failure refuses"
+		return "store failed (" + string(d.Failure) + "), on_failure denies"
 	case d.Outcome != limiter.Limited:
-		return "a mistake in sluice ended the check: see the log"
+		return "error in sluice, see the log"
 	}
-	reason := fmt.Sprintf("costs %d, and %d are left", d.Cost, d.Remaining)
+	reason := fmt.Sprintf("cost %d, remaining %d", d.Cost, d.Remaining)
 	if d.RetryAfter == limiter.Never {
-		reason += "; never allowed: it costs more than the burst, or a part of its key is absent"
+		reason += "; never allowed: the cost exceeds the burst, or a part of the key is absent"
 	}
 	if d.Local {
-		reason += "; decided in this process, as the store does not answer"
+		reason += "; decided in this process, because the store failed"
 	}
 	return reason
 }
@@ -317,7 +320,8 @@ func reasonOf(d *authz.Denial) string {
 // explain explains the request that the query or the form describes.
 func (p *Page) explain(r *http.Request) (any, error) {
 	const form = "application/x-www-form-urlencoded"
-	if media, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); r.ContentLength != 0 && (err != nil || media != form) {
+	media, _, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
+	if r.ContentLength != 0 && (err != nil || media != form) {
 		return nil, unsupportedMedia{errors.New("the request's body must be " + form)}
 	}
 	if err := r.ParseForm(); err != nil {
