@@ -13,31 +13,38 @@ import (
 	"github.com/sluiceproxy/sluice/limiter"
 )
 
-// Bucket is one of the buckets of a limit of the file.
+// Bucket is a bucket of one of the file's limits.
 type Bucket struct {
-	Charge limiter.Charge // of no cost
-	Key    string         // as it stands in Redis between the braces
-	Rate   string         // as the config writes it, of an override where one holds
+	Charge limiter.Charge // its Cost is 0
+	Key    string         // as in Redis, between the braces
+	// Rate is the rate as the config writes it: that of the key's override if
+	// there is one, else the limit's.
+	Rate string
 }
 
-// BucketName says which of a limit's buckets is meant.
+// BucketName identifies a bucket of a limit by the parts of its key, or by the
+// key as sluice prints it.
 type BucketName struct {
 	Limit string
-	// Parts are the key's parts, in clear and in the file's order. An empty
-	// one is absent where Absent says so.
+	// Parts are the parts of the key in plain text, in the order of the config.
+	// Empty parts are absent if Absent is set, and an error otherwise.
 	Parts []string
-	// Key is the whole key as logs, metadata and Redis show it, in the place
-	// of Parts; empty: none.
+	// Key is the complete key as logs, metadata and Redis show it. It replaces
+	// Parts; empty if Parts are used.
 	Key string
-	// Absent says that parts of the key are absent: those that are empty, or
-	// all where there are none. Client is then the address of who sends the
-	// request, of which a limit with `absent: client` has the network.
+	// Absent says that the empty Parts are absent, or all parts if there are no
+	// Parts. Client is then the client's address, if the limit has absent:
+	// client, and empty otherwise.
 	Absent bool
 	Client string
 }
 
-// Bucket finds a bucket of one of the file's limits. Of a key that is shown as
-// an HMAC nobody knows whether it has an override: it has the limit's own rate.
+// Bucket finds a bucket of one of the file's limits. It returns an error if the
+// limit is unknown, if the name does not fit the limit's key, or if the limit
+// is unlimited for that key.
+//
+// If Key contains an HMAC, the override of that key cannot be found, and the
+// bucket has the limit's own rate.
 func (c *Config) Bucket(name BucketName) (Bucket, error) {
 	i, ok := c.byName[name.Limit]
 	if !ok {
@@ -74,7 +81,7 @@ func (c *Config) Bucket(name BucketName) (Bucket, error) {
 	}, nil
 }
 
-// checkKey reports whether a key as it is shown is one of the limit's.
+// checkKey reports why a key cannot be one of the limit's.
 func (r *rule) checkKey(key string) error {
 	if len(r.key) == 0 {
 		if key != noKey {
@@ -93,8 +100,8 @@ func (r *rule) checkKey(key string) error {
 	return nil
 }
 
-// digestOfKey is what a key that is shown is looked up by among overrides; ok
-// is false where a part of it is absent, or an HMAC.
+// digestOfKey returns the digest of a printed key, by which overrides are
+// looked up. ok is false if a part is absent or an HMAC.
 func (h *hasher) digestOfKey(key string) (sum digest, ok bool) {
 	var digests []digest
 	for _, p := range KeyParts(key) {
@@ -121,7 +128,7 @@ func (h *hasher) digestOfKey(key string) (sum digest, ok bool) {
 	return digestOf(digests), true
 }
 
-// keyOf makes the key of a name's parts, as requests have it.
+// keyOf returns the key that requests with a name's parts have, and its tier.
 func (c *Config) keyOf(r *rule, name BucketName) (key []byte, t *tier, err error) {
 	parts := name.Parts
 	if name.Absent && len(parts) == 0 {
@@ -169,7 +176,7 @@ func (c *Config) keyOf(r *rule, name BucketName) (key []byte, t *tier, err error
 	return key, r.tier, nil
 }
 
-// standIn is what takes the place of an absent part in the limit's keys.
+// standIn returns what replaces an absent part in the limit's keys.
 func (r *rule) standIn(client string) (string, error) {
 	address := parseAddr(client)
 	switch {
@@ -187,8 +194,9 @@ func (r *rule) standIn(client string) (string, error) {
 	return network(address), nil
 }
 
-// ByKey are the names of the file's limits that have buckets, those together whose keys are always the same. On a Redis Cluster such limits share
-// a hash slot, whatever the request.
+// ByKey returns the names of the file's limits that have buckets, grouped so
+// that limits in one group always have the same key. On a Redis Cluster the
+// buckets of such limits share a hash slot for every request.
 func (c *Config) ByKey() [][]string {
 	var all [][]string
 	seen := make(map[string]int)
@@ -196,7 +204,7 @@ func (c *Config) ByKey() [][]string {
 		if r.tier.unlimited && r.overrides == nil {
 			continue
 		}
-		key := fmt.Sprint(r.absent) // what stands in for an absent part is in the key, too
+		key := fmt.Sprint(r.absent) // what replaces an absent part belongs to the key
 		if len(r.key) == 0 {
 			key = ""
 		}

@@ -5,21 +5,26 @@ import (
 	"strings"
 )
 
-// clientIP says which address is the client's.
+// clientIP says how a request's client address is determined.
 type clientIP struct {
-	xffFromRight int    // the Nth address from the right of X-Forwarded-For; 0: not by it
-	header       string // or the address in this header; empty: not by one
+	xffFromRight int    // position from the right in X-Forwarded-For; 0: unused
+	header       string // header with the address; empty: unused
 	networks     []netip.Prefix
 	principals   []principalPattern
-	anyone       bool // neither networks nor principals are given: every peer is believed
+	anyone       bool // no from: every peer is trusted
 }
 
-// byHeader reports whether a header says which address it is.
+// byHeader reports whether a header gives the client's address.
 func (c *clientIP) byHeader() bool { return c.xffFromRight > 0 || c.header != "" }
 
-// of returns the client's address: the peer's, unless the config takes it from a header and believes this peer. It is invalid where
-// not even the peer is known. It is not sure where the header, which should have said it, does not: the address is then the peer's for
-// want of a better one, and nobody is exempt for it. A peer that is not believed is the client for sure.
+// address returns the address of the client. This is the peer's address, unless
+// the config takes it from a header and trusts this peer to set it. It is
+// invalid if the peer's is unknown, too.
+//
+// isTrusted is false if the peer is trusted but the header has no valid
+// address. The address is then the peer's for lack of a better one, and does
+// not match an exemption. A peer that is not trusted is the client itself, so
+// its address is trusted.
 func (c *clientIP) address(req *Request) (client netip.Addr, isSure bool) {
 	peer := parseAddr(req.Source.Address)
 	if c.xffFromRight == 0 && c.header == "" || !c.believes(peer, req.Source.Principal) {
@@ -39,8 +44,9 @@ func (c *clientIP) believes(peer netip.Addr, principal string) bool {
 	return c.anyone || peer.IsValid() && anyOf(c.networks, peer, netip.Prefix.Contains) || anyOf(c.principals, principal, principalPattern.matches)
 }
 
-// fromRight is the nth of a list's elements from its right end, or empty. An empty element counts as one, as in Envoy: who adds an element adds
-// an address, so that an empty one says that the list is not what the config takes it for.
+// fromRight returns the element at position n from the right of a list, or "".
+// Empty elements count, as in Envoy: every proxy adds an address, so an empty
+// element shows that the list is not what the config expects.
 func fromRight(list string, n int) string {
 	for ; n > 1; n-- {
 		i := strings.LastIndexByte(list, ',')
@@ -52,8 +58,9 @@ func fromRight(list string, n int) string {
 	return strings.TrimSpace(list[strings.LastIndexByte(list, ',')+1:])
 }
 
-// parseAddr reads an address as proxies write it: bare, in brackets, with a port. All spellings of one address give one: without
-// a zone, and IPv4 in IPv6 as IPv4. What is no address gives the invalid one.
+// parseAddr parses an address as proxies write it: bare, in brackets, or with a
+// port. The result has no zone, and an IPv4-mapped address is IPv4. It is
+// invalid if s is not an address.
 func parseAddr(s string) netip.Addr {
 	s = strings.TrimSpace(s)
 	a, err := netip.ParseAddr(strings.TrimSuffix(strings.TrimPrefix(s, "["), "]"))
@@ -67,14 +74,16 @@ func parseAddr(s string) netip.Addr {
 	return a.Unmap().WithZone("")
 }
 
-// The prefixes of IPv4 addresses that a NAT64 gateway translated, which have one /64 for all clients.
+// Prefixes of IPv4 addresses that a NAT64 gateway translated. All clients of a
+// gateway share a /64.
 var (
-	nat64      = netip.MustParsePrefix("64:ff9b::/96")   // RFC 6052: the IPv4 address is the last 32 bits
-	nat64Local = netip.MustParsePrefix("64:ff9b:1::/48") // RFC 8215: where it is depends on the gateway
+	nat64      = netip.MustParsePrefix("64:ff9b::/96")   // RFC 6052: the last 32 bits are the IPv4 address
+	nat64Local = netip.MustParsePrefix("64:ff9b:1::/48") // RFC 8215: the gateway decides where the IPv4 address is
 )
 
-// network is what has one client's addresses: an IPv4 address, or an IPv6 address's /64, since who has one address of that has them all. An
-// address that a NAT64 gateway translated is the IPv4 address within it, and with a prefix of the gateway's own is by itself.
+// network returns the network that one client controls: an IPv4 address, or the
+// /64 of an IPv6 address. For an address that a NAT64 gateway translated, it is
+// the embedded IPv4 address or, with a local-use prefix, the whole address.
 func network(a netip.Addr) string {
 	switch {
 	case !a.IsValid():
@@ -87,7 +96,7 @@ func network(a netip.Addr) string {
 	}
 	p, err := a.Prefix(64)
 	if err != nil {
-		return "" // an IPv6 address has a /64
+		return "" // cannot happen: an IPv6 address has a /64
 	}
 	return p.String()
 }
@@ -99,5 +108,6 @@ func addressText(a netip.Addr) string {
 	return a.String()
 }
 
-// bareAddress is an address in its one spelling, or empty.
+// bareAddress returns an address in its canonical spelling, or "" if s is not
+// one.
 func bareAddress(s string) string { return addressText(parseAddr(s)) }

@@ -1,5 +1,6 @@
-// Package policy says which buckets a request draws from: it reads the config, finds the limits that apply to a request, and
-// makes the keys of their buckets. Plain strings come in (Request), charges go out (Config.Draw).
+// Package policy decides which buckets a request draws from: it reads the
+// config, finds the limits that apply to a request, and makes the keys of their
+// buckets. It takes plain strings (Request) and returns charges (Config.Draw).
 package policy
 
 import (
@@ -9,54 +10,60 @@ import (
 	"github.com/sluiceproxy/sluice/limiter"
 )
 
-// Config is a config that was read, checked and compiled. It is safe for concurrent use.
+// Config is a config that was read, checked and compiled. It is immutable,
+// except for a cache of what Envoy's routes say, and safe for concurrent use.
 type Config struct {
 	Domain        string
 	Listen        Listen
-	ListenTLS     *ListenTLS            // of Listen.GRPC; nil: none
-	Redis         *limiter.RedisOptions // nil: the buckets are in this process
-	FailureStatus int                   // the HTTP status of a refused request, 500 to 599
+	ListenTLS     *ListenTLS            // for Listen.GRPC; nil: no TLS
+	Redis         *limiter.RedisOptions // nil: buckets are kept in memory
+	FailureStatus int                   // HTTP status of refused requests, 500 to 599
 	Headers       Headers
-	Grace         time.Duration // for what is in flight at the end; 0 or more
+	Grace         time.Duration // for requests in flight at shutdown; >= 0
 	LogLevel      string        // debug, info, warn or error
 
-	// Hash names the config: 16 hex digits of a hash of its text and of its overrides_files. Secrets are not in it.
+	// Hash identifies the config: 16 hex digits of a hash of its text and of
+	// its overrides files. It does not cover secrets.
 	Hash string
 
-	// Warnings are of what is allowed and hardly meant, in the file's order; at most 200.
+	// Warnings are valid settings that are unlikely to be intended, in the
+	// order of the file. There are at most 200.
 	Warnings Mistakes
 
-	rules        []*rule
-	index        *index         // of the rules' matches
-	byName       map[string]int // the rules
-	exempt       *index
-	client       clientIP
-	hasher       hasher
-	passwordFile bool // Redis's password is that of a file
-	// sentinelPasswordFile is whether the sentinels' password is that of a file.
+	rules  []*rule
+	index  *index         // of the rules' matches
+	byName map[string]int // indexes of rules
+	exempt *index
+	client clientIP
+	hasher hasher
+	// passwordFile and sentinelPasswordFile report that the password of Redis,
+	// or of its sentinels, is read from a file.
+	passwordFile         bool
 	sentinelPasswordFile bool
-	inherited            limitReader // what a route's limit has of the file
+	inherited            limitReader // settings of the file that routes' limits inherit
 	routes               routeTable
 
-	noRouteLimits bool     // Envoy's routes bring no limits
-	routeDomains  []string // for which they may; nil: any
+	noRouteLimits bool     // routes.limits is false
+	routeDomains  []string // routes.domains; nil: any domain
 }
 
-// Listen is where the sidecar listens: host:port each, or for GRPC also unix:///path.
+// Listen has the sidecar's listen addresses: host:port, or for GRPC also
+// unix:///path.
 type Listen struct {
-	GRPC    string // for Envoy's checks
-	Admin   string // for its operators
+	GRPC    string // Envoy's checks
+	Admin   string // the operators' page and API
 	Metrics string // /metrics, /healthz, /readyz
 }
 
-// Headers says which headers an answer has.
+// Headers says which headers answers have.
 type Headers struct {
 	XRateLimit bool // x-ratelimit-limit, -remaining, -reset
-	RetryAfter bool // retry-after, on a denial
+	RetryAfter bool // retry-after, on denials
 	RateLimit  bool // the IETF's RateLimit and RateLimit-Policy
 }
 
-// Limits are the file's, in its order.
+// Limits returns the limits of the file, in its order. Limits of routes are not
+// among them.
 func (c *Config) Limits() []*limiter.Limit {
 	limits := make([]*limiter.Limit, len(c.rules))
 	for i, r := range c.rules {
@@ -65,25 +72,28 @@ func (c *Config) Limits() []*limiter.Limit {
 	return limits
 }
 
-// Has reports whether l is one of Limits. A limit of a route is not, whatever
-// its name.
+// Has reports whether l is one of Limits. A route's limit is not, even if it
+// has the name of one.
 func (c *Config) Has(l *limiter.Limit) bool {
 	i, ok := c.byName[l.Name]
 	return ok && c.rules[i].limit == l
 }
 
-// KeyPrefix is what all keys in Redis begin with, before the domain.
+// KeyPrefix returns store.redis.key_prefix, with which all Redis keys begin.
+// The domain follows it.
 func (c *Config) KeyPrefix() string { return c.inherited.keyPrefix }
 
-// FailsClosed reports whether an enforced limit of the file refuses requests while the store does not answer.
+// FailsClosed reports whether the file has an enforced limit with on_failure:
+// deny, which refuses requests while the store fails.
 func (c *Config) FailsClosed() bool {
 	return slices.ContainsFunc(c.rules, func(r *rule) bool {
 		return !r.limit.Shadow && r.limit.OnFailure == limiter.Deny
 	})
 }
 
-// ReadsMetadata reports whether an expression of the file reads what Envoy's filters leave behind, such as the claims of a JWT: only who
-// stands after these filters is told.
+// ReadsMetadata reports whether an expression of the file reads the dynamic
+// metadata of Envoy's filters, such as the claims of a JWT. Envoy sends it only
+// to filters that run after those.
 func (c *Config) ReadsMetadata() bool {
 	return slices.ContainsFunc(c.rules, func(r *rule) bool {
 		return slices.ContainsFunc(append([]*expression{r.when, r.cost.expression}, r.key...), func(e *expression) bool {
@@ -92,8 +102,9 @@ func (c *Config) ReadsMetadata() bool {
 	})
 }
 
-// Replaces reports why c cannot take the place of old while the sidecar runs: what listens, and the store, are for its whole life. The
-// error is a Mistakes.
+// Replaces returns nil if c can replace old while the sidecar runs. Otherwise
+// it returns Mistakes that name the fields which differ but need a restart: the
+// listen addresses and the store.
 func (c *Config) Replaces(old *Config, file string) error {
 	var m Mistakes
 	refuse := func(field string, changed bool) {
@@ -108,7 +119,8 @@ func (c *Config) Replaces(old *Config, file string) error {
 	refuse("store.redis", (c.Redis == nil) != (old.Redis == nil))
 	if c.Redis != nil && old.Redis != nil {
 		refuse("store.redis.username", c.Redis.Username != old.Redis.Username)
-		// A file with the password is there to change while the sidecar runs.
+		// A password that is read from a file may change while the sidecar
+		// runs.
 		refuse("store.redis.password", c.Redis.Password != old.Redis.Password && (!c.passwordFile || !old.passwordFile))
 		refuse("store.redis.url", c.Redis.URL != old.Redis.URL)
 		refuse("store.redis.mode", c.Redis.Mode != old.Redis.Mode)
@@ -125,8 +137,8 @@ func (c *Config) Replaces(old *Config, file string) error {
 	return m
 }
 
-// hasSentinelsOf reports whether sentinels are reached as in old, apart from a
-// password that both have from a file.
+// hasSentinelsOf reports whether sentinels are accessed as in old, except for a
+// password that both configs read from a file.
 func (c *Config) hasSentinelsOf(old *Config) bool {
 	a, b := c.Redis.Sentinel, old.Redis.Sentinel
 	if a == nil || b == nil {
@@ -136,8 +148,8 @@ func (c *Config) hasSentinelsOf(old *Config) bool {
 	return a.Username == b.Username && samePassword && equal(a.TLS, b.TLS)
 }
 
-// SentinelPasswordChanged reports whether the sentinels' password is another than
-// in old, which takes a restart.
+// SentinelPasswordChanged reports whether the sentinels' password differs from
+// that in old. A restart is needed to apply it.
 func (c *Config) SentinelPasswordChanged(old *Config) bool {
 	return c.Redis != nil && old.Redis != nil && c.Redis.Sentinel != nil && old.Redis.Sentinel != nil &&
 		c.Redis.Sentinel.Password != old.Redis.Sentinel.Password

@@ -20,17 +20,19 @@ import (
 	"github.com/sluiceproxy/sluice/limiter"
 )
 
-// Load reads a config file; an empty name is a config that says nothing. A
-// pipe, such as /dev/stdin, is read to its end. settings take precedence over
-// the file, later ones over earlier ones. getenv looks up ${NAME}. The error
-// is a Mistakes that holds every mistake; the Inputs are good in any case.
+// Load reads a config file. An empty name means an empty config. A pipe, such
+// as /dev/stdin, is read to its end. Settings take precedence over the file
+// unless they are weak, and later ones over earlier ones. getenv looks up the
+// environment variables that the config uses as ${NAME}.
+//
+// The error is a Mistakes with every mistake of the config, up to 200. The
+// Inputs are valid even if there is an error.
 func Load(file string, getenv func(string) (string, bool), settings ...Setting) (*Config, Inputs, error) {
 	return load(file, nil, getenv, settings)
 }
 
-// Reload is Load for a file that was loaded before. A config that came
-// through a pipe then stays what it was, and only the files that it names are
-// read again.
+// Reload is Load for a file that was loaded before. A config that came through
+// a pipe keeps its text; only the files that it names are read again.
 func Reload(file string, before Inputs, getenv func(string) (string, bool), settings ...Setting) (*Config, Inputs, error) {
 	return load(file, &before, getenv, settings)
 }
@@ -54,20 +56,20 @@ func load(file string, before *Inputs, getenv func(string) (string, bool), setti
 	}
 	r := reader{file: file, dir: filepath.Dir(file), getenv: getenv}
 	if in.Piped {
-		r.dir = "." // a pipe's own directory holds no files
+		r.dir = "." // file names are relative to the working directory then
 	}
 	c, err := readConfig(r, text, settings, in)
 	return c, in.done(), err
 }
 
-// Parse is Load for a text that is already there. name is what mistakes call it; the files that it names are relative to name's
-// directory.
+// Parse is Load for text in memory. name is the file name in mistakes; files
+// that the text names are relative to its directory.
 func Parse(name string, text []byte, getenv func(string) (string, bool), settings ...Setting) (*Config, error) {
 	return readConfig(reader{file: name, dir: filepath.Dir(name), getenv: getenv}, text, settings, newInputs())
 }
 
-// withoutBOM is a text without the byte order mark that some editors begin a
-// file with.
+// withoutBOM returns text without the byte order mark that some editors write
+// at its beginning.
 func withoutBOM(text []byte) []byte { return bytes.TrimPrefix(text, []byte("\xef\xbb\xbf")) }
 
 func readConfig(r reader, text []byte, settings []Setting, in *inputs) (*Config, error) {
@@ -92,12 +94,13 @@ func readConfig(r reader, text []byte, settings []Setting, in *inputs) (*Config,
 		cr.readFile(*root)
 	}
 	cr.applySettings(false)
-	if len(cr.mistakes) == 0 { // what was refused for its size is not read again
+	if len(cr.mistakes) == 0 { // text over the bounds is not tokenized
 		cr.hashText(text)
 	}
 	c := cr.compile()
 	if len(cr.mistakes) > 0 {
-		// What is without a line comes first, and the files that the config names last.
+		// Mistakes without a line come first, then those of the config file,
+		// then those of the files that it names.
 		part := func(m Mistake) int {
 			switch {
 			case m.Line == 0:
@@ -119,18 +122,21 @@ func readConfig(r reader, text []byte, settings []Setting, in *inputs) (*Config,
 	return c, nil
 }
 
-// configFile is a config on its way from text to Config.
+// configReader reads a config: first its fields, then the settings over them,
+// and finally compile makes the Config.
 type configReader struct {
 	limitReader
 	onFailureAt node
 	listenTLSAt node
 	clientIPAt  node
-	hidden      map[[2]int]string // what stands for secrets, by their line and column
+	hidden      map[[2]int]string // text in place of secrets for Hash, by line and column
 	settings    []Setting
-	config      *Config // on its own: it outlives what was read, and must not keep it in memory
+	// config is allocated apart from configReader, because it outlives the text
+	// and the nodes that were read.
+	config *Config
 
 	redis     bool
-	redisAt   node // its URL, or redisNode
+	redisAt   node // its url, or redisNode
 	redisNode node
 	store     limiter.RedisOptions
 	drafts    []*draft
@@ -150,7 +156,8 @@ func checkDomain(s string) error {
 	return nil
 }
 
-// maxSocketPath is how long a unix socket's path may be on Linux, in bytes.
+// maxSocketPath is the maximum length of a unix socket's path on Linux, in
+// bytes.
 const maxSocketPath = 107
 
 func checkListen(s string) error {
@@ -164,7 +171,7 @@ func checkListen(s string) error {
 }
 
 func checkTCP(s, also string) error {
-	if strings.Contains(s, "@") { // not quoted: what is before it may be a password
+	if strings.Contains(s, "@") { // not quoted: the user may contain a password
 		return fmt.Errorf("must not contain a user or password; want host:port%s", also)
 	}
 	if _, port, err := net.SplitHostPort(s); err == nil && port != "" {
@@ -239,9 +246,9 @@ func (cr *configReader) readLimits(n node) {
 // shippedMemory is the memory limit of an injected sidecar, in bytes.
 const shippedMemory = 128 << 20
 
-// memoryFor estimates, in bytes, what a sidecar needs at most for so many limits
-// and distinct expressions: while it reloads its config, and is scraped. The
-// figures were measured with 10,000 limits, with one expression and with 10,000.
+// memoryFor estimates the memory in bytes that a sidecar needs for a number of
+// limits and distinct expressions, while it reloads its config and is scraped.
+// It was measured with 10,000 limits, with one expression and with 10,000.
 func memoryFor(limits, expressions int) int {
 	return 32<<20 + limits*12<<10 + expressions*6<<10
 }
@@ -264,7 +271,8 @@ func (cr *configReader) readExempt(n node) {
 	})
 }
 
-// isList reports whether a value is a list of at most so many, and notes it where it is not.
+// checkList reports whether a value is a list with at most most values.
+// Otherwise it records a mistake.
 func (cr *configReader) checkList(n node, of string, most int) bool {
 	values, ok := n.Node.(*ast.SequenceNode)
 	switch {
@@ -284,7 +292,7 @@ func (cr *configReader) readLocalShare(n node) {
 		return
 	}
 	v, err := strconv.ParseFloat(s, 64)
-	if err != nil || !(v >= 1e-6 && v <= 1) { // so that NaN is refused, too
+	if err != nil || !(v >= 1e-6 && v <= 1) { // this form rejects NaN
 		cr.wrong(n, "must be a number from 0.000001 to 1, not %s", displayText(n, s))
 		return
 	}
@@ -296,7 +304,7 @@ func (cr *configReader) readHeaders(n node) {
 		cr.wrong(n, "must be a list of x-ratelimit, retry-after and ratelimit, not %s", describe(n.Node))
 		return
 	}
-	cr.config.Headers = Headers{} // an empty list is one: no headers
+	cr.config.Headers = Headers{} // an empty list means no headers
 	cr.each(n, func(n node) {
 		var s string
 		cr.oneOf(n, &s, "x-ratelimit", "retry-after", "ratelimit")
@@ -349,7 +357,8 @@ func (cr *configReader) readClientIP(n node) {
 	}
 }
 
-// set puts the settings in: the weak ones before the file is read, the others over what it says.
+// applySettings applies the weak settings, before the file is read, or the
+// others, after it.
 func (cr *configReader) applySettings(weak bool) {
 	c := cr.config
 	for _, o := range cr.settings {
@@ -388,7 +397,7 @@ func (cr *configReader) applySettings(weak bool) {
 	}
 }
 
-// compile makes the Config of what was read.
+// compile makes the Config, after the file and the settings were read.
 func (cr *configReader) compile() *Config {
 	c := cr.config
 	c.Domain = cr.domain
@@ -433,7 +442,7 @@ func (cr *configReader) compile() *Config {
 	return c
 }
 
-// readRoutes reads what Envoy's routes may bring.
+// readRoutes reads what Envoy's routes are allowed to set.
 func (cr *configReader) readRoutes(n node) {
 	cr.mapping(n, map[string]func(node){
 		"limits": func(n node) {

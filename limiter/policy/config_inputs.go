@@ -13,43 +13,43 @@ import (
 	"github.com/sluiceproxy/sluice/limiter"
 )
 
-// Inputs are the files that a config was read from, or could not be read
-// from.
+// Inputs are the files that a config was read from, including those that could
+// not be read.
 type Inputs struct {
-	// Paths are the files, and the directories in which more may appear.
-	// Where one of them changes, the config may change.
+	// Paths are the files, and the directories in which files may appear that
+	// match a pattern. The config can change only if one of them does.
 	Paths []string
-	// Hash covers the contents of all files: where it is equal, so is the
-	// config. It is a secret if one of the files holds a secret.
+	// Hash covers the contents of all files. Equal hashes mean equal configs.
+	// Treat it as a secret: it may cover files with secrets.
 	Hash [sha256.Size]byte
-	// Piped says that the config came through a pipe, which can be read only
+	// Piped reports that the config came through a pipe, which can be read only
 	// once. Only the files that it names can change.
 	Piped bool
 
 	text []byte // of a config that came through a pipe
 }
 
-// inputs collects Inputs.
+// inputs collects the Inputs while a config is read.
 type inputs struct {
 	Inputs
 	all    hash.Hash // of all contents
-	public hash.Hash // of those that hold no secrets in files of their own
+	public hash.Hash // of all contents except files with secrets
 }
 
 func newInputs() *inputs { return &inputs{all: sha256.New(), public: sha256.New()} }
 
 func (in *inputs) add(path string) { in.Paths = append(in.Paths, path) }
 
-// failed records a file that could not be read, so that the config is
-// reloaded once it can be.
+// failed records a file that could not be read, so that the config is reloaded
+// once it can be.
 func (in *inputs) failed(file string, err error) {
 	in.add(file)
 	_, _ = fmt.Fprintf(in.all, "\x00%q\x01%v\x00", file, err)
 }
 
-// config reads the config file itself, of which maxFile bytes are allowed and
-// one more is returned. A pipe is read to its end; again says that one has
-// been read before, and that a file may not have become one since.
+// config reads the config file, at most maxFile+1 bytes of it. A pipe is read
+// to its end, once: if before came through a pipe, its text is used again. A
+// file that was loaded before must not have become a pipe since.
 func (in *inputs) config(file string, before *Inputs) ([]byte, error) {
 	var text []byte
 	var err error
@@ -76,8 +76,7 @@ func (in *inputs) config(file string, before *Inputs) ([]byte, error) {
 	return text, nil
 }
 
-// read reads a file that the config names. Of one that is longer than most
-// bytes it returns most and one more.
+// read reads a file that the config names, at most most+1 bytes of it.
 func (in *inputs) read(file string, most int) ([]byte, error) {
 	text, err := readAtMost(file, most+1)
 	if err != nil {
@@ -94,12 +93,12 @@ func (in *inputs) note(file string, text []byte) {
 	_, _ = in.all.Write(text)
 }
 
-// reading returns r, and notes what is read of it: a file that holds no
-// secret. Nothing else may be read meanwhile.
+// teeReader returns a reader of r, a file without secrets, that adds what is
+// read to the hashes. No other file may be read before it ends.
 func (in *inputs) teeReader(file string, r io.Reader) io.Reader {
 	in.add(file)
 	both := io.MultiWriter(in.all, in.public)
-	_, _ = fmt.Fprintf(both, "\x00%q\x00", file) // what follows has no such name in it, or is no CSV
+	_, _ = fmt.Fprintf(both, "\x00%q\x00", file) // a separator that cannot occur in a valid CSV file
 	return io.TeeReader(r, both)
 }
 
@@ -119,18 +118,18 @@ func readAtMost(file string, most int) ([]byte, error) {
 	return io.ReadAll(io.LimitReader(f, int64(most)))
 }
 
-// isPipe reports whether a path leads to what is read once, to its end: a
-// pipe, a terminal or another device, such as /dev/stdin.
+// isPipe reports whether a path is a pipe, a terminal or another device, such
+// as /dev/stdin, that can be read only once.
 func isPipe(file string) bool {
 	info, err := os.Stat(file)
 	return err == nil && info.Mode()&(fs.ModeNamedPipe|fs.ModeCharDevice) != 0
 }
 
-// pipeTime is how long a config may take to come through a pipe.
+// pipeTime is how long a config may take to arrive through a pipe.
 const pipeTime = 30 * time.Second
 
-// readPipe reads a pipe to its end. Who writes into it may come later, or
-// never: after pipeTime it gives up.
+// readPipe reads a pipe to its end. It fails after pipeTime, because the writer
+// may never open or close the pipe.
 func readPipe(file string, most int) ([]byte, error) {
 	type result struct {
 		text []byte

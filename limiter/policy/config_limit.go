@@ -13,19 +13,22 @@ import (
 	"github.com/sluiceproxy/sluice/limiter"
 )
 
-// The bounds of what one config may be made of.
+// Bounds of one config.
 const (
 	maxLimits   = 10_000
 	maxKeyParts = 8
 )
 
-// limitReader reads limits: the file's, and those of Envoy's filter chain.
+// limitReader reads limits, of the file and of Envoy's routes.
 type limitReader struct {
 	reader
-	inputs *inputs // where the files that a limit names are noted; nil where a limit may name none
+	// inputs records the files that limits name. It is nil for a route's limit,
+	// which may name none.
+	inputs *inputs
 
-	domain, keyPrefix, mode, onFailure string  // what holds for a limit that says nothing else
-	localShare                         float64 // this process's part of each limit under local; 0: none is given
+	// Defaults for limits that do not set these.
+	domain, keyPrefix, mode, onFailure string
+	localShare                         float64 // 0: not given
 	expressions                        map[[2]string]*expression
 	tiers                              map[[2]string]*tier
 	warnings                           Mistakes
@@ -43,7 +46,7 @@ func newLimitReader(r reader) limitReader {
 	}
 }
 
-// draft is a limit as it was read, before what the whole file says is known.
+// draft is a limit as read, before the settings that it inherits are known.
 type draft struct {
 	name            string
 	nameAt          node
@@ -57,15 +60,16 @@ type draft struct {
 	group           string
 	rate, burst     node
 	tier            *tier
-	domain          string // empty: the file's
-	mode, onFailure string // empty: the file's
+	domain          string // empty: that of the file
+	mode, onFailure string // empty: those of the file
 	onFailureAt     node
 	overrides       node
 	files           []node
 }
 
-// readLimit reads one limit into a draft. Where its name is known already it may not have another. It reports false where it noted a mistake;
-// what it understood is in the draft all the same.
+// readLimit reads a limit into d. If d has a name already, the limit has no
+// field name. It reports whether there was no mistake; d then holds all that
+// could be read.
 func (lr *limitReader) readLimit(n node, d *draft) bool {
 	d.cost.constant = 1
 	bad := len(lr.mistakes)
@@ -96,7 +100,7 @@ func (lr *limitReader) readLimit(n node, d *draft) bool {
 	if !lr.mapping(n, fields) {
 		return false
 	}
-	clean := len(lr.mistakes) == bad // else what seems to be missing may be what is wrong
+	clean := len(lr.mistakes) == bad // after another mistake, a field may only seem to be missing
 	if clean && d.name == "" {
 		lr.wrong(node{n.Node, join(n.field, "name")}, "missing; a limit needs a name and a rate")
 	}
@@ -166,7 +170,8 @@ func (lr *limitReader) readKey(n node, into *[]*expression) {
 	}
 }
 
-// expression reads a CEL expression; nil where it noted a mistake. Most of a file's limits say the same, which is compiled once.
+// expression reads a CEL expression. It returns nil after a mistake. Equal
+// expressions, of which most files have many, are compiled once.
 func (lr *limitReader) expression(n node, p purpose) *expression {
 	var text string
 	if b, isBool := n.Node.(*ast.BoolNode); isBool && p == forWhen {
@@ -180,7 +185,7 @@ func (lr *limitReader) expression(n node, p purpose) *expression {
 	e, known := lr.expressions[id]
 	if !known {
 		if len(lr.mistakes) >= maxMistakes {
-			return nil // it would not be told
+			return nil // the mistake would not be reported
 		}
 		e = lr.compile(n, text, p)
 		lr.expressions[id] = e
@@ -190,7 +195,8 @@ func (lr *limitReader) expression(n node, p purpose) *expression {
 	return e
 }
 
-// compile compiles an expression, and tries one whose value is always the same.
+// compile compiles an expression. It also evaluates a constant one, to report
+// an error now and not for each request.
 func (lr *limitReader) compile(n node, text string, p purpose) *expression {
 	e, mistakes := compile(text, p)
 	for _, m := range mistakes {
@@ -200,7 +206,7 @@ func (lr *limitReader) compile(n node, text string, p purpose) *expression {
 		return nil
 	}
 	if text := sourceText(n.Node); text != "" {
-		e.text = text // with the names of variables
+		e.text = text // with the names of variables, not their values
 	}
 	if !e.constant {
 		return e
@@ -224,12 +230,12 @@ func (lr *limitReader) compile(n node, text string, p purpose) *expression {
 	return e
 }
 
-// wrongExpression notes a mistake within an expression: at its own place where the expression stands in the file as it is, else at
-// the value's.
+// wrongExpression reports an error in an expression. The position is exact if
+// the expression is written on one line, and that of the value otherwise.
 func (lr *limitReader) wrongExpression(n node, e expressionError) {
 	t := n.GetToken()
 	m := Mistake{File: lr.file, Field: n.field, Message: e.message, Line: t.Position.Line, Column: t.Position.Column}
-	if takesVariables(n) { // CEL's words may be a part of a variable's value
+	if takesVariables(n) { // CEL's message may quote a variable's value
 		m.Message = "invalid expression after its variables are replaced; the error is not shown, as it may quote a secret"
 	} else if s, ok := n.Node.(*ast.StringNode); ok && e.line == 1 && strings.Contains(t.Origin, s.Value) {
 		m.Column += e.column - 1
@@ -240,7 +246,8 @@ func (lr *limitReader) wrongExpression(n node, e expressionError) {
 	lr.add(m)
 }
 
-// readCost reads a number, or an expression. One that says the same of every request is a number, too.
+// readCost reads a cost: a number or an expression. A constant expression
+// becomes a number.
 func (lr *limitReader) readCost(n node, into *cost) {
 	switch n.Node.(type) {
 	case *ast.IntegerNode, *ast.FloatNode:
@@ -263,12 +270,13 @@ func (lr *limitReader) readCost(n node, into *cost) {
 		into.expression = e
 		return
 	}
-	into.constant, _ = e.tokens(&subject{Request: &Request{}}) // it was tried
+	into.constant, _ = e.tokens(&subject{Request: &Request{}}) // compile has evaluated it before
 }
 
 const noShare = "local requires local_share: this sidecar's fraction of each limit, such as 0.1 for ten sidecars"
 
-// rule makes the rule of a draft, once all that a limit inherits is known; nil where its overrides are wrong.
+// rule compiles a draft, once the settings that it inherits are known. It
+// returns nil after a mistake.
 func (lr *limitReader) rule(d *draft) *rule {
 	before := len(lr.mistakes)
 	if d.onFailure == "local" && lr.localShare == 0 {
@@ -312,10 +320,11 @@ func (lr *limitReader) rule(d *draft) *rule {
 	}
 }
 
-// warnOfShare notes where a limit's cost is above a local bucket's burst, so that its requests are denied for as long as the store fails.
+// warnOfShare warns of a limit whose cost exceeds the burst of its local
+// buckets, so that every request is denied while the store fails.
 func (lr *limitReader) warnOfShare(d *draft, o *overrides) {
 	if d.cost.expression != nil {
-		return // nobody knows
+		return // unknown before there is a request
 	}
 	isAbove := func(t *tier) bool {
 		return !t.unlimited && d.cost.constant > t.bucket.Share(lr.localShare).Burst()
@@ -342,9 +351,10 @@ func (lr *limitReader) warnOfShare(d *draft, o *overrides) {
 	}
 }
 
-// warnOfGroups notes where all limits of a group have a when, so that who has none of them hold is not limited by the group.
+// warnOfGroups warns of groups in which every limit has a when, so that some
+// requests are not limited at all.
 func (lr *limitReader) warnOfGroups(drafts []*draft) {
-	last := make(map[string]*draft) // of the groups without a limit that always applies
+	last := make(map[string]*draft) // by group; nil if a limit of it always applies
 	for _, d := range drafts {
 		if d.group == "" {
 			continue
@@ -365,7 +375,7 @@ func (lr *limitReader) warnOfGroups(drafts []*draft) {
 	}
 }
 
-// warn notes what is allowed and hardly meant.
+// warn adds a warning about a value that is valid but unlikely to be intended.
 func (lr *limitReader) warn(n node, format string, args ...any) {
 	if len(lr.warnings) >= maxMistakes {
 		return

@@ -12,24 +12,26 @@ import (
 	"time"
 )
 
-// ListenTLS is how listen.grpc speaks TLS. What its files hold is read with the config, so that a new certificate comes into force as a
-// new config does.
+// ListenTLS configures TLS for listen.grpc. Its files are read together with
+// the config, so that a new certificate is a new config.
 type ListenTLS struct {
-	// Certificate is the server's, with its chain and key.
+	// Certificate is the server's certificate chain and key. Leaf is set.
 	Certificate tls.Certificate
-	// ClientCAs sign the certificates of clients. Where it is nil clients need none.
+	// ClientCAs are the certificate authorities for clients' certificates. If
+	// it is nil, clients need no certificate.
 	ClientCAs *x509.CertPool
 
-	files       [3]string // certificate, key and client CA
+	files       [3]string // of the certificate, the key and the client CA
 	clientNames []string
-	patterns    []principalPattern // of clientNames
+	patterns    []principalPattern // parsed clientNames
 }
 
-// maxCertFile is how many bytes a file with certificates may have.
+// maxCertFile is the maximum size of a certificate file in bytes.
 const maxCertFile = 1 << 20
 
-// AllowsClient reports why a client whose certificate is from one of ClientCAs may not ask: none of its URI and DNS names is one
-// of client_names. Without client_names every client may.
+// AllowsClient returns an error if none of the URI and DNS names in a client's
+// certificate matches client_names. It returns nil if there are no
+// client_names. The certificate must have been verified by ClientCAs.
 func (t *ListenTLS) AllowsClient(c *x509.Certificate) error {
 	if len(t.patterns) == 0 {
 		return nil
@@ -47,7 +49,7 @@ func (t *ListenTLS) AllowsClient(c *x509.Certificate) error {
 	return errors.New("no name in the client's certificate matches listen.tls.client_names")
 }
 
-// DNSName is a DNS name in the server's certificate, or "".
+// DNSName returns the first DNS name in the server's certificate, or "".
 func (t *ListenTLS) DNSName() string {
 	if names := t.Certificate.Leaf.DNSNames; len(names) > 0 {
 		return names[0]
@@ -55,7 +57,8 @@ func (t *ListenTLS) DNSName() string {
 	return ""
 }
 
-// same reports whether the fields, not the files' contents, are the same. Both may be nil.
+// same reports whether the fields are equal, whatever the files contain. Both
+// may be nil.
 func (t *ListenTLS) same(other *ListenTLS) bool {
 	if t == nil || other == nil {
 		return t == other
@@ -65,7 +68,8 @@ func (t *ListenTLS) same(other *ListenTLS) bool {
 
 var dnsPattern = regexp.MustCompile(`^[A-Za-z0-9.*_-]+$`)
 
-// parseClientName reads a pattern of a certificate's name: a URI, or a DNS name.
+// parseClientName parses a pattern for a name in a certificate: a URI or a DNS
+// name.
 func parseClientName(s string) (principalPattern, error) {
 	if strings.Contains(s, "://") {
 		return parsePrincipal(s)
@@ -124,7 +128,8 @@ func (cr *configReader) readListenTLS(n node) {
 	}
 	var err error
 	if t.Certificate, err = tls.X509KeyPair(pem[0], pem[1]); err != nil {
-		// The error speaks of PEM blocks and algorithms, and quotes nothing of the key.
+		// The error speaks of PEM blocks and algorithms; it does not quote the
+		// key.
 		cr.wrong(n, "%s and %s are not a certificate and its key: %v", t.files[0], t.files[1], err)
 		return
 	}
@@ -141,11 +146,12 @@ func (cr *configReader) readListenTLS(n node) {
 	cr.config.ListenTLS = t
 }
 
-// warnOfAdmin warns of an admin listener that everybody can reach: its page and profiles show what is asked and by whom.
+// warnOfAdmin warns of an admin address that is open to everyone: the page and
+// its profiles show what clients request.
 func (cr *configReader) warnOfAdmin(n node, addr string) {
 	host, _, err := net.SplitHostPort(addr)
 	if err != nil {
-		return // a mistake that was noted
+		return // reported already
 	}
 	if ip, err := netip.ParseAddr(host); host == "" || err == nil && ip.IsUnspecified() {
 		cr.warn(n, "%s is open to everyone who can reach this machine; listen on 127.0.0.1 and use kubectl port-forward", addr)

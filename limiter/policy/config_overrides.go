@@ -18,27 +18,29 @@ import (
 	"github.com/sluiceproxy/sluice/limiter"
 )
 
-// The bounds of what overrides_file names, over all files of a limit.
+// Bounds of the overrides files of one limit, in total.
 const (
 	maxOverrideBytes = 256 << 20
 	maxOverrides     = 1_000_000
 )
 
-// overrides are the rates of those keys of a limit that have another than the limit's own. Keys are looked up by their digest, in
-// constant time, and are not kept. Inline rows are over those of files.
+// overrides are the keys of a limit that have a rate of their own. They are
+// looked up by a digest, in constant time; the keys themselves are not kept. An
+// inline override takes precedence over one in a file.
 type overrides struct {
 	inline, file map[digest]override
-	files        []string // their names, for people
+	files        []string // names of the files
 }
 
-// override is the rate of one key.
+// override is the rate of one key, and where it is written.
 type override struct {
 	tier *tier
-	file int32 // index of overrides.files
-	row  int32 // in a file its line, inline its index
+	file int32 // index in overrides.files
+	row  int32 // line in the file, or index of an inline override
 }
 
-// digest is what the parts of a key are looked up by: SHA-256 of each part's SHA-256, or of one part alone that.
+// digest identifies a key among overrides. It is the SHA-256 of the SHA-256s of
+// the key's parts or, for a single part, its SHA-256.
 type digest [sha256.Size]byte
 
 func digestOf(parts []digest) digest {
@@ -54,10 +56,10 @@ func digestOf(parts []digest) digest {
 	return d
 }
 
-const hexPrefix = "sha256:" // of a part that is given by its digest
+const hexPrefix = "sha256:" // marks a part that is given by its SHA-256
 
-// checkPart reports whether a key's part is one at all: a text, or sha256: and
-// 64 hex digits.
+// checkPart returns an error if a part of an override's key is empty, or begins
+// with sha256: without 64 hex digits after it.
 func checkPart(part string) error {
 	if part == "" {
 		return errEmptyPart
@@ -74,7 +76,8 @@ func checkPart(part string) error {
 
 var errEmptyPart = errors.New("empty key part; a request's empty part counts as absent")
 
-// digestOfPart is the digest of a key's part that checkPart accepts.
+// digestOfPart returns the digest of a part that checkPart accepts. It returns
+// an error if no request can have the part.
 func (e *expression) digestOfPart(part string) (d digest, err error) {
 	if text, isDigest := strings.CutPrefix(part, hexPrefix); isDigest {
 		_, err = hex.Decode(d[:], []byte(text))
@@ -84,7 +87,7 @@ func (e *expression) digestOfPart(part string) (d digest, err error) {
 	return sha256.Sum256([]byte(part)), err
 }
 
-// find is the override of the key with a digest, if it has one.
+// lookup returns the override for the digest of a key.
 func (o *overrides) lookup(d digest) (override, bool) {
 	if row, ok := o.inline[d]; ok {
 		return row, true
@@ -93,7 +96,7 @@ func (o *overrides) lookup(d digest) (override, bool) {
 	return row, ok
 }
 
-// place says where an override stands.
+// position says where an override is written.
 func (o *overrides) position(d digest) string {
 	row, isInline := o.inline[d]
 	inFile, isInFile := o.file[d]
@@ -110,7 +113,8 @@ func (o *overrides) position(d digest) string {
 	return line
 }
 
-// readOverrides reads the overrides of a limit whose own fields are read.
+// readOverrides reads the overrides of a limit, after its other fields. It
+// returns nil if there are none.
 func (lr *limitReader) readOverrides(d *draft) *overrides {
 	if d.overrides.Node == nil && len(d.files) == 0 {
 		return nil
@@ -181,8 +185,8 @@ func (lr *limitReader) readInline(d *draft, o *overrides) {
 	})
 }
 
-// readPart reads a part of an override's key. An unquoted sha256:2c26... within brackets is a text in YAML, and a mapping for
-// goccy/go-yaml.
+// readPart reads a part of an override's key. An unquoted sha256:2c26... within
+// brackets is a string in YAML, but a mapping to goccy/go-yaml.
 func (lr *limitReader) readPart(n node) (string, bool) {
 	if entries, ok := entries(n.Node); ok && len(entries) == 1 && entries[0].Key.GetToken().Value == "sha256" {
 		switch v := entries[0].Value.(type) {
@@ -193,8 +197,9 @@ func (lr *limitReader) readPart(n node) (string, bool) {
 	return lr.scalar(n)
 }
 
-// glob is the files that a pattern names. There may be none yet, as for nginx's include; a name without a pattern has to be there. The
-// directories in which one may come are noted.
+// glob returns the files that match a pattern. There may be none yet, as with
+// nginx's include; a plain name must exist. It records the directories in which
+// matching files may appear.
 func (lr *limitReader) glob(n node, pattern string) []string {
 	if lr.inputs == nil {
 		lr.wrong(n, "files are not read for a route's limit; use overrides")
@@ -206,7 +211,7 @@ func (lr *limitReader) glob(n node, pattern string) []string {
 		return []string{path}
 	}
 	written := pattern
-	if !filepath.IsAbs(pattern) { // the config's own directory is no pattern
+	if !filepath.IsAbs(pattern) { // the config's own directory is not a pattern
 		pattern = filepath.Join(escapeMeta(lr.dir), pattern)
 	}
 	names, err := filepath.Glob(pattern)
@@ -216,7 +221,7 @@ func (lr *limitReader) glob(n node, pattern string) []string {
 	}
 	dir := filepath.Dir(pattern)
 	for ; isPattern(dir); dir = filepath.Dir(dir) {
-		in, _ := filepath.Glob(dir) // a good pattern, as the whole is one
+		in, _ := filepath.Glob(dir) // valid, because the whole pattern is
 		for _, d := range in {
 			lr.inputs.add(d)
 		}
@@ -233,7 +238,8 @@ func (lr *limitReader) glob(n node, pattern string) []string {
 	return names
 }
 
-// isPattern reports whether a name stands for any but itself.
+// isPattern reports whether a name has characters that are special in a
+// pattern.
 func isPattern(name string) bool {
 	for i := 0; i < len(name); i++ {
 		switch name[i] {
@@ -246,7 +252,7 @@ func isPattern(name string) bool {
 	return false
 }
 
-// escapeMeta makes a path the pattern of itself alone.
+// escapeMeta returns a pattern that matches only path.
 func escapeMeta(path string) string {
 	return strings.NewReplacer(`\`, `\\`, `*`, `\*`, `?`, `\?`, `[`, `\[`).Replace(path)
 }
@@ -262,7 +268,9 @@ func unescapeMeta(pattern string) string {
 	return b.String()
 }
 
-// readOverridesFile reads a CSV file: a header row, then a row for each key: its parts, a rate, a burst.
+// readOverridesFile reads a CSV file: a header row, then for each key a row
+// with the key's parts, a rate and a burst. bytes is the total size of the
+// limit's files so far.
 func (lr *limitReader) readOverridesFile(n node, d *draft, o *overrides, name string, bytes *int64) {
 	file, err := limiter.OpenFile(name)
 	if err != nil {
@@ -283,7 +291,7 @@ func (lr *limitReader) readOverridesFile(n node, d *draft, o *overrides, name st
 	wrong := func(line, column int, format string, args ...any) {
 		lr.add(Mistake{File: name, Line: line, Column: column, Field: n.field, Message: fmt.Sprintf(format, args...)})
 	}
-	const mostMistakes = 100 // of one file: a wrong column makes every row one
+	const mostMistakes = 100 // of one file: a wrong column makes every row wrong
 	header := true
 	for len(lr.mistakes)-before < mostMistakes {
 		row, err := rows.Read()
@@ -340,8 +348,7 @@ func (lr *limitReader) readOverridesFile(n node, d *draft, o *overrides, name st
 	}
 }
 
-// skipBOM reads r without the byte order mark that some editors begin a file
-// with.
+// skipBOM returns r without a byte order mark.
 func skipBOM(r io.Reader) io.Reader {
 	b := bufio.NewReader(r)
 	if mark, err := b.Peek(3); err == nil && len(withoutBOM(mark)) == 0 {
@@ -350,7 +357,8 @@ func skipBOM(r io.Reader) io.Reader {
 	return b
 }
 
-// addOverride adds a row to a table, or says what is wrong with it, and with which of its parts.
+// addOverride adds an override to a table, or reports a mistake by wrong, with
+// the index of the part that is wrong.
 func (lr *limitReader) addOverride(table map[digest]override, d *draft, parts []string, row override, wrong func(part int, format string, args ...any)) {
 	if len(parts) != len(d.key) {
 		wrong(0, "want %d parts, as the limit's key has, not %d", len(d.key), len(parts))

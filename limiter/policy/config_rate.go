@@ -9,9 +9,9 @@ import (
 	"github.com/sluiceproxy/sluice/limiter"
 )
 
-// readTier reads a rate and a burst, whose node may be nil.
+// readTier reads a rate and a burst. The burst's node may be nil.
 func (lr *limitReader) readTier(rate, burst node) *tier {
-	text, ok := lr.scalar(rate) // a number lacks its period, and is told so
+	text, ok := lr.scalar(rate) // a number is reported as a rate without a period
 	if !ok {
 		return nil
 	}
@@ -35,10 +35,11 @@ func (lr *limitReader) readTier(rate, burst node) *tier {
 	return t
 }
 
-// unlimited is the rate of no bucket at all.
+// unlimitedRate is the rate of limits and overrides that have no bucket.
 const unlimitedRate = "unlimited"
 
-// tierOf makes a tier of a rate and a burst as they are written; an empty burst is the rate's tokens.
+// tierOf returns the tier of a rate and a burst, given as text. If burst is
+// empty, it is the number of tokens of the rate.
 func (lr *limitReader) tierOf(rate, burst string) (*tier, error) {
 	id := [2]string{rate, burst}
 	if t := lr.tiers[id]; t != nil {
@@ -69,7 +70,8 @@ func (lr *limitReader) tierOf(rate, burst string) (*tier, error) {
 	return t, nil
 }
 
-// parseRate reads tokens/period: 10/s, 10/7d, 5000/24h, 3/250ms; or unlimited, whose period is 0.
+// parseRate parses tokens/period, such as 10/s, 10/7d, 5000/24h or 3/250ms. For
+// "unlimited" the period is 0.
 func parseRate(s string) (tokens int64, period time.Duration, err error) {
 	const want = "want tokens/period such as 10/s, 100/m, 5000/24h, 10/7d or 3/250ms (units: us, ms, s, m, h, d), or unlimited"
 	if s == unlimitedRate {
@@ -89,7 +91,7 @@ func parseRate(s string) (tokens int64, period time.Duration, err error) {
 	return tokens, period, nil
 }
 
-// parsePeriod reads a Go duration, a unit alone, or a number of days.
+// parsePeriod parses a Go duration, a unit alone, or a number of days.
 func parsePeriod(s string) (time.Duration, error) {
 	switch s {
 	case "us", "\u00b5s", "\u03bcs", "ms", "s", "m", "h", "d":

@@ -39,8 +39,8 @@ func (cr *configReader) readRedis(n node) {
 	cr.redis = cr.mapping(n, fields)
 }
 
-// access returns the fields username, password, password_file and tls. It sets
-// *isFile if the password is that of a file.
+// accessFields returns readers of username, password, password_file and tls.
+// They set *isFile if the password is read from a file.
 func (cr *configReader) accessFields(username, password *string, isFile *bool, tls **limiter.TLS) map[string]func(node) {
 	passwords := 0
 	one := func(read func(node) (string, bool)) func(node) {
@@ -66,7 +66,8 @@ func (cr *configReader) accessFields(username, password *string, isFile *bool, t
 	}
 }
 
-// readTLS reads how servers are known. The files are read when it is used.
+// readTLS reads the TLS settings of the connection to servers. The files are
+// read when a connection is made.
 func (cr *configReader) readTLS(n node) *limiter.TLS {
 	c := &limiter.TLS{}
 	file := func(into *string) func(node) {
@@ -85,9 +86,10 @@ func (cr *configReader) readTLS(n node) *limiter.TLS {
 	return c
 }
 
-// hideStore is hide for what is wrong with store.redis as a whole. Some of it
-// is the library's, which does not quote: there whatever may be a secret is
-// hidden, up to the semicolon behind which sluice says what is allowed.
+// hideStoreVariables is hideVariables for an error about store.redis as a
+// whole. Part of that is the Redis library's, which does not quote values. So
+// the values of all variables that may be secrets are hidden, up to the first
+// semicolon, after which sluice says what to write.
 func (cr *configReader) hideStoreVariables(message string) string {
 	message = cr.hideVariables(cr.redisNode.Node, message)
 	what, allowed, more := strings.Cut(message, "; ")
@@ -95,14 +97,15 @@ func (cr *configReader) hideStoreVariables(message string) string {
 		allowed = "; " + allowed
 	}
 	for name, value := range cr.variables {
-		if strings.ContainsFunc(value, func(c rune) bool { return !unicode.IsLetter(c) }) { // else it may be a word of the message
+		if strings.ContainsFunc(value, func(c rune) bool { return !unicode.IsLetter(c) }) { // a word might be part of the message
 			what = strings.ReplaceAll(what, value, "${"+name+"}")
 		}
 	}
 	return what + allowed
 }
 
-// withoutUser is a URL without its user and password, or "" where it is none.
+// withoutUser returns a URL without its user and password, or "" if it is
+// invalid.
 func withoutUser(s string) string {
 	u, err := url.Parse(s)
 	if err != nil {

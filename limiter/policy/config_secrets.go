@@ -9,8 +9,8 @@ import (
 	"github.com/goccy/go-yaml/lexer"
 )
 
-// secretFile reads the file that a value names. A byte order mark at its
-// beginning and line ends at its end, which editors add, are no part of the
+// readSecretFile reads the file that n names. A byte order mark at its
+// beginning and line ends at its end, which editors add, are not part of the
 // secret.
 func (cr *configReader) readSecretFile(n node) (string, bool) {
 	name, ok := cr.text(n)
@@ -50,7 +50,8 @@ func (cr *configReader) readSecret(n node, read func(node) (string, bool)) {
 	cr.config.hasher.secret = []byte(s)
 }
 
-// leaveOut keeps a value that is a secret, or holds one, out of the config's hash; instead is what stands for it there.
+// hideFromHash excludes from the config's hash a value that is a secret or
+// contains one. The hash covers instead in its place.
 func (cr *configReader) hideFromHash(n node, instead string) {
 	t := n.GetToken()
 	if l, ok := n.Node.(*ast.LiteralNode); ok {
@@ -61,8 +62,9 @@ func (cr *configReader) hideFromHash(n node, instead string) {
 	}
 }
 
-// say adds the config's text to what its hash is of, but for what is hidden: whoever can read the hash could try secrets one after
-// another.
+// hashText adds the text of the config, except for hidden values, to the
+// config's hash. With secrets in it, anyone who can read the hash could test
+// guesses.
 func (cr *configReader) hashText(text []byte) {
 	for _, t := range lexer.Tokenize(string(text)) {
 		value := t.Value
@@ -73,10 +75,11 @@ func (cr *configReader) hashText(text []byte) {
 	}
 }
 
-// shortSecret is the length in bytes below which a key_secret is warned of.
+// shortSecret is the length in bytes below which a key_secret is too short.
 const shortSecret = 16
 
-// warnOfReaders warns of a secret's file that every user of the machine can read.
+// warnOfReaders warns of a file with a secret that every user of the machine
+// can read.
 func (cr *configReader) warnOfReaders(n node, file string) {
 	if info, err := os.Stat(file); err == nil && info.Mode().IsRegular() && info.Mode().Perm()&0o004 != 0 {
 		cr.warn(n, "%s is readable by every user (mode %#o); use chmod o-r, or defaultMode: 0440 for a Secret volume", file, info.Mode().Perm())

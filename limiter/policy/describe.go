@@ -7,17 +7,17 @@ import (
 	"github.com/sluiceproxy/sluice/limiter"
 )
 
-// Described is a limit as its config writes it, for people.
+// Described is a limit as the config writes it, for display.
 type Described struct {
 	Limit     *limiter.Limit
 	Rate      string
-	Burst     int64    // 0 where the rate is unlimited
-	Key       []string // its parts' expressions; empty: one bucket for all
-	Group     string   // empty: none
-	Overrides int      // other rates for some keys
+	Burst     int64    // tokens; 0 if the rate is unlimited
+	Key       []string // expressions of the key's parts; empty: no key
+	Group     string   // empty: in no group
+	Overrides int      // number of overrides
 }
 
-// Describe tells the file's limits, in its order.
+// Describe returns the file's limits, in its order.
 func (c *Config) Describe() []Described {
 	all := make([]Described, len(c.rules))
 	for i, r := range c.rules {
@@ -33,23 +33,26 @@ func (c *Config) Describe() []Described {
 	return all
 }
 
-// KeyPart is one part of a bucket's key, for people.
+// KeyPart is one part of a bucket's key, for display.
 type KeyPart struct {
 	Kind KeyPartKind `json:"kind"`
-	Text string      `json:"text"` // escaped; of a KeyHash the hash, of a KeyAbsent the network that takes its place, or nothing
+	// Text is the escaped value of a KeyOpen, the hash of a KeyHash, and what
+	// replaces the value of a KeyAbsent: the client's network or nothing.
+	Text string `json:"text"`
 }
 
-// KeyPartKind says what a part's text is.
+// KeyPartKind says what the text of a part is.
 type KeyPartKind string
 
-// The kinds.
+// The kinds of KeyPart.
 const (
 	KeyOpen   KeyPartKind = "open"   // the value
-	KeyHash   KeyPartKind = "hash"   // its hash
-	KeyAbsent KeyPartKind = "absent" // what stands in for a value that was absent
+	KeyHash   KeyPartKind = "hash"   // hash of the value
+	KeyAbsent KeyPartKind = "absent" // replacement of an absent value
 )
 
-// KeyParts splits a bucket's key, as it stands in Redis between its braces. A limit without a key has none; what is cut is left out.
+// KeyParts splits a bucket's key, as it is written in Redis between the braces.
+// It returns nil for a limit without a key, and omits parts that are truncated.
 func KeyParts(key string) []KeyPart {
 	kinds := map[byte]KeyPartKind{tagOpen: KeyOpen, tagHash: KeyHash, tagAbsent: KeyAbsent}
 	var parts []KeyPart

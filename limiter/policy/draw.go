@@ -6,21 +6,28 @@ import (
 	"github.com/sluiceproxy/sluice/limiter"
 )
 
-// Draw is what a request owes.
+// Draw is the result of Config.Draw: what a request takes from which buckets.
 type Draw struct {
-	// Exempt says that the config leaves the request alone; the rest is then empty.
+	// Exempt reports that an exemption of the config matches the request. The
+	// other fields are then empty.
 	Exempt bool
-	// Charges has one for each limit that applies, in the file's order; those of the route's own limits come last.
+	// Charges has one entry for each limit that applies and has a bucket: the
+	// limits of the file in its order, then those of the route.
 	Charges []limiter.Charge
-	// Unlimited are the limits that apply and have no bucket.
+	// Unlimited lists the limits that apply with the rate unlimited. They have
+	// no bucket.
 	Unlimited []*limiter.Limit
-	// Mistakes of the config that the request shows. Where one is not of a shadow limit, Invalid says so, and nobody knows what the
-	// request owes.
+	// Mistakes are the config's mistakes that this request reveals, such as an
+	// expression that fails. Invalid reports that one of them belongs to a
+	// limit that is not in shadow mode; Charges is then incomplete, and the
+	// request must be refused.
 	Mistakes []*RuleError
 	Invalid  bool
 }
 
-// Draw says what a request owes.
+// Draw finds the limits that apply to a request, and returns what the request
+// takes from their buckets. It takes nothing itself. It is safe for concurrent
+// use.
 func (c *Config) Draw(req *Request) Draw {
 	s := newSubject(req, &c.client)
 	for range c.exempt.find(s, allReadings) {
@@ -42,12 +49,13 @@ func (c *Config) Draw(req *Request) Draw {
 	return d.Draw
 }
 
-// drawing is a Draw that is under way.
+// drawing is the state of a Draw that is being computed.
 type drawing struct {
 	Draw
 	subject *subject
 	hasher  *hasher
-	groups  []*rule // the ones that count for their group
+	// groups has, of each group, the limit that applies. It is the first one.
+	groups []*rule
 }
 
 func (d *drawing) wrong(mistakes ...*RuleError) {
@@ -57,45 +65,42 @@ func (d *drawing) wrong(mistakes ...*RuleError) {
 	}
 }
 
-// finding is what was found of a limit and a request, and why.
+// finding is the decision about one limit for one request, with its reason.
 type finding struct {
-	applies bool
-	kind    findingKind
-	field   string // of the match, where that does not hold
-	other   *rule  // that comes first in the group
-	part    int    // of the key, that is absent: its index
-	whenIs  absentWhen
-	err     *RuleError
-	tier    *tier
-	sum     digest // of an override's key
-	key     string // whole; empty where unlimited
-	cost    int64
-	refused bool // as a part of the key is absent
+	applies    bool
+	kind       findingKind
+	field      string // of the match that does not hold
+	other      *rule  // the limit of the group that applies
+	part       int    // index of the key's first absent part
+	whenAbsent bool   // the limit applies although its when is absent
+	err        *RuleError
+	tier       *tier
+	sum        digest // of the overridden key
+	key        string // complete Redis key; empty if unlimited
+	cost       int64
+	refused    bool // absent: deny, and a part of the key is absent
 }
 
-// absentWhen says that a limit applies as its when is absent.
-type absentWhen bool
-
-// findingKind is what decided.
+// findingKind is the reason of a finding.
 type findingKind uint8
 
 const (
-	foundApplies    findingKind = iota // the limit applies as it is
-	foundOverridden                    // with an override's rate
-	foundPartAbsent                    // a part of the key is absent, and it applies all the same
+	foundApplies    findingKind = iota // the limit applies
+	foundOverridden                    // it applies, with the rate of an override
+	foundPartAbsent                    // it applies, although a part of the key is absent
 	foundExempt
 	foundMismatch
 	foundWhenFalse
-	foundWhenAbsent // and the limit then does not apply
-	foundSkipped    // as a part of the key is absent
+	foundWhenAbsent // when is absent, and the limit does not apply then
+	foundSkipped    // absent: skip, and a part of the key is absent
 	foundGroupTaken
-	foundOff      // by the route
-	foundReplaced // by the route's limit of the same name
-	foundUnlisted // in the route's list
+	foundOff      // switched off by the route
+	foundReplaced // replaced by the route's limit of the same name
+	foundUnlisted // not in the route's sluice.limits
 	foundMistake
 )
 
-// consider adds what the request owes a limit that it matches.
+// consider decides about a limit whose match holds, and records its charge.
 func (d *drawing) consider(r *rule) finding {
 	if r.group != "" {
 		for _, first := range d.groups {
@@ -113,7 +118,7 @@ func (d *drawing) consider(r *rule) finding {
 		d.Unlimited = append(d.Unlimited, r.limit)
 	default:
 		if d.Charges == nil {
-			d.Charges = make([]limiter.Charge, 0, 4) // most requests owe so few
+			d.Charges = make([]limiter.Charge, 0, 4) // most requests have at most four charges
 		}
 		c := limiter.Charge{Limit: r.limit, Bucket: f.tier.bucket, Key: f.key, Cost: f.cost, Refused: f.refused}
 		if r.share > 0 {
@@ -127,7 +132,7 @@ func (d *drawing) consider(r *rule) finding {
 	return f
 }
 
-// judge says whether a limit that the request matches applies, and what the request then owes it.
+// judge decides whether a limit whose match holds applies, and what it costs.
 func (d *drawing) judge(r *rule) finding {
 	f := finding{applies: true, tier: r.tier, cost: r.cost.constant}
 	mistake := func(field string, err error) finding {
@@ -143,7 +148,7 @@ func (d *drawing) judge(r *rule) finding {
 		case !known && !r.appliesIfAbsent():
 			return finding{kind: foundWhenAbsent}
 		}
-		f.whenIs = absentWhen(!known)
+		f.whenAbsent = !known
 	}
 	if len(r.key) == 0 {
 		f.key = r.singleKey
@@ -166,7 +171,9 @@ func (d *drawing) judge(r *rule) finding {
 	return f
 }
 
-// makeKey makes the key of a limit that has one, and finds the key's override.
+// makeKey sets f's bucket key for a limit that has a key, and the tier of the
+// key's override if there is one. It clears f.applies if a part is absent and
+// the limit has absent: skip.
 func (d *drawing) makeKey(r *rule, f *finding) error {
 	var few [256]byte
 	key := append(few[:0], r.prefix...)

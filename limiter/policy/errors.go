@@ -5,11 +5,11 @@ import (
 	"strings"
 )
 
-// Mistake is one thing that is wrong with a config.
+// Mistake is one error in a config.
 type Mistake struct {
-	File    string `json:"file"`   // or the flag or environment variable that said it
-	Line    int    `json:"line"`   // from 1; 0 where there is none
-	Column  int    `json:"column"` // in characters, from 1; 0 where there is none
+	File    string `json:"file"`   // or the flag or environment variable
+	Line    int    `json:"line"`   // from 1; 0 if unknown
+	Column  int    `json:"column"` // in characters, from 1; 0 if unknown
 	Field   string `json:"field"`  // such as limits[2].match.paths[0]; may be empty
 	Message string `json:"message"`
 }
@@ -28,7 +28,8 @@ func (m Mistake) String() string {
 	return b.String()
 }
 
-// Mistakes are all that is wrong with a config, in its order.
+// Mistakes are all errors in a config, in its order. It is the error of Load,
+// Parse and Config.Replaces.
 type Mistakes []Mistake
 
 func (m Mistakes) Error() string {
@@ -39,22 +40,28 @@ func (m Mistakes) Error() string {
 	return strings.Join(lines, "\n")
 }
 
-// Setting is a value from a flag or the environment that is over the file's, unless it is Weak.
+// Setting is a value from a flag or the environment. It takes precedence over
+// the file, unless it is Weak.
 type Setting struct {
-	Field string // listen.grpc, listen.admin, listen.metrics, domain, store.redis.url, grace or log_level
+	// Field is one of listen.grpc, listen.admin, listen.metrics, domain,
+	// store.redis.url, grace and log_level.
+	Field string
 	Value string
-	From  string // who says so, as a mistake shall name it: --grpc, SLUICE_GRPC
-	// Weak values are for where the file says nothing.
+	From  string // its source, as mistakes name it: --grpc, SLUICE_GRPC
+	// Weak values apply only if the file does not set the field.
 	Weak bool
 }
 
-// RuleError is a mistake of the config that only a request can show, such as an expression that fails. It says nothing of what
-// the client sent.
+// RuleError is a mistake of the config that only a request reveals, such as an
+// expression that fails. It contains nothing that the client sent.
 type RuleError struct {
-	Limit string // empty: of no one limit
-	Field string // of the limit; or context_extensions, for what Envoy's route says
+	Limit string // empty if it belongs to no one limit
+	// Field is the limit's field, or context_extensions for what Envoy's route
+	// says.
+	Field string
 	Err   error
-	// Shadow says that the limit only decides and counts, and so does its mistake.
+	// Shadow reports that the limit is in shadow mode, so that the request is
+	// not refused because of the mistake.
 	Shadow bool
 }
 

@@ -11,24 +11,31 @@ import (
 // Explanation says what a request draws, and why.
 type Explanation struct {
 	Draw Draw
-	// Exempt says which exemption holds; empty where none does.
+	// Exempt names the exemption that matches, such as "exempt[0] holds", or is
+	// empty.
 	Exempt string
-	// Limits are all of the file's, in its order, and then the route's own.
+	// Limits has all limits of the file, in its order, and then the route's.
 	Limits []Explained
 }
 
-// Explained is one limit of an Explanation.
+// Explained is the decision about one limit.
 type Explained struct {
 	Limit   *limiter.Limit
 	Applies bool
-	Reason  string // a sentence; what the client sent stands in it quoted and shortened, and no header's value
-	Rate    string // as the config writes it, of an override where one holds
-	Burst   int64  // 0 where the rate is unlimited, so that there is no bucket
-	Charge  int    // its index in Draw.Charges; -1 where there is none
-	Key     string // of the bucket, as it stands in Redis between its braces; empty where there is no charge
+	// Reason is a sentence. Values from the client are quoted and shortened in
+	// it; it has no value of a header.
+	Reason string
+	// Rate is the rate as the config writes it: that of the key's override if
+	// there is one, else the limit's.
+	Rate   string
+	Burst  int64 // tokens; 0 if the rate is unlimited
+	Charge int   // index in Draw.Charges; -1 if there is none
+	// Key is the bucket's key as in Redis, between the braces. It is empty if
+	// there is no charge.
+	Key string
 }
 
-// Explain says what Draw does with a request, and why.
+// Explain returns what Draw does with a request, and the reasons.
 func (c *Config) Explain(req *Request) Explanation {
 	s := newSubject(req, &c.client)
 	x := Explanation{}
@@ -85,7 +92,7 @@ func (c *Config) Explain(req *Request) Explanation {
 	return x
 }
 
-// reason puts a finding into words.
+// reason describes a finding in words.
 func (c *Config) reason(s *subject, r *rule, f finding) string {
 	switch f.kind {
 	case foundExempt:
@@ -116,7 +123,7 @@ func (c *Config) reason(s *subject, r *rule, f finding) string {
 	if !r.match.matchesAll() || r.when != nil {
 		reason = "it matches"
 	}
-	if f.whenIs {
+	if f.whenAbsent {
 		reason += "; when is absent, so it applies"
 	}
 	switch f.kind {
@@ -132,10 +139,11 @@ func (c *Config) reason(s *subject, r *rule, f finding) string {
 	return reason
 }
 
-// partName is a part of a key, for people.
+// partName names a part of the key.
 func (r *rule) partName(i int) string { return "part " + r.key[i].text }
 
-// whyAbsent says, in parentheses after a space, why a part of a key is absent although the header is there; else it is empty.
+// explainAbsent says, in parentheses after a space, why a part of the key is
+// absent although its header is present. Otherwise it returns "".
 func (r *rule) explainAbsent(s *subject, i int) string {
 	if header := r.key[i].header; header != "" && s.isRepeated(header) {
 		return " (the header was sent more than once)"
@@ -143,7 +151,7 @@ func (r *rule) explainAbsent(s *subject, i int) string {
 	return ""
 }
 
-// why says why a field of the match does not hold.
+// explain says why a field of the match does not hold.
 func (m *match) explain(s *subject, field string) string {
 	switch field {
 	case "hosts":
@@ -164,7 +172,7 @@ func (m *match) explain(s *subject, field string) string {
 	return fmt.Sprintf("principal %s matches none of match.principals", quoted(s.Source.Principal))
 }
 
-// alsoRead lists the other readings of a path, or the first of them.
+// alsoRead lists the first few other readings of a path.
 func alsoRead(others []string) string {
 	const most = 4
 	if len(others) == 0 {
@@ -180,7 +188,8 @@ func alsoRead(others []string) string {
 	return ", also read as " + strings.Join(texts, ", ") + ","
 }
 
-// quoted is what a client sent, in quotes, escaped, and at most some 100 bytes of it.
+// quoted returns what a client sent in quotes, escaped, and cut to about 100
+// bytes.
 func quoted(sent string) string {
 	const most = 100
 	if len(sent) <= most {
@@ -193,7 +202,8 @@ func quoted(sent string) string {
 	return fmt.Sprintf("%+q...", sent[:end])
 }
 
-// Client is the address that the config takes for the request's client; empty where it is not known.
+// Client returns the address that the config takes for the request's client, or
+// "" if it is unknown.
 func (c *Config) Client(req *Request) string {
 	client, _ := c.client.address(req)
 	return addressText(client)

@@ -20,21 +20,22 @@ import (
 
 const maxExpression = 4096 // bytes
 
-// purpose is what an expression is for.
+// purpose says what the value of an expression is used for.
 type purpose uint8
 
 const (
-	forKey  purpose = iota // a text, a number or a boolean
+	forKey  purpose = iota // a string, a number or a boolean
 	forWhen                // a boolean
 	forCost                // a number
 )
 
-// wanted says what an expression's value has to be.
+// wanted describes the values that the purpose accepts.
 func (p purpose) wanted() string {
 	return [...]string{"must be a string, a number or a boolean", "must be a boolean", "must be a number"}[p]
 }
 
-// accepts reports whether a value of a type that the check found may do; one of unknown type is seen at run time.
+// accepts reports whether the purpose accepts values of a type. A value whose
+// type is known only at run time is checked then.
 func (p purpose) accepts(out *cel.Type) bool {
 	switch out.Kind() {
 	case types.DynKind:
@@ -51,7 +52,8 @@ func (p purpose) accepts(out *cel.Type) bool {
 	return false
 }
 
-// environment is what expressions are checked against. It is made once: that takes milliseconds.
+// environment is the CEL environment of all expressions. It is made once,
+// because that takes milliseconds.
 var environment = sync.OnceValues(func() (*cel.Env, error) {
 	options := []cel.EnvOption{
 		ext.Strings(), cel.OptionalTypes(), cel.ParserExpressionSizeLimit(maxExpression), cel.ParserRecursionLimit(64),
@@ -62,36 +64,41 @@ var environment = sync.OnceValues(func() (*cel.Env, error) {
 	return cel.NewEnv(options...)
 })
 
-// expression is a compiled one. It is safe for concurrent use.
+// expression is a compiled CEL expression. It is safe for concurrent use.
 type expression struct {
 	text    string
 	program cel.Program
-	// instructions is the total program size of its constant regular expressions,
-	// which take most of its memory.
+	// instructions is the total size of its constant regular expressions, which
+	// take most of its memory.
 	instructions int
-	// open says that its value may stand in a key as it is.
+	// open reports that the value may appear in a key in plain text.
 	open bool
-	// constant says that its value is the same for every request.
+	// constant reports that the value does not depend on the request.
 	constant bool
-	// metadata says that it reads what Envoy's filters leave behind.
+	// metadata reports that it reads the dynamic metadata of Envoy's filters.
 	metadata bool
-	// unaskedSize says that it reads request.size and does not look at content-length, without which that is absent.
+	// unaskedSize reports that it reads request.size without a look at
+	// content-length, on which request.size depends.
 	unaskedSize bool
-	// attribute is the attribute that it is, and nothing else; empty: none.
+	// attribute is the attribute's name if the expression is an attribute and
+	// nothing else; otherwise it is empty.
 	attribute string
-	// direct reads the value of an expression that is just an attribute or a header, without CEL's machinery; else nil.
+	// direct reads an attribute or a header without CEL, if the expression is
+	// nothing else; otherwise it is nil.
 	direct func(*subject) string
-	// header is the header's name where the expression is just that; else empty.
+	// header is the header's name if the expression is a header and nothing
+	// else; otherwise it is empty.
 	header string
 }
 
-// expressionError is what is wrong with an expression, and where in it: line and column from 1, or 0.
+// expressionError is an error in an expression. Its line and column begin at 1,
+// or are 0 if unknown.
 type expressionError struct {
 	line, column int
 	message      string
 }
 
-// compile reads an expression.
+// compile parses, checks and plans an expression.
 func compile(text string, p purpose) (*expression, []expressionError) {
 	wrong := func(format string, args ...any) (*expression, []expressionError) {
 		return nil, []expressionError{{message: fmt.Sprintf(format, args...)}}
@@ -145,16 +152,16 @@ func compile(text string, p purpose) (*expression, []expressionError) {
 			e.metadata = e.metadata || r.Name == filterMetadata
 			e.unaskedSize = e.unaskedSize || r.Name == "request.size" && !readsHeader(native, "content-length")
 			if !a.open {
-				e.open = e.direct != nil && r.Name == "request.path" // whole: appendOpen sees whether it has a query
+				e.open = e.direct != nil && r.Name == "request.path" // the whole path: appendOpen hashes it if it has a query
 			}
 		}
 	}
 	return e, nil
 }
 
-// planOptions returns the options for planning an expression. asks has the IDs of
-// its has() parts. The program sizes of its constant regular expressions are added
-// to *instructions.
+// planOptions returns the options for planning an expression. asks has the IDs
+// of its has() calls. The program sizes of its constant regular expressions are
+// added to *instructions.
 func planOptions(asks map[int64]bool, instructions *int) []cel.ProgramOption {
 	return []cel.ProgramOption{
 		cel.CostTracking(chargedUnits{}), cel.CostLimit(maxEvaluation), cel.EvalOptions(cel.OptOptimize),
@@ -162,7 +169,8 @@ func planOptions(asks map[int64]bool, instructions *int) []cel.ProgramOption {
 	}
 }
 
-// checkHeaderNames finds headers that no request can have, since Envoy's are in lower case.
+// checkHeaderNames reports header names that are not in lower case: no request
+// has such a header, because Envoy lowers their names.
 func checkHeaderNames(tree *ast.AST) (found []expressionError) {
 	ast.PreOrderVisit(tree.Expr(), ast.NewExprVisitor(func(e ast.Expr) {
 		if name, ok := headerName(tree, e); ok && name != strings.ToLower(name) {
@@ -174,7 +182,7 @@ func checkHeaderNames(tree *ast.AST) (found []expressionError) {
 	return found
 }
 
-// readsHeader reports whether an expression looks at a header, or asks whether it is there.
+// readsHeader reports whether an expression reads a header, or tests for it.
 func readsHeader(tree *ast.AST, header string) (reads bool) {
 	ast.PreOrderVisit(tree.Expr(), ast.NewExprVisitor(func(e ast.Expr) {
 		if name, ok := headerName(tree, e); ok && name == header {
@@ -184,7 +192,8 @@ func readsHeader(tree *ast.AST, header string) (reads bool) {
 	return reads
 }
 
-// headerName is the name in request.headers["name"], request.headers.name, and "name" in request.headers.
+// headerName returns the name in request.headers["name"], request.headers.name,
+// and "name" in request.headers.
 func headerName(tree *ast.AST, e ast.Expr) (string, bool) {
 	headers, name := e, e
 	switch e.Kind() {
@@ -214,8 +223,9 @@ func isHeaders(tree *ast.AST, e ast.Expr) bool {
 	return r != nil && r.Name == "request.headers"
 }
 
-// directRead is the read of a key's part that is nothing but a text attribute or a header, with the header's name, else nil.
-// TestDirectReads holds it to what CEL says.
+// directRead returns a function that reads an expression without CEL, if it is
+// only an attribute of type string or a header; otherwise it returns nil.
+// header is the header's name. TestDirectReads compares it with CEL.
 func directRead(tree *ast.AST) (read func(*subject) string, header string) {
 	e := tree.Expr()
 	if name, ok := headerName(tree, e); ok && (e.Kind() == ast.SelectKind && !e.AsSelect().IsTestOnly() ||
@@ -236,7 +246,8 @@ func directRead(tree *ast.AST) (read func(*subject) string, header string) {
 	return func(s *subject) string { return a.value(s).(string) }, ""
 }
 
-// keyHeader is a header as a key's part: empty, and so absent, where it was sent more than once.
+// keyHeader returns a header as a part of a key. It is empty, and so absent, if
+// the header was sent more than once.
 func (req *Request) keyHeader(name string) string {
 	if req.isRepeated(name) {
 		return ""
@@ -244,7 +255,8 @@ func (req *Request) keyHeader(name string) string {
 	return req.Headers[name]
 }
 
-// eval is the expression's value; nil where it is absent. The error says nothing of what the client sent.
+// eval evaluates the expression. It returns nil if the value is absent. The
+// error contains nothing that the client sent.
 func (e *expression) eval(s cel.Activation) (ref.Val, error) {
 	v, _, err := e.program.Eval(s)
 	if err != nil {
@@ -268,8 +280,8 @@ func (e *expression) eval(s cel.Activation) (ref.Val, error) {
 	}
 }
 
-// failures are what the errors of CEL and of its functions begin with. What
-// follows may be a client's.
+// failures are the beginnings of the errors of CEL and its functions. The rest
+// of such an error may quote the client.
 var failures = []string{
 	"no such key", "no such overload", "index out of bounds", "index out of range", "invalid substring range", "division by zero", "modulus by zero",
 	"integer overflow", "unsigned integer overflow", "duration overflow", "timestamp overflow", "type conversion error",
@@ -277,7 +289,8 @@ var failures = []string{
 	"operation cancelled: actual cost limit exceeded",
 }
 
-// failure is an evaluation's error without its words for values, which a client may have sent.
+// failure returns an evaluation error without the values that it quotes, which
+// may be the client's.
 func failure(err error) error {
 	for _, known := range failures {
 		if strings.HasPrefix(err.Error(), known) {
@@ -287,7 +300,7 @@ func failure(err error) error {
 	return errors.New("evaluation failed")
 }
 
-// part is the expression's value as a key's part; "" where it is absent or empty.
+// keyPart returns the value as a part of a key, or "" if it is absent or empty.
 func (e *expression) keyPart(s *subject) (string, error) {
 	if e.direct != nil {
 		return e.direct(s), nil
@@ -314,7 +327,7 @@ func (e *expression) keyPart(s *subject) (string, error) {
 	return "", fmt.Errorf("%s, not %v", forKey.wanted(), v.Type())
 }
 
-// holds is the expression's value as a condition; known is false where it is absent.
+// condition returns the value as a condition. known is false if it is absent.
 func (e *expression) condition(s *subject) (holds, known bool, err error) {
 	v, err := e.eval(s)
 	if err != nil || v == nil {
@@ -327,7 +340,8 @@ func (e *expression) condition(s *subject) (holds, known bool, err error) {
 	return bool(b), true, nil
 }
 
-// tokens is the expression's value as a cost, 1 where it is absent. What is above all bursts is the least such.
+// tokens returns the value as a cost. It is 1 if the value is absent, and at
+// most limiter.MaxTokens+1, which exceeds every burst.
 func (e *expression) tokens(s *subject) (int64, error) {
 	v, err := e.eval(s)
 	if err != nil || v == nil {
@@ -335,7 +349,7 @@ func (e *expression) tokens(s *subject) (int64, error) {
 	}
 	switch v := v.(type) {
 	case types.Int:
-		return wholeCost(float64(v)) // inexact only where it is above all bursts
+		return wholeCost(float64(v)) // inexact only for values that exceed every burst
 	case types.Uint:
 		return wholeCost(float64(v))
 	case types.Double:
@@ -344,7 +358,7 @@ func (e *expression) tokens(s *subject) (int64, error) {
 	return 0, fmt.Errorf("%s, not %v", forCost.wanted(), v.Type())
 }
 
-// wholeCost is a cost in whole tokens: a fraction is rounded up.
+// wholeCost returns a cost in whole tokens, rounded up.
 func wholeCost(f float64) (int64, error) {
 	if math.IsNaN(f) || f < 0 {
 		return 0, errors.New("must be a number >= 0")

@@ -14,11 +14,13 @@ import (
 	"cel.dev/cel-go/interpreter"
 )
 
-// attribute is one name that expressions know, by Envoy's names for what it knows of a request.
+// attribute is a name that expressions can use. The names are those of Envoy's
+// attributes where Envoy has one.
 type attribute struct {
 	kind *cel.Type
-	// open says that what it holds is an address, a name or the like, which may stand in a key as it is. The rest (headers, claims,
-	// context, queries) may hold secrets, and is hashed.
+	// open reports that the value may appear in a key in plain text, as an
+	// address or a name may. Other values (headers, claims, context, queries)
+	// may be secrets, and are hashed.
 	open  bool
 	value func(*subject) any
 }
@@ -47,13 +49,15 @@ var attributes = map[string]attribute{
 	"client.network":        {cel.StringType, true, func(s *subject) any { return network(s.client) }},
 }
 
-// filterMetadata is what Envoy's filters leave behind, such as the claims of a JWT.
+// filterMetadata is the dynamic metadata of Envoy's filters, such as the claims
+// of a JWT.
 const filterMetadata = "metadata.filter_metadata"
 
-// textMap is a map of texts that may be compared with null, which is what an absent entry is.
+// textMap is a map of strings that can be compared with null: an absent entry
+// equals null.
 var textMap = cel.MapType(cel.StringType, cel.NullableType(cel.StringType))
 
-// ResolveName gives CEL the attributes that it asks for.
+// ResolveName implements cel.Activation.
 func (s *subject) ResolveName(name string) (any, bool) {
 	a, ok := attributes[name]
 	if !ok {
@@ -62,16 +66,17 @@ func (s *subject) ResolveName(name string) (any, bool) {
 	return a.value(s), true
 }
 
-// Parent is CEL's; there is none.
+// Parent implements cel.Activation.
 func (*subject) Parent() cel.Activation { return nil }
 
-// keySubject gives CEL the attributes as a key sees them: without the headers that were sent more than once.
+// keySubject resolves attributes for the expressions of keys: without the
+// headers that were sent more than once.
 type keySubject struct {
 	*subject
 	headers map[string]string
 }
 
-// keySubject returns what the expressions of keys are evaluated on.
+// keySubject returns the activation for the expressions of keys.
 func (s *subject) keySubject() cel.Activation {
 	if len(s.Repeated) == 0 {
 		return s
@@ -86,7 +91,7 @@ func (s *subject) keySubject() cel.Activation {
 	return s.forKeys
 }
 
-// ResolveName is CEL's.
+// ResolveName implements cel.Activation.
 func (k *keySubject) ResolveName(name string) (any, bool) {
 	switch name {
 	case "request.headers":
@@ -97,7 +102,7 @@ func (k *keySubject) ResolveName(name string) (any, bool) {
 	return k.subject.ResolveName(name)
 }
 
-// size is the length of the body by its header, which may be absent.
+// size returns the length of the body as given by content-length, or absent.
 func (s *subject) size() any {
 	n, err := strconv.ParseInt(s.Headers["content-length"], 10, 64)
 	if err != nil || n < 0 {
@@ -106,27 +111,31 @@ func (s *subject) size() any {
 	return n
 }
 
-// How absence works. What is not there is an error of its own kind, which every operator of CEL passes on but for &&, || and ?:, where the
-// other operand may decide. So an expression that uses what is absent ends in that error. has(), in and [?...] ask without using,
-// and for == and != what is absent is null.
+// How absence works: an absent value is a special error. CEL's operators return
+// the error of an operand, except &&, || and ?:, for which another operand may
+// decide. So an expression that uses an absent value evaluates to that error.
+// has(), in and [?...] test for a value without using it, and == and != compare
+// an absent value as null.
 
-// errAbsent is what is absent. No text of a client's makes an error that is this one.
+// errAbsent is the error of absent values. No string from a client can become
+// an error that is identical to it.
 var errAbsent = errors.New("absent")
 
-// absent is errAbsent as CEL hands it on.
+// absent is errAbsent as a CEL value.
 var absent = types.WrapErr(errAbsent)
 
 func isAbsent(v any) bool {
 	err, _ := v.(error)
 	for ; err != nil; err = errors.Unwrap(err) {
-		if err == errAbsent { //nolint:errorlint // CEL's errors are equal to all of the same text, so they are compared one by one
+		if err == errAbsent { //nolint:errorlint // errors.Is takes CEL's errors of the same text for equal
 			return true
 		}
 	}
 	return false
 }
 
-// present is one of the request's values as expressions see it: in maps an empty or null entry is absent.
+// present returns a value of the request as expressions see it: empty and null
+// entries of its maps are absent.
 func present(v any) ref.Val {
 	switch v := types.DefaultTypeAdapter.NativeToValue(v).(type) {
 	case presentMap, presentList:
@@ -142,7 +151,7 @@ func present(v any) ref.Val {
 
 type presentMap struct{ traits.Mapper }
 
-// find is what is under a key, and whether anything is.
+// find returns the entry for a key, and whether there is one.
 func (p presentMap) find(key ref.Val) (ref.Val, bool) {
 	v, ok := p.Mapper.Find(key)
 	if v != nil && types.IsUnknownOrError(v) || !ok || v == types.NullValue || v == types.String("") {
@@ -151,7 +160,8 @@ func (p presentMap) find(key ref.Val) (ref.Val, bool) {
 	return present(v), true
 }
 
-// Find is CEL's: what is under a key. Of what is not there CEL would make an error that looks like a mistake's.
+// Find implements traits.Mapper. For a missing entry CEL would make an error
+// that is indistinguishable from a mistake in the expression.
 func (p presentMap) Find(key ref.Val) (ref.Val, bool) {
 	v, ok := p.find(key)
 	if !ok && (v == nil || !types.IsUnknownOrError(v)) {
@@ -160,13 +170,13 @@ func (p presentMap) Find(key ref.Val) (ref.Val, bool) {
 	return v, ok
 }
 
-// Get is CEL's: what is under a key.
+// Get implements traits.Mapper.
 func (p presentMap) Get(key ref.Val) ref.Val {
 	v, _ := p.Find(key)
 	return v
 }
 
-// Contains is CEL's `in`.
+// Contains implements traits.Container, for CEL's in operator.
 func (p presentMap) Contains(key ref.Val) ref.Val {
 	v, ok := p.find(key)
 	if !ok && v != nil && types.IsUnknownOrError(v) {
@@ -175,7 +185,7 @@ func (p presentMap) Contains(key ref.Val) ref.Val {
 	return types.Bool(ok)
 }
 
-// keys are those of what is there.
+// keys returns the keys of the entries that are present.
 func (p presentMap) keys() traits.Lister {
 	var keys []ref.Val
 	for i := p.Mapper.Iterator(); i.HasNext() == types.True; {
@@ -187,29 +197,29 @@ func (p presentMap) keys() traits.Lister {
 	return types.DefaultTypeAdapter.NativeToValue(keys).(traits.Lister)
 }
 
-// Iterator is CEL's: over the keys.
+// Iterator implements traits.Iterable. It iterates over the keys.
 func (p presentMap) Iterator() traits.Iterator { return p.keys().Iterator() }
 
-// Size is CEL's.
+// Size implements traits.Sizer.
 func (p presentMap) Size() ref.Val { return p.keys().Size() }
 
-// presentList is a list within a map.
+// presentList is a list within a value of the request.
 type presentList struct{ traits.Lister }
 
-// Get is CEL's.
+// Get implements traits.Indexer.
 func (p presentList) Get(index ref.Val) ref.Val { return present(p.Lister.Get(index)) }
 
-// Iterator is CEL's.
+// Iterator implements traits.Iterable.
 func (p presentList) Iterator() traits.Iterator { return presentIterator{p.Lister.Iterator()} }
 
 type presentIterator struct{ traits.Iterator }
 
-// Next is CEL's.
+// Next implements traits.Iterator.
 func (p presentIterator) Next() ref.Val { return present(p.Iterator.Next()) }
 
-// decorator returns a decorator for CEL's planner. asks has the IDs of the has()
-// expressions. The program sizes of constant regular expressions are added to
-// *instructions.
+// decorator returns a decorator for CEL's planner. asks has the IDs of the
+// has() expressions. The program sizes of constant regular expressions are
+// added to *instructions.
 func decorator(asks map[int64]bool, instructions *int) interpreter.InterpretableDecoratorV2 {
 	return func(i interpreter.InterpretableV2) (interpreter.InterpretableV2, error) {
 		if _, done := i.(lookup); done {
@@ -231,13 +241,14 @@ func decorator(asks map[int64]bool, instructions *int) interpreter.Interpretable
 	}
 }
 
-// lookup is the reading of an attribute, with what is selected of it.
+// lookup reads an attribute, including the fields and indexes that are selected
+// from it.
 type lookup struct {
 	interpreter.InterpretableAttribute
-	isHas bool // has(): whether it is there
+	isHas bool // has(), which only tests for the value
 }
 
-// Exec is CEL's.
+// Exec implements interpreter.InterpretableV2.
 func (l lookup) Exec(frame *interpreter.ExecutionFrame) ref.Val {
 	v := l.InterpretableAttribute.Exec(frame)
 	if !isAbsent(v) || !l.readsAbsent(frame) {
@@ -254,8 +265,10 @@ func (l lookup) Exec(frame *interpreter.ExecutionFrame) ref.Val {
 	return v
 }
 
-// readsAbsent reports whether a lookup that is absent reads what is not there, and does not use something else that is absent: as a key, or
-// in what it looks into. The variables in which macros gather their results are no readings, either.
+// readsAbsent reports whether a lookup that evaluated to absent did so because
+// the attribute has no such value. It is false if the lookup uses another
+// absent value: as a key, or as what is selected from. It is false for the
+// variables of macros, too.
 func (l lookup) readsAbsent(vars interpreter.Activation) bool {
 	a, ofVariable := l.Attr().(interpreter.NamespacedAttribute)
 	if !ofVariable {
@@ -274,18 +287,18 @@ func (l lookup) readsAbsent(vars interpreter.Activation) bool {
 	})
 }
 
-// Eval is CEL's.
+// Eval implements interpreter.Interpretable.
 func (l lookup) Eval(a interpreter.Activation) ref.Val { return interpreter.EvalActivation(a, l.Exec) }
 
-// equality is == or !=, for which what is read and is absent is null. An operand that uses what is absent is absent, and so is the
-// comparison.
+// equality is == or !=. An operand that reads an absent value counts as null.
+// If an operand uses an absent value, the comparison is absent.
 type equality struct {
 	interpreter.InterpretableCall
 	left, right interpreter.InterpretableV2
 	negated     bool
 }
 
-// Exec is CEL's.
+// Exec implements interpreter.InterpretableV2.
 func (e *equality) Exec(frame *interpreter.ExecutionFrame) ref.Val {
 	left := nullable(e.left, frame)
 	if types.IsUnknownOrError(left) {
@@ -299,12 +312,13 @@ func (e *equality) Exec(frame *interpreter.ExecutionFrame) ref.Val {
 	return types.Bool((types.Equal(left, right) == types.True) != e.negated)
 }
 
-// Eval is CEL's.
+// Eval implements interpreter.Interpretable.
 func (e *equality) Eval(a interpreter.Activation) ref.Val {
 	return interpreter.EvalActivation(a, e.Exec)
 }
 
-// nullable is an operand's value, null where it is a reading of what is absent.
+// nullable evaluates an operand. It returns null if the operand reads an absent
+// value.
 func nullable(operand interpreter.InterpretableV2, frame *interpreter.ExecutionFrame) ref.Val {
 	v := operand.Exec(frame)
 	if l, ok := operand.(lookup); ok && isAbsent(v) && l.readsAbsent(frame) {

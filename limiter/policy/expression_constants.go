@@ -14,10 +14,10 @@ import (
 	"cel.dev/cel-go/common/types/ref"
 )
 
-// constants finds what is wrong with an expression whatever the request is:
-// parts that are constants and cannot be evaluated, and constant arguments that
-// a function never accepts, such as the name of a time zone that there is not.
-// Without it every request that reaches them would be refused.
+// constants finds errors in an expression that do not depend on the request:
+// constant parts that fail to evaluate, and constant arguments that a function
+// never accepts, such as an unknown time zone. Without this check every request
+// that evaluates them would be refused.
 type constants struct {
 	env   *cel.Env
 	tree  *ast.AST
@@ -44,8 +44,8 @@ func (c *constants) wrong(e ast.Expr, err error) {
 	c.found = append(c.found, expressionError{at.Line(), at.Column() + 1, message})
 }
 
-// visit looks at an expression and all that is in it, and reports whether it is
-// a constant. The largest constants are evaluated, by whoever holds them.
+// visit checks e and its parts, and reports whether e is a constant. A constant
+// is evaluated only if it is not part of a larger one.
 func (c *constants) visit(e ast.Expr) (constant bool) {
 	var parts []ast.Expr
 	switch e.Kind() {
@@ -106,8 +106,8 @@ func (c *constants) value(e ast.Expr) (ref.Val, error) {
 	return v, err
 }
 
-// leaves are what an expression may be where it is a constant: itself, or what
-// ?: chooses from.
+// leaves returns the expressions that may become the value of e: e itself, or
+// the branches of ?:.
 func (c *constants) leaves(e ast.Expr) []ast.Expr {
 	if e.Kind() == ast.CallKind && e.AsCall().FunctionName() == operators.Conditional {
 		args := e.AsCall().Args()
@@ -116,7 +116,7 @@ func (c *constants) leaves(e ast.Expr) []ast.Expr {
 	return []ast.Expr{e}
 }
 
-// visitArguments looks at the constant arguments of a call that is none itself.
+// visitArguments checks the constant arguments of a call that is not constant.
 func (c *constants) visitArguments(call ast.CallExpr) {
 	check, at := argumentCheck(call)
 	if check == nil || at >= len(call.Args()) {
@@ -128,7 +128,7 @@ func (c *constants) visitArguments(call ast.CallExpr) {
 		}
 		v, err := c.value(leaf)
 		if err != nil {
-			continue // it was told
+			continue // reported already
 		}
 		if err := check(v); err != nil {
 			c.wrong(leaf, err)
@@ -136,8 +136,8 @@ func (c *constants) visitArguments(call ast.CallExpr) {
 	}
 }
 
-// argumentCheck is what a function asks of one of its arguments, which may be a
-// constant while the others are none, and which argument that is.
+// argumentCheck returns the check for an argument of a function that may be
+// constant although others are not, and the index of that argument.
 func argumentCheck(call ast.CallExpr) (check func(ref.Val) error, at int) {
 	switch name := call.FunctionName(); name {
 	case "getFullYear", "getMonth", "getDate", "getDayOfMonth", "getDayOfYear", "getDayOfWeek", "getHours", "getMinutes", "getSeconds", "getMilliseconds":

@@ -14,17 +14,17 @@ import (
 	"cel.dev/cel-go/interpreter"
 )
 
-// What an evaluation may cost. CEL charges a call after it ran, which is too
-// late where its time is a product of texts that clients choose, and some calls
-// it does not charge by their texts at all. The calls of pricedCalls are
-// therefore charged here, from their arguments, before they run; what CEL
-// charges for the others is a fair price for work that is linear.
+// Bounds of an evaluation. CEL charges for a call after it ran, which is too
+// late if its time is the product of the lengths of strings that clients
+// choose. For some calls it does not charge by length at all. So the calls in
+// pricedCalls are charged here, by their arguments, before they run. For other
+// calls, whose time is linear, CEL's charge is adequate.
 const (
-	maxEvaluation = 10_000    // units of an evaluation; a unit is some 100 to 400 ns
-	maxString     = 256 << 10 // bytes of a text that is made of others
+	maxEvaluation = 10_000    // units of one evaluation; a unit takes about 100 to 400 ns
+	maxString     = 256 << 10 // bytes of a string that a function builds
 )
 
-// pricedCalls are the functions whose calls are charged before they run.
+// pricedCalls are the functions that are charged before they run.
 var pricedCalls = map[string]pricedCall{
 	"replace":     {units: replaceUnits, run: runReplace},
 	"join":        {units: joinUnits, run: runJoin},
@@ -36,24 +36,25 @@ var pricedCalls = map[string]pricedCall{
 	"int":         {units: scanUnits},
 	"uint":        {units: scanUnits},
 	"double":      {units: scanUnits},
-	"duration":    {units: scanUnits}, // their errors quote the text
+	"duration":    {units: scanUnits}, // their errors quote the string
 	"timestamp":   {units: scanUnits},
 	"string":      {units: scanUnits, run: runString},
-	// With a time zone these read a file.
+	// With a time zone these functions read a file.
 	"getFullYear": {units: zoneUnits}, "getMonth": {units: zoneUnits}, "getDate": {units: zoneUnits}, "getDayOfMonth": {units: zoneUnits},
 	"getDayOfYear": {units: zoneUnits}, "getDayOfWeek": {units: zoneUnits}, "getHours": {units: zoneUnits}, "getMinutes": {units: zoneUnits},
 	"getSeconds": {units: zoneUnits}, "getMilliseconds": {units: zoneUnits},
 }
 
-// pricedCall is how one function is charged and run.
+// pricedCall says how a function is charged and run.
 type pricedCall struct {
-	// units says what a call costs. An error is the call's result.
+	// units returns the cost of a call. An error is the result of the call.
 	units func(args []ref.Val) (int, error)
-	// run is the function; nil: CEL's own.
+	// run is the function. If it is nil, CEL's own is used.
 	run func(args []ref.Val) ref.Val
 }
 
-// price is a call as it is planned: one of pricedCalls as a priced node.
+// price returns the planned call. If it is one of pricedCalls, it is replaced
+// by a priced call.
 func price(call interpreter.InterpretableCall, args []interpreter.InterpretableV2, instructions *int) (interpreter.InterpretableV2, error) {
 	if call.Function() == "matches" && len(args) == 2 {
 		return priceMatch(call, args, instructions)
@@ -64,7 +65,7 @@ func price(call interpreter.InterpretableCall, args []interpreter.InterpretableV
 	}
 	if p.run == nil {
 		if isConstant(args) {
-			return call, nil // CEL evaluates it once
+			return call, nil // CEL evaluates it once, when it plans
 		}
 		own, err := builtins()
 		if err != nil {
@@ -88,7 +89,7 @@ func isConstant(args []interpreter.InterpretableV2) bool {
 	return true
 }
 
-// builtins are CEL's own implementations of its functions, by their names.
+// builtins returns CEL's implementations of its functions, by name.
 var builtins = sync.OnceValues(func() (map[string]*functions.Overload, error) {
 	env, err := environment()
 	if err != nil {
@@ -124,18 +125,18 @@ func invoke(f *functions.Overload, args []ref.Val) ref.Val {
 	return errOverload
 }
 
-// priced is a call of a function that is charged before it runs. It is none of
-// CEL's calls any more, so that CEL does not optimise it into one.
+// priced is a call that is charged before it runs. Because it is not an
+// InterpretableCall, CEL does not optimize it.
 type priced struct {
 	pricedCall
 	id   int64
 	args []interpreter.InterpretableV2
 }
 
-// ID is CEL's.
+// ID implements interpreter.InterpretableV2.
 func (p *priced) ID() int64 { return p.id }
 
-// Exec is CEL's.
+// Exec implements interpreter.InterpretableV2.
 func (p *priced) Exec(frame *interpreter.ExecutionFrame) ref.Val {
 	args := make([]ref.Val, len(p.args))
 	for i, arg := range p.args {
@@ -151,12 +152,12 @@ func (p *priced) Exec(frame *interpreter.ExecutionFrame) ref.Val {
 	return p.run(args)
 }
 
-// Eval is CEL's.
+// Eval implements interpreter.Interpretable.
 func (p *priced) Eval(a interpreter.Activation) ref.Val { return interpreter.EvalActivation(a, p.Exec) }
 
-// charge adds to what the evaluation has cost, and ends it where that is too
-// much. A single unit it leaves out, which would allocate more than it counts:
-// CEL charges for the arguments of such a call.
+// charge adds units to the cost of the evaluation, and ends the evaluation if
+// it exceeds the limit. It ignores a single unit, because CEL charges that much
+// for the arguments, and counting it would allocate.
 func charge(frame *interpreter.ExecutionFrame, id int64, units int) {
 	if units <= 1 {
 		return
@@ -166,21 +167,22 @@ func charge(frame *interpreter.ExecutionFrame, id int64, units int) {
 	}
 }
 
-// chargeCall is what charge has the tracker see.
+// chargeCall is the call that charge reports to CEL's cost tracker.
 type chargeCall struct{}
 
 const chargeName = "sluice_charge"
 
-// Function is CEL's.
+// Function implements cost.Call.
 func (chargeCall) Function() string { return chargeName }
 
-// OverloadID is CEL's.
+// OverloadID implements cost.Call.
 func (chargeCall) OverloadID() string { return chargeName }
 
-// chargedUnits tells CEL's tracker what charge means.
+// chargedUnits implements cost.ActualCostEstimator for chargeCall.
 type chargedUnits struct{}
 
-// CallCost is CEL's; nil leaves a call to CEL's own prices.
+// CallCost implements cost.ActualCostEstimator. For calls other than
+// chargeCall it returns nil, so that CEL uses its own cost.
 func (chargedUnits) CallCost(_, overload string, args []ref.Val, _ ref.Val) *uint64 {
 	if overload != chargeName {
 		return nil
@@ -195,7 +197,7 @@ var (
 	errOverload   = types.NewErr("no such overload")
 )
 
-// textLen is the length of a text in bytes; 0 of what is none.
+// textLen returns the length of a string in bytes, and 0 for other values.
 func textLen(v ref.Val) int {
 	switch v := v.(type) {
 	case types.String:
@@ -206,7 +208,7 @@ func textLen(v ref.Val) int {
 	return 0
 }
 
-// scanUnits is the price of reading the arguments, as CEL counts it.
+// scanUnits is the cost of a call that reads its arguments once.
 func scanUnits(args []ref.Val) (int, error) {
 	n := 0
 	for _, a := range args {
@@ -225,7 +227,7 @@ func zoneUnits(args []ref.Val) (int, error) {
 	return 200, nil
 }
 
-// equalUnits is the price of comparing two values.
+// equalUnits is the cost of comparing two values.
 func equalUnits(left, right ref.Val) int {
 	if _, isText := left.(types.String); isText {
 		return 1 + min(textLen(left), textLen(right))/100
@@ -246,8 +248,8 @@ func isContainer(v ref.Val) bool {
 	return false
 }
 
-// measure adds the elements and the bytes of a value with all that is in it,
-// until there are more of them than any evaluation may handle.
+// measure adds the number of elements and bytes of a value and everything in
+// it. It stops once they exceed what an evaluation may use.
 func measure(v ref.Val, elements, bytes *int) {
 	if *elements++; *elements > maxEvaluation || *bytes > maxString {
 		return
@@ -268,8 +270,7 @@ func measure(v ref.Val, elements, bytes *int) {
 	}
 }
 
-// formatUnits is the price of text.format(values), which writes each value
-// once.
+// formatUnits is the cost of text.format(values), which writes each value once.
 func formatUnits(args []ref.Val) (int, error) {
 	elements, bytes := 0, textLen(args[0])
 	for _, v := range args[1:] {
@@ -281,7 +282,7 @@ func formatUnits(args []ref.Val) (int, error) {
 	return 1 + elements + bytes/10, nil
 }
 
-// splitUnits is the price of text.split(separator), which makes a list.
+// splitUnits is the cost of text.split(separator), which makes a list.
 func splitUnits(args []ref.Val) (int, error) {
 	if len(args) < 2 {
 		return 1, nil
@@ -297,8 +298,8 @@ func splitUnits(args []ref.Val) (int, error) {
 	return 1 + parts + len(text)/100, nil
 }
 
-// replacing is what text.replace(old, new) and text.replace(old, new, times)
-// ask for.
+// replaceArgs are the arguments of text.replace(old, new) and text.replace(old,
+// new, times).
 type replaceArgs struct {
 	text, old, by string
 	times         int // -1: all
@@ -346,7 +347,7 @@ func runReplace(args []ref.Val) ref.Val {
 	return types.String(strings.Replace(r.text, r.old, r.by, r.times))
 }
 
-// joinUnits is the price of texts.join() and texts.join(between).
+// joinUnits is the cost of texts.join() and texts.join(separator).
 func joinUnits(args []ref.Val) (int, error) {
 	texts, ok := args[0].(traits.Lister)
 	if !ok {
@@ -386,8 +387,9 @@ func runJoin(args []ref.Val) ref.Val {
 	return types.String(b.String())
 }
 
-// indexOf is text.indexOf(part) and text.indexOf(part, from), in code points
-// as CEL counts them, in linear time. CEL's own takes the product of both.
+// runIndexOf is text.indexOf(part) and text.indexOf(part, from). Positions are
+// in code points. It takes linear time; CEL's own takes time in proportion to
+// the product of both lengths.
 func runIndexOf(args []ref.Val) ref.Val {
 	text, part, from, ok := searchArgs(args)
 	switch {
@@ -410,8 +412,8 @@ func runIndexOf(args []ref.Val) ref.Val {
 	return types.Int(from + int64(utf8.RuneCountInString(text[at:at+i])))
 }
 
-// lastIndexOf is text.lastIndexOf(part), and text.lastIndexOf(part, from),
-// where the part begins at from or before it.
+// runLastIndexOf is text.lastIndexOf(part), and text.lastIndexOf(part, from),
+// which finds the last part that begins at from or before.
 func runLastIndexOf(args []ref.Val) ref.Val {
 	text, part, from, ok := searchArgs(args)
 	if !ok {
@@ -427,7 +429,7 @@ func runLastIndexOf(args []ref.Val) ref.Val {
 	if !within {
 		at = len(text)
 		if part != "" && len(args) == 3 {
-			return types.Int(-1) // as CEL has it
+			return types.Int(-1) // as in CEL
 		}
 	} else if len(args) == 3 && at == len(text) && part != "" {
 		return types.Int(-1)
@@ -439,7 +441,7 @@ func runLastIndexOf(args []ref.Val) ref.Val {
 	return types.Int(utf8.RuneCountInString(text[:i]))
 }
 
-// searching are the arguments of indexOf and lastIndexOf.
+// searchArgs returns the arguments of indexOf and lastIndexOf.
 func searchArgs(args []ref.Val) (text, part string, from int64, ok bool) {
 	if len(args) != 2 && len(args) != 3 {
 		return "", "", 0, false
@@ -456,8 +458,8 @@ func searchArgs(args []ref.Val) (text, part string, from int64, ok bool) {
 	return string(t), string(p), from, ok1 && ok2
 }
 
-// byteOffset is where a text's nth code point begins, or its end for the one
-// behind the last; ok is false for one behind that.
+// byteOffset returns the byte offset of code point n of a string, or the end if
+// n is their number. ok is false if n is larger.
 func byteOffset(text string, n int64) (at int, ok bool) {
 	for ; n > 0 && at < len(text); n-- {
 		_, size := utf8.DecodeRuneInString(text[at:])
@@ -466,7 +468,7 @@ func byteOffset(text string, n int64) (at int, ok bool) {
 	return at, n == 0
 }
 
-// printed is string(), which prints numbers without an exponent.
+// runString is string(). It prints numbers without an exponent.
 func runString(args []ref.Val) ref.Val {
 	if f, ok := args[0].(types.Double); ok {
 		return types.String(strconv.FormatFloat(float64(f), 'f', -1, 64))

@@ -11,10 +11,10 @@ import (
 )
 
 const (
-	maxProgram  = 4096 // instructions of a regular expression
+	maxProgram  = 4096 // instructions of one regular expression
 	maxPrograms = 4 * maxProgram
 
-	// instructionBytes is about the memory of an instruction.
+	// instructionBytes is the approximate memory of an instruction.
 	instructionBytes = 80
 )
 
@@ -23,10 +23,10 @@ var (
 	errPatterns = fmt.Errorf("regular expressions of more than %d instructions in total", maxPrograms)
 )
 
-// priceMatch plans text.matches(pattern). Go's regular expressions take time
-// that is linear in the text's length times the program's size, and so is the
-// price. A pattern that is a constant is compiled once, and its instructions are
-// added to instructions.
+// priceMatch plans text.matches(pattern). The time of Go's regular expressions
+// is linear in the length of the text times the size of the program, and so is
+// the cost. A constant pattern is compiled once, and its size is added to
+// *instructions.
 func priceMatch(call interpreter.InterpretableCall, args []interpreter.InterpretableV2, instructions *int) (interpreter.InterpretableV2, error) {
 	p := &priced{id: call.ID(), args: args, pricedCall: pricedCall{units: matchUnits, run: runMatch}}
 	c, ok := args[1].(interpreter.InterpretableConst)
@@ -60,11 +60,11 @@ func priceMatch(call interpreter.InterpretableCall, args []interpreter.Interpret
 }
 
 const (
-	stepsPerUnit  = 40 // of a match: an instruction at a byte
+	stepsPerUnit  = 40 // steps of a match: an instruction at a byte
 	compileFactor = 10 // units to compile an instruction
 )
 
-// matchUnits is the price of a match whose pattern is known only now.
+// matchUnits is the cost of a match whose pattern is not constant.
 func matchUnits(args []ref.Val) (int, error) {
 	pattern, ok := args[1].(types.String)
 	if !ok {
@@ -93,8 +93,8 @@ func runMatch(args []ref.Val) ref.Val {
 	return types.Bool(compiled.MatchString(string(text)))
 }
 
-// programSize is about how many instructions a pattern compiles to, found
-// without compiling it: repetitions multiply. It is never 0.
+// programSize estimates the number of instructions of a pattern without
+// compiling it, which may take long: repetitions multiply. It is at least 2.
 func programSize(pattern string) (int, error) {
 	tree, err := syntax.Parse(pattern, syntax.Perl)
 	if err != nil {
@@ -109,7 +109,7 @@ func programSize(pattern string) (int, error) {
 func instructions(re *syntax.Regexp) int {
 	n := 0
 	for _, sub := range re.Sub {
-		n = min(n+instructions(sub), maxProgram+1) // so that products stay small
+		n = min(n+instructions(sub), maxProgram+1) // keeps products small
 	}
 	switch re.Op {
 	case syntax.OpLiteral:

@@ -7,22 +7,25 @@ import (
 	"strconv"
 )
 
-// The tags of a key's parts. A part is its tag, the length of its text in bytes, a dot and the text, so that no two lists of parts
-// make the same key, and nothing that a client sends equals what stands for something else.
+// Tags of the parts of a key. A part is its tag, the length of its text in
+// bytes, a dot and the text. So different lists of parts never make the same
+// key, and nothing that a client sends can imitate a part with another tag.
 const (
 	tagOpen   = '=' // the value, escaped
-	tagHash   = '#' // the value's hash
-	tagAbsent = '~' // what stands in for an absent value
+	tagHash   = '#' // hash of the value
+	tagAbsent = '~' // replacement of an absent value
 )
 
-// noKey stands in the place of the parts where a limit has no key. The braces are never empty: a Redis Cluster would not take them for a
-// hash tag.
+// noKey replaces the parts of a limit without a key. The braces must not be
+// empty, or Redis Cluster would not take them for a hash tag.
 const noKey = "-"
 
-// longestOpen bounds what stands in a key as it is; what is longer is hashed.
+// longestOpen is the maximum length of a plain-text part in bytes, after
+// escaping. Longer values are hashed.
 const longestOpen = 200
 
-// appendOpen appends a part that may be read by people. A path's query may hold secrets, so what has one is hashed.
+// appendOpen appends a value in plain text. It hashes a value that is long, or
+// that has a query, which may contain secrets.
 func (h *hasher) appendOpen(key []byte, value string) []byte {
 	length, query := 0, false
 	for i := 0; i < len(value); i++ {
@@ -46,15 +49,17 @@ func (h *hasher) appendOpen(key []byte, value string) []byte {
 	return key
 }
 
-// appendAbsent appends what stands in for an absent value: the client's network, or nothing.
+// appendAbsent appends the replacement of an absent value: the client's
+// network, or nothing.
 func (h *hasher) appendAbsent(key []byte, standIn string) []byte {
 	at := len(key)
-	key = h.appendOpen(key, standIn) // an address, which is short
+	key = h.appendOpen(key, standIn) // an address is short, so it is never hashed
 	key[at] = tagAbsent
 	return key
 }
 
-// isPlain says which bytes stand for themselves: those of an RFC 3986 path, but for %.
+// isPlain has the bytes that are not escaped: those of a path in RFC 3986,
+// except for %.
 var isPlain = func() (plain [256]bool) {
 	for _, c := range "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~/:@!$&'()*+,=" {
 		plain[c] = true
@@ -62,12 +67,13 @@ var isPlain = func() (plain [256]bool) {
 	return plain
 }()
 
-// hasher hides values that may be secrets.
+// hasher hashes values that may be secrets.
 type hasher struct {
-	secret []byte // empty: SHA-256 alone
+	secret []byte // empty: SHA-256 instead of HMAC-SHA-256
 }
 
-// appendHash appends a part of which nothing can be read: the value's SHA-256 or, with a secret, its HMAC-SHA-256.
+// appendHash appends a hash of a value: its SHA-256 or, with a secret, its
+// HMAC-SHA-256.
 func (h *hasher) appendHash(key []byte, value string) []byte {
 	var sum [sha256.Size]byte
 	if len(h.secret) == 0 {

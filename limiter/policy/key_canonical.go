@@ -9,10 +9,10 @@ import (
 	"strings"
 )
 
-// canonicalPart is a part of a key, as somebody wrote it, in the one spelling
-// that requests have where the part is the attribute name. What no request can
-// have there is an error, which says what to write instead. Of other parts it
-// knows nothing, and returns them as they are.
+// canonicalPart returns a part of a key, as a user wrote it, in the spelling
+// that requests have, if the part is the attribute name. It returns an error
+// that says what to write if no request can have such a value. Parts that are
+// other expressions are returned unchanged.
 func canonicalPart(name, part string) (string, error) {
 	if canonical := canonicalParts[name]; canonical != nil {
 		return canonical(strings.TrimSpace(part))
@@ -56,7 +56,7 @@ func canonicalNetwork(s string) (string, error) {
 		return "", errors.New("invalid client network; want an address such as 203.0.113.7, or an IPv6 /64 such as 2001:db8::/64")
 	}
 	network := network(parseAddr(a.String()))
-	same := bareAddress(a.String()) == network // a client that is a network of itself
+	same := bareAddress(a.String()) == network // the client's network is its address
 	if prefixErr == nil {
 		same = prefix.Masked().String() == network || same && prefix.IsSingleIP()
 		same = same && prefix.Masked() == prefix
@@ -82,13 +82,13 @@ func canonicalMethod(s string) (string, error) {
 	return s, nil
 }
 
-// methodOf is a token of RFC 9110 without lower-case letters, which no method
-// has.
+// methodPattern is a token of RFC 9110 without lower-case letters, which no
+// method has.
 var methodPattern = regexp.MustCompile("^[A-Z0-9!#$%&'*+.^_`|~-]+$")
 
 func canonicalHost(s string) (string, error) {
 	const noHost = "invalid host; want a name such as api.example.com, or an address, without a port"
-	if strings.Contains(s, "/") { // a URL, whose colon begins no port
+	if strings.Contains(s, "/") { // a URL: its colon does not begin a port
 		return "", errors.New(noHost)
 	}
 	host := strings.TrimSuffix(normalHost(s), ".")
@@ -143,8 +143,8 @@ func canonicalPrincipal(s string) (string, error) {
 	return s, nil
 }
 
-// spacedPart is the first of a key's parts that has a space at an edge, where
-// requests could have one but hardly do; -1: none.
+// spacedPart returns the index of the first part of a key with a leading or
+// trailing space, which requests could have but hardly do, or -1.
 func spacedPart(key []*expression, parts []string) int {
 	for i, part := range parts {
 		if i < len(key) && canonicalParts[key[i].attribute] == nil && strings.TrimSpace(part) != part {

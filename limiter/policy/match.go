@@ -7,29 +7,42 @@ import (
 	"strings"
 )
 
-// match says which requests a limit applies to: all that is given must hold, and within one, any.
+// match is the match of a limit or an exemption. It holds if each field that is
+// given holds; a field holds if any of its values matches.
 type match struct {
-	hosts      []string // in lower case; *.example.com is one label or more before it
-	methods    []string
-	paths      []pathPattern
-	ignoreCase bool // of paths, whose patterns are then folded
+	// hosts are in lower case. *.example.com matches any name with at least one
+	// more label, and not example.com itself.
+	hosts   []string
+	methods []string
+	paths   []pathPattern
+	// ignoreCase compares paths without case; paths then hold folded patterns.
+	ignoreCase bool
 	clients    []netip.Prefix
 	principals []principalPattern
 }
 
-// subject is a request as matches and expressions see it: what is worked out from it is worked out once. It is for one goroutine.
+// subject is a request as matches and expressions read it. It caches values
+// that are derived from the request. It is not safe for concurrent use.
 type subject struct {
 	*Request
-	hosts     []string // the host's readings: as expressions see it, and those that differ from that
-	sent      string   // the path without its query
-	paths     []string // the path's readings: as sent, and those that differ from that
-	query     string
-	client    netip.Addr // invalid where it is unknown
-	isTrusted bool       // the client's address is not the peer's for want of a better one
+	// hosts are the readings of the host: see appendHosts.
+	hosts []string
+	sent  string // path as sent, without the query
+	// paths are the readings of sent: see appendReadings.
+	paths  []string
+	query  string
+	client netip.Addr // invalid if unknown
+	// isTrusted is false if client is the peer's address only because the
+	// header that should name the client does not. See clientIP.address.
+	isTrusted bool
 
-	onePath, oneHost [1]string    // what paths and hosts are in, where there is one reading, as of most requests
-	foldedPaths      *[2][]string // see folded; nil until it is asked
-	forKeys          *keySubject  // made where a key wants it
+	// onePath and oneHost are the storage of paths and hosts, which have one
+	// element for most requests.
+	onePath, oneHost [1]string
+	// foldedPaths caches folded. It is nil until it is needed.
+	foldedPaths *[2][]string
+	// forKeys caches keySubject.
+	forKeys *keySubject
 }
 
 func newSubject(req *Request, ids *clientIP) *subject {
@@ -41,7 +54,7 @@ func newSubject(req *Request, ids *clientIP) *subject {
 	return s
 }
 
-// host is the request's host as expressions see it; empty where none is known.
+// host returns the host as expressions read it, or "" if it is unknown.
 func (s *subject) host() string {
 	if len(s.hosts) == 0 {
 		return ""
@@ -49,15 +62,15 @@ func (s *subject) host() string {
 	return s.hosts[0]
 }
 
-// reading says which readings of a host and of a path have to match.
+// reading says which readings of a host and a path must match.
 type reading uint8
 
 const (
-	anyReading  reading = iota // a limit's: no spelling slips past it
-	allReadings                // an exemption's: no spelling slips into it
+	anyReading  reading = iota // for limits: no spelling of a path avoids a limit
+	allReadings                // for exemptions: no spelling becomes exempt
 )
 
-// pathsFor is what a match's patterns are compared with.
+// pathsFor returns the paths that m's patterns are compared with.
 func (s *subject) pathsFor(m *match, which reading) []string {
 	if m.ignoreCase {
 		return s.folded(which)
@@ -65,7 +78,7 @@ func (s *subject) pathsFor(m *match, which reading) []string {
 	return s.paths
 }
 
-// folded are the path's readings without case, each in its place. They are made when they are first asked for.
+// folded returns the readings of the path, in the same order, without case.
 func (s *subject) folded(which reading) []string {
 	if s.foldedPaths == nil {
 		s.foldedPaths = new([2][]string)
@@ -84,7 +97,8 @@ func (s *subject) folded(which reading) []string {
 	return s.foldedPaths[which]
 }
 
-// mismatch is the first of the match's fields that does not hold, or empty.
+// mismatch returns the name of the first field that does not hold, or "" if the
+// match holds.
 func (m *match) mismatch(s *subject, which reading) string {
 	switch {
 	case len(m.hosts) > 0 && !matchesReadings(m.hosts, s.hosts, which, hostMatches):
@@ -97,7 +111,9 @@ func (m *match) mismatch(s *subject, which reading) string {
 	return m.whoMismatches(s, which)
 }
 
-// whoMismatches is mismatch for what an index does not answer. Nobody is exempt for the address of a peer that should have said another.
+// whoMismatches is mismatch for the fields that index.find does not look up:
+// clients and principals. For an exemption, clients does not hold if the
+// client's address is not trusted.
 func (m *match) whoMismatches(s *subject, which reading) string {
 	switch {
 	case len(m.clients) > 0 && (!s.client.IsValid() || which == allReadings && !s.isTrusted || !anyOf(m.clients, s.client, netip.Prefix.Contains)):
@@ -108,7 +124,8 @@ func (m *match) whoMismatches(s *subject, which reading) string {
 	return ""
 }
 
-// matchesReadings reports whether any reading is one of the patterns', or all are.
+// matchesReadings reports whether any reading, or each of them, matches one of
+// the patterns.
 func matchesReadings[P any](patterns []P, readings []string, which reading, matches func(P, string) bool) bool {
 	for _, reading := range readings {
 		if anyOf(patterns, reading, matches) == (which == anyReading) {
@@ -118,7 +135,7 @@ func matchesReadings[P any](patterns []P, readings []string, which reading, matc
 	return which == allReadings
 }
 
-// isEmpty reports whether the match holds for every request.
+// matchesAll reports whether the match holds for every request.
 func (m *match) matchesAll() bool {
 	return len(m.hosts)+len(m.methods)+len(m.paths)+len(m.clients)+len(m.principals) == 0
 }
@@ -148,7 +165,7 @@ func parseMethod(s string) (string, error) {
 	return s, nil
 }
 
-// parsePrefix reads a network, or an address as the network of it alone.
+// parsePrefix parses a network, or an address, which becomes a network of one.
 func parsePrefix(s string) (netip.Prefix, error) {
 	const want = "want one such as 10.0.0.0/8 or 2001:db8::/32, or an address"
 	p, err := netip.ParsePrefix(s)
@@ -169,8 +186,9 @@ func parsePrefix(s string) (netip.Prefix, error) {
 	return p, nil
 }
 
-// principalPattern is a SPIFFE ID or another URI; a * in it is any text.
-type principalPattern []string // what stands between the *s
+// principalPattern is a SPIFFE ID or another URI, in which * matches any text.
+// It holds the literal texts between the asterisks.
+type principalPattern []string
 
 func parsePrincipal(s string) (principalPattern, error) {
 	if !strings.Contains(s, "://") {

@@ -8,9 +8,11 @@ import (
 	"strings"
 )
 
-// appendHosts appends the readings of a request's host, in lower case. Envoy and the servers behind it disagree about what of it is a
-// port: they cut it at the first colon, at the last, or only where digits follow. The first reading is the one that expressions see, see
-// normalHost; most hosts have no other, and then nothing is allocated.
+// appendHosts appends the readings of a request's host, in lower case. A host
+// has several readings if Envoy and the servers behind it may disagree about
+// its port: some cut at the first colon, some at the last, some only if digits
+// follow. The first reading is normalHost, which expressions read. Most hosts
+// have a single reading, for which nothing is allocated.
 func appendHosts(readings []string, sent string) []string {
 	if isNormalHost(sent) {
 		return append(readings, sent)
@@ -26,22 +28,22 @@ func appendHosts(readings []string, sent string) []string {
 		}
 	}
 	if !isName(readings[0]) && !strings.Contains(readings[0], ":") {
-		// A server may read nothing in what is no host. No pattern matches
-		// this, so that no exemption by host holds.
+		// A server may read an invalid host as empty. The empty reading matches
+		// no pattern, so that no exemption by host holds.
 		readings = append(readings, "")
 	}
 	return readings
 }
 
-// isNormalHost reports whether a host is surely its only reading.
+// isNormalHost reports whether a host is known to have no other reading.
 func isNormalHost(host string) bool {
 	return host == "" || isName(host)
 }
 
-// isName reports whether a host is labels of a to z, 0 to 9, - and _ with
-// dots between them, as a name in lower case or an IPv4 address is.
+// isName reports whether a host consists of labels of a-z, 0-9, - and _ with
+// dots between them, as lower-case names and IPv4 addresses do.
 func isName(host string) bool {
-	dot := true // before the first label, as behind each
+	dot := true // at the start of a label
 	for i := 0; i < len(host); i++ {
 		switch c := host[i]; {
 		case 'a' <= c && c <= 'z', '0' <= c && c <= '9', c == '-', c == '_':
@@ -55,8 +57,9 @@ func isName(host string) bool {
 	return !dot
 }
 
-// normalHost is a host in lower case without its port, which is all from the first colon on, and without final dots. An address is in
-// its canonical form, without brackets.
+// normalHost returns a host, given in lower case, without its port and without
+// trailing dots. The port is everything from the first colon on. An IPv6
+// address is returned in its canonical form, without brackets.
 func normalHost(host string) string {
 	name := host
 	if a, ok := hostAddress(host); ok {
@@ -71,8 +74,9 @@ func normalHost(host string) string {
 	return name
 }
 
-// hostAddress is the address that a host is, with a port or not. One of IPv6 without brackets, which is no host by RFC 3986, is an
-// address all the same, and what follows its last colon then its port where it would be none with it.
+// hostAddress returns the IPv6 address of a host, with or without a port. An
+// address without brackets is not a host by RFC 3986 but is accepted; what
+// follows its last colon is a port if the whole is not an address.
 func hostAddress(host string) (string, bool) {
 	address := host
 	switch {
@@ -83,7 +87,7 @@ func hostAddress(host string) (string, bool) {
 		}
 		address = inside
 	case strings.Count(host, ":") < 2:
-		return "", false // a name, or an IPv4 address, which has one form
+		return "", false // a name or an IPv4 address, which needs no normalization
 	}
 	a, err := netip.ParseAddr(address)
 	if err != nil {
@@ -94,10 +98,11 @@ func hostAddress(host string) (string, bool) {
 	return canonical(a), a.Is6()
 }
 
-// canonical is an address's one spelling: without a zone, and IPv4 in IPv6 as IPv4.
+// canonical returns an address without its zone, and an IPv4-mapped one as
+// IPv4.
 func canonical(a netip.Addr) string { return a.Unmap().WithZone("").String() }
 
-// withoutPort is a host without its port, where that is a number from 1 to
+// withoutPort returns a host without its port, if that is a number from 1 to
 // 65535 without leading zeros.
 func withoutPort(host string) string {
 	if i := strings.LastIndexByte(host, ':'); i >= 0 && isPort(host[i+1:]) && (strings.IndexByte(host, ':') == i || host[i-1] == ']') {
@@ -106,7 +111,7 @@ func withoutPort(host string) string {
 	return host
 }
 
-// withoutBrackets is an IPv6 address as it was sent, without its brackets.
+// withoutBrackets returns an IPv6 address as sent, but without its brackets.
 func withoutBrackets(host string) string {
 	if inner, ok := strings.CutPrefix(host, "["); ok && strings.HasSuffix(inner, "]") {
 		if a, err := netip.ParseAddr(inner[:len(inner)-1]); err == nil && a.Is6() {
@@ -116,8 +121,9 @@ func withoutBrackets(host string) string {
 	return host
 }
 
-// inBrackets is what stands in brackets before a port, since Go's
-// net.SplitHostPort drops them from a name, too; or else the normal host.
+// inBrackets returns the text in brackets before a port, since Go's
+// net.SplitHostPort removes brackets from names as well. It returns normalHost
+// if there is none.
 func inBrackets(host string) string {
 	if inner, ok := strings.CutPrefix(host, "["); ok {
 		if inner, after, closed := strings.Cut(inner, "]"); closed && strings.HasPrefix(after, ":") {
@@ -127,7 +133,7 @@ func inBrackets(host string) string {
 	return normalHost(host)
 }
 
-// beforeLastColon is a host without the last colon that is not in brackets, and what follows it.
+// beforeLastColon returns a host up to its last colon outside brackets.
 func beforeLastColon(host string) string {
 	if i := strings.LastIndexByte(host, ':'); i >= afterBrackets(host) {
 		return host[:i]
@@ -135,7 +141,7 @@ func beforeLastColon(host string) string {
 	return host
 }
 
-// afterBrackets is where the last bracket of a host has ended.
+// afterBrackets returns the index after the last closing bracket, or 0.
 func afterBrackets(host string) int { return strings.LastIndexByte(host, ']') + 1 }
 
 func hostMatches(pattern, host string) bool {
@@ -147,7 +153,7 @@ func hostMatches(pattern, host string) bool {
 
 var hostPattern = regexp.MustCompile(`^[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?$`)
 
-// parseHost reads a host of a match.
+// parseHost parses a host of a match.
 func parseHost(s string) (string, error) {
 	name, isWild := strings.CutPrefix(s, "*.")
 	if a, err := netip.ParseAddr(strings.TrimSuffix(strings.TrimPrefix(s, "["), "]")); err == nil {
@@ -162,7 +168,8 @@ func parseHost(s string) (string, error) {
 	return lowerASCII(name), nil
 }
 
-// lowerASCII lowers nothing else: hosts that differ in other letters are others.
+// lowerASCII lowers A to Z and nothing else: hosts that differ in other letters
+// are different hosts.
 func lowerASCII(s string) string {
 	for i := 0; i < len(s); i++ {
 		if 'A' <= s[i] && s[i] <= 'Z' {
@@ -187,7 +194,7 @@ func isDigits(s string) bool {
 	return s != ""
 }
 
-// isPort reports whether s is a port as servers write it.
+// isPort reports whether s is a port number without leading zeros.
 func isPort(s string) bool {
 	_, err := strconv.ParseUint(s, 10, 16)
 	return err == nil && s[0] != '0'

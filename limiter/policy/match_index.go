@@ -7,28 +7,31 @@ import (
 	"sync"
 )
 
-// index finds which of many matches fit a request's host, method and path, at a cost that hardly grows with their number: each of
-// the three gives the set of matches that it fits, and the sets are intersected. Who sends the request is left to
-// match.whoMismatches. It is safe for concurrent use.
+// index finds the matches that hold for a request, among thousands, at a cost
+// that hardly grows with their number. It looks up the set of matches for the
+// host, for the method and for the path, and intersects the three. The
+// remaining fields are checked by match.whoMismatches. An index is safe for
+// concurrent use.
 type index struct {
 	matches []*match
-	words   int // of a set
+	words   int // length of a set
 
 	anyHost, anyMethod, anyPath members
-	hosts                       map[string]members // names as they are
-	domains                     map[string]members // what stands behind *.
-	longestDomain               int                // in bytes: a client's host may have thousands of dots
+	hosts                       map[string]members // full names
+	domains                     map[string]members // of *.example.com: example.com
+	longestDomain               int                // in bytes; bounds the lookups for a host of many labels
 	methods                     map[string]members
 	paths                       *pathNode
-	folded                      *pathNode // of matches that ignore case; nil where none does
+	folded                      *pathNode // for matches with ignore_case; nil if there are none
 
-	scratch sync.Pool // of *[]uint64: two sets
+	scratch sync.Pool // holds *[]uint64 for two sets
 }
 
-// set is a set of matches by their numbers, a bit each.
+// set is a bit set of matches, by their index.
 type set []uint64
 
-// members are the matches that one pattern belongs to: their numbers or, where there are many, the set of them.
+// members are the matches that contain one pattern: a list of their indexes, or
+// a set if there are many.
 type members struct {
 	numbers []int32
 	set     set
@@ -43,12 +46,12 @@ func (m members) addTo(s set) {
 	}
 }
 
-// pathNode is a tree of the patterns' segments.
+// pathNode is a node of a tree of path patterns, by their segments.
 type pathNode struct {
 	named map[string]*pathNode
-	any   *pathNode // {x}
-	exact members   // of patterns that end here
-	below members   // of patterns that go on with **
+	any   *pathNode // the child for {x}
+	exact members   // patterns that end at this node
+	below members   // patterns that continue with **
 }
 
 func newIndex(matches []*match) *index {
@@ -111,9 +114,9 @@ func newIndex(matches []*match) *index {
 	return x
 }
 
-// with is m with the match i in it.
+// with returns m with match i added.
 func (x *index) with(m members, i int) members {
-	if m.set == nil && len(m.numbers) >= max(8, 2*x.words) { // from here on a set is smaller, and quicker to add
+	if m.set == nil && len(m.numbers) >= max(8, 2*x.words) { // a set is now smaller, and faster to add
 		m.set = make(set, x.words)
 		members{numbers: m.numbers}.addTo(m.set)
 		m.numbers = nil
@@ -126,7 +129,8 @@ func (x *index) with(m members, i int) members {
 	return m
 }
 
-// child is the node of a segment below n; "" is any one.
+// child returns the child of n for a segment, and creates it if necessary. The
+// segment "" stands for {x}.
 func (n *pathNode) child(segment string) *pathNode {
 	if segment == "" {
 		if n.any == nil {
@@ -145,7 +149,8 @@ func (n *pathNode) child(segment string) *pathNode {
 	return c
 }
 
-// find yields, in order, the numbers of the matches that hold for a request.
+// find yields the indexes of the matches that hold for a request, in ascending
+// order.
 func (x *index) find(s *subject, which reading) iter.Seq[int] {
 	return func(yield func(int) bool) {
 		if x.words == 0 {
@@ -198,7 +203,7 @@ func (x *index) find(s *subject, which reading) iter.Seq[int] {
 	}
 }
 
-// addHost adds the matches that one reading of a host fits.
+// addHost adds to into the matches that have a pattern for the host.
 func (x *index) addHost(host string, into set) {
 	x.hosts[host].addTo(into)
 	for i := max(1, len(host)-x.longestDomain-1); i < len(host); i++ {
@@ -214,7 +219,8 @@ func (s set) intersect(with set) {
 	}
 }
 
-// find adds the patterns that a path, without its first slash, is one of. It does what pathPattern.matches does.
+// find adds to into the matches that have a pattern for the path, which is
+// given without its leading slash. It agrees with pathPattern.matches.
 func (n *pathNode) find(path string, into set) {
 	n.below.addTo(into)
 	if path == "" {
@@ -228,7 +234,7 @@ func (n *pathNode) find(path string, into set) {
 	for _, next := range [...]*pathNode{n.named[segment], n.any} {
 		switch {
 		case next == nil:
-		case more && rest == "": // a trailing slash
+		case more && rest == "": // the path ends with a slash
 			next.below.addTo(into)
 		default:
 			next.find(rest, into)

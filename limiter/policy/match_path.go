@@ -7,11 +7,12 @@ import (
 	"unicode/utf8"
 )
 
-// pathPattern is a path of a match: literal segments, {x} for any one segment, and ** at the end for all that follows,
-// nothing included.
+// pathPattern is a path of a match. Its segments are literals, or {x} for any
+// one segment; ** at the end matches any number of further segments, none
+// included.
 type pathPattern struct {
-	segments []string // "" is any one segment: a literal one is never empty
-	rest     bool     // **
+	segments []string // "" stands for {x}: a literal is never empty
+	rest     bool     // the pattern ends with **
 }
 
 func parsePath(s string) (pathPattern, error) {
@@ -45,7 +46,7 @@ func parsePath(s string) (pathPattern, error) {
 	return p, nil
 }
 
-// folded is the pattern for paths without case.
+// folded returns the pattern for paths that were folded by foldPath.
 func (p pathPattern) folded() pathPattern {
 	f := pathPattern{rest: p.rest}
 	for _, segment := range p.segments {
@@ -54,8 +55,9 @@ func (p pathPattern) folded() pathPattern {
 	return f
 }
 
-// foldPath is a path without case. Letters are one if any of Unicode's simple mappings makes them one, as some servers do: the Kelvin sign
-// is a k. An exemption is stricter, and takes only A to Z for a to z.
+// foldPath returns a path without case. Letters are equal if Unicode's simple
+// case folding makes them equal, as in some servers: the Kelvin sign is a k.
+// Exemptions are stricter: they use lowerASCII.
 func foldPath(path string) string {
 	for i := 0; i < len(path); i++ {
 		if path[i] >= utf8.RuneSelf {
@@ -79,7 +81,8 @@ func foldRunes(path string) string {
 	return string(folded)
 }
 
-// foldRune is one letter for all that differ in case only: of ASCII the lower one.
+// foldRune returns the same rune for all runes that differ only in case. It is
+// a lower-case ASCII letter if there is one among them.
 func foldRune(r rune) rune {
 	if lower := unicode.ToLower(unicode.ToUpper(r)); lower < utf8.RuneSelf {
 		return lower
@@ -91,7 +94,8 @@ func foldRune(r rune) rune {
 	return least
 }
 
-// matches reports whether a path without its query is one of the pattern's.
+// matches reports whether the pattern matches a path without its query. It
+// agrees with pathNode.find.
 func (p pathPattern) matches(path string) bool {
 	path = strings.TrimPrefix(path, "/")
 	for _, want := range p.segments {
@@ -101,7 +105,7 @@ func (p pathPattern) matches(path string) bool {
 		}
 		path = rest
 		if more && rest == "" && !p.rest {
-			return false // a trailing slash is another path, but for its normal form
+			return false // only the reading without the slash matches
 		}
 	}
 	return p.rest || path == ""

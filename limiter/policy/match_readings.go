@@ -7,87 +7,101 @@ import (
 	"unicode"
 )
 
-// Servers disagree about which resource a path names. Each of the habits below is one thing that a server may do to a path
-// before it routes a request by it, and each of the servers further down is a set of habits. A path is read once for each
-// server, and a match sees all that comes of it: see match.path. To cover another framework, add a row.
+// Servers disagree about which resource a path names. A habit is one step that
+// some servers apply to a path before they route a request; a server is
+// described by its set of habits. Each path is read once for each server, and
+// the distinct results are the path's readings. A limit holds if any reading
+// matches, an exemption only if all do. To cover another framework, add its set
+// to servers, and a new habit if it needs one.
 
-// habits is a set of things that a server does to a path. They are done in the order in which they are declared.
+// habits is a set of steps. They are applied in the order of declaration.
 type habits uint16
 
 const (
-	// dropBlanks removes tabs and line ends, and white space at the end.
+	// dropBlanks removes tabs and line ends, and trailing white space.
 	dropBlanks habits = 1 << iota
-	// cutFragment drops the first # and all that follows.
+	// cutFragment removes the first # and everything after it.
 	cutFragment
-	// cutParams drops the first ; and all that follows, further segments included.
+	// cutParams removes the first ; and everything after it, including further
+	// segments.
 	cutParams
-	// dropRawParams drops what follows a ; in each segment, before anything is decoded.
+	// dropRawParams removes ; and what follows it from each segment, before the
+	// path is decoded.
 	dropRawParams
-	// resolveRawDots resolves the segments . and .. before anything is decoded, by RFC 3986, section 5.2.4: a .. behind an empty
-	// segment removes that one.
+	// resolveRawDots resolves the segments . and .. before the path is decoded,
+	// by RFC 3986, section 5.2.4: a .. after an empty segment removes that one.
 	resolveRawDots
-	// backslash reads \ as /.
+	// backslash replaces \\ by /.
 	backslash
-	// decode decodes %XX once, but for %2F and %5C.
+	// decode decodes %XX once, except for %2F and %5C.
 	decode
-	// decodeSlashes has decode include %2F and %5C.
+	// decodeSlashes makes decode include %2F and %5C.
 	decodeSlashes
-	// dropAuthority drops the host of //host/path and scheme://host/path.
+	// dropAuthority removes the host of //host/path and scheme://host/path.
 	dropAuthority
-	// cutDecoded drops the first NUL, ? or # that decoding brings, and all that follows, and line ends at the end.
+	// cutDecoded removes the first NUL, ? or # that decoding produces and
+	// everything after it, and then trailing line ends.
 	cutDecoded
-	// refuseControls takes a path in which decoding brings a control
-	// character for the root, so that it is none that a router has.
+	// refuseControls reads a path as / if decoding produces a control
+	// character: such a server has no route for it.
 	refuseControls
-	// dropParams drops what follows a ; in each segment.
+	// dropParams removes ; and what follows it from each segment.
 	dropParams
-	// mergeSlashes drops empty segments before dots are resolved. (After that all servers have them dropped.)
+	// mergeSlashes removes empty segments before dots are resolved. All servers
+	// remove them at the end.
 	mergeSlashes
-	// resolveDots resolves the segments . and .. .
+	// resolveDots resolves the segments . and .. after decoding.
 	resolveDots
 
 	everyHabit = resolveDots<<1 - 1
 )
 
-// normal is how a path's normal form is made.
+// normal is the set of habits of the normal form.
 const normal = backslash | decode | decodeSlashes | dropParams | mergeSlashes | resolveDots
 
-// servers are the ways in which paths are read, besides as they were sent. Each drops empty segments and the trailing slash at last.
+// servers are the habits of known servers. Every reading except the path as
+// sent also loses its empty segments and its trailing slash.
 var servers = [...]habits{
 	normal,
-	// The normal form in which %2F and %5C stay.
+	// The normal form, but with %2F and %5C kept.
 	normal &^ decodeSlashes,
-	// Jetty, and what cleans a path as it was sent: dot segments first.
+	// Jetty, and proxies that normalize the path as sent: dots first.
 	normal&^mergeSlashes | resolveRawDots,
 	normal | resolveRawDots,
 	resolveRawDots | decode,
-	// Doubled slashes kept until dots are resolved: nginx with merge_slashes off.
+	// nginx with merge_slashes off: dots are resolved before slashes merge.
 	normal &^ mergeSlashes,
-	// Express, chi: the path as it was sent, but for a trailing slash. Node's url.parse drops blanks and a fragment.
+	// Express and chi use the path as sent, except for a trailing slash. Node's
+	// url.parse removes blanks and a fragment.
 	0,
 	dropBlanks | cutFragment,
-	// Go's ServeMux, and Fastify from 5 on: segment by segment, each decoded.
+	// Go's ServeMux and Fastify since 5 decode each segment by itself.
 	cutFragment | decode,
-	// Fastify before 5: what follows a ; is a query.
+	// Fastify before 5 takes what follows a ; for a query.
 	cutFragment | cutParams | decode,
-	// Gin, Flask, Starlette: decoded as a whole. Python's urlsplit drops tabs and line ends, and its $ does not see a line end.
+	// Gin, Flask and Starlette decode the path as a whole. Python's urlsplit
+	// removes tabs and line ends, and $ in its regular expressions matches
+	// before a final line end.
 	cutFragment | decode | decodeSlashes,
 	dropBlanks | cutFragment | decode | decodeSlashes | cutDecoded,
 	// Starlette's {name:path} and Flask's <path:name> match no line end.
 	decode | refuseControls,
-	// Spring: segments without their parameters, each decoded.
+	// Spring removes the parameters of each segment, then decodes it.
 	dropRawParams | decode,
-	// Tomcat: parameters go first, then the path is decoded and cleaned.
+	// Tomcat removes parameters, then decodes and normalizes the path.
 	normal | dropRawParams,
-	// nginx: decoded and cleaned; it knows no parameters.
+	// nginx decodes and normalizes; it has no parameters.
 	cutFragment | decode | decodeSlashes | mergeSlashes | resolveDots,
-	// What makes a WHATWG URL of the request's path: new URL(path) and new URL(path, base).
+	// Servers that parse the path as a WHATWG URL: new URL(path) and new
+	// URL(path, base).
 	dropBlanks | cutFragment | backslash | decode | resolveDots,
 	dropBlanks | cutFragment | backslash | decode | dropAuthority | resolveDots,
 }
 
-// normalPath is the normal form of a path without its query: percent-decoded once, with \ read as /, empty and dot segments
-// resolved, and each segment's ;parameters and the trailing slash dropped. It always begins with /.
+// normalizePath returns the normal form of a path without its query:
+// percent-decoded once, with \\ read as /, with empty and dot segments
+// resolved, and without parameters and a trailing slash. It always begins with
+// /.
 func normalizePath(path string) string {
 	if matters, plain := relevantHabits(path); !plain {
 		return readPath(path, normal&matters)
@@ -95,8 +109,9 @@ func normalizePath(path string) string {
 	return path
 }
 
-// appendReadings appends the readings of a path without its query: as it was sent, and those that differ from that; the normal form
-// comes first among these. For most paths there is one, and nothing is allocated.
+// appendReadings appends the readings of a path without its query: the path as
+// sent, then the distinct other readings, of which the normal form is the
+// first. Most paths have a single reading, for which nothing is allocated.
 func appendReadings(readings []string, sent string) []string {
 	from := len(readings)
 	readings = append(readings, sent)
@@ -117,12 +132,14 @@ func appendReadings(readings []string, sent string) []string {
 	return readings
 }
 
-// look finds which habits may change a path, and whether it is plain, so that all servers read it as it was sent.
+// relevantHabits returns the habits that may change a path. plain reports that
+// there are none and that the path has no trailing slash, so that all servers
+// read it as sent.
 func relevantHabits(path string) (matters habits, plain bool) {
 	if path == "" || path[0] != '/' {
 		return everyHabit, false
 	}
-	slashes, dots := false, false // there may be an empty segment, or one that is a dot
+	slashes, dots := false, false // the path may have an empty segment, or one of dots
 	for i := 0; i < len(path); i++ {
 		switch c := path[i]; {
 		case c > '%' && c != '/' && c != ';' && c != '\\' && c < 0x7f, c == '!', c == '"', c == '$':
@@ -171,11 +188,11 @@ func relevantHabits(path string) (matters habits, plain bool) {
 	return matters, matters == 0 && (len(path) == 1 || path[len(path)-1] != '/')
 }
 
-// read reads a path as a server with these habits does. What it returns begins with / and has no empty segment and no slash at
-// the end.
+// readPath returns the path as a server with the habits h reads it. The result
+// begins with /, and has no empty segments and no trailing slash.
 func readPath(path string, h habits) string {
 	has := func(habit habits) bool { return h&habit != 0 }
-	b := make([]byte, 0, len(path)+1) // changed in place from here on: nothing makes it longer
+	b := make([]byte, 0, len(path)+1) // changed in place from here on: no step makes it longer
 	if !strings.HasPrefix(path, "/") {
 		b = append(b, '/')
 	}
@@ -222,7 +239,7 @@ func readPath(path string, h habits) string {
 	return string(b)
 }
 
-// cutAt drops the first of some bytes, and all that follows.
+// cutAt removes the first of the given bytes and everything after it.
 func cutAt(path []byte, any string) []byte {
 	if i := bytes.IndexAny(path, any); i >= 0 {
 		return path[:i]
@@ -230,7 +247,8 @@ func cutAt(path []byte, any string) []byte {
 	return path
 }
 
-// withoutBlanks drops tabs and line ends, and white space and control characters at the end.
+// withoutBlanks removes tabs and line ends, and trailing white space and
+// control characters.
 func withoutBlanks(path []byte) []byte {
 	end := len(path)
 	for end > 0 && isBlank(path[end-1]) {
@@ -245,10 +263,11 @@ func withoutBlanks(path []byte) []byte {
 	return kept
 }
 
-// isBlank includes the non-breaking space of ISO 8859-1, in which Node reads paths.
+// isBlank includes the non-breaking space of ISO 8859-1, as which Node decodes
+// paths.
 func isBlank(c byte) bool { return c <= ' ' || c == 0x7f || c == 0xa0 }
 
-// withoutParams drops what follows a ; in each segment.
+// withoutParams removes ; and what follows it from each segment.
 func withoutParams(path []byte) []byte {
 	kept, dropping := path[:0], false
 	for _, c := range path {
@@ -265,12 +284,12 @@ func withoutParams(path []byte) []byte {
 	return kept
 }
 
-// withoutDots resolves the segments . and .. . An empty segment is one like others. Where ;parameters are going to be dropped, they do not
-// keep a segment from being a dot.
+// withoutDots resolves dot segments (. and ..). An empty segment counts as a
+// segment. If params is set, a dot segment may have parameters.
 func withoutDots(path []byte, params bool) []byte {
 	kept := path[:0]
 	for len(path) > 0 {
-		segment := path[:segmentEnd(path)] // with its slash
+		segment := path[:segmentEnd(path)] // including its leading slash
 		path = path[len(segment):]
 		name := segment[1:]
 		if params && len(name) > 0 && name[0] == '.' {
@@ -287,7 +306,7 @@ func withoutDots(path []byte, params bool) []byte {
 	return kept
 }
 
-// withoutEmpty drops empty segments, and so the slash at the end.
+// withoutEmpty removes empty segments, and with them a trailing slash.
 func withoutEmpty(path []byte) []byte {
 	kept := path[:0]
 	for i, c := range path {
@@ -298,7 +317,8 @@ func withoutEmpty(path []byte) []byte {
 	return kept
 }
 
-// segmentEnd is where the first segment of a path that begins with a slash ends.
+// segmentEnd returns the end of the first segment of a path that begins with a
+// slash.
 func segmentEnd(path []byte) int {
 	for i := 1; i < len(path); i++ {
 		if path[i] == '/' {
@@ -308,7 +328,7 @@ func segmentEnd(path []byte) int {
 	return len(path)
 }
 
-// decoded decodes a path once, and has \ be /, as far as these habits say.
+// decodePath applies the habits decode, decodeSlashes and backslash of h.
 func decodePath(path []byte, h habits) []byte {
 	kept := path[:0]
 	for i := 0; i < len(path); i++ {
@@ -329,7 +349,8 @@ func decodePath(path []byte, h habits) []byte {
 	return kept
 }
 
-// withoutAuthority drops the host of //host/path, and of a path that is a whole URL.
+// withoutAuthority removes the host of //host/path, and the scheme and host of
+// a complete URL.
 func withoutAuthority(path []byte) []byte {
 	rest := path[1:]
 	if scheme, after, ok := bytes.Cut(rest, []byte("://")); ok && bytes.IndexByte(scheme, '/') < 0 {

@@ -9,43 +9,48 @@ import (
 	"google.golang.org/protobuf/types/known/structpb"
 )
 
-// Request is what a policy sees of one request. Whoever fills it in does so from Envoy's attributes, and leaves
-// empty what is not known. It is not changed while it is in use.
+// Request is what a policy sees of one request, as Envoy's attributes give it.
+// Unknown values are empty. It must not be changed while it is in use.
 type Request struct {
 	Method   string
 	Scheme   string
-	Host     string // as sent: with its port, in its case
-	Path     string // as sent: not decoded, with its query
-	Protocol string // "HTTP/1.1", "HTTP/2", ...
+	Host     string // as sent, with port and case
+	Path     string // as sent: not decoded, with the query
+	Protocol string // HTTP/1.1, HTTP/2, ...
 	Time     time.Time
 
-	// Headers holds each header once: names in lower case, the values of one that was sent several times joined
-	// by ",". Pseudo-headers may be among them.
+	// Headers has each header once. Names are in lower case; the values of a
+	// header that was sent several times are joined by ",". Pseudo-headers may
+	// be among them.
 	Headers map[string]string
 
-	// Repeated names the headers that were sent more than once, in ascending order; cookie is never among them. Such a
-	// header is absent as a part of a key: the upstream may read any one of its values, so with the joined one a client
-	// would have a bucket for each second value that it makes up.
+	// Repeated names the headers that were sent more than once, in ascending
+	// order, except cookie. Such a header is absent as a part of a key. The
+	// upstream may read any one of its values; with the joined one, a client
+	// could have a new bucket for each further value that it makes up.
 	Repeated []string
 
 	Source, Destination Peer
 
-	// Context is what the route says: context_extensions, which no client can set.
+	// Context has the context_extensions of Envoy's route, which clients cannot
+	// set.
 	Context map[string]string
 
-	// Metadata is Envoy's dynamic metadata by its filter's name; it may be nil.
+	// Metadata is Envoy's dynamic metadata, by the filter's name. It may be
+	// nil.
 	Metadata map[string]*structpb.Struct
 }
 
 // Peer is one end of the connection.
 type Peer struct {
-	Address   string // a bare IP, or empty
+	Address   string // IP address without a port, or empty
 	Port      uint32
-	Principal string // the URI SAN of its certificate, or empty
+	Principal string // URI SAN of its certificate, or empty
 }
 
-// SetHeaders sets headers from their lines, a name and a value each, in the order in which they were sent. It replaces
-// what Headers and Repeated say of these names. The lines of one header are joined by ",", those of cookie by "; "
+// SetHeaders sets headers from lines of a name and a value, in the order in
+// which they were sent. It replaces the entries of these names in Headers and
+// Repeated. The lines of one header are joined by ",", those of cookie by "; "
 // (RFC 9113, section 8.2.3).
 func (req *Request) SetHeaders(lines iter.Seq2[string, string]) {
 	values := make(map[string][]string)

@@ -8,48 +8,51 @@ import (
 	"sync"
 )
 
-// What Envoy's filter chain says in context_extensions: limits of a route's own, and which of the file's are considered on it.
+// Keys of context_extensions, by which Envoy's routes add limits of their own
+// and select those of the file.
 const (
 	routePrefix = "sluice."
-	routeLimit  = "sluice.limit." // and the limit's name
+	routeLimit  = "sluice.limit." // followed by the limit's name
 	routeLimits = "sluice.limits"
 )
 
-// Bounds of the route table. Through Envoy no client can set context_extensions,
-// but Envoy's config changes, and whoever reaches listen.grpc can send any.
+// Bounds of the route table. Clients cannot set context_extensions through
+// Envoy. But Envoy's configuration changes over time, and a program that can
+// reach listen.grpc can send anything.
 const (
 	maxRouteTexts  = 4096
-	maxRouteText   = 8192     // bytes of one
-	maxRouteMemory = 24 << 20 // bytes that all entries take
+	maxRouteText   = 8192     // bytes of a key and its value
+	maxRouteMemory = 24 << 20 // estimated bytes of all entries
 )
 
-// route is what a request's route says.
+// route is what the context_extensions of one request say.
 type route struct {
-	only     *routeEntry   // which of the file's limits are considered; nil: all
-	limits   []*routeEntry // its own, by name
+	only     *routeEntry   // limits of the file to consider; nil: all
+	limits   []*routeEntry // the route's limits, sorted by name
 	mistakes []*RuleError
 }
 
-// routeEntry is one of context_extensions, as it was understood.
+// routeEntry is a parsed entry of context_extensions.
 type routeEntry struct {
-	rule    *rule // the route's own limit; nil: off
-	index   int   // the file's limit of that name, or -1
-	limits  set   // of the file's limits
+	rule    *rule // the route's limit; nil: switched off
+	index   int   // of the file's limit with the same name, or -1
+	limits  set   // selected limits of the file
 	mistake *RuleError
-	memory  int // bytes that it takes, about
+	memory  int // estimated bytes
 }
 
-// considers reports whether the file's limit i is considered on the route.
+// considers reports whether limit i of the file is considered on the route.
 func (r *route) considers(i int) bool {
 	return !r.omits(i) && r.replacing(i) == nil
 }
 
-// omits reports whether the route lists others of the file's limits.
+// omits reports whether the route selects limits of the file, and not limit i.
 func (r *route) omits(i int) bool {
 	return r.only != nil && r.only.limits[i>>6]&(1<<(i&63)) == 0
 }
 
-// replacing is the route's entry by the name of the file's limit i, or nil.
+// replacing returns the route's entry with the name of limit i of the file, or
+// nil.
 func (r *route) replacing(i int) *routeEntry {
 	for _, e := range r.limits {
 		if e.index == i {
@@ -59,7 +62,7 @@ func (r *route) replacing(i int) *routeEntry {
 	return nil
 }
 
-// route reads what a request's route says.
+// route parses the context_extensions of a request. The result is cached.
 func (c *Config) route(context map[string]string) (on route) {
 	var keys []string
 	for key := range context {
@@ -82,15 +85,19 @@ func (c *Config) route(context map[string]string) (on route) {
 	return on
 }
 
-// routeText is one of context_extensions as Envoy sends it.
+// routeText is an entry of context_extensions as Envoy sends it.
 type routeText struct{ key, value string }
 
-// routeTable keeps what was understood of context_extensions, so that each is parsed once. It is safe for concurrent use.
+// routeTable caches parsed entries of context_extensions. It is safe for
+// concurrent use.
 type routeTable struct {
-	reading sync.Mutex // one text at a time: a fresh expression takes milliseconds, and who invents them gets one core at most
+	// reading serializes parsing. A new expression takes milliseconds to
+	// compile, so that a caller who invents expressions occupies one core at
+	// most.
+	reading sync.Mutex
 	mu      sync.RWMutex
 	entries map[routeText]*routeEntry
-	memory  int // of the entries
+	memory  int // of all entries
 }
 
 func (t *routeTable) entry(c *Config, text routeText) *routeEntry {
@@ -106,12 +113,12 @@ func (t *routeTable) entry(c *Config, text routeText) *routeEntry {
 	e = t.entries[text]
 	t.mu.RUnlock()
 	if e != nil {
-		return e // somebody else was quicker
+		return e // another goroutine was faster
 	}
 	if len(text.key)+len(text.value) > maxRouteText {
-		return c.readRoute(text) // a mistake, and not kept
+		return c.readRoute(text) // returns a mistake, which is not cached
 	}
-	// A copy: the text is a part of the check, which it would keep in memory.
+	// The text is part of the request's buffer. A copy lets that be freed.
 	text = routeText{strings.Clone(text.key), strings.Clone(text.value)}
 	e = c.readRoute(text)
 	t.mu.Lock()
@@ -119,7 +126,7 @@ func (t *routeTable) entry(c *Config, text routeText) *routeEntry {
 	if t.entries == nil {
 		t.entries = make(map[routeText]*routeEntry)
 	}
-	for old, dropped := range t.entries { // any one; what is in use comes back
+	for old, dropped := range t.entries { // drops random entries; those in use are parsed again
 		if len(t.entries) < maxRouteTexts && t.memory+e.memory <= maxRouteMemory {
 			break
 		}
@@ -131,22 +138,21 @@ func (t *routeTable) entry(c *Config, text routeText) *routeEntry {
 	return e
 }
 
-// The memory of an entry in bytes, as measured: of a limit with one short
-// expression, for each byte of text, and of a mistake without its message.
+// Estimates of an entry's memory in bytes, as measured: a limit with one short
+// expression, each byte of text, and a mistake without its message.
 const (
 	entryBytes    = 4096
 	textFactor    = 32
 	mistakeMemory = 256
 )
 
-// readRoute decodes one of context_extensions, and estimates the memory that the
-// entry takes.
+// readRoute parses an entry of context_extensions, and estimates its memory.
 func (c *Config) readRoute(text routeText) *routeEntry {
 	expressions := make(map[[2]string]*expression)
 	e := c.readRouteText(text, expressions)
 	e.memory = entryBytes + textFactor*(len(text.key)+len(text.value))
 	for _, x := range expressions {
-		if x != nil { // it could be compiled
+		if x != nil { // it compiled
 			e.memory += x.instructions * instructionBytes
 		}
 	}
@@ -160,8 +166,8 @@ func (c *Config) readRoute(text routeText) *routeEntry {
 	return e
 }
 
-// readRouteText decodes one of context_extensions. It adds the expressions that
-// it compiles to expressions.
+// readRouteText parses an entry of context_extensions. It adds the expressions
+// that it compiles to expressions.
 func (c *Config) readRouteText(text routeText, expressions map[[2]string]*expression) *routeEntry {
 	wrong := func(limit string, err error) *routeEntry {
 		return &routeEntry{mistake: &RuleError{Limit: limit, Field: "context_extensions", Err: err, Shadow: c.inherited.mode == "shadow"}}
@@ -213,7 +219,7 @@ func (c *Config) readRouteText(text routeText, expressions map[[2]string]*expres
 	return e
 }
 
-// readListed reads the value of sluice.limits.
+// readListed parses the value of sluice.limits.
 func (c *Config) readListed(value string, wrong func(string, error) *routeEntry) *routeEntry {
 	e := &routeEntry{limits: make(set, (len(c.rules)+63)/64)}
 	for name := range strings.SplitSeq(value, ",") {

@@ -4,52 +4,60 @@ import (
 	"github.com/sluiceproxy/sluice/limiter"
 )
 
-// rule is a compiled limit. It is not changed any more.
+// rule is a compiled limit. It is immutable.
 type rule struct {
 	limit     *limiter.Limit
 	tier      *tier
 	match     match
-	when      *expression // nil: always
+	when      *expression // nil: the limit always applies
 	key       []*expression
 	absent    absence
 	cost      cost
-	group     string // empty: none
+	group     string // empty: in no group
 	overrides *overrides
-	share     float64 // this process's part of it while Redis fails; 0: none
-	prefix    string  // of its keys, up to and with the brace
-	singleKey string  // the whole key of its one bucket, where it has no key
+	// share is local_share if the limit's failure mode is local, else 0.
+	share     float64
+	prefix    string // of its Redis keys: everything before the key's parts
+	singleKey string // the complete Redis key if the limit has no key
 }
 
-// tier is a rate and a burst, as the config writes them and as a bucket. Limits and overrides that say the same share one.
+// tier is a rate and a burst, as text and as a bucket. Limits and overrides
+// with the same text share a tier.
 type tier struct {
 	rate      string
-	bucket    limiter.Bucket // none where unlimited
+	bucket    limiter.Bucket // zero if unlimited
 	unlimited bool
 }
 
-// cost is what a request costs.
+// cost is what one request takes from the limit's bucket, in tokens.
 type cost struct {
-	constant   int64       // where there is no expression
-	expression *expression // or nil
+	constant   int64 // used if expression is nil
+	expression *expression
 }
 
-// absence says what becomes of a limit that has a part of its key absent.
+// absence says what happens if a part of the limit's key is absent. It is the
+// field absent of a limit.
 type absence uint8
 
 const (
-	absentClient absence = iota // the client's network takes its place
+	absentClient absence = iota // the client's network replaces the part
 	absentShare                 // all such requests share a bucket
 	absentSkip                  // the limit does not apply
 	absentDeny                  // the request is denied
 )
 
-// appliesIfAbsent reports whether the limit applies where its when is absent, so that leaving something out slips past no limit. In a group
-// it does not apply, or it would keep the limits behind it, which may be stricter, from counting. An unlimited one does not either: all
-// that it does is to grant. The rate of an override is not asked: only a key that is there has one, and alone an override that is unlimited
-// grants as much as a limit that does not apply.
+// appliesIfAbsent reports whether the limit applies to a request for which its
+// when is absent. It normally does, so that no client avoids a limit by
+// omitting a header.
+//
+// There are two exceptions. In a group, a limit that applies keeps the later
+// limits of the group, which may be stricter, from applying. And an unlimited
+// limit only ever grants. An override with the rate unlimited is no exception:
+// its key must be present in the request, and without a group it has the same
+// effect as a limit that does not apply.
 func (r *rule) appliesIfAbsent() bool { return r.group == "" && !r.tier.unlimited }
 
-// appendPart appends a part of the limit's key that is there.
+// appendPart appends the value of the key's part i to a bucket key.
 func (r *rule) appendPart(key []byte, i int, value string, h *hasher) []byte {
 	if r.key[i].open {
 		return h.appendOpen(key, value)

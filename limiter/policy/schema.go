@@ -2,8 +2,9 @@ package policy
 
 import _ "embed"
 
-// Schema is the config's JSON Schema (draft 2020-12), for editors. It knows no CEL and no files, and so lets through some of what Load
-// refuses; what it refuses, Load does.
+// Schema is the JSON Schema (draft 2020-12) of the config file, for editors. It
+// rejects nothing that Load accepts, but cannot check expressions and files,
+// and so accepts some configs that Load rejects.
 //
 //go:embed schema.json
 var Schema []byte

@@ -15,35 +15,34 @@ import (
 	"github.com/goccy/go-yaml/token"
 )
 
-// The bounds of a config file. A thousand limits take some 200 kB.
+// Bounds of a config file. A thousand limits take about 200 kB.
 const (
 	maxFile     = 1 << 20 // bytes
-	maxDepth    = 64      // of brackets, or of dashes on a line, in each other
-	maxFields   = 1000    // of one mapping
-	maxValues   = 20_000  // of one list
-	maxText     = 8192    // bytes of one text
-	maxSecret   = 4096    // bytes of a secret's file
-	maxMistakes = 200     // that are told
+	maxDepth    = 64      // of nested brackets, or of dashes on one line
+	maxFields   = 1000    // in one mapping
+	maxValues   = 20_000  // in one list
+	maxText     = 8192    // bytes of one string
+	maxSecret   = 4096    // bytes of a file with a secret
+	maxMistakes = 200     // that are reported
 )
 
-// reader reads a config's YAML strictly, and goes on after a mistake to find them all.
+// reader reads YAML strictly. It continues after a mistake, to find all.
 type reader struct {
 	file     string
-	dir      string                      // that the files it names are relative to
-	getenv   func(string) (string, bool) // nil: no variables
+	dir      string                      // directory that relative file names start from
+	getenv   func(string) (string, bool) // nil: variables are not allowed
 	mistakes Mistakes
-	// variables are the values of the environment variables that the config
-	// takes, by their names.
+	// variables are the environment variables that the config uses, by name.
 	variables map[string]string
 }
 
-// node is one value of the config, and where it stands.
+// node is a value of the config, and the field that it belongs to.
 type node struct {
 	ast.Node
 	field string // such as limits[2].rate
 }
 
-// at notes a mistake at a token.
+// at records a mistake at the position of a token.
 func (r *reader) at(t *token.Token, field, format string, args ...any) {
 	m := Mistake{File: r.file, Field: field, Message: fmt.Sprintf(format, args...)}
 	if t != nil && t.Position != nil {
@@ -58,14 +57,14 @@ func (r *reader) add(m Mistake) {
 	}
 }
 
-// wrong notes a mistake in a value. Where the value takes environment
-// variables, which may be secrets, the message has their names instead: in
-// what it quotes, so that no word of its own is cut out.
+// wrong records a mistake in a value. If the value uses environment variables,
+// which may be secrets, their names replace their values in the quoted parts of
+// the message. The rest of the message does not come from the value.
 func (r *reader) wrong(n node, format string, args ...any) {
 	r.at(start(n.Node), n.field, "%s", r.hideVariables(n.Node, fmt.Sprintf(format, args...)))
 }
 
-// start is a value's first token.
+// start returns the first token of a value.
 func start(n ast.Node) *token.Token {
 	switch n := n.(type) {
 	case nil:
@@ -80,7 +79,8 @@ func start(n ast.Node) *token.Token {
 	return n.GetToken()
 }
 
-// document parses the one document of a config. Without any it returns nil.
+// document parses the only document of a config. It returns nil if there is
+// none, or after a mistake.
 func (r *reader) document(text []byte) *node {
 	if len(text) > maxFile {
 		r.at(nil, "", "the file exceeds the maximum of %d bytes", maxFile)
@@ -114,8 +114,9 @@ func (r *reader) document(text []byte) *node {
 	return root
 }
 
-// mapping reads a value's fields, each by its own reader. What is no mapping, a field that is not among them, and one that is there twice are
-// mistakes. It reports whether n is a mapping at all.
+// mapping reads a mapping, each field by its function. It records a mistake for
+// a value that is not a mapping, for an unknown field and for a duplicate one.
+// It reports whether n is a mapping.
 func (r *reader) mapping(n node, fields map[string]func(node)) bool {
 	values, ok := entries(n.Node)
 	if !ok {
@@ -162,7 +163,8 @@ func fieldNames(fields map[string]func(node)) string {
 	return strings.Join(names, ", ")
 }
 
-// entries are a mapping's. goccy/go-yaml has another type for one with a single entry.
+// entries returns the entries of a mapping. goccy/go-yaml has a separate type
+// for a mapping of one entry.
 func entries(n ast.Node) ([]*ast.MappingValueNode, bool) {
 	switch n := n.(type) {
 	case *ast.MappingNode:
@@ -173,7 +175,8 @@ func entries(n ast.Node) ([]*ast.MappingValueNode, bool) {
 	return nil, false
 }
 
-// plain reports whether a value is there and is made of nothing that a config has no use for; else it notes the mistake.
+// checkValue reports whether a value is present, and of a kind that configs
+// use. Otherwise it records a mistake.
 func (r *reader) checkValue(n node) bool {
 	switch v := n.Node.(type) {
 	case nil, *ast.NullNode:
@@ -197,7 +200,8 @@ func nullToken(n ast.Node) *token.Token {
 	return n.GetToken()
 }
 
-// describe says what a value is, and not which: it may be a secret in the wrong place.
+// describe returns the kind of a value. It does not quote the value, which may
+// be a secret in the wrong place.
 func describe(n ast.Node) string {
 	switch n.(type) {
 	case *ast.MappingNode, *ast.MappingValueNode:
@@ -214,7 +218,7 @@ func describe(n ast.Node) string {
 	return "an unsupported value"
 }
 
-// each reads a list's values, or the one value that stands for a list of it.
+// each reads the values of a list. A single value counts as a list of one.
 func (r *reader) each(n node, read func(node)) {
 	values, ok := n.Node.(*ast.SequenceNode)
 	if !ok {
@@ -228,8 +232,8 @@ func (r *reader) each(n node, read func(node)) {
 	}
 }
 
-// texts reads a list of texts, each checked by parse. An empty list is a mistake: it would say "none", where leaving
-// the field out says "all".
+// texts reads a list of strings and parses each of them. An empty list is a
+// mistake: it would mean "none", while omitting the field means "all".
 func texts[T any](r *reader, n node, into *[]T, parse func(string) (T, error)) {
 	values, ok := n.Node.(*ast.SequenceNode)
 	if !ok {
@@ -251,7 +255,7 @@ func texts[T any](r *reader, n node, into *[]T, parse func(string) (T, error)) {
 	})
 }
 
-// text reads a text, with the environment's values put in.
+// text reads a string, with its variables replaced.
 func (r *reader) text(n node) (string, bool) {
 	var s string
 	switch v := n.Node.(type) {
@@ -275,7 +279,7 @@ func (r *reader) text(n node) (string, bool) {
 	return r.expand(n, s)
 }
 
-// scalar reads a text or a number, as text.
+// scalar reads a string or a number, and returns it as a string.
 func (r *reader) scalar(n node) (string, bool) {
 	switch n.Node.(type) {
 	case *ast.IntegerNode, *ast.FloatNode:
@@ -287,7 +291,7 @@ func (r *reader) scalar(n node) (string, bool) {
 	return "", false
 }
 
-// checked reads a text that check accepts.
+// checked returns a function that reads a string which check accepts.
 func (r *reader) checked(into *string, check func(string) error) func(node) {
 	return func(n node) {
 		s, ok := r.text(n)
@@ -302,7 +306,7 @@ func (r *reader) checked(into *string, check func(string) error) func(node) {
 	}
 }
 
-// oneOf reads a text that is one of a few.
+// oneOf reads one of the allowed strings.
 func (r *reader) oneOf(n node, into *string, allowed ...string) {
 	s, ok := r.text(n)
 	if !ok {
@@ -315,7 +319,7 @@ func (r *reader) oneOf(n node, into *string, allowed ...string) {
 	*into = s
 }
 
-// whole reads a whole number in a range.
+// integer reads a whole number from a range.
 func (r *reader) integer(n node, into *int64, from, to int64) {
 	s, ok := r.scalar(n)
 	if !ok {
@@ -329,7 +333,7 @@ func (r *reader) integer(n node, into *int64, from, to int64) {
 	*into = v
 }
 
-// boolean reads true or false. A variable's value is a text, which may say it, too.
+// boolean reads true or false, also as a string, which is what a variable is.
 func (r *reader) boolean(n node, into *bool) {
 	switch v := n.Node.(type) {
 	case *ast.BoolNode:
@@ -345,9 +349,9 @@ func (r *reader) boolean(n node, into *bool) {
 	}
 }
 
-// duration reads a Go duration in a range.
+// duration reads a Go duration from a range.
 func (r *reader) duration(n node, into *time.Duration, from, to time.Duration) {
-	s, ok := r.scalar(n) // a number lacks its unit, and is told so
+	s, ok := r.scalar(n) // a number is reported as a duration without a unit
 	if !ok {
 		return
 	}
@@ -359,7 +363,7 @@ func (r *reader) duration(n node, into *time.Duration, from, to time.Duration) {
 	*into = d
 }
 
-// path is a file's that the config names: relative to the config.
+// path returns the path of a file that the config names.
 func (r *reader) path(name string) string {
 	if filepath.IsAbs(name) {
 		return name

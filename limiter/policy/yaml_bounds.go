@@ -7,12 +7,14 @@ import (
 	"unicode"
 )
 
-// outgrown finds where a text is larger than any config, before a parser that recurses, and takes quadratic time for some of it, sees it:
-// too many levels, fields of one mapping, or values of one list. It knows YAML roughly, and counts rather too much than too little:
-// quotes count as such where they end on their line.
+// checkBounds reports where a text exceeds the bounds of a config: in levels of
+// nesting, in fields of one mapping, in values of one list, or in the length of
+// a string. It runs before the parser, which recurses and takes quadratic time
+// for some texts. It understands YAML only roughly, and rather counts too much:
+// quotes count only if they are closed on the same line.
 func checkBounds(text []byte) (line, column int, message string) {
-	var flow []flowScope   // that are open
-	var block []blockScope // the block mappings and lists that are open, by their columns
+	var flow []flowScope   // the open flow mappings and lists
+	var block []blockScope // the open block mappings and lists, from left to right
 	for number, rest := 1, text; len(rest) > 0; number++ {
 		var row []byte
 		row, rest, _ = bytes.Cut(rest, []byte{'\n'})
@@ -20,7 +22,7 @@ func checkBounds(text []byte) (line, column int, message string) {
 		if column, message = checkBlockBounds(row, &block); message != "" {
 			return number, column, message
 		}
-		since := 0 // the last character that is not of a plain text
+		since := 0 // index of the last character that ends a plain string
 		for i := 0; i < len(row); i++ {
 			if i-since > 2*maxText {
 				return number, since + 1, fmt.Sprintf("string of more than %d bytes; the maximum is %d", 2*maxText, maxText)
@@ -57,7 +59,9 @@ func checkBounds(text []byte) (line, column int, message string) {
 	return 0, 0, ""
 }
 
-// closing is where the quote at i ends on its line; i where it does not, or where it opens nothing, as in don't.
+// closingQuote returns the index of the quote that closes the one at i on the
+// same line. It returns i if there is none, or if the quote at i is inside a
+// word, as in don't.
 func closingQuote(row []byte, i int) int {
 	if i > 0 && (isDigits(string(row[i-1:i])) || unicode.IsLetter(rune(row[i-1]))) {
 		return i
@@ -73,7 +77,8 @@ func closingQuote(row []byte, i int) int {
 	return i
 }
 
-// withoutComment is a line up to its comment, which begins at a # that is first or behind a space, and not within quotes.
+// withoutComment returns a line without its comment. That begins with a #
+// outside quotes, at the start of the line or after a space.
 func withoutComment(row []byte) []byte {
 	for i := 0; i < len(row); i++ {
 		switch c := row[i]; {
@@ -92,16 +97,17 @@ var (
 	tooManyValues = fmt.Sprintf("more than %d values in one list", maxValues)
 )
 
-// bracket is a flow mapping or list.
+// flowScope is an open flow mapping or list.
 type flowScope struct {
 	open   byte
 	commas int
 }
 
-// outline is a block mapping or list that begins at a column.
+// blockScope is an open block mapping or list, and the column where it begins.
 type blockScope struct{ column, entries int }
 
-// outgrownBlock counts what one line adds to block mappings and lists.
+// checkBlockBounds counts the entries that a line adds to block mappings and
+// lists. It returns a message and its column if there are too many.
 func checkBlockBounds(row []byte, block *[]blockScope) (column int, message string) {
 	add := func(column, most int, message string) string {
 		open := *block

@@ -12,8 +12,8 @@ import (
 	"github.com/goccy/go-yaml/ast"
 )
 
-// hide puts the names of the variables that a value takes in the place of
-// their values, where a message quotes them.
+// hideVariables replaces, in the quoted parts of a message, the values of the
+// variables that n uses by their names.
 func (r *reader) hideVariables(n ast.Node, message string) string {
 	names := r.replacer(n)
 	if names == nil {
@@ -45,8 +45,8 @@ func (r *reader) hideVariables(n ast.Node, message string) string {
 	return b.String()
 }
 
-// replacer replaces the values of the variables that a value takes by their
-// names; nil where it takes none.
+// replacer returns a replacer from the values of the variables that n uses to
+// their names, or nil if n uses none.
 func (r *reader) replacer(n ast.Node) *strings.Replacer {
 	taken := make(map[string]string)
 	var look func(ast.Node)
@@ -84,8 +84,8 @@ func (r *reader) replacer(n ast.Node) *strings.Replacer {
 	return strings.NewReplacer(pairs...)
 }
 
-// written is a text as it stands in the file: with the names of variables, and
-// not their values. It is empty for what is no text.
+// sourceText returns a string as it is written in the file, with the names of
+// variables. It returns "" for other values.
 func sourceText(n ast.Node) string {
 	switch v := n.(type) {
 	case *ast.StringNode:
@@ -96,11 +96,11 @@ func sourceText(n ast.Node) string {
 	return ""
 }
 
-// takesVariables reports whether a value takes environment variables.
+// takesVariables reports whether a value uses environment variables.
 func takesVariables(n node) bool { return strings.Contains(sourceText(n.Node), "${") }
 
-// shown is a scalar's text for a message that does not quote it: as it stands
-// in the file where it takes variables.
+// displayText returns the text of a scalar for a message that does not quote
+// it. If the value uses variables, it is the text in the file.
 func displayText(n node, text string) string {
 	if takesVariables(n) {
 		return sourceText(n.Node)
@@ -108,7 +108,7 @@ func displayText(n node, text string) string {
 	return text
 }
 
-// wrongFile notes that a file that a value names cannot be read.
+// wrongFile records that a file cannot be read which the value n names.
 func (r *reader) wrongFile(n node, err error) {
 	var path *os.PathError
 	if takesVariables(n) && errors.As(err, &path) {
@@ -124,9 +124,9 @@ var variableNamePattern = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
 
 const variableForms = "want ${NAME}, ${NAME:-default}, or $${ for a literal ${"
 
-// expand puts environment variables into a scalar: ${NAME}, and
-// ${NAME:-default}, whose default counts where the variable is not set or
-// empty, as in a shell. $${ is a literal ${.
+// expand replaces environment variables: ${NAME}, and ${NAME:-default}, which
+// is the default if the variable is unset or empty, as in a shell. $${ stands
+// for a literal ${. It reports false after a mistake.
 func (r *reader) expand(n node, s string) (string, bool) {
 	if !strings.Contains(s, "${") {
 		return s, true
@@ -151,7 +151,7 @@ func (r *reader) expand(n node, s string) (string, bool) {
 			return wrong("variable without a closing brace; %s", variableForms)
 		case !variableNamePattern.MatchString(name):
 			if i := strings.IndexAny(name, ":=?+-"); i > 0 {
-				name = name[:i] // what follows may be a secret, as in ${NAME:=secret}
+				name = name[:i] // the rest may be a secret, as in ${NAME:=secret}
 			}
 			return wrong("invalid variable name %q; %s", name, variableForms)
 		case strings.Contains(fallback, "${"):
