@@ -72,7 +72,7 @@ func TestFrozenRedisHurriedCallers(t *testing.T) {
 	if found > 300*time.Millisecond+slack {
 		t.Errorf("recovered after %v", found)
 	}
-	if lines := logged.FilterMessageSnippet("store.redis.timeout is longer than the caller waits").Len(); lines != 1 {
+	if lines := logged.FilterMessageSnippet("store.redis.timeout is longer than the caller's deadline").Len(); lines != 1 {
 		t.Errorf("the log says %d times that the times do not match", lines)
 	}
 }

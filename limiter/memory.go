@@ -92,7 +92,7 @@ func newMemory(name string, budget int64, now func() int64, log *zap.Logger, met
 		swept:  newSwept(table),
 		shared: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "sluice_overflow_takes_total",
-			Help: "Takes from a bucket that a limit's new keys share, as the table of buckets is full.", ConstLabels: table,
+			Help: "Total number of takes from a bucket that new keys of a limit share because the table of buckets is full.", ConstLabels: table,
 		}),
 	}
 	for i := range m.shards {
@@ -106,19 +106,19 @@ func newMemory(name string, budget int64, now func() int64, log *zap.Logger, met
 // What is kept in this process has the same three metrics, by its table's name.
 func newSweeps(table prometheus.Labels) prometheus.Counter {
 	return prometheus.NewCounter(prometheus.CounterOpts{
-		Name: "sluice_janitor_sweeps_total", Help: "Sweeps over what is kept in process.", ConstLabels: table,
+		Name: "sluice_janitor_sweeps_total", Help: "Total number of sweeps over a table kept in process.", ConstLabels: table,
 	})
 }
 
 func newSwept(table prometheus.Labels) prometheus.Counter {
 	return prometheus.NewCounter(prometheus.CounterOpts{
-		Name: "sluice_janitor_swept_total", Help: "Entries that a sweep dropped, such as buckets that were full again.", ConstLabels: table,
+		Name: "sluice_janitor_swept_total", Help: "Total number of entries that sweeps dropped, such as buckets that were full again.", ConstLabels: table,
 	})
 }
 
 func newEntries(table prometheus.Labels, entries *atomic.Int64) prometheus.GaugeFunc {
 	return prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-		Name: "sluice_janitor_entries", Help: "Entries kept in process.", ConstLabels: table,
+		Name: "sluice_janitor_entries", Help: "Number of entries kept in process.", ConstLabels: table,
 	}, func() float64 { return float64(entries.Load()) })
 }
 

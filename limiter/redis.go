@@ -67,18 +67,18 @@ func newRedis(o RedisOptions, clock string, log *zap.Logger, metrics prometheus.
 		log:          log,
 		seconds: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name:    "sluice_store_seconds",
-			Help:    "How long Redis took to answer a take, in seconds, failed ones included.",
+			Help:    "Time that a take from Redis took in seconds, failed ones included.",
 			Buckets: []float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1},
 		}),
 		batches: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name:    "sluice_store_batch_size",
-			Help:    "How many takes a call of Redis's script carried.",
+			Help:    "Number of takes that one call of the script carried.",
 			Buckets: []float64{1, 2, 4, 8, 16, 32, 64, 128},
 		}),
 		errors: make(map[ErrorKind]prometheus.Counter, len(errorKinds)),
 	}
 	r.breakers = prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-		Name: "sluice_store_breaker_open", Help: "Redis nodes that are not asked, as they do not answer.",
+		Name: "sluice_store_breaker_open", Help: "Number of Redis nodes whose circuit breaker is open.",
 	}, func() (open float64) {
 		r.nodes.Range(func(_, n any) bool {
 			if n.(*node).isOpen() {
@@ -100,7 +100,7 @@ func newRedis(o RedisOptions, clock string, log *zap.Logger, metrics prometheus.
 	r.cluster, _ = r.client.(*redis.ClusterClient)
 	vec := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "sluice_store_errors_total",
-		Help: "Takes that Redis did not answer for, and stored states that made no sense, by kind. Takes whose callers hung up are not among them.",
+		Help: "Total number of takes that Redis failed and of invalid bucket states, by kind. Takes whose callers hung up are not counted.",
 	}, []string{"kind"})
 	for _, k := range errorKinds {
 		r.errors[k] = vec.WithLabelValues(string(k))
@@ -223,7 +223,7 @@ func (r *Redis) deadline(ctx context.Context) time.Time {
 	}
 	if left := deadline.Sub(now); left > 0 && left+deadlineMargin < r.timeout {
 		r.hurried.Do(func() {
-			r.log.Warn("store.redis.timeout is longer than the caller waits: keep it below the timeout of Envoy's ext_authz filter",
+			r.log.Warn("store.redis.timeout is longer than the caller's deadline; set it below the timeout of Envoy's ext_authz filter",
 				zap.Duration("timeout", r.timeout), zap.Duration("caller", left+deadlineMargin))
 		})
 	}

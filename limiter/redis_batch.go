@@ -165,7 +165,7 @@ func (n *node) hopelessLocked(now time.Time, t *pending) error {
 	if need <= left {
 		return nil
 	}
-	return &StoreError{Kind: KindOverload, Err: fmt.Errorf("%s: %d charges are waiting already, and the deadline is in %v", n.name, n.charges, left.Round(time.Millisecond))}
+	return &StoreError{Kind: KindOverload, Err: fmt.Errorf("%s: overloaded: %d charges are queued, and the deadline is in %v", n.name, n.charges, left.Round(time.Millisecond))}
 }
 
 // startBatchLocked gives the takes that wait, or as many as a call carries, to
@@ -264,7 +264,7 @@ func (n *node) abandon(t *pending, why error) (abandoned bool, err error) {
 		return false, why
 	}
 	if n.held > 0 {
-		return false, &StoreError{Kind: KindTimeout, Err: fmt.Errorf("%s: the calls before took too long: %w", n.name, why)}
+		return false, &StoreError{Kind: KindTimeout, Err: fmt.Errorf("%s: earlier calls took too long: %w", n.name, why)}
 	}
 	failed := n.unconnectedLocked(why)
 	n.refuseLocked(n.failed(failed))

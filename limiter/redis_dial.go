@@ -72,7 +72,7 @@ func (d dialer) dial(ctx context.Context, network, addr string) (net.Conn, error
 	return newLink(conn, addr), nil
 }
 
-const noTLS = "write redis:// in store.redis.url, or leave tls out"
+const noTLS = "write redis:// in store.redis.url, or remove tls"
 
 // speakTLS makes TLS of a connection, which it closes if that fails.
 func speakTLS(ctx context.Context, conn net.Conn, addr string, files *TLS) (net.Conn, error) {

@@ -47,12 +47,12 @@ func (r *Redis) Diagnose(ctx context.Context, prefix string, callerTimeout time.
 		all = append(all, Finding{Name: name, Status: status, Detail: fmt.Sprintf(format, args...), Fix: fix})
 	}
 	unknown := func(name, fix string, err error) {
-		all = append(all, Finding{Name: name, Status: Warn, Detail: fmt.Sprintf("not known: %v", storeError(err)), Fix: fix, Unknown: true})
+		all = append(all, Finding{Name: name, Status: Warn, Detail: fmt.Sprintf("unknown: %v", storeError(err)), Fix: fix, Unknown: true})
 	}
 
 	// Whether it answers at all, and in what time: the first round trips make the connection.
 	if err := r.ask(ctx, r.Ping); err != nil && KindOf(err) != KindReadOnly { // see checkScript
-		fix := "look at store.redis.url, at the network between, and whether Redis runs"
+		fix := "check store.redis.url, the network, and that Redis is running"
 		if known := new(refusal); errors.As(err, &known) {
 			fix = "" // the error says it
 		}
@@ -78,15 +78,15 @@ func (r *Redis) Diagnose(ctx context.Context, prefix string, callerTimeout time.
 	median := times[len(times)/2]
 	switch {
 	case slowest > r.timeout:
-		say("round trip", Fail, "bring Redis nearer, or raise store.redis.timeout", "median %v, slowest %v: above the timeout of %v", median, slowest, r.timeout)
+		say("round trip", Fail, "run Redis closer to sluice, or raise store.redis.timeout", "median %v, slowest %v: this exceeds the timeout of %v", median, slowest, r.timeout)
 	case 3*median > r.timeout:
-		say("round trip", Warn, "bring Redis nearer, or raise store.redis.timeout", "median %v, slowest %v: the timeout of %v leaves no room", median, slowest, r.timeout)
+		say("round trip", Warn, "run Redis closer to sluice, or raise store.redis.timeout", "median %v, slowest %v: the timeout of %v leaves no room", median, slowest, r.timeout)
 	default:
 		say("round trip", OK, "", "median %v, slowest %v, the timeout is %v", median, slowest, r.timeout)
 	}
 	if callerTimeout > 0 {
 		if r.timeout+deadlineMargin > callerTimeout {
-			say("timeouts", Warn, "keep store.redis.timeout below the timeout of Envoy's ext_authz filter, or it is Envoy that decides about failures",
+			say("timeouts", Warn, "keep store.redis.timeout below the timeout of Envoy's ext_authz filter; otherwise Envoy decides about failures, and not on_failure",
 				"the store's timeout of %v is not below Envoy's %v", r.timeout, callerTimeout)
 		} else {
 			say("timeouts", OK, "", "the store's timeout of %v is below Envoy's %v", r.timeout, callerTimeout)
@@ -121,7 +121,7 @@ func (r *Redis) checkMode(ctx context.Context, say sayFinding) bool {
 		}
 	}
 	if is == "cluster" {
-		say("mode", Fail, "write store.redis.mode: cluster, with addresses of some of its nodes", "this Redis is a node of a cluster, and store.redis.mode is not cluster")
+		say("mode", Fail, "set store.redis.mode: cluster, with addresses of some of its nodes", "this Redis is a node of a cluster, and store.redis.mode is not cluster")
 		return false
 	}
 	return true
@@ -159,8 +159,8 @@ func (r *Redis) checkShards(ctx context.Context, prefix string, say sayFinding) 
 	_, _ = pipe.Exec(ctx)
 	for _, s := range stored {
 		if errors.Is(s.Err(), redis.Nil) {
-			say("one server", Fail, "name a Redis itself, or a cluster's nodes with store.redis.mode: cluster",
-				"behind this address keys are spread over several servers, as by Envoy's redis_proxy, twemproxy and others: what one take writes another does not find, and more is granted than the limits say")
+			say("one server", Fail, "connect to Redis itself, or to a cluster's nodes with store.redis.mode: cluster",
+				"a proxy at this address spreads keys over several servers, as Envoy's redis_proxy and twemproxy do: takes do not find each other's buckets, and more is granted than the limits allow")
 			return false
 		}
 	}
@@ -197,20 +197,20 @@ func (r *Redis) checkClock(ctx context.Context, say sayFinding) {
 	}
 	distance := there.Sub(before.Add(time.Since(before) / 2)).Round(time.Millisecond)
 	if distance > time.Second || distance < -time.Second {
-		say("clock", Warn, "have both machines keep their time (NTP): Redis's clock decides, and a step forward grants up to a burst", "Redis's clock is %v from this machine's", distance)
+		say("clock", Warn, "synchronize both machines' clocks (NTP): Redis's clock decides, and a step forward grants up to a burst", "Redis's clock differs from this machine's by %v", distance)
 		return
 	}
-	say("clock", OK, "", "Redis's clock is %v from this machine's", distance)
+	say("clock", OK, "", "Redis's clock differs from this machine's by %v", distance)
 }
 
 // checkServer looks at how Redis is set up. Many users may not ask that.
 func (r *Redis) checkServer(ctx context.Context, say sayFinding, unknown func(name, fix string, err error)) {
 	if info, err := r.client.Info(ctx, "server").Result(); err != nil {
-		unknown("version", "ask as a user with +info", err)
+		unknown("version", "connect as a user with +info", err)
 	} else if version := field(info, "redis_version"); version == "" {
-		unknown("version", "see that Redis is 7.0 or newer", errors.New("INFO does not say it"))
+		unknown("version", "make sure that Redis is 7.0 or newer", errors.New("INFO has no redis_version"))
 	} else if !newEnough(version) {
-		say("version", Fail, "7.0 or newer", "Redis %s", version)
+		say("version", Fail, "upgrade to Redis 7.0 or newer", "Redis %s", version)
 	} else {
 		say("version", OK, "", "Redis %s", version)
 	}
@@ -218,23 +218,23 @@ func (r *Redis) checkServer(ctx context.Context, say sayFinding, unknown func(na
 	for _, name := range []string{"maxmemory", "maxmemory-policy", "appendonly", "appendfsync", "save", "min-replicas-to-write"} {
 		values, err := r.client.ConfigGet(ctx, name).Result()
 		if err != nil {
-			unknown("settings", "ask as a user with +config|get, or see that maxmemory-policy is noeviction and appendonly is yes", err)
+			unknown("settings", "connect as a user with +config|get, or make sure that maxmemory-policy is noeviction and appendonly is yes", err)
 			return
 		}
 		settings[name] = values[name]
 	}
 	if policy := settings["maxmemory-policy"]; settings["maxmemory"] != "0" && policy != "noeviction" {
-		say("eviction", Warn, "maxmemory-policy noeviction: an evicted bucket is a full one", "maxmemory-policy is %s, with maxmemory %s", policy, settings["maxmemory"])
+		say("eviction", Warn, "maxmemory-policy noeviction: an evicted bucket is full again", "maxmemory-policy is %s, with maxmemory %s", policy, settings["maxmemory"])
 	} else {
-		say("eviction", OK, "", "nothing is evicted")
+		say("eviction", OK, "", "no key is evicted")
 	}
 	switch {
 	case settings["appendonly"] == "yes":
 		say("persistence", OK, "", "appendonly, appendfsync %s", settings["appendfsync"])
 	case settings["save"] != "":
-		say("persistence", Warn, "appendonly yes, appendfsync everysec: a restart then loses two seconds at most", "snapshots only (save %s): a restart grants what was taken since the last", settings["save"])
+		say("persistence", Warn, "appendonly yes, appendfsync everysec: a restart then loses at most two seconds", "snapshots only (save %s): a restart grants again what was taken since the last one", settings["save"])
 	default:
-		say("persistence", Warn, "appendonly yes, appendfsync everysec: else a restart grants one burst of each bucket", "none")
+		say("persistence", Warn, "appendonly yes, appendfsync everysec: otherwise a restart grants one burst of each bucket", "none")
 	}
 	if r.cluster != nil {
 		return // each of its nodes has its own
@@ -245,13 +245,13 @@ func (r *Redis) checkServer(ctx context.Context, say sayFinding, unknown func(na
 	}
 	switch replicas, _ := strconv.Atoi(field(replication, "connected_slaves")); {
 	case field(replication, "role") == "":
-		unknown("replication", "see that store.redis is the master", errors.New("INFO does not say it"))
+		unknown("replication", "make sure that store.redis is the master", errors.New("INFO has no role"))
 	case field(replication, "role") != "master":
 		say("replication", Fail, "point store.redis at the master", "this Redis is a %s", field(replication, "role"))
 	case replicas == 0:
 		say("replication", OK, "", "no replicas")
 	case settings["min-replicas-to-write"] == "0":
-		say("replication", Warn, "min-replicas-to-write 1: else an old master goes on granting beside the new one after a failover", "%d replicas, and min-replicas-to-write 0", replicas)
+		say("replication", Warn, "min-replicas-to-write 1: otherwise an old master keeps granting beside the new one after a failover", "%d replicas, and min-replicas-to-write 0", replicas)
 	default:
 		say("replication", OK, "", "%d replicas, min-replicas-to-write %s", replicas, settings["min-replicas-to-write"])
 	}

@@ -32,7 +32,7 @@ func (o *RedisOptions) explain(err error) *StoreError {
 	switch {
 	case strings.Contains(err.Error(), unreachableSentinels) && errors.Is(err, redis.Nil):
 		kind, cause = KindConnection, fmt.Errorf("no sentinel knows a master with the name %q", o.Master)
-		fix = "look at store.redis.master, and at SENTINEL MASTERS"
+		fix = "check store.redis.master, and SENTINEL MASTERS on a sentinel"
 	case strings.Contains(cause.Error(), "DENIED Redis is running in protected mode"):
 		kind = KindAuth
 	case strings.Contains(cause.Error(), "max number of clients reached"):
@@ -55,25 +55,25 @@ func (o *RedisOptions) fixOf(kind ErrorKind, err error) string {
 	var name *net.DNSError
 	switch {
 	case has("DENIED Redis is running in protected mode"):
-		return "give Redis a password (requirepass, or ACL SETUSER) and sluice the same, or set protected-mode no where only friends reach it"
+		return "give Redis a password (requirepass, or ACL SETUSER) and sluice the same one, or set protected-mode no if only trusted hosts reach it"
 	case has("max number of clients reached"):
-		return "raise maxclients in Redis, or look for who holds its connections (CLIENT LIST)"
+		return "raise maxclients in Redis, or find the clients that hold its connections (CLIENT LIST)"
 	case ofSentinel && kind == KindAuth, ofSentinel && has("NOAUTH"), ofSentinel && has("WRONGPASS"):
-		return "look at store.redis.sentinel.username and store.redis.sentinel.password"
+		return "check store.redis.sentinel.username and store.redis.sentinel.password"
 	case has("NOAUTH"):
-		return "Redis wants a password: set store.redis.password or password_file"
+		return "Redis requires a password: set store.redis.password or password_file"
 	case has("WRONGPASS"):
-		return "look at store.redis.username and password, and at ACL LIST in Redis"
+		return "check store.redis.username and password, and ACL LIST in Redis"
 	case has("cluster support disabled"):
-		return "it is a single Redis: write store.redis.mode: single, and url"
+		return "this is a single Redis: set store.redis.mode: single and url"
 	case o.Mode != Cluster && (has("MOVED ") || has("CROSSSLOT ") || has("CLUSTERDOWN ")):
-		return "it is a node of a cluster: write store.redis.mode: cluster"
+		return "this Redis is a cluster node: set store.redis.mode: cluster"
 	case has("unknown command 'time'"), has("unknown command 'TIME'"):
-		return "if it is a sentinel, write store.redis.mode: sentinel, with addresses and master; if it is a proxy, name a Redis itself"
+		return "if this is a sentinel, set store.redis.mode: sentinel with addresses and master; if it is a proxy, connect to Redis itself"
 	case errors.Is(err, errIsSentinel):
-		return "write store.redis.mode: sentinel, with addresses and master"
+		return "set store.redis.mode: sentinel with addresses and master"
 	case errors.As(err, &name):
-		return "look at the name in store.redis, and at the DNS of this machine"
+		return "check the host name in store.redis and the DNS of this machine"
 	}
 	return ""
 }
@@ -82,7 +82,7 @@ func (o *RedisOptions) fixOf(kind ErrorKind, err error) string {
 // tells.
 const unreachableSentinels = "redis: all sentinels specified in configuration are unreachable"
 
-var errIsSentinel = errors.New("it is a sentinel, and no Redis")
+var errIsSentinel = errors.New("this is a sentinel, not a Redis")
 
 // maxErrorText is how much of an error's text is told. Redis's own for its
 // protected mode is a page.

@@ -75,8 +75,8 @@ func TestRefusals(t *testing.T) {
 	}{
 		{"nobody there", RedisOptions{URL: "redis://" + nobody}, nobody, KindConnection, []string{"connection refused"}},
 		{"no password", RedisOptions{URL: "redis://" + locked.Addr}, locked.Addr, KindAuth, []string{"NOAUTH", "set store.redis.password"}},
-		{"a wrong password", RedisOptions{URL: "redis://:s3cret@" + locked.Addr}, locked.Addr, KindAuth, []string{"WRONGPASS", "look at store.redis.username and password"}},
-		{"no such user", RedisOptions{URL: "redis://" + locked.Addr, Username: "nobody", Password: "s3cret"}, locked.Addr, KindAuth, []string{"WRONGPASS", "look at store.redis.username"}},
+		{"a wrong password", RedisOptions{URL: "redis://:s3cret@" + locked.Addr}, locked.Addr, KindAuth, []string{"WRONGPASS", "check store.redis.username and password"}},
+		{"no such user", RedisOptions{URL: "redis://" + locked.Addr, Username: "nobody", Password: "s3cret"}, locked.Addr, KindAuth, []string{"WRONGPASS", "check store.redis.username"}},
 		{"protected mode", RedisOptions{URL: "redis://" + strangers.Addr}, strangers.Addr, KindAuth, []string{"DENIED Redis is running in protected mode", "give Redis a password"}},
 		{"too many clients", RedisOptions{URL: "redis://" + full.Addr}, full.Addr, KindConnection, []string{"max number of clients reached", "raise maxclients"}},
 		{"TLS to plain", RedisOptions{URL: "rediss://" + open.Addr}, open.Addr, KindTimeout, []string{"no answer to TLS", "write redis:// in store.redis.url"}},
@@ -86,11 +86,11 @@ func TestRefusals(t *testing.T) {
 		{"a single Redis for a cluster", RedisOptions{Mode: Cluster, Addresses: []string{open.Addr}}, open.Addr, "", []string{"cluster support disabled", "store.redis.mode: single"}},
 		{"a sentinel for a Redis", RedisOptions{URL: "redis://" + sentinel.Addr}, sentinel.Addr, "", []string{"sentinel", "store.redis.mode: sentinel"}},
 		{"a Redis for a sentinel", RedisOptions{Mode: Sentinel, Addresses: []string{open.Addr}, Master: "mymaster"}, "", "", []string{"no sentinel answers", "unknown command"}},
-		{"an unknown master", RedisOptions{Mode: Sentinel, Addresses: []string{sentinel.Addr}, Master: "other"}, "", KindConnection, []string{`no sentinel knows a master with the name "other"`, "look at store.redis.master"}},
+		{"an unknown master", RedisOptions{Mode: Sentinel, Addresses: []string{sentinel.Addr}, Master: "other"}, "", KindConnection, []string{`no sentinel knows a master with the name "other"`, "check store.redis.master"}},
 		{"a sentinel's password", RedisOptions{Mode: Sentinel, Addresses: []string{lockedSentinel.Addr}, Master: "mymaster"}, "", "", []string{"NOAUTH", "store.redis.sentinel.password"}},
 		{"a wrong one", RedisOptions{Mode: Sentinel, Addresses: []string{lockedSentinel.Addr}, Master: "mymaster", Sentinel: &SentinelOptions{Password: "s3cret"}}, "", "", []string{"WRONGPASS", "store.redis.sentinel.password"}},
 		{"no sentinel", RedisOptions{Mode: Sentinel, Addresses: []string{nobody}, Master: "mymaster"}, "", "", []string{"no sentinel answers", "connection refused"}},
-		{"a name that does not resolve", RedisOptions{URL: "redis://redis.invalid"}, "redis.invalid:6379", KindConnection, []string{"lookup redis.invalid", "look at the name"}},
+		{"a name that does not resolve", RedisOptions{URL: "redis://redis.invalid"}, "redis.invalid:6379", KindConnection, []string{"lookup redis.invalid", "check the host name"}},
 		{"a socket that is not there", RedisOptions{URL: "unix:///none/redis.sock"}, "/none/redis.sock", KindConnection, []string{"no such file"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -148,7 +148,7 @@ func TestRefusals(t *testing.T) {
 		for i := 0; verdicts[0].Err == nil && i < 100; i++ { // until a key is another node's
 			r.Take(ctx, []Charge{charge(bucket(t, 1, day, 5), fmt.Sprint(i))}, verdicts)
 		}
-		if err := verdicts[0].Err; err == nil || !strings.Contains(err.Error(), "write store.redis.mode: cluster") {
+		if err := verdicts[0].Err; err == nil || !strings.Contains(err.Error(), "set store.redis.mode: cluster") {
 			t.Errorf("%v", err)
 		}
 	})

@@ -93,9 +93,9 @@ const (
 )
 
 var (
-	errSpeaksTLS error = &refusal{errors.New("the server speaks TLS"), "write rediss:// in store.redis.url, or tls"}
-	errSilent    error = &refusal{errors.New("the server closed the connection before it said anything"),
-		"if it speaks TLS, write rediss:// in store.redis.url, or tls; if it is a proxy, such as twemproxy, name a Redis itself"}
+	errSpeaksTLS error = &refusal{errors.New("the server speaks TLS"), "write rediss:// in store.redis.url, or set tls"}
+	errSilent    error = &refusal{errors.New("the server closed the connection without a reply"),
+		"if it speaks TLS, write rediss:// in store.redis.url, or set tls; if it is a proxy such as twemproxy, connect to Redis itself"}
 )
 
 // answer is an error that Redis answered, as the library has it.

@@ -81,7 +81,7 @@ func credentials(username, password string) (string, string) {
 // universal is what the library is told.
 func (o RedisOptions) universal() (*redis.UniversalOptions, error) {
 	if o.Timeout <= 0 {
-		return nil, fmt.Errorf("the timeout %v is not above 0", o.Timeout)
+		return nil, fmt.Errorf("timeout must be above 0, not %v", o.Timeout)
 	}
 	c := &redis.UniversalOptions{Addrs: slices.Clone(o.Addresses)} // the library appends to it
 	if o.URL != "" || o.Mode == "" || o.Mode == Single {
@@ -90,7 +90,7 @@ func (o RedisOptions) universal() (*redis.UniversalOptions, error) {
 			return nil, err
 		}
 		if u.Network == "unix" && o.Mode != "" && o.Mode != Single {
-			return nil, fmt.Errorf("a unix socket for a %s; allowed are redis:// and rediss://", o.Mode)
+			return nil, fmt.Errorf("mode %s does not work over a unix socket; want redis:// or rediss://", o.Mode)
 		}
 		c.Addrs = append([]string{u.Addr}, o.Addresses...)
 		c.DB, c.Username, c.Password, c.TLSConfig = u.DB, u.Username, u.Password, u.TLSConfig
@@ -98,35 +98,35 @@ func (o RedisOptions) universal() (*redis.UniversalOptions, error) {
 	switch o.Mode {
 	case "", Single:
 		if len(o.Addresses) > 0 {
-			return nil, errors.New("addresses of a single Redis; its URL says where it is, and addresses are for a cluster and for sentinels")
+			return nil, errors.New("addresses requires mode cluster or sentinel; a single Redis is given by url")
 		}
 	case Cluster:
 		if c.DB != 0 {
-			return nil, fmt.Errorf("the database %d of a cluster, which has only 0", c.DB)
+			return nil, fmt.Errorf("database %d: a cluster has only database 0", c.DB)
 		}
 	case Sentinel:
 		if o.Master == "" {
-			return nil, errors.New("sentinels without a master: its name is missing")
+			return nil, errors.New("mode sentinel without master; want the master's name")
 		}
 		c.MasterName = o.Master
 	default:
-		return nil, fmt.Errorf("the mode %q; allowed are single, cluster, sentinel", o.Mode)
+		return nil, fmt.Errorf("unknown mode %q; want single, cluster or sentinel", o.Mode)
 	}
 	if o.Master != "" && o.Mode != Sentinel {
-		return nil, errors.New("a master's name without sentinels; it is for the mode sentinel")
+		return nil, errors.New("master requires mode sentinel")
 	}
 	if len(c.Addrs) == 0 {
-		return nil, fmt.Errorf("no addresses of the %s; wanted is a list of host:port", o.Mode)
+		return nil, fmt.Errorf("mode %s without addresses; want a list of host:port", o.Mode)
 	}
 	if o.Mode == Cluster || o.Mode == Sentinel {
 		for _, a := range c.Addrs {
 			if host, port, err := net.SplitHostPort(a); err != nil || host == "" || port == "" {
-				return nil, fmt.Errorf("the address %q; allowed are host:port", a)
+				return nil, fmt.Errorf("invalid address %q; want host:port", a)
 			}
 		}
 	}
 	if o.Sentinel != nil && o.Mode != Sentinel {
-		return nil, errors.New("sentinel, which says how to talk to sentinels, is for the mode sentinel")
+		return nil, errors.New("sentinel requires mode sentinel")
 	}
 	if o.Username != "" {
 		c.Username = o.Username
@@ -214,11 +214,11 @@ func (t *TLS) config(host string) (*tls.Config, error) {
 		}
 		c.RootCAs = x509.NewCertPool()
 		if !c.RootCAs.AppendCertsFromPEM(pem) {
-			return nil, fmt.Errorf("ca_file: %s holds no certificate in PEM", t.CAFile)
+			return nil, fmt.Errorf("ca_file: %s contains no PEM certificate", t.CAFile)
 		}
 	}
 	if (t.CertFile == "") != (t.KeyFile == "") {
-		return nil, errors.New("one of cert_file and key_file; wanted are both or none")
+		return nil, errors.New("cert_file and key_file must be set together")
 	}
 	if t.CertFile != "" {
 		pair, err := readPair(t.CertFile, t.KeyFile)

@@ -191,17 +191,17 @@ func TestSentinel(t *testing.T) {
 
 func TestModesAreChecked(t *testing.T) {
 	for want, o := range map[string]RedisOptions{
-		`the mode "ring"; allowed are single, cluster, sentinel`:                                                   {Mode: "ring", URL: "redis://h"},
-		"no addresses of the cluster; wanted is a list of host:port":                                               {Mode: Cluster},
-		"the database 2 of a cluster, which has only 0":                                                            {Mode: Cluster, URL: "redis://h/2"},
-		"a unix socket for a cluster; allowed are redis:// and rediss://":                                          {Mode: Cluster, URL: "unix:///x"},
-		`the address "h"; allowed are host:port`:                                                                   {Mode: Cluster, Addresses: []string{"h"}},
-		"sentinels without a master: its name is missing":                                                          {Mode: Sentinel, Addresses: []string{"h:1"}},
-		"a master's name without sentinels; it is for the mode sentinel":                                           {URL: "redis://h", Master: "m"},
-		"addresses of a single Redis; its URL says where it is, and addresses are for a cluster and for sentinels": {URL: "redis://h", Addresses: []string{"h:1"}},
-		"one of cert_file and key_file; wanted are both or none":                                                   {URL: "redis://h", TLS: &TLS{CertFile: "x"}},
-		"ca_file: open none.pem: no such file or directory":                                                        {URL: "redis://h", TLS: &TLS{CAFile: "none.pem"}},
-		"ca_file: redis_options_test.go holds no certificate in PEM":                                               {URL: "redis://h", TLS: &TLS{CAFile: "redis_options_test.go"}},
+		`unknown mode "ring"; want single, cluster or sentinel`:                       {Mode: "ring", URL: "redis://h"},
+		"mode cluster without addresses; want a list of host:port":                        {Mode: Cluster},
+		"database 2: a cluster has only database 0":                                   {Mode: Cluster, URL: "redis://h/2"},
+		"mode cluster does not work over a unix socket; want redis:// or rediss://":   {Mode: Cluster, URL: "unix:///x"},
+		`invalid address "h"; want host:port`:                                         {Mode: Cluster, Addresses: []string{"h"}},
+		"mode sentinel without master; want the master's name":                            {Mode: Sentinel, Addresses: []string{"h:1"}},
+		"master requires mode sentinel":                                               {URL: "redis://h", Master: "m"},
+		"addresses requires mode cluster or sentinel; a single Redis is given by url": {URL: "redis://h", Addresses: []string{"h:1"}},
+		"cert_file and key_file must be set together":                                 {URL: "redis://h", TLS: &TLS{CertFile: "x"}},
+		"ca_file: open none.pem: no such file or directory":                           {URL: "redis://h", TLS: &TLS{CAFile: "none.pem"}},
+		"ca_file: redis_options_test.go contains no PEM certificate":                  {URL: "redis://h", TLS: &TLS{CAFile: "redis_options_test.go"}},
 	} {
 		o.Timeout = time.Second
 		if err := o.Validate(); err == nil || err.Error() != want {

@@ -142,7 +142,7 @@ const (
 
 var (
 	errNewer    = errors.New("stored by a newer version")
-	errNonsense = errors.New("what is stored makes no sense")
+	errNonsense = errors.New("invalid bucket state")
 )
 
 // parseState reads what the script has stored: STATE and MIXED there.

@@ -165,7 +165,7 @@ const (
 	flagTrouble              // no verdict
 )
 
-var errReply = errors.New("the script's reply is cut or is not its own")
+var errReply = errors.New("invalid reply to the script: truncated or not its own")
 
 // read fills verdicts from the script's reply to charges at an instant.
 func (r *Redis) read(at int64, reply string, charges []Charge, verdicts []Verdict) error {
@@ -190,7 +190,7 @@ func (r *Redis) read(at int64, reply string, charges []Charge, verdicts []Verdic
 		}
 		if flags&flagNonsense != 0 {
 			r.errors[KindState].Inc()
-			r.log.Warn("a bucket's stored state made no sense: it is empty from now on", zap.String("limit", charges[i].Limit.Name),
+			r.log.Warn("invalid bucket state in Redis, treating the bucket as empty", zap.String("limit", charges[i].Limit.Name),
 				zap.String("domain", charges[i].Limit.Domain))
 		}
 		verdicts[i] = b.verdict(before, charges[i].needs(), cost, RedisSource)
@@ -201,9 +201,9 @@ func (r *Redis) read(at int64, reply string, charges []Charge, verdicts []Verdic
 
 // trouble is one bucket's error, by the code that Redis or the script gave for it.
 func (r *Redis) trouble(code string) *StoreError {
-	e := &StoreError{Kind: kindOfCode(code), Err: fmt.Errorf("one bucket's: %s", code)}
+	e := &StoreError{Kind: kindOfCode(code), Err: fmt.Errorf("one bucket: %s", code)}
 	if code == "NEWER" {
-		e.Err = errors.New("one bucket's: stored by a newer version")
+		e.Err = errors.New("one bucket: stored by a newer version")
 	}
 	r.errors[e.Kind].Inc()
 	return e

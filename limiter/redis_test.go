@@ -471,33 +471,33 @@ func TestRedisOptions(t *testing.T) {
 		}
 	}
 	for url, want := range map[string]string{
-		"":                                    "a URL without a host",
-		"127.0.0.1:6379":                      "not a URL",
-		"redis:6379":                          "a URL without a host",
+		"":                                    "URL without a host",
+		"127.0.0.1:6379":                      "invalid URL",
+		"redis:6379":                          "URL without a host",
 		"http://:s3cret@h":                    "invalid URL scheme; ",
-		"redis://:s3cret@h/x":                 "the database is not a number",
-		"redis://:s3cret@h/-1":                "the database is not 0 or above",
-		"redis://:s3cret@h/1/2":               "the database is not a number",
-		"redis://:s3cret@h?max_retries=3":     "a URL with parameters",
-		"redis://:s3cret@h:port":              "not a URL",
-		"redis://h\x7f:s3cret@":               "not a URL",
-		"unix://":                             "a URL without the socket's path",
-		"redis://:s3cret@h:99999":             "the port 99999 is not 1 to 65535",
-		"redis://:s3cret@h:0":                 "the port 0 is not 1 to 65535",
-		"redis://:p@s3cret#w/rd@host":         "a URL whose user or password holds / ? or #: write %2F, %3F or %23, or use password or password_file",
-		"redis://u:12/s3cret@h":               "a URL whose user or password holds / ? or #",
-		"redis://u:12?s3cret@h":               "a URL whose user or password holds / ? or #",
-		"unix://u:12/s3cret@/run/x":           "a URL of a socket with a host",
-		"redis://u:s3cret:6379":               "a host with colons",
-		"redis://h:6379/s3cret":               "the database is not a number",
-		"redis://h/-53":                       "the database is not 0 or above",
+		"redis://:s3cret@h/x":                 "database must be a number",
+		"redis://:s3cret@h/-1":                "database must be 0 or above",
+		"redis://:s3cret@h/1/2":               "database must be a number",
+		"redis://:s3cret@h?max_retries=3":     "URL parameters are not supported",
+		"redis://:s3cret@h:port":              "invalid URL",
+		"redis://h\x7f:s3cret@":               "invalid URL",
+		"unix://":                             "socket URL without a path",
+		"redis://:s3cret@h:99999":             "invalid port 99999; want 1 to 65535",
+		"redis://:s3cret@h:0":                 "invalid port 0; want 1 to 65535",
+		"redis://:p@s3cret#w/rd@host":         "user or password contains / ? or #: write %2F, %3F or %23, or use password or password_file",
+		"redis://u:12/s3cret@h":               "user or password contains / ? or #",
+		"redis://u:12?s3cret@h":               "user or password contains / ? or #",
+		"unix://u:12/s3cret@/run/x":           "socket URL with a host",
+		"redis://u:s3cret:6379":               "host contains colons",
+		"redis://h:6379/s3cret":               "database must be a number",
+		"redis://h/-53":                       "database must be 0 or above",
 		"s3cret://h":                          "invalid URL scheme",
-		"redis://::1:26379":                   "a host with colons: write an IPv6 address in brackets",
-		"redis://a:1,b:2":                     "a URL with several hosts: write mode: cluster or mode: sentinel",
-		"redis://a,b":                         "a URL with several hosts: write mode: cluster or mode: sentinel",
-		"unix://run/x.sock":                   "a URL of a socket with a host: write three slashes",
-		"redis://h#s3cret":                    "a URL with a #; in a password write %23",
-		"unix:///" + strings.Repeat("x", 108): "a socket's path of 109 bytes; allowed are at most 107",
+		"redis://::1:26379":                   "host contains colons: write an IPv6 address in brackets",
+		"redis://a:1,b:2":                     "URL with several hosts: write mode: cluster or mode: sentinel",
+		"redis://a,b":                         "URL with several hosts: write mode: cluster or mode: sentinel",
+		"unix://run/x.sock":                   "socket URL with a host: write three slashes",
+		"redis://h#s3cret":                    "URL contains a #; in a password write %23",
+		"unix:///" + strings.Repeat("x", 108): "socket path of 109 bytes; the maximum is 107",
 	} {
 		err := (RedisOptions{URL: url, Timeout: time.Second}).Validate()
 		if err == nil || !strings.HasPrefix(err.Error(), want) || !strings.HasSuffix(err.Error(), urlForms) {
@@ -506,7 +506,7 @@ func TestRedisOptions(t *testing.T) {
 			t.Errorf("tells the password: %v", err)
 		}
 	}
-	if err := (RedisOptions{URL: "redis://h"}).Validate(); err == nil || err.Error() != "the timeout 0s is not above 0" {
+	if err := (RedisOptions{URL: "redis://h"}).Validate(); err == nil || err.Error() != "timeout must be above 0, not 0s" {
 		t.Error(err)
 	}
 }

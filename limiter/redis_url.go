@@ -12,7 +12,7 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-const urlForms = "allowed are redis://[user:password@]host:port[/database], the same with rediss://, and unix:///path/to/socket[?db=database]"
+const urlForms = "want redis://[user:password@]host:port[/database], the same with rediss://, or unix:///path/to/socket[?db=database]"
 
 // maxSocketPath is how long the path of a unix socket may be, in bytes.
 const maxSocketPath = 107
@@ -33,14 +33,14 @@ func readURL(text string) (*redis.Options, error) {
 	isUnix := strings.EqualFold(scheme, "unix")
 	at := strings.LastIndexByte(rest, '@')
 	if !isUnix && at >= 0 && strings.ContainsAny(rest[:at], "/?#") {
-		return nil, errors.New("a URL whose user or password holds / ? or #: write %2F, %3F or %23, or use password or password_file")
+		return nil, errors.New("user or password contains / ? or #: write %2F, %3F or %23, or use password or password_file")
 	}
 	if servers, _, _ := strings.Cut(rest[at+1:], "/"); !isUnix && strings.Contains(servers, ",") {
-		return nil, errors.New("a URL with several hosts: write mode: cluster or mode: sentinel, and addresses: [host:port, host:port]")
+		return nil, errors.New("URL with several hosts: write mode: cluster or mode: sentinel, and addresses: [host:port, host:port]")
 	}
 	u, err := url.Parse(text)
 	if err != nil { // url.Error repeats the URL, and so its password
-		return nil, errors.New("not a URL")
+		return nil, errors.New("invalid URL")
 	}
 	c := &redis.Options{}
 	switch u.Scheme {
@@ -52,7 +52,7 @@ func readURL(text string) (*redis.Options, error) {
 		err = readServer(u, c)
 		c.TLSConfig = &tls.Config{MinVersion: tls.VersionTLS12}
 	default:
-		err = errors.New("a URL without a host")
+		err = errors.New("URL without a host")
 		if rest != "" && u.Scheme != "" {
 			err = errors.New("invalid URL scheme")
 		}
@@ -72,21 +72,21 @@ func readServer(u *url.URL, c *redis.Options) error {
 	host, port := u.Hostname(), u.Port()
 	switch {
 	case host == "":
-		return errors.New("a URL without a host")
+		return errors.New("URL without a host")
 	case strings.Contains(host, ":") && !strings.HasPrefix(u.Host, "["):
-		return errors.New("a host with colons: write an IPv6 address in brackets, as in redis://[::1]:6379, and user and password before an @")
+		return errors.New("host contains colons: write an IPv6 address in brackets, as in redis://[::1]:6379, and user and password before an @")
 	case strings.ContainsFunc(host, isNoHost):
-		return errors.New("a host with characters that no host name has")
+		return errors.New("host contains characters that no host name has")
 	case u.Fragment != "":
-		return errors.New("a URL with a #; in a password write %23")
+		return errors.New("URL contains a #; in a password write %23")
 	case u.RawQuery != "":
-		return errors.New("a URL with parameters")
+		return errors.New("URL parameters are not supported")
 	}
 	if port == "" {
 		port = "6379"
 	}
 	if n, err := strconv.Atoi(port); err != nil || n < 1 || n > 65535 {
-		return fmt.Errorf("the port %s is not 1 to 65535", port)
+		return fmt.Errorf("invalid port %s; want 1 to 65535", port)
 	}
 	c.Addr = net.JoinHostPort(host, port)
 	return readDatabase(strings.Trim(u.Path, "/"), c)
@@ -103,13 +103,13 @@ func readSocket(u *url.URL, c *redis.Options) error {
 	q.Del("db")
 	switch {
 	case u.Host != "":
-		return errors.New("a URL of a socket with a host: write three slashes, as in unix:///run/redis.sock")
+		return errors.New("socket URL with a host: write three slashes, as in unix:///run/redis.sock")
 	case u.Path == "":
-		return errors.New("a URL without the socket's path")
+		return errors.New("socket URL without a path")
 	case len(u.Path) > maxSocketPath:
-		return fmt.Errorf("a socket's path of %d bytes; allowed are at most %d", len(u.Path), maxSocketPath)
+		return fmt.Errorf("socket path of %d bytes; the maximum is %d", len(u.Path), maxSocketPath)
 	case len(q) > 0 || u.Fragment != "":
-		return errors.New("a URL with parameters")
+		return errors.New("URL parameters are not supported")
 	}
 	c.Network, c.Addr = "unix", u.Path
 	return readDatabase(database, c)
@@ -121,10 +121,10 @@ func readDatabase(text string, c *redis.Options) error {
 	}
 	n, err := strconv.Atoi(text)
 	if err != nil {
-		return errors.New("the database is not a number")
+		return errors.New("database must be a number")
 	}
 	if n < 0 {
-		return errors.New("the database is not 0 or above")
+		return errors.New("database must be 0 or above")
 	}
 	c.DB = n
 	return nil

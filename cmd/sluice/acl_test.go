@@ -156,7 +156,7 @@ func everything(t *testing.T, config string, nodes []*redis.Client) (failed []st
 	program("ok    script", "doctor", "--envoy-timeout", "1m")
 	var stdout bytes.Buffer
 	run(ctx, []string{"doctor", "--config", config}, os.LookupEnv, &stdout, &stdout)
-	if strings.Contains(stdout.String(), "not known") {
+	if strings.Contains(stdout.String(), "unknown: ") {
 		miss("doctor: %s", stdout.String())
 	}
 	return failed

@@ -154,7 +154,7 @@ func TestDemoErrors(t *testing.T) {
 		{[]string{"--port", "99999"}, nil, 2, "sluice: invalid argument \"99999\" for \"--port\" flag: strconv.ParseUint: parsing \"99999\": value out of range\nSee 'sluice demo --help'.\n"},
 		{[]string{"--port", "0"}, nil, 2, "sluice: --port 0: allowed are 1 to 65535\nSee 'sluice demo --help'.\n"},
 		{[]string{"--config", "/no/such.yaml"}, nil, 1, "/no/such.yaml: no such file or directory\n"},
-		{[]string{"--redis", "http://h"}, nil, 2, "--redis: store.redis.url: invalid URL scheme; allowed are redis://[user:password@]host:port[/database], the same with rediss://, and unix:///path/to/socket[?db=database]\n"},
+		{[]string{"--redis", "http://h"}, nil, 2, "--redis: store.redis.url: invalid URL scheme; want redis://[user:password@]host:port[/database], the same with rediss://, or unix:///path/to/socket[?db=database]\n"},
 	} {
 		args := append([]string{"demo"}, tt.args...)
 		if tt.args == nil {

@@ -46,10 +46,10 @@ func TestDoctor(t *testing.T) {
 		}},
 		{"a master without a safeguard", config("redis://127.0.0.1:"+port, ""), "", 0, []string{"warn  replication   1 replicas, and min-replicas-to-write 0\n"}},
 		{"a replica", config(replica.URL(), ""), "", 1, []string{"fail  script ", "→ point store.redis at the master, and see that it may write", "fail  replication   this Redis is a slave\n"}},
-		{"least rights", config(good.URL(), ", username: least, password: pw"), "", 0, []string{"ok    script ", "warn  version       not known: store: auth: NOPERM", "warn  settings "}},
+		{"least rights", config(good.URL(), ", username: least, password: pw"), "", 0, []string{"ok    script ", "warn  version       unknown: store: auth: NOPERM", "warn  settings "}},
 		{"less", config(good.URL(), ", username: less, password: pw"), "", 1, []string{"fail  script ", "→ ACL SETUSER <user> on ~sluice:default:* +evalsha +eval +time +get +set\n"}},
-		{"a wrong password", config(good.URL(), ", username: least, password: wrong"), "", 1, []string{"fail  reachable     store: auth: ", ": WRONGPASS invalid username-password pair", "look at store.redis.username and password"}},
-		{"nobody there", config(url, ""), "", 1, []string{"fail  reachable     store: connection: ", "→ look at store.redis.url"}},
+		{"a wrong password", config(good.URL(), ", username: least, password: wrong"), "", 1, []string{"fail  reachable     store: auth: ", ": WRONGPASS invalid username-password pair", "check store.redis.username and password"}},
+		{"nobody there", config(url, ""), "", 1, []string{"fail  reachable     store: connection: ", "→ check store.redis.url"}},
 		{"in process", file(t, "sluice.yaml", "{}\n"), "", 0, []string{"warn  store         in process"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -123,7 +123,7 @@ func TestDoctorNamesAProxy(t *testing.T) {
 		}
 		return status, stdout
 	}
-	if status, stdout := doctor(servers); status != 1 || !strings.Contains(stdout, "fail  one server    behind this address keys are spread over several servers") {
+	if status, stdout := doctor(servers); status != 1 || !strings.Contains(stdout, "fail  one server    a proxy at this address spreads keys over several servers") {
 		t.Errorf("%d\n%s", status, stdout)
 	}
 	if status, stdout := doctor(servers[:1]); status != 0 || strings.Contains(stdout, "one server") || strings.Contains(stdout, "this Redis is a ") {

@@ -174,7 +174,7 @@ func TestSettings(t *testing.T) {
 SLUICE_GRACE: grace: invalid duration "soon"; want one from 0s to 1h0m0s, such as 500ms or 10s
 --log-level: log_level: unknown value "loud"; want one of debug, info, warn, error
 --domain: domain: invalid value "a b"; want 1 to 253 letters, digits and . _ / -
---redis: store.redis.url: invalid URL scheme; allowed are redis://[user:password@]host:port[/database], the same with rediss://, and unix:///path/to/socket[?db=database]
+--redis: store.redis.url: invalid URL scheme; want redis://[user:password@]host:port[/database], the same with rediss://, or unix:///path/to/socket[?db=database]
 --colour: colour: unknown setting`
 	if err == nil || err.Error() != want {
 		t.Errorf("%v\nwant\n%s", err, want)
@@ -218,10 +218,10 @@ func TestSentinelAccess(t *testing.T) {
 		t.Errorf("%+v", c.Redis)
 	}
 	for more, want := range map[string]string{
-		"url: 'redis://h', sentinel: {password: hunter2}":                                                                       "sentinel, which says how to talk to sentinels, is for the mode sentinel",
+		"url: 'redis://h', sentinel: {password: hunter2}":                                                                       "sentinel requires mode sentinel",
 		"mode: sentinel, addresses: ['h:1'], master: m, sentinel: {password: hunter2, password_file: secret}":                   "store.redis.sentinel.password_file: password and password_file are mutually exclusive",
 		"mode: sentinel, addresses: ['h:1'], master: m, sentinel: {pasword: hunter2}":                                           "store.redis.sentinel.pasword: unknown field; ",
-		"mode: sentinel, addresses: ['h:1'], master: m, sentinel: {tls: {cert_file: secret}}":                                   "one of cert_file and key_file; wanted are both or none",
+		"mode: sentinel, addresses: ['h:1'], master: m, sentinel: {tls: {cert_file: secret}}":                                   "cert_file and key_file must be set together",
 		"mode: sentinel, addresses: ['h:1'], master: m, sentinel: {password: hunter2, tls: {ca_file: secret, server_name: []}}": "store.redis.sentinel.tls.server_name: ",
 	} {
 		_, err := load(more)
