@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -13,89 +12,10 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/redis/go-redis/v9"
 	"pgregory.net/rapid"
 
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
-
-// fakeNode is a node whose calls a test sees begin, and ends when it likes.
-type fakeNode struct {
-	*node
-	began chan []*pending
-	ended chan error
-}
-
-// unused is a client that never dials.
-var unused = redis.NewClient(&redis.Options{PipelinePoolSize: -1})
-
-// newFakeNode is for use in a bubble of synctest's, whose clock it then goes by.
-func newFakeNode() fakeNode {
-	f := fakeNode{node: &node{name: "fake"}, began: make(chan []*pending, 100), ended: make(chan error)}
-	f.call = func(ctx context.Context, _ *connection, batch []*pending) error {
-		f.began <- batch
-		select {
-		case err := <-f.ended:
-			for _, t := range batch {
-				if err == nil {
-					t.reply = "answered"
-				}
-			}
-			return err
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-	}
-	f.dial = func(context.Context) (*connection, error) {
-		return &connection{Conn: unused.Conn(), opened: time.Now(), used: time.Now()}, nil
-	}
-	return f
-}
-
-// caller is one take and how it fared.
-type caller struct {
-	*pending
-	abandoned bool
-	err       error
-	took      time.Duration
-	done      chan struct{}
-}
-
-// ask has a take executed, with that long to live.
-func (f fakeNode) ask(ctx context.Context, life time.Duration) *caller {
-	return f.askFor(ctx, life, 1)
-}
-
-// askFor is ask for a take of so many charges.
-func (f fakeNode) askFor(ctx context.Context, life time.Duration, charges int) *caller {
-	began := time.Now()
-	c := &caller{pending: newBlank(), done: make(chan struct{})}
-	c.keys = make([]string, charges)
-	c.deadline = began.Add(life)
-	go func() {
-		c.abandoned, c.err = f.do(ctx, c.pending)
-		c.took = time.Since(began)
-		close(c.done)
-	}()
-	synctest.Wait()
-	return c
-}
-
-// wantBatches checks how many takes the calls carry that have begun since, in
-// any order: calls that leave together are made by goroutines of their own.
-func (f fakeNode) wantBatches(t *testing.T, sizes ...int) {
-	t.Helper()
-	synctest.Wait()
-	var got []int
-	for len(f.began) > 0 {
-		got = append(got, len(<-f.began))
-	}
-	slices.Sort(got)
-	slices.Sort(sizes)
-	if !slices.Equal(got, sizes) {
-		t.Fatalf("calls of %v takes, want %v", got, sizes)
-	}
-}
 
 // What arrives while a call is under way leaves with the next one, all at once.
 func TestTakesGather(t *testing.T) {
@@ -592,7 +512,7 @@ func TestBatchAgreesWithLevelAt(t *testing.T) {
 }
 
 // Many callers who come and go, some with little time and some who hang up: every answer is the right one's, and every token is accounted for.
-func TestBusyFlights(t *testing.T) {
+func TestBusyBatches(t *testing.T) {
 	server := redistest.Start(t)
 	r := newTestRedis(t, server, serverClock)
 	const callers, each, keys = 64, 300, 7
