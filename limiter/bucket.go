@@ -9,31 +9,37 @@ import (
 
 // The ranges that NewBucket accepts.
 const (
-	MaxTokens = 1_000_000_000            // of a rate and of a burst
-	minPeriod = time.Microsecond         // of a rate; periods are whole microseconds
-	maxPeriod = 366 * 24 * time.Hour     // of a rate
-	maxFill   = 36525 * 24 * time.Hour   // 100 years, from empty to full
-	Never     = time.Duration(1<<63 - 1) // the wait for more tokens than the bucket can ever hold
+	MaxTokens = 1_000_000_000          // of a rate and of a burst
+	minPeriod = time.Microsecond       // of a rate; periods are whole microseconds
+	maxPeriod = 366 * 24 * time.Hour   // of a rate
+	maxFill   = 36525 * 24 * time.Hour // 100 years, from empty to full
 )
 
-// minP is the least p that a Bucket is computed with: 1/p token is the grain of its arithmetic. When a
-// limit's rate changes, the part of a token that a bucket holds is converted to the new grain and rounded down,
-// which then costs a client at most a millionth of a token.
+// Never is the wait for more tokens than a bucket can hold.
+const Never = time.Duration(1<<63 - 1)
+
+// minP is the least p of a Bucket: levels are counted in whole tokens and p-ths
+// of one. When a limit's rate changes, the fraction that a bucket holds is
+// converted to the new p and rounded down, which costs a client at most a
+// millionth of a token.
 const minP = 1_000_000
 
-// Bucket is the shape of a token bucket: how many tokens it holds at most and how fast it refills. It is a
-// comparable value; equal rates (60/m and 1/s) make equal Buckets. The zero value is not a bucket.
+// Bucket is the shape of a token bucket: how many tokens it holds at most and how
+// fast it refills. It is a comparable value; equal rates (60/m and 1/s) make equal
+// Buckets. The zero value is not a bucket.
 //
-// The rate is n tokens each p microseconds: the tokens and the period as given, divided by their greatest common
-// divisor, then both multiplied until p is at least minP. So n is at most 1e15 and p at most 3.2e13 (2^45).
+// The rate is n tokens each p microseconds. NewBucket divides the tokens and the
+// period by their greatest common divisor, then multiplies both until p is at
+// least minP. So n is at most 1e15 and p at most 3.2e13 (2^45).
 type Bucket struct {
 	n, p  int64
 	burst int64
 }
 
-// NewBucket returns a bucket of burst tokens that refills by tokens each period. It reports which of its arguments
-// is out of range: tokens and burst 1 to MaxTokens, period minPeriod to maxPeriod in whole microseconds, and
-// at most maxFill from empty to full.
+// NewBucket returns a bucket of burst tokens that refills by tokens each period.
+// Tokens and burst are 1 to MaxTokens; the period is 1 µs to 366 days in whole
+// microseconds; from empty to full the bucket may take at most 100 years. The
+// error says which argument is out of range.
 func NewBucket(tokens int64, period time.Duration, burst int64) (Bucket, error) {
 	switch {
 	case tokens < 1 || tokens > MaxTokens:
@@ -67,14 +73,15 @@ func gcd(a, b int64) int64 {
 	return a
 }
 
-// Share is the bucket of a part of a rate and a burst, 0 < part ≤ 1: rounded down, the burst to at least 1 token, and the rate so that it
-// is above 0.
+// Share returns a bucket with a part of b's rate and burst, 0 < part ≤ 1. Both are
+// rounded down, but the burst is at least 1 token and the rate above 0.
 func (b Bucket) Share(part float64) Bucket {
 	const grain = 1_000_000 // of the part
 	parts := max(1, int64(part*grain))
 	s := b
 	s.burst = max(1, b.burst*parts/grain)
-	// A slow rate has too small an n to take a part of: its period is lengthened first, as far as it may be.
+	// The n of a slow rate is too small to take a part of: lengthen the period
+	// first, as far as it may be.
 	if k := min(grain, maxPeriod.Microseconds()/s.p); s.n < grain && k > 1 {
 		s.n, s.p = s.n*k, s.p*k
 	}
@@ -84,19 +91,20 @@ func (b Bucket) Share(part float64) Bucket {
 	return s
 }
 
-// Burst is the most tokens that the bucket holds.
+// Burst returns how many tokens the bucket holds at most.
 func (b Bucket) Burst() int64 { return b.burst }
 
-// FillTime is how long the bucket takes from empty to full, rounded up to a microsecond.
+// FillTime returns how long the bucket takes from empty to full, rounded up to a
+// microsecond.
 func (b Bucket) FillTime() time.Duration { return b.wait(level{}, b.burst) }
 
-// level is what a bucket holds: whole tokens and, of one more, frac p-ths (0 ≤ frac < p of the Bucket that it is
-// a level of). A full bucket has tokens == burst and frac == 0.
+// level is what a bucket holds: whole tokens, and frac p-ths of one more, with
+// 0 ≤ frac < p of its Bucket. A full bucket has tokens == burst and frac == 0.
 type level struct {
 	tokens, frac int64
 }
 
-// full is the level that a bucket starts with.
+// full returns the level that a bucket starts with.
 func (b Bucket) full() level { return level{tokens: b.burst} }
 
 // state is what a store keeps of a bucket: the level that it had at an instant,
@@ -176,15 +184,17 @@ func slower(a, o Bucket) Bucket {
 	return both
 }
 
-// levelAt is all the maths of a take: from what was stored, the limit's shape, and the instant of the take, to what the
-// bucket holds then, before anything is taken. It does no I/O and knows no clock; the Lua script does the same to
-// the digit, and a test holds the two together.
+// levelAt returns what a bucket with the stored state s holds at the instant now,
+// as a level of the limit's shape b, before anything is taken. It does no I/O and
+// reads no clock; the Lua script computes exactly the same, and a test compares
+// the two.
 //
-// The bucket refills in its stored shape up to now, so that a changed limit finds the tokens that were there, at
-// most its own burst; from then on the new shape counts. moved says that the answer depends on something
-// that a denied take must store too: the clock went back (the bucket must refill from the new now on, or it
-// would stand still until the clock has caught up), or the shape changed (a raised rate must count from now on, and
-// not after the next grant).
+// The bucket refills in its stored shape up to now, so that a changed limit finds
+// the tokens that were there, at most its own burst; from then on the new shape
+// counts. If moved is true, the new state must be stored even if the take is
+// denied. It is true if the clock went back, as the bucket would otherwise not
+// refill until the clock has caught up; and if the shape changed, as a raised
+// rate counts from now on, not from the next grant.
 func levelAt(s state, b Bucket, now int64) (l level, moved bool) {
 	l = s.level
 	if now < s.at {
@@ -200,9 +210,11 @@ func levelAt(s state, b Bucket, now int64) (l level, moved bool) {
 
 // refill returns l after elapsed microseconds (at least 0).
 //
-// Exact: with elapsed = a·p + r (r < p), the tokens that arrive are a·n + r·n/p. Where a·n reaches the room that is
-// left, the bucket is full. Else a·n < 1e9, and r·n < 2^45 · 1e15 < 2^95 is taken in 128 bits. The quotient is
-// below n ≤ 1e15 and the remainder below p, so all sums stay below 2^63 (in Lua: below 2^53; see take.lua).
+// It is exact: with elapsed = a·p + r (r < p), a·n + r·n/p tokens arrive. If a·n
+// reaches the room that is left, the bucket is full. Otherwise a·n < 1e9, and
+// r·n < 2^45 · 1e15 < 2^95 is computed in 128 bits. The quotient is below
+// n ≤ 1e15 and the remainder below p, so all sums stay below 2^63 (in Lua below
+// 2^53; see take.lua).
 func (b Bucket) refill(l level, elapsed int64) level {
 	room := b.burst - l.tokens
 	a, r := elapsed/b.p, elapsed%b.p
@@ -224,7 +236,8 @@ func (b Bucket) refill(l level, elapsed int64) level {
 	return l
 }
 
-// convert returns l, a level of the shape from, as a level of b: at most b's burst, and rounded down.
+// convert returns l, a level of the shape from, as a level of b: at most b's
+// burst, and rounded down.
 func (b Bucket) convert(l level, from Bucket) level {
 	if l.tokens >= b.burst {
 		return b.full()
@@ -235,8 +248,8 @@ func (b Bucket) convert(l level, from Bucket) level {
 	return l
 }
 
-// wait is how long a bucket at level l takes until it holds want tokens, rounded up to a microsecond: 0 where it
-// does already, Never where it cannot.
+// wait returns how long a bucket at level l takes until it holds want tokens,
+// rounded up to a microsecond: 0 if it does already, Never if it cannot.
 func (b Bucket) wait(l level, want int64) time.Duration {
 	switch {
 	case want <= l.tokens:

@@ -1,8 +1,10 @@
-// Package limiter draws tokens from buckets: the arithmetic, the stores that keep the buckets (Redis, or this process),
-// and what becomes of a request when the store does not answer.
+// Package limiter takes tokens from buckets. It has the arithmetic, the stores
+// that keep the buckets (Redis, or this process), and the failure modes for when
+// a store does not answer.
 //
-// It knows no Envoy, gRPC or HTTP. A caller says which buckets at what cost (Charge); Decide draws from all of them or
-// from none and says how the request fared (Decision). The README beside this file explains the terms and
+// It knows nothing of Envoy, gRPC or HTTP. A caller says which buckets a request
+// draws from and at what cost (Charge); Decide takes from all of them or from
+// none and returns a Decision. The README beside this file explains the terms and
 // walks one client through a bucket.
 package limiter
 
@@ -14,38 +16,47 @@ import (
 	"time"
 )
 
-// FailureMode says what becomes of a request when the store does not answer for a limit.
+// FailureMode says what happens to a request when the store does not answer for
+// a limit.
 type FailureMode uint8
 
-// The failure modes, weakest first: where the limits that fail disagree, the strongest decides.
+// The failure modes, weakest first. If the limits that fail disagree, the
+// strongest mode decides.
 const (
 	Allow    FailureMode = iota // let the request pass
-	Local                       // limit in this process, by its share of the limit
+	Local                       // limit in this process, to its share of the limit
 	Delegate                    // let the proxy decide: answer its call with an error
 	Deny                        // refuse the request: fail closed
 )
 
-// Limit is what all the buckets of one limit have in common. It is not changed once it is in use.
+// Limit is what all buckets of one limit have in common. It must not change once
+// it is in use.
 type Limit struct {
-	Domain    string      // whose buckets they are
+	Domain    string      // separates the buckets of several configs
 	Name      string      // unique in a config
 	Shadow    bool        // decide and count, but never deny
-	OnFailure FailureMode // of no meaning where Shadow
+	OnFailure FailureMode // ignored if Shadow
 }
 
-// Charge is what a request owes one bucket. Its fields are not changed once it is in use.
+// Charge is what a request owes one bucket. It must not change once it is in use.
 type Charge struct {
-	Limit  *Limit
-	Bucket Bucket // the bucket's shape; a key may have another than its limit's other keys
-	Key    string // the bucket's whole key, as it stands in Redis
-	Cost   int64  // in tokens, at least 0; 0 looks without taking, more than the burst is always denied
-	// Local is the bucket that this process keeps by itself while the store fails, where the limit's OnFailure is Local.
+	Limit *Limit
+	// Bucket is the bucket's shape. Keys of one limit may have different shapes.
+	Bucket Bucket
+	// Key is the whole key of the bucket in the store.
+	Key string
+	// Cost is in tokens, at least 0. A charge of 0 reads the bucket and takes
+	// nothing; a charge above the burst is always denied.
+	Cost int64
+	// Local is the shape of the bucket that this process keeps for the key while
+	// the store fails. It is used only if the limit's OnFailure is Local.
 	Local Bucket
-	// Refused says that it is denied whatever the bucket holds, and for ever.
+	// Refused denies the charge for ever, whatever the bucket holds.
 	Refused bool
 }
 
-// needs is how many tokens the bucket has to hold, at most one more than it can.
+// needs returns how many tokens the bucket must hold for the charge: at most one
+// more than the burst, which no bucket holds.
 func (c *Charge) needs() int64 {
 	if c.Refused {
 		return c.Bucket.burst + 1
@@ -58,38 +69,52 @@ type Source uint8
 
 // The sources.
 const (
-	NoSource    Source = iota // nobody: the store did not answer or was not asked, or there was no bucket to ask for
-	RedisSource               // Redis
-	MemorySource
-	LocalSource   // this process, in Redis's place
-	CeilingSource // this process, by what a bucket can hold at most: the other numbers of the Verdict are then bounds, too
+	// NoSource means that nobody decided: the store did not answer, it was not
+	// asked, or there was no bucket.
+	NoSource     Source = iota
+	RedisSource         // a Redis
+	MemorySource        // a Memory
+	LocalSource         // this process, in place of Redis (Fallback)
+	// CeilingSource means that this process denied the charge by the most that
+	// the bucket can hold (Ceiling). The numbers of the Verdict are then bounds.
+	CeilingSource
 )
 
-// Verdict is what a store says of one Charge. The times are of the instant at which the store decided.
+// Verdict is what a store decided about one Charge. Its durations count from the
+// instant of the decision.
 type Verdict struct {
-	// Allowed says that the bucket held the cost. It is the bucket's own verdict: where another one denied the
-	// request, nothing was taken all the same.
-	Allowed    bool
-	Source     Source
-	taken      bool          // the store took the cost, and was not told to refund it
-	Remaining  int64         // whole tokens that the bucket holds now
-	RetryAfter time.Duration // until it holds the cost; 0 where Allowed, Never where the cost is above the burst
-	FullAfter  time.Duration // until it is full; 0 where it is
-	NextAfter  time.Duration // until it holds one whole token more; 0 where it is full
-	// Err says why the store has no verdict: a *StoreError, and then the other fields are zero. It wraps context.Canceled
-	// where the caller hung up, which is no failure of the store's.
+	// Allowed says that the bucket held the cost. It is true even if another
+	// bucket denied the request, so that nothing was taken.
+	Allowed bool
+	Source  Source
+	// taken says that the store took the cost, and was not told to refund it.
+	taken bool
+	// Remaining is how many whole tokens the bucket holds after the decision.
+	Remaining int64
+	// RetryAfter is the time until the bucket holds the cost: 0 if Allowed, Never
+	// if the cost is above the burst.
+	RetryAfter time.Duration
+	// FullAfter is the time until the bucket is full.
+	FullAfter time.Duration
+	// NextAfter is the time until the bucket holds one more whole token; 0 if it
+	// is full.
+	NextAfter time.Duration
+	// Err is a *StoreError if the store has no verdict; the other fields are then
+	// zero. It wraps context.Canceled if the caller hung up, which is not a
+	// failure of the store.
 	Err error
 
-	// By which the verdict was found: what the bucket holds now, and the store's clock in microseconds.
-	left level
-	at   int64
+	left level // what the bucket holds after the decision
+	at   int64 // the time of the decision by the store's clock, in microseconds
 }
 
-// Known reports whether there is a verdict: it is not known where the store failed (Err), and where nobody asked since another charge of the
-// request was denied for certain.
+// Known reports whether there is a verdict. There is none if the store failed
+// (Err), or if it was not asked because another charge of the request was denied
+// for certain.
 func (v *Verdict) Known() bool { return v.Source != NoSource }
 
-// verdict is the Verdict of a bucket that held the level before, of which taken tokens were then taken.
+// verdict returns the Verdict on a cost if the bucket held the level before and
+// taken tokens were then taken from it.
 func (b Bucket) verdict(before level, cost, taken int64, from Source) Verdict {
 	after := before
 	after.tokens -= taken
@@ -111,16 +136,17 @@ func (b Bucket) verdict(before level, cost, taken int64, from Source) Verdict {
 
 // Store keeps buckets.
 //
-// Take fills verdicts[i] with what became of charges[i]; the slices have the same length, at least 1, and no two
-// charges have the same Key. Of the charges whose Limit is not Shadow, all that a
-// bucket answered for are taken, or none of them: none where one is denied, and
-// none where one has an Err and its Limit's OnFailure is Deny (Outcome.Spends).
-// A Shadow charge is taken exactly if its own bucket allows it. One bucket's
-// trouble MUST NOT become another's.
+// Take fills verdicts[i] with the verdict on charges[i]. The slices have the same
+// length, at least 1, and no two charges have the same Key. Of the charges whose
+// Limit is not Shadow, Take takes all for which a bucket answered, or none of
+// them: none if one is denied, and none if one has an Err and its Limit's
+// OnFailure is Deny (Outcome.Spends). A Shadow charge is taken if and only if its
+// own bucket allows it. A bucket that fails MUST NOT make another one fail.
 //
-// Take MUST return by the deadline of ctx, and MUST execute at most once however it ends: an answer that is lost
-// may have taken tokens, and never gives one away. Where an enforced charge is denied it MAY leave others without a verdict, as zero
-// ones. It is safe for concurrent use, and keeps neither slice.
+// Take MUST return by the deadline of ctx, and MUST execute at most once however
+// it ends: if its answer is lost, tokens may have been taken, and none may be
+// granted twice. If an enforced charge is denied, Take MAY leave other verdicts
+// zero. Take MUST be safe for concurrent use, and MUST NOT keep either slice.
 type Store interface {
 	Take(ctx context.Context, charges []Charge, verdicts []Verdict)
 }
@@ -128,24 +154,28 @@ type Store interface {
 // Outcome is how a check ended.
 type Outcome uint8
 
-// The outcomes. Decide gives the first of these; Exempt and Invalid are for who draws up the charges.
+// The outcomes. Decide returns Unmatched to Delegated, and Canceled. The caller
+// that makes the charges sets Exempt and Invalid.
 const (
 	Unmatched    Outcome = iota // no limit applies
-	Allowed                     // every enforced limit allowed it
-	Limited                     // an enforced limit denied it
+	Allowed                     // every enforced limit allowed the request
+	Limited                     // an enforced limit denied the request
 	FailedOpen                  // the store did not answer for a limit, which lets the request pass
 	FailedClosed                // the store did not answer for a limit, which refuses the request
 	Delegated                   // the store did not answer for a limit, which leaves the request to the proxy
 	Exempt                      // the config exempts the request from all limits
-	Invalid                     // the request shows a mistake of the config
-	FailedLocal                 // this process decided in the store's place; as a Decision's Outcome it is Allowed or Limited
-	Canceled                    // the caller hung up before the store answered: nobody learns of the decision
+	Invalid                     // the request reveals a mistake in the config
+	// FailedLocal means that this process decided in place of the store. It names
+	// such checks in metrics and logs; the Outcome of the Decision is Allowed or
+	// Limited, and its Local is set.
+	FailedLocal
+	Canceled // the caller hung up before the store answered
 )
 
-// Outcomes are all of them, in order.
+// Outcomes lists all outcomes in the order of their values.
 var Outcomes = []Outcome{Unmatched, Allowed, Limited, FailedOpen, FailedClosed, Delegated, Exempt, Invalid, FailedLocal, Canceled}
 
-// String is the outcome's name in metrics, metadata and logs.
+// String returns the outcome's name in metrics, metadata and logs.
 func (o Outcome) String() string {
 	switch o {
 	case Unmatched:
@@ -172,21 +202,25 @@ func (o Outcome) String() string {
 	return fmt.Sprintf("Outcome(%d)", uint8(o))
 }
 
-// Decision is what became of a request.
+// Decision is what Decide returns about a request.
 type Decision struct {
 	Outcome  Outcome
-	Charges  []Charge  // as given
-	Verdicts []Verdict // of the same indexes
-	// Strictest is the index of the charge that the answer speaks of, or -1. Of those that denied it is the one that
-	// denies for longest; where none did, the one with the smallest share of its burst left; where there are
-	// several, the first. A shadow charge or one without a verdict is never telling.
+	Charges  []Charge  // as passed to Decide
+	Verdicts []Verdict // Verdicts[i] is on Charges[i]; nil without charges
+	// Strictest is the index of the charge that the answer reports, or -1 if there
+	// is none. If charges were denied, it is the one with the longest RetryAfter;
+	// otherwise the one with the smallest share of its burst left; the first one
+	// of several. It is never a shadow charge or one without a verdict.
 	Strictest int
-	// Local says that this process decided about an enforced charge in the store's place.
+	// Local says that this process decided about an enforced charge in place of
+	// the store.
 	Local bool
 }
 
-// Decide draws charges from the store, all or none, and decides by the answer. Without charges the request is
-// Unmatched and the store is not asked. It is safe for concurrent use.
+// Decide takes the charges from the store, all or none, and returns what happens
+// to the request. Without charges the Outcome is Unmatched and the store is not
+// asked. Decide returns by the deadline of ctx, as the store does. It is safe for
+// concurrent use.
 func Decide(ctx context.Context, store Store, charges []Charge) Decision {
 	d := Decision{Charges: charges, Strictest: -1}
 	if len(charges) == 0 {
@@ -205,7 +239,7 @@ func Decide(ctx context.Context, store Store, charges []Charge) Decision {
 			d.Strictest = i
 		}
 	}
-	// The store has not failed a caller that did not wait for it.
+	// If the caller hung up, a missing verdict is not a failure of the store.
 	if d.Outcome != Limited && errors.Is(ctx.Err(), context.Canceled) &&
 		slices.ContainsFunc(d.Verdicts, func(v Verdict) bool { return !v.Known() }) {
 		d.Outcome = Canceled
@@ -213,14 +247,14 @@ func Decide(ctx context.Context, store Store, charges []Charge) Decision {
 	return d
 }
 
-// outcomeOf returns what becomes of a request from the verdicts on its charges
-// and their failure modes: Allowed, Limited, FailedOpen, FailedClosed or
-// Delegated. A bucket that is known to deny decides, whatever those would have
-// said that did not answer; where none denies and some failed, the strongest
-// failure mode does. What becomes of the charges is Outcome.Spends.
+// outcomeOf returns the outcome of a request from the verdicts on its charges and
+// their failure modes: Allowed, Limited, FailedOpen, FailedClosed or Delegated. A
+// bucket that is known to deny decides, whatever the buckets without an answer
+// hold; if none denies and some failed, the strongest failure mode decides.
+// Outcome.Spends says whether the charges are taken.
 //
-// It is the one place with this rule. The script has it in its own words
-// (appendCharge), and tests hold the two together.
+// This rule is here and, in other words, in the script (appendCharge); tests
+// compare the two.
 func outcomeOf(charges []Charge, verdicts []Verdict) Outcome {
 	failed, failure, unknown := false, Allow, false
 	for i := range charges {
@@ -229,7 +263,7 @@ func outcomeOf(charges []Charge, verdicts []Verdict) Outcome {
 		case c.Limit.Shadow:
 		case v.Err != nil:
 			failed, failure = true, max(failure, c.Limit.OnFailure)
-		case !v.Known(): // another one is denied; where none is, the store has failed
+		case !v.Known(): // another one is denied; if none is, the store has failed
 			unknown = true
 		case !v.Allowed:
 			return Limited
@@ -252,38 +286,43 @@ func outcomeOf(charges []Charge, verdicts []Verdict) Outcome {
 // their own bucket allows it.
 func (o Outcome) Spends() bool { return o == Allowed || o == FailedOpen || o == Delegated }
 
-// tells reports whether charge i is more telling than charge j, both with a verdict.
+// stricter reports whether charge i is stricter than charge j (see Strictest).
+// Both must have a verdict.
 func (d *Decision) stricter(i, j int) bool {
 	v, w := &d.Verdicts[i], &d.Verdicts[j]
 	if !v.Allowed || !w.Allowed {
 		return v.RetryAfter > w.RetryAfter // 0 where allowed, and at least a microsecond where not
 	}
-	// The smaller share left: r/b < s/c, as r·c < s·b (at most 1e18).
+	// The smaller share is stricter: r/b < s/c if r·c < s·b, at most 1e18.
 	return v.Remaining*d.Charges[j].Bucket.burst < w.Remaining*d.Charges[i].Bucket.burst
 }
 
-// ErrorKind says what went wrong with a store, as a metric's label does.
+// ErrorKind classifies the errors of a store. It is the value of the label kind
+// of sluice_store_errors_total.
 type ErrorKind string
 
-// The kinds.
+// The kinds of errors.
 const (
 	KindTimeout    ErrorKind = "timeout"    // no answer in time
 	KindConnection ErrorKind = "connection" // no connection, or it broke
-	KindAuth       ErrorKind = "auth"       // wrong password, or no right to
+	KindAuth       ErrorKind = "auth"       // wrong password, or a missing right
 	KindReadOnly   ErrorKind = "readonly"   // a replica, or a master that must not write now
-	KindOOM        ErrorKind = "oom"        // out of memory
-	KindLoading    ErrorKind = "loading"    // still reading its data
+	KindOOM        ErrorKind = "oom"        // Redis is out of memory
+	KindLoading    ErrorKind = "loading"    // Redis is still reading its data
 	KindScript     ErrorKind = "script"     // the script failed, or was refused
-	KindState      ErrorKind = "state"      // what was stored makes no sense, or is of a newer version
-	KindOverload   ErrorKind = "overload"   // more waits than may
+	KindState      ErrorKind = "state"      // the stored state is invalid, or of a newer version
+	KindOverload   ErrorKind = "overload"   // too many takes are waiting
 	KindOther      ErrorKind = "other"
 )
 
-// errorKinds are all of them.
-var errorKinds = []ErrorKind{KindTimeout, KindConnection, KindAuth, KindReadOnly, KindOOM, KindLoading, KindScript, KindState,
-	KindOverload, KindOther}
+// errorKinds lists all kinds.
+var errorKinds = []ErrorKind{
+	KindTimeout, KindConnection, KindAuth, KindReadOnly, KindOOM,
+	KindLoading, KindScript, KindState, KindOverload, KindOther,
+}
 
-// StoreError is a store's trouble. Its text holds no key and nothing that a client sent.
+// StoreError is an error from a Store, classified by Kind. Its text contains no
+// key and nothing else that a client sent.
 type StoreError struct {
 	Kind ErrorKind
 	Err  error
@@ -292,14 +331,15 @@ type StoreError struct {
 func (e *StoreError) Error() string { return fmt.Sprintf("store: %s: %v", e.Kind, e.Err) }
 func (e *StoreError) Unwrap() error { return e.Err }
 
-// failAll gives every charge the same error.
+// failAll sets the same error for all verdicts.
 func failAll(verdicts []Verdict, err error) {
 	for i := range verdicts {
 		verdicts[i] = Verdict{Err: err}
 	}
 }
 
-// KindOf is the kind of a store's error, KindOther where err is none.
+// KindOf returns the kind of the *StoreError that err wraps, and KindOther if it
+// wraps none.
 func KindOf(err error) ErrorKind {
 	var e *StoreError
 	if errors.As(err, &e) {

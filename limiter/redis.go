@@ -15,10 +15,12 @@ import (
 	"go.uber.org/zap"
 )
 
-// The library writes lines of its own to stderr, one for each dial that failed. All that it says there it returns too.
+// The library logs to stderr, for example each failed dial. It returns the same
+// errors, so its log is off.
 func init() { logging.Disable() }
 
-// Redis is the Store that all sidecars share. It is safe for concurrent use.
+// Redis is the Store that all sidecars share. It is safe for concurrent use. For
+// the failure mode Local it needs a Fallback over it.
 type Redis struct {
 	client       redis.UniversalClient
 	cluster      *redis.ClusterClient // the client, where it is a cluster's; else nil
@@ -43,13 +45,14 @@ type Redis struct {
 
 var _ Store = (*Redis)(nil)
 
-// NewRedis returns a store on the Redis that o names, without asking it anything yet. A nil log logs nothing. Close it
-// after use.
+// NewRedis returns a store on the Redis that o names, without connecting yet. Its
+// error is that of o.Validate. A nil log logs nothing. Close it after use.
 func NewRedis(o RedisOptions, log *zap.Logger, metrics prometheus.Registerer) (*Redis, error) {
 	return newRedis(o, serverClock, log, metrics)
 }
 
-// newRedis has the script's last line from its caller: tests pass the instant themselves.
+// newRedis is NewRedis with another last line of the script: tests pass the
+// instant themselves.
 func newRedis(o RedisOptions, clock string, log *zap.Logger, metrics prometheus.Registerer) (*Redis, error) {
 	c, err := o.universal()
 	if err != nil {
@@ -109,8 +112,9 @@ func newRedis(o RedisOptions, clock string, log *zap.Logger, metrics prometheus.
 	return r, nil
 }
 
-// SetCredentials takes the username and the password of o for all connections from now on, so that a password can change without a
-// restart. The rest of o is of no meaning; it reports where o is not valid.
+// SetCredentials sets the username and the password of all new connections to
+// those of o, so that a password can change without a restart. The other fields
+// of o are ignored, but its error is that of o.Validate.
 func (r *Redis) SetCredentials(o RedisOptions) error {
 	c, err := o.universal()
 	if err != nil {
@@ -150,8 +154,9 @@ func (r *Redis) Run(ctx context.Context) {
 	}
 }
 
-// forget lets go of the nodes of a cluster that are none of its masters any more: their addresses may be other ones for ever, as in
-// Kubernetes. Of no masters it knows that nobody could say who they are.
+// forget drops nodes that are no longer masters; in Kubernetes a replaced node
+// never gets its address back. It does nothing if masters is empty, because the
+// topology is then unknown.
 func (r *Redis) forget(masters map[string]bool) {
 	if len(masters) == 0 {
 		return
@@ -174,8 +179,9 @@ func (r *Redis) Close() error {
 	return r.client.Close()
 }
 
-// Ping asks whether Redis answers, by the deadline of ctx, and opens the connections that takes need. What is opened then goes on, and
-// the next Ping finds it. On a cluster it asks all masters. Its error is a *StoreError.
+// Ping returns nil if Redis answers by the deadline of ctx, and opens the
+// connections that takes need. Connecting goes on after the deadline, for the next
+// Ping. On a cluster it asks all masters. Its error is a *StoreError.
 func (r *Redis) Ping(ctx context.Context) error {
 	err := r.eachMaster(ctx, func(ctx context.Context, client *redis.Client) error { return r.nodeFor(client).warm(ctx) })
 	if err != nil {
@@ -184,10 +190,10 @@ func (r *Redis) Ping(ctx context.Context) error {
 	return nil
 }
 
-// refreshesEvery is how often connections are seen to.
+// refreshesEvery is how often connections are checked and renewed.
 const refreshesEvery = time.Second
 
-// eachMaster calls a function for each node that takes go to.
+// eachMaster calls do for each node that takes go to.
 func (r *Redis) eachMaster(ctx context.Context, do func(context.Context, *redis.Client) error) error {
 	if r.cluster != nil {
 		return r.cluster.ForEachMaster(ctx, do)
@@ -195,7 +201,8 @@ func (r *Redis) eachMaster(ctx context.Context, do func(context.Context, *redis.
 	return do(ctx, r.client.(*redis.Client))
 }
 
-// deadlineMargin is what a take leaves of its caller's time for the answer's own way.
+// deadlineMargin is how long before its caller's deadline a take ends, so that
+// the answer arrives in time.
 const deadlineMargin = 5 * time.Millisecond
 
 // Take is Store's. It makes one round trip, which it may share with other takes;
@@ -256,16 +263,18 @@ func (r *Redis) takeSlot(ctx context.Context, deadline time.Time, charges []Char
 	}
 }
 
-// batchSize is the key of what WithBatchSize puts into a context.
+// batchSize is the context key of WithBatchSize.
 type batchSize struct{}
 
-// WithBatchSize returns a context with which a Redis's Take stores in size how many takes went in the same call, its own included; on a
-// cluster it is that of one of its calls. It stays as it is where no call was made.
+// WithBatchSize returns a context with which the Take of a Redis stores in size
+// how many takes shared its call, itself included; on a cluster, of one of its
+// calls. If Take makes no call it leaves size as it is.
 func WithBatchSize(ctx context.Context, size *atomic.Int32) context.Context {
 	return context.WithValue(ctx, batchSize{}, size)
 }
 
-// nodeOf is the node that a key is on. Where there is one only its address is empty.
+// nodeOf returns the node that a key is on. Outside a cluster there is one node,
+// with an empty address.
 func (r *Redis) nodeOf(ctx context.Context, key string) (*node, error) {
 	if r.cluster == nil {
 		if known, ok := r.nodes.Load(""); ok {
@@ -313,7 +322,8 @@ func (r *Redis) masterFor(ctx context.Context, key string) (*redis.Client, error
 	}
 }
 
-// addressOf is by what a node is known: its address in a cluster, and else nothing.
+// addressOf returns the address of a client's node, by which a cluster's nodes are
+// known; empty outside a cluster.
 func (r *Redis) addressOf(client *redis.Client) string {
 	if r.cluster == nil {
 		return ""
@@ -321,7 +331,7 @@ func (r *Redis) addressOf(client *redis.Client) string {
 	return client.Options().Addr
 }
 
-// nodeFor is the node that a client of the library's is for.
+// nodeFor returns the node of a client of the library, and makes it if it is new.
 func (r *Redis) nodeFor(client *redis.Client) *node {
 	address := r.addressOf(client)
 	if known, ok := r.nodes.Load(address); ok {
@@ -338,7 +348,7 @@ func (r *Redis) nodeFor(client *redis.Client) *node {
 	return made.(*node)
 }
 
-// nameOf is how errors call a server.
+// nameOf returns the name of a server in errors.
 func (r *Redis) nameOf(client *redis.Client) string {
 	if r.options.Mode == Sentinel {
 		return "the master " + r.options.Master
@@ -346,10 +356,10 @@ func (r *Redis) nameOf(client *redis.Client) string {
 	return client.Options().Addr
 }
 
-// connect makes a connection for takes, on which the node has read the script.
+// connect makes a connection for takes, and loads the script over it.
 func (r *Redis) connect(ctx context.Context, client *redis.Client) (*connection, error) {
 	on := &connection{Conn: client.EphemeralConn(), address: client.Options().Addr}
-	err := on.Time(ctx).Err() // takes have the right to TIME, too
+	err := on.Time(ctx).Err() // every user with the right to take has the right to TIME
 	if redis.HasErrorPrefix(err, "unknown command") {
 		if role, ofErr := on.Do(ctx, "ROLE").Slice(); ofErr == nil && len(role) > 0 && role[0] == "sentinel" {
 			err = errIsSentinel
@@ -357,7 +367,8 @@ func (r *Redis) connect(ctx context.Context, client *redis.Client) (*connection,
 	}
 	if err == nil {
 		began := time.Now()
-		// Without a key the script says that it needs one. It is then known, and the first take need not send it.
+		// Without a key the script returns an error, but Redis then has it, so
+		// that the first take need not send its text.
 		if _, err = r.run(ctx, on, &r.takeScript, 0); on.isUsable(err) {
 			err = nil
 		}
@@ -374,8 +385,9 @@ func (r *Redis) connect(ctx context.Context, client *redis.Client) (*connection,
 	return on, nil
 }
 
-// send calls the script for a batch of takes: once, or on a cluster once for each slot, and all at once. It returns an error that is of
-// all takes without an answer, and the first one that a slot's takes have for themselves.
+// send calls the script for a batch of takes: once, or on a cluster once for each
+// slot, all at once. Its error is that of all takes without an answer, or the
+// first error of the takes of one slot.
 func (r *Redis) send(ctx context.Context, on *connection, batch []*pending) error {
 	if r.cluster == nil {
 		return r.call(ctx, on, batch)

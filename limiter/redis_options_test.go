@@ -192,11 +192,11 @@ func TestSentinel(t *testing.T) {
 func TestModesAreChecked(t *testing.T) {
 	for want, o := range map[string]RedisOptions{
 		`unknown mode "ring"; want single, cluster or sentinel`:                       {Mode: "ring", URL: "redis://h"},
-		"mode cluster without addresses; want a list of host:port":                        {Mode: Cluster},
+		"mode cluster without addresses; want a list of host:port":                    {Mode: Cluster},
 		"database 2: a cluster has only database 0":                                   {Mode: Cluster, URL: "redis://h/2"},
 		"mode cluster does not work over a unix socket; want redis:// or rediss://":   {Mode: Cluster, URL: "unix:///x"},
 		`invalid address "h"; want host:port`:                                         {Mode: Cluster, Addresses: []string{"h"}},
-		"mode sentinel without master; want the master's name":                            {Mode: Sentinel, Addresses: []string{"h:1"}},
+		"mode sentinel without master; want the master's name":                        {Mode: Sentinel, Addresses: []string{"h:1"}},
 		"master requires mode sentinel":                                               {URL: "redis://h", Master: "m"},
 		"addresses requires mode cluster or sentinel; a single Redis is given by url": {URL: "redis://h", Addresses: []string{"h:1"}},
 		"cert_file and key_file must be set together":                                 {URL: "redis://h", TLS: &TLS{CertFile: "x"}},
