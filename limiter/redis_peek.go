@@ -142,13 +142,13 @@ const (
 
 var (
 	errNewer    = errors.New("stored by a newer version")
-	errNonsense = errors.New("invalid bucket state")
+	errInvalid = errors.New("invalid bucket state")
 )
 
 // parseState reads what the script has stored: STATE and MIXED there.
 func parseState(raw string) (state, error) {
 	if len(raw) <= len(stateMagic) || !strings.HasPrefix(raw, stateMagic) {
-		return state{}, errNonsense
+		return state{}, errInvalid
 	}
 	version := raw[len(stateMagic)]
 	switch {
@@ -156,7 +156,7 @@ func parseState(raw string) (state, error) {
 	case version >= 2:
 		return state{}, errNewer
 	default:
-		return state{}, errNonsense
+		return state{}, errInvalid
 	}
 	field := func(from, to int) int64 { return int64(bigEndian(raw[from:to])) }
 	shapeAt := func(from int) Bucket {
@@ -170,13 +170,13 @@ func parseState(raw string) (state, error) {
 	if version == 2 {
 		other := shapeAt(stateSize)
 		if !other.inRange() {
-			return state{}, errNonsense
+			return state{}, errInvalid
 		}
 		s.other = &other
 	}
 	if !s.shape.inRange() || s.level.tokens > s.shape.burst || s.level.frac >= s.shape.p ||
 		s.level.tokens == s.shape.burst && s.level.frac > 0 || s.at >= 1<<53 {
-		return state{}, errNonsense
+		return state{}, errInvalid
 	}
 	return s, nil
 }

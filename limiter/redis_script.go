@@ -22,10 +22,10 @@ var takeLua string
 // %s is the function: take or refund.
 const serverClock = "local t = redis.call('TIME') return %s(t[1] * 1000000 + t[2])\n"
 
-// script is a text that Redis runs, and knows by its hash.
+// script is a Lua script, and the SHA-1 hash by which Redis knows it.
 type script struct{ text, sha string }
 
-// newScript has the function of take.lua that is called, and the last line that calls it.
+// newScript returns take.lua with a last line, clock, that calls a function of it.
 func newScript(function, clock string) script {
 	s := script{text: takeLua + fmt.Sprintf(clock, function)}
 	sum := sha1.Sum([]byte(s.text))
@@ -33,11 +33,12 @@ func newScript(function, clock string) script {
 	return s
 }
 
-// once is a command that the library never sends twice, whatever its retry settings, on any kind of client: Redis may have
-// executed a script whose answer was late or was cut off.
+// once is a command that the library never sends twice, whatever its retry
+// settings, on any kind of client: Redis may have executed a script whose answer
+// was late or was cut off.
 type once struct{ *redis.StringCmd }
 
-// NoRetry is what the library asks.
+// NoRetry tells the library not to send the command again.
 func (once) NoRetry() bool { return true }
 
 // call calls the script for takes of one slot.
@@ -50,7 +51,8 @@ func (r *Redis) call(ctx context.Context, on processor, batch []*pending) error 
 	return deal(reply, batch)
 }
 
-// takeArgs are the script's: the number of keys, the keys, and the charges.
+// takeArgs returns the arguments of the script: the number of keys, the keys, and
+// the packed charges.
 func takeArgs(batch []*pending) []any {
 	var keys, size int
 	for _, t := range batch {
@@ -68,7 +70,7 @@ func takeArgs(batch []*pending) []any {
 	return append(args, packed)
 }
 
-// deal gives each take its part of a reply.
+// deal sets for each take its part of a reply.
 func deal(reply string, batch []*pending) error {
 	if len(reply) < instantSize {
 		return errReply
@@ -93,18 +95,20 @@ const (
 	verdictSize = 11 // of the reply to one charge
 )
 
-// processor is a client, or one of a cluster's nodes.
+// processor is a client of the library, or a connection.
 type processor interface {
 	Process(ctx context.Context, cmd redis.Cmder) error
 }
 
-// run sends a script with its arguments, the number of keys first, and returns the reply.
+// run calls a script with its arguments, the number of keys first, and returns the
+// reply.
 func (r *Redis) run(ctx context.Context, to processor, s *script, args ...any) (string, error) {
 	cmd := once{redis.NewStringCmd(ctx, append([]any{"evalsha", s.sha}, args...)...)}
 	err := to.Process(ctx, cmd)
 	if redis.HasErrorPrefix(err, "NOSCRIPT") {
-		// The script was flushed, or Redis is a new one: nothing was executed. EVAL executes and loads it, so that
-		// this ends however often somebody flushes.
+		// The script was flushed, or Redis is a new one: nothing was executed.
+		// EVAL executes and loads it, so that this ends however often the
+		// scripts are flushed.
 		cmd = once{redis.NewStringCmd(ctx, append([]any{"eval", s.text}, args...)...)}
 		err = to.Process(ctx, cmd)
 	}
@@ -114,14 +118,15 @@ func (r *Redis) run(ctx context.Context, to processor, s *script, args ...any) (
 	return cmd.Val(), nil
 }
 
-// What holds the other charges of a request back, as the script has it.
+// The values of hold in the script: when the other charges of a request are not
+// taken.
 const (
-	holdAlways = iota // a denial, or trouble
-	holdDenial        // a denial only: with trouble the request passes, or may
-	holdNever         // nothing: a shadow charge
+	holdAlways = iota // if this one is denied or fails
+	holdDenial        // only if it is denied: if it fails, the request passes or may pass
+	holdNever         // never: it is a shadow charge
 )
 
-// lastOfRequest is added to what holds the others back where a charge is its request's last.
+// lastOfRequest is added to the hold of the last charge of a request.
 const lastOfRequest = 4
 
 func appendCharge(b []byte, c *Charge, isLast bool) []byte {
@@ -133,7 +138,7 @@ func appendCharge(b []byte, c *Charge, isLast bool) []byte {
 		hold = holdDenial
 	}
 	b = appendShape(b, c.Bucket)
-	// Every cost above the burst is as far out of reach as the least of them.
+	// All costs above the burst are denied alike.
 	b = binary.BigEndian.AppendUint32(b, uint32(c.needs()))
 	if isLast {
 		hold += lastOfRequest
@@ -141,7 +146,7 @@ func appendCharge(b []byte, c *Charge, isLast bool) []byte {
 	return append(b, hold)
 }
 
-// appendShape appends what the script has of a bucket.
+// appendShape appends the packed shape of a bucket: n, p and burst.
 func appendShape(b []byte, shape Bucket) []byte {
 	b = append56(b, uint64(shape.n))
 	var eight [8]byte
@@ -159,10 +164,10 @@ func append56(b []byte, v uint64) []byte {
 
 // The flags of the reply.
 const (
-	flagAllowed  = 1 << iota // the bucket held the cost
-	flagTaken                // it was taken
-	flagNonsense             // what was stored made no sense, and counts as empty
-	flagTrouble              // no verdict
+	flagAllowed = 1 << iota // the bucket held the cost
+	flagTaken               // the cost was taken
+	flagInvalid             // the stored state was invalid, and counts as empty
+	flagFailed              // there is no verdict
 )
 
 var errReply = errors.New("invalid reply to the script: truncated or not its own")
@@ -175,8 +180,8 @@ func (r *Redis) read(at int64, reply string, charges []Charge, verdicts []Verdic
 	for i := range charges {
 		flags, rest := reply[0], reply[1:verdictSize]
 		reply = reply[verdictSize:]
-		if flags&flagTrouble != 0 {
-			verdicts[i] = Verdict{Err: r.trouble(strings.TrimRight(rest, " "))}
+		if flags&flagFailed != 0 {
+			verdicts[i] = Verdict{Err: r.bucketError(strings.TrimRight(rest, " "))}
 			continue
 		}
 		before := level{tokens: int64(bigEndian(rest[:4])), frac: int64(bigEndian(rest[4:]))}
@@ -188,10 +193,10 @@ func (r *Redis) read(at int64, reply string, charges []Charge, verdicts []Verdic
 		if flags&flagTaken != 0 {
 			cost = charges[i].Cost
 		}
-		if flags&flagNonsense != 0 {
+		if flags&flagInvalid != 0 {
 			r.errors[KindState].Inc()
-			r.log.Warn("invalid bucket state in Redis, treating the bucket as empty", zap.String("limit", charges[i].Limit.Name),
-				zap.String("domain", charges[i].Limit.Domain))
+			r.log.Warn("invalid bucket state in Redis, treating the bucket as empty",
+				zap.String("limit", charges[i].Limit.Name), zap.String("domain", charges[i].Limit.Domain))
 		}
 		verdicts[i] = b.verdict(before, charges[i].needs(), cost, RedisSource)
 		verdicts[i].at, verdicts[i].taken = at, flags&flagTaken != 0
@@ -199,8 +204,9 @@ func (r *Redis) read(at int64, reply string, charges []Charge, verdicts []Verdic
 	return nil
 }
 
-// trouble is one bucket's error, by the code that Redis or the script gave for it.
-func (r *Redis) trouble(code string) *StoreError {
+// bucketError counts and returns the error of one bucket, by the code that Redis
+// or the script gave for it.
+func (r *Redis) bucketError(code string) *StoreError {
 	e := &StoreError{Kind: kindOfCode(code), Err: fmt.Errorf("one bucket: %s", code)}
 	if code == "NEWER" {
 		e.Err = errors.New("one bucket: stored by a newer version")

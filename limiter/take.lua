@@ -1,39 +1,57 @@
 #!lua
--- Takes: draws each request's costs from its buckets, from all of them or from none. One call carries the takes of many requests, one
--- after another: each sees what those before it left, and a bucket that several draw from is read once and written once.
+-- This script has two functions, take and refund; a last line that calls one of
+-- them is appended.
 --
--- The shebang has no flags, so Redis refuses the whole script, before its first line, where it could not write: out of
--- memory, a read-only replica, too few replicas, a failed save.
+-- take draws the costs of each request from its buckets, from all of them or from
+-- none. One call carries the takes of many requests, one after another: each sees
+-- what those before it left, and a bucket that several draw from is read once and
+-- written once.
 --
--- KEYS are the charges' buckets, request by request; several requests may name the same one, a request names each once. ARGV[1] has
--- one packed charge after another: the limit's rate (n tokens each p microseconds) and burst, the cost in tokens, and one byte: what holds
--- the request's others back (0 a denial or trouble of this bucket, 1 a denial only, 2 nothing: a shadow limit, which is taken by
--- itself), and 4 more where the charge is its request's last.
--- The reply is one string: the instant (7 bytes), and for each charge in turn 11 bytes: flags (1 allowed, 2 taken, 4 what was stored made
--- no sense, 8 trouble), then the tokens before the take, whole (4 bytes) and p-ths of one (6 bytes), or the first ten bytes of the trouble's code.
+-- The shebang has no flags, so Redis refuses the whole script, before its first
+-- line, if it could not write: out of memory, a read-only replica, too few
+-- replicas, a failed save.
 --
--- All numbers are doubles, exact up to 2^53. The bounds, as the arguments and the stored states are held to them:
--- n <= 1e15 < 2^50, p < 2^45, tokens and burst <= 1e9 < 2^30, now < 2^53. The arithmetic is bucket.go's, line by line.
+-- KEYS are the buckets of the charges, request by request. Several requests may
+-- name the same bucket; one request names each bucket once. ARGV[1] has one packed
+-- charge after another: the limit's rate (n tokens each p microseconds) and burst,
+-- the cost in tokens, and one byte, hold. It says when the other charges of the
+-- request are not taken: 0 if this bucket denies or fails, 1 only if it denies, 2
+-- never (a shadow limit, which is taken by itself). It is 4 more for the last
+-- charge of a request.
+--
+-- The reply is one string: the instant (7 bytes), and for each charge in turn 11
+-- bytes: flags (1 allowed, 2 taken, 4 the stored state was invalid, 8 the bucket
+-- failed), then the tokens before the take, whole (4 bytes) and p-ths of one (6
+-- bytes), or the first ten bytes of the code of the failure.
+--
+-- All numbers are doubles, exact up to 2^53. Arguments and stored states are
+-- checked against these bounds: n <= 1e15 < 2^50, p < 2^45, tokens and burst
+-- <= 1e9 < 2^30, now < 2^53. The arithmetic is that of bucket.go, line by line.
 
 local MAGIC = '\181\8'
--- Version 1: magic, version, tokens, p-ths of a token, instant in microseconds, burst, n, p: 37 bytes, which with a key of
--- ordinary length Redis still keeps in one allocation. Whatever a later version changes, magic and version stay.
+-- Version 1: magic, version, tokens, p-ths of a token, instant in microseconds,
+-- burst, n, p. With a key of ordinary length Redis still keeps these 37 bytes in
+-- one allocation. Every later version must begin with magic and version, too.
 local STATE, STATE_SIZE = '>c2BI4I6I7I4I7I6', 37
--- Version 2 has another shape behind it (burst, n, p): bucket.go says which. It is written only where there is one.
+-- Version 2 is version 1 followed by another shape (burst, n, p); see state.other
+-- in bucket.go. It is written only if there is such a shape.
 local MIXED, MIXED_SIZE = '>c2BI4I6I7I4I7I6I4I7I6', 54
 local CHARGE, CHARGE_SIZE = '>I7I6I4I4B', 22
 -- A refund is a charge with the instant of its take in the place of hold.
 local REFUND, REFUND_SIZE = '>I7I6I4I4I7', 28
 
 local MAX_N, MIN_P, MAX_P, MAX_TOKENS, MAX_TIME = 1e15, 1e6, 31622400000000, 1e9, 2^53
--- Milliseconds that a bucket is kept after it is full again: no rounding, and no lag between the clocks that Redis has for TIME and for
--- expiry, may end one that is not full.
+-- SLACK is how many milliseconds a bucket is kept after it is full again. Neither
+-- rounding nor a lag between the clocks that Redis uses for TIME and for expiry
+-- may drop a bucket that is not full.
 local SLACK = 5000
 
--- muldiv returns floor(x*y/d) and the remainder, for x < d. Where x*y is below 2^53 plain division is exact: the quotient
--- is k - j/d for an integer k, at least 1/d below k, and a double rounds it up to k only where k*d > 2^53.
--- Else y is taken in eight limbs of 7 bits, from the top: r*128 and x*limb are below 2^45 * 2^7 = 2^52 each, so their sum
--- is below 2^53 and its division again exact; q stays at most the final quotient, which is below y.
+-- muldiv returns floor(x*y/d) and the remainder, for x < d. If x*y is below 2^53,
+-- plain division is exact: a quotient below an integer k is at least 1/d below it,
+-- and a double rounds it up to k only if k*d > 2^53. Otherwise y is split into
+-- eight limbs of 7 bits, from the top: r*128 and x*limb are below
+-- 2^45 * 2^7 = 2^52 each, so their sum is below 2^53 and its division exact again;
+-- q is at most the final quotient, which is below y.
 local function muldiv(x, y, d)
   local product = x * y
   if product < 2^53 then
@@ -75,18 +93,21 @@ end
 
 local MAX_FILL = 3155760000000000 -- microseconds: 100 years
 
--- fill_from returns about how many microseconds a shape takes to be full from so many tokens.
+-- fill_from returns about how many microseconds a shape takes from so many tokens
+-- until it is full.
 local function fill_from(tokens, burst, n, p)
   return math.min(math.max(0, burst - tokens) * p / n, MAX_FILL)
 end
 
--- covers reports whether the first shape, from every level, is full no earlier than the second.
+-- covers reports whether the first shape, from every level, is full no earlier
+-- than the second.
 local function covers(burst, n, p, obst, on, op)
   return obst <= burst and fill_from(0, obst, on, op) <= fill_from(0, burst, n, p)
 end
 
--- other_for returns the other shape (burst, n, p; or nil) to keep when a bucket that another shape used, not full in all of them, is used by
--- the shape of burst, n and p.
+-- other_for returns the other shape (burst, n, p; or nil) to store when the shape
+-- of burst, n and p uses a bucket that another shape used, and that is not full in
+-- all of them. See otherFor in bucket.go.
 local function other_for(old_burst, old_n, old_p, obst, on, op, burst, n, p)
   if old_burst ~= burst or old_n ~= n or old_p ~= p then
     if not obst or covers(old_burst, old_n, old_p, obst, on, op) then
@@ -104,9 +125,12 @@ local function other_for(old_burst, old_n, old_p, obst, on, op, burst, n, p)
   return obst, on, op
 end
 
--- load reads what is stored of a bucket, and returns what it holds now in the shape that it was stored with: tokens, p-ths, burst, n, p,
--- whether that must be stored even if nothing is taken, as the clock went back, and the other shape, if there is one and the bucket is not
--- full in both. Of a newer version it returns nil, of what makes no sense nothing at all: it then counts as empty from now on.
+-- load decodes a stored state, and returns what the bucket holds now in the shape
+-- that it was stored with: tokens, p-ths, burst, n, p; whether that must be stored
+-- even if nothing is taken, because the clock went back; and the other shape, if
+-- there is one and the bucket is not full in both. If it cannot decode the state
+-- it returns nil, and whether that is because its version is newer. An invalid
+-- state counts as an empty bucket from now on.
 local function load(raw, now)
   if #raw < 3 or string.sub(raw, 1, 2) ~= MAGIC then
     return nil, false
@@ -135,7 +159,8 @@ local function load(raw, now)
   return tokens, frac, burst, n, p, now < at, obst, on, op
 end
 
--- convert returns a level of the period old_p as one of another shape: at most its burst, and rounded down.
+-- convert returns a level of the period old_p as one of another shape: at most its
+-- burst, and rounded down.
 local function convert(tokens, frac, old_p, burst, p)
   if tokens >= burst then
     return burst, 0
@@ -144,7 +169,8 @@ local function convert(tokens, frac, old_p, burst, p)
   return tokens, frac
 end
 
--- code is the first word of an error of Redis's. A command that the user may not run within a script has no word of its own.
+-- code returns the first word of an error of Redis. The error for a command that
+-- the user must not run in a script has no such word.
 local function code(err)
   if string.find(err, 'ACL failure in script', 1, true) or string.find(err, 'The user executing the script', 1, true) then
     return 'NOPERM'
@@ -152,9 +178,10 @@ local function code(err)
   return string.sub(string.match(err, '^%S*'), 1, 10)
 end
 
--- store writes a bucket: one SET, which sets its value and its end together. It returns Redis's answer. obst may be nil.
+-- store writes a bucket by one SET, with its value and its expiry, and returns the
+-- answer. obst is nil if there is no other shape.
 local function store(key, tokens, frac, now, burst, n, p, obst, on, op)
-  -- A float's error in the microseconds until the bucket is full is far below the slack.
+  -- The rounding error of this double is far below SLACK.
   local full = math.ceil(((burst - tokens) * p - frac) / n / 1000)
   local value
   if obst then
@@ -186,7 +213,8 @@ local function take(now)
 
   -- Read all buckets before anything is written: of[i] is charge i's.
   local of, seen = {}, {}
-  local names, tokens, fracs, was_burst, was_n, was_p, absent, changed, trouble, nonsense = {}, {}, {}, {}, {}, {}, {}, {}, {}, {}
+  local names, tokens, fracs, was_burst, was_n, was_p = {}, {}, {}, {}, {}, {}
+  local absent, changed, failed, invalid = {}, {}, {}, {}
   local obst, on, op = {}, {}, {} -- the other shapes
   local buckets = 0
   for i = 1, count do
@@ -206,30 +234,31 @@ local function take(now)
             obst[b], on[b], op[b] = other, other_n, other_p
           end
         elseif frac then
-          trouble[b] = 'NEWER'
+          failed[b] = 'NEWER'
         else
-          nonsense[b] = true
+          invalid[b] = true
         end
       elseif string.sub(raw.err, 1, 9) == 'WRONGTYPE' then
-        nonsense[b] = true
+        invalid[b] = true
       else
-        trouble[b] = code(raw.err)
+        failed[b] = code(raw.err)
       end
-      if nonsense[b] then
+      if invalid[b] then
         tokens[b], fracs[b], was_burst[b], was_n[b], was_p[b], changed[b] = 0, 0, bursts[i], ns[i], ps[i], true
       end
     end
     of[i] = b
   end
 
-  -- Decide, request by request. What a denied take finds is not stored, or rounding would add up; but of a bucket whose clock went back or
-  -- whose shape changed, which would else stand still, or refill at its old rate.
+  -- Decide, request by request. A denied take does not store the level that it
+  -- found, or the rounding would add up, unless the clock went back or the shape
+  -- changed: the bucket would then stand still, or refill at its old rate.
   local flags, held, parts = {}, {}, {}
   local first, all = 1, true
   for i = 1, count do
     local b, hold = of[i], holds[i] % 4
     local flag = 0
-    if trouble[b] then
+    if failed[b] then
       all = all and hold ~= 0
     else
       local n, p, burst = ns[i], ps[i], bursts[i]
@@ -243,8 +272,8 @@ local function take(now)
         was_burst[b], was_n[b], was_p[b], changed[b] = burst, n, p, true
       end
       held[i], parts[i] = tokens[b], fracs[b]
-      if nonsense[b] then
-        flag, nonsense[b] = 4, nil
+      if invalid[b] then
+        flag, invalid[b] = 4, nil
       end
       if held[i] >= costs[i] then
         flag = flag + 1
@@ -271,14 +300,14 @@ local function take(now)
     if changed[b] then
       local done = store(names[b], tokens[b], fracs[b], now, was_burst[b], was_n[b], was_p[b], obst[b], on[b], op[b])
       if done.err then -- the buckets before it stay charged: tokens are lost, never granted twice
-        trouble[b] = code(done.err)
+        failed[b] = code(done.err)
       end
     end
   end
 
   local reply = {}
   for i = 1, count do
-    local why = trouble[of[i]]
+    local why = failed[of[i]]
     if why then
       reply[i] = struct.pack('>Bc10', 8, string.sub(why .. '          ', 1, 10))
     else
@@ -288,9 +317,11 @@ local function take(now)
   return struct.pack('>I7', now) .. table.concat(reply)
 end
 
--- refund puts back what a request took from these buckets and then did not need, as another node's bucket denied it. Put back whole it
--- would break the bound: meanwhile the bucket refilled, and had it been full it would have lost what came. So what refilled since the
--- take is kept back; where the clock went back, all of it. An absent bucket is full.
+-- refund puts back what a request took from these buckets, because another bucket
+-- then denied the request. To put back the whole cost would break the bound: the
+-- bucket has refilled since the take, and if it had been full those tokens would
+-- have been lost. So it puts back the cost less what refilled since the take, and
+-- nothing if the clock went back. An absent bucket is full and stays absent.
 local function refund(now)
   if #ARGV ~= #KEYS then
     return redis.error_reply('SLUICE one argument for each key')
