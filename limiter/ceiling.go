@@ -11,18 +11,22 @@ import (
 )
 
 const (
-	// ceilingLife is how long a store's answer is believed. So a denial that is wrong (the bucket was reset, its rate was raised elsewhere,
-	// Redis restarted, failed over or stepped its clock, or another slot's denial gave tokens back) lasts no longer.
+	// ceilingLife is how long an answer of the store is used, and so how long a
+	// denial may be wrong. It is wrong if the bucket was reset, if its rate was
+	// raised elsewhere, if Redis restarted, failed over or stepped its clock, or
+	// if the bucket was refunded.
 	ceilingLife   = time.Second
 	ceilingShards = 64
 )
 
-// Ceiling is a Store over another one, which it spares what is certain: where even the most that a bucket can hold by now is less than the
-// cost, the take is denied without asking. So a flood over a limit costs the other store next to nothing. The most is what the bucket held
-// after the last answer, and what its rate has brought since that was asked for. It never grants anything.
+// Ceiling is a Store over another one. If even the most that a bucket can hold by
+// now is less than the cost, it denies the take without asking the other store, so
+// that a flood over a limit costs that store next to nothing. The most is what the
+// bucket held after the last answer, and what its rate has added since the take
+// of that answer began. A Ceiling never grants anything by itself.
 //
-// Where it denies, the request's other enforced charges have no verdict
-// (Verdict.Known). It is safe for concurrent use. Run sweeps it.
+// If it denies a request, the other enforced charges of the request have no
+// verdict (Verdict.Known). It is safe for concurrent use. Run sweeps it.
 type Ceiling struct {
 	store  Store
 	now    func() int64 // microseconds; a clock that no step of the machine's changes
@@ -41,18 +45,18 @@ type Ceiling struct {
 
 var _ Store = (*Ceiling)(nil)
 
-// ceiling is what a bucket held by an answer.
+// ceiling is what a bucket held according to an answer of the store.
 type ceiling struct {
 	shape Bucket
 	left  level
-	at    int64 // of the answer, by the store's clock
-	sent  int64 // when it was asked for, by this process's
+	at    int64 // the time of the answer, by the store's clock
+	sent  int64 // when the take began, by this process's clock
 }
 
-// ceilingBudget is how many of the bytes of MemoryBudget a Ceiling takes.
+// ceilingBudget returns how many bytes of MemoryBudget are a Ceiling's.
 func ceilingBudget() int64 { return min(MemoryBudget()/8, 8<<20) }
 
-// NewCeiling returns a Ceiling over a store.
+// NewCeiling returns an empty Ceiling over a store.
 func NewCeiling(store Store, metrics prometheus.Registerer) *Ceiling {
 	start := time.Now()
 	return newCeiling(store, func() int64 { return time.Since(start).Microseconds() }, metrics)
@@ -88,7 +92,8 @@ func (c *Ceiling) Take(ctx context.Context, charges []Charge, verdicts []Verdict
 	}
 }
 
-// deny reports whether an enforced charge is denied for certain. Then the verdicts that are certain are there, and the others are zero.
+// deny reports whether an enforced charge is denied for certain. It then has set
+// the verdicts that are certain, and the others are zero.
 func (c *Ceiling) deny(now int64, charges []Charge, verdicts []Verdict) (denied bool) {
 	if c.entries.Load() == 0 {
 		return false
@@ -103,24 +108,25 @@ func (c *Ceiling) deny(now int64, charges []Charge, verdicts []Verdict) (denied 
 	return denied
 }
 
-// most is the most that a bucket can hold by now, where that is known.
+// most returns the most that the bucket of a charge can hold at the instant now,
+// if that is known.
 func (c *Ceiling) most(now int64, charge *Charge) (level, bool) {
 	s := &c.shards[maphash.String(c.seed, charge.Key)%ceilingShards]
 	s.mu.RLock()
 	known, ok := s.known[charge.Key]
 	s.mu.RUnlock()
-	elapsed := max(0, now-known.sent) // another's answer may be newer than this take's beginning
+	elapsed := max(0, now-known.sent) // the other take may have begun after this one
 	if !ok || elapsed > ceilingLife.Microseconds() || known.shape != charge.Bucket {
 		return level{}, false
 	}
-	// The clocks of two machines may run apart by a thousandth.
+	// The clocks of two machines may differ in speed by a thousandth.
 	return known.shape.refill(known.left, elapsed+elapsed/1000+1), true
 }
 
-// takeShadows takes the shadow charges of a request that is denied without
-// asking, but for those that are denied for certain too. It waits for the
-// verdicts, as a shadow limit counts whatever becomes of the request. So of a
-// flood the store is asked about as many requests as the shadow's bucket allows.
+// takeShadows takes the shadow charges of a request that is denied without asking,
+// except those that are denied for certain too. It waits for their verdicts, as a
+// shadow limit counts whatever happens to the request. So during a flood the store
+// is asked about as many requests as the shadow's bucket allows.
 func (c *Ceiling) takeShadows(ctx context.Context, now int64, charges []Charge, verdicts []Verdict) {
 	var at []int
 	var shadows []Charge
@@ -140,7 +146,8 @@ func (c *Ceiling) takeShadows(ctx context.Context, now int64, charges []Charge, 
 	}
 }
 
-// learn keeps what an answer says of a bucket that is used up, unless it is known from a newer one.
+// learn records the level of a bucket that cannot pay for the same charge again,
+// unless a newer answer is recorded.
 func (c *Ceiling) learn(sent int64, charge *Charge, v *Verdict) {
 	usedUp := v.left.tokens < charge.needs() // the same again would be denied
 	if !v.Known() || v.Source == LocalSource || !usedUp && c.entries.Load() == 0 {
@@ -158,7 +165,7 @@ func (c *Ceiling) learn(sent int64, charge *Charge, v *Verdict) {
 			s.bytes -= entrySize(charge.Key)
 			c.entries.Add(-1)
 		}
-	case !ok && s.bytes+entrySize(charge.Key) > c.budget: // it is asked for again and again, until the janitor has made room
+	case !ok && s.bytes+entrySize(charge.Key) > c.budget: // the store is asked until a sweep has made room
 	default:
 		if !ok {
 			c.entries.Add(1)
@@ -182,7 +189,7 @@ func (c *Ceiling) Run(ctx context.Context) {
 	}
 }
 
-// sweep drops what is too old to be believed.
+// sweep drops the entries that are too old to be used.
 func (c *Ceiling) sweep() {
 	now := c.now()
 	for i := range c.shards {

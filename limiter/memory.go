@@ -23,19 +23,20 @@ const (
 	// maxOverflow is how many limits have an overflow bucket of their own. The
 	// names of routes' limits are anybody's who reaches the sidecar.
 	maxOverflow = 10_000
-	// sweepEvery is how often the janitor looks for full buckets. A sweep over a million takes some 50 ms of one core, and holds
-	// no lock for longer than a fraction of a millisecond.
+	// sweepEvery is how often full buckets are dropped. A sweep over a million
+	// takes some 50 ms of one core, and holds no lock for longer than a fraction
+	// of a millisecond.
 	sweepEvery = 5 * time.Second
 	// shards is how many locks the buckets are under.
 	shards = 256
 )
 
-// Memory is the Store that keeps its buckets in this process: no other sidecar sees them, and they end with it. It is safe for
-// concurrent use.
+// Memory is the Store that keeps its buckets in this process: no other sidecar
+// sees them, and they end with the process. It is safe for concurrent use.
 //
-// It is bounded: past its budget in bytes the new keys of a limit share one
-// overflow bucket, as no bucket that is not full is ever dropped. Run sweeps
-// those that are full in every shape that has used them.
+// Its size is bounded: once its budget in bytes is used up, the new keys of a limit
+// share one overflow bucket, as a bucket that is not full is never dropped. Run
+// drops the buckets that are full in every shape that has used them.
 type Memory struct {
 	seed     maphash.Seed
 	shards   [shards]shard
@@ -59,9 +60,9 @@ type shard struct {
 
 var _ Store = (*Memory)(nil)
 
-// MemoryBudget is how many bytes a process spends on what it keeps for checks:
+// MemoryBudget returns how many bytes a process may use for buckets and ceilings:
 // enough for a million buckets with keys of 60 bytes, or a quarter of GOMEMLIMIT
-// where that is less. A Memory takes all of it; a Fallback and a Ceiling share it.
+// if that is less. A Memory takes all of it; a Fallback and a Ceiling share it.
 func MemoryBudget() int64 {
 	limit := debug.SetMemoryLimit(-1) // asks, and changes nothing
 	return min(maxMemory, limit/4)
@@ -77,7 +78,7 @@ func NewMemory(budget int64, log *zap.Logger, metrics prometheus.Registerer) *Me
 	return newMemory("buckets", budget, func() int64 { return time.Since(start).Microseconds() }, log, metrics)
 }
 
-// newMemory has a name for its metrics.
+// newMemory is NewMemory with a name for its metrics, and a clock.
 func newMemory(name string, budget int64, now func() int64, log *zap.Logger, metrics prometheus.Registerer) *Memory {
 	if log == nil {
 		log = zap.NewNop()
@@ -103,7 +104,8 @@ func newMemory(name string, budget int64, now func() int64, log *zap.Logger, met
 	return m
 }
 
-// What is kept in this process has the same three metrics, by its table's name.
+// newSweeps, newSwept and newEntries return the metrics that every table in this
+// process has, with the label table.
 func newSweeps(table prometheus.Labels) prometheus.Counter {
 	return prometheus.NewCounter(prometheus.CounterOpts{
 		Name: "sluice_janitor_sweeps_total", Help: "Total number of sweeps over a table kept in process.", ConstLabels: table,
@@ -122,7 +124,7 @@ func newEntries(table prometheus.Labels, entries *atomic.Int64) prometheus.Gauge
 	}, func() float64 { return float64(entries.Load()) })
 }
 
-// Take is Store's. It waits for nothing but its turn, so it looks at no deadline.
+// Take is Store's. It waits only for locks, and ignores the deadline of ctx.
 func (m *Memory) Take(_ context.Context, charges []Charge, verdicts []Verdict) {
 	var few [8]slot
 	slots := few[:0]
@@ -173,7 +175,7 @@ func (m *Memory) Take(_ context.Context, charges []Charge, verdicts []Verdict) {
 				other: s.other,
 			}
 		} else if s.reserved {
-			m.release(1, entrySize(s.key)) // nothing was taken from a full bucket: it stays absent
+			m.release(1, entrySize(s.key)) // nothing was taken from the full bucket: it stays absent
 		}
 		verdicts[i] = c.Bucket.verdict(s.before, c.needs(), taken, MemorySource)
 		verdicts[i].at, verdicts[i].taken = now, isTaken
@@ -184,8 +186,9 @@ func (m *Memory) Take(_ context.Context, charges []Charge, verdicts []Verdict) {
 	unlock()
 }
 
-// ReadOnly returns a Store on the same buckets whose Take says what a take would be answered and takes nothing, for people who ask. Where
-// there is no room for a key's bucket, it tells of a full one, and not of the one that such keys share.
+// ReadOnly returns a Store on the same buckets whose Take returns the verdicts that
+// a take would get, and takes nothing. A key that would share an overflow bucket
+// gets the verdicts of a full one.
 func (m *Memory) ReadOnly() Store { return readOnlyMemory{m} }
 
 type readOnlyMemory struct{ memory *Memory }
@@ -206,14 +209,15 @@ func (l readOnlyMemory) Take(_ context.Context, charges []Charge, verdicts []Ver
 	}
 }
 
-// lower makes a bucket hold at most so many tokens.
+// lower makes a bucket hold at most so many tokens. It does nothing if there is no
+// room for the bucket.
 func (m *Memory) lower(key string, b Bucket, most int64) {
 	s := &m.shards[m.shardOf(key)]
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	stored, ok := s.buckets[key]
 	if !ok && !m.reserve(key) {
-		return // it would share the overflow bucket, which is not its own to lower
+		return // other keys use the overflow bucket, too
 	}
 	at, now := b.full(), m.now()
 	var other *Bucket
@@ -243,8 +247,8 @@ func (m *Memory) release(entries int, bytes int64) {
 	m.bytes.Add(-bytes)
 }
 
-// overflowKeyLocked is the key of the bucket that a limit's new keys share, or
-// that all limits' do that have none of their own yet where there are too many.
+// overflowKeyLocked returns the key of the bucket that the new keys of a limit
+// share. If there are too many such buckets, it is one for all further limits.
 func (m *Memory) overflowKeyLocked(l *Limit) string {
 	key := l.Domain + ":" + l.Name
 	if _, ok := m.overflow.buckets[key]; !ok && len(m.overflow.buckets) >= maxOverflow {
@@ -255,7 +259,7 @@ func (m *Memory) overflowKeyLocked(l *Limit) string {
 
 func (m *Memory) shardOf(key string) int { return int(maphash.String(m.seed, key) % shards) }
 
-// slot is where one charge's bucket is, and what it holds.
+// slot is the place of one charge's bucket, and what the bucket holds.
 type slot struct {
 	shard    *shard
 	index    int
@@ -266,8 +270,8 @@ type slot struct {
 	reserved bool    // the key is new, and counted in entries already
 }
 
-// lock locks the shards of slots, each once and in the order of their indexes, so that no two takes wait for each other. It returns
-// what unlocks them.
+// lock locks the shards of slots, each once and in the order of their indexes, so
+// that takes cannot deadlock. It returns the function that unlocks them.
 func (m *Memory) lock(slots []slot) (unlock func()) {
 	if len(slots) == 1 {
 		slots[0].shard.mu.Lock()

@@ -12,33 +12,35 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-// Finding is what Diagnose found about one thing.
+// Finding is one result of Diagnose.
 type Finding struct {
 	Name   string
 	Status FindingStatus
-	Detail string // what is so; it holds no secret
-	Fix    string // what to do; empty where all is well
-	// Unknown says that Redis did not tell, as its user may not ask: nothing is known to be wrong.
+	Detail string // what was found; it contains no secret
+	Fix    string // what to do; empty if there is nothing to do
+	// Unknown says that the user has no right to ask, so that nothing is known to
+	// be wrong.
 	Unknown bool
 }
 
-// FindingStatus says how bad it is.
+// FindingStatus says how severe a Finding is.
 type FindingStatus string
 
 // The statuses.
 const (
 	OK   FindingStatus = "ok"
-	Warn FindingStatus = "warn" // takes work, and something may be lost
-	Fail FindingStatus = "fail" // takes do not work
+	Warn FindingStatus = "warn" // takes work, but limits may be exceeded or takes may fail
+	Fail FindingStatus = "fail" // takes do not work, or the deployment is not supported
 )
 
-// probeKey is the key of a bucket of Diagnose's own under a prefix. The limit's name
-// is empty, which no limit's is.
+// probeKey returns the key of a bucket that only Diagnose uses, under a prefix. It
+// has an empty limit name, which no limit has.
 func probeKey(prefix string, n int) string { return fmt.Sprintf("%s::{doctor.%d}", prefix, n) }
 
-// Diagnose looks at a Redis for what goes wrong in practice. It takes from buckets
-// of its own under the prefix, which Redis drops after 5 s. callerTimeout is how
-// long the proxy waits for an answer, 0 where that is not known.
+// Diagnose looks for what commonly goes wrong with a Redis and its settings. It
+// takes from buckets of its own under the prefix, which Redis drops after 5 s.
+// callerTimeout is how long the proxy waits for an answer; 0 if that is unknown.
+// Diagnose returns within 10 s and the store's timeout.
 func (r *Redis) Diagnose(ctx context.Context, prefix string, callerTimeout time.Duration) []Finding {
 	ctx, cancel := context.WithTimeout(ctx, 2*connectTimeout+r.timeout)
 	defer cancel()
@@ -50,7 +52,7 @@ func (r *Redis) Diagnose(ctx context.Context, prefix string, callerTimeout time.
 		all = append(all, Finding{Name: name, Status: Warn, Detail: fmt.Sprintf("unknown: %v", storeError(err)), Fix: fix, Unknown: true})
 	}
 
-	// Whether it answers at all, and in what time: the first round trips make the connection.
+	// Connect first, so that the round trips below are measured without it.
 	if err := r.ask(ctx, r.Ping); err != nil && KindOf(err) != KindReadOnly { // see checkScript
 		fix := "check store.redis.url, the network, and that Redis is running"
 		if known := new(refusal); errors.As(err, &known) {
@@ -103,10 +105,10 @@ func (r *Redis) Diagnose(ctx context.Context, prefix string, callerTimeout time.
 
 type sayFinding func(name string, status FindingStatus, fix, format string, args ...any)
 
-// checkMode asks what kind of Redis it is, which HELLO tells every user, and
-// reports whether it is the one that the config has.
+// checkMode asks by HELLO, which every user may call, whether this is a cluster's
+// node, and reports whether that agrees with the config.
 func (r *Redis) checkMode(ctx context.Context, say sayFinding) bool {
-	if r.cluster != nil { // else it would not have said which slots it has
+	if r.cluster != nil { // it has answered which slots it has
 		return true
 	}
 	var is string
@@ -127,7 +129,7 @@ func (r *Redis) checkMode(ctx context.Context, say sayFinding) bool {
 	return true
 }
 
-// probeBucket is the shape of Diagnose's buckets.
+// probeBucket returns the shape of the buckets that Diagnose uses.
 func probeBucket() Bucket {
 	b, err := NewBucket(1000, time.Second, 1000)
 	if err != nil {
@@ -136,13 +138,14 @@ func probeBucket() Bucket {
 	return b
 }
 
-// probedKeys is how many keys checkShards tries. Behind a proxy before two
-// servers it finds none of them elsewhere in one of 2^(probedKeys-1) cases.
+// probedKeys is how many keys checkShards tries. Behind a proxy to two servers all
+// of them are on the same one in one of 2^(probedKeys-1) cases.
 const probedKeys = 20
 
-// checkShards looks for a proxy that spreads keys over several servers. It sends
-// the script to the server of its first key, so that each bucket is on as many
-// servers as its takes have companions. It reports whether there is none.
+// checkShards looks for a proxy that spreads keys over several servers, and reports
+// whether there is none. Such a proxy sends the script to the server of its first
+// key, which then has the buckets of all keys of the call; a GET looks for each at
+// the server of that key.
 func (r *Redis) checkShards(ctx context.Context, prefix string, say sayFinding) bool {
 	var batch []*pending
 	pipe := r.client.Pipeline()
@@ -188,12 +191,13 @@ func (r *Redis) checkScript(ctx context.Context, prefix string, say sayFinding) 
 	return false
 }
 
-// checkClock compares Redis's clock with this machine's. It decides nothing, but who reads both logs wonders.
+// checkClock compares Redis's clock with this machine's. The difference does not
+// affect decisions, but confuses whoever compares the logs of both.
 func (r *Redis) checkClock(ctx context.Context, say sayFinding) {
 	before := time.Now()
 	there, err := r.client.Time(ctx).Result()
 	if err != nil {
-		return // it was said
+		return // reported above, as rights
 	}
 	distance := there.Sub(before.Add(time.Since(before) / 2)).Round(time.Millisecond)
 	if distance > time.Second || distance < -time.Second {
@@ -203,7 +207,8 @@ func (r *Redis) checkClock(ctx context.Context, say sayFinding) {
 	say("clock", OK, "", "Redis's clock differs from this machine's by %v", distance)
 }
 
-// checkServer looks at how Redis is set up. Many users may not ask that.
+// checkServer looks at the version and the settings of Redis. Many users have no
+// right to ask for them.
 func (r *Redis) checkServer(ctx context.Context, say sayFinding, unknown func(name, fix string, err error)) {
 	if info, err := r.client.Info(ctx, "server").Result(); err != nil {
 		unknown("version", "connect as a user with +info", err)
@@ -241,7 +246,7 @@ func (r *Redis) checkServer(ctx context.Context, say sayFinding, unknown func(na
 	}
 	replication, err := r.client.Info(ctx, "replication").Result()
 	if err != nil {
-		return // as version, above
+		return // reported above, as version
 	}
 	switch replicas, _ := strconv.Atoi(field(replication, "connected_slaves")); {
 	case field(replication, "role") == "":
@@ -257,7 +262,7 @@ func (r *Redis) checkServer(ctx context.Context, say sayFinding, unknown func(na
 	}
 }
 
-// field is a line's value in INFO.
+// field returns the value of a field of INFO; empty if it is missing.
 func field(info, name string) string {
 	for line := range strings.Lines(info) {
 		if value, ok := strings.CutPrefix(line, name+":"); ok {

@@ -14,63 +14,74 @@ import (
 	"github.com/redis/go-redis/v9/maintnotifications"
 )
 
-// RedisMode is what kind of Redis there is.
+// RedisMode is the kind of a Redis deployment.
 type RedisMode string
 
 // The modes.
 const (
 	Single   RedisMode = "single" // one server
 	Cluster  RedisMode = "cluster"
-	Sentinel RedisMode = "sentinel" // a master that sentinels know
+	Sentinel RedisMode = "sentinel" // a master and its replicas, found through sentinels
 )
 
-// RedisOptions say which Redis, and how long a take may last.
+// RedisOptions says which Redis to use, and how long a take may last.
 type RedisOptions struct {
-	Mode      RedisMode // empty: Single
-	URL       string    // redis://, rediss:// or unix://; for a cluster or sentinels it may be empty, and is else one more address
-	Addresses []string  // host:port, of a cluster's nodes or of sentinels
-	Master    string    // its name among the sentinels
-	Username  string    // over the URL's, unless empty; without a password it is a user who needs none (nopass)
-	Password  string    // over the URL's, unless empty
-	TLS       *TLS      // nil: as the URL says
-	// Sentinel says how to talk to the sentinels; nil: without a password, and
-	// over TLS if the servers use it. It is only for the mode Sentinel.
+	// Mode is Single if empty.
+	Mode RedisMode
+	// URL is redis://, rediss:// or unix://. In the modes Cluster and Sentinel it
+	// is optional, and one more address.
+	URL string
+	// Addresses are host:port, of a cluster's nodes or of sentinels.
+	Addresses []string
+	// Master is the name of the master. It is only for the mode Sentinel.
+	Master string
+	// Username and Password take precedence over those of the URL unless empty. A
+	// user without a password is one that needs none (nopass).
+	Username, Password string
+	// TLS is nil to do as the URL says.
+	TLS *TLS
+	// Sentinel says how to connect to the sentinels. If it is nil they have no
+	// password, and are dialled over TLS if the servers are. It is only for the
+	// mode Sentinel.
 	Sentinel *SentinelOptions
-	// Timeout bounds one take, the wait for a connection included; above 0. To
-	// make a connection has a time of its own, connectTimeout.
+	// Timeout bounds one take, the wait for a connection included; above 0.
+	// Connecting has its own timeout of 5 s.
 	Timeout time.Duration
 }
 
-// SentinelOptions say how to talk to sentinels.
+// SentinelOptions says how to connect to sentinels.
 type SentinelOptions struct {
-	Username string // without a password it is a user who needs none (nopass)
-	Password string // empty, and Username too: none
-	TLS      *TLS   // nil: as the servers
+	// Username and Password may be empty. A user without a password is one that
+	// needs none (nopass).
+	Username, Password string
+	// TLS is nil to do as for the servers.
+	TLS *TLS
 }
 
-// TLS says how servers are known, and how this process shows who it is. The files are read at each dial, so that they may be replaced.
+// TLS says how to verify servers, and with which certificate to connect. The
+// files are read at each dial, so that they may be replaced.
 type TLS struct {
-	CAFile            string // PEM; empty: the system's roots
-	CertFile, KeyFile string // PEM; empty: no certificate of one's own
-	ServerName        string // in the servers' certificates; empty: the host that is dialled
+	CAFile            string // PEM; empty for the system's roots
+	CertFile, KeyFile string // PEM; both empty for no client certificate
+	ServerName        string // in the servers' certificates; empty for the host that is dialled
 }
 
-// Validate reports what is wrong with the options. Its error holds no password.
+// Validate returns an error that says what is wrong with the options, or nil. The
+// error contains no password. It reads the files of TLS.
 func (o RedisOptions) Validate() error {
 	_, err := o.universal()
 	return err
 }
 
 // poolSize is how many connections a sidecar has to a server at most:
-// maxConnections for takes, and the others for what is given back, and for
-// whoever asks besides.
+// maxConnections for takes, and the others for refunds, Get, Reset and the like.
 const poolSize = 16
 
 // nopass is what is sent as the password of a user without one. Redis refuses
 // AUTH without a password, and takes any for a user that has nopass.
 const nopass = "nopass"
 
-// credentials are what is sent to a server: nothing where both are empty.
+// credentials returns what is sent to a server; nothing if both are empty.
 func credentials(username, password string) (string, string) {
 	if username != "" && password == "" {
 		password = nopass
@@ -78,7 +89,7 @@ func credentials(username, password string) (string, string) {
 	return username, password
 }
 
-// universal is what the library is told.
+// universal returns the options for the library.
 func (o RedisOptions) universal() (*redis.UniversalOptions, error) {
 	if o.Timeout <= 0 {
 		return nil, fmt.Errorf("timeout must be above 0, not %v", o.Timeout)
@@ -157,7 +168,7 @@ func (o RedisOptions) universal() (*redis.UniversalOptions, error) {
 	d.hasSentinels = o.Mode == Sentinel
 	c.Dialer = d.dial
 
-	// A take is never sent again by the library: see once, too.
+	// The library never sends a take again; see also once.
 	c.MaxRetries = -1
 	c.DialerRetries = 1
 	// The caller's context bounds everything. These hold where there is none, and
@@ -168,7 +179,8 @@ func (o RedisOptions) universal() (*redis.UniversalOptions, error) {
 	c.DialTimeout, c.PoolTimeout = connectTimeout, connectTimeout
 	c.ReadTimeout = max(o.Timeout, connectTimeout/10)
 	c.WriteTimeout = c.ReadTimeout
-	// Without a cap on its active connections the pool dials one for each caller that waits for a slow Redis.
+	// Without a cap on active connections the pool would dial one for each caller
+	// that waits for a slow Redis.
 	c.PoolSize, c.MaxActiveConns = poolSize, poolSize
 	c.PipelinePoolSize = -1 // no second pool beside that
 	c.ConnMaxLifetime, c.ConnMaxLifetimeJitter = maxLifetime, maxLifetime/10
@@ -180,13 +192,15 @@ func (o RedisOptions) universal() (*redis.UniversalOptions, error) {
 	return c, nil
 }
 
-// open makes the library's client.
+// open returns the library's client.
 func (o RedisOptions) open(c *redis.UniversalOptions) redis.UniversalClient {
 	switch o.Mode {
 	case Cluster:
 		cluster := c.Cluster()
-		// Else the first takes wait for the library to ask what commands there are, one after another and past their deadlines, and where
-		// a user may not ask that, all takes do. Each take has a key, which says all that there is to know.
+		// With routing policies the first takes would wait, past their
+		// deadlines, for the library to ask which commands there are; all takes
+		// would, if the user has no right to ask. A take has a key, which is
+		// enough to route it.
 		cluster.DisableRoutingPolicies = true
 		return redis.NewClusterClient(cluster)
 	case Sentinel:
@@ -201,7 +215,7 @@ func (o RedisOptions) open(c *redis.UniversalOptions) redis.UniversalClient {
 	return redis.NewClient(simple)
 }
 
-// config reads the files.
+// config reads the files and returns the configuration for a dial of host.
 func (t *TLS) config(host string) (*tls.Config, error) {
 	c := &tls.Config{MinVersion: tls.VersionTLS12, ServerName: host}
 	if t.ServerName != "" {

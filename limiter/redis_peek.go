@@ -10,8 +10,9 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-// ReadOnly returns a Store on the same buckets whose Take says what a take would be answered and takes nothing: it only reads. It
-// needs the rights to TIME and GET, and is for people who ask, not for requests.
+// ReadOnly returns a Store on the same buckets whose Take returns the verdicts
+// that a take would get, and takes nothing. It needs the rights to TIME and GET.
+// It retries and may take seconds, so it is for operators, not for requests.
 func (r *Redis) ReadOnly() Store { return readOnlyRedis{r} }
 
 type readOnlyRedis struct{ redis *Redis }
@@ -20,8 +21,8 @@ func (l readOnlyRedis) Take(ctx context.Context, charges []Charge, verdicts []Ve
 	l.redis.look(ctx, charges, verdicts, make([]bool, len(charges)))
 }
 
-// Get says what a bucket holds now, and whether it is stored at all: an absent bucket is a full one. The charge's cost is of no
-// meaning. Its error is a *StoreError.
+// Get returns what the bucket of c holds now, and whether it is stored: an absent
+// bucket is full. It ignores the charge's cost. Its error is a *StoreError.
 func (r *Redis) Get(ctx context.Context, c Charge) (v Verdict, exists bool, err error) {
 	c.Cost = 0
 	verdicts, stored := make([]Verdict, 1), make([]bool, 1)
@@ -29,7 +30,8 @@ func (r *Redis) Get(ctx context.Context, c Charge) (v Verdict, exists bool, err 
 	return verdicts[0], stored[0], verdicts[0].Err
 }
 
-// Reset makes a bucket full, by removing it. It reports whether there was one. It needs the right to DEL. Its error is a *StoreError.
+// Reset makes a bucket full by removing it, and reports whether it was stored. It
+// needs the right to DEL. Its error is a *StoreError.
 func (r *Redis) Reset(ctx context.Context, key string) (existed bool, err error) {
 	var n int64
 	err = r.ask(ctx, func(ctx context.Context) (err error) {
@@ -39,12 +41,12 @@ func (r *Redis) Reset(ctx context.Context, key string) (existed bool, err error)
 	return n > 0, err
 }
 
-// asksAtMost is how many times a person's question is asked, if it is a
-// connection that fails.
+// asksAtMost is how many times ask tries if the connection fails.
 const asksAtMost = 3
 
-// ask asks a person's question, which may be asked again. It has the time that
-// it takes to connect, besides the store's timeout. Its error is a *StoreError.
+// ask calls question, which takes nothing, until it succeeds or fails otherwise
+// than by the connection. It may take connectTimeout besides the store's timeout.
+// Its error is a *StoreError.
 func (r *Redis) ask(ctx context.Context, question func(context.Context) error) error {
 	ctx, cancel := context.WithTimeout(ctx, connectTimeout+r.timeout)
 	defer cancel()
@@ -65,7 +67,7 @@ func (r *Redis) ask(ctx context.Context, question func(context.Context) error) e
 	}
 }
 
-// located returns an error that says which Redis it is of.
+// located returns err with the name of this Redis, unless err contains it.
 func (r *Redis) located(err error) error {
 	var where string
 	if client, ok := r.client.(*redis.Client); ok {
@@ -79,7 +81,8 @@ func (r *Redis) located(err error) error {
 	return fmt.Errorf("%s: %w", where, err)
 }
 
-// look reads charges' buckets, and says which are stored.
+// look reads the buckets of charges. It fills verdicts, and sets exists for those
+// that are stored.
 func (r *Redis) look(ctx context.Context, charges []Charge, verdicts []Verdict, exists []bool) {
 	var now time.Time
 	stored := make([]*redis.StringCmd, len(charges))
@@ -89,7 +92,9 @@ func (r *Redis) look(ctx context.Context, charges []Charge, verdicts []Verdict, 
 		for i := range charges {
 			stored[i] = pipe.Get(ctx, charges[i].Key)
 		}
-		_, execErr := pipe.Exec(ctx) // each command has its own error too, but for one that ended the connection's beginning
+		// Each command has its own error, except if the connection failed before
+		// the first one.
+		_, execErr := pipe.Exec(ctx)
 		var err error
 		if now, err = clock.Result(); err == nil && now.IsZero() {
 			err = execErr
@@ -112,7 +117,8 @@ func (r *Redis) look(ctx context.Context, charges []Charge, verdicts []Verdict, 
 	}
 }
 
-// levelOf is what a bucket holds by the answer to its GET, as the script would find it. Its error is a *StoreError.
+// levelOf returns what a bucket holds by the answer to its GET, as the script
+// would. Its error is a *StoreError.
 func levelOf(stored *redis.StringCmd, b Bucket, now time.Time) (level, error) {
 	raw, err := stored.Result()
 	switch {
@@ -131,7 +137,7 @@ func levelOf(stored *redis.StringCmd, b Bucket, now time.Time) (level, error) {
 		at, _ := levelAt(s, b, now.UnixMicro())
 		return at, nil
 	}
-	return level{}, nil // what makes no sense counts as empty
+	return level{}, nil // an invalid state counts as an empty bucket
 }
 
 const (
@@ -141,11 +147,11 @@ const (
 )
 
 var (
-	errNewer    = errors.New("stored by a newer version")
+	errNewer   = errors.New("stored by a newer version")
 	errInvalid = errors.New("invalid bucket state")
 )
 
-// parseState reads what the script has stored: STATE and MIXED there.
+// parseState decodes a state that the script has stored (STATE or MIXED there).
 func parseState(raw string) (state, error) {
 	if len(raw) <= len(stateMagic) || !strings.HasPrefix(raw, stateMagic) {
 		return state{}, errInvalid
@@ -181,8 +187,7 @@ func parseState(raw string) (state, error) {
 	return s, nil
 }
 
-// inRange reports whether the numbers of a stored shape are ones that a Bucket
-// can have.
+// inRange reports whether the numbers of a stored shape are valid for a Bucket.
 func (b Bucket) inRange() bool {
 	return b.burst >= 1 && b.burst <= MaxTokens && b.n >= 1 && b.n <= MaxTokens*minP &&
 		b.p >= minP && b.p <= maxPeriod.Microseconds()
