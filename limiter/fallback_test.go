@@ -11,7 +11,7 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// under is a charge that is decided here while Redis fails, by a part of its bucket.
+// under returns the charge with the failure mode Local and a part of its bucket.
 func (c Charge) under(part float64) Charge {
 	l := *c.Limit
 	l.OnFailure = Local
@@ -19,7 +19,8 @@ func (c Charge) under(part float64) Charge {
 	return c
 }
 
-// While Redis does not answer, this process grants its part and no more, however often Redis comes and goes.
+// While Redis does not answer, this process grants its share and no more, however
+// often Redis comes and goes.
 func TestLocal(t *testing.T) {
 	server := redistest.Start(t, "--appendonly", "yes", "--appendfsync", "always")
 	r := NewFallback(newTestRedis(t, server, serverClock), nil, prometheus.NewRegistry())
@@ -87,7 +88,8 @@ func TestLocal(t *testing.T) {
 	}
 }
 
-// One bucket's trouble is decided here, and what the script then took of the others goes back where that denies.
+// If one bucket fails in Redis and the local one denies, the request's other
+// buckets are refunded.
 func TestLocalBesideRedis(t *testing.T) {
 	server := redistest.Start(t)
 	r := NewFallback(newTestRedis(t, server, serverClock), nil, prometheus.NewRegistry())

@@ -48,12 +48,11 @@ func (b *breaker) admit() *StoreError {
 		b.nextProbe = now.Add(probesEvery)
 		return nil
 	}
-	return b.refusal()
+	return b.refusalLocked()
 }
 
-// refusal is the error of a take that an open breaker refuses. The caller holds
-// mu.
-func (b *breaker) refusal() *StoreError {
+// refusalLocked returns the error of a take that an open breaker refuses.
+func (b *breaker) refusalLocked() *StoreError {
 	return &StoreError{Kind: b.last.Kind, Err: fmt.Errorf("circuit breaker open: %w", b.last.Err)}
 }
 
@@ -81,7 +80,7 @@ func (b *breaker) failed(err *StoreError) *StoreError {
 	}
 	b.nextProbe = time.Now().Add(probesEvery)
 	b.open.Store(true)
-	return b.refusal()
+	return b.refusalLocked()
 }
 
 // connected records that a connection could be made, which makes it worth while

@@ -10,8 +10,7 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-// refusal is an error of Redis's, or of the way to it, of which it is known what
-// mends it.
+// refusal is an error of Redis, or of the connection to it, with its fix.
 type refusal struct {
 	err error
 	fix string
@@ -20,8 +19,7 @@ type refusal struct {
 func (r *refusal) Error() string { return r.err.Error() + "; " + r.fix }
 func (r *refusal) Unwrap() error { return r.err }
 
-// explain returns the *StoreError of an error: what it says in few words, and
-// what mends it, if that is known.
+// explain returns err as a *StoreError, shortened, and with the fix if it is known.
 func (o *RedisOptions) explain(err error) *StoreError {
 	failed := storeError(err)
 	if errors.As(failed.Err, new(*refusal)) {
@@ -47,7 +45,7 @@ func (o *RedisOptions) explain(err error) *StoreError {
 	return &StoreError{Kind: kind, Err: cause}
 }
 
-// fixOf is what mends an error; empty where that is not known.
+// fixOf returns the fix of an error; empty if it is unknown.
 func (o *RedisOptions) fixOf(kind ErrorKind, err error) string {
 	text := err.Error()
 	has := func(s string) bool { return strings.Contains(text, s) }
@@ -78,14 +76,13 @@ func (o *RedisOptions) fixOf(kind ErrorKind, err error) string {
 	return ""
 }
 
-// unreachableSentinels begins the library's error for a master that no sentinel
-// tells.
+// unreachableSentinels begins the library's error if no sentinel names the master.
 const unreachableSentinels = "redis: all sentinels specified in configuration are unreachable"
 
 var errIsSentinel = errors.New("this is a sentinel, not a Redis")
 
-// maxErrorText is how much of an error's text is told. Redis's own for its
-// protected mode is a page.
+// maxErrorText is how many bytes of an error's text are kept. Redis's error for
+// its protected mode fills a page.
 const maxErrorText = 300
 
 // shorten returns the error, or one with a shorter text on one line.
@@ -110,7 +107,7 @@ type shortened struct {
 func (s *shortened) Error() string { return s.text }
 func (s *shortened) Unwrap() error { return s.error }
 
-// storeError says of what kind an error of the library is.
+// storeError returns an error of the library as a *StoreError.
 func storeError(err error) *StoreError {
 	var known *StoreError
 	if errors.As(err, &known) {
@@ -138,7 +135,7 @@ func storeError(err error) *StoreError {
 	return &StoreError{Kind: kind, Err: err}
 }
 
-// kindOfCode is the kind of an error that Redis answered, by its first word.
+// kindOfCode returns the kind of an error of Redis by its first word.
 func kindOfCode(code string) ErrorKind {
 	switch strings.TrimSuffix(code, ":") {
 	case "NOAUTH", "WRONGPASS", "NOPERM":

@@ -34,22 +34,24 @@ func Scaled[T any](quick, long T) T {
 	return quick
 }
 
-// Server is a redis-server on a unix socket, without persistence unless it was started with arguments that say so.
-// Its methods fail the test that started it. They are not for concurrent use.
+// Server is a redis-server on a unix socket, without persistence unless its
+// arguments say otherwise. Its methods fail the test that started it. They are not
+// safe for concurrent use.
 type Server struct {
 	t      testing.TB
 	dir    string
-	config []string // the arguments before all others: a file of settings; mostly none
+	config []string // the arguments before all others: a config file, or none
 	args   []string
 	cmd    *exec.Cmd
 	done   chan struct{} // closed when cmd has ended
 
 	mu  sync.Mutex
-	log strings.Builder // what all its runs have printed
+	log strings.Builder // the output of all its runs
 }
 
-// Start starts a server, waits until it answers, and stops it when the test ends. args are redis-server's own, such as
-// "--maxmemory", "1mb". Where there is no redis-server the test fails: a skip would hide that nothing was tested.
+// Start starts a server, waits until it answers, and stops it when the test ends.
+// args are arguments of redis-server, such as "--maxmemory", "1mb". Without a
+// redis-server the test fails: a skip would hide that nothing was tested.
 func Start(t testing.TB, args ...string) *Server {
 	t.Helper()
 	return start(t, nil, args)
@@ -70,19 +72,20 @@ func start(t testing.TB, config, args []string) *Server {
 	return s
 }
 
-// URL is what a client dials. It stays the same over restarts.
+// URL returns the URL of the server. It does not change when the server restarts.
 func (s *Server) URL() string { return "unix://" + s.socket() }
 
 func (s *Server) socket() string { return filepath.Join(s.dir, "redis.sock") }
 
-// Client returns a client of the server's, closed when the test ends.
+// Client returns a client of the server. It is closed when the test ends.
 func (s *Server) Client() *redis.Client {
 	c := redis.NewClient(&redis.Options{Network: "unix", Addr: s.socket(), MaxRetries: -1})
 	s.t.Cleanup(func() { _ = c.Close() })
 	return c
 }
 
-// Restart starts the server, which must not run, and waits until it takes connections. What it kept on disk it has again.
+// Restart starts the server, which must not be running, and waits until it accepts
+// connections. It loads what it has persisted.
 func (s *Server) Restart() {
 	s.t.Helper()
 	args := slices.Concat(s.config, []string{"--port", "0", "--unixsocket", s.socket(), "--dir", s.dir, "--save", ""}, s.args)
@@ -107,7 +110,7 @@ func (s *Server) Restart() {
 			if strings.Contains(lines.Text(), "eady to accept connections") || strings.Contains(lines.Text(), "+monitor master") { // a sentinel's
 				select {
 				case ready <- true:
-				default: // it said so before
+				default: // an earlier line said so
 				}
 			}
 		}
@@ -127,17 +130,17 @@ func (s *Server) Restart() {
 	}
 }
 
-// Log is what the server has printed so far, in all its runs.
+// Log returns what the server has printed so far, in all its runs.
 func (s *Server) Log() string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.log.String()
 }
 
-// Kill ends the server at once, as a crash does. It may have ended already.
+// Kill ends the server at once, as a crash would. It may have ended already.
 func (s *Server) Kill() { s.end(syscall.SIGKILL) }
 
-// Shutdown ends the server as an operator does.
+// Shutdown stops the server by SIGTERM, as an operator would.
 func (s *Server) Shutdown() { s.end(syscall.SIGTERM) }
 
 func (s *Server) end(sig syscall.Signal) {
@@ -153,10 +156,10 @@ func (s *Server) end(sig syscall.Signal) {
 	s.cmd = nil
 }
 
-// Freeze stops the server in its tracks: connections stay, and nothing answers.
+// Freeze suspends the server: its connections stay open, and nothing answers.
 func (s *Server) Freeze() { s.signal(syscall.SIGSTOP) }
 
-// Thaw lets a frozen server go on.
+// Thaw resumes a frozen server.
 func (s *Server) Thaw() { s.signal(syscall.SIGCONT) }
 
 func (s *Server) signal(sig syscall.Signal) {
@@ -166,7 +169,8 @@ func (s *Server) signal(sig syscall.Signal) {
 	}
 }
 
-// CPU is how much processor time the server has used so far, in user and system mode.
+// CPU returns how much processor time the server has used so far, in user and
+// system mode.
 func (s *Server) CPU() time.Duration {
 	s.t.Helper()
 	info := s.Info("cpu")
@@ -182,7 +186,7 @@ func seconds(t testing.TB, text string) time.Duration {
 	return d
 }
 
-// Info is a section of INFO, by field.
+// Info returns the fields of a section of INFO.
 func (s *Server) Info(section string) map[string]string {
 	s.t.Helper()
 	c := redis.NewClient(&redis.Options{Network: "unix", Addr: s.socket(), MaxRetries: -1})
@@ -200,7 +204,7 @@ func (s *Server) Info(section string) map[string]string {
 	return fields
 }
 
-// Node is a server that listens on a TCP port, too.
+// Node is a server that also listens on a TCP port.
 type Node struct {
 	*Server
 	Addr string // host:port
@@ -218,8 +222,9 @@ func startNode(t testing.TB, config, args []string) *Node {
 	return &Node{start(t, config, append([]string{"--port", port, "--bind", "127.0.0.1"}, args...)), "127.0.0.1:" + port}
 }
 
-// StartSentinel starts a sentinel that knows the master on host:port as "mymaster", and takes it for dead when it has been silent for
-// a minute. args are as those of Start.
+// StartSentinel starts a sentinel that monitors the master on host:port as
+// "mymaster", and takes it for down after a minute of silence. args are as in
+// Start.
 func StartSentinel(t testing.TB, master string, args ...string) *Node {
 	t.Helper()
 	host, port, _ := strings.Cut(master, ":")
@@ -229,7 +234,8 @@ func StartSentinel(t testing.TB, master string, args ...string) *Node {
 	return startNode(t, []string{config, "--sentinel"}, args)
 }
 
-// StartCluster starts a Redis Cluster of so many masters on free ports, each with its part of the slots.
+// StartCluster starts a Redis Cluster of so many masters on free ports, each with
+// an equal part of the slots. args are as in Start.
 func StartCluster(t testing.TB, masters int, args ...string) []*Node {
 	t.Helper()
 	var nodes []*Node
@@ -240,7 +246,7 @@ func StartCluster(t testing.TB, masters int, args ...string) []*Node {
 	const slots = 16384
 	for i, n := range nodes {
 		c := n.Client()
-		// Each its own epoch, or news of who has which slot would contradict each other.
+		// With equal epochs the nodes would disagree on who has which slot.
 		must(t, c.Do(ctx, "CLUSTER", "SET-CONFIG-EPOCH", i+1).Err())
 		must(t, c.ClusterAddSlotsRange(ctx, i*slots/masters, (i+1)*slots/masters-1).Err())
 		must(t, c.Do(ctx, "CONFIG", "SET", "cluster-announce-ip", "127.0.0.1").Err())
@@ -261,7 +267,8 @@ func StartCluster(t testing.TB, masters int, args ...string) []*Node {
 	return nodes
 }
 
-// FreePort is a TCP port that nobody listens on, and where the one 10000 above is free, too, as a cluster's bus wants.
+// FreePort returns a free TCP port. The port 10000 above it, which a cluster's bus
+// needs, is free too.
 func FreePort(t testing.TB) string {
 	t.Helper()
 	for range 100 {
@@ -288,7 +295,8 @@ func must(t testing.TB, err error) {
 	}
 }
 
-// MoveSlot moves a slot of a cluster with all that is in it, while clients use it, and returns when all nodes know.
+// MoveSlot moves a slot of a cluster with its keys, while clients may use it, and
+// returns when all nodes know.
 func MoveSlot(t testing.TB, nodes []*Server, slot int, from, to *Server) {
 	t.Helper()
 	ctx := context.Background()
@@ -322,12 +330,13 @@ func MoveSlot(t testing.TB, nodes []*Server, slot int, from, to *Server) {
 		}
 		must(t, client[from].Do(ctx, args...).Err())
 	}
-	// First who gets it, or for a moment nobody would have it; and who had it may learn of that before it is told.
+	// Tell the new owner first, or for a moment no node would have the slot. The
+	// old owner may learn of it before it is told.
 	for _, n := range append([]*Server{to, from}, nodes...) {
 		must(t, client[n].Do(ctx, "CLUSTER", "SETSLOT", slot, "NODE", id[to]).Err())
 	}
-	// Each node knows it now, but news that are older than this may still be under way, and count more than a claim without the epoch that
-	// the new owner gave itself.
+	// Each node knows now, but older gossip may still be under way, and overrules
+	// a claim without the new epoch of the new owner.
 	epoch := field(client[to].ClusterInfo(ctx).Val(), "cluster_my_epoch")
 	await(t, "all nodes know who has the slot", func() bool {
 		for _, c := range client {
@@ -347,7 +356,8 @@ func MoveSlot(t testing.TB, nodes []*Server, slot int, from, to *Server) {
 	})
 }
 
-// field is a line's value in what INFO and its like print.
+// field returns the value of a field in the output of INFO or CLUSTER INFO; empty
+// if it is missing.
 func field(info, name string) string {
 	for line := range strings.Lines(info) {
 		if n, value, ok := strings.Cut(strings.TrimSpace(line), ":"); ok && n == name {
