@@ -52,7 +52,8 @@ func (c *Config) Bucket(name BucketName) (Bucket, error) {
 		for i, r := range c.rules {
 			names[i] = r.limit.Name
 		}
-		return Bucket{}, fmt.Errorf("unknown limit %q; the config has: %s", name.Limit, cmp.Or(strings.Join(names, ", "), "none"))
+		return Bucket{}, fmt.Errorf("unknown limit %q; the config has: %s", name.Limit,
+			cmp.Or(strings.Join(names, ", "), "none"))
 	}
 	r := c.rules[i]
 	key, tier := []byte(name.Key), r.tier
@@ -94,7 +95,8 @@ func (r *rule) checkKey(key string) error {
 		length += 2 + len(strconv.Itoa(len(p.Text))) + len(p.Text)
 	}
 	if len(parts) != len(r.key) || length != len(key) {
-		return fmt.Errorf("invalid key %q for limit %s; want its %d parts as logs and metadata show them, such as #43.<hash> or =4.POST",
+		return fmt.Errorf("invalid key %q for limit %s; want its %d parts as logs and metadata show them, such as "+
+			"#43.<hash> or =4.POST",
 			key, r.limit.Name, len(r.key))
 	}
 	return nil
@@ -114,7 +116,8 @@ func (h *hasher) digestOfKey(key string) (sum digest, ok bool) {
 			}
 			d = sha256.Sum256([]byte(text))
 		case KeyHash:
-			if n, err := base64.RawURLEncoding.Decode(d[:], []byte(p.Text)); err != nil || n != len(d) || len(h.secret) > 0 {
+			if n, err := base64.RawURLEncoding.Decode(d[:], []byte(p.Text)); err != nil || n != len(d) ||
+				len(h.secret) > 0 {
 				return sum, false
 			}
 		default:
@@ -185,11 +188,13 @@ func (r *rule) standIn(client string) (string, error) {
 	case r.absent == absentDeny:
 		return "", fmt.Errorf("limit %s has absent: deny, so requests without a key have no bucket", r.limit.Name)
 	case r.absent == absentShare && client != "":
-		return "", fmt.Errorf("limit %s has absent: share, so requests without a key share one bucket; omit the address", r.limit.Name)
+		return "", fmt.Errorf("limit %s has absent: share, so requests without a key share one bucket; omit the "+
+			"address", r.limit.Name)
 	case r.absent == absentShare:
 		return "", nil
 	case !address.IsValid():
-		return "", fmt.Errorf("limit %s has absent: client, so requests without a key have one bucket for each client network; give the client's address", r.limit.Name)
+		return "", fmt.Errorf("limit %s has absent: client, so requests without a key have one bucket for each "+
+			"client network; give the client's address", r.limit.Name)
 	}
 	return network(address), nil
 }

@@ -41,7 +41,8 @@ func (c *clientIP) address(req *Request) (client netip.Addr, isSure bool) {
 }
 
 func (c *clientIP) believes(peer netip.Addr, principal string) bool {
-	return c.anyone || peer.IsValid() && anyOf(c.networks, peer, netip.Prefix.Contains) || anyOf(c.principals, principal, principalPattern.matches)
+	return c.anyone || peer.IsValid() && anyOf(c.networks, peer, netip.Prefix.Contains) ||
+		anyOf(c.principals, principal, principalPattern.matches)
 }
 
 // fromRight returns the element at position n from the right of a list, or "".

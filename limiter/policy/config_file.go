@@ -33,11 +33,15 @@ func Load(file string, getenv func(string) (string, bool), settings ...Setting) 
 
 // Reload is Load for a file that was loaded before. A config that came through
 // a pipe keeps its text; only the files that it names are read again.
-func Reload(file string, before Inputs, getenv func(string) (string, bool), settings ...Setting) (*Config, Inputs, error) {
+func Reload(
+	file string, before Inputs, getenv func(string) (string, bool), settings ...Setting,
+) (*Config, Inputs, error) {
 	return load(file, &before, getenv, settings)
 }
 
-func load(file string, before *Inputs, getenv func(string) (string, bool), settings []Setting) (*Config, Inputs, error) {
+func load(
+	file string, before *Inputs, getenv func(string) (string, bool), settings []Setting,
+) (*Config, Inputs, error) {
 	in := newInputs()
 	if file == "" {
 		c, err := readConfig(reader{getenv: getenv}, nil, settings, in)
@@ -45,7 +49,8 @@ func load(file string, before *Inputs, getenv func(string) (string, bool), setti
 	}
 	text, err := in.config(file, before)
 	if err == nil && len(bytes.TrimSpace(withoutBOM(text))) == 0 {
-		err = errors.New("the file is empty (perhaps it is still being written); for a config without limits write limits: []")
+		err = errors.New("the file is empty (perhaps it is still being written); for a config without limits " +
+			"write limits: []")
 	}
 	if err != nil {
 		var path *os.PathError
@@ -163,7 +168,8 @@ const maxSocketPath = 107
 func checkListen(s string) error {
 	if path, ok := strings.CutPrefix(s, "unix://"); ok && filepath.IsAbs(path) {
 		if len(path) > maxSocketPath {
-			return fmt.Errorf("%q: the path has %d bytes; the maximum for a unix socket is %d", s, len(path), maxSocketPath)
+			return fmt.Errorf("%q: the path has %d bytes; the maximum for a unix socket is %d", s, len(path),
+				maxSocketPath)
 		}
 		return nil
 	}
@@ -238,7 +244,8 @@ func (cr *configReader) readLimits(n node) {
 		}
 	})
 	if memory := memoryFor(len(cr.drafts), len(cr.expressions)); memory > shippedMemory {
-		cr.warn(n, "%d limits need about %d MiB of memory, more than the %d MiB of an injected sidecar; raise its memory limit",
+		cr.warn(n, "%d limits need about %d MiB of memory, more than the %d MiB of an injected sidecar; "+
+			"raise its memory limit",
 			len(cr.drafts), memory>>20, shippedMemory>>20)
 	}
 }
@@ -409,12 +416,15 @@ func (cr *configReader) compile() *Config {
 		c.Redis = &o
 	}
 	if cr.listenTLSAt.Node != nil && strings.HasPrefix(c.Listen.GRPC, "unix://") {
-		cr.wrong(cr.listenTLSAt, "TLS requires listen.grpc to be host:port; access to a unix socket is controlled by its directory's permissions")
+		cr.wrong(cr.listenTLSAt,
+			"TLS requires listen.grpc to be host:port; access to a unix socket is controlled "+
+				"by its directory's permissions")
 	}
 	if c.client.byHeader() && c.client.anyone && cr.clientIPAt.Node != nil &&
 		slices.ContainsFunc(cr.exempt, func(m *match) bool { return len(m.clients) > 0 }) {
-		cr.warn(cr.clientIPAt, "without from, a client that connects to sluice or its Envoy directly can write an exempt address into the header; "+
-			"set from to the networks of your proxies")
+		cr.warn(cr.clientIPAt,
+			"without from, a client that connects to sluice or its Envoy directly can write an exempt address into "+
+				"the header; set from to the networks of your proxies")
 	}
 	if cr.onFailure == "local" && cr.localShare == 0 {
 		cr.wrong(cr.onFailureAt, noShare)

@@ -80,7 +80,7 @@ func (lr *limitReader) readLimit(n node, d *draft) bool {
 		"absent": func(n node) {
 			var s string
 			lr.oneOf(n, &s, "client", "share", "skip", "deny")
-			d.absent = map[string]absence{"client": absentClient, "share": absentShare, "skip": absentSkip, "deny": absentDeny}[s]
+			d.absent = absences[s]
 		},
 		"rate":       func(n node) { d.rate = n },
 		"burst":      func(n node) { d.burst = n },
@@ -113,7 +113,8 @@ func (lr *limitReader) readLimit(n node, d *draft) bool {
 	if t := d.tier; t != nil && t.unlimited && d.absent == absentDeny {
 		lr.wrong(d.rate, "absent: deny needs a bucket, but the rate is unlimited; give a rate that is never reached")
 	} else if t != nil && !t.unlimited && d.cost.expression == nil && d.cost.constant > t.bucket.Burst() {
-		lr.wrong(d.costAt, "%d exceeds the burst of %d, so every request would be denied", d.cost.constant, t.bucket.Burst())
+		lr.wrong(d.costAt, "%d exceeds the burst of %d, so every request would be denied", d.cost.constant,
+			t.bucket.Burst())
 	}
 	return len(lr.mistakes) == bad
 }
@@ -130,7 +131,12 @@ func (lr *limitReader) readOnFailure(n node, into *string) {
 	lr.oneOf(n, into, "deny", "allow", "local", "delegate")
 }
 
-var failureModes = map[string]limiter.FailureMode{"deny": limiter.Deny, "allow": limiter.Allow, "local": limiter.Local, "delegate": limiter.Delegate}
+var failureModes = map[string]limiter.FailureMode{
+	"deny":     limiter.Deny,
+	"allow":    limiter.Allow,
+	"local":    limiter.Local,
+	"delegate": limiter.Delegate,
+}
 
 func (lr *limitReader) readMatch(n node, m *match) {
 	r, before := &lr.reader, len(lr.mistakes)
@@ -236,7 +242,8 @@ func (lr *limitReader) wrongExpression(n node, e expressionError) {
 	t := n.GetToken()
 	m := Mistake{File: lr.file, Field: n.field, Message: e.message, Line: t.Position.Line, Column: t.Position.Column}
 	if takesVariables(n) { // CEL's message may quote a variable's value
-		m.Message = "invalid expression after its variables are replaced; the error is not shown, as it may quote a secret"
+		m.Message = "invalid expression after its variables are replaced; the error is not shown, as it may " +
+			"quote a secret"
 	} else if s, ok := n.Node.(*ast.StringNode); ok && e.line == 1 && strings.Contains(t.Origin, s.Value) {
 		m.Column += e.column - 1
 		if strings.HasPrefix(strings.TrimSpace(t.Origin), "'") || strings.HasPrefix(strings.TrimSpace(t.Origin), `"`) {
@@ -293,8 +300,9 @@ func (lr *limitReader) rule(d *draft) *rule {
 		OnFailure: failureModes[cmp.Or(d.onFailure, lr.onFailure)],
 	}
 	if e := d.cost.expression; e != nil && e.unaskedSize {
-		lr.warn(d.costAt, `request.size is absent if a body has no content-length, as with chunked encoding, and the cost is then 1; `+
-			`state the cost, as in "content-length" in request.headers ? request.size : 1000`)
+		lr.warn(d.costAt,
+			`request.size is absent if a body has no content-length, as with chunked encoding, and the cost is then 1; `+
+				`state the cost, as in "content-length" in request.headers ? request.size : 1000`)
 	}
 	prefix := lr.keyPrefix + ":" + l.Domain + ":" + l.Name + ":{"
 	share := 0.0
@@ -330,7 +338,8 @@ func (lr *limitReader) warnOfShare(d *draft, o *overrides) {
 		return !t.unlimited && d.cost.constant > t.bucket.Share(lr.localShare).Burst()
 	}
 	if isAbove(d.tier) {
-		lr.warn(d.costAt, "%d exceeds the local burst of %d (local_share of %d): every request is denied while the store fails",
+		lr.warn(d.costAt,
+			"%d exceeds the local burst of %d (local_share of %d): every request is denied while the store fails",
 			d.cost.constant, d.tier.bucket.Share(lr.localShare).Burst(), d.tier.bucket.Burst())
 		return
 	}
@@ -346,7 +355,8 @@ func (lr *limitReader) warnOfShare(d *draft, o *overrides) {
 		}
 	}
 	if above > 0 {
-		lr.warn(d.costAt, "%d exceeds the local burst (local_share) of %d overrides: their requests are denied while the store fails",
+		lr.warn(d.costAt,
+			"%d exceeds the local burst (local_share) of %d overrides: their requests are denied while the store fails",
 			d.cost.constant, above)
 	}
 }
@@ -369,8 +379,9 @@ func (lr *limitReader) warnOfGroups(drafts []*draft) {
 	}
 	for _, d := range drafts {
 		if last[d.group] == d {
-			lr.warn(d.whenAt, "every limit of the group %s has a when: a request for which each is false or absent is not limited by the group; "+
-				"end the group with a limit without when", d.group)
+			lr.warn(d.whenAt,
+				"every limit of the group %s has a when: a request for which each is false or absent is not limited "+
+					"by the group; end the group with a limit without when", d.group)
 		}
 	}
 }
@@ -381,5 +392,6 @@ func (lr *limitReader) warn(n node, format string, args ...any) {
 		return
 	}
 	at := start(n.Node).Position
-	lr.warnings = append(lr.warnings, Mistake{File: lr.file, Line: at.Line, Column: at.Column, Field: n.field, Message: fmt.Sprintf(format, args...)})
+	lr.warnings = append(lr.warnings,
+		Mistake{File: lr.file, Line: at.Line, Column: at.Column, Field: n.field, Message: fmt.Sprintf(format, args...)})
 }

@@ -75,7 +75,8 @@ func parseClientName(s string) (principalPattern, error) {
 		return parsePrincipal(s)
 	}
 	if !dnsPattern.MatchString(s) {
-		return nil, fmt.Errorf("invalid client name %q; want a URI such as spiffe://cluster.local/ns/gateways/*, or a DNS name", s)
+		return nil, fmt.Errorf("invalid client name %q; want a URI such as spiffe://cluster.local/ns/gateways/*, or "+
+			"a DNS name", s)
 	}
 	return strings.Split(s, "*"), nil
 }
@@ -154,6 +155,7 @@ func (cr *configReader) warnOfAdmin(n node, addr string) {
 		return // reported already
 	}
 	if ip, err := netip.ParseAddr(host); host == "" || err == nil && ip.IsUnspecified() {
-		cr.warn(n, "%s is open to everyone who can reach this machine; listen on 127.0.0.1 and use kubectl port-forward", addr)
+		cr.warn(n, "%s is open to everyone who can reach this machine; listen on 127.0.0.1 and "+
+			"use kubectl port-forward", addr)
 	}
 }

@@ -146,7 +146,8 @@ func (lr *limitReader) readOverrides(d *draft) *overrides {
 
 func (lr *limitReader) readInline(d *draft, o *overrides) {
 	if _, ok := d.overrides.Node.(*ast.SequenceNode); !ok {
-		lr.wrong(d.overrides, "must be a list of overrides such as {key: gold, rate: 100/m}, not %s", describe(d.overrides.Node))
+		lr.wrong(d.overrides, "must be a list of overrides such as {key: gold, rate: 100/m}, not %s",
+			describe(d.overrides.Node))
 		return
 	}
 	index := -1
@@ -176,9 +177,10 @@ func (lr *limitReader) readInline(d *draft, o *overrides) {
 		if !good || tier == nil {
 			return
 		}
-		lr.addOverride(o.inline, d, parts, override{tier: tier, row: int32(index)}, func(_ int, format string, args ...any) {
-			lr.wrong(key, format, args...)
-		})
+		lr.addOverride(o.inline, d, parts, override{tier: tier, row: int32(index)},
+			func(_ int, format string, args ...any) {
+				lr.wrong(key, format, args...)
+			})
 		if spacedPart(d.key, parts) >= 0 {
 			lr.warn(key, spacedWarning)
 		}
@@ -318,7 +320,8 @@ func (lr *limitReader) readOverridesFile(n node, d *draft, o *overrides, name st
 			header = false
 			is := func(i int, name string) bool { return strings.EqualFold(strings.TrimSpace(row[i]), name) }
 			if len(row) != parts+2 || !is(parts, "rate") || !is(parts+1, "burst") {
-				wrong(line, 1, "header row of %d columns; want %d for the key's parts, then rate and burst", len(row), parts)
+				wrong(line, 1, "header row of %d columns; want %d for the key's parts, then rate and burst", len(row),
+					parts)
 				return
 			}
 			continue
@@ -337,13 +340,15 @@ func (lr *limitReader) readOverridesFile(n node, d *draft, o *overrides, name st
 			wrong(line, column, "%v", err)
 			continue
 		}
-		lr.addOverride(o.file, d, row[:parts], override{tier: tier, file: number, row: int32(line)}, func(part int, format string, args ...any) {
-			_, column := rows.FieldPos(part)
-			wrong(line, column, format, args...)
-		})
+		lr.addOverride(o.file, d, row[:parts], override{tier: tier, file: number, row: int32(line)},
+			func(part int, format string, args ...any) {
+				_, column := rows.FieldPos(part)
+				wrong(line, column, format, args...)
+			})
 		if part := spacedPart(d.key, row[:parts]); part >= 0 && len(lr.warnings) < maxMistakes {
 			_, column := rows.FieldPos(part)
-			lr.warnings = append(lr.warnings, Mistake{File: name, Line: line, Column: column, Field: n.field, Message: spacedWarning})
+			lr.warnings = append(lr.warnings,
+				Mistake{File: name, Line: line, Column: column, Field: n.field, Message: spacedWarning})
 		}
 	}
 }
@@ -359,7 +364,8 @@ func skipBOM(r io.Reader) io.Reader {
 
 // addOverride adds an override to a table, or reports a mistake by wrong, with
 // the index of the part that is wrong.
-func (lr *limitReader) addOverride(table map[digest]override, d *draft, parts []string, row override, wrong func(part int, format string, args ...any)) {
+func (lr *limitReader) addOverride(table map[digest]override, d *draft, parts []string, row override,
+	wrong func(part int, format string, args ...any)) {
 	if len(parts) != len(d.key) {
 		wrong(0, "want %d parts, as the limit's key has, not %d", len(d.key), len(parts))
 		return
@@ -371,7 +377,8 @@ func (lr *limitReader) addOverride(table map[digest]override, d *draft, parts []
 		}
 	}
 	if t := row.tier; d.cost.expression == nil && !t.unlimited && d.cost.constant > t.bucket.Burst() {
-		wrong(0, "the limit's cost of %d exceeds the burst of %d, so every request would be denied", d.cost.constant, t.bucket.Burst())
+		wrong(0, "the limit's cost of %d exceeds the burst of %d, so every request would be denied", d.cost.constant,
+			t.bucket.Burst())
 		return
 	}
 	var few [maxKeyParts]digest

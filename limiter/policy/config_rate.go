@@ -73,7 +73,8 @@ func (lr *limitReader) tierOf(rate, burst string) (*tier, error) {
 // parseRate parses tokens/period, such as 10/s, 10/7d, 5000/24h or 3/250ms. For
 // "unlimited" the period is 0.
 func parseRate(s string) (tokens int64, period time.Duration, err error) {
-	const want = "want tokens/period such as 10/s, 100/m, 5000/24h, 10/7d or 3/250ms (units: us, ms, s, m, h, d), or unlimited"
+	const want = "want tokens/period such as 10/s, 100/m, 5000/24h, 10/7d or 3/250ms (units: us, ms, s, m, h, d), " +
+		"or unlimited"
 	if s == unlimitedRate {
 		return 0, 0, nil
 	}

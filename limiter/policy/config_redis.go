@@ -41,7 +41,8 @@ func (cr *configReader) readRedis(n node) {
 
 // accessFields returns readers of username, password, password_file and tls.
 // They set *isFile if the password is read from a file.
-func (cr *configReader) accessFields(username, password *string, isFile *bool, tls **limiter.TLS) map[string]func(node) {
+func (cr *configReader) accessFields(username, password *string, isFile *bool,
+	tls **limiter.TLS) map[string]func(node) {
 	passwords := 0
 	one := func(read func(node) (string, bool)) func(node) {
 		return func(n node) {
@@ -97,7 +98,8 @@ func (cr *configReader) hideStoreVariables(message string) string {
 		allowed = "; " + allowed
 	}
 	for name, value := range cr.variables {
-		if strings.ContainsFunc(value, func(c rune) bool { return !unicode.IsLetter(c) }) { // a word might be part of the message
+		// A value of letters only might be a word of the message.
+		if strings.ContainsFunc(value, func(c rune) bool { return !unicode.IsLetter(c) }) {
 			what = strings.ReplaceAll(what, value, "${"+name+"}")
 		}
 	}

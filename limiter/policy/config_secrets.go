@@ -82,6 +82,7 @@ const shortSecret = 16
 // can read.
 func (cr *configReader) warnOfReaders(n node, file string) {
 	if info, err := os.Stat(file); err == nil && info.Mode().IsRegular() && info.Mode().Perm()&0o004 != 0 {
-		cr.warn(n, "%s is readable by every user (mode %#o); use chmod o-r, or defaultMode: 0440 for a Secret volume", file, info.Mode().Perm())
+		cr.warn(n, "%s is readable by every user (mode %#o); use chmod o-r, or defaultMode: 0440 for a Secret volume",
+			file, info.Mode().Perm())
 	}
 }

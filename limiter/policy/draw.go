@@ -136,7 +136,8 @@ func (d *drawing) consider(r *rule) finding {
 func (d *drawing) judge(r *rule) finding {
 	f := finding{applies: true, tier: r.tier, cost: r.cost.constant}
 	mistake := func(field string, err error) finding {
-		return finding{kind: foundMistake, err: &RuleError{Limit: r.limit.Name, Field: field, Err: err, Shadow: r.limit.Shadow}}
+		return finding{kind: foundMistake,
+			err: &RuleError{Limit: r.limit.Name, Field: field, Err: err, Shadow: r.limit.Shadow}}
 	}
 	if r.when != nil {
 		holds, known, err := r.when.condition(d.subject)

@@ -61,7 +61,8 @@ func (c *Config) Explain(req *Request) Explanation {
 		if f.applies {
 			tier = f.tier
 		}
-		e := Explained{Limit: r.limit, Applies: f.applies, Reason: c.reason(s, r, f), Rate: tier.rate, Burst: tier.bucket.Burst(), Charge: -1}
+		e := Explained{Limit: r.limit, Applies: f.applies, Reason: c.reason(s, r, f), Rate: tier.rate,
+			Burst: tier.bucket.Burst(), Charge: -1}
 		if f.applies && !tier.unlimited {
 			e.Charge = len(d.Charges) - 1
 			e.Key = strings.TrimSuffix(strings.TrimPrefix(f.key, r.prefix), "}")
@@ -107,7 +108,8 @@ func (c *Config) reason(s *subject, r *rule, f finding) string {
 		}
 		return "when is absent, and an unlimited limit does not apply then: " + r.when.text
 	case foundSkipped:
-		return fmt.Sprintf("its key %s is absent%s, and the limit has absent: skip", r.partName(f.part), r.explainAbsent(s, f.part))
+		return fmt.Sprintf("its key %s is absent%s, and the limit has absent: skip", r.partName(f.part),
+			r.explainAbsent(s, f.part))
 	case foundGroupTaken:
 		return fmt.Sprintf("%s comes first in the group %s", f.other.limit.Name, r.group)
 	case foundOff:
@@ -130,11 +132,12 @@ func (c *Config) reason(s *subject, r *rule, f finding) string {
 	case foundOverridden:
 		reason += "; its rate is from " + r.overrides.position(f.sum)
 	case foundPartAbsent:
-		reason += fmt.Sprintf("; its key %s is absent%s: ", r.partName(f.part), r.explainAbsent(s, f.part)) + map[absence]string{
-			absentClient: "the client's network is used instead",
-			absentShare:  "all such requests share a bucket",
-			absentDeny:   "the request is denied",
-		}[r.absent]
+		reason += fmt.Sprintf("; its key %s is absent%s: ", r.partName(f.part), r.explainAbsent(s, f.part)) +
+			map[absence]string{
+				absentClient: "the client's network is used instead",
+				absentShare:  "all such requests share a bucket",
+				absentDeny:   "the request is denied",
+			}[r.absent]
 	}
 	return reason
 }

@@ -152,7 +152,8 @@ func compile(text string, p purpose) (*expression, []expressionError) {
 			e.metadata = e.metadata || r.Name == filterMetadata
 			e.unaskedSize = e.unaskedSize || r.Name == "request.size" && !readsHeader(native, "content-length")
 			if !a.open {
-				e.open = e.direct != nil && r.Name == "request.path" // the whole path: appendOpen hashes it if it has a query
+				// The whole path may be open: appendOpen hashes it if it has a query.
+				e.open = e.direct != nil && r.Name == "request.path"
 			}
 		}
 	}

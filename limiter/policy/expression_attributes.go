@@ -43,10 +43,11 @@ var attributes = map[string]attribute{
 	"destination.address":   {cel.StringType, true, func(s *subject) any { return bareAddress(s.Destination.Address) }},
 	"destination.port":      {cel.IntType, true, func(s *subject) any { return int64(s.Destination.Port) }},
 	"destination.principal": {cel.StringType, true, func(s *subject) any { return s.Destination.Principal }},
-	filterMetadata:          {cel.MapType(cel.StringType, cel.DynType), false, func(s *subject) any { return present(s.Metadata) }},
-	"context":               {textMap, false, func(s *subject) any { return present(s.Context) }},
-	"client.ip":             {cel.StringType, true, func(s *subject) any { return addressText(s.client) }},
-	"client.network":        {cel.StringType, true, func(s *subject) any { return network(s.client) }},
+	filterMetadata: {cel.MapType(cel.StringType, cel.DynType), false,
+		func(s *subject) any { return present(s.Metadata) }},
+	"context":        {textMap, false, func(s *subject) any { return present(s.Context) }},
+	"client.ip":      {cel.StringType, true, func(s *subject) any { return addressText(s.client) }},
+	"client.network": {cel.StringType, true, func(s *subject) any { return network(s.client) }},
 }
 
 // filterMetadata is the dynamic metadata of Envoy's filters, such as the claims

@@ -98,7 +98,8 @@ func (c *constants) value(e ast.Expr) (ref.Val, error) {
 	if e.Kind() == ast.LiteralKind {
 		return e.AsLiteral(), nil
 	}
-	program, err := c.env.PlanProgram(ast.NewCheckedAST(ast.NewAST(e, c.tree.SourceInfo()), c.tree.TypeMap(), c.tree.ReferenceMap()), planOptions(nil, new(int))...)
+	program, err := c.env.PlanProgram(ast.NewCheckedAST(ast.NewAST(e, c.tree.SourceInfo()), c.tree.TypeMap(),
+		c.tree.ReferenceMap()), planOptions(nil, new(int))...)
 	if err != nil {
 		return nil, err
 	}
@@ -140,7 +141,8 @@ func (c *constants) visitArguments(call ast.CallExpr) {
 // constant although others are not, and the index of that argument.
 func argumentCheck(call ast.CallExpr) (check func(ref.Val) error, at int) {
 	switch name := call.FunctionName(); name {
-	case "getFullYear", "getMonth", "getDate", "getDayOfMonth", "getDayOfYear", "getDayOfWeek", "getHours", "getMinutes", "getSeconds", "getMilliseconds":
+	case "getFullYear", "getMonth", "getDate", "getDayOfMonth", "getDayOfYear", "getDayOfWeek", "getHours",
+		"getMinutes", "getSeconds", "getMilliseconds":
 		return checkTimeZone, 0
 	case "matches":
 		if call.IsMemberFunction() {
@@ -164,8 +166,10 @@ func checkTimeZone(v ref.Val) error {
 	if err != nil {
 		return err
 	}
-	if now := (types.Timestamp{Time: time.Unix(0, 0).UTC()}); types.IsError(invoke(own["getHours"], []ref.Val{now, v})) {
-		return fmt.Errorf("unknown time zone %q; want a name such as Europe/Berlin, or an offset such as +02:00", v.Value())
+	now := types.Timestamp{Time: time.Unix(0, 0).UTC()}
+	if types.IsError(invoke(own["getHours"], []ref.Val{now, v})) {
+		return fmt.Errorf("unknown time zone %q; want a name such as Europe/Berlin, or an offset such as +02:00",
+			v.Value())
 	}
 	return nil
 }

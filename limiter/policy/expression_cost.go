@@ -40,9 +40,16 @@ var pricedCalls = map[string]pricedCall{
 	"timestamp":   {units: scanUnits},
 	"string":      {units: scanUnits, run: runString},
 	// With a time zone these functions read a file.
-	"getFullYear": {units: zoneUnits}, "getMonth": {units: zoneUnits}, "getDate": {units: zoneUnits}, "getDayOfMonth": {units: zoneUnits},
-	"getDayOfYear": {units: zoneUnits}, "getDayOfWeek": {units: zoneUnits}, "getHours": {units: zoneUnits}, "getMinutes": {units: zoneUnits},
-	"getSeconds": {units: zoneUnits}, "getMilliseconds": {units: zoneUnits},
+	"getFullYear":     {units: zoneUnits},
+	"getMonth":        {units: zoneUnits},
+	"getDate":         {units: zoneUnits},
+	"getDayOfMonth":   {units: zoneUnits},
+	"getDayOfYear":    {units: zoneUnits},
+	"getDayOfWeek":    {units: zoneUnits},
+	"getHours":        {units: zoneUnits},
+	"getMinutes":      {units: zoneUnits},
+	"getSeconds":      {units: zoneUnits},
+	"getMilliseconds": {units: zoneUnits},
 }
 
 // pricedCall says how a function is charged and run.
@@ -55,7 +62,8 @@ type pricedCall struct {
 
 // price returns the planned call. If it is one of pricedCalls, it is replaced
 // by a priced call.
-func price(call interpreter.InterpretableCall, args []interpreter.InterpretableV2, instructions *int) (interpreter.InterpretableV2, error) {
+func price(call interpreter.InterpretableCall, args []interpreter.InterpretableV2,
+	instructions *int) (interpreter.InterpretableV2, error) {
 	if call.Function() == "matches" && len(args) == 2 {
 		return priceMatch(call, args, instructions)
 	}

@@ -27,7 +27,8 @@ var (
 // is linear in the length of the text times the size of the program, and so is
 // the cost. A constant pattern is compiled once, and its size is added to
 // *instructions.
-func priceMatch(call interpreter.InterpretableCall, args []interpreter.InterpretableV2, instructions *int) (interpreter.InterpretableV2, error) {
+func priceMatch(call interpreter.InterpretableCall, args []interpreter.InterpretableV2,
+	instructions *int) (interpreter.InterpretableV2, error) {
 	p := &priced{id: call.ID(), args: args, pricedCall: pricedCall{units: matchUnits, run: runMatch}}
 	c, ok := args[1].(interpreter.InterpretableConst)
 	if !ok {

@@ -53,7 +53,8 @@ func canonicalNetwork(s string) (string, error) {
 		a, err = prefix.Addr(), nil
 	}
 	if err != nil {
-		return "", errors.New("invalid client network; want an address such as 203.0.113.7, or an IPv6 /64 such as 2001:db8::/64")
+		return "", errors.New("invalid client network; want an address such as 203.0.113.7, or an IPv6 /64 such as " +
+			"2001:db8::/64")
 	}
 	network := network(parseAddr(a.String()))
 	same := bareAddress(a.String()) == network // the client's network is its address

@@ -116,7 +116,8 @@ func (m *match) mismatch(s *subject, which reading) string {
 // client's address is not trusted.
 func (m *match) whoMismatches(s *subject, which reading) string {
 	switch {
-	case len(m.clients) > 0 && (!s.client.IsValid() || which == allReadings && !s.isTrusted || !anyOf(m.clients, s.client, netip.Prefix.Contains)):
+	case len(m.clients) > 0 && (!s.client.IsValid() || which == allReadings && !s.isTrusted ||
+		!anyOf(m.clients, s.client, netip.Prefix.Contains)):
 		return "clients"
 	case len(m.principals) > 0 && !anyOf(m.principals, s.Source.Principal, principalPattern.matches):
 		return "principals"
@@ -156,7 +157,8 @@ func methodMatches(pattern, method string) bool {
 func parseMethod(s string) (string, error) {
 	for i := 0; i < len(s); i++ {
 		if c := s[i]; (c < 'A' || c > 'Z') && c != '-' && c != '_' {
-			return "", fmt.Errorf("invalid method %q; want an upper-case name such as GET, which includes HEAD, or POST", s)
+			return "", fmt.Errorf("invalid method %q; want an upper-case name such as GET, which includes HEAD, "+
+				"or POST", s)
 		}
 	}
 	if s == "" {
@@ -192,7 +194,8 @@ type principalPattern []string
 
 func parsePrincipal(s string) (principalPattern, error) {
 	if !strings.Contains(s, "://") {
-		return nil, fmt.Errorf("invalid principal %q; want a URI such as spiffe://cluster.local/ns/web/sa/shop, with * for any text", s)
+		return nil, fmt.Errorf("invalid principal %q; want a URI such as spiffe://cluster.local/ns/web/sa/shop, with "+
+			"* for any text", s)
 	}
 	return strings.Split(s, "*"), nil
 }
@@ -202,7 +205,8 @@ func (p principalPattern) matches(principal string) bool {
 		return principal == p[0]
 	}
 	first, last := p[0], p[len(p)-1]
-	if len(principal) < len(first)+len(last) || !strings.HasPrefix(principal, first) || !strings.HasSuffix(principal, last) {
+	if len(principal) < len(first)+len(last) || !strings.HasPrefix(principal, first) ||
+		!strings.HasSuffix(principal, last) {
 		return false
 	}
 	between := principal[len(first) : len(principal)-len(last)]

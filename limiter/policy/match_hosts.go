@@ -18,7 +18,8 @@ func appendHosts(readings []string, sent string) []string {
 		return append(readings, sent)
 	}
 	lower := lowerASCII(sent)
-	for _, host := range [...]string{normalHost(lower), withoutBrackets(withoutPort(lower)), withoutBrackets(beforeLastColon(lower)), inBrackets(lower)} {
+	for _, host := range [...]string{normalHost(lower), withoutBrackets(withoutPort(lower)),
+		withoutBrackets(beforeLastColon(lower)), inBrackets(lower)} {
 		known := false
 		for _, other := range readings {
 			known = known || other == host
@@ -105,7 +106,8 @@ func canonical(a netip.Addr) string { return a.Unmap().WithZone("").String() }
 // withoutPort returns a host without its port, if that is a number from 1 to
 // 65535 without leading zeros.
 func withoutPort(host string) string {
-	if i := strings.LastIndexByte(host, ':'); i >= 0 && isPort(host[i+1:]) && (strings.IndexByte(host, ':') == i || host[i-1] == ']') {
+	if i := strings.LastIndexByte(host, ':'); i >= 0 && isPort(host[i+1:]) &&
+		(strings.IndexByte(host, ':') == i || host[i-1] == ']') {
 		return host[:i]
 	}
 	return host
@@ -160,7 +162,8 @@ func parseHost(s string) (string, error) {
 		return canonical(a), nil
 	}
 	if !hostPattern.MatchString(name) || strings.Contains(name, "..") {
-		return "", fmt.Errorf("invalid host %q; want a name such as api.example.com or *.example.com, or an address, without a port", s)
+		return "", fmt.Errorf("invalid host %q; want a name such as api.example.com or *.example.com, or an address, "+
+			"without a port", s)
 	}
 	if isWild {
 		return "*." + lowerASCII(name), nil

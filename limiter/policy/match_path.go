@@ -33,12 +33,15 @@ func parsePath(s string) (pathPattern, error) {
 	}
 	for segment := range strings.SplitSeq(body, "/") {
 		switch {
-		case strings.HasPrefix(segment, "{") && strings.HasSuffix(segment, "}") && len(segment) > 2 && !strings.ContainsAny(segment[1:len(segment)-1], "{}*"):
+		case strings.HasPrefix(segment, "{") && strings.HasSuffix(segment, "}") && len(segment) > 2 &&
+			!strings.ContainsAny(segment[1:len(segment)-1], "{}*"):
 			p.segments = append(p.segments, "")
 		case strings.ContainsAny(segment, "{}*"):
-			return pathPattern{}, fmt.Errorf("path %q: segment %q is not a literal, {x}, or ** at the end; %s", s, segment, want)
+			return pathPattern{}, fmt.Errorf("path %q: segment %q is not a literal, {x}, or ** at the end; %s", s,
+				segment, want)
 		case segment == "" || "/"+segment != normalizePath("/"+segment):
-			return pathPattern{}, fmt.Errorf("path %q is not in normal form, in which requests are matched; write %q", s, normalizePath(s))
+			return pathPattern{}, fmt.Errorf("path %q is not in normal form, in which requests are matched; write %q",
+				s, normalizePath(s))
 		default:
 			p.segments = append(p.segments, segment)
 		}

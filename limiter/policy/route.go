@@ -170,12 +170,14 @@ func (c *Config) readRoute(text routeText) *routeEntry {
 // that it compiles to expressions.
 func (c *Config) readRouteText(text routeText, expressions map[[2]string]*expression) *routeEntry {
 	wrong := func(limit string, err error) *routeEntry {
-		return &routeEntry{mistake: &RuleError{Limit: limit, Field: "context_extensions", Err: err, Shadow: c.inherited.mode == "shadow"}}
+		return &routeEntry{mistake: &RuleError{Limit: limit, Field: "context_extensions", Err: err,
+			Shadow: c.inherited.mode == "shadow"}}
 	}
 	name, isLimit := strings.CutPrefix(text.key, routeLimit)
 	switch {
 	case len(text.key)+len(text.value) > maxRouteText:
-		return wrong("", fmt.Errorf("a sluice. key and its value have %d bytes; the maximum is %d", len(text.key)+len(text.value), maxRouteText))
+		return wrong("", fmt.Errorf("a sluice. key and its value have %d bytes; the maximum is %d",
+			len(text.key)+len(text.value), maxRouteText))
 	case text.key == routeLimits:
 		return c.readListed(text.value, wrong)
 	case !isLimit:
@@ -185,7 +187,8 @@ func (c *Config) readRouteText(text routeText, expressions map[[2]string]*expres
 		return wrong("", fmt.Errorf("%s: %w", routeLimit, err))
 	}
 	if c.noRouteLimits {
-		return wrong(name, errors.New("routes.limits is false in this config, so routes can neither add a limit nor turn one off"))
+		return wrong(name,
+			errors.New("routes.limits is false in this config, so routes can neither add a limit nor turn one off"))
 	}
 	e := &routeEntry{index: -1}
 	if i, ok := c.byName[name]; ok {
@@ -200,7 +203,8 @@ func (c *Config) readRouteText(text routeText, expressions map[[2]string]*expres
 	root := lr.document([]byte(text.value))
 	if root == nil {
 		if len(lr.mistakes) == 0 {
-			return wrong(name, errors.New(`empty value; want a limit such as {rate: 10/m, key: client.network}, or "off"`))
+			return wrong(name,
+				errors.New(`empty value; want a limit such as {rate: 10/m, key: client.network}, or "off"`))
 		}
 		return wrong(name, lr.mistakes)
 	}
@@ -209,7 +213,8 @@ func (c *Config) readRouteText(text routeText, expressions map[[2]string]*expres
 		e.rule = lr.rule(d)
 	}
 	if e.rule != nil && c.routeDomains != nil && !slices.Contains(c.routeDomains, e.rule.limit.Domain) {
-		return wrong(name, fmt.Errorf("domain %q is not allowed for routes; want one of routes.domains: %s", e.rule.limit.Domain, strings.Join(c.routeDomains, ", ")))
+		return wrong(name, fmt.Errorf("domain %q is not allowed for routes; want one of routes.domains: %s",
+			e.rule.limit.Domain, strings.Join(c.routeDomains, ", ")))
 	}
 	if len(lr.mistakes) > 0 {
 		e := wrong(name, lr.mistakes)

@@ -46,6 +46,14 @@ const (
 	absentDeny                  // the request is denied
 )
 
+// absences are the values of the field absent.
+var absences = map[string]absence{
+	"client": absentClient,
+	"share":  absentShare,
+	"skip":   absentSkip,
+	"deny":   absentDeny,
+}
+
 // appliesIfAbsent reports whether the limit applies to a request for which its
 // when is absent. It normally does, so that no client avoids a limit by
 // omitting a header.

@@ -127,7 +127,8 @@ func (r *reader) mapping(n node, fields map[string]func(node)) bool {
 	for _, v := range values {
 		key, ok := v.Key.(*ast.StringNode)
 		if !ok {
-			r.at(v.Key.GetToken(), n.field, "a field name must be a string, not %s; want one of %s", describe(v.Key), fieldNames(fields))
+			r.at(v.Key.GetToken(), n.field, "a field name must be a string, not %s; want one of %s", describe(v.Key),
+				fieldNames(fields))
 			continue
 		}
 		value := node{v.Value, join(n.field, key.Value)}
@@ -185,7 +186,8 @@ func (r *reader) checkValue(n node) bool {
 		r.wrong(n, "a value that begins with ! is a YAML tag, which is not allowed; quote the expression")
 	case *ast.AnchorNode, *ast.AliasNode, *ast.MergeKeyNode:
 		r.wrong(n, "anchors, aliases and merge keys are not allowed; write the value out")
-	case *ast.StringNode, *ast.LiteralNode, *ast.IntegerNode, *ast.FloatNode, *ast.BoolNode, *ast.MappingNode, *ast.MappingValueNode, *ast.SequenceNode:
+	case *ast.StringNode, *ast.LiteralNode, *ast.IntegerNode, *ast.FloatNode, *ast.BoolNode, *ast.MappingNode,
+		*ast.MappingValueNode, *ast.SequenceNode:
 		return true
 	default:
 		r.wrong(n, "a YAML value of type %v is not allowed", v.Type())

@@ -25,7 +25,8 @@ func checkBounds(text []byte) (line, column int, message string) {
 		since := 0 // index of the last character that ends a plain string
 		for i := 0; i < len(row); i++ {
 			if i-since > 2*maxText {
-				return number, since + 1, fmt.Sprintf("string of more than %d bytes; the maximum is %d", 2*maxText, maxText)
+				message = fmt.Sprintf("string of more than %d bytes; the maximum is %d", 2*maxText, maxText)
+				return number, since + 1, message
 			}
 			c := row[i]
 			if strings.IndexByte("[]{},:'\"", c) >= 0 {
