@@ -52,7 +52,8 @@ func TestClientIP(t *testing.T) {
 }
 
 func FuzzParseAddr(f *testing.F) {
-	for _, seed := range []string{"10.0.0.1", "[::1]:80", "::ffff:1.2.3.4", "fe80::1%eth0", "[::1", "1.2.3.4:x", " 1.2.3.4 ", "64:ff9b::1.2.3.4", "64:ff9b:1::1.2.3.4"} {
+	for _, seed := range []string{"10.0.0.1", "[::1]:80", "::ffff:1.2.3.4", "fe80::1%eth0", "[::1", "1.2.3.4:x",
+		" 1.2.3.4 ", "64:ff9b::1.2.3.4", "64:ff9b:1::1.2.3.4"} {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, s string) {

@@ -16,7 +16,7 @@ import (
 	"time"
 )
 
-// certificate writes a certificate that signs itself, and its key, into dir.
+// certificate writes a self-signed certificate and its key into dir.
 func certificate(t *testing.T, dir, name string, until time.Time) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -43,7 +43,7 @@ func certificate(t *testing.T, dir, name string, until time.Time) {
 	}
 }
 
-// What listen.tls and routes refuse, and what they say.
+// TestListenTLS checks the errors of listen.tls and routes.
 func TestListenTLS(t *testing.T) {
 	dir := t.TempDir()
 	certificate(t, dir, "a", time.Now().Add(time.Hour))
@@ -101,18 +101,21 @@ func TestListenTLS(t *testing.T) {
 	}
 }
 
-// A config's hash, which is a metric, is the same whatever its secrets are, and another for another config.
+// TestHashHoldsNoSecret checks that a config's hash, which is a metric, does
+// not depend on its secrets, and differs between configs.
 func TestHashHoldsNoSecret(t *testing.T) {
 	hash := func(secret, rest string) string {
 		t.Helper()
-		c, err := Parse("sluice.yaml", []byte("key_secret: "+secret+"\nstore: {redis: {url: 'redis://user:"+secret+"@127.0.0.1:6379/0'}}\n"+rest), nil)
+		c, err := Parse("sluice.yaml",
+			[]byte("key_secret: "+secret+"\nstore: {redis: {url: 'redis://user:"+secret+"@127.0.0.1:6379/0'}}\n"+rest), nil)
 		if err != nil {
 			t.Fatal(err)
 		}
 		return c.Hash
 	}
 	password := func(secret string) string {
-		c, err := Parse("sluice.yaml", []byte("store: {redis: {url: 'redis://127.0.0.1', password: "+secret+"}}\nkey_secret: |\n  "+secret+"\n"), nil)
+		c, err := Parse("sluice.yaml",
+			[]byte("store: {redis: {url: 'redis://127.0.0.1', password: "+secret+"}}\nkey_secret: |\n  "+secret+"\n"), nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -130,7 +133,8 @@ func TestHashHoldsNoSecret(t *testing.T) {
 	}
 }
 
-// What validate warns of: it is allowed, and hardly meant.
+// TestSecurityWarnings checks warnings about valid settings that expose
+// something.
 func TestSecurityWarnings(t *testing.T) {
 	dir := t.TempDir()
 	for name, mode := range map[string]os.FileMode{"open": 0o644, "closed": 0o640} {

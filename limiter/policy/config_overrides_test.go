@@ -11,7 +11,8 @@ import (
 	"time"
 )
 
-// directory writes files, given as name, text, name, text, and returns the path of the first.
+// directory writes files, given as name, text, name, text, and returns the path
+// of the first.
 func directory(t testing.TB, files ...string) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -27,7 +28,7 @@ func directory(t testing.TB, files ...string) string {
 	return filepath.Join(dir, files[0])
 }
 
-// inHex is a part of a key as a row may give it without saying it.
+// inHex writes a part of a key by its SHA-256.
 func inHex(part string) string {
 	sum := sha256.Sum256([]byte(part))
 	return "sha256:" + hex.EncodeToString(sum[:])
@@ -44,7 +45,8 @@ limits:
     overrides:
       - {key: [both, GET], rate: 7/m}
 `,
-		"tenants/a.csv", "api key,method,rate,burst\n\"gold, \"\"our best\"\"\",GET,600/m,100\n"+inHex("secret")+",GET,1000/h,\nboth,GET,8/m,\n",
+		"tenants/a.csv", "api key,method,rate,burst\n\"gold, \"\"our "+
+			"best\"\"\",GET,600/m,100\n"+inHex("secret")+",GET,1000/h,\nboth,GET,8/m,\n",
 		"tenants/b.csv", "\ufeffkey,method,rate,burst\r\n\r\nfree,"+strings.ToUpper(inHex("GET")[7:])+",1/s,1\r\nfree,"+inHex("GET")+",unlimited,\r\n\u00e9 ,GET,2/s,\r\n",
 		"tenants/c.txt", "not read")
 	c, inputs, err := Load(file, env())
@@ -55,7 +57,8 @@ limits:
 	for _, tt := range []struct{ key, rate, reason string }{
 		{`gold, "our best"`, "600/m", "it applies to every request; its rate is from " + dir + "/tenants/a.csv:2"},
 		{"secret", "1000/h", "it applies to every request; its rate is from " + dir + "/tenants/a.csv:3"},
-		{"both", "7/m", "it applies to every request; its rate is from overrides[0], which takes precedence over " + dir + "/tenants/a.csv:4"},
+		{"both", "7/m", "it applies to every request; its rate is from overrides[0], which takes precedence over " +
+			dir + "/tenants/a.csv:4"},
 		{"free", "unlimited", "it applies to every request; its rate is from " + dir + "/tenants/b.csv:4"},
 		{"\u00e9 ", "2/s", "it applies to every request; its rate is from " + dir + "/tenants/b.csv:5"},
 		{"\u00e9", "60/m", "it applies to every request"},
@@ -73,13 +76,15 @@ limits:
 	}
 }
 
-// A wrong row says where it stands and what is allowed, and nothing of a key.
+// TestOverrideMistakes checks that an error names the row and what to write,
+// and quotes nothing of a key.
 func TestOverrideMistakes(t *testing.T) {
-	const rate = "want tokens/period such as 10/s, 100/m, 5000/24h, 10/7d or 3/250ms (units: us, ms, s, m, h, d), or unlimited"
+	const rate = "want tokens/period such as 10/s, 100/m, 5000/24h, 10/7d or 3/250ms (units: us, ms, s, m, h, d), or " +
+		"unlimited"
 	for _, tt := range []struct {
 		config string // of the limit a, besides its name
 		csv    string
-		want   string // a line each; DIR stands for the directory
+		want   string // one mistake a line; DIR stands for the directory
 	}{
 		{"key: request.method, rate: 9/s, cost: 3", `key,rate,burst
 GET,ten,
@@ -103,13 +108,19 @@ DIR/o.csv:8:1: limits[0].overrides_file: want sha256: and 64 hex digits, not 2 c
 DIR/o.csv:9:1: limits[0].overrides_file: the limit's cost of 3 exceeds the burst of 1, so every request would be denied
 DIR/o.csv:11:1: limits[0].overrides_file: duplicate key; want one override for each key
 DIR/o.csv:12:1: limits[0].overrides_file: duplicate key; want one override for each key`},
-		{"key: request.method, rate: 9/s", "GET,10/s,\n", `DIR/o.csv:1:1: limits[0].overrides_file: header row of 3 columns; want 1 for the key's parts, then rate and burst`},
-		{"key: [request.method, request.host], rate: 9/s", "key,rate,burst\n", `DIR/o.csv:1:1: limits[0].overrides_file: header row of 3 columns; want 2 for the key's parts, then rate and burst`},
-		{"key: request.method, rate: 9/s", "", `DIR/o.csv:1:1: limits[0].overrides_file: empty file; want a header row such as key,rate,burst`},
-		{"key: request.method, rate: 9/s", "key,rate,burst\nGET,1/s,\nPU\"T,1/s,\n", `DIR/o.csv:3:3: limits[0].overrides_file: bare " in non-quoted-field`},
-		{"rate: 9/s", "key,rate,burst\n", `DIR/sluice.yaml:1:47: limits[0].overrides_file: requires key; a limit without one has a single bucket`},
+		{"key: request.method, rate: 9/s", "GET,10/s,\n",
+			`DIR/o.csv:1:1: limits[0].overrides_file: header row of 3 columns; want 1 for the key's parts, then rate and burst`},
+		{"key: [request.method, request.host], rate: 9/s", "key,rate,burst\n",
+			`DIR/o.csv:1:1: limits[0].overrides_file: header row of 3 columns; want 2 for the key's parts, then rate and burst`},
+		{"key: request.method, rate: 9/s", "",
+			`DIR/o.csv:1:1: limits[0].overrides_file: empty file; want a header row such as key,rate,burst`},
+		{"key: request.method, rate: 9/s", "key,rate,burst\nGET,1/s,\nPU\"T,1/s,\n",
+			`DIR/o.csv:3:3: limits[0].overrides_file: bare " in non-quoted-field`},
+		{"rate: 9/s", "key,rate,burst\n",
+			`DIR/sluice.yaml:1:47: limits[0].overrides_file: requires key; a limit without one has a single bucket`},
 	} {
-		file := directory(t, "sluice.yaml", "limits: [{name: a, "+tt.config+", overrides_file: o.csv}]\n", "o.csv", tt.csv)
+		file := directory(t, "sluice.yaml", "limits: [{name: a, "+tt.config+", overrides_file: o.csv}]\n", "o.csv",
+			tt.csv)
 		_, _, err := Load(file, env())
 		if err == nil {
 			t.Errorf("%s: no mistake", tt.csv)
@@ -117,23 +128,27 @@ DIR/o.csv:12:1: limits[0].overrides_file: duplicate key; want one override for e
 			t.Errorf("%s\n got %s\nwant %s", tt.csv, got, want)
 		}
 	}
-	file := directory(t, "sluice.yaml", "limits: [{name: a, key: request.method, rate: 9/s, overrides_file: none.csv}, {name: b, key: request.method, rate: 9/s, overrides_file: '[.csv'}]\n")
+	file := directory(t, "sluice.yaml",
+		"limits: [{name: a, key: request.method, rate: 9/s, overrides_file: none.csv}, {name: b, key: "+
+			"request.method, rate: 9/s, overrides_file: '[.csv'}]\n")
 	_, _, err := Load(file, env())
-	want := file + ":1:68: limits[0].overrides_file: open " + filepath.Dir(file) + "/none.csv: no such file or directory\n" +
+	want := file + ":1:68: limits[0].overrides_file: open " + filepath.Dir(file) +
+		"/none.csv: no such file or directory\n" +
 		file + ":1:137: limits[1].overrides_file: invalid file name pattern \"[.csv\": syntax error in pattern"
 	if err == nil || err.Error() != want {
 		t.Errorf("%v\nwant\n%s", err, want)
 	}
 }
 
-// manyOverrides is a config whose limit has n overrides in a file.
+// manyOverrides returns a config whose limit has n overrides in a file.
 func manyOverrides(t testing.TB, n int) string {
 	var b strings.Builder
 	b.WriteString("key,rate,burst\n")
 	for i := range n {
 		fmt.Fprintf(&b, "tenant-%d,%d/m,%d\n", i, i%50+1, i%100+1)
 	}
-	return directory(t, "sluice.yaml", "limits: [{name: a, key: request.headers.k, rate: 5/s, overrides_file: t.csv}]\n", "t.csv", b.String())
+	return directory(t, "sluice.yaml",
+		"limits: [{name: a, key: request.headers.k, rate: 5/s, overrides_file: t.csv}]\n", "t.csv", b.String())
 }
 
 func TestOverridesAreReadQuickly(t *testing.T) {
@@ -154,7 +169,8 @@ func TestOverridesAreReadQuickly(t *testing.T) {
 	t.Errorf("100,000 rows took %v", took)
 }
 
-// BenchmarkOverrides is a request to a limit with few overrides and with many:
+// BenchmarkOverrides measures Draw for a limit with few and with many
+// overrides:
 //
 //	go test ./limiter/policy -run '^$' -bench Overrides
 func BenchmarkOverrides(b *testing.B) {
@@ -176,7 +192,7 @@ func BenchmarkOverrides(b *testing.B) {
 	}
 }
 
-// However YAML is written, a digest is a digest.
+// TestDigestsInYAML checks sha256: parts in all of YAML's notations.
 func TestDigestsInYAML(t *testing.T) {
 	for _, part := range []string{"gold", "7", "a", "silver", "x1"} {
 		for _, key := range []string{"%s", "[%s]", `"%s"`, `["%s"]`, "\n          - %s", "\n          %s"} {
@@ -199,7 +215,8 @@ func TestDigestsInYAML(t *testing.T) {
 	}
 }
 
-// Where a pattern's files may come from is known, and the config's own directory is no pattern.
+// TestPatterns checks that Inputs have the directories in which files of a
+// pattern may appear, and that the config's own directory is not a pattern.
 func TestPatterns(t *testing.T) {
 	base := filepath.Join(t.TempDir(), "[x]*?")
 	for _, name := range []string{"a/one.csv", "b/two.csv", "b/three.txt"} {
@@ -221,7 +238,8 @@ func TestPatterns(t *testing.T) {
 		"t/b/two.csv":   "1 overrides from t/b t/b/two.csv",
 	} {
 		config := filepath.Join(base, "sluice.yaml")
-		if err := os.WriteFile(config, []byte("limits: [{name: a, rate: 1/s, key: request.headers.k, overrides_file: '"+pattern+"'}]\n"), 0o600); err != nil {
+		if err := os.WriteFile(config,
+			[]byte("limits: [{name: a, rate: 1/s, key: request.headers.k, overrides_file: '"+pattern+"'}]\n"), 0o600); err != nil {
 			t.Fatal(err)
 		}
 		c, inputs, err := Load(config, env())
@@ -246,9 +264,11 @@ func TestPatterns(t *testing.T) {
 	}
 }
 
-// A file that moves from one limit to another makes another config.
+// TestInputsTellFilesApart checks that moving a file from one limit to another
+// changes the config's hash.
 func TestInputsTellFilesApart(t *testing.T) {
-	const config = "limits: [{name: a, rate: 1/s, key: request.method, overrides_file: 'a/*.csv'}, {name: b, rate: 1/s, key: request.method, overrides_file: 'b/*.csv'}]\n"
+	const config = "limits: [{name: a, rate: 1/s, key: request.method, overrides_file: 'a/*.csv'}, {name: b, rate: " +
+		"1/s, key: request.method, overrides_file: 'b/*.csv'}]\n"
 	const rows = "key,rate,burst\nGET,1/s,\n"
 	dir := filepath.Dir(directory(t, "sluice.yaml", config, "a/x.csv", rows, "b/none", ""))
 	load := func() Inputs {
@@ -267,13 +287,13 @@ func TestInputsTellFilesApart(t *testing.T) {
 	}
 }
 
-// A part that is just an attribute is written as requests have it, or in
-// another spelling of that. What no request can have is an error.
+// TestPartsOfAttributes checks that parts which are attributes are accepted in
+// any spelling of a value that requests have, and that other values are errors.
 func TestPartsOfAttributes(t *testing.T) {
 	const notNetwork = " is not a client network (an IPv4 address or an IPv6 /64); write "
 	for _, tt := range []struct {
-		key, part, line string // a request that it is for, or
-		wrong           string // what is wrong with it
+		key, part, line string // a request that has the part, or
+		wrong           string // the error
 	}{
 		{"client.network", "203.0.113.7", "GET h/ from 203.0.113.7", ""},
 		{"client.network", " 203.0.113.7 ", "GET h/ from 203.0.113.7", ""},
@@ -285,7 +305,8 @@ func TestPartsOfAttributes(t *testing.T) {
 		{"client.network", "2001:db8::1/64", "", "2001:db8::1/64" + notNetwork + "2001:db8::/64"},
 		{"client.network", "2001:db8::/32", "", "2001:db8::/32" + notNetwork + "2001:db8::/64"},
 		{"client.network", "10.0.0.0/8", "", "10.0.0.0/8" + notNetwork + "10.0.0.0"},
-		{"client.network", "gold", "", "invalid client network; want an address such as 203.0.113.7, or an IPv6 /64 such as 2001:db8::/64"},
+		{"client.network", "gold", "",
+			"invalid client network; want an address such as 203.0.113.7, or an IPv6 /64 such as 2001:db8::/64"},
 		{"client.ip", "2001:DB8::1", "GET h/ from 2001:db8::1", ""},
 		{"client.ip", "2001:db8::/64", "", "invalid address; want one such as 203.0.113.7 or 2001:db8::1"},
 		{"source.address", "10.0.0.1:80", "", "invalid address; want one such as 203.0.113.7 or 2001:db8::1"},
@@ -296,7 +317,8 @@ func TestPartsOfAttributes(t *testing.T) {
 		{"request.host", "shop.example.com.", "GET shop.example.com/", ""},
 		{"request.host", "shop.example.com:443", "", "keys hold no port; write the host without it"},
 		{"request.host", "*.example.com", "", "patterns are not allowed; want one host"},
-		{"request.host", "https://shop.example.com", "", "invalid host; want a name such as api.example.com, or an address, without a port"},
+		{"request.host", "https://shop.example.com", "",
+			"invalid host; want a name such as api.example.com, or an address, without a port"},
 		{"request.url_path", "/a", "GET h/a?b=c", ""},
 		{"request.url_path", "/a?b=c", "", "request.url_path has no query; write the path without it"},
 		{"request.url_path", "a", "", "invalid path; want one that begins with /"},
@@ -313,7 +335,8 @@ func TestPartsOfAttributes(t *testing.T) {
 			if file {
 				overrides = "overrides_file: o.csv"
 			}
-			config := directory(t, "sluice.yaml", fmt.Sprintf("limits: [{name: a, rate: 1/s, key: %s, %s}]\n", tt.key, overrides),
+			config := directory(t, "sluice.yaml",
+				fmt.Sprintf("limits: [{name: a, rate: 1/s, key: %s, %s}]\n", tt.key, overrides),
 				"o.csv", fmt.Sprintf("Key,Rate,Burst\n%q,7/s,\n", tt.part))
 			c, _, err := Load(config, env())
 			got := ""
@@ -335,10 +358,11 @@ func TestPartsOfAttributes(t *testing.T) {
 	}
 }
 
-// A byte order mark is no part of what it stands before.
+// TestByteOrderMarks checks that byte order marks are ignored.
 func TestByteOrderMarks(t *testing.T) {
 	const bom = "\ufeff"
-	config := directory(t, "sluice.yaml", bom+"key_secret_file: secret\nlimits: [{name: a, rate: 1/s, key: request.headers.k, overrides_file: o.csv}]\n",
+	config := directory(t, "sluice.yaml",
+		bom+"key_secret_file: secret\nlimits: [{name: a, rate: 1/s, key: request.headers.k, overrides_file: o.csv}]\n",
 		"secret", bom+"pepper\r\n", "o.csv", bom+"\"key\",rate,burst\ngold,7/s,\n")
 	c, _, err := Load(config, env())
 	if err != nil {
@@ -352,9 +376,12 @@ func TestByteOrderMarks(t *testing.T) {
 	}
 }
 
-// What no request is likely to have is warned of, in the file that says it.
+// TestOverrideWarnings checks warnings about parts that no request is likely to
+// have. They name the overrides file.
 func TestOverrideWarnings(t *testing.T) {
-	config := directory(t, "sluice.yaml", "limits: [{name: a, rate: 1/s, key: request.headers.k, overrides: [{key: ' x', rate: 1/s}], overrides_file: [o.csv, 'none/*.csv']}]\n",
+	config := directory(t, "sluice.yaml",
+		"limits: [{name: a, rate: 1/s, key: request.headers.k, overrides: [{key: ' x', rate: 1/s}], overrides_file: "+
+			"[o.csv, 'none/*.csv']}]\n",
 		"o.csv", "key,rate,burst\ngold ,7/s,\nsilver,7/s,\n")
 	c, _, err := Load(config, env())
 	if err != nil {

@@ -29,7 +29,8 @@ func TestGoodFiles(t *testing.T) {
 	}
 }
 
-// Each bad file ends in comments that say what is wrong with it, in full and in order.
+// TestBadFiles checks each file of testdata/bad against the mistakes that its
+// comments list, in full and in order.
 func TestBadFiles(t *testing.T) {
 	files, err := filepath.Glob("testdata/bad/*.yaml")
 	if err != nil || len(files) == 0 {
@@ -82,8 +83,10 @@ func TestDefaults(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		got := fmt.Sprintf("%s %+v %v %d %+v %v %s %v", c.Domain, c.Listen, c.Redis, c.FailureStatus, c.Headers, c.Grace, c.LogLevel, c.FailsClosed())
-		want := "default {GRPC:127.0.0.1:9001 Admin:127.0.0.1:9002 Metrics:127.0.0.1:9003} <nil> 503 {XRateLimit:true RetryAfter:true RateLimit:false} 10s info false"
+		got := fmt.Sprintf("%s %+v %v %d %+v %v %s %v", c.Domain, c.Listen, c.Redis, c.FailureStatus, c.Headers,
+			c.Grace, c.LogLevel, c.FailsClosed())
+		want := "default {GRPC:127.0.0.1:9001 Admin:127.0.0.1:9002 Metrics:127.0.0.1:9003} <nil> 503 " +
+			"{XRateLimit:true RetryAfter:true RateLimit:false} 10s info false"
 		if got != want {
 			t.Errorf("%q:\n%s\n%s", file, got, want)
 		}
@@ -95,18 +98,22 @@ func TestEverything(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	got := fmt.Sprintf("%s %+v %+v %d %+v %v %s %v", c.Domain, c.Listen, *c.Redis, c.FailureStatus, c.Headers, c.Grace, c.LogLevel, c.FailsClosed())
+	got := fmt.Sprintf("%s %+v %+v %d %+v %v %s %v", c.Domain, c.Listen, *c.Redis, c.FailureStatus, c.Headers, c.Grace,
+		c.LogLevel, c.FailsClosed())
 	want := "shop/checkout {GRPC:unix:///run/sluice/authz.sock Admin:127.0.0.1:19002 Metrics:0.0.0.0:9003} " +
-		"{Mode: URL:redis://127.0.0.1:6379/0 Addresses:[] Master: Username:sluice Password:hunter2 TLS:<nil> Sentinel:<nil> Timeout:80ms} 502 " +
+		"{Mode: URL:redis://127.0.0.1:6379/0 Addresses:[] Master: Username:sluice Password:hunter2 TLS:<nil> " +
+		"Sentinel:<nil> Timeout:80ms} 502 " +
 		"{XRateLimit:false RetryAfter:false RateLimit:true} 3s debug false"
 	if got != want {
 		t.Errorf("\n%s\n%s", got, want)
 	}
 	limits := c.Limits()
-	if got, want := *limits[0], (limiter.Limit{Domain: "shop/checkout", Name: "per-client", OnFailure: limiter.Allow}); got != want {
+	if got, want := *limits[0], (limiter.Limit{Domain: "shop/checkout", Name: "per-client",
+		OnFailure: limiter.Allow}); got != want {
 		t.Errorf("%+v, want %+v", got, want)
 	}
-	if got, want := *limits[1], (limiter.Limit{Domain: "shop", Name: "orders", Shadow: true, OnFailure: limiter.Delegate}); got != want {
+	if got, want := *limits[1], (limiter.Limit{Domain: "shop", Name: "orders", Shadow: true,
+		OnFailure: limiter.Delegate}); got != want {
 		t.Errorf("%+v, want %+v", got, want)
 	}
 }
@@ -145,7 +152,8 @@ func TestReadsMetadata(t *testing.T) {
 }
 
 func TestSettings(t *testing.T) {
-	text := []byte("{domain: file, listen: {grpc: \"127.0.0.1:1\"}, store: {redis: {url: \"redis://file\", timeout: 7ms}}}")
+	text := []byte("{domain: file, listen: {grpc: \"127.0.0.1:1\"}, store: {redis: {url: \"redis://file\", timeout: " +
+		"7ms}}}")
 	c, err := Parse("f", text, env(),
 		Setting{Field: "domain", Value: "environment", From: "SLUICE_DOMAIN"},
 		Setting{Field: "domain", Value: "flag", From: "--domain"},
@@ -157,7 +165,8 @@ func TestSettings(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if c.Domain != "flag" || c.Listen.GRPC != "127.0.0.1:1" || c.Listen.Admin != "127.0.0.1:3" || c.Grace != time.Minute ||
+	if c.Domain != "flag" || c.Listen.GRPC != "127.0.0.1:1" || c.Listen.Admin != "127.0.0.1:3" ||
+		c.Grace != time.Minute ||
 		c.Redis.URL != "redis://flag" || c.Redis.Timeout != 7*time.Millisecond {
 		t.Errorf("%+v %+v", c, c.Redis)
 	}
@@ -190,7 +199,8 @@ func TestLoadErrors(t *testing.T) {
 			t.Errorf("%v, want %s", err, want)
 		}
 	}
-	if _, err := Parse("f", make([]byte, maxFile+1), env()); err == nil || err.Error() != "f: the file exceeds the maximum of 1048576 bytes" {
+	if _, err := Parse("f", make([]byte, maxFile+1), env()); err == nil ||
+		err.Error() != "f: the file exceeds the maximum of 1048576 bytes" {
 		t.Error(err)
 	}
 }
@@ -203,13 +213,15 @@ func TestMistakeAsJSON(t *testing.T) {
 	}
 }
 
-// Sentinels have a user, a password and TLS of their own.
+// TestSentinelAccess checks the sentinels' own user, password and TLS.
 func TestSentinelAccess(t *testing.T) {
 	load := func(more string) (*Config, error) {
-		c, _, err := Load(directory(t, "sluice.yaml", "store: {redis: {password: other, "+more+"}}", "secret", "hunter2\n"), env())
+		c, _, err := Load(directory(t, "sluice.yaml", "store: {redis: {password: other, "+more+"}}", "secret",
+			"hunter2\n"), env())
 		return c, err
 	}
-	c, err := load("mode: sentinel, addresses: ['h:1'], master: m, sentinel: {username: u, password_file: secret, tls: {server_name: s}}")
+	c, err := load("mode: sentinel, addresses: ['h:1'], master: m, sentinel: {username: u, password_file: secret, " +
+		"tls: {server_name: s}}")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -217,12 +229,15 @@ func TestSentinelAccess(t *testing.T) {
 	if got := c.Redis.Sentinel; !reflect.DeepEqual(got, &want) || c.Redis.Password != "other" || c.Redis.TLS != nil {
 		t.Errorf("%+v", c.Redis)
 	}
+	const sentinels = "mode: sentinel, addresses: ['h:1'], master: m, sentinel: "
 	for more, want := range map[string]string{
-		"url: 'redis://h', sentinel: {password: hunter2}":                                                                       "sentinel requires mode sentinel",
-		"mode: sentinel, addresses: ['h:1'], master: m, sentinel: {password: hunter2, password_file: secret}":                   "store.redis.sentinel.password_file: password and password_file are mutually exclusive",
-		"mode: sentinel, addresses: ['h:1'], master: m, sentinel: {pasword: hunter2}":                                           "store.redis.sentinel.pasword: unknown field; ",
-		"mode: sentinel, addresses: ['h:1'], master: m, sentinel: {tls: {cert_file: secret}}":                                   "cert_file and key_file must be set together",
-		"mode: sentinel, addresses: ['h:1'], master: m, sentinel: {password: hunter2, tls: {ca_file: secret, server_name: []}}": "store.redis.sentinel.tls.server_name: ",
+		"url: 'redis://h', sentinel: {password: hunter2}": "sentinel requires mode sentinel",
+		sentinels + "{password: hunter2, password_file: secret}": "store.redis.sentinel.password_file: " +
+			"password and password_file are mutually exclusive",
+		sentinels + "{pasword: hunter2}":         "store.redis.sentinel.pasword: unknown field; ",
+		sentinels + "{tls: {cert_file: secret}}": "cert_file and key_file must be set together",
+		sentinels + "{password: hunter2, tls: {ca_file: secret, server_name: []}}": "" +
+			"store.redis.sentinel.tls.server_name: ",
 	} {
 		_, err := load(more)
 		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "hunter2") {
@@ -231,12 +246,13 @@ func TestSentinelAccess(t *testing.T) {
 	}
 }
 
-// What listens, and the store, are for a sidecar's whole life; a password in a file of its own is not.
+// TestReplaces checks that a change of listeners or the store needs a restart,
+// and a change of a password file does not.
 func TestReplaces(t *testing.T) {
 	load := func(text, secret string) *Config {
 		t.Helper()
 		if text == "" {
-			text = "limits: []" // a blank file is a mistake
+			text = "limits: []" // an empty file is an error
 		}
 		c, _, err := Load(directory(t, "sluice.yaml", text, "secret", secret), env())
 		if err != nil {
@@ -249,20 +265,31 @@ func TestReplaces(t *testing.T) {
 	}
 	for _, tt := range []struct{ old, new, want string }{
 		{"", "", ""},
-		{"domain: a", "{domain: b, mode: shadow, limits: [{name: a, rate: 1/s}], key_secret: x, headers: [], grace: 1s}", ""},
-		{"", "listen: {grpc: '127.0.0.1:1', admin: '127.0.0.1:2', metrics: '127.0.0.1:3'}", "f: listen.grpc: changed; a restart is needed to apply it\nf: listen.admin: changed; a restart is needed to apply it\nf: listen.metrics: changed; a restart is needed to apply it"},
+		{"domain: a",
+			"{domain: b, mode: shadow, limits: [{name: a, rate: 1/s}], key_secret: x, headers: [], grace: 1s}", ""},
+		{"", "listen: {grpc: '127.0.0.1:1', admin: '127.0.0.1:2', metrics: '127.0.0.1:3'}",
+			"f: listen.grpc: changed; a restart is needed to apply it\nf: listen.admin: changed; a restart is needed " +
+				"to apply it\nf: listen.metrics: changed; a restart is needed to apply it"},
 		{"", "store: {redis: {url: 'redis://h'}}", "f: store.redis: changed; a restart is needed to apply it"},
 		{"store: {redis: {url: 'redis://h'}}", "", "f: store.redis: changed; a restart is needed to apply it"},
 		{"store: {redis: {url: 'redis://h'}}", "store: {redis: {url: 'redis://i', timeout: 1s, key_prefix: p}}",
-			"f: store.redis.url: changed; a restart is needed to apply it\nf: store.redis.timeout: changed; a restart is needed to apply it\nf: store.redis.key_prefix: changed; a restart is needed to apply it"},
-		{"store: {redis: {url: 'redis://h', username: a, password: x}}", "store: {redis: {url: 'redis://h', username: b, password: y}}",
-			"f: store.redis.username: changed; a restart is needed to apply it\nf: store.redis.password: changed; a restart is needed to apply it"},
-		{"store: {redis: {url: 'redis://h', password_file: secret}}", "store: {redis: {url: 'redis://h', password_file: secret}}", ""},
-		{"store: {redis: {url: 'redis://h', password: x}}", "store: {redis: {url: 'redis://h', password_file: secret}}", "f: store.redis.password: changed; a restart is needed to apply it"},
-		{sentinels("{username: a, password_file: secret}"), sentinels("{username: b, password: two}"), "f: store.redis.sentinel: changed; a restart is needed to apply it"},
+			"f: store.redis.url: changed; a restart is needed to apply it\nf: store.redis.timeout: changed; a " +
+				"restart is needed to apply it\nf: store.redis.key_prefix: changed; a restart is needed to apply it"},
+		{"store: {redis: {url: 'redis://h', username: a, password: x}}",
+			"store: {redis: {url: 'redis://h', username: b, password: y}}",
+			"f: store.redis.username: changed; a restart is needed to apply it\nf: store.redis.password: changed; a " +
+				"restart is needed to apply it"},
+		{"store: {redis: {url: 'redis://h', password_file: secret}}",
+			"store: {redis: {url: 'redis://h', password_file: secret}}", ""},
+		{"store: {redis: {url: 'redis://h', password: x}}", "store: {redis: {url: 'redis://h', password_file: secret}}",
+			"f: store.redis.password: changed; a restart is needed to apply it"},
+		{sentinels("{username: a, password_file: secret}"), sentinels("{username: b, password: two}"),
+			"f: store.redis.sentinel: changed; a restart is needed to apply it"},
 		{sentinels("{username: a, password_file: secret}"), sentinels("{username: a, password_file: secret}"), ""},
-		{sentinels("{password: x}"), sentinels("{password_file: secret}"), "f: store.redis.sentinel: changed; a restart is needed to apply it"},
-		{sentinels("{tls: {server_name: a}}"), sentinels("{tls: {server_name: b}}"), "f: store.redis.sentinel: changed; a restart is needed to apply it"},
+		{sentinels("{password: x}"), sentinels("{password_file: secret}"),
+			"f: store.redis.sentinel: changed; a restart is needed to apply it"},
+		{sentinels("{tls: {server_name: a}}"), sentinels("{tls: {server_name: b}}"),
+			"f: store.redis.sentinel: changed; a restart is needed to apply it"},
 		{sentinels("{tls: {server_name: a}, password: x}"), sentinels("{tls: {server_name: a}, password: x}"), ""},
 	} {
 		got := ""
@@ -278,15 +305,21 @@ func TestReplaces(t *testing.T) {
 func TestWarnings(t *testing.T) {
 	const common = "local_share: 0.1\non_failure: local\nlimits:\n"
 	for text, want := range map[string]string{
-		"- {name: a, rate: 20/s, cost: 2}":                        "", // the local burst is 2
-		"- {name: a, rate: 20/s, cost: 3}":                        "test.yaml:4:31: limits[0].cost: 3 exceeds the local burst of 2 (local_share of 20): every request is denied while the store fails",
-		"- {name: a, rate: 5/s, cost: 1 + 1}":                     "test.yaml:4:30: limits[0].cost: 2 exceeds the local burst of 1 (local_share of 5): every request is denied while the store fails",
-		"- {name: a, rate: 5/s, cost: int(source.port)}":          "", // nobody knows
-		"- {name: a, rate: 20/s, cost: 3, mode: shadow}":          "",
-		"- {name: a, rate: 20/s, cost: 3, on_failure: deny}":      "",
-		"- {name: a, rate: unlimited, cost: 3}":                   "",
-		"- {name: a, rate: 5/s}\n- {name: b, rate: 5/s, cost: 2}": "test.yaml:5:30: limits[1].cost: 2 exceeds the local burst of 1 (local_share of 5): every request is denied while the store fails",
-		"- name: a\n  rate: 40/s\n  cost: 4\n  key: client.ip\n  overrides: [{key: 10.0.0.1, rate: 30/s}, {key: 10.0.0.2, rate: 39/s}, {key: 10.0.0.3, rate: 40/s}, {key: 10.0.0.4, rate: unlimited}]": "test.yaml:6:9: limits[0].cost: 4 exceeds the local burst (local_share) of 2 overrides: their requests are denied while the store fails",
+		"- {name: a, rate: 20/s, cost: 2}": "", // the local burst is 2
+		"- {name: a, rate: 20/s, cost: 3}": "test.yaml:4:31: limits[0].cost: 3 exceeds the " +
+			"local burst of 2 (local_share of 20): every request is denied while the store fails",
+		"- {name: a, rate: 5/s, cost: 1 + 1}": "test.yaml:4:30: limits[0].cost: 2 exceeds the " +
+			"local burst of 1 (local_share of 5): every request is denied while the store fails",
+		"- {name: a, rate: 5/s, cost: int(source.port)}":     "", // unknown before there is a request
+		"- {name: a, rate: 20/s, cost: 3, mode: shadow}":     "",
+		"- {name: a, rate: 20/s, cost: 3, on_failure: deny}": "",
+		"- {name: a, rate: unlimited, cost: 3}":              "",
+		"- {name: a, rate: 5/s}\n- {name: b, rate: 5/s, cost: 2}": "test.yaml:5:30: limits[1].cost: 2 exceeds the " +
+			"local burst of 1 (local_share of 5): every request is denied while the store fails",
+		"- name: a\n  rate: 40/s\n  cost: 4\n  key: client.ip\n  overrides: [{key: 10.0.0.1, rate: 30/s}, {key: " +
+			"10.0.0.2, rate: 39/s}, {key: 10.0.0.3, rate: 40/s}, {key: 10.0.0.4, rate: " +
+			"unlimited}]": "test.yaml:6:9: limits[0].cost: 4 exceeds the local burst (local_share) of 2 overrides: " +
+			"their requests are denied while the store fails",
 	} {
 		if got := parse(t, common+text+"\n").Warnings.Error(); got != want {
 			t.Errorf("%s\n%s\nwant\n%s", text, got, want)
@@ -294,11 +327,13 @@ func TestWarnings(t *testing.T) {
 	}
 }
 
-// A config whose limits do not fit into an injected sidecar says so.
+// TestWarnsOfMemory checks the warning about a config that needs more memory
+// than an injected sidecar has.
 func TestWarnsOfMemory(t *testing.T) {
 	for limits, want := range map[int]string{
-		1_000:  "",
-		10_000: "test.yaml:2:1: limits: 10000 limits need about 149 MiB of memory, more than the 128 MiB of an injected sidecar; raise its memory limit",
+		1_000: "",
+		10_000: "test.yaml:2:1: limits: 10000 limits need about 149 MiB of memory, more than the 128 MiB of an " +
+			"injected sidecar; raise its memory limit",
 	} {
 		var text strings.Builder
 		text.WriteString("limits:\n")
@@ -311,7 +346,8 @@ func TestWarnsOfMemory(t *testing.T) {
 	}
 }
 
-// What is read of a file is not kept beside the config that was made of it.
+// TestConfigDoesNotKeepItsFile checks that a config does not keep the text and
+// nodes of its file in memory.
 func TestConfigDoesNotKeepItsFile(t *testing.T) {
 	var text strings.Builder
 	text.WriteString("limits:\n")
@@ -320,7 +356,7 @@ func TestConfigDoesNotKeepItsFile(t *testing.T) {
 		fmt.Fprintf(&text, "- {name: l%d, rate: 1/s, key: client.ip}\n", i)
 	}
 	heap := func() uint64 {
-		for range 3 { // what is pooled goes with the second
+		for range 3 { // sync.Pools are emptied by the second collection
 			runtime.GC()
 		}
 		var m runtime.MemStats
@@ -335,25 +371,34 @@ func TestConfigDoesNotKeepItsFile(t *testing.T) {
 	runtime.KeepAlive(c)
 }
 
-// A group that leaves some requests alone, and a cost that some bodies do not have, are hardly meant.
+// TestWarningsOfAbsence checks warnings about groups that do not limit all
+// requests, and about costs of bodies without a size.
 func TestWarningsOfAbsence(t *testing.T) {
 	const (
 		when  = `when: 'request.headers["a"] == "x"'`
-		group = "every limit of the group g has a when: a request for which each is false or absent is not limited by the group; end the group with a limit without when"
-		size  = `request.size is absent if a body has no content-length, as with chunked encoding, and the cost is then 1; state the cost, as in "content-length" in request.headers ? request.size : 1000`
+		group = "every limit of the group g has a when: a request for which each is false or absent is not limited " +
+			"by the group; end the group with a limit without when"
+		size = `request.size is absent if a body has no content-length, as with chunked encoding, and the cost is then 1; state the cost, as in "content-length" in request.headers ? request.size : 1000`
 	)
 	for text, want := range map[string]string{
-		"- {name: a, rate: 1/s, group: g, " + when + "}":                                                                     "test.yaml:2:40: limits[0].when: " + group,
-		"- {name: a, rate: 1/s, group: g, " + when + "}\n- {name: b, rate: unlimited, group: g, " + when + "}":               "test.yaml:3:46: limits[1].when: " + group,
-		"- {name: a, rate: 1/s, group: g, " + when + "}\n- {name: b, rate: 2/s, group: g}":                                   "",
-		"- {name: a, rate: 1/s, group: g, " + when + "}\n- {name: b, rate: 2/s, group: g, when: true}":                       "",
-		"- {name: b, rate: 2/s, group: g}\n- {name: a, rate: 1/s, group: g, " + when + "}":                                   "",
-		"- {name: a, rate: 1/s, " + when + "}":                                                                               "",
-		"- {name: a, rate: 1/s, group: h}\n- {name: b, rate: 1/s, group: g, " + when + "}\n- {name: c, rate: 1/s, group: h}": "test.yaml:3:40: limits[1].when: " + group,
-		`- {name: a, rate: 9/s, cost: request.size / 100}`:                                                                   "test.yaml:2:30: limits[0].cost: " + size,
-		`- {name: a, rate: 9/s, cost: 'request.method == "POST" ? request.size : 1'}`:                                        "test.yaml:2:30: limits[0].cost: " + size,
-		`- {name: a, rate: 9/s, cost: '"content-length" in request.headers ? request.size : 1000'}`:                          "",
-		`- {name: a, rate: 9/s, when: request.size > 100, key: request.size}`:                                                "",
+		"- {name: a, rate: 1/s, group: g, " + when +
+			"}": "test.yaml:2:40: limits[0].when: " + group,
+		"- {name: a, rate: 1/s, group: g, " + when + "}\n- {name: b, rate: unlimited, group: g, " + when +
+			"}": "test.yaml:3:46: limits[1].when: " + group,
+		"- {name: a, rate: 1/s, group: g, " + when +
+			"}\n- {name: b, rate: 2/s, group: g}": "",
+		"- {name: a, rate: 1/s, group: g, " + when +
+			"}\n- {name: b, rate: 2/s, group: g, when: true}": "",
+		"- {name: b, rate: 2/s, group: g}\n- {name: a, rate: 1/s, group: g, " + when +
+			"}": "",
+		"- {name: a, rate: 1/s, " + when +
+			"}": "",
+		"- {name: a, rate: 1/s, group: h}\n- {name: b, rate: 1/s, group: g, " + when +
+			"}\n- {name: c, rate: 1/s, group: h}": "test.yaml:3:40: limits[1].when: " + group,
+		`- {name: a, rate: 9/s, cost: request.size / 100}`:                                          "test.yaml:2:30: limits[0].cost: " + size,
+		`- {name: a, rate: 9/s, cost: 'request.method == "POST" ? request.size : 1'}`:               "test.yaml:2:30: limits[0].cost: " + size,
+		`- {name: a, rate: 9/s, cost: '"content-length" in request.headers ? request.size : 1000'}`: "",
+		`- {name: a, rate: 9/s, when: request.size > 100, key: request.size}`:                       "",
 	} {
 		if got := parse(t, "limits:\n"+text+"\n").Warnings.Error(); got != want {
 			t.Errorf("%s\n%s\nwant\n%s", text, got, want)
@@ -392,6 +437,7 @@ func FuzzParse(f *testing.F) {
 			}
 			return
 		}
-		c.Draw(&Request{Method: "GET", Path: "/a", Headers: map[string]string{"x": "y"}, Source: Peer{Address: "10.0.0.1"}})
+		c.Draw(&Request{Method: "GET", Path: "/a", Headers: map[string]string{"x": "y"},
+			Source: Peer{Address: "10.0.0.1"}})
 	})
 }

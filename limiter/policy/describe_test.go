@@ -19,12 +19,14 @@ limits:
 	for _, d := range c.Describe() {
 		got = append(got, fmt.Sprintf("%s %s %d %q %s %d", d.Limit.Name, d.Rate, d.Burst, d.Key, d.Group, d.Overrides))
 	}
-	if g, want := strings.Join(got, "\n"), "a 10/s 20 [\"client.ip\" \"request.headers[\\\"k\\\"]\"] g 1\nb unlimited 0 []  0"; g != want {
+	if g, want := strings.Join(got,
+		"\n"), "a 10/s 20 [\"client.ip\" \"request.headers[\\\"k\\\"]\"] g 1\nb unlimited 0 []  0"; g != want {
 		t.Errorf("%s\nwant %s", g, want)
 	}
 }
 
-// A key's parts come out as they went in, whatever they hold; what is no key has none.
+// TestKeyParts checks that KeyParts returns the parts of a key, whatever their
+// values, and none for other texts.
 func TestKeyParts(t *testing.T) {
 	h := &hasher{}
 	var key []byte
@@ -33,11 +35,12 @@ func TestKeyParts(t *testing.T) {
 	}
 	key = h.appendHash(key, "secret")
 	key = h.appendAbsent(key, "2001:db8::/64")
-	want := "[{open 10.0.0.1} {open =1.x~} {open %3Cscript%3E} {hash K7gNU3sdo-OL0wNhqoVWhr3g6s1xYv72ol_pe_Unols} {absent 2001:db8::/64}]"
+	want := "[{open 10.0.0.1} {open =1.x~} {open %3Cscript%3E} {hash K7gNU3sdo-OL0wNhqoVWhr3g6s1xYv72ol_pe_Unols} " +
+		"{absent 2001:db8::/64}]"
 	if got := fmt.Sprint(KeyParts(string(key))); got != want {
 		t.Errorf("%s\nwant %s", got, want)
 	}
-	for i := range key { // cut anywhere
+	for i := range key { // truncated anywhere
 		KeyParts(string(key[:i]))
 	}
 	for _, bad := range []string{"", "-", "=", "=9.a", "=-1.a", "x1.a", "=1", "=99999999999999999999.a"} {

@@ -9,12 +9,15 @@ import (
 	"google.golang.org/protobuf/types/known/structpb"
 )
 
-// The specification of which limits apply to a request, with which keys at which costs, and why.
+// TestDraw is the specification of which limits apply to a request, with which
+// keys and costs, and why.
 func TestDraw(t *testing.T) {
 	rows := 0
 	for _, section := range []struct {
 		config string
-		rows   [][]string // a request, what it draws and, of some limits, the reason that explain gives: "name: reason"
+		// Each row is a request, what it draws and, for some limits, the reason
+		// that Explain gives: "name: reason".
+		rows [][]string
 	}{
 		{"", [][]string{
 			{"GET h/", ""},
@@ -29,10 +32,11 @@ func TestDraw(t *testing.T) {
 			{"GET h/ from 2001:DB8:0000:1:0:0:0:7", "a =15.2001:db8:0:1::7, b =17.2001:db8:0:1::/64"},
 			{"GET h/ from ::ffff:10.0.0.1", "a =8.10.0.0.1, b =8.10.0.0.1"},
 			{"GET h/ from fe80::1%25eth0", "a =7.fe80::1, b =9.fe80::/64"},
-			// What a NAT64 gateway translated is no one network.
+			// Addresses that a NAT64 gateway translated are not one network.
 			{"GET h/ from 64:ff9b::203.0.113.7", "a =18.64:ff9b::cb00:7107, b =11.203.0.113.7"},
 			{"GET h/ from 64:ff9b::203.0.113.8", "a =18.64:ff9b::cb00:7108, b =11.203.0.113.8"},
-			{"GET h/ from 64:ff9b:1:fffe::203.0.113.7", "a =25.64:ff9b:1:fffe::cb00:7107, b =25.64:ff9b:1:fffe::cb00:7107"},
+			{"GET h/ from 64:ff9b:1:fffe::203.0.113.7",
+				"a =25.64:ff9b:1:fffe::cb00:7107, b =25.64:ff9b:1:fffe::cb00:7107"},
 			{"GET h/ from 64:ff9b:0:1::203.0.113.7", "a =22.64:ff9b:0:1::cb00:7107, b =16.64:ff9b:0:1::/64"},
 			{"GET h/ from nowhere", "a ~0., b ~0."},
 			{"GET h/ from 10.0.0.1 with x-forwarded-for=1.2.3.4", "a =8.10.0.0.1, b =8.10.0.0.1"},
@@ -43,17 +47,18 @@ func TestDraw(t *testing.T) {
 			{"GET h/ with x-api-key=", "a ~11.203.0.113.7"},
 			{"GET h/ from 2001:db8::1", "a ~13.2001:db8::/64"},
 			{"GET h/ from nowhere", "a ~0."},
-			// Nobody can send what stands in for an absent value.
+			// No client can send the replacement of an absent value.
 			{"GET h/ with x-api-key=~11.203.0.113.7", "a #(~11.203.0.113.7)"},
 		}},
 		{`limits: [{name: a, rate: 1/s, absent: share, key: 'request.headers["x-api-key"]'}]`, [][]string{
 			{"GET h/", "a ~0."},
 			{"GET h/ with x-api-key=k", "a #(k)"},
 		}},
-		{`limits: [{name: a, rate: 1/s, absent: skip, key: 'request.headers["x-api-key"]'}, {name: b, rate: 1/s}]`, [][]string{
-			{"GET h/", "b -"},
-			{"GET h/ with x-api-key=k", "a #(k), b -"},
-		}},
+		{`limits: [{name: a, rate: 1/s, absent: skip, key: 'request.headers["x-api-key"]'}, {name: b, rate: 1/s}]`,
+			[][]string{
+				{"GET h/", "b -"},
+				{"GET h/ with x-api-key=k", "a #(k), b -"},
+			}},
 		{`limits: [{name: a, rate: 7/s, absent: deny, key: 'request.headers["x-api-key"]'}]`, [][]string{
 			{"GET h/", "a ~0. refused"},
 			{"GET h/ with x-api-key=k", "a #(k)"},
@@ -75,9 +80,10 @@ func TestDraw(t *testing.T) {
 			{"GET h/ by spiffe://a/ns/b", "a =5.https=6.HTTP/2=11.203.0.113.7=15.spiffe://a/ns/b=1.0"},
 			{"GET h/", "a =5.https=6.HTTP/2=11.203.0.113.7~11.203.0.113.7=1.0"},
 		}},
-		{`limits: [{name: a, rate: 1/s, key: ['"x"', 'request.method.lowerAscii()', '1.5e13', '12u', 'true', '3.25']}]`, [][]string{
-			{"GET h/", "a =1.x=3.get=14.15000000000000=2.12=4.true=4.3.25"},
-		}},
+		{`limits: [{name: a, rate: 1/s, key: ['"x"', 'request.method.lowerAscii()', '1.5e13', '12u', 'true', '3.25']}]`,
+			[][]string{
+				{"GET h/", "a =1.x=3.get=14.15000000000000=2.12=4.true=4.3.25"},
+			}},
 		{`limits: [{name: a, rate: 1/s, key: 'context["plan"]'}, {name: b, rate: 1/s, key: 'request.headers["a"] + request.method'}, {name: c, rate: 1/s, key: request.headers.a}]`, [][]string{
 			{"GET h/ context plan=k with a=k", "a #(k), b #(kGET), c #(k)"},
 			{"GET h/", "a ~11.203.0.113.7, b ~11.203.0.113.7, c ~11.203.0.113.7"},
@@ -90,9 +96,10 @@ func TestDraw(t *testing.T) {
 			{"GET h/ with a=", "a #(false), b ~11.203.0.113.7"},
 			{"GET h/", "a #(false), b ~11.203.0.113.7"},
 		}},
-		{`limits: [{name: a, rate: 1/s, key: 'metadata.filter_metadata["envoy.filters.http.jwt_authn"].payload.sub'}]`, [][]string{
-			{"GET h/", "a ~11.203.0.113.7"},
-		}},
+		{`limits: [{name: a, rate: 1/s, key: 'metadata.filter_metadata["envoy.filters.http.jwt_authn"].payload.sub'}]`,
+			[][]string{
+				{"GET h/", "a ~11.203.0.113.7"},
+			}},
 		{`limits: [{name: a, rate: 1/s, domain: shared}, {name: b, rate: 1/s}]`, [][]string{
 			{"GET h/", "a -, b -"},
 		}},
@@ -138,7 +145,7 @@ func TestDraw(t *testing.T) {
 			{"GET h/v1", ""},
 			{"GET h/", ""},
 		}},
-		// ignore_case: for upstreams that route paths without case.
+		// ignore_case is for upstreams that route paths without case.
 		{`limits: [{name: a, rate: 1/s, match: {ignore_case: true, paths: [/V1/Orders, "/v1/orders/{id}/pay", "/v2/**", "/Kilo/é"]}}, {name: b, rate: 1/s, match: {paths: [/v1/orders]}}, {name: c, rate: 1/s, match: {ignore_case: false, paths: [/V1/orders]}}]`, [][]string{
 			{"GET h/v1/orders", "a -, b -"},
 			{"GET h/V1/ORDERS", "a -"},
@@ -147,25 +154,27 @@ func TestDraw(t *testing.T) {
 			{"GET h/v1/%4frders/A%2FB/PAY/", "a -"},
 			{"GET h/V2/x", "a -"},
 			{"GET h/v1/ORDER", "", `a: path "/v1/ORDER" matches none of match.paths`},
-			// Some servers know more letters than A to Z.
+			// Some servers fold more letters than A to Z.
 			{"GET h/%E2%84%AAilo/%C3%89", "a -"},
 			{"GET h/v1/order%C5%BF", "a -"},
 			{"GET h/kilo/\xc9", ""},
 		}},
-		{`{exempt: [{match: {ignore_case: true, paths: [/Kilo, "/public/**"]}}], limits: [{name: a, rate: 1/s}]}`, [][]string{
-			{"GET h/kilo", "exempt"},
-			{"GET h/KILO", "exempt"},
-			{"GET h/PUBLIC/x", "exempt"},
-			{"GET h/PUBLIC/../x", "a -"},
-			{"GET h/PUBLIC/%2E%2E/x", "a -"},
-			{"GET h/\u212ailo", "a -"},
-		}},
-		{`limits: [{name: root, rate: 1/s, match: {paths: [/]}}, {name: every, rate: 1/s, match: {paths: ["/**"]}}]`, [][]string{
-			{"GET h/", "root -, every -"},
-			{"GET h/?x", "root -, every -"},
-			{"GET h//", "root -, every -"},
-			{"GET h/a", "every -"},
-		}},
+		{`{exempt: [{match: {ignore_case: true, paths: [/Kilo, "/public/**"]}}], limits: [{name: a, rate: 1/s}]}`,
+			[][]string{
+				{"GET h/kilo", "exempt"},
+				{"GET h/KILO", "exempt"},
+				{"GET h/PUBLIC/x", "exempt"},
+				{"GET h/PUBLIC/../x", "a -"},
+				{"GET h/PUBLIC/%2E%2E/x", "a -"},
+				{"GET h/\u212ailo", "a -"},
+			}},
+		{`limits: [{name: root, rate: 1/s, match: {paths: [/]}}, {name: every, rate: 1/s, match: {paths: ["/**"]}}]`,
+			[][]string{
+				{"GET h/", "root -, every -"},
+				{"GET h/?x", "root -, every -"},
+				{"GET h//", "root -, every -"},
+				{"GET h/a", "every -"},
+			}},
 		{`limits: [{name: a, rate: 1/s, match: {clients: [203.0.113.0/24, 10.1.2.3, "2001:db8::/32"]}}]`, [][]string{
 			{"GET h/ from 203.0.113.255", "a -"},
 			{"GET h/ from 203.0.114.0", ""},
@@ -191,7 +200,8 @@ func TestDraw(t *testing.T) {
 			{"POST h/y", "b -"},
 			{"GET h/x", ""},
 		}},
-		// when: absent applies, and leaving something out escapes no limit.
+		// A limit whose when is absent applies, so that omitting something
+		// avoids no limit.
 		{`limits: [{name: a, rate: 1/s, when: 'request.headers["x-beta"] != "on"'}, {name: b, rate: 1/s, when: 'request.headers["x-beta"] == "on"'}]`, [][]string{
 			{"GET h/", "a -", "a: it matches", `b: when is false: request.headers["x-beta"] == "on"`},
 			{"GET h/ with x-beta=", "a -"},
@@ -204,13 +214,15 @@ func TestDraw(t *testing.T) {
 			{"GET h/ with a=1 with b=1", "not-nil -, same -"},
 		}},
 		{`limits: [{name: in, rate: 1/s, when: 'request.headers["a"] in ["x", "y"]'}, {name: starts, rate: 1/s, when: 'request.headers["a"].startsWith("x")'}, {name: not, rate: 1/s, when: '!(request.headers["a"] in ["x"])'}, {name: plus, rate: 1/s, when: 'request.headers["a"] + "" == "x"'}, {name: size, rate: 1/s, when: 'size(request.headers["a"]) > 3'}]`, [][]string{
-			{"GET h/", "in -, starts -, not -, plus -, size -", "in: it matches; when is absent, so it applies", "plus: it matches; when is absent, so it applies"},
+			{"GET h/", "in -, starts -, not -, plus -, size -", "in: it matches; when is absent, so it applies",
+				"plus: it matches; when is absent, so it applies"},
 			{"GET h/ with a=x", "in -, starts -, plus -"},
 			{"GET h/ with a=z", "not -"},
 			{"GET h/ with a=zzzz", "not -, size -"},
 		}},
 		{`limits: [{name: and, rate: 1/s, when: 'request.headers["a"].startsWith("x") && request.method == "POST"'}, {name: or, rate: 1/s, when: 'request.headers["a"].startsWith("x") || request.method == "POST"'}, {name: if, rate: 1/s, when: 'request.headers["a"].startsWith("x") ? false : false'}]`, [][]string{
-			{"GET h/", "or -, if -", `and: when is false: request.headers["a"].startsWith("x") && request.method == "POST"`},
+			{"GET h/", "or -, if -",
+				`and: when is false: request.headers["a"].startsWith("x") && request.method == "POST"`},
 			{"POST h/", "and -, or -, if -"},
 			{"GET h/ with a=y", ""},
 		}},
@@ -231,7 +243,8 @@ func TestDraw(t *testing.T) {
 			{`GET h/ claim plan=null`, "rest -, member -"},
 			{`GET h/ claim plan=5`, "rest -, member -"},
 			{`GET h/ claim org.member=false`, "rest -"},
-			{`GET h/ claim org.member="yes"`, "limit member: when: must be a boolean, not string, rest -", "member: config mistake: when: must be a boolean, not string"},
+			{`GET h/ claim org.member="yes"`, "limit member: when: must be a boolean, not string, rest -",
+				"member: config mistake: when: must be a boolean, not string"},
 			{`GET h/ claim org="acme"`, "limit member: when: evaluation failed: no such key, rest -"},
 		}},
 		{`limits: [{name: a, rate: 1/s, when: 'context["tier"] == "beta"'}, {name: b, rate: 1/s, when: 'context.tier.startsWith("b")'}]`, [][]string{
@@ -249,12 +262,14 @@ func TestDraw(t *testing.T) {
 			{"GET h/", "none -, query -"},
 			{"GET h/?x by spiffe://c/x", "some -"},
 		}},
-		// An expression that fails is the config's mistake, and lets nothing through; a shadow limit's only counts.
+		// An expression that fails is a config mistake, and the request is
+		// refused. A mistake of a shadow limit is only counted.
 		{`limits: [{name: a, rate: 1/s, when: 'int(request.headers["a"]) > 1'}, {name: b, rate: 1/s}]`, [][]string{
 			{"GET h/ with a=2", "a -, b -"},
 			{"GET h/ with a=1", "b -"},
 			{"GET h/", "a -, b -"},
-			{"GET h/ with a=s3cret", "limit a: when: evaluation failed: type conversion error, b -", "a: config mistake: when: evaluation failed: type conversion error"},
+			{"GET h/ with a=s3cret", "limit a: when: evaluation failed: type conversion error, b -",
+				"a: config mistake: when: evaluation failed: type conversion error"},
 		}},
 		{`limits: [{name: a, rate: 1/s, mode: shadow, when: '{"x": true}[request.headers["a"]]'}, {name: b, rate: 1/s}]`, [][]string{
 			{"GET h/ with a=x", "a -, b -"},
@@ -262,12 +277,13 @@ func TestDraw(t *testing.T) {
 			{"GET h/ with a=y", "limit a: when: evaluation failed: no such key, b -"},
 		}},
 
-		// null is what is read and is absent; what is made of it is absent.
+		// A read of an absent value equals null; an expression that uses one is
+		// absent.
 		{`limits: [{name: lower, rate: 1/s, when: 'request.headers["a"].lowerAscii() == "on"'}, {name: not, rate: 1/s, when: 'request.headers["a"].startsWith("x") == false'}, {name: list, rate: 1/s, when: '[request.headers["a"]] == ["x"]'}, {name: int, rate: 1/s, when: 'int(request.headers["a"]) != 3'}]`, [][]string{
 			{"GET h/", "lower -, not -, list -, int -"},
 			{"GET h/ with a=3", "not -"},
 		}},
-		// A mistake is one, whatever else is absent.
+		// A mistake is reported although other values are absent.
 		{`limits: [{name: a, rate: 99/s, cost: 'request.headers["bulk"] == "1" ? 10 : {"gold": 1, "free": 50}[request.headers["plan"]]'}]`, [][]string{
 			{"GET h/ with plan=free", "a - costs 50"},
 			{"GET h/", "a -"},
@@ -277,10 +293,11 @@ func TestDraw(t *testing.T) {
 		}},
 		{`limits: [{name: a, rate: 9/s, absent: skip, key: 'request.headers[?"x-tenant"].hasValue() ? request.headers["x-tenant"] : {"gold": "g"}[request.headers["plan"]]'}, {name: b, rate: 9/s, when: '(has(request.headers.z) ? "q" : {"gold": "g"}[request.headers["plan"]]) == "g"'}]`, [][]string{
 			{"GET h/ with plan=gold", "a #(g), b -"},
-			{"GET h/ with plan=zzz", "limit a: key: evaluation failed: no such key, limit b: when: evaluation failed: no such key"},
+			{"GET h/ with plan=zzz",
+				"limit a: key: evaluation failed: no such key, limit b: when: evaluation failed: no such key"},
 			{"GET h/", "b -"},
 		}},
-		// Claims within lists, and what is there to go through.
+		// Claims within lists, and iteration over what is present.
 		{`limits: [{name: any, rate: 1/s, when: 'metadata.filter_metadata.jwt.payload.orgs.exists(o, o.plan == "gold")'}, {name: first, rate: 1/s, absent: skip, key: 'metadata.filter_metadata.jwt.payload.orgs[0].id'}, {name: through, rate: 1/s, when: 'request.headers.exists(k, k == "a")'}, {name: none, rate: 1/s, when: 'request.headers.size() == 0 && metadata.filter_metadata.size() == 0'}]`, [][]string{
 			{`GET h/ claim orgs=[{"id":"x","plan":"gold"}]`, "any -, first #(x)"},
 			{`GET h/ claim orgs=[{"id":"","plan":null}]`, ""},
@@ -325,12 +342,13 @@ func TestDraw(t *testing.T) {
 			{"GET h/ with n=0", "limit a: cost: must be a number >= 0"},
 		}},
 
-		// Absent parts of keys, in every place, under each of the four.
+		// Absent parts of keys, at each position, with each value of absent.
 		{`limits: [{name: a, rate: 9/s, absent: client, key: ['metadata.filter_metadata.jwt.payload.org.id', 'context.team']}, {name: b, rate: 9/s, absent: share, key: ['metadata.filter_metadata.jwt.payload.org.id', 'context.team']}, {name: c, rate: 9/s, absent: skip, key: ['metadata.filter_metadata.jwt.payload.org.id', 'context.team']}, {name: d, rate: 9/s, absent: deny, key: ['metadata.filter_metadata.jwt.payload.org.id', 'context.team']}]`, [][]string{
 			{`GET h/ claim org.id="x" context team=y`, "a #(x)#(y), b #(x)#(y), c #(x)#(y), d #(x)#(y)"},
 			{`GET h/ claim org.id=7 context team=y`, "a #(7)#(y), b #(7)#(y), c #(7)#(y), d #(7)#(y)"},
 			{`GET h/ claim org.id="x"`, "a #(x)~11.203.0.113.7, b #(x)~0., d #(x)~0. refused",
-				"a: it applies to every request; its key part context.team is absent: the client's network is used instead",
+				"a: it applies to every request; its key part context.team is absent: the client's network is used " +
+					"instead",
 				"b: it applies to every request; its key part context.team is absent: all such requests share a bucket",
 				"c: its key part context.team is absent, and the limit has absent: skip",
 				"d: it applies to every request; its key part context.team is absent: the request is denied"},
@@ -342,18 +360,21 @@ func TestDraw(t *testing.T) {
 			{"GET h/ by spiffe://c/x with a=1 with content-length=12", "a =2.12, b =12.spiffe://c/x, c #(1!), d =1.h"},
 		}},
 
-		// group: of a group only the first that applies.
+		// group: only the first limit of a group that applies.
 		{`limits: [{name: gold, rate: 9/s, group: plan, when: 'request.headers["plan"] == "gold"'}, {name: keyed, rate: 9/s, group: plan, absent: skip, key: request.headers.k}, {name: always, rate: 9/s}, {name: rest, rate: 9/s, group: plan}, {name: other, rate: 9/s, group: other}]`, [][]string{
-			{"GET h/ with plan=gold with k=1", "gold -, always -, other -", "keyed: gold comes first in the group plan", "rest: gold comes first in the group plan"},
+			{"GET h/ with plan=gold with k=1", "gold -, always -, other -", "keyed: gold comes first in the group plan",
+				"rest: gold comes first in the group plan"},
 			{"GET h/ with k=1", "keyed #(1), always -, other -", "rest: keyed comes first in the group plan"},
-			{"GET h/", "always -, rest -, other -", "keyed: its key part request.headers.k is absent, and the limit has absent: skip"},
+			{"GET h/", "always -, rest -, other -",
+				"keyed: its key part request.headers.k is absent, and the limit has absent: skip"},
 		}},
 		{`limits: [{name: a, rate: 9/s, group: g, when: 'int(request.headers["n"]) > 1'}, {name: b, rate: 9/s, group: g}, {name: c, rate: unlimited, group: h}, {name: d, rate: 9/s, group: h}]`, [][]string{
 			{"GET h/ with n=x", "c unlimited, limit a: when: evaluation failed: type conversion error, b -"},
 			{"GET h/ with n=2", "c unlimited, a -", "d: c comes first in the group h"},
 		}},
 
-		// What leaves something out neither takes the first place in a group nor what is unlimited.
+		// A request that omits something gets neither the first place in a
+		// group nor an unlimited limit.
 		{`limits: [{name: internal, group: g, rate: unlimited, when: 'request.headers["x-team"] in ["ops"]'}, {name: beta, group: g, rate: 99/s, when: 'request.headers["x-beta"].startsWith("o")'}, {name: rest, group: g, rate: 1/s}]`, [][]string{
 			{"GET h/", "rest -",
 				`internal: when is absent, and a limit in a group does not apply then: request.headers["x-team"] in ["ops"]`,
@@ -362,16 +383,20 @@ func TestDraw(t *testing.T) {
 			{"GET h/ with x-team=ops", "internal unlimited"},
 			{"GET h/ with x-team=dev", "rest -", `internal: when is false: request.headers["x-team"] in ["ops"]`},
 			{"GET h/ with x-beta=on", "beta -"},
-			{"GET h/ context sluice.limit.big={rate:_unlimited,_group:_h,_when:_'context.tier.startsWith(\"g\")'} context sluice.limit.slow={rate:_1/s,_group:_h}", "rest -, slow -",
+			{"GET h/ context sluice.limit.big={rate:_unlimited,_group:_h,_when:_'context.tier.startsWith(\"g\")'} " +
+				"context sluice.limit.slow={rate:_1/s,_group:_h}", "rest -, slow -",
 				`big: when is absent, and a limit in a group does not apply then: context.tier.startsWith("g")`},
 		}},
 		{`limits: [{name: a, rate: unlimited, when: 'int(request.headers["level"]) > 5'}, {name: b, rate: unlimited, when: 'metadata.filter_metadata.jwt.payload.admin'}, {name: c, rate: unlimited, when: 'request.headers.exists(k, request.headers[k].contains("x"))'}]`, [][]string{
-			{"GET h/", "", `a: when is absent, and an unlimited limit does not apply then: int(request.headers["level"]) > 5`},
+			{"GET h/", "",
+				`a: when is absent, and an unlimited limit does not apply then: int(request.headers["level"]) > 5`},
 			{"GET h/ with level=9 claim admin=true", "a unlimited, b unlimited"},
 		}},
-		// An override's rate is that of a key, which is there: the limit applies as it does to others.
+		// An override belongs to a key that is present, so the limit applies as
+		// it does to other keys.
 		{`limits: [{name: a, rate: 1/s, key: request.headers.k, when: 'request.headers["a"].startsWith("x")', overrides: [{key: ours, rate: unlimited}]}]`, [][]string{
-			{"GET h/ with k=ours", "a unlimited", "a: it matches; when is absent, so it applies; its rate is from overrides[0]"},
+			{"GET h/ with k=ours", "a unlimited",
+				"a: it matches; when is absent, so it applies; its rate is from overrides[0]"},
 			{"GET h/ with k=other", "a #(other)"},
 			{"GET h/", "a ~11.203.0.113.7"},
 		}},
@@ -382,7 +407,7 @@ func TestDraw(t *testing.T) {
 			{"GET h/ from 10.1.1.1", "a unlimited, b unlimited", "a: it matches"},
 		}},
 
-		// exempt: only if both readings of the path are.
+		// exempt: only if all readings of the path are exempt.
 		{`{exempt: [{match: {paths: [/healthz, "/public/**"]}}, {match: {clients: [10.1.0.0/16], principals: ["spiffe://c/ns/ops/*"]}}, {match: {hosts: [free.example.com, kelvin.example.com], methods: [GET]}}], limits: [{name: a, rate: 1/s}]}`, [][]string{
 			{"GET h/healthz", "exempt", "a: the request is exempt"},
 			{"GET h/healthz?x=1", "exempt"},
@@ -406,7 +431,7 @@ func TestDraw(t *testing.T) {
 			{"GET h/public/a;%2fb%2fc/../../v1/orders", "a -"},
 			{"GET h/public/a%5cb%5cc/../../v1/orders", "a -"},
 			{"GET h/public/a%20b", "exempt"},
-			// What Envoy's own routes do not take for that host.
+			// Envoy's own routes do not match these with free.example.com.
 			{"GET [free.example.com]/x", "a -"},
 			{"GET [free.example.com/x", "a -"},
 			{"GET free.example.com]:80/x", "a -"},
@@ -415,8 +440,10 @@ func TestDraw(t *testing.T) {
 			{"GET \u212aelvin.example.com/x", "a -"},
 		}},
 
-		// Nobody is exempt for the address of a proxy that should have said another.
-		{"{client_ip: {header: x-real-ip}, exempt: [{match: {clients: [10.0.0.0/8]}}], limits: [{name: a, key: client.ip, rate: 1/s}]}", [][]string{
+		// A request is not exempt by the address of a proxy that should have
+		// named the client.
+		{"{client_ip: {header: x-real-ip}, exempt: [{match: {clients: [10.0.0.0/8]}}], limits: [{name: a, key: " +
+			"client.ip, rate: 1/s}]}", [][]string{
 			{"GET h/ from 10.0.0.1 with x-real-ip=10.0.0.2", "exempt"},
 			{"GET h/ from 9.9.9.9 with x-real-ip=10.0.0.2", "exempt"},
 			{"GET h/ from 10.0.0.1", "a =8.10.0.0.1"},
@@ -425,21 +452,24 @@ func TestDraw(t *testing.T) {
 			{"GET h/ from 10.0.0.1 with x-real-ip=junk", "a =8.10.0.0.1"},
 			{"GET h/ from 10.0.0.1 with x-real-ip=9.9.9.9,8.8.8.8", "a =8.10.0.0.1"},
 		}},
-		{"{client_ip: {xff_from_right: 2}, exempt: [{match: {clients: [10.0.0.0/8]}}], limits: [{name: a, key: client.ip, rate: 1/s}]}", [][]string{
+		{"{client_ip: {xff_from_right: 2}, exempt: [{match: {clients: [10.0.0.0/8]}}], limits: [{name: a, key: " +
+			"client.ip, rate: 1/s}]}", [][]string{
 			{"GET h/ from 10.0.0.1 with x-forwarded-for=10.0.0.2,9.9.9.9", "exempt"},
 			{"GET h/ from 10.0.0.1 with x-forwarded-for=junk,9.9.9.9", "a =8.10.0.0.1"},
 			{"GET h/ from 10.0.0.1 with x-forwarded-for=9.9.9.9", "a =8.10.0.0.1"},
 			{"GET h/ from 10.0.0.1 with x-forwarded-for=,9.9.9.9", "a =8.10.0.0.1"},
-			{"GET h/ from 10.0.0.1 with x-forwarded-for=9.9.9.9,", "a =7.9.9.9.9"}, // an empty element is one, too
+			{"GET h/ from 10.0.0.1 with x-forwarded-for=9.9.9.9,", "a =7.9.9.9.9"}, // an empty element counts
 			{"GET h/ from 10.0.0.1", "a =8.10.0.0.1"},
 		}},
-		{"{client_ip: {xff_from_right: 1}, exempt: [{match: {clients: [10.0.0.0/8]}}], limits: [{name: a, key: client.ip, rate: 1/s}]}", [][]string{
+		{"{client_ip: {xff_from_right: 1}, exempt: [{match: {clients: [10.0.0.0/8]}}], limits: [{name: a, key: " +
+			"client.ip, rate: 1/s}]}", [][]string{
 			{"GET h/ from 10.0.0.1 with x-forwarded-for=9.9.9.9,10.0.0.2", "exempt"},
 			{"GET h/ from 10.0.0.1 with x-forwarded-for=10.0.0.2,", "a =8.10.0.0.1"},
 			{"GET h/ from 10.0.0.1 with x-forwarded-for=10.0.0.2,%20", "a =8.10.0.0.1"},
 		}},
-		// A peer that is not believed is the client, whatever it says of others.
-		{"{client_ip: {xff_from_right: 1, from: [10.9.0.0/16]}, exempt: [{match: {clients: [10.0.0.0/8]}}], limits: [{name: a, key: client.ip, rate: 1/s}]}", [][]string{
+		// A peer that is not trusted is the client, whatever it claims.
+		{"{client_ip: {xff_from_right: 1, from: [10.9.0.0/16]}, exempt: [{match: {clients: [10.0.0.0/8]}}], limits: " +
+			"[{name: a, key: client.ip, rate: 1/s}]}", [][]string{
 			{"GET h/ from 10.1.0.1", "exempt"},
 			{"GET h/ from 10.1.0.1 with x-forwarded-for=9.9.9.9", "exempt"},
 			{"GET h/ from 9.9.9.9 with x-forwarded-for=10.0.0.2", "a =7.9.9.9.9"},
@@ -457,47 +487,68 @@ func TestDraw(t *testing.T) {
 
 		// overrides
 		{`limits: [{name: a, rate: 60/m, key: ['request.headers["x-api-key"]', request.method], overrides: [{key: [gold, POST], rate: 600/m, burst: 100}, {key: ["sha256:2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae", GET], rate: unlimited}, {key: [gold, "sha256:6cd0e0de70b0e6a4e8f6b1a5b1e6a0a5a06a0f8b1d29b7bfbe5b1e6d5e6a0a5a"], rate: 1/s}]}]`, [][]string{
-			{"POST h/ with x-api-key=gold", "a #(gold)=4.POST", "a: it applies to every request; its rate is from overrides[0]"},
+			{"POST h/ with x-api-key=gold", "a #(gold)=4.POST",
+				"a: it applies to every request; its rate is from overrides[0]"},
 			{"GET h/ with x-api-key=gold", "a #(gold)=3.GET", "a: it applies to every request"},
-			{"GET h/ with x-api-key=foo", "a unlimited", "a: it applies to every request; its rate is from overrides[1]"},
+			{"GET h/ with x-api-key=foo", "a unlimited",
+				"a: it applies to every request; its rate is from overrides[1]"},
 			{"POST h/ with x-api-key=foo", "a #(foo)=4.POST"},
 			{"POST h/", "a ~11.203.0.113.7=4.POST"},
 		}},
-		// No key that a client sends is the stand-in of an absent one.
+		// No client can send a key that equals the replacement of an absent
+		// one.
 		{`limits: [{name: a, rate: 60/m, key: request.headers.k, overrides: [{key: 203.0.113.7, rate: 1/s}, {key: 42, rate: 2/s}]}]`, [][]string{
-			{"GET h/", "a ~11.203.0.113.7", "a: it applies to every request; its key part request.headers.k is absent: the client's network is used instead"},
-			{"GET h/ with k=203.0.113.7", "a #(203.0.113.7)", "a: it applies to every request; its rate is from overrides[0]"},
+			{"GET h/", "a ~11.203.0.113.7",
+				"a: it applies to every request; its key part request.headers.k is absent: the client's network is " +
+					"used instead"},
+			{"GET h/ with k=203.0.113.7", "a #(203.0.113.7)",
+				"a: it applies to every request; its rate is from overrides[0]"},
 			{"GET h/ with k=42", "a #(42)", "a: it applies to every request; its rate is from overrides[1]"},
 		}},
 
-		// What Envoy's filter chain says.
+		// context_extensions of Envoy's routes.
 		{"", [][]string{
 			{"GET h/ context sluice.limit.a={rate:_5/m}", "a -", "a: it applies to every request"},
-			{"GET h/ context sluice.limit.b={rate:_5/m,_key:_client.ip} context sluice.limit.a={rate:_1/s,_match:_{methods:_[POST]}}", "b =11.203.0.113.7", `a: method "GET" matches none of match.methods`},
+			{"GET h/ context sluice.limit.b={rate:_5/m,_key:_client.ip} context " +
+				"sluice.limit.a={rate:_1/s,_match:_{methods:_[POST]}}", "b =11.203.0.113.7", `a: method "GET" matches none of match.methods`},
 			{"GET h/ context sluice.limit.a=off", ""},
 			{"GET h/ context sluice.limit.a={rate:_5/m,_key:_'request.headers[\"k\"]',_cost:_2,_absent:_share} with k=v", "a #(v) costs 2"},
-			{"GET h/ context sluice.limit.a={rate:_5/x}", `limit a: context_extensions: sluice.limit.a:1:8: rate: invalid rate "5/x"; want tokens/period such as 10/s, 100/m, 5000/24h, 10/7d or 3/250ms (units: us, ms, s, m, h, d), or unlimited`},
-			{"GET h/ context sluice.limit.a={rate:_5/m,_name:_b}", "limit a: context_extensions: sluice.limit.a:1:13: name: unknown field; want one of absent, burst, cost, domain, group, key, match, mode, on_failure, overrides, rate, when"},
-			{"GET h/ context sluice.limit.a={rate:_5/m,_overrides-file:_x}", "limit a: context_extensions: sluice.limit.a:1:13: overrides-file: unknown field; want one of absent, burst, cost, domain, group, key, match, mode, on_failure, overrides, rate, when"},
-			{"GET h/ context sluice.limit.a={rate:_'${RATE}'}", "limit a: context_extensions: sluice.limit.a:1:8: rate: variables (${...}) are replaced in the config file only; write the value out"},
-			{"GET h/ context sluice.limit.a=", `limit a: context_extensions: empty value; want a limit such as {rate: 10/m, key: client.network}, or "off"`},
-			{"GET h/ context sluice.limit.A={rate:_5/m}", `context_extensions: sluice.limit.: invalid name "A"; want 1 to 63 characters of a-z, 0-9 and -`},
+			{"GET h/ context sluice.limit.a={rate:_5/x}",
+				`limit a: context_extensions: sluice.limit.a:1:8: rate: invalid rate "5/x"; want tokens/period such as 10/s, 100/m, 5000/24h, 10/7d or 3/250ms (units: us, ms, s, m, h, d), or unlimited`},
+			{"GET h/ context sluice.limit.a={rate:_5/m,_name:_b}",
+				"limit a: context_extensions: sluice.limit.a:1:13: name: unknown field; want one of absent, burst, " +
+					"cost, domain, group, key, match, mode, on_failure, overrides, rate, when"},
+			{"GET h/ context sluice.limit.a={rate:_5/m,_overrides-file:_x}",
+				"limit a: context_extensions: sluice.limit.a:1:13: overrides-file: unknown field; want one of " +
+					"absent, burst, cost, domain, group, key, match, mode, on_failure, overrides, rate, when"},
+			{"GET h/ context sluice.limit.a={rate:_'${RATE}'}",
+				"limit a: context_extensions: sluice.limit.a:1:8: rate: variables (${...}) are replaced in the " +
+					"config file only; write the value out"},
+			{"GET h/ context sluice.limit.a=",
+				`limit a: context_extensions: empty value; want a limit such as {rate: 10/m, key: client.network}, or "off"`},
+			{"GET h/ context sluice.limit.A={rate:_5/m}",
+				`context_extensions: sluice.limit.: invalid name "A"; want 1 to 63 characters of a-z, 0-9 and -`},
 			{"GET h/ context sluice.limits=a", `context_extensions: sluice.limits: unknown limit "a"`},
-			{"GET h/ context sluice.limit=a", `context_extensions: unknown key "sluice.limit"; want sluice.limits or sluice.limit.<name>`},
+			{"GET h/ context sluice.limit=a",
+				`context_extensions: unknown key "sluice.limit"; want sluice.limits or sluice.limit.<name>`},
 			{"GET h/ context sluicer=a", ""},
-			{"GET h/ context sluice.limit.a={rate:_5/m,_overrides:_[{key:_gold,_rate:_9/s}],_key:_request.headers.k} with k=gold", "a #(gold)", "a: it applies to every request; its rate is from overrides[0]"},
+			{"GET h/ context sluice.limit.a={rate:_5/m,_overrides:_[{key:_gold,_rate:_9/s}],_key:_request.headers.k} " +
+				"with k=gold", "a #(gold)", "a: it applies to every request; its rate is from overrides[0]"},
 		}},
-		{"limits: [{name: a, rate: 1/s}, {name: b, rate: 1/s, group: g}, {name: c, rate: 1/s, domain: shop}]", [][]string{
-			{"GET h/ context sluice.limits=a", "a -", "b: the route's sluice.limits does not name it"},
-			{"GET h/ context sluice.limits=c,_a", "a -, c -"},
-			{"GET h/ context sluice.limits=", `context_extensions: sluice.limits: unknown limit "", a -, b -, c -`},
-			{"GET h/ context sluice.limits=a,d", `context_extensions: sluice.limits: unknown limit "d", a -, b -, c -`},
-			{"GET h/ context sluice.limit.a=off", "b -, c -", "a: the route turns it off: sluice.limit.a"},
-			{"GET h/ context sluice.limit.a={rate:_5/m,_cost:_2}", "b -, c -, a - costs 2"},
-			{"GET h/ context sluice.limit.a={rate:_5/m,_cost:_2} context sluice.limits=b", "b -, a - costs 2", "c: the route's sluice.limits does not name it"},
-			{"GET h/ context sluice.limit.d={rate:_5/m,_group:_g}", "a -, b -, c -", "d: b comes first in the group g"},
-			{"GET h/ context sluice.limit.d={rate:_5/m,_group:_g} context sluice.limit.b=off", "a -, c -, d -", "b: the route turns it off: sluice.limit.b"},
-		}},
+		{"limits: [{name: a, rate: 1/s}, {name: b, rate: 1/s, group: g}, {name: c, rate: 1/s, domain: shop}]",
+			[][]string{
+				{"GET h/ context sluice.limits=a", "a -", "b: the route's sluice.limits does not name it"},
+				{"GET h/ context sluice.limits=c,_a", "a -, c -"},
+				{"GET h/ context sluice.limits=", `context_extensions: sluice.limits: unknown limit "", a -, b -, c -`},
+				{"GET h/ context sluice.limits=a,d", `context_extensions: sluice.limits: unknown limit "d", a -, b -, c -`},
+				{"GET h/ context sluice.limit.a=off", "b -, c -", "a: the route turns it off: sluice.limit.a"},
+				{"GET h/ context sluice.limit.a={rate:_5/m,_cost:_2}", "b -, c -, a - costs 2"},
+				{"GET h/ context sluice.limit.a={rate:_5/m,_cost:_2} context sluice.limits=b", "b -, a - costs 2",
+					"c: the route's sluice.limits does not name it"},
+				{"GET h/ context sluice.limit.d={rate:_5/m,_group:_g}", "a -, b -, c -", "d: b comes first in the group g"},
+				{"GET h/ context sluice.limit.d={rate:_5/m,_group:_g} context sluice.limit.b=off", "a -, c -, d -",
+					"b: the route turns it off: sluice.limit.b"},
+			}},
 		{"{mode: shadow, domain: team, exempt: [{match: {methods: [GET]}}]}", [][]string{
 			{"GET h/ context sluice.limit.a={rate:_5/x}", "exempt"},
 			{"POST h/ context sluice.limit.a={rate:_1/s}", "a -"},
@@ -532,9 +583,10 @@ func TestDraw(t *testing.T) {
 	}
 }
 
-// A claim is found in Envoy's dynamic metadata.
+// TestDrawByClaim reads a claim from Envoy's dynamic metadata.
 func TestDrawByClaim(t *testing.T) {
-	c := parse(t, `limits: [{name: a, rate: 1/s, key: 'metadata.filter_metadata["envoy.filters.http.jwt_authn"].payload.sub'}]`)
+	c := parse(t,
+		`limits: [{name: a, rate: 1/s, key: 'metadata.filter_metadata["envoy.filters.http.jwt_authn"].payload.sub'}]`)
 	req := request(t, "GET h/")
 	claims, err := structpb.NewStruct(map[string]any{"payload": map[string]any{"sub": "k"}})
 	if err != nil {

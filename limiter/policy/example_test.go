@@ -8,7 +8,7 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/policy"
 )
 
-// A config's limits, and which buckets a request draws from.
+// A config with two limits, and the buckets that a request draws from.
 func ExampleConfig_Draw() {
 	config, err := policy.Parse("sluice.yaml", []byte(`
 limits:
@@ -39,7 +39,7 @@ limits:
 	// orders: 5 of 60 tokens
 }
 
-// An error holds each mistake with its position.
+// The error holds every mistake with its position.
 func ExampleParse() {
 	_, err := policy.Parse("sluice.yaml", []byte("on_failure: maybe\nlimits: [{rate: 1/s}]\n"), os.LookupEnv)
 	mistakes, _ := errors.AsType[policy.Mistakes](err)

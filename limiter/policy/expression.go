@@ -284,9 +284,11 @@ func (e *expression) eval(s cel.Activation) (ref.Val, error) {
 // failures are the beginnings of the errors of CEL and its functions. The rest
 // of such an error may quote the client.
 var failures = []string{
-	"no such key", "no such overload", "index out of bounds", "index out of range", "invalid substring range", "division by zero", "modulus by zero",
-	"integer overflow", "unsigned integer overflow", "duration overflow", "timestamp overflow", "type conversion error",
-	"invalid RFC 3339 timestamp", errZone.Error(), "time: invalid location name", "timezone offset", "error parsing regexp", errPattern.Error(), errStringSize.Error(),
+	"no such key", "no such overload", "index out of bounds", "index out of range",
+	"invalid substring range", "division by zero", "modulus by zero", "integer overflow",
+	"unsigned integer overflow", "duration overflow", "timestamp overflow", "type conversion error",
+	"invalid RFC 3339 timestamp", errZone.Error(), "time: invalid location name", "timezone offset",
+	"error parsing regexp", errPattern.Error(), errStringSize.Error(),
 	"operation cancelled: actual cost limit exceeded",
 }
 

@@ -13,50 +13,68 @@ import (
 	"cel.dev/cel-go/common/types"
 )
 
-// What "never grants more" means here. r() is a request that leaves something out: a header, a claim, an entry of the context, or
-// content-length. r(v) is the same request with the value v there. A request that shows a mistake of the config is refused, so that it is
-// granted nothing, and counts for none of the following. Wherever an expression uses what is left out:
+// These tests check that a request which omits something is never granted more
+// than one that has it. Let r() be a request that omits a header, a claim, an
+// entry of the context, or content-length, and r(v) the same request with the
+// value v there. A request that reveals a config mistake is refused, so it is
+// granted nothing and left out below. For every expression that uses the
+// omitted value:
 //
-//   - A limit by itself charges r() if it charges any r(v).
-//   - In a group, a limit that is not the last takes r() only if it takes every r(v). Else the limits behind it charge r().
+//   - A limit outside groups charges r() if it charges any r(v).
+//   - In a group, a limit that is not the last applies to r() only if it
+//     applies to every r(v). Otherwise the limits after it charge r().
 //   - An unlimited limit applies to r() only if it applies to every r(v).
-//   - A key charges r(): the bucket of who has no key, which no value makes, or the one that every r(v) draws from.
-//   - A cost is 1 for r(), or what it is for every r(v).
+//   - A key charges r() in the bucket of absent keys, which no value can name,
+//     or in the one bucket that every r(v) draws from.
+//   - A cost is 1 for r(), or the cost that every r(v) has.
 //
-// An expression that does not use what is left out but asks for it, by ==, !=, has(), in, [?...] or by going through the map, has said what it
-// wants where it is not there. Then r() is what it says for a map without the entry, and null for == and !=: see TestAbsenceAskedFor.
+// An expression may also test for the omitted value without using it: by ==,
+// !=, has(), in, [?...] or by iterating over the map. Then it defines itself
+// what r() gets: its value for a map without the entry, and for null with ==
+// and !=. See TestAbsenceAskedFor.
 //
-// The expressions are not a list of examples. They are made of the functions, operators and macros that the environment declares,
-// each with what may be left out in each place of its arguments, so that a function that is new, or takes a type that is new, fails the test
+// The expressions are generated from the functions, operators and macros that
+// the environment declares, with what may be omitted at each position of their
+// arguments. So a new function, or one that takes a new type, fails the test
 // until it is covered.
 
-// source is something that a request may leave out.
+// source is something that a request may omit.
 type source struct {
-	attribute string   // which one of attributes it is of
+	attribute string   // the name in attributes that it belongs to
 	read      string   // an expression that reads it
-	kind      string   // of what read gives: string, int or dyn
+	kind      string   // type of read: string, int or dyn
 	present   []string // requests with it
-	missing   []string // requests without it, in all the ways in which one may be without
+	missing   []string // requests without it, in every way to omit it
 }
 
 var sources = func() []source {
-	texts := []string{"1", "0", "7", "a", "zz", "true", "false", "2s", "2009-02-13T23:31:30Z", "a,b", "%25s", "UTC", "b"}
+	texts := []string{"1", "0", "7", "a", "zz", "true", "false", "2s", "2009-02-13T23:31:30Z", "a,b", "%25s", "UTC",
+		"b"}
 	with := func(format string, values ...string) (requests []string) {
 		for _, v := range values {
 			requests = append(requests, fmt.Sprintf(format, v))
 		}
 		return requests
 	}
-	claims := []string{`"1"`, `"a"`, `"zz"`, `"true"`, `"2s"`, `"2009-02-13T23:31:30Z"`, `"UTC"`, "true", "false", "0", "1", "7.5", `["a"]`, `["a","b"]`, `[]`, `[true]`, `{"a":"b"}`, `{}`}
+	claims := []string{`"1"`, `"a"`, `"zz"`, `"true"`, `"2s"`, `"2009-02-13T23:31:30Z"`, `"UTC"`, "true", "false", "0",
+		"1", "7.5", `["a"]`, `["a","b"]`, `[]`, `[true]`, `{"a":"b"}`, `{}`}
 	return []source{
-		{"request.headers", `request.headers["x"]`, "string", with("GET h/ with x=%s", texts...), []string{"GET h/", "GET h/ with x=", "GET h/ with y=1"}},
-		{"context", `context["x"]`, "string", with("GET h/ context x=%s", slices.DeleteFunc(slices.Clone(texts), func(s string) bool { return s == "%25s" })...), []string{"GET h/", "GET h/ context x=", "GET h/ context y=1"}},
-		{filterMetadata, "metadata.filter_metadata.jwt.payload.x", "dyn", with("GET h/ claim x=%s", claims...), []string{"GET h/", `GET h/ claim x=""`, "GET h/ claim x=null", "GET h/ claim y=1"}},
-		{"request.size", "request.size", "int", with("POST h/ with content-length=%s", "0", "1", "7", "1000"), []string{"POST h/", "POST h/ with content-length=", "POST h/ with content-length=-1", "POST h/ with content-length=x"}},
+		{"request.headers", `request.headers["x"]`, "string", with("GET h/ with x=%s", texts...),
+			[]string{"GET h/", "GET h/ with x=", "GET h/ with y=1"}},
+		{"context", `context["x"]`, "string",
+			with("GET h/ context x=%s",
+				slices.DeleteFunc(slices.Clone(texts),
+					func(s string) bool { return s == "%25s" })...), []string{"GET h/", "GET h/ context x=", "GET h/ context y=1"}},
+		{filterMetadata, "metadata.filter_metadata.jwt.payload.x", "dyn", with("GET h/ claim x=%s", claims...),
+			[]string{"GET h/", `GET h/ claim x=""`, "GET h/ claim x=null", "GET h/ claim y=1"}},
+		{"request.size", "request.size", "int", with("POST h/ with content-length=%s", "0", "1", "7", "1000"),
+			[]string{"POST h/", "POST h/ with content-length=", "POST h/ with content-length=-1",
+				"POST h/ with content-length=x"}},
 	}
 }()
 
-// as are the ways to make a value of a type out of what is read, the simplest first; none where the test does not know the type.
+// as returns expressions that make a value of type t from what is read, the
+// simplest first. It returns none if the test does not know the type.
 func (s source) as(t *cel.Type) []string {
 	text := s.read
 	if s.kind != "string" {
@@ -99,7 +117,7 @@ func (s source) as(t *cel.Type) []string {
 	return ways
 }
 
-// constants are values of a type, to stand beside what is read.
+// constants returns values of a type, as other arguments of a call.
 func (s source) constants(t *cel.Type) []string {
 	switch t.Kind() {
 	case types.StringKind:
@@ -112,7 +130,7 @@ func (s source) constants(t *cel.Type) []string {
 	case types.BoolKind:
 		return []string{"true", "false"}
 	case types.IntKind:
-		return []string{"0", "1", "dyn(1)"} // dyn, as the check takes no two kinds of numbers for comparable
+		return []string{"0", "1", "dyn(1)"} // dyn, because CEL's check does not compare int with double
 	case types.UintKind:
 		return []string{"1u", "dyn(1u)"}
 	case types.DoubleKind:
@@ -146,7 +164,7 @@ func (s source) constants(t *cel.Type) []string {
 	return nil
 }
 
-// call writes a call of a function with these arguments as CEL has it.
+// call writes a call of a function, or an operator.
 func call(function string, isMember bool, args []string) string {
 	switch function {
 	case operators.Conditional:
@@ -173,10 +191,11 @@ func call(function string, isMember bool, args []string) string {
 	return fmt.Sprintf("%s(%s)", function, strings.Join(args, ", "))
 }
 
-// within are the functions that only macros use, which are tried by themselves.
-var within = []string{operators.NotStrictlyFalse, "__not_strictly_false__"} // and its name of old
+// within are the functions that only macros use. TestAbsence tries the macros.
+var within = []string{operators.NotStrictlyFalse, "__not_strictly_false__"} // and its former name
 
-// combinations are all lists with one of each of choices, at most some hundred.
+// combinations returns the lists with one element of each of choices, or the
+// first few hundred of them.
 func combinations(choices [][]string) [][]string {
 	all := [][]string{nil}
 	for _, these := range choices {
@@ -191,7 +210,8 @@ func combinations(choices [][]string) [][]string {
 	return all
 }
 
-// ofOverload are the expressions that call an overload with what is read at one place of its arguments.
+// ofOverload returns expressions that call an overload with what is read as
+// argument at.
 func (s source) ofOverload(name string, o *decls.OverloadDecl, at int) (expressions []string) {
 	choices := make([][]string, len(o.ArgTypes()))
 	for i, t := range o.ArgTypes() {
@@ -201,7 +221,9 @@ func (s source) ofOverload(name string, o *decls.OverloadDecl, at int) (expressi
 		if choices[i] = s.constants(t); i == at {
 			choices[i] = s.as(t)
 			if i == 0 && (name == operators.OptSelect || name == operators.OptIndex) {
-				choices[i] = slices.DeleteFunc(choices[i], func(way string) bool { return way == s.read || way == "optional.of("+s.read+")" }) // would ask
+				// would test for the value
+				choices[i] = slices.DeleteFunc(choices[i],
+					func(way string) bool { return way == s.read || way == "optional.of("+s.read+")" })
 			}
 		}
 	}
@@ -211,7 +233,8 @@ func (s source) ofOverload(name string, o *decls.OverloadDecl, at int) (expressi
 	return expressions
 }
 
-// ofMacro are the expressions that use a macro on what is read, by the macro's key. Of has() all else is in TestAbsenceAskedFor.
+// ofMacro returns expressions that apply a macro to what is read.
+// TestAbsenceAskedFor has those for has().
 func (s source) ofMacro(key string) []string {
 	text := s.read
 	if s.kind != "string" {
@@ -220,7 +243,8 @@ func (s source) ofMacro(key string) []string {
 	list, optional := text+`.split("")`, "optional.of("+text+")"
 	bodies := func(format string) []string {
 		return []string{
-			fmt.Sprintf(format, list, `e < "m"`), fmt.Sprintf(format, `["a", "z"]`, "e < "+text), fmt.Sprintf(format, "{"+text+": 1}", `e < "m"`),
+			fmt.Sprintf(format, list, `e < "m"`), fmt.Sprintf(format, `["a", "z"]`, "e < "+text), fmt.Sprintf(format,
+				"{"+text+": 1}", `e < "m"`),
 			fmt.Sprintf(format, `["a", "z"]`, text+".startsWith(e)"),
 		}
 	}
@@ -233,11 +257,13 @@ func (s source) ofMacro(key string) []string {
 		"map:3:true":        append(bodies("%s.map(e, %s, e)"), `["a", "z"].map(e, true, e + `+text+")"),
 		"filter:2:true":     bodies("%s.filter(e, %s)"),
 		"optMap:2:true":     {optional + `.optMap(e, e + "x")`, `optional.of("a").optMap(e, e + ` + text + ")"},
-		"optFlatMap:2:true": {optional + ".optFlatMap(e, optional.of(e))", `optional.of("a").optFlatMap(e, optional.of(` + text + "))"},
+		"optFlatMap:2:true": {optional + ".optFlatMap(e, optional.of(e))",
+			`optional.of("a").optFlatMap(e, optional.of(` + text + "))"},
 	}[key]
 }
 
-// condition makes a boolean of a value of a type; ok is false where the test does not know the type.
+// condition makes a boolean of a value of type t. ok is false if the test does
+// not know the type.
 func condition(value string, t *cel.Type) (text string, ok bool) {
 	format := map[types.Kind]string{
 		types.BoolKind: "%s", types.StringKind: `%s < "m"`, types.IntKind: "%s > 1", types.UintKind: "%s > 1u", types.DoubleKind: "%s > 1.0", types.BytesKind: "size(%s) > 1",
@@ -247,7 +273,7 @@ func condition(value string, t *cel.Type) (text string, ok bool) {
 	return fmt.Sprintf(format, value), format != ""
 }
 
-// absenceConfig puts a condition into all places.
+// absenceConfig returns a config that uses a condition in every place.
 func absenceConfig(condition string) string {
 	quoted := "'" + strings.ReplaceAll(condition, "'", "''") + "'"
 	choice := "'(" + strings.ReplaceAll(condition, "'", "''") + ") ? "
@@ -266,7 +292,8 @@ limits:
 `
 }
 
-// owed is what a request owes each limit: its key and cost, or nothing. ok is false where the request shows a mistake.
+// owed returns what a request draws from each limit: its key and cost. ok is
+// false if the request reveals a mistake.
 func owed(t *testing.T, c *Config, line string) (owed map[string]string, ok bool) {
 	t.Helper()
 	d := c.Draw(request(t, line))
@@ -280,13 +307,14 @@ func owed(t *testing.T, c *Config, line string) (owed map[string]string, ok bool
 	return owed, !d.Invalid
 }
 
-// checkAbsence holds an expression to what is said above. It reports false where the expression is a mistake for every request with a
-// value, so that it shows nothing.
+// checkAbsence checks an expression against the rules above. It reports false
+// if every request with a value reveals a mistake, so that the expression shows
+// nothing.
 func (s source) checkAbsence(t *testing.T, condition string) (shows bool) {
 	t.Helper()
 	c, err := Parse("test.yaml", []byte(absenceConfig(condition)), env())
 	if err != nil {
-		return false // it does not fit, or is constant and wrong
+		return false // it does not compile, or is a constant that fails
 	}
 	var present []map[string]string
 	for _, line := range s.present {
@@ -318,7 +346,8 @@ func (s source) checkAbsence(t *testing.T, condition string) (shows bool) {
 		if without["alone"] == "" && !none("alone") {
 			wrong("slips past a limit")
 		}
-		if (without["first"] == "") == (without["rest"] == "") || without["first"] != "" && slices.ContainsFunc(present, func(p map[string]string) bool { return p["first"] == "" }) {
+		if (without["first"] == "") == (without["rest"] == "") || without["first"] != "" &&
+			slices.ContainsFunc(present, func(p map[string]string) bool { return p["first"] == "" }) {
 			wrong("takes the first place in a group")
 		}
 		if without["free"] != "" && !every("free", "unlimited") || without["free"] == "" && without["paid"] == "" {
@@ -328,7 +357,8 @@ func (s source) checkAbsence(t *testing.T, condition string) (shows bool) {
 			wrong("is unlimited")
 		}
 		for _, name := range []string{"keyed", "shared"} {
-			if !strings.Contains(without[name], "{"+string(tagAbsent)) && !every(name, without[name]) || without[name] == "" {
+			if !strings.Contains(without[name], "{"+string(tagAbsent)) && !every(name, without[name]) ||
+				without[name] == "" {
 				wrong(name + ": draws from another's bucket")
 			}
 		}
@@ -345,12 +375,13 @@ func TestAbsence(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, a := range attributes {
-		if a.kind.Kind() == types.MapKind && !slices.ContainsFunc(sources, func(s source) bool { return s.attribute == name }) {
+		if a.kind.Kind() == types.MapKind &&
+			!slices.ContainsFunc(sources, func(s source) bool { return s.attribute == name }) {
 			t.Errorf("%s may be left out in part, and is none of the sources", name)
 		}
 	}
 	checked, asked := 0, 0
-	// try holds the first of some expressions that shows anything to what is said above.
+	// try checks the first of some expressions that shows anything.
 	try := func(s source, what string, expressions []string) {
 		t.Helper()
 		if asked++; asked%absenceStep != 0 {
@@ -371,7 +402,8 @@ func TestAbsence(t *testing.T) {
 				return
 			}
 		}
-		t.Errorf("%s, with %s: none of these shows anything; teach the test about it: %q", what, s.read, expressions[:min(len(expressions), 5)])
+		t.Errorf("%s, with %s: none of these shows anything; teach the test about it: %q", what, s.read,
+			expressions[:min(len(expressions), 5)])
 	}
 	functions := e.Functions()
 	for _, name := range slices.Sorted(maps.Keys(functions)) {
@@ -381,12 +413,12 @@ func TestAbsence(t *testing.T) {
 		for _, o := range functions[name].OverloadDecls() {
 			for at := range o.ArgTypes() {
 				if name == operators.OptSelect && at == 1 {
-					continue // a name, which is no expression
+					continue // not an expression by itself
 				}
 				for _, s := range sources {
 					if name == operators.Equals || name == operators.NotEquals {
 						s.read, s.kind = strings.Join(s.as(types.StringType)[:1], ""), "string"
-						s.read = "(" + s.read + ` + "")` // used, not read
+						s.read = "(" + s.read + ` + "")` // uses the value instead of reading it
 					}
 					try(s, fmt.Sprintf("%s %s, argument %d", name, o.ID(), at), s.ofOverload(name, o, at))
 				}
@@ -410,7 +442,8 @@ func TestAbsence(t *testing.T) {
 	t.Logf("%d expressions", checked)
 }
 
-// What asks whether something is there has an answer where it is not; what uses that for something else is absent.
+// TestAbsenceAskedFor checks that expressions which test for an absent value
+// have a result, and that others which use the test's operand are absent.
 func TestAbsenceAskedFor(t *testing.T) {
 	for condition, want := range map[string]string{
 		`request.headers["x"] == "a"`:                                    "false",
@@ -459,7 +492,8 @@ func TestAbsenceAskedFor(t *testing.T) {
 				got = "true"
 			case ok && !alone && !first && !open:
 				got = "false"
-			case ok && alone && !first && !open && strings.HasSuffix(owes["priced"], " 1") && strings.Contains(owes["keyed"], "~"):
+			case ok && alone && !first && !open && strings.HasSuffix(owes["priced"], " 1") &&
+				strings.Contains(owes["keyed"], "~"):
 				got = "absent"
 			}
 			if got != want {

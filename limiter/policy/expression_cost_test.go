@@ -17,19 +17,18 @@ import (
 )
 
 // evaluationTime is far more processor time than any evaluation may take, and
-// far less than one takes that nobody bounds.
+// far less than an unbounded one would take.
 const evaluationTime = bombTime / 12
 
-// quickest returns the least processor time in which an expression was evaluated
-// for a request.
+// quickest returns the least processor time of evaluating an expression for a
+// request.
 func quickest(e *expression, req *Request) time.Duration {
 	var ids clientIP
 	return leastTime(evaluationTime/2, func() { _, _ = e.eval(newSubject(req, &ids)) })
 }
 
-// leastTime runs do up to eight times, until one run took less than enough, and
-// returns the least processor time: other programs make it longer, and never
-// shorter.
+// leastTime runs do up to eight times, until a run takes less than enough, and
+// returns the least processor time. Other programs can only make a run longer.
 func leastTime(enough time.Duration, do func()) time.Duration {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
@@ -44,9 +43,9 @@ func leastTime(enough time.Duration, do func()) time.Duration {
 	return best
 }
 
-// threadTime is the processor time of this thread.
+// threadTime returns the processor time of this thread.
 func threadTime() time.Duration {
-	const thread = 1 // RUSAGE_THREAD of Linux
+	const thread = 1 // RUSAGE_THREAD on Linux
 	var u syscall.Rusage
 	if err := syscall.Getrusage(thread, &u); err != nil {
 		return time.Since(processBegan)
@@ -56,11 +55,12 @@ func threadTime() time.Duration {
 
 var processBegan = time.Now()
 
-// What a call costs is known before it runs: texts that are too long for it
-// end the evaluation, not after it took its time.
+// TestCallsAreChargedBeforeTheyRun checks that the arguments of a call end the
+// evaluation before the call takes its time.
 func TestCallsAreChargedBeforeTheyRun(t *testing.T) {
 	long := strings.Repeat("a", 60_000)
-	req := &Request{Path: "/" + long, Headers: map[string]string{"a": long, "half": long[:30_000] + "b", "p": strings.Repeat("(a{1,1000}){1,1}", 200), "f": strings.Repeat("%s", 1000)}}
+	req := &Request{Path: "/" + long, Headers: map[string]string{"a": long, "half": long[:30_000] + "b",
+		"p": strings.Repeat("(a{1,1000}){1,1}", 200), "f": strings.Repeat("%s", 1000)}}
 	for _, text := range []string{
 		`request.headers["a"].matches(".*.*.*.*.*.*.*.*.*b")`,
 		`request.headers["a"].matches("(a?){200}b")`,
@@ -68,7 +68,8 @@ func TestCallsAreChargedBeforeTheyRun(t *testing.T) {
 		`"a".matches(request.headers["p"])`,
 		`request.headers["a"].indexOf(request.headers["half"]) > 0`,
 		`request.headers["a"].lastIndexOf("b" + request.headers["half"]) > 0`,
-		`"` + strings.Repeat("%s", 200) + `".format([` + strings.TrimSuffix(strings.Repeat(`request.path,`, 200), ",") + `]).size() > 1`,
+		`"` + strings.Repeat("%s", 200) + `".format([` + strings.TrimSuffix(strings.Repeat(`request.path,`, 200), ",") +
+			`]).size() > 1`,
 		`"%s".format([[[request.path, request.path, request.path], [request.path, request.path, request.path]]]).size() > 1`,
 		`request.headers["f"].format([request.headers["a"].split("")]).size() > 1`,
 		`request.headers["a"].split("") == request.headers["a"].split("")`,
@@ -91,7 +92,8 @@ func TestCallsAreChargedBeforeTheyRun(t *testing.T) {
 	}
 }
 
-// Patterns that are ordinary are matched against what is ordinary.
+// TestOrdinaryMatches checks that usual patterns match usual texts within the
+// bounds.
 func TestOrdinaryMatches(t *testing.T) {
 	path := "/v1/" + strings.Repeat("orders/", 300) // 2 kB
 	for pattern, want := range map[string]bool{
@@ -127,20 +129,22 @@ func TestOrdinaryMatches(t *testing.T) {
 	}
 }
 
-// generated makes expressions of texts, lists, numbers and conditions in each
-// other, of the functions that take texts.
+// generated makes random nested expressions of strings, lists, numbers and
+// conditions, from the functions that take strings.
 type generated struct{ *rand.Rand }
 
 func (g generated) one(of ...string) string { return of[g.IntN(len(of))] }
 
 func (g generated) text(depth int) string {
 	if depth == 0 {
-		return g.one(`request.headers.a`, `request.headers.b`, `request.path`, `request.query`, `"a"`, `""`, `"%s%s"`, `metadata.filter_metadata.m.t`, `request.headers.p`)
+		return g.one(`request.headers.a`, `request.headers.b`, `request.path`, `request.query`, `"a"`, `""`, `"%s%s"`,
+			`metadata.filter_metadata.m.t`, `request.headers.p`)
 	}
 	d := depth - 1
 	switch g.IntN(14) {
 	case 0:
-		return g.text(d) + "." + g.one("lowerAscii()", "upperAscii()", "reverse()", "trim()", "charAt(3)", "substring(1)", "substring(0, 2)")
+		return g.text(d) + "." +
+			g.one("lowerAscii()", "upperAscii()", "reverse()", "trim()", "charAt(3)", "substring(1)", "substring(0, 2)")
 	case 1:
 		return g.text(d) + ".replace(" + g.text(d) + ", " + g.text(d) + ")"
 	case 2, 3:
@@ -169,7 +173,8 @@ func (g generated) text(depth int) string {
 
 func (g generated) list(depth int) string {
 	if depth == 0 {
-		return g.one(`request.path.split("")`, `request.headers.a.split("a")`, `["a", request.path]`, `request.headers.map(k, k)`, `[request.path, request.path]`)
+		return g.one(`request.path.split("")`, `request.headers.a.split("a")`, `["a", request.path]`,
+			`request.headers.map(k, k)`, `[request.path, request.path]`)
 	}
 	d := depth - 1
 	switch g.IntN(6) {
@@ -229,8 +234,8 @@ func (g generated) condition(depth int) string {
 	return g.number(d) + " > " + g.number(d)
 }
 
-// Whatever an expression is made of, and however long the texts are that a
-// client sends: it ends within a few milliseconds.
+// TestNoExpressionTakesLong checks that random expressions end within
+// milliseconds, however long the client's strings are.
 func TestNoExpressionTakesLong(t *testing.T) {
 	a := strings.Repeat("a", 60_000)
 	claims, err := structpb.NewStruct(map[string]any{"t": a[:8000]})
@@ -238,7 +243,8 @@ func TestNoExpressionTakesLong(t *testing.T) {
 		t.Fatal(err)
 	}
 	req := &Request{
-		Path: "/" + a[:8000] + "?" + a[:8000], Headers: map[string]string{"a": a, "b": a[:30_000] + "b", "p": strings.Repeat("a{1000}", 300)},
+		Path: "/" + a[:8000] + "?" +
+			a[:8000], Headers: map[string]string{"a": a, "b": a[:30_000] + "b", "p": strings.Repeat("a{1000}", 300)},
 		Metadata: map[string]*structpb.Struct{"m": claims}, Time: time.Now(),
 	}
 	n := 2000
@@ -271,14 +277,16 @@ func TestNoExpressionTakesLong(t *testing.T) {
 	t.Logf("%d of %d expressions, the longest took %v; %v", compiled, n, longest, failed)
 }
 
-// What sluice evaluates in CEL's place has CEL's results.
+// TestPricedCallsAreCELs checks that calls which sluice evaluates have the
+// results that CEL would have.
 func TestPricedCallsAreCELs(t *testing.T) {
 	own, err := builtins()
 	if err != nil {
 		t.Fatal(err)
 	}
 	text := rapid.Custom(func(t *rapid.T) types.String {
-		return types.String(strings.Join(rapid.SliceOfN(rapid.SampledFrom([]string{"a", "b", "é", "日", "ab", ""}), 0, 6).Draw(t, "pieces"), ""))
+		return types.String(strings.Join(rapid.SliceOfN(rapid.SampledFrom([]string{"a", "b", "é", "日", "ab", ""}), 0,
+			6).Draw(t, "pieces"), ""))
 	})
 	rapid.Check(t, func(t *rapid.T) {
 		name := rapid.SampledFrom([]string{"indexOf", "lastIndexOf", "replace"}).Draw(t, "function")

@@ -9,8 +9,8 @@ import (
 	"pgregory.net/rapid"
 )
 
-// What looks as if it could take for ever when it is evaluated does not: CEL's patterns take linear time, and the rest is bounded by its
-// cost.
+// TestEvaluationIsBounded checks expressions that look as if they took forever:
+// CEL's patterns take linear time, and the rest is bounded by its cost.
 func TestEvaluationIsBounded(t *testing.T) {
 	long := strings.Repeat("a", 60_000)
 	for _, text := range []string{
@@ -35,7 +35,8 @@ func TestEvaluationIsBounded(t *testing.T) {
 	}
 }
 
-// FuzzExpression compiles any text for all purposes, and evaluates what is one: nothing panics, and no error tells what a client sent.
+// FuzzExpression compiles any text for each purpose, and evaluates it if it
+// compiles. Nothing may panic, and no error may quote the client.
 func FuzzExpression(f *testing.F) {
 	for _, seed := range []string{
 		`request.headers["a"] == "x"`, `request.headers["a"].startsWith("x") ? 1 : 2`, `has(context.x) && context.x in ["a"]`,
@@ -50,7 +51,8 @@ func FuzzExpression(f *testing.F) {
 		if strings.Contains(text, secret) {
 			return
 		}
-		req := request(t, "POST h.example.com/a/b?q="+secret+" with a="+secret+" context x="+secret+` claim n="`+secret+`"`)
+		req := request(t,
+			"POST h.example.com/a/b?q="+secret+" with a="+secret+" context x="+secret+` claim n="`+secret+`"`)
 		for _, p := range []purpose{forKey, forWhen, forCost} {
 			e, mistakes := compile(text, p)
 			if (e == nil) == (mistakes == nil) {
@@ -79,7 +81,7 @@ func FuzzExpression(f *testing.F) {
 	})
 }
 
-// A read past CEL gives what CEL gives.
+// TestDirectReads checks that reads without CEL return what CEL returns.
 func TestDirectReads(t *testing.T) {
 	texts := []string{`request.headers["x-a"]`, "request.headers.host"}
 	for name, a := range attributes {
@@ -88,14 +90,17 @@ func TestDirectReads(t *testing.T) {
 		}
 	}
 	slices.Sort(texts)
-	value := rapid.SampledFrom([]string{"", "a", "10.0.0.1", "[::1]:80", "Shop.Example.com:80", "/v1?x=y", "\xff", "{}"})
+	value := rapid.SampledFrom([]string{"", "a", "10.0.0.1", "[::1]:80", "Shop.Example.com:80", "/v1?x=y", "\xff",
+		"{}"})
 	var ids clientIP
 	rapid.Check(t, func(t *rapid.T) {
 		s := newSubject(&Request{
-			Method: value.Draw(t, "method"), Scheme: value.Draw(t, "scheme"), Host: value.Draw(t, "host"), Path: value.Draw(t, "path"),
+			Method: value.Draw(t, "method"), Scheme: value.Draw(t, "scheme"), Host: value.Draw(t,
+				"host"), Path: value.Draw(t, "path"),
 			Protocol: value.Draw(t, "protocol"),
-			Headers:  map[string]string{"x-a": value.Draw(t, "x-a"), "host": value.Draw(t, "host header"), "x-request-id": value.Draw(t, "id")},
-			Source:   Peer{Address: value.Draw(t, "source"), Principal: value.Draw(t, "principal")},
+			Headers: map[string]string{"x-a": value.Draw(t, "x-a"), "host": value.Draw(t, "host header"),
+				"x-request-id": value.Draw(t, "id")},
+			Source: Peer{Address: value.Draw(t, "source"), Principal: value.Draw(t, "principal")},
 		}, &ids)
 		for _, text := range texts {
 			e, mistakes := compile(text, forKey)
@@ -122,10 +127,12 @@ func TestDirectReads(t *testing.T) {
 }
 
 func TestExpressionsAreBounded(t *testing.T) {
-	c := parse(t, `limits: [{name: a, rate: 1/s, key: 'request.url_path.split("").map(a, request.url_path.split("").map(b, a + b)).size()'}]`)
+	c := parse(t,
+		`limits: [{name: a, rate: 1/s, key: 'request.url_path.split("").map(a, request.url_path.split("").map(b, a + b)).size()'}]`)
 	req := request(t, "GET h/")
 	req.Path = "/" + strings.Repeat("x", 10_000)
-	if d := c.Draw(req); !d.Invalid || d.Mistakes[0].Error() != "limit a: key: evaluation failed: operation cancelled: actual cost limit exceeded" {
+	if d := c.Draw(req); !d.Invalid ||
+		d.Mistakes[0].Error() != "limit a: key: evaluation failed: operation cancelled: actual cost limit exceeded" {
 		t.Error(d)
 	}
 	if _, mistakes := compile(strings.Repeat("(", 2000)+"1"+strings.Repeat(")", 2000), forKey); mistakes == nil {

@@ -16,7 +16,8 @@ import (
 	"google.golang.org/protobuf/types/known/structpb"
 )
 
-// request makes a request of a line such as "POST api.example.com/v1/orders from 10.0.0.1 by spiffe://a/b with x-api-key=k".
+// request makes a request from a line such as "POST api.example.com/v1/orders
+// from 10.0.0.1 by spiffe://a/b with x-api-key=k".
 func request(t testing.TB, line string) *Request {
 	t.Helper()
 	req := &Request{Headers: map[string]string{}, Context: map[string]string{}, Scheme: "https", Protocol: "HTTP/2"}
@@ -41,7 +42,7 @@ func request(t testing.TB, line string) *Request {
 		case "context":
 			name, v, _ := strings.Cut(value, "=")
 			req.Context[name] = strings.ReplaceAll(v, "_", " ")
-		case "claim": // its value in JSON; a name with dots is nested
+		case "claim": // value in JSON; a name with dots is nested
 			claim(t, req, value)
 		default:
 			t.Fatalf("%q: what is %q?", line, words[i])
@@ -50,7 +51,7 @@ func request(t testing.TB, line string) *Request {
 	return req
 }
 
-// claim adds a JWT's claim to a request, as Envoy's filter hands it on.
+// claim adds a claim of a JWT to a request, as Envoy's filter passes it on.
 func claim(t testing.TB, req *Request, line string) {
 	t.Helper()
 	name, text, _ := strings.Cut(line, "=")
@@ -73,7 +74,8 @@ func claim(t testing.TB, req *Request, line string) {
 	req.Metadata["jwt"].Fields["payload"].GetStructValue().Fields[names[0]] = v
 }
 
-// drawn says what a request draws: "name key cost", one after another. What all keys begin and end with is left out.
+// drawn describes what a request draws as "name key cost, ...". It omits what
+// all keys begin and end with.
 func drawn(t testing.TB, c *Config, line string) string {
 	t.Helper()
 	d := c.Draw(request(t, line))
@@ -105,7 +107,7 @@ func drawn(t testing.TB, c *Config, line string) string {
 	return strings.Join(out, ", ")
 }
 
-// hashed is the part of a key that a value is hashed to.
+// hashed returns the key part of a hashed value.
 func hashed(value string) string {
 	sum := sha256.Sum256([]byte(value))
 	return "#43." + base64.RawURLEncoding.EncodeToString(sum[:])
@@ -113,12 +115,12 @@ func hashed(value string) string {
 
 var hashedIn = regexp.MustCompile(`#\(([^)]*)\)`)
 
-// withHashes puts hashes for #(value).
+// withHashes replaces each #(value) by hashed(value).
 func withHashes(s string) string {
 	return hashedIn.ReplaceAllStringFunc(s, func(found string) string { return hashed(found[2 : len(found)-1]) })
 }
 
-// env is an environment of a few variables.
+// env returns an environment of a few variables.
 func env(vars ...string) func(string) (string, bool) {
 	return func(name string) (string, bool) {
 		for i := 0; i < len(vars); i += 2 {
@@ -130,7 +132,7 @@ func env(vars ...string) func(string) (string, bool) {
 	}
 }
 
-// parse is a config that must be good.
+// parse returns a config that must be valid.
 func parse(t testing.TB, text string) *Config {
 	t.Helper()
 	c, err := Parse("test.yaml", []byte(text), env())
@@ -140,7 +142,7 @@ func parse(t testing.TB, text string) *Config {
 	return c
 }
 
-// mistakes are an error's, which has to be made of them.
+// mistakes returns the Mistakes of an error, which must be one.
 func mistakes(t testing.TB, err error) Mistakes {
 	t.Helper()
 	var m Mistakes
@@ -150,7 +152,7 @@ func mistakes(t testing.TB, err error) Mistakes {
 	return m
 }
 
-// configs are all files of testdata, as seeds.
+// configs returns all files of testdata, as fuzzing seeds.
 func configs(t testing.TB) (texts [][]byte) {
 	t.Helper()
 	files, err := filepath.Glob("testdata/*/*.yaml")

@@ -7,7 +7,7 @@ import (
 	"testing"
 )
 
-// parts makes a key of a few values: each open, hashed, or absent with a stand-in.
+// parts makes a key of values: each open, hashed, or absent.
 func parts(h *hasher, values []string, kinds []int) string {
 	var key []byte
 	for i, v := range values {
@@ -23,9 +23,11 @@ func parts(h *hasher, values []string, kinds []int) string {
 	return string(key)
 }
 
-// Different parts make different keys: a million pairs of what separates, escapes, quotes, counts and tags.
+// TestKeysDoNotCollide checks a million keys of separators, escapes, quotes,
+// counts and tags: different parts make different keys.
 func TestKeysDoNotCollide(t *testing.T) {
-	pieces := []string{"", "a", "1", ".", "=", "#", "~", ":", "{", "}", "%", "%41", "A", "\x00", "\xff", "é", "/", "=1.a", "#43.", "~0.", "11.", "?"}
+	pieces := []string{"", "a", "1", ".", "=", "#", "~", ":", "{", "}", "%", "%41", "A", "\x00", "\xff", "é", "/",
+		"=1.a", "#43.", "~0.", "11.", "?"}
 	random := rand.New(rand.NewPCG(1, 2))
 	h := &hasher{}
 	seen := make(map[string]string)
@@ -68,7 +70,8 @@ func TestKeySecret(t *testing.T) {
 	}
 }
 
-// A key holds at most some hundred bytes a part, whatever a client sends.
+// TestKeysAreBounded checks that a part of a key has at most a few hundred
+// bytes, whatever a client sends.
 func TestKeysAreBounded(t *testing.T) {
 	c := parse(t, `limits: [{name: a, rate: 1/s, key: [request.url_path, request.host]}]`)
 	req := request(t, "GET h/")

@@ -5,7 +5,7 @@ import (
 	"testing"
 )
 
-// Each row is a host as it was sent, and how expressions see it.
+// TestHosts checks how expressions read a host.
 func TestHosts(t *testing.T) {
 	for sent, want := range map[string]string{
 		"":                        "",
@@ -56,7 +56,8 @@ func TestHosts(t *testing.T) {
 	}
 }
 
-// Whatever stands behind a host's colon, and however an address is written, the limit of the plain host applies.
+// TestHostVariants checks that the limit of a host applies whatever follows a
+// colon, and however an address is written.
 func TestHostVariants(t *testing.T) {
 	c := parse(t, `
 limits:
@@ -69,8 +70,10 @@ limits:
 			"api.example.com", "api.example.com:", "api.example.com:x", "api.example.com:-1", "api.example.com:80a", "api.example.com:80:80",
 			"API.example.com..:80", "[api.example.com]:", "[API.example.com]:80", "[api.example.com]:+80",
 		},
-		// A router may cut at the first colon, at the last, or at none: these are routed to *.example.com by one of them.
-		"b -": {"x.api.example.com:", "x.api.example.com:80:80", "x.example.com.:y", "x:y.example.com", "x:y.example.com:80", "x:80.example.com:y"},
+		// A router may cut at the first colon, at the last, or at none. Some of
+		// them route these hosts to *.example.com.
+		"b -": {"x.api.example.com:", "x.api.example.com:80:80", "x.example.com.:y", "x:y.example.com",
+			"x:y.example.com:80", "x:80.example.com:y"},
 		"c -": {
 			"[2001:DB8:0:0::1]", "[2001:db8::1]:", "[2001:db8::1]:80:80", "2001:db8::1", "10.0.0.1", "10.0.0.1:", "[::ffff:a00:1]:x",
 		},
@@ -84,9 +87,11 @@ limits:
 	}
 }
 
-// A host is exempt only if it is however it is read: what Envoy's own routes take for another host is not.
+// TestExemptHosts checks that a host is exempt only in all its readings:
+// Envoy's own routes take others for a different host.
 func TestExemptHosts(t *testing.T) {
-	c := parse(t, `{exempt: [{match: {hosts: [free.example.com, "*.free.example.com", "2001:db8::1"]}}], limits: [{name: a, rate: 1/s}]}`)
+	c := parse(t,
+		`{exempt: [{match: {hosts: [free.example.com, "*.free.example.com", "2001:db8::1"]}}], limits: [{name: a, rate: 1/s}]}`)
 	for host, want := range map[string]string{
 		"free.example.com":        "exempt",
 		"FREE.example.com:80":     "exempt",
@@ -102,7 +107,7 @@ func TestExemptHosts(t *testing.T) {
 		"x:y.free.example.com":    "a -",
 		"x:y.free.example.com:80": "a -",
 		"x.free.example.com:":     "a -",
-		// What Envoy does not strip as a port, and what servers refuse to read.
+		// Ports that Envoy does not strip, and that servers reject.
 		"free.example.com:65535":       "exempt",
 		"free.example.com:65536":       "a -",
 		"free.example.com:99999999999": "a -",
@@ -123,7 +128,7 @@ func TestExemptHosts(t *testing.T) {
 	}
 }
 
-// A port makes no second bucket of a host's.
+// TestHostAsKey checks that a port does not make a second bucket.
 func TestHostAsKey(t *testing.T) {
 	c := parse(t, "limits: [{name: a, rate: 1/s, key: request.host}]")
 	for _, host := range []string{"h", "H", "h:", "h:80", "h:80:80", "h:x", "h.", "h..:"} {
@@ -134,12 +139,13 @@ func TestHostAsKey(t *testing.T) {
 }
 
 func FuzzHosts(f *testing.F) {
-	for _, seed := range []string{"", "a.b", "A:80", "[::1]:80", "::1", "[", "]:", "a:b:c", ".", "[::ffff:1.2.3.4].", "a.:1", " .:", "[!]:80:a"} {
+	for _, seed := range []string{"", "a.b", "A:80", "[::1]:80", "::1", "[", "]:", "a:b:c", ".", "[::ffff:1.2.3.4].",
+		"a.:1", " .:", "[!]:80:a"} {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, sent string) {
 		s := newSubject(&Request{Host: sent}, &clientIP{})
-		// Four ways to read a host, and the empty one of a host that is no name.
+		// Four ways to read a host, and the empty reading of an invalid one.
 		if len(s.hosts) < 1 || len(s.hosts) > 5 {
 			t.Fatalf("%q: %q", sent, s.hosts)
 		}

@@ -11,7 +11,7 @@ import (
 	"pgregory.net/rapid"
 )
 
-// setRapidChecks has rapid try n times in this test, and as before in others.
+// setRapidChecks sets the number of rapid's checks for this test.
 func setRapidChecks(t *testing.T, n int) {
 	t.Helper()
 	f := flag.Lookup("rapid.checks")
@@ -22,14 +22,15 @@ func setRapidChecks(t *testing.T, n int) {
 	t.Cleanup(func() { _ = f.Value.Set(before) })
 }
 
-// The index finds what looking at each match in turn finds, in the same order.
+// TestIndex compares the index with a look at each match in turn.
 func TestIndex(t *testing.T) {
 	of := func(all ...string) *rapid.Generator[[]string] {
 		return rapid.SliceOfNDistinct(rapid.SampledFrom(all), 0, 3, rapid.ID)
 	}
 	hosts := of("a.com", "b.a.com", "*.a.com", "*.com", "*.b.a.com", "1.2.3.4", "::1")
 	methods := of("GET", "HEAD", "POST")
-	paths := of("/", "/**", "/a", "/a/b", "/a/{x}", "/{x}/b", "/{x}/{y}", "/a/**", "/{x}/**", "/a/{x}/c/**", "/a/b/c/d", "/A/b", "/K/{x}")
+	paths := of("/", "/**", "/a", "/a/b", "/a/{x}", "/{x}/b", "/{x}/{y}", "/a/**", "/{x}/**", "/a/{x}/c/**", "/a/b/c/d",
+		"/A/b", "/K/{x}")
 	ignoreCase := rapid.Bool()
 	clients := of("10.0.0.0/8", "203.0.113.7", "::/0")
 	matches := rapid.Custom(func(t *rapid.T) *match {
@@ -70,9 +71,12 @@ func TestIndex(t *testing.T) {
 		for range 5 {
 			s := newSubject(&Request{
 				Method: rapid.SampledFrom([]string{"GET", "HEAD", "POST", "PUT", ""}).Draw(t, "method"),
-				Host:   rapid.SampledFrom([]string{"a.com", "A.com:80", "b.a.com", "c.b.a.com", ".a.com", "..a.com", "com", "[::1]:80", "", "x.", ".", "1.2.3.4", "a.com:", "a.com:x", "x:b.a.com", "x:y.a.com:80", "a.com..", "[0:0::1]:x"}).Draw(t, "host"),
-				Path:   strings.Join(rapid.SliceOfN(rapid.SampledFrom([]string{"/", "a", "b", "c", "/a", "/b", "..", "%2f", "%61", ";x", "?q", "d", "A", "/B", "%41", "k", "\u212a"}), 0, 9).Draw(t, "path"), ""),
-				Source: Peer{Address: rapid.SampledFrom([]string{"10.1.1.1", "203.0.113.7", "::2", ""}).Draw(t, "source")},
+				Host: rapid.SampledFrom([]string{"a.com", "A.com:80", "b.a.com", "c.b.a.com", ".a.com", "..a.com",
+					"com", "[::1]:80", "", "x.", ".", "1.2.3.4", "a.com:", "a.com:x", "x:b.a.com", "x:y.a.com:80", "a.com..", "[0:0::1]:x"}).Draw(t, "host"),
+				Path: strings.Join(rapid.SliceOfN(rapid.SampledFrom([]string{"/", "a", "b", "c", "/a", "/b", "..",
+					"%2f", "%61", ";x", "?q", "d", "A", "/B", "%41", "k", "\u212a"}), 0, 9).Draw(t, "path"), ""),
+				Source: Peer{Address: rapid.SampledFrom([]string{"10.1.1.1", "203.0.113.7", "::2", ""}).Draw(t,
+					"source")},
 			}, &ids)
 			for _, which := range []reading{anyReading, allReadings} {
 				var want []int
@@ -94,10 +98,13 @@ func TestIndex(t *testing.T) {
 	}
 }
 
-// A host of thousands of dots, or a path of thousands of segments, takes no time to speak of.
+// TestIndexIsBounded checks that a host with thousands of dots, or a path with
+// thousands of segments, is looked up quickly.
 func TestIndexIsBounded(t *testing.T) {
-	x := newIndex([]*match{{hosts: []string{"*.example.com"}}, {paths: []pathPattern{{segments: []string{"a", "", "b"}, rest: true}}}})
-	s := newSubject(&Request{Host: strings.Repeat(".", 60_000) + "a.example.com", Path: strings.Repeat("/a", 30_000) + strings.Repeat("/..", 100)}, &clientIP{})
+	x := newIndex([]*match{{hosts: []string{"*.example.com"}},
+		{paths: []pathPattern{{segments: []string{"a", "", "b"}, rest: true}}}})
+	s := newSubject(&Request{Host: strings.Repeat(".", 60_000) + "a.example.com",
+		Path: strings.Repeat("/a", 30_000) + strings.Repeat("/..", 100)}, &clientIP{})
 	if got := testing.Benchmark(func(b *testing.B) {
 		for b.Loop() {
 			if n := len(slices.Collect(x.find(s, anyReading))); n != 1 {
@@ -109,20 +116,27 @@ func TestIndexIsBounded(t *testing.T) {
 	}
 }
 
-// manyLimits is a config of n limits of which three apply to benchRequest: the n-th of everything, hosts, paths and methods.
+// manyLimits returns a config of n limits of which three apply to benchRequest:
+// the n-th of everything, hosts, paths and methods.
 func manyLimits(n int) string {
 	var b strings.Builder
 	b.WriteString("limits:\n")
 	for i := range n - 3 {
 		switch i % 4 {
 		case 0:
-			fmt.Fprintf(&b, "  - {name: l%d, rate: 1/s, match: {hosts: [h%d.example.com], paths: [\"/v1/**\"]}}\n", i, i)
+			fmt.Fprintf(&b, "  - {name: l%d, rate: 1/s, match: {hosts: [h%d.example.com], paths: [\"/v1/**\"]}}\n", i,
+				i)
 		case 1:
-			fmt.Fprintf(&b, "  - {name: l%d, rate: 1/s, match: {hosts: [shop.example.com], paths: [\"/v1/thing-%d/{id}\", \"/v2/thing-%d\"]}}\n", i, i, i)
+			fmt.Fprintf(&b,
+				"  - {name: l%d, rate: 1/s, match: {hosts: [shop.example.com], paths: [\"/v1/thing-%d/{id}\", "+
+					"\"/v2/thing-%d\"]}}\n", i, i, i)
 		case 2:
-			fmt.Fprintf(&b, "  - {name: l%d, rate: 1/s, match: {hosts: [\"*.h%d.example.com\"], methods: [GET]}}\n", i, i)
+			fmt.Fprintf(&b, "  - {name: l%d, rate: 1/s, match: {hosts: [\"*.h%d.example.com\"], methods: [GET]}}\n", i,
+				i)
 		case 3:
-			fmt.Fprintf(&b, "  - {name: l%d, rate: 1/s, match: {paths: [\"/{v}/thing-%d/**\"], methods: [POST, PUT]}, key: 'request.headers[\"x-api-key\"]'}\n", i, i)
+			fmt.Fprintf(&b,
+				"  - {name: l%d, rate: 1/s, match: {paths: [\"/{v}/thing-%d/**\"], methods: [POST, PUT]}, key: "+
+					"'request.headers[\"x-api-key\"]'}\n", i, i)
 		}
 	}
 	b.WriteString(`  - {name: a, rate: 1/s, key: client.ip}
@@ -134,7 +148,7 @@ func manyLimits(n int) string {
 
 const benchRequest = "GET shop.example.com/v1/orders/7?page=2 with x-api-key=k"
 
-// BenchmarkDraw is what a request costs before a store is asked:
+// BenchmarkDraw measures a request before the store is asked:
 //
 //	go test ./limiter/policy -run '^$' -bench Draw
 func BenchmarkDraw(b *testing.B) {
@@ -162,8 +176,9 @@ func BenchmarkDraw(b *testing.B) {
 	}
 }
 
-// Of 1,000 limits three apply at no more than 1.5 times what three of 10 cost, and with few allocations. Both are measured in turn, so
-// that a busy machine slows both.
+// TestDrawGrowsLittle checks that three limits of 1,000 apply in at most 1.5
+// times the time of three of 10, and with few allocations. Both are measured in
+// turn, so that a busy machine slows both.
 func TestDrawGrowsLittle(t *testing.T) {
 	if testing.Short() {
 		t.Skip("measures")

@@ -9,10 +9,12 @@ import (
 	"pgregory.net/rapid"
 )
 
-// Each row is a path as it was sent, a server that takes it for another, and that other path.
+// TestPathReadings checks readings: each row is a path as sent, a server that
+// reads it as another path, and that path.
 func TestPathReadings(t *testing.T) {
 	for _, tt := range []struct{ sent, server, read string }{
-		// Encoded slashes that stay within their segment, beside something else that is not normal.
+		// Encoded slashes that stay in their segment, in a path that is not
+		// normal.
 		{"/v1/orders/a%2Fb/", "Express", "/v1/orders/a%2Fb"},
 		{"/v1/%6frders/a%2Fb", "Go's ServeMux", "/v1/orders/a%2Fb"},
 		{"/v1/%6Frders/a%5Cb", "Go's ServeMux", "/v1/orders/a%5Cb"},
@@ -28,7 +30,7 @@ func TestPathReadings(t *testing.T) {
 		{"/v1/orders%2f..", "Flask", "/v1/orders/.."},
 		{"/v1%2Forders", "Flask", "/v1/orders"},
 
-		// Dot segments before and after decoding, and beside doubled slashes.
+		// Dot segments before and after decoding, and next to doubled slashes.
 		{"/public//../admin", "RFC 3986", "/public/admin"},
 		{"/public//../%61dmin", "RFC 3986", "/public/admin"},
 		{"/public//../%61dmin", "nginx", "/admin"},
@@ -41,7 +43,7 @@ func TestPathReadings(t *testing.T) {
 		{"/v1/%2e/orders", "a WHATWG URL", "/v1/orders"},
 		{`/v1\x\..\orders`, "a WHATWG URL", "/v1/orders"},
 
-		// ;parameters
+		// Parameters.
 		{"/v1;a=b/orders;c", "Spring", "/v1/orders"},
 		{"/v1/orders/a%3Bb", "Spring", "/v1/orders/a;b"},
 		{"/v1;a/%6frders/%3bx", "Spring", "/v1/orders/;x"},
@@ -50,7 +52,8 @@ func TestPathReadings(t *testing.T) {
 		{"/v1/orders;/7/pay", "Fastify 4", "/v1/orders"},
 		{"/v1/orders;/../../x", "Fastify 4", "/v1/orders"},
 
-		// What is no part of the path, or not for all.
+		// Fragments and blanks, which are not part of the path for every
+		// server.
 		{"/v1/orders#x", "Node's url.parse", "/v1/orders"},
 		{"/v1/orders#/../x", "Flask", "/v1/orders"},
 		{"/v1/orders%23x", "who decodes and parses again", "/v1/orders"},
@@ -65,12 +68,12 @@ func TestPathReadings(t *testing.T) {
 		{"http://h/v1/orders", "new URL(path)", "/v1/orders"},
 		{"http://h", "new URL(path)", "/"},
 
-		// Escapes
+		// Escapes.
 		{"/%76%31/orders", "Flask", "/v1/orders"},
 		{"/v1/orders/%zz", "Flask", "/v1/orders/%zz"},
 		{"/v1/%6frders/%4", "Flask", "/v1/orders/%4"},
 		{"/v1/%6frders/%ff%c0%af", "Flask", "/v1/orders/\xff\xc0\xaf"},
-		{"/v1/%256frders", "all", "/v1/%6frders"}, // once
+		{"/v1/%256frders", "all", "/v1/%6frders"}, // decoded once
 		{"*", "all", "/*"},
 		{"", "all", "/"},
 		{"v1/orders", "all", "/v1/orders"},
@@ -88,7 +91,8 @@ func TestPathReadings(t *testing.T) {
 	}
 }
 
-// A path that nobody reads in another way has one reading, and it costs no allocation.
+// TestPlainPaths checks that a path which all servers read alike has one
+// reading and costs no allocation.
 func TestPlainPaths(t *testing.T) {
 	var few [3]string
 	for _, path := range []string{"/", "/v1/orders/7", "/a.b/c-d_e~f", "/a:b@c!$&'()*+,=d", "/v1/é", "/..a", "/a.."} {
@@ -96,7 +100,7 @@ func TestPlainPaths(t *testing.T) {
 			t.Errorf("%q: %q", path, got)
 		}
 		if strings.HasPrefix(path, "/.") {
-			continue // is looked at
+			continue // not plain
 		}
 		if n := testing.AllocsPerRun(10, func() { appendReadings(few[:0], path) }); n != 0 {
 			t.Errorf("%q: %v allocations", path, n)
@@ -104,13 +108,14 @@ func TestPlainPaths(t *testing.T) {
 	}
 }
 
-// pathPieces are what paths are made of in tests.
+// pathPieces are the pieces of generated paths.
 var pathPieces = []string{
 	"/", "/", "/", "//", "a", "b", "v1", ".", "..", "/.", "/..", "\\", ";", ";x", "#", "%", "%2f", "%2F", "%5c", "%5C", "%2e", "%2E", "%3b", "%61", "%25", "%00", "%0a",
 	"%3f", "%23", "%zz", "%4", "\t", "\n", " ", "\xa0", "\xff", "é", "://", "\x00", "A", "%4F",
 }
 
-// checkReadings holds the readings of a path to what they are: those of all servers, without the short cuts of appendReadings.
+// checkReadings compares the readings of a path with those of all servers,
+// without the shortcuts of appendReadings.
 func checkReadings(t interface {
 	Helper()
 	Fatalf(string, ...any)
@@ -121,7 +126,8 @@ func checkReadings(t interface {
 	for _, server := range servers {
 		r := readPath(path, server)
 		want[r] = true
-		if r == "" || r[0] != '/' || r != "/" && strings.HasSuffix(r, "/") || strings.Contains(r, "//") || len(r) > len(path)+1 {
+		if r == "" || r[0] != '/' || r != "/" && strings.HasSuffix(r, "/") || strings.Contains(r, "//") ||
+			len(r) > len(path)+1 {
 			t.Fatalf("%q, read with %b: %q", path, server, r)
 		}
 	}
@@ -135,7 +141,8 @@ func checkReadings(t interface {
 	}
 }
 
-// The habits that are left out as they change nothing really change nothing.
+// TestHabitsThatMatter checks that the habits which relevantHabits leaves out
+// change nothing.
 func TestHabitsThatMatter(t *testing.T) {
 	setRapidChecks(t, 20_000)
 	rapid.Check(t, func(t *rapid.T) {
@@ -144,7 +151,8 @@ func TestHabitsThatMatter(t *testing.T) {
 }
 
 func FuzzPathReadings(f *testing.F) {
-	for _, seed := range []string{"", "/", "//", "/a", "/a/", "/a/../b", "/%2e%2e/a", "/a;b/c", "\\a", "/%", "/%4", "/\xff", "/a%2fb/", "/.a", "..;/x", "/a#b", "//h/x", "/a\t", "http://h/x"} {
+	for _, seed := range []string{"", "/", "//", "/a", "/a/", "/a/../b", "/%2e%2e/a", "/a;b/c", "\\a", "/%", "/%4",
+		"/\xff", "/a%2fb/", "/.a", "..;/x", "/a#b", "//h/x", "/a\t", "http://h/x"} {
 		f.Add(seed)
 	}
 	f.Fuzz(checkReadingsOf)
@@ -152,8 +160,9 @@ func FuzzPathReadings(f *testing.F) {
 
 func checkReadingsOf(t *testing.T, path string) { checkReadings(t, path) }
 
-// A path of ten times the length takes no more than some ten times as long to read, whatever it is made of. Both are measured in turn, and the
-// best of some times counts, so that a busy machine does not.
+// TestReadingsAreBounded checks that reading a path of ten times the length
+// takes about ten times as long. Both are measured in turn, and the least time
+// counts, so that a busy machine does not matter.
 func TestReadingsAreBounded(t *testing.T) {
 	for _, piece := range pathPieces {
 		short, long := "/"+strings.Repeat(piece, 6_000/len(piece)), "/"+strings.Repeat(piece, 60_000/len(piece))
@@ -174,7 +183,8 @@ func TestReadingsAreBounded(t *testing.T) {
 	}
 }
 
-// Whatever a path's spelling, it meets the limit of the plain one.
+// TestPathVariants checks that every spelling of a path meets the limit of the
+// plain path.
 func TestPathVariants(t *testing.T) {
 	c := parse(t, `limits: [{name: a, rate: 1/s, match: {hosts: [shop.example.com], paths: [/v1/orders]}}]`)
 	for _, path := range []string{
@@ -183,7 +193,8 @@ func TestPathVariants(t *testing.T) {
 		"/v1%2Forders", "/%2e/v1/orders", "/v1/%2e%2e/v1/orders", "/v1\\orders", "\\v1\\orders", "/v1%5corders", "/v1/orders;v=1",
 		"/v1;a=b/orders", "/v1/orders;", "/v1/orders%3bv=1", "/v1/orders?", "/v1/orders?x=/../..", "/v1/orders/?x", "/v1/orders;a/?x",
 	} {
-		for _, host := range []string{"shop.example.com", "SHOP.example.COM", "shop.example.com:8080", "shop.example.com."} {
+		for _, host := range []string{"shop.example.com", "SHOP.example.COM", "shop.example.com:8080",
+			"shop.example.com."} {
 			if got := drawn(t, c, "GET "+host+"/x from 10.0.0.1"); got != "" {
 				t.Fatal(got)
 			}
@@ -194,7 +205,8 @@ func TestPathVariants(t *testing.T) {
 			}
 		}
 	}
-	for _, path := range []string{"/v1/order", "/v1/orders/x", "/v1/orders/%2e%2e", "/v1/%256frders", "/v1", "", "v1/orders2"} {
+	for _, path := range []string{"/v1/order", "/v1/orders/x", "/v1/orders/%2e%2e", "/v1/%256frders", "/v1", "",
+		"v1/orders2"} {
 		req := request(t, "GET shop.example.com/")
 		req.Path = path
 		if d := c.Draw(req); len(d.Charges) != 0 {
@@ -204,7 +216,8 @@ func TestPathVariants(t *testing.T) {
 }
 
 func FuzzNormalPath(f *testing.F) {
-	for _, seed := range []string{"", "/", "//", "/a", "/a/", "/a/../b", "/%2e%2e/a", "/a;b/c", "\\a", "/%", "/%4", "/%zz", "/\xff", "/a%2fb", "/.a", "/a/..", "..;/x"} {
+	for _, seed := range []string{"", "/", "//", "/a", "/a/", "/a/../b", "/%2e%2e/a", "/a;b/c", "\\a", "/%", "/%4",
+		"/%zz", "/\xff", "/a%2fb", "/.a", "/a/..", "..;/x"} {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, path string) {
@@ -217,7 +230,7 @@ func FuzzNormalPath(f *testing.F) {
 				t.Fatalf("%q: %q has the segment %q", path, got, segment)
 			}
 		}
-		// What changes nothing but the spelling changes nothing.
+		// Only the spelling may change.
 		if strings.HasPrefix(path, "/") {
 			for _, same := range []string{path + "/", "/" + path, "/." + path, "/x/.." + path, path + "/."} {
 				if normalizePath(same) != got {

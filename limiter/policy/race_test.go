@@ -5,10 +5,12 @@ package policy
 import "time"
 
 const (
-	// raceAllocations is what a sync.Pool costs with -race, which drops what is put into one now and then.
+	// raceAllocations is what a sync.Pool allocates with -race, which drops
+	// some of what is put into it.
 	raceAllocations = 2
-	// bombTime is how long a bad config may take.
+	// bombTime is the processor time that a bad config may take.
 	bombTime = time.Second
-	// absenceStep has TestAbsence try each of its expressions with one source in so many, as all take a minute.
+	// absenceStep makes TestAbsence try each expression with every n-th source,
+	// because all of them take a minute.
 	absenceStep = 5
 )

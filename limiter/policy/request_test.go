@@ -7,7 +7,7 @@ import (
 	"testing"
 )
 
-// lines yields header lines, "name=value" each.
+// lines yields header lines, given as "name=value".
 func lines(all ...string) func(yield func(name, value string) bool) {
 	return func(yield func(name, value string) bool) {
 		for _, line := range all {
@@ -20,7 +20,8 @@ func lines(all ...string) func(yield func(name, value string) bool) {
 }
 
 func TestSetHeaders(t *testing.T) {
-	req := &Request{Headers: map[string]string{"x-old": "kept", "x-a": "replaced", "x-b": "1,2"}, Repeated: []string{"x-b", "x-old"}}
+	req := &Request{Headers: map[string]string{"x-old": "kept", "x-a": "replaced", "x-b": "1,2"},
+		Repeated: []string{"x-b", "x-old"}}
 	req.SetHeaders(lines("X-A=1", "x-c=1", "x-a=", "cookie=a=1", "Cookie=b=2", "x-b=3", "x-c=2", "x-c=3"))
 	want := map[string]string{"x-old": "kept", "x-a": "1,", "x-b": "3", "x-c": "1,2,3", "cookie": "a=1; b=2"}
 	if fmt.Sprint(req.Headers) != fmt.Sprint(want) {
@@ -31,7 +32,9 @@ func TestSetHeaders(t *testing.T) {
 	}
 }
 
-// A header that was sent twice is absent as a part of a key, in whatever expression, so that no second value makes a bucket.
+// TestRepeatedHeaderIsNoKey checks that a header which was sent twice is absent
+// as a part of a key in any expression, so that no further value makes a
+// bucket.
 func TestRepeatedHeaderIsNoKey(t *testing.T) {
 	network := "~11.203.0.113.7"
 	for _, tt := range []struct {
@@ -45,14 +48,15 @@ func TestRepeatedHeaderIsNoKey(t *testing.T) {
 		{`key: 'request.headers[?"x-api-key"].orValue("none")'`, "a " + hashed("none")},
 		{`key: '"x-api-key" in request.headers'`, "a " + hashed("false")},
 		{`key: 'has(request.headers.twice)'`, "a " + hashed("false")},
-		{`key: 'request.headers.map(name, request.headers[name]).filter(v, v.startsWith("j")).size()'`, "a " + hashed("0")},
+		{`key: 'request.headers.map(name, request.headers[name]).filter(v, v.startsWith("j")).size()'`,
+			"a " + hashed("0")},
 		{`key: request.id`, "a " + network},
 		{`key: 'request.id + ""'`, "a " + network},
 		{`key: request.headers.cookie`, "a " + hashed("a=1; b=2")},
 		{`key: 'request.headers["x-api-key"]', absent: share`, "a ~0."},
 		{`key: 'request.headers["x-api-key"]', absent: deny`, "a ~0. refused"},
 		{`key: ['request.headers["x-api-key"]', request.method]`, "a " + network + "=3.GET"},
-		// Elsewhere it is one value, joined.
+		// Elsewhere it is one joined value.
 		{`when: 'request.headers["x-api-key"] == "real,j1"'`, "a -"},
 		{`when: 'request.headers["x-api-key"] == "real"'`, ""},
 		{`cost: 'request.headers["x-api-key"].size()'`, "a - costs 7"},
@@ -60,7 +64,8 @@ func TestRepeatedHeaderIsNoKey(t *testing.T) {
 		c := parse(t, "limits:\n  - {name: a, rate: 1/s, "+tt.limit+"}\n")
 		var got []string
 		req := request(t, "GET h/")
-		req.SetHeaders(lines("x-api-key=real", "other=o", "x-request-id=1", "twice=a", "cookie=a=1", "x-api-key=j1", "cookie=b=2", "x-request-id=2", "twice=b"))
+		req.SetHeaders(lines("x-api-key=real", "other=o", "x-request-id=1", "twice=a", "cookie=a=1", "x-api-key=j1",
+			"cookie=b=2", "x-request-id=2", "twice=b"))
 		d := c.Draw(req)
 		for _, m := range d.Mistakes {
 			got = append(got, m.Error())
@@ -81,9 +86,11 @@ func TestRepeatedHeaderIsNoKey(t *testing.T) {
 	}
 }
 
-// An override for a key does not hold for who sends the key and another.
+// TestRepeatedHeaderHasNoOverride checks that a key's override does not apply
+// to a client that sends the key and another.
 func TestRepeatedHeaderHasNoOverride(t *testing.T) {
-	c := parse(t, `limits: [{name: a, rate: 1/s, key: 'request.headers["x-api-key"]', overrides: [{key: gold, rate: 100/s}, {key: "gold,x", rate: 200/s}]}]`)
+	c := parse(t,
+		`limits: [{name: a, rate: 1/s, key: 'request.headers["x-api-key"]', overrides: [{key: gold, rate: 100/s}, {key: "gold,x", rate: 200/s}]}]`)
 	req := request(t, "GET h/")
 	req.SetHeaders(lines("x-api-key=gold", "x-api-key=x"))
 	if d := c.Draw(req); len(d.Charges) != 1 || d.Charges[0].Bucket.Burst() != 1 {
@@ -95,7 +102,8 @@ func TestRepeatedHeaderHasNoOverride(t *testing.T) {
 	}
 }
 
-// Nobody is the client that a header names twice, and nobody is exempt for it.
+// TestRepeatedClientHeader checks that a header which was sent twice names no
+// client, and exempts nobody.
 func TestRepeatedClientHeader(t *testing.T) {
 	c := parse(t, `
 client_ip: {header: x-real-ip}

@@ -7,13 +7,15 @@ import (
 	"testing"
 )
 
-// A route's texts are parsed once, and few enough are kept.
+// TestRouteTable checks that texts of routes are parsed once, and that the
+// table's number of entries is bounded.
 func TestRouteTable(t *testing.T) {
 	c := parse(t, "limits: [{name: a, rate: 1/s}]")
 	one := &Request{Context: map[string]string{"sluice.limit.b": "{rate: 5/m, when: 'request.headers.x == \"y\"'}"}}
 	c.Draw(one)
 	first := c.routes.entry(c, routeText{"sluice.limit.b", one.Context["sluice.limit.b"]})
-	if second := c.routes.entry(c, routeText{"sluice.limit.b", one.Context["sluice.limit.b"]}); first.rule == nil || first != second {
+	if second := c.routes.entry(c, routeText{"sluice.limit.b", one.Context["sluice.limit.b"]}); first.rule == nil ||
+		first != second {
 		t.Errorf("parsed twice: %p, %p", first, second)
 	}
 	for i := range maxRouteTexts + 10 {
@@ -24,7 +26,9 @@ func TestRouteTable(t *testing.T) {
 	}
 	before := len(c.routes.entries)
 	d := c.Draw(&Request{Context: map[string]string{"sluice.limit.b": strings.Repeat(" ", maxRouteText)}})
-	if !d.Invalid || d.Mistakes[0].Error() != "context_extensions: a sluice. key and its value have 8206 bytes; the maximum is 8192" || len(c.routes.entries) != before {
+	if !d.Invalid ||
+		d.Mistakes[0].Error() != "context_extensions: a sluice. key and its value have 8206 bytes; the maximum is "+
+			"8192" || len(c.routes.entries) != before {
 		t.Errorf("%+v", d)
 	}
 	d = c.Draw(&Request{Context: map[string]string{"sluice.limit.b": "{rate: 5/m, overrides_file: x.csv}"}})
@@ -33,8 +37,8 @@ func TestRouteTable(t *testing.T) {
 	}
 }
 
-// What is kept of the texts of routes is bounded by the memory that it takes,
-// whatever they say.
+// TestRouteTableMemory checks that the table's memory is bounded, whatever the
+// texts are.
 func TestRouteTableMemory(t *testing.T) {
 	used := func() int {
 		runtime.GC()
@@ -46,15 +50,17 @@ func TestRouteTableMemory(t *testing.T) {
 		"short":     "{rate: 5/m, when: 'request.headers.x == \"N\"'}",
 		"lists":     "{rate: 5/m, when: 'request.headers.x == \"N\"" + strings.Repeat(" || [1,1] == []", 25) + "'}",
 		"a pattern": "{rate: 5/m, when: 'request.host.matches(\"N(x{100}){10}\")'}",
-		"patterns":  "{rate: 5/m, when: '" + strings.Repeat("request.host.matches(\"N(x{100}){10}\") || ", 10) + "true'}",
-		"paths":     "{rate: 5/m, match: {paths: [/N" + strings.Repeat(", /a", 100) + "]}}",
-		"mistakes":  "{aN: 1" + strings.Repeat(", a: 1", 80) + "}",
-		"overrides": "{rate: 5/m, key: request.host, overrides: [{key: 'N', rate: 1/s}" + strings.Repeat(", {key: b, rate: 1/h}", 20) + "]}",
+		"patterns": "{rate: 5/m, when: '" + strings.Repeat("request.host.matches(\"N(x{100}){10}\") || ", 10) +
+			"true'}",
+		"paths":    "{rate: 5/m, match: {paths: [/N" + strings.Repeat(", /a", 100) + "]}}",
+		"mistakes": "{aN: 1" + strings.Repeat(", a: 1", 80) + "}",
+		"overrides": "{rate: 5/m, key: request.host, overrides: [{key: 'N', rate: 1/s}" +
+			strings.Repeat(", {key: b, rate: 1/h}", 20) + "]}",
 	} {
 		c := parse(t, "limits: [{name: a, rate: 1/s}]")
 		before, entered := used(), 0
 		for ; len(c.routes.entries) == entered && entered < 40; entered++ {
-			// The texts of a check are parts of it, and it must not be kept for them.
+			// The texts are parts of a larger buffer, which must not be kept.
 			text := strings.ReplaceAll(text, "N", fmt.Sprint(entered))
 			check := text + "sluice.limit.b" + strings.Repeat(" ", 100<<10)
 			name := check[len(text):][:len("sluice.limit.b")]
@@ -68,13 +74,14 @@ func TestRouteTableMemory(t *testing.T) {
 		}
 		runtime.KeepAlive(c)
 	}
-	if _, wrong := compile(strings.Repeat(`request.host.matches("(x{100}){10}") || `, 20)+"true", forWhen); wrong == nil ||
+	if _, wrong := compile(strings.Repeat(`request.host.matches("(x{100}){10}") || `, 20)+"true",
+		forWhen); wrong == nil ||
 		wrong[0].message != "regular expressions of more than 16384 instructions in total" {
 		t.Errorf("many large patterns: %v", wrong)
 	}
 }
 
-// allocates returns how many bytes a function allocates in all.
+// allocates returns how many bytes a function allocates.
 func allocates(f func()) int {
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
@@ -83,13 +90,15 @@ func allocates(f func()) int {
 	return int(after.TotalAlloc - before.TotalAlloc)
 }
 
-// FuzzRoute bounds what the decoding of a route's text allocates. What an entry
-// of the table is said to take fits the table.
+// FuzzRoute checks that parsing a route's text allocates a bounded amount, and
+// that the estimated memory of an entry fits the table.
 func FuzzRoute(f *testing.F) {
 	for _, seed := range []string{
-		"off", "{rate: 10/m, key: client.network}", "{rate: 5/m, when: 'request.headers.x == \"y\"', burst: 3, group: g, absent: deny}",
+		"off", "{rate: 10/m, key: client.network}", "{rate: 5/m, when: 'request.headers.x == \"y\"', burst: 3, " +
+			"group: g, absent: deny}",
 		`{rate: 5/m, key: 'request.host.matches("(x{100}){10}")'}`, "{rate: 1/s, match: {paths: [/a, '/**'], clients: [::/0]}}",
-		"{rate: 1/s, key: request.host, overrides: [{key: a, rate: 2/s}]}", "{<<: [&a {rate: 1/s}, *a, *a]}", strings.Repeat("[", 100), strings.Repeat("a: 1\n", 50),
+		"{rate: 1/s, key: request.host, overrides: [{key: a, rate: " +
+			"2/s}]}", "{<<: [&a {rate: 1/s}, *a, *a]}", strings.Repeat("[", 100), strings.Repeat("a: 1\n", 50),
 	} {
 		f.Add("b", seed)
 	}
@@ -110,7 +119,7 @@ func FuzzRoute(f *testing.F) {
 	})
 }
 
-// A route brings no limits where the config says so, or those of the domains that it says.
+// TestRoutesSwitch checks routes.limits and routes.domains.
 func TestRoutesSwitch(t *testing.T) {
 	ask := func(config, key, value string) string {
 		t.Helper()
@@ -136,8 +145,10 @@ func TestRoutesSwitch(t *testing.T) {
 		{limits + "routes: {limits: false}", "sluice.limit.a", "off", "routes.limits is false"},
 		{limits + "routes: {limits: false}", "sluice.limits", "a", "shop:a"},
 		{limits + "routes: {domains: [shop]}", "sluice.limit.b", "{rate: 1/s}", "shop:a shop:b"},
-		{limits + "routes: {domains: [shop]}", "sluice.limit.b", "{rate: 1/s, domain: bank}", `domain "bank" is not allowed for routes; want one of routes.domains: shop`},
-		{limits + "routes: {domains: [bank]}", "sluice.limit.b", "{rate: 1/s}", `domain "shop" is not allowed for routes; want one of routes.domains: bank`},
+		{limits + "routes: {domains: [shop]}", "sluice.limit.b", "{rate: 1/s, domain: bank}",
+			`domain "bank" is not allowed for routes; want one of routes.domains: shop`},
+		{limits + "routes: {domains: [bank]}", "sluice.limit.b", "{rate: 1/s}",
+			`domain "shop" is not allowed for routes; want one of routes.domains: bank`},
 		{limits + "routes: {domains: [bank]}", "sluice.limit.a", "off", ""},
 	} {
 		if got := ask(row.config, row.key, row.value); !strings.Contains(got, row.want) || row.want == "" && got != "" {

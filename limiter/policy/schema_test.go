@@ -17,7 +17,7 @@ import (
 	"pgregory.net/rapid"
 )
 
-// schema is the compiled schema; that it compiles says that it is one.
+// schema compiles the schema, which checks that it is valid.
 func schema(t testing.TB) *jsonschema.Schema {
 	t.Helper()
 	doc, err := jsonschema.UnmarshalJSON(bytes.NewReader(Schema))
@@ -35,14 +35,15 @@ func schema(t testing.TB) *jsonschema.Schema {
 	return s
 }
 
-// asJSON is a YAML text as an editor shows it to the schema; ok is false where it is no YAML.
+// asJSON returns a YAML text as an editor passes it to the schema. ok is false
+// if it is not YAML.
 func asJSON(t testing.TB, text []byte) (v any, ok bool) {
 	t.Helper()
 	if err := yaml.Unmarshal(text, &v); err != nil {
 		return nil, false
 	}
 	if v == nil {
-		return map[string]any{}, true // a file that says nothing
+		return map[string]any{}, true // an empty file
 	}
 	encoded, err := json.Marshal(v)
 	if err != nil {
@@ -52,10 +53,12 @@ func asJSON(t testing.TB, text []byte) (v any, ok bool) {
 	return v, err == nil
 }
 
-// The schema and the reader agree on the good files and the bad ones, but for what only the reader can see.
+// TestSchemaAgrees checks that the schema and the reader agree on the good and
+// bad files, except for what only the reader can check.
 func TestSchemaAgrees(t *testing.T) {
 	s := schema(t)
-	beyond := map[string]string{ // what is wrong there no schema sees
+	// beyond has what only the reader can check.
+	beyond := map[string]string{
 		"anchor_and_alias.yaml": "an editor resolves them", "merge_key.yaml": "an editor resolves it",
 		"bad_cel.yaml": "CEL", "constants.yaml": "CEL", "environment.yaml": "the environment", "missing_files.yaml": "files",
 		"same_name_twice.yaml": "names are unique", "cluster_without_addresses.yaml": "the environment may say one", "tls_files.yaml": "files", "local_without_share.yaml": "one field against another", "second_document.yaml": "each document by itself",
@@ -73,7 +76,7 @@ func TestSchemaAgrees(t *testing.T) {
 			}
 			v, isYAML := asJSON(t, text)
 			if !isYAML {
-				continue // an editor says that
+				continue // an editor reports that itself
 			}
 			name := filepath.Base(file)
 			switch err := s.Validate(v); {
@@ -88,8 +91,9 @@ func TestSchemaAgrees(t *testing.T) {
 	}
 }
 
-// What the schema refuses the reader refuses, and the other way round where a field is unknown or of another kind: in a config that was
-// good before somebody changed one thing in it.
+// TestSchemaAgreesOnChanges changes one thing in a good config. The reader must
+// reject what the schema rejects, and the other way round if a field is unknown
+// or has the wrong type.
 func TestSchemaAgreesOnChanges(t *testing.T) {
 	s := schema(t)
 	text, err := os.ReadFile("testdata/good/everything.yaml")
@@ -158,7 +162,7 @@ func change(t *rapid.T, v any, structural *bool) any {
 	return rapid.SampledFrom([]any{"", "x", "10/s", "10s", 5, -1, 1.5, true, "GET", "/a", "${", 600}).Draw(t, "scalar")
 }
 
-// The schema has the fields that the reader has, and its defaults are the program's.
+// TestSchemaFields checks that the schema has the reader's fields and defaults.
 func TestSchemaFields(t *testing.T) {
 	var doc struct {
 		Properties map[string]any
@@ -179,11 +183,12 @@ func TestSchemaFields(t *testing.T) {
 		return m
 	}
 	for field, path := range map[string][]string{
-		"":                       {"properties"},
-		"listen":                 {"properties", "listen", "properties"},
-		"store":                  {"properties", "store", "properties"},
-		"store.redis":            {"properties", "store", "properties", "redis", "properties"},
-		"store.redis.sentinel":   {"properties", "store", "properties", "redis", "properties", "sentinel", "properties"},
+		"":            {"properties"},
+		"listen":      {"properties", "listen", "properties"},
+		"store":       {"properties", "store", "properties"},
+		"store.redis": {"properties", "store", "properties", "redis", "properties"},
+		"store.redis.sentinel": {"properties", "store", "properties", "redis", "properties", "sentinel",
+			"properties"},
 		"client_ip":              {"properties", "client_ip", "properties"},
 		"exempt[0]":              {"properties", "exempt", "items", "properties"},
 		"limits[0]":              {"properties", "limits", "items", "properties"},

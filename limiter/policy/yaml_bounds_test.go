@@ -6,14 +6,16 @@ import (
 	"testing"
 )
 
-// What is too large, too deep or made to grow ends in an error within a tenth of a second and 50 MB.
+// TestConfigBombs checks that configs that are too large, too deep or expand
+// end in an error within a tenth of a second and 50 MB.
 func TestConfigBombs(t *testing.T) {
 	expression := func(text string) string {
 		return "limits: [{name: a, rate: 1/s, when: '" + text + "'}]\n"
 	}
 	aliases := "a: &a [x, x, x, x, x, x, x, x, x]\n"
 	for c := 'b'; c < 'k'; c++ {
-		aliases += fmt.Sprintf("%c: &%c [*%c, *%c, *%c, *%c, *%c, *%c, *%c, *%c, *%c]\n", c, c, c-1, c-1, c-1, c-1, c-1, c-1, c-1, c-1, c-1)
+		aliases += fmt.Sprintf("%c: &%c [*%c, *%c, *%c, *%c, *%c, *%c, *%c, *%c, *%c]\n", c, c, c-1, c-1, c-1, c-1, c-1,
+			c-1, c-1, c-1, c-1)
 	}
 	for name, text := range map[string]string{
 		"aliases":                aliases,
@@ -73,15 +75,23 @@ func wrongExpressions(n int) string {
 	return b.String()
 }
 
-// What looks large, and is not, is read.
+// TestNotOutgrown checks that configs which only look too large are read.
 func TestNotOutgrown(t *testing.T) {
 	for name, text := range map[string]string{
-		"brackets in quotes": "limits:\n" + strings.Repeat("  - {name: NAME, rate: 1/s, key: 'request.path.split(\"{\")[0]'}\n", 200),
-		"in plain texts":     "limits:\n" + strings.Repeat("  - name: NAME\n    rate: 1/s\n    when: request.path.contains(\"[\") # a { in a comment, don't mind\n", 200),
-		"block lists":        "limits:\n" + strings.Repeat("  - name: NAME\n    rate: 1/s\n    match:\n      hosts:\n        - a.example.com\n        - b.example.com\n", 5000),
-		"JSON on many lines": "{\"limits\": [\n" + strings.Repeat("  {\n    \"name\": \"NAME\",\n    \"rate\": \"1/s\"\n  },\n", 5000) + "  {\"name\": \"last\", \"rate\": \"1/s\"}\n]}\n",
-		"JSON on one":        "{\"limits\": [" + strings.Repeat("{\"name\": \"NAME\", \"rate\": \"1/s\"},", 5000) + "{\"name\": \"last\", \"rate\": \"1/s\"}]}\n",
-		"many addresses":     "exempt:\n  - match:\n      clients:\n" + strings.Repeat("        - 10.0.0.1\n", 15_000),
+		"brackets in quotes": "limits:\n" +
+			strings.Repeat("  - {name: NAME, rate: 1/s, key: 'request.path.split(\"{\")[0]'}\n", 200),
+		"in plain texts": "limits:\n" +
+			strings.Repeat("  - name: NAME\n    rate: 1/s\n    when: request.path.contains(\"[\") # a { in a "+
+				"comment, don't mind\n", 200),
+		"block lists": "limits:\n" +
+			strings.Repeat("  - name: NAME\n    rate: 1/s\n    match:\n      hosts:\n        - a.example.com\n       "+
+				" - b.example.com\n", 5000),
+		"JSON on many lines": "{\"limits\": [\n" +
+			strings.Repeat("  {\n    \"name\": \"NAME\",\n    \"rate\": \"1/s\"\n  },\n", 5000) +
+			"  {\"name\": \"last\", \"rate\": \"1/s\"}\n]}\n",
+		"JSON on one": "{\"limits\": [" + strings.Repeat("{\"name\": \"NAME\", \"rate\": \"1/s\"},", 5000) +
+			"{\"name\": \"last\", \"rate\": \"1/s\"}]}\n",
+		"many addresses": "exempt:\n  - match:\n      clients:\n" + strings.Repeat("        - 10.0.0.1\n", 15_000),
 	} {
 		n := 0
 		for strings.Contains(text, "NAME") && n < 200 {
@@ -103,7 +113,7 @@ func TestNotOutgrown(t *testing.T) {
 	}
 }
 
-// deep is n mappings in each other.
+// deep returns n nested mappings.
 func deep(n int) string {
 	var b strings.Builder
 	for i := range n {

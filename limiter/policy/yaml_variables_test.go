@@ -7,7 +7,8 @@ import (
 	"testing"
 )
 
-// Defaults count as in a shell: also where the variable is empty.
+// TestVariableDefaults checks that defaults apply as in a shell: also if the
+// variable is empty.
 func TestVariableDefaults(t *testing.T) {
 	for text, want := range map[string]string{
 		"${SET}":               "shop",
@@ -43,13 +44,13 @@ func TestVariableDefaults(t *testing.T) {
 			t.Errorf("%s: %s\nwant %s", text, got, want)
 		}
 	}
-	// A well-known key would make hashes guessable.
+	// A default that is not replaced would be a well-known key.
 	if _, err := Parse("f", []byte("key_secret: ${A:-${B}}\n"), env("B", "secret")); err == nil {
 		t.Error("the secret is the text ${B}")
 	}
 }
 
-// withVariable are fields that take V and are then wrong, whatever it is.
+// withVariable are configs that are wrong for any value of V.
 var withVariable = []string{
 	"domain: '${V}?!'", "listen: {grpc: '${V}?!'}", "listen: {admin: '${V}?!'}", "mode: '${V}?!'", "on_failure: '${V}?!'", "log_level: '${V}?!'",
 	"local_share: '${V}?!'", "failure_status: '${V}?!'", "grace: '${V}?!'", "headers: ['${V}?!']", "key_secret_file: 'none/${V}?!'",
@@ -57,12 +58,15 @@ var withVariable = []string{
 	"client_ip: {xff_from_right: 1, from: ['://${V}', 'x', '${V}?!']}",
 	"store: {redis: {url: '${V}?!'}}", "store: {redis: {url: 'http://${V}'}}", "store: {redis: {url: 'redis://h', mode: '${V}?!'}}",
 	"store: {redis: {url: 'redis://h', timeout: '${V}?!'}}", "store: {redis: {mode: cluster, addresses: ['${V}?!']}}",
-	"store: {redis: {url: 'redis://h', key_prefix: '${V}?!'}}", "store: {redis: {url: 'rediss://h', tls: {ca_file: 'none/${V}'}}}",
+	"store: {redis: {url: 'redis://h', key_prefix: '${V}?!'}}", "store: {redis: {url: 'rediss://h', tls: {ca_file: " +
+		"'none/${V}'}}}",
 	"store: {redis: {url: 'redis://h', password_file: 'none/${V}'}}",
 	"limits: [{name: '${V}?!', rate: 1/s}]", "limits: [{name: a, rate: '${V}?!'}]", "limits: [{name: a, rate: 1/s, burst: '${V}?!'}]",
 	"limits: [{name: a, rate: 1/s, group: '${V}?!'}]", "limits: [{name: a, rate: 1/s, absent: '${V}?!'}]",
-	"limits: [{name: a, rate: 1/s, match: {hosts: ['${V}?!']}}]", "limits: [{name: a, rate: 1/s, match: {methods: ['${V}?!']}}]",
-	"limits: [{name: a, rate: 1/s, match: {paths: ['${V}?!']}}]", "limits: [{name: a, rate: 1/s, match: {clients: ['${V}?!']}}]",
+	"limits: [{name: a, rate: 1/s, match: {hosts: ['${V}?!']}}]", "limits: [{name: a, rate: 1/s, match: {methods: " +
+		"['${V}?!']}}]",
+	"limits: [{name: a, rate: 1/s, match: {paths: ['${V}?!']}}]", "limits: [{name: a, rate: 1/s, match: {clients: " +
+		"['${V}?!']}}]",
 	"limits: [{name: a, rate: 1/s, match: {principals: ['${V}?!']}}]",
 	"limits: [{name: a, rate: 1/s, when: '${V}?!'}]", "limits: [{name: a, rate: 1/s, key: '${V}?!'}]", "limits: [{name: a, rate: 1/s, cost: '${V}?!'}]",
 	"limits: [{name: a, rate: 1/s, key: client.ip, overrides: [{key: x, rate: '${V}?!'}]}]",
@@ -70,7 +74,8 @@ var withVariable = []string{
 	"limits: [{name: a, rate: 1/s, key: client.ip, overrides_file: '[${V}'}]",
 }
 
-// No message tells a variable's value, wherever it stands.
+// TestNoMessageTellsAVariable checks that no message contains the value of a
+// variable.
 func TestNoMessageTellsAVariable(t *testing.T) {
 	for _, secret := range []string{"hunter2-the-secret", "hunter2:x@h", `hunter2"\x`, "hunter2 2"} {
 		for _, text := range withVariable {
@@ -84,13 +89,14 @@ func TestNoMessageTellsAVariable(t *testing.T) {
 	}
 }
 
-// Whatever a variable's value is, sluice's own words stay whole: a message
-// with it is the message without it, but for what is quoted.
+// TestMessagesKeepTheirWords checks that hiding a variable's value changes only
+// the quoted parts of a message.
 func TestMessagesKeepTheirWords(t *testing.T) {
 	word := regexp.MustCompile(`[A-Za-z0-9]+`)
 	quotes := regexp.MustCompile(`"[^"]*"`)
 	for _, text := range withVariable {
-		if strings.Contains(text, "redis: {url: '") || strings.Contains(text, "cost:") || strings.Contains(text, "when:") || strings.Contains(text, "key: '") {
+		if strings.Contains(text, "redis: {url: '") || strings.Contains(text, "cost:") ||
+			strings.Contains(text, "when:") || strings.Contains(text, "key: '") {
 			continue // the store's own words, and CEL's
 		}
 		message := func(value string) string {
@@ -107,14 +113,15 @@ func TestMessagesKeepTheirWords(t *testing.T) {
 			}
 		}
 	}
-	// The value of a variable that another field takes is a word like any other.
+	// The value of a variable of another field is not hidden.
 	_, err := Parse("f", []byte("domain: ${V}\nmode: want\n"), env("V", "want"))
 	if got := fmt.Sprint(err); got != `f:2:7: mode: unknown value "want"; want one of enforce, shadow` {
 		t.Error(got)
 	}
 }
 
-// The environment's values are put in after the file is parsed: they can be any text, and make no structure.
+// TestEnvironment checks that variables are replaced after the file is parsed:
+// their values can be any text, and add no structure.
 func TestEnvironment(t *testing.T) {
 	c, err := Parse("f", []byte(`
 key_secret: ${SECRET}
@@ -127,7 +134,8 @@ limits:
 	if err != nil {
 		t.Fatal(err)
 	}
-	if string(c.hasher.secret) != "a: [b" || c.FailureStatus != 502 || c.Limits()[0].Name != "orders" || c.rules[0].tier.bucket.Burst() != 5 {
+	if string(c.hasher.secret) != "a: [b" || c.FailureStatus != 502 || c.Limits()[0].Name != "orders" ||
+		c.rules[0].tier.bucket.Burst() != 5 {
 		t.Errorf("%+v %+v", c, c.rules[0])
 	}
 	if v, err := c.rules[0].key[0].keyPart(&subject{Request: &Request{Headers: map[string]string{"x-key": "k"}}}); v != "${k" || err != nil {
@@ -138,19 +146,22 @@ limits:
 	}
 }
 
-// What a variable stands for may be a secret: neither a mistake nor an explanation tells it.
+// TestVariablesAreNotTold checks that neither a mistake nor an explanation
+// contains the value of a variable, which may be a secret.
 func TestVariablesAreNotTold(t *testing.T) {
 	vars := env("TOKEN", "hunter2-the-secret", "SHORT", "x1")
 	for _, text := range []string{
 		"mode: ${TOKEN}", "domain: '${TOKEN}!'", "grace: ${TOKEN}", "listen: {grpc: '${TOKEN}'}", "limits: [{name: a, rate: '${TOKEN}'}]", "domain: '${1X:-hunter2-the-secret}'",
-		"limits:\n  - {name: a, rate: 1/s, when: 'request.method == ${TOKEN}'}", "limits: [{name: a, rate: 1/s, match: {hosts: ['${TOKEN}!']}}]", "failure_status: '${TOKEN}'",
+		"limits:\n  - {name: a, rate: 1/s, when: 'request.method == " +
+			"${TOKEN}'}", "limits: [{name: a, rate: 1/s, match: {hosts: ['${TOKEN}!']}}]", "failure_status: '${TOKEN}'",
 		"limits: [{name: '${TOKEN}_', rate: 1/s}]", "store: {redis: {url: '${TOKEN}'}}",
 	} {
 		if _, err := Parse("f", []byte(text), vars); err == nil || strings.Contains(err.Error(), "hunter2") {
 			t.Errorf("%s: %v", text, err)
 		}
 	}
-	c, err := Parse("f", []byte(`limits: [{name: a, rate: 1/s, when: 'request.headers.k != "${TOKEN}"', key: '["${TOKEN}"][request.size]', absent: skip}]`), vars)
+	c, err := Parse("f",
+		[]byte(`limits: [{name: a, rate: 1/s, when: 'request.headers.k != "${TOKEN}"', key: '["${TOKEN}"][request.size]', absent: skip}]`), vars)
 	if err != nil {
 		t.Fatal(err)
 	}
