@@ -24,7 +24,8 @@ func certificate(t *testing.T, dir, name string, until time.Time) {
 		t.Fatal(err)
 	}
 	template := &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: name}, NotBefore: time.Now().Add(-48 * time.Hour), NotAfter: until, DNSNames: []string{name},
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: name}, NotBefore: time.Now().Add(-48 * time.Hour),
+		NotAfter: until, DNSNames: []string{name},
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
 	if err != nil {
@@ -93,7 +94,8 @@ func TestListenTLS(t *testing.T) {
 		}
 	}
 	for _, refused := range []*x509.Certificate{
-		{}, {URIs: spiffe("spiffe://cluster.local/ns/web/sa/envoy")}, {DNSNames: []string{"example.com"}}, {Subject: pkix.Name{CommonName: "gw.example.com"}},
+		{}, {URIs: spiffe("spiffe://cluster.local/ns/web/sa/envoy")}, {DNSNames: []string{"example.com"}},
+		{Subject: pkix.Name{CommonName: "gw.example.com"}},
 	} {
 		if err := c.ListenTLS.AllowsClient(refused); err == nil {
 			t.Errorf("%v %v is allowed", refused.URIs, refused.DNSNames)

@@ -47,7 +47,8 @@ limits:
 `,
 		"tenants/a.csv", "api key,method,rate,burst\n\"gold, \"\"our "+
 			"best\"\"\",GET,600/m,100\n"+inHex("secret")+",GET,1000/h,\nboth,GET,8/m,\n",
-		"tenants/b.csv", "\ufeffkey,method,rate,burst\r\n\r\nfree,"+strings.ToUpper(inHex("GET")[7:])+",1/s,1\r\nfree,"+inHex("GET")+",unlimited,\r\n\u00e9 ,GET,2/s,\r\n",
+		"tenants/b.csv",
+		"\ufeffkey,method,rate,burst\r\n\r\nfree,"+strings.ToUpper(inHex("GET")[7:])+",1/s,1\r\nfree,"+inHex("GET")+",unlimited,\r\n\u00e9 ,GET,2/s,\r\n",
 		"tenants/c.txt", "not read")
 	c, inputs, err := Load(file, env())
 	if err != nil {

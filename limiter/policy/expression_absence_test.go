@@ -266,9 +266,12 @@ func (s source) ofMacro(key string) []string {
 // not know the type.
 func condition(value string, t *cel.Type) (text string, ok bool) {
 	format := map[types.Kind]string{
-		types.BoolKind: "%s", types.StringKind: `%s < "m"`, types.IntKind: "%s > 1", types.UintKind: "%s > 1u", types.DoubleKind: "%s > 1.0", types.BytesKind: "size(%s) > 1",
-		types.DurationKind: `%s > duration("1s")`, types.TimestampKind: `%s > timestamp("2009-02-13T23:31:30Z")`, types.ListKind: "size(%s) > 1", types.MapKind: "size(%s) > 1",
-		types.DynKind: `string(%s) < "m"`, types.TypeParamKind: `string(%s) < "m"`, types.TypeKind: "%s != bool", types.NullTypeKind: "%s != null", types.OpaqueKind: `string(%s.value()) < "m"`,
+		types.BoolKind: "%s", types.StringKind: `%s < "m"`, types.IntKind: "%s > 1", types.UintKind: "%s > 1u",
+		types.DoubleKind: "%s > 1.0", types.BytesKind: "size(%s) > 1",
+		types.DurationKind: `%s > duration("1s")`, types.TimestampKind: `%s > timestamp("2009-02-13T23:31:30Z")`,
+		types.ListKind: "size(%s) > 1", types.MapKind: "size(%s) > 1",
+		types.DynKind: `string(%s) < "m"`, types.TypeParamKind: `string(%s) < "m"`, types.TypeKind: "%s != bool",
+		types.NullTypeKind: "%s != null", types.OpaqueKind: `string(%s.value()) < "m"`,
 	}[t.Kind()]
 	return fmt.Sprintf(format, value), format != ""
 }

@@ -67,7 +67,8 @@ limits:
 `)
 	for want, hosts := range map[string][]string{
 		"a -, b -": {
-			"api.example.com", "api.example.com:", "api.example.com:x", "api.example.com:-1", "api.example.com:80a", "api.example.com:80:80",
+			"api.example.com", "api.example.com:", "api.example.com:x", "api.example.com:-1", "api.example.com:80a",
+			"api.example.com:80:80",
 			"API.example.com..:80", "[api.example.com]:", "[API.example.com]:80", "[api.example.com]:+80",
 		},
 		// A router may cut at the first colon, at the last, or at none. Some of
@@ -75,7 +76,8 @@ limits:
 		"b -": {"x.api.example.com:", "x.api.example.com:80:80", "x.example.com.:y", "x:y.example.com",
 			"x:y.example.com:80", "x:80.example.com:y"},
 		"c -": {
-			"[2001:DB8:0:0::1]", "[2001:db8::1]:", "[2001:db8::1]:80:80", "2001:db8::1", "10.0.0.1", "10.0.0.1:", "[::ffff:a00:1]:x",
+			"[2001:DB8:0:0::1]", "[2001:db8::1]:", "[2001:db8::1]:80:80", "2001:db8::1", "10.0.0.1", "10.0.0.1:",
+			"[::ffff:a00:1]:x",
 		},
 		"": {"example.com:", "api.example.org", "[api.example.com]", "apiexample.com", "[2001:db8::2]", ":80"},
 	} {

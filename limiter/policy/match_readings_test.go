@@ -110,7 +110,8 @@ func TestPlainPaths(t *testing.T) {
 
 // pathPieces are the pieces of generated paths.
 var pathPieces = []string{
-	"/", "/", "/", "//", "a", "b", "v1", ".", "..", "/.", "/..", "\\", ";", ";x", "#", "%", "%2f", "%2F", "%5c", "%5C", "%2e", "%2E", "%3b", "%61", "%25", "%00", "%0a",
+	"/", "/", "/", "//", "a", "b", "v1", ".", "..", "/.", "/..", "\\", ";", ";x", "#", "%", "%2f", "%2F", "%5c", "%5C",
+	"%2e", "%2E", "%3b", "%61", "%25", "%00", "%0a",
 	"%3f", "%23", "%zz", "%4", "\t", "\n", " ", "\xa0", "\xff", "é", "://", "\x00", "A", "%4F",
 }
 
@@ -188,10 +189,14 @@ func TestReadingsAreBounded(t *testing.T) {
 func TestPathVariants(t *testing.T) {
 	c := parse(t, `limits: [{name: a, rate: 1/s, match: {hosts: [shop.example.com], paths: [/v1/orders]}}]`)
 	for _, path := range []string{
-		"/v1/orders", "//v1/orders", "/v1//orders", "/v1/orders/", "/v1/orders//", "/./v1/orders", "/v1/./orders", "/v1/orders/.",
-		"/v1/x/../orders", "/../v1/orders", "/v1/orders/x/..", "/%76%31/orders", "/v1/%6frders", "/v1/%6Frders", "/v1%2forders",
-		"/v1%2Forders", "/%2e/v1/orders", "/v1/%2e%2e/v1/orders", "/v1\\orders", "\\v1\\orders", "/v1%5corders", "/v1/orders;v=1",
-		"/v1;a=b/orders", "/v1/orders;", "/v1/orders%3bv=1", "/v1/orders?", "/v1/orders?x=/../..", "/v1/orders/?x", "/v1/orders;a/?x",
+		"/v1/orders", "//v1/orders", "/v1//orders", "/v1/orders/", "/v1/orders//", "/./v1/orders", "/v1/./orders",
+		"/v1/orders/.",
+		"/v1/x/../orders", "/../v1/orders", "/v1/orders/x/..", "/%76%31/orders", "/v1/%6frders", "/v1/%6Frders",
+		"/v1%2forders",
+		"/v1%2Forders", "/%2e/v1/orders", "/v1/%2e%2e/v1/orders", "/v1\\orders", "\\v1\\orders", "/v1%5corders",
+		"/v1/orders;v=1",
+		"/v1;a=b/orders", "/v1/orders;", "/v1/orders%3bv=1", "/v1/orders?", "/v1/orders?x=/../..", "/v1/orders/?x",
+		"/v1/orders;a/?x",
 	} {
 		for _, host := range []string{"shop.example.com", "SHOP.example.COM", "shop.example.com:8080",
 			"shop.example.com."} {

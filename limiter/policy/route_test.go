@@ -96,7 +96,8 @@ func FuzzRoute(f *testing.F) {
 	for _, seed := range []string{
 		"off", "{rate: 10/m, key: client.network}", "{rate: 5/m, when: 'request.headers.x == \"y\"', burst: 3, " +
 			"group: g, absent: deny}",
-		`{rate: 5/m, key: 'request.host.matches("(x{100}){10}")'}`, "{rate: 1/s, match: {paths: [/a, '/**'], clients: [::/0]}}",
+		`{rate: 5/m, key: 'request.host.matches("(x{100}){10}")'}`,
+		"{rate: 1/s, match: {paths: [/a, '/**'], clients: [::/0]}}",
 		"{rate: 1/s, key: request.host, overrides: [{key: a, rate: " +
 			"2/s}]}", "{<<: [&a {rate: 1/s}, *a, *a]}", strings.Repeat("[", 100), strings.Repeat("a: 1\n", 50),
 	} {
@@ -155,4 +156,59 @@ func TestRoutesSwitch(t *testing.T) {
 			t.Errorf("%s, %s: %q: %q; want %q", row.config, row.key, row.value, got, row.want)
 		}
 	}
+}
+
+// TestDrawRoutes has what context_extensions of Envoy's routes change.
+func TestDrawRoutes(t *testing.T) {
+	checkDraws(t, 16, []drawSection{
+		{"", [][]string{
+			{"GET h/ context sluice.limit.a={rate:_5/m}", "a -", "a: it applies to every request"},
+			{"GET h/ context sluice.limit.b={rate:_5/m,_key:_client.ip} context " +
+				"sluice.limit.a={rate:_1/s,_match:_{methods:_[POST]}}", "b =11.203.0.113.7",
+				`a: method "GET" matches none of match.methods`},
+			{"GET h/ context sluice.limit.a=off", ""},
+			{"GET h/ context sluice.limit.a={rate:_5/m,_key:_'request.headers[\"k\"]',_cost:_2,_absent:_share} with k=v", "a #(v) costs 2"},
+			{"GET h/ context sluice.limit.a={rate:_5/x}",
+				`limit a: context_extensions: sluice.limit.a:1:8: rate: invalid rate "5/x"; want tokens/period such as 10/s, 100/m, 5000/24h, 10/7d or 3/250ms (units: us, ms, s, m, h, d), or unlimited`},
+			{"GET h/ context sluice.limit.a={rate:_5/m,_name:_b}",
+				"limit a: context_extensions: sluice.limit.a:1:13: name: unknown field; want one of absent, burst, " +
+					"cost, domain, group, key, match, mode, on_failure, overrides, rate, when"},
+			{"GET h/ context sluice.limit.a={rate:_5/m,_overrides-file:_x}",
+				"limit a: context_extensions: sluice.limit.a:1:13: overrides-file: unknown field; want one of " +
+					"absent, burst, cost, domain, group, key, match, mode, on_failure, overrides, rate, when"},
+			{"GET h/ context sluice.limit.a={rate:_'${RATE}'}",
+				"limit a: context_extensions: sluice.limit.a:1:8: rate: variables (${...}) are replaced in the " +
+					"config file only; write the value out"},
+			{"GET h/ context sluice.limit.a=",
+				`limit a: context_extensions: empty value; want a limit such as {rate: 10/m, key: client.network}, or "off"`},
+			{"GET h/ context sluice.limit.A={rate:_5/m}",
+				`context_extensions: sluice.limit.: invalid name "A"; want 1 to 63 characters of a-z, 0-9 and -`},
+			{"GET h/ context sluice.limits=a", `context_extensions: sluice.limits: unknown limit "a"`},
+			{"GET h/ context sluice.limit=a",
+				`context_extensions: unknown key "sluice.limit"; want sluice.limits or sluice.limit.<name>`},
+			{"GET h/ context sluicer=a", ""},
+			{"GET h/ context sluice.limit.a={rate:_5/m,_overrides:_[{key:_gold,_rate:_9/s}],_key:_request.headers.k} " +
+				"with k=gold", "a #(gold)", "a: it applies to every request; its rate is from overrides[0]"},
+		}},
+		{"limits: [{name: a, rate: 1/s}, {name: b, rate: 1/s, group: g}, {name: c, rate: 1/s, domain: shop}]",
+			[][]string{
+				{"GET h/ context sluice.limits=a", "a -", "b: the route's sluice.limits does not name it"},
+				{"GET h/ context sluice.limits=c,_a", "a -, c -"},
+				{"GET h/ context sluice.limits=", `context_extensions: sluice.limits: unknown limit "", a -, b -, c -`},
+				{"GET h/ context sluice.limits=a,d",
+					`context_extensions: sluice.limits: unknown limit "d", a -, b -, c -`},
+				{"GET h/ context sluice.limit.a=off", "b -, c -", "a: the route turns it off: sluice.limit.a"},
+				{"GET h/ context sluice.limit.a={rate:_5/m,_cost:_2}", "b -, c -, a - costs 2"},
+				{"GET h/ context sluice.limit.a={rate:_5/m,_cost:_2} context sluice.limits=b", "b -, a - costs 2",
+					"c: the route's sluice.limits does not name it"},
+				{"GET h/ context sluice.limit.d={rate:_5/m,_group:_g}", "a -, b -, c -",
+					"d: b comes first in the group g"},
+				{"GET h/ context sluice.limit.d={rate:_5/m,_group:_g} context sluice.limit.b=off", "a -, c -, d -",
+					"b: the route turns it off: sluice.limit.b"},
+			}},
+		{"{mode: shadow, domain: team, exempt: [{match: {methods: [GET]}}]}", [][]string{
+			{"GET h/ context sluice.limit.a={rate:_5/x}", "exempt"},
+			{"POST h/ context sluice.limit.a={rate:_1/s}", "a -"},
+		}},
+	})
 }

@@ -60,9 +60,12 @@ func TestSchemaAgrees(t *testing.T) {
 	// beyond has what only the reader can check.
 	beyond := map[string]string{
 		"anchor_and_alias.yaml": "an editor resolves them", "merge_key.yaml": "an editor resolves it",
-		"bad_cel.yaml": "CEL", "constants.yaml": "CEL", "environment.yaml": "the environment", "missing_files.yaml": "files",
-		"same_name_twice.yaml": "names are unique", "cluster_without_addresses.yaml": "the environment may say one", "tls_files.yaml": "files", "local_without_share.yaml": "one field against another", "second_document.yaml": "each document by itself",
-		"costs.yaml": "costs against bursts", "redis_without_url.yaml": "the environment may say it",
+		"bad_cel.yaml": "CEL", "constants.yaml": "CEL", "environment.yaml": "the environment",
+		"missing_files.yaml":   "files",
+		"same_name_twice.yaml": "names are unique", "cluster_without_addresses.yaml": "the environment may say one",
+		"tls_files.yaml": "files", "local_without_share.yaml": "one field against another",
+		"second_document.yaml": "each document by itself",
+		"costs.yaml":           "costs against bursts", "redis_without_url.yaml": "the environment may say it",
 	}
 	for _, dir := range []string{"good", "bad"} {
 		files, err := filepath.Glob("testdata/" + dir + "/*.yaml")
@@ -211,10 +214,13 @@ func TestSchemaFields(t *testing.T) {
 	}
 	c := parse(t, "{store: {redis: {url: 'redis://h'}}, limits: [{name: a, rate: 9/s, key: request.method}]}")
 	for path, want := range map[string]any{
-		"domain": c.Domain, "listen.grpc": c.Listen.GRPC, "listen.admin": c.Listen.Admin, "listen.metrics": c.Listen.Metrics,
-		"store.redis.timeout": c.Redis.Timeout.String(), "store.redis.key_prefix": c.inherited.keyPrefix, "mode": c.inherited.mode,
-		"on_failure": c.inherited.onFailure, "failure_status": float64(c.FailureStatus), "grace": c.Grace.String(), "log_level": c.LogLevel,
-		"headers": []any{"x-ratelimit", "retry-after"},
+		"domain": c.Domain, "listen.grpc": c.Listen.GRPC, "listen.admin": c.Listen.Admin,
+		"listen.metrics":      c.Listen.Metrics,
+		"store.redis.timeout": c.Redis.Timeout.String(), "store.redis.key_prefix": c.inherited.keyPrefix,
+		"mode":       c.inherited.mode,
+		"on_failure": c.inherited.onFailure, "failure_status": float64(c.FailureStatus), "grace": c.Grace.String(),
+		"log_level": c.LogLevel,
+		"headers":   []any{"x-ratelimit", "retry-after"},
 	} {
 		names := append([]string{"properties"}, strings.Split(strings.ReplaceAll(path, ".", ".properties."), ".")...)
 		if got := at(names...)["default"]; fmt.Sprint(got) != fmt.Sprint(want) {

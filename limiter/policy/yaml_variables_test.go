@@ -52,23 +52,29 @@ func TestVariableDefaults(t *testing.T) {
 
 // withVariable are configs that are wrong for any value of V.
 var withVariable = []string{
-	"domain: '${V}?!'", "listen: {grpc: '${V}?!'}", "listen: {admin: '${V}?!'}", "mode: '${V}?!'", "on_failure: '${V}?!'", "log_level: '${V}?!'",
-	"local_share: '${V}?!'", "failure_status: '${V}?!'", "grace: '${V}?!'", "headers: ['${V}?!']", "key_secret_file: 'none/${V}?!'",
-	"client_ip: {header: '${V} ?!'}", "client_ip: {xff_from_right: '${V}?!'}", "client_ip: {xff_from_right: 1, from: ['${V}?!']}",
+	"domain: '${V}?!'", "listen: {grpc: '${V}?!'}", "listen: {admin: '${V}?!'}", "mode: '${V}?!'",
+	"on_failure: '${V}?!'", "log_level: '${V}?!'",
+	"local_share: '${V}?!'", "failure_status: '${V}?!'", "grace: '${V}?!'", "headers: ['${V}?!']",
+	"key_secret_file: 'none/${V}?!'",
+	"client_ip: {header: '${V} ?!'}", "client_ip: {xff_from_right: '${V}?!'}",
+	"client_ip: {xff_from_right: 1, from: ['${V}?!']}",
 	"client_ip: {xff_from_right: 1, from: ['://${V}', 'x', '${V}?!']}",
-	"store: {redis: {url: '${V}?!'}}", "store: {redis: {url: 'http://${V}'}}", "store: {redis: {url: 'redis://h', mode: '${V}?!'}}",
+	"store: {redis: {url: '${V}?!'}}", "store: {redis: {url: 'http://${V}'}}",
+	"store: {redis: {url: 'redis://h', mode: '${V}?!'}}",
 	"store: {redis: {url: 'redis://h', timeout: '${V}?!'}}", "store: {redis: {mode: cluster, addresses: ['${V}?!']}}",
 	"store: {redis: {url: 'redis://h', key_prefix: '${V}?!'}}", "store: {redis: {url: 'rediss://h', tls: {ca_file: " +
 		"'none/${V}'}}}",
 	"store: {redis: {url: 'redis://h', password_file: 'none/${V}'}}",
-	"limits: [{name: '${V}?!', rate: 1/s}]", "limits: [{name: a, rate: '${V}?!'}]", "limits: [{name: a, rate: 1/s, burst: '${V}?!'}]",
+	"limits: [{name: '${V}?!', rate: 1/s}]", "limits: [{name: a, rate: '${V}?!'}]",
+	"limits: [{name: a, rate: 1/s, burst: '${V}?!'}]",
 	"limits: [{name: a, rate: 1/s, group: '${V}?!'}]", "limits: [{name: a, rate: 1/s, absent: '${V}?!'}]",
 	"limits: [{name: a, rate: 1/s, match: {hosts: ['${V}?!']}}]", "limits: [{name: a, rate: 1/s, match: {methods: " +
 		"['${V}?!']}}]",
 	"limits: [{name: a, rate: 1/s, match: {paths: ['${V}?!']}}]", "limits: [{name: a, rate: 1/s, match: {clients: " +
 		"['${V}?!']}}]",
 	"limits: [{name: a, rate: 1/s, match: {principals: ['${V}?!']}}]",
-	"limits: [{name: a, rate: 1/s, when: '${V}?!'}]", "limits: [{name: a, rate: 1/s, key: '${V}?!'}]", "limits: [{name: a, rate: 1/s, cost: '${V}?!'}]",
+	"limits: [{name: a, rate: 1/s, when: '${V}?!'}]", "limits: [{name: a, rate: 1/s, key: '${V}?!'}]",
+	"limits: [{name: a, rate: 1/s, cost: '${V}?!'}]",
 	"limits: [{name: a, rate: 1/s, key: client.ip, overrides: [{key: x, rate: '${V}?!'}]}]",
 	"limits: [{name: a, rate: 1/s, key: client.ip, overrides_file: 'none/${V}'}]",
 	"limits: [{name: a, rate: 1/s, key: client.ip, overrides_file: '[${V}'}]",
@@ -151,7 +157,8 @@ limits:
 func TestVariablesAreNotTold(t *testing.T) {
 	vars := env("TOKEN", "hunter2-the-secret", "SHORT", "x1")
 	for _, text := range []string{
-		"mode: ${TOKEN}", "domain: '${TOKEN}!'", "grace: ${TOKEN}", "listen: {grpc: '${TOKEN}'}", "limits: [{name: a, rate: '${TOKEN}'}]", "domain: '${1X:-hunter2-the-secret}'",
+		"mode: ${TOKEN}", "domain: '${TOKEN}!'", "grace: ${TOKEN}", "listen: {grpc: '${TOKEN}'}",
+		"limits: [{name: a, rate: '${TOKEN}'}]", "domain: '${1X:-hunter2-the-secret}'",
 		"limits:\n  - {name: a, rate: 1/s, when: 'request.method == " +
 			"${TOKEN}'}", "limits: [{name: a, rate: 1/s, match: {hosts: ['${TOKEN}!']}}]", "failure_status: '${TOKEN}'",
 		"limits: [{name: '${TOKEN}_', rate: 1/s}]", "store: {redis: {url: '${TOKEN}'}}",
