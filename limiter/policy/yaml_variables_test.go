@@ -144,7 +144,8 @@ limits:
 		c.rules[0].tier.bucket.Burst() != 5 {
 		t.Errorf("%+v %+v", c, c.rules[0])
 	}
-	if v, err := c.rules[0].key[0].keyPart(&subject{Request: &Request{Headers: map[string]string{"x-key": "k"}}}); v != "${k" || err != nil {
+	s := &subject{Request: &Request{Headers: map[string]string{"x-key": "k"}}}
+	if v, err := c.rules[0].key[0].keyPart(s); v != "${k" || err != nil {
 		t.Errorf("%q, %v", v, err)
 	}
 	if _, err := Parse("f", []byte("limits: ${LIMITS}\n"), env("LIMITS", "[{name: a, rate: 1/s}]")); err == nil {
