@@ -278,15 +278,15 @@ func (cr *configReader) readExempt(n node) {
 	})
 }
 
-// checkList reports whether a value is a list with at most most values.
+// checkList reports whether a value is a list with at most limit values.
 // Otherwise it records a mistake.
-func (cr *configReader) checkList(n node, of string, most int) bool {
+func (cr *configReader) checkList(n node, of string, limit int) bool {
 	values, ok := n.Node.(*ast.SequenceNode)
 	switch {
 	case !ok:
 		cr.wrong(n, "must be a list of %s, not %s", of, describe(n.Node))
-	case len(values.Values) > most:
-		cr.wrong(n, "list of %d values; the maximum is %d", len(values.Values), most)
+	case len(values.Values) > limit:
+		cr.wrong(n, "list of %d values; the maximum is %d", len(values.Values), limit)
 	default:
 		return true
 	}
@@ -347,7 +347,7 @@ func (cr *configReader) readClientIP(n node) {
 		},
 		"from": func(n node) {
 			c.anyone = false
-			texts(&cr.reader, n, new([]struct{}), func(s string) (none struct{}, err error) {
+			readStrings(&cr.reader, n, new([]struct{}), func(s string) (none struct{}, err error) {
 				if strings.Contains(s, "://") {
 					p, err := parsePrincipal(s)
 					c.principals = append(c.principals, p)
@@ -464,7 +464,7 @@ func (cr *configReader) readRoutes(n node) {
 			cr.config.noRouteLimits = !limits.Value
 		},
 		"domains": func(n node) {
-			texts(&cr.reader, n, &cr.config.routeDomains, func(s string) (string, error) { return s, checkDomain(s) })
+			readStrings(&cr.reader, n, &cr.config.routeDomains, func(s string) (string, error) { return s, checkDomain(s) })
 		},
 	})
 }

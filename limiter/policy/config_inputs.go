@@ -76,9 +76,9 @@ func (in *inputs) config(file string, before *Inputs) ([]byte, error) {
 	return text, nil
 }
 
-// read reads a file that the config names, at most most+1 bytes of it.
-func (in *inputs) read(file string, most int) ([]byte, error) {
-	text, err := readAtMost(file, most+1)
+// read reads a file that the config names, at most limit+1 bytes of it.
+func (in *inputs) read(file string, limit int) ([]byte, error) {
+	text, err := readAtMost(file, limit+1)
 	if err != nil {
 		in.failed(file, err)
 		return nil, err
@@ -109,13 +109,13 @@ func (in *inputs) done() Inputs {
 	return in.Inputs
 }
 
-func readAtMost(file string, most int) ([]byte, error) {
+func readAtMost(file string, limit int) ([]byte, error) {
 	f, err := limiter.OpenFile(file)
 	if err != nil {
 		return nil, err
 	}
 	defer func() { _ = f.Close() }()
-	return io.ReadAll(io.LimitReader(f, int64(most)))
+	return io.ReadAll(io.LimitReader(f, int64(limit)))
 }
 
 // isPipe reports whether a path is a pipe, a terminal or another device, such
@@ -130,7 +130,7 @@ const pipeTime = 30 * time.Second
 
 // readPipe reads a pipe to its end. It fails after pipeTime, because the writer
 // may never open or close the pipe.
-func readPipe(file string, most int) ([]byte, error) {
+func readPipe(file string, limit int) ([]byte, error) {
 	type result struct {
 		text []byte
 		err  error
@@ -143,7 +143,7 @@ func readPipe(file string, most int) ([]byte, error) {
 			return
 		}
 		defer func() { _ = f.Close() }()
-		text, err := io.ReadAll(io.LimitReader(f, int64(most)))
+		text, err := io.ReadAll(io.LimitReader(f, int64(limit)))
 		done <- result{text, err}
 	}()
 	late := time.NewTimer(pipeTime)

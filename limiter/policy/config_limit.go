@@ -142,16 +142,16 @@ func (lr *limitReader) readMatch(n node, m *match) {
 	r, before := &lr.reader, len(lr.mistakes)
 	var ignoreCase node
 	lr.mapping(n, map[string]func(node){
-		"hosts":   func(n node) { texts(r, n, &m.hosts, parseHost) },
-		"methods": func(n node) { texts(r, n, &m.methods, parseMethod) },
-		"paths":   func(n node) { texts(r, n, &m.paths, parsePath) },
+		"hosts":   func(n node) { readStrings(r, n, &m.hosts, parseHost) },
+		"methods": func(n node) { readStrings(r, n, &m.methods, parseMethod) },
+		"paths":   func(n node) { readStrings(r, n, &m.paths, parsePath) },
 		"ignore_case": func(n node) {
 			if lr.boolean(n, &m.ignoreCase); m.ignoreCase {
 				ignoreCase = n
 			}
 		},
-		"clients":    func(n node) { texts(r, n, &m.clients, parsePrefix) },
-		"principals": func(n node) { texts(r, n, &m.principals, parsePrincipal) },
+		"clients":    func(n node) { readStrings(r, n, &m.clients, parsePrefix) },
+		"principals": func(n node) { readStrings(r, n, &m.principals, parsePrincipal) },
 	})
 	if m.ignoreCase {
 		for i, p := range m.paths {
@@ -217,17 +217,17 @@ func (lr *limitReader) compile(n node, text string, p purpose) *expression {
 	if !e.constant {
 		return e
 	}
-	nobody, err := &subject{Request: &Request{}}, error(nil)
+	empty, err := &subject{Request: &Request{}}, error(nil)
 	switch p {
 	case forKey:
 		var part string
-		if part, err = e.keyPart(nobody); err == nil && part == "" {
+		if part, err = e.keyPart(empty); err == nil && part == "" {
 			err = errors.New("always absent; omit key for one shared bucket")
 		}
 	case forWhen:
-		_, _, err = e.condition(nobody)
+		_, _, err = e.condition(empty)
 	case forCost:
-		_, err = e.tokens(nobody)
+		_, err = e.tokens(empty)
 	}
 	if err != nil {
 		lr.wrong(n, "%v", err)
@@ -299,7 +299,7 @@ func (lr *limitReader) rule(d *draft) *rule {
 		Shadow:    lr.mode == "shadow" || d.mode == "shadow",
 		OnFailure: failureModes[cmp.Or(d.onFailure, lr.onFailure)],
 	}
-	if e := d.cost.expression; e != nil && e.unaskedSize {
+	if e := d.cost.expression; e != nil && e.uncheckedSize {
 		lr.warn(d.costAt,
 			`request.size is absent if a body has no content-length, as with chunked encoding, and the cost is then 1; `+
 				`state the cost, as in "content-length" in request.headers ? request.size : 1000`)

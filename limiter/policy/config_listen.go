@@ -110,7 +110,7 @@ func (cr *configReader) readListenTLS(n node) {
 		"key_file":       file(1),
 		"client_ca_file": func(n node) { caAt = n; file(2)(n) },
 		"client_names": func(n node) {
-			texts(&cr.reader, n, &t.patterns, func(s string) (principalPattern, error) {
+			readStrings(&cr.reader, n, &t.patterns, func(s string) (principalPattern, error) {
 				t.clientNames = append(t.clientNames, s)
 				return parseClientName(s)
 			})

@@ -108,16 +108,16 @@ func TestListenTLS(t *testing.T) {
 func TestHashHoldsNoSecret(t *testing.T) {
 	hash := func(secret, rest string) string {
 		t.Helper()
-		c, err := Parse("sluice.yaml",
-			[]byte("key_secret: "+secret+"\nstore: {redis: {url: 'redis://user:"+secret+"@127.0.0.1:6379/0'}}\n"+rest), nil)
+		text := "key_secret: " + secret + "\nstore: {redis: {url: 'redis://user:" + secret + "@127.0.0.1:6379/0'}}\n" + rest
+		c, err := Parse("sluice.yaml", []byte(text), nil)
 		if err != nil {
 			t.Fatal(err)
 		}
 		return c.Hash
 	}
 	password := func(secret string) string {
-		c, err := Parse("sluice.yaml",
-			[]byte("store: {redis: {url: 'redis://127.0.0.1', password: "+secret+"}}\nkey_secret: |\n  "+secret+"\n"), nil)
+		text := "store: {redis: {url: 'redis://127.0.0.1', password: " + secret + "}}\nkey_secret: |\n  " + secret + "\n"
+		c, err := Parse("sluice.yaml", []byte(text), nil)
 		if err != nil {
 			t.Fatal(err)
 		}

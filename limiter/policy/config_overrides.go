@@ -381,15 +381,15 @@ func (lr *limitReader) addOverride(table map[digest]override, d *draft, parts []
 			t.bucket.Burst())
 		return
 	}
-	var few [maxKeyParts]digest
+	var digests [maxKeyParts]digest
 	for i, part := range parts {
 		var err error
-		if few[i], err = d.key[i].digestOfPart(part); err != nil {
+		if digests[i], err = d.key[i].digestOfPart(part); err != nil {
 			wrong(i, "%v", err)
 			return
 		}
 	}
-	sum := digestOf(few[:len(parts)])
+	sum := digestOf(digests[:len(parts)])
 	if _, twice := table[sum]; twice {
 		wrong(0, "duplicate key; want one override for each key")
 		return

@@ -239,8 +239,8 @@ func TestPatterns(t *testing.T) {
 		"t/b/two.csv":   "1 overrides from t/b t/b/two.csv",
 	} {
 		config := filepath.Join(base, "sluice.yaml")
-		if err := os.WriteFile(config,
-			[]byte("limits: [{name: a, rate: 1/s, key: request.headers.k, overrides_file: '"+pattern+"'}]\n"), 0o600); err != nil {
+		text := "limits: [{name: a, rate: 1/s, key: request.headers.k, overrides_file: '" + pattern + "'}]\n"
+		if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
 		c, inputs, err := Load(config, env())

@@ -15,19 +15,19 @@ func (lr *limitReader) readTier(rate, burst node) *tier {
 	if !ok {
 		return nil
 	}
-	most, at := "", rate
+	burstText, at := "", rate
 	if burst.Node != nil {
 		var v int64
 		before := len(lr.mistakes)
 		if lr.integer(burst, &v, 1, limiter.MaxTokens); len(lr.mistakes) > before {
 			return nil
 		}
-		most, at = strconv.FormatInt(v, 10), burst
+		burstText, at = strconv.FormatInt(v, 10), burst
 	}
 	if _, _, err := parseRate(text); err != nil {
 		at = rate
 	}
-	t, err := lr.tierOf(text, most)
+	t, err := lr.tierOf(text, burstText)
 	if err != nil {
 		lr.wrong(at, "%v", err)
 		return nil

@@ -25,7 +25,7 @@ func (cr *configReader) readRedis(n node) {
 			cr.store.Mode = limiter.RedisMode(s)
 		},
 		"addresses": func(n node) {
-			texts(&cr.reader, n, &cr.store.Addresses, func(s string) (string, error) { return s, checkHostPort(s) })
+			readStrings(&cr.reader, n, &cr.store.Addresses, func(s string) (string, error) { return s, checkHostPort(s) })
 		},
 		"master": func(n node) { cr.store.Master, _ = cr.text(n) },
 		"sentinel": func(n node) {

@@ -34,14 +34,14 @@ func (c *Config) Draw(req *Request) Draw {
 		return Draw{Exempt: true}
 	}
 	d := drawing{subject: s, hasher: &c.hasher}
-	on := c.route(s.Context)
-	d.wrong(on.mistakes...)
+	route := c.route(s.Context)
+	d.addMistakes(route.mistakes...)
 	for i := range c.index.find(s, anyReading) {
-		if on.considers(i) {
+		if route.considers(i) {
 			d.consider(c.rules[i])
 		}
 	}
-	for _, e := range on.limits {
+	for _, e := range route.limits {
 		if e.rule != nil && e.rule.match.mismatch(s, anyReading) == "" {
 			d.consider(e.rule)
 		}
@@ -58,7 +58,7 @@ type drawing struct {
 	groups []*rule
 }
 
-func (d *drawing) wrong(mistakes ...*RuleError) {
+func (d *drawing) addMistakes(mistakes ...*RuleError) {
 	for _, m := range mistakes {
 		d.Mistakes = append(d.Mistakes, m)
 		d.Invalid = d.Invalid || !m.Shadow
@@ -75,7 +75,7 @@ type finding struct {
 	whenAbsent bool   // the limit applies although its when is absent
 	err        *RuleError
 	tier       *tier
-	sum        digest // of the overridden key
+	keyDigest  digest // of the overridden key
 	key        string // complete Redis key; empty if unlimited
 	cost       int64
 	refused    bool // absent: deny, and a part of the key is absent
@@ -112,7 +112,7 @@ func (d *drawing) consider(r *rule) finding {
 	f := d.judge(r)
 	switch {
 	case f.err != nil:
-		d.wrong(f.err)
+		d.addMistakes(f.err)
 	case !f.applies:
 	case f.tier.unlimited:
 		d.Unlimited = append(d.Unlimited, r.limit)
@@ -176,8 +176,8 @@ func (d *drawing) judge(r *rule) finding {
 // key's override if there is one. It clears f.applies if a part is absent and
 // the limit has absent: skip.
 func (d *drawing) makeKey(r *rule, f *finding) error {
-	var few [256]byte
-	key := append(few[:0], r.prefix...)
+	var buf [256]byte
+	key := append(buf[:0], r.prefix...)
 	var digests [maxKeyParts]digest
 	for i, e := range r.key {
 		value, err := e.keyPart(d.subject)
@@ -210,7 +210,7 @@ func (d *drawing) makeKey(r *rule, f *finding) error {
 	}
 	sum := digestOf(digests[:len(r.key)])
 	if o, ok := r.overrides.lookup(sum); ok {
-		f.kind, f.tier, f.sum = foundOverridden, o.tier, sum
+		f.kind, f.tier, f.keyDigest = foundOverridden, o.tier, sum
 	}
 	return nil
 }

@@ -45,8 +45,8 @@ func (c *Config) Explain(req *Request) Explanation {
 		break
 	}
 	d := drawing{subject: s, hasher: &c.hasher}
-	on := c.route(s.Context)
-	d.wrong(on.mistakes...)
+	route := c.route(s.Context)
+	d.addMistakes(route.mistakes...)
 	look := func(r *rule) finding {
 		if field := r.match.mismatch(s, anyReading); field != "" {
 			return finding{kind: foundMismatch, field: field}
@@ -70,19 +70,19 @@ func (c *Config) Explain(req *Request) Explanation {
 		x.Limits = append(x.Limits, e)
 	}
 	for i, r := range c.rules {
-		replaced := on.replacing(i)
+		replaced := route.replacing(i)
 		switch {
 		case replaced != nil && replaced.rule == nil:
 			add(r, finding{kind: foundOff})
 		case replaced != nil:
 			add(r, finding{kind: foundReplaced})
-		case on.omits(i):
+		case route.omits(i):
 			add(r, finding{kind: foundUnlisted})
 		default:
 			add(r, look(r))
 		}
 	}
-	for _, e := range on.limits {
+	for _, e := range route.limits {
 		if e.rule != nil {
 			add(e.rule, look(e.rule))
 		}
@@ -130,7 +130,7 @@ func (c *Config) reason(s *subject, r *rule, f finding) string {
 	}
 	switch f.kind {
 	case foundOverridden:
-		reason += "; its rate is from " + r.overrides.position(f.sum)
+		reason += "; its rate is from " + r.overrides.position(f.keyDigest)
 	case foundPartAbsent:
 		reason += fmt.Sprintf("; its key %s is absent%s: ", r.partName(f.part), r.explainAbsent(s, f.part)) +
 			map[absence]string{

@@ -77,9 +77,9 @@ type expression struct {
 	constant bool
 	// metadata reports that it reads the dynamic metadata of Envoy's filters.
 	metadata bool
-	// unaskedSize reports that it reads request.size without a look at
+	// uncheckedSize reports that it reads request.size without a look at
 	// content-length, on which request.size depends.
-	unaskedSize bool
+	uncheckedSize bool
 	// attribute is the attribute's name if the expression is an attribute and
 	// nothing else; otherwise it is empty.
 	attribute string
@@ -150,7 +150,7 @@ func compile(text string, p purpose) (*expression, []expressionError) {
 		if a, ok := attributes[r.Name]; ok {
 			e.constant = false
 			e.metadata = e.metadata || r.Name == filterMetadata
-			e.unaskedSize = e.unaskedSize || r.Name == "request.size" && !readsHeader(native, "content-length")
+			e.uncheckedSize = e.uncheckedSize || r.Name == "request.size" && !readsHeader(native, "content-length")
 			if !a.open {
 				// The whole path may be open: appendOpen hashes it if it has a query.
 				e.open = e.direct != nil && r.Name == "request.path"

@@ -108,13 +108,13 @@ func (m *match) mismatch(s *subject, which reading) string {
 	case len(m.paths) > 0 && !matchesReadings(m.paths, s.pathsFor(m, which), which, pathPattern.matches):
 		return "paths"
 	}
-	return m.whoMismatches(s, which)
+	return m.callerMismatch(s, which)
 }
 
-// whoMismatches is mismatch for the fields that index.find does not look up:
+// callerMismatch is mismatch for the fields that index.find does not look up:
 // clients and principals. For an exemption, clients does not hold if the
 // client's address is not trusted.
-func (m *match) whoMismatches(s *subject, which reading) string {
+func (m *match) callerMismatch(s *subject, which reading) string {
 	switch {
 	case len(m.clients) > 0 && (!s.client.IsValid() || which == allReadings && !s.isTrusted ||
 		!anyOf(m.clients, s.client, netip.Prefix.Contains)):

@@ -10,7 +10,7 @@ import (
 // index finds the matches that hold for a request, among thousands, at a cost
 // that hardly grows with their number. It looks up the set of matches for the
 // host, for the method and for the path, and intersects the three. The
-// remaining fields are checked by match.whoMismatches. An index is safe for
+// remaining fields are checked by match.callerMismatch. An index is safe for
 // concurrent use.
 type index struct {
 	matches []*match
@@ -195,7 +195,7 @@ func (x *index) find(s *subject, which reading) iter.Seq[int] {
 
 		for i, w := range found {
 			for ; w != 0; w &= w - 1 {
-				if n := i<<6 + bits.TrailingZeros64(w); x.matches[n].whoMismatches(s, which) == "" && !yield(n) {
+				if n := i<<6 + bits.TrailingZeros64(w); x.matches[n].callerMismatch(s, which) == "" && !yield(n) {
 					return
 				}
 			}

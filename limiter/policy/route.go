@@ -63,7 +63,7 @@ func (r *route) replacing(i int) *routeEntry {
 }
 
 // route parses the context_extensions of a request. The result is cached.
-func (c *Config) route(context map[string]string) (on route) {
+func (c *Config) route(context map[string]string) (route route) {
 	var keys []string
 	for key := range context {
 		if strings.HasPrefix(key, routePrefix) {
@@ -75,14 +75,14 @@ func (c *Config) route(context map[string]string) (on route) {
 		e := c.routes.entry(c, routeText{key, context[key]})
 		switch {
 		case e.mistake != nil:
-			on.mistakes = append(on.mistakes, e.mistake)
+			route.mistakes = append(route.mistakes, e.mistake)
 		case key == routeLimits:
-			on.only = e
+			route.only = e
 		default:
-			on.limits = append(on.limits, e)
+			route.limits = append(route.limits, e)
 		}
 	}
-	return on
+	return route
 }
 
 // routeText is an entry of context_extensions as Envoy sends it.
@@ -141,7 +141,7 @@ func (t *routeTable) entry(c *Config, text routeText) *routeEntry {
 // Estimates of an entry's memory in bytes, as measured: a limit with one short
 // expression, each byte of text, and a mistake without its message.
 const (
-	entryBytes    = 4096
+	entryMemory   = 4096
 	textFactor    = 32
 	mistakeMemory = 256
 )
@@ -150,7 +150,7 @@ const (
 func (c *Config) readRoute(text routeText) *routeEntry {
 	expressions := make(map[[2]string]*expression)
 	e := c.readRouteText(text, expressions)
-	e.memory = entryBytes + textFactor*(len(text.key)+len(text.value))
+	e.memory = entryMemory + textFactor*(len(text.key)+len(text.value))
 	for _, x := range expressions {
 		if x != nil { // it compiled
 			e.memory += x.instructions * instructionBytes

@@ -234,9 +234,9 @@ func (r *reader) each(n node, read func(node)) {
 	}
 }
 
-// texts reads a list of strings and parses each of them. An empty list is a
+// readStrings reads a list of strings and parses each of them. An empty list is a
 // mistake: it would mean "none", while omitting the field means "all".
-func texts[T any](r *reader, n node, into *[]T, parse func(string) (T, error)) {
+func readStrings[T any](r *reader, n node, into *[]T, parse func(string) (T, error)) {
 	values, ok := n.Node.(*ast.SequenceNode)
 	if !ok {
 		r.wrong(n, "must be a list, not %s", describe(n.Node))

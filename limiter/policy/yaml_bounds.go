@@ -110,7 +110,7 @@ type blockScope struct{ column, entries int }
 // checkBlockBounds counts the entries that a line adds to block mappings and
 // lists. It returns a message and its column if there are too many.
 func checkBlockBounds(row []byte, block *[]blockScope) (column int, message string) {
-	add := func(column, most int, message string) string {
+	add := func(column, limit int, message string) string {
 		open := *block
 		for len(open) > 0 && open[len(open)-1].column > column {
 			open = open[:len(open)-1]
@@ -120,7 +120,7 @@ func checkBlockBounds(row []byte, block *[]blockScope) (column int, message stri
 		}
 		*block = open
 		last := &open[len(open)-1]
-		if last.entries++; last.entries > most {
+		if last.entries++; last.entries > limit {
 			return message
 		}
 		return ""
