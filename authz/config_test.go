@@ -20,11 +20,12 @@ import (
 func TestCheckByConfig(t *testing.T) {
 	const refused = `status 14
 deny 503
-client retry-after: 7
-client content-type: application/problem+json
-body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter is temporarily unavailable.","retry_after":7}
-metadata cost=null decision="invalid" limit=null remaining=null shadow=[] source="none"
+` + unavailable + `metadata cost=null decision="invalid" limit=null remaining=null shadow=[] source="none"
 `
+	const (
+		isRefused = "config error: requests are refused (logged once)"
+		isSkipped = "config error: the shadow limit is skipped (logged once)"
+	)
 	const allowed = `status 0
 allow
 client x-ratelimit-limit: 9
@@ -33,7 +34,8 @@ client x-ratelimit-reset: 1
 metadata cost=1 decision="allowed" limit="b" remaining=5 shadow=[] source="redis"
 `
 	nothing := func(decision string) string {
-		return "status 0\nallow\nmetadata cost=null decision=\"" + decision + "\" limit=null remaining=null shadow=[] source=\"none\"\n"
+		return "status 0\nallow\nmetadata cost=null decision=\"" + decision +
+			"\" limit=null remaining=null shadow=[] source=\"none\"\n"
 	}
 	five := said{ok(5, time.Second, 1)}
 	for _, tt := range []struct {
@@ -44,23 +46,54 @@ metadata cost=1 decision="allowed" limit="b" remaining=5 shadow=[] source="redis
 		counted      string // a metric and its value, but for the prefix sluice_
 		logged       string // the last line
 	}{
-		{"exempt", "{exempt: [{match: {paths: [/]}}], limits: [{name: a, rate: 1/s}]}", panics{}, "", nothing("exempt"), `checks_total{decision="exempt"} 1`, ""},
-		{"exempt, whatever its route says", "{exempt: [{match: {paths: [/]}}]}", panics{}, "sluice.limit.a={}", nothing("exempt"), `checks_total{decision="exempt"} 1`, ""},
-		{"unlimited", "limits: [{name: a, rate: unlimited}]", panics{}, "", nothing("allowed"), `limit_decisions_total{decision="allowed",limit="a"} 1`, ""},
-		{"unlimited beside a limit", "limits: [{name: a, rate: unlimited}, {name: b, rate: 9/s}]", five, "", allowed, `limit_decisions_total{decision="allowed",limit="a"} 1`, ""},
-		{"a limit's mistake", `limits: [{name: a, rate: 9/s, cost: 'int(request.path)'}, {name: b, rate: 9/s}]`, panics{}, "", refused,
-			`config_mistakes_total{field="cost",limit="a"} 1`, "config error: requests are refused (logged once)"},
-		{"a mistake, whatever on_failure says", `{on_failure: allow, limits: [{name: a, rate: 9/s, cost: 'int(request.path)'}]}`, panics{}, "", refused, `checks_total{decision="invalid"} 1`,
-			"config error: requests are refused (logged once)"},
-		{"a shadow limit's mistake", `limits: [{name: a, mode: shadow, rate: 9/s, cost: 'int(request.path)'}, {name: b, rate: 9/s}]`, five, "", allowed,
-			`config_mistakes_total{field="cost",limit="a"} 1`, "config error: the shadow limit is skipped (logged once)"},
-		{"a route's limit", "", five, "sluice.limit.b={rate: 9/s}", allowed, `limit_decisions_total{decision="allowed",limit="b"} 1`, ""},
-		{"a route's mistake", "limits: [{name: b, rate: 9/s}]", panics{}, "sluice.limit.a={rate: 9}", refused, `config_mistakes_total{field="context_extensions",limit="a"} 1`,
-			"config error: requests are refused (logged once)"},
-		{"a key that there is not", "limits: [{name: b, rate: 9/s}]", panics{}, "sluice.limit=a", refused, `config_mistakes_total{field="context_extensions",limit=""} 1`,
-			"config error: requests are refused (logged once)"},
-		{"a route's mistake in the shadow", "{mode: shadow, limits: [{name: c, rate: 9/s}]}", said{ok(5, 1, 1)}, "sluice.limit.a={rate: 9}", nothing("allowed"),
-			`config_mistakes_total{field="context_extensions",limit="a"} 1`, "config error: the shadow limit is skipped (logged once)"},
+		{
+			"exempt", "{exempt: [{match: {paths: [/]}}], limits: [{name: a, rate: 1/s}]}", panics{}, "",
+			nothing("exempt"), `checks_total{decision="exempt"} 1`, "",
+		},
+		{
+			"exempt, whatever its route says", "{exempt: [{match: {paths: [/]}}]}", panics{}, "sluice.limit.a={}",
+			nothing("exempt"), `checks_total{decision="exempt"} 1`, "",
+		},
+		{
+			"unlimited", "limits: [{name: a, rate: unlimited}]", panics{}, "",
+			nothing("allowed"), `limit_decisions_total{decision="allowed",limit="a"} 1`, "",
+		},
+		{
+			"unlimited beside a limit", "limits: [{name: a, rate: unlimited}, {name: b, rate: 9/s}]", five, "",
+			allowed, `limit_decisions_total{decision="allowed",limit="a"} 1`, "",
+		},
+		{
+			"a limit's error",
+			`limits: [{name: a, rate: 9/s, cost: 'int(request.path)'}, {name: b, rate: 9/s}]`, panics{}, "",
+			refused, `config_mistakes_total{field="cost",limit="a"} 1`, isRefused,
+		},
+		{
+			"an error, whatever on_failure says",
+			`{on_failure: allow, limits: [{name: a, rate: 9/s, cost: 'int(request.path)'}]}`, panics{}, "",
+			refused, `checks_total{decision="invalid"} 1`, isRefused,
+		},
+		{
+			"a shadow limit's error",
+			`limits: [{name: a, mode: shadow, rate: 9/s, cost: 'int(request.path)'}, {name: b, rate: 9/s}]`, five, "",
+			allowed, `config_mistakes_total{field="cost",limit="a"} 1`, isSkipped,
+		},
+		{
+			"a route's limit", "", five, "sluice.limit.b={rate: 9/s}",
+			allowed, `limit_decisions_total{decision="allowed",limit="b"} 1`, "",
+		},
+		{
+			"a route's error", "limits: [{name: b, rate: 9/s}]", panics{}, "sluice.limit.a={rate: 9}",
+			refused, `config_mistakes_total{field="context_extensions",limit="a"} 1`, isRefused,
+		},
+		{
+			"an unknown key", "limits: [{name: b, rate: 9/s}]", panics{}, "sluice.limit=a",
+			refused, `config_mistakes_total{field="context_extensions",limit=""} 1`, isRefused,
+		},
+		{
+			"a route's error in shadow mode",
+			"{mode: shadow, limits: [{name: c, rate: 9/s}]}", said{ok(5, 1, 1)}, "sluice.limit.a={rate: 9}",
+			nothing("allowed"), `config_mistakes_total{field="context_extensions",limit="a"} 1`, isSkipped,
+		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			s, registry, logs := newServer(t, tt.config, tt.store)
@@ -93,18 +126,16 @@ func counts(t *testing.T, registry *prometheus.Registry, line string) bool {
 
 func scrape(registry *prometheus.Registry) string {
 	recorder := httptest.NewRecorder()
-	promhttp.HandlerFor(registry, promhttp.HandlerOpts{}).ServeHTTP(recorder, httptest.NewRequest("GET", "/metrics", nil))
+	request := httptest.NewRequest("GET", "/metrics", nil)
+	promhttp.HandlerFor(registry, promhttp.HandlerOpts{}).ServeHTTP(recorder, request)
 	return recorder.Body.String()
 }
 
 // A new config is in force from the next check on, and no check mixes two.
 func TestSetConfig(t *testing.T) {
 	version := func(n int) *policy.Config {
-		c, err := policy.Parse("test.yaml", fmt.Appendf(nil, "{failure_status: %d, headers: [retry-after], limits: [{name: l%[1]d, rate: 1/s, key: client.ip}]}", n), noEnv)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return c
+		return configOf(t, fmt.Sprintf("{failure_status: %d, headers: [retry-after], "+
+			"limits: [{name: l%[1]d, rate: 1/s, key: client.ip}]}", n))
 	}
 	configs := []*policy.Config{version(501), version(502)}
 	s, registry, _ := newServer(t, "", said{failed})
@@ -127,7 +158,8 @@ func TestSetConfig(t *testing.T) {
 	if r, _ := s.Check(t.Context(), checkOf()); r.GetDeniedResponse().GetStatus().GetCode() != 502 {
 		t.Errorf("%v", r)
 	}
-	if !counts(t, registry, `sluice_rejections_total{limit="l502"} 0`) || counts(t, registry, `sluice_rejections_total{limit="l501"} 0`) {
+	if !counts(t, registry, `sluice_rejections_total{limit="l502"} 0`) ||
+		counts(t, registry, `sluice_rejections_total{limit="l501"} 0`) {
 		t.Error("the metrics are not those of the limits in force")
 	}
 }
@@ -171,7 +203,8 @@ func TestNamesAreBounded(t *testing.T) {
 	for i := range maxLoggedMistakes + 10 {
 		s.report.mistaken(&policy.RuleError{Limit: fmt.Sprint("late-", i), Field: "cost", Err: errNoHTTP})
 	}
-	if !counts(t, registry, `sluice_config_mistakes_total{field="cost",limit="_other"} 10`) || len(s.report.loggedMistakes) != maxLoggedMistakes {
+	if !counts(t, registry, `sluice_config_mistakes_total{field="cost",limit="_other"} 10`) ||
+		len(s.report.loggedMistakes) != maxLoggedMistakes {
 		t.Errorf("%d mistakes logged", len(s.report.loggedMistakes))
 	}
 }

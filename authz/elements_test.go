@@ -61,8 +61,10 @@ func TestElementsAreBounded(t *testing.T) {
 		"context_extensions":     func(n int) string { return within(elementsOf(10, n), 1) + small },
 		"filters":                func(n int) string { return within(elementsOf(1, n), 1, 11) + small },
 		"fields of metadata":     func(n int) string { return within(elementsOf(1, n), 1, 11, 1, 2) + small },
-		"a list in metadata":     func(n int) string { return within(strings.Repeat("\x0a\x00", n/2), 1, 11, 1, 2, 1, 2, 6) + small },
-		"labels, generated":      func(n int) string { return within(elementsOf(3, n), 1, 1) + small + group },
+		"a list in metadata": func(n int) string {
+			return within(strings.Repeat("\x0a\x00", n/2), 1, 11, 1, 2, 1, 2, 6) + small
+		},
+		"labels, generated": func(n int) string { return within(elementsOf(3, n), 1, 1) + small + group },
 		"another list, generated": func(n int) string {
 			return within(strings.Repeat("\x0a\x00", n/2), 1, 13, 1, 2, 1, 2, 6) + small + group
 		},
@@ -84,7 +86,8 @@ func TestElementsAreBounded(t *testing.T) {
 // Concurrent checks with many elements share a bound, and those that are done
 // no longer count.
 func TestElementsAtOnce(t *testing.T) {
-	s, _, logs := newServer(t, "limits: [{name: a, rate: 1000000/s}]", limiter.NewMemory(1<<20, nil, prometheus.NewRegistry()))
+	store := limiter.NewMemory(1<<20, nil, prometheus.NewRegistry())
+	s, _, logs := newServer(t, "limits: [{name: a, rate: 1000000/s}]", store)
 	wire, err := proto.Marshal(checkOf())
 	if err != nil {
 		t.Fatal(err)

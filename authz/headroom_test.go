@@ -26,7 +26,8 @@ func TestHeadersThatDoNotFit(t *testing.T) {
 			more = append(more, fmt.Sprintf("x-%d", i))
 		}
 		for _, name := range more {
-			check.Attributes.Request.Http.HeaderMap.Headers = append(check.Attributes.Request.Http.HeaderMap.Headers, &corev3.HeaderValue{Key: name, RawValue: []byte("1")})
+			headers := &check.Attributes.Request.Http.HeaderMap.Headers
+			*headers = append(*headers, &corev3.HeaderValue{Key: name, RawValue: []byte("1")})
 		}
 		return check
 	}
@@ -54,8 +55,11 @@ func TestHeadersThatDoNotFit(t *testing.T) {
 		"joined":                      {joined(90, 9), "upstream x-sluice-shadow: a,b"},
 		"joined, perhaps of too many": {joined(90, 10), ""},
 		"forged, and replaced":        {lines(99, "x-sluice-shadow"), "upstream x-sluice-shadow: a,b"},
-		"forged, and removed":         {lines(100, "x-sluice-shadow", "x-sluice-other"), "remove x-sluice-other\nremove x-sluice-shadow"},
-		"no name":                     {lines(5, "x-sluice-\r\n"), "upstream x-sluice-shadow: a,b"},
+		"forged, and removed": {
+			lines(100, "x-sluice-shadow", "x-sluice-other"),
+			"remove x-sluice-other\nremove x-sluice-shadow",
+		},
+		"no name": {lines(5, "x-sluice-\r\n"), "upstream x-sluice-shadow: a,b"},
 	} {
 		s, _, _ := newServer(t, config, denies)
 		got := strings.Split(spell(s.Check(t.Context(), tt.check)), "\n")

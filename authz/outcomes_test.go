@@ -24,7 +24,9 @@ const (
 )
 
 // limitKinds has the ways in which a limit can take part in an outcome.
-var limitKinds = []string{"on_failure: deny", "on_failure: delegate", "on_failure: local", "on_failure: allow", "mode: shadow"}
+var limitKinds = []string{
+	"on_failure: deny", "on_failure: delegate", "on_failure: local", "on_failure: allow", "mode: shadow",
+}
 
 // wantOutcome is the rule in a table's words: the decision, what it is
 // counted as, and whether the buckets that allowed the request stay charged.

@@ -68,7 +68,8 @@ func TestREADMEMetadata(t *testing.T) {
 	if got, want := slices.Sorted(maps.Keys(rows)), slices.Sorted(maps.Keys(fields)); !slices.Equal(got, want) {
 		t.Errorf("README has the fields %v, want %v", got, want)
 	}
-	if got, want := slices.Sorted(slices.Values(rows["decision"])), slices.Sorted(maps.Keys(decisions)); !slices.Equal(got, want) {
+	got, want := slices.Sorted(slices.Values(rows["decision"])), slices.Sorted(maps.Keys(decisions))
+	if !slices.Equal(got, want) {
 		t.Errorf("README has the decisions %v, want %v", got, want)
 	}
 }

@@ -58,11 +58,13 @@ func serve(t testing.TB, s *Server, network, addr string) *grpc.ClientConn {
 func TestOverTheWire(t *testing.T) {
 	for network, addr := range map[string]string{"tcp": "127.0.0.1:0", "unix": filepath.Join(t.TempDir(), "s.sock")} {
 		t.Run(network, func(t *testing.T) {
-			s, _, logs := newServer(t, "limits: [{name: a, rate: 1/h, burst: 2, key: client.ip}]", limiter.NewMemory(1<<20, nil, prometheus.NewRegistry()))
+			s, _, logs := newServer(t, "limits: [{name: a, rate: 1/h, burst: 2, key: client.ip}]",
+				limiter.NewMemory(1<<20, nil, prometheus.NewRegistry()))
 			conn := serve(t, s, network, addr)
 			client := authv3.NewAuthorizationClient(conn)
 			for i, want := range []codes.Code{codes.OK, codes.OK, codes.ResourceExhausted} {
-				if r, err := client.Check(t.Context(), checkOf()); err != nil || codes.Code(r.GetStatus().GetCode()) != want {
+				r, err := client.Check(t.Context(), checkOf())
+				if err != nil || codes.Code(r.GetStatus().GetCode()) != want {
 					t.Errorf("check %d: %v, %v", i, r, err)
 				}
 			}
@@ -78,11 +80,15 @@ func TestOverTheWire(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if err := stream.Send(&reflectionv1.ServerReflectionRequest{MessageRequest: &reflectionv1.ServerReflectionRequest_ListServices{}}); err != nil {
+			list := &reflectionv1.ServerReflectionRequest{
+				MessageRequest: &reflectionv1.ServerReflectionRequest_ListServices{},
+			}
+			if err := stream.Send(list); err != nil {
 				t.Fatal(err)
 			}
-			if r, err := stream.Recv(); err != nil || !strings.Contains(r.String(), "envoy.service.auth.v3.Authorization") {
-				t.Errorf("reflection: %v, %v", r, err)
+			services, err := stream.Recv()
+			if err != nil || !strings.Contains(services.String(), "envoy.service.auth.v3.Authorization") {
+				t.Errorf("reflection: %v, %v", services, err)
 			}
 			if err := stream.CloseSend(); err != nil {
 				t.Error(err)
@@ -98,18 +104,22 @@ func TestOverTheWire(t *testing.T) {
 			// A check with a large body is answered, and nothing of the body is
 			// kept.
 			body := checkOf("x-mine", "kept")
-			body.Attributes.Request.Http.Body, body.Attributes.Request.Http.RawBody = strings.Repeat("b", 7<<20), bytes.Repeat([]byte("\xff"), 7<<20)
-			if r, err := client.Check(t.Context(), body); err != nil || codes.Code(r.GetStatus().GetCode()) != codes.ResourceExhausted {
+			http := body.Attributes.Request.Http
+			http.Body, http.RawBody = strings.Repeat("b", 7<<20), bytes.Repeat([]byte("\xff"), 7<<20)
+			r, err := client.Check(t.Context(), body)
+			if err != nil || codes.Code(r.GetStatus().GetCode()) != codes.ResourceExhausted {
 				t.Errorf("a check with a large body: %v, %v", r, err)
 			}
 			if kept := s.report.denials.list()[0].request; kept == nil || kept.Headers["x-mine"] != "kept" {
 				t.Errorf("kept %+v", kept)
 			}
 			s.Drain()
-			if r, err := health.Check(t.Context(), &healthv1.HealthCheckRequest{}); err != nil || r.Status != healthv1.HealthCheckResponse_NOT_SERVING {
-				t.Errorf("draining: %v, %v", r, err)
+			state, err := health.Check(t.Context(), &healthv1.HealthCheckRequest{})
+			if err != nil || state.Status != healthv1.HealthCheckResponse_NOT_SERVING {
+				t.Errorf("draining: %v, %v", state, err)
 			}
-			if r, err := client.Check(t.Context(), checkOf()); err != nil || codes.Code(r.GetStatus().GetCode()) != codes.ResourceExhausted {
+			r, err = client.Check(t.Context(), checkOf())
+			if err != nil || codes.Code(r.GetStatus().GetCode()) != codes.ResourceExhausted {
 				t.Errorf("a check while draining: %v, %v", r, err)
 			}
 		})
@@ -120,7 +130,9 @@ func TestOverTheWire(t *testing.T) {
 // intended, and there must be no panic.
 func FuzzCheck(f *testing.F) {
 	raw := checkOf()
-	raw.Attributes.Request.Http.HeaderMap = &corev3.HeaderMap{Headers: []*corev3.HeaderValue{{Key: "X-Api-Key", RawValue: []byte("a\r\nb")}}}
+	raw.Attributes.Request.Http.HeaderMap = &corev3.HeaderMap{Headers: []*corev3.HeaderValue{
+		{Key: "X-Api-Key", RawValue: []byte("a\r\nb")},
+	}}
 	grpcCall := checkOf("content-type", "application/grpc", "x-sluice-shadow", "x", "x-forwarded-for", "1.2.3.4, ::1")
 	grpcCall.Attributes.Source = address("2001:db8::1%eth0", 1)
 	for _, seed := range []*authv3.CheckRequest{{}, checkOf(), raw, grpcCall} {
@@ -134,7 +146,10 @@ func FuzzCheck(f *testing.F) {
 client_ip: {xff_from_right: 1}
 headers: [x-ratelimit, retry-after, ratelimit]
 limits:
-  - {name: a, rate: 1/s, burst: 3, key: [client.network, 'request.headers["x-api-key"]', request.url_path, request.method]}
+  - name: a
+    rate: 1/s
+    burst: 3
+    key: [client.network, 'request.headers["x-api-key"]', request.url_path, request.method]
   - {name: b, rate: 1/m, key: 'metadata.filter_metadata["x"].y', mode: shadow}
   - {name: c, rate: 1/s, match: {paths: ["/{a}/**"], hosts: ["*.example.com"]}, absent: deny, key: 'context["plan"]'}
 `, limiter.NewMemory(1<<20, nil, prometheus.NewRegistry()))

@@ -35,7 +35,8 @@ func TestSketch(t *testing.T) {
 				t.Errorf("seed %d: %s occurred %d times of %d and is missing", seed, key, n, all)
 			}
 			if ok && (n > s.counts[at] || n < s.counts[at]-s.over[at]) {
-				t.Errorf("seed %d: %s occurred %d times, counted %d, at most %d too many", seed, key, n, s.counts[at], s.over[at])
+				t.Errorf("seed %d: %s occurred %d times, counted %d, at most %d too many",
+					seed, key, n, s.counts[at], s.over[at])
 			}
 		}
 		if s.used != sketchSize {
@@ -104,7 +105,8 @@ func TestTopKeysExpire(t *testing.T) {
 // With a million clients memory stays bounded, and the client that is denied
 // most is found among them.
 func TestStatsAreBounded(t *testing.T) {
-	s, _, _ := newServer(t, "limits: [{name: a, rate: 1/d, key: client.ip}, {name: b, rate: 1/d, key: 'request.path'}]", nil)
+	s, _, _ := newServer(t,
+		"limits: [{name: a, rate: 1/d, key: client.ip}, {name: b, rate: 1/d, key: 'request.path'}]", nil)
 	deny := no(0, time.Second, time.Second, 1)
 	heap := func() uint64 {
 		runtime.GC()
@@ -112,13 +114,16 @@ func TestStatsAreBounded(t *testing.T) {
 		runtime.ReadMemStats(&m)
 		return m.HeapAlloc
 	}
-	v := checkState{config: s.config.Load(), decision: limiter.Decision{Outcome: limiter.Limited, Charges: make([]limiter.Charge, 1), Verdicts: []limiter.Verdict{deny}}}
+	v := checkState{config: s.config.Load(), decision: limiter.Decision{
+		Outcome: limiter.Limited, Charges: make([]limiter.Charge, 1), Verdicts: []limiter.Verdict{deny},
+	}}
 	limit := v.config.Limits()[0]
 	bucket := bucketOf(t)
 	now := time.Now()
 	ask := func(key string) {
-		v.decision.Charges[0] = limiter.Charge{Limit: limit, Bucket: bucket, Key: "sluice:default:a:{" + key + "}", Cost: 1}
-		s.report.charged(s.report.limits.forLimit(v.config, limit), &v.decision.Charges[0], &v.decision.Verdicts[0], false, now)
+		charge := &v.decision.Charges[0]
+		*charge = limiter.Charge{Limit: limit, Bucket: bucket, Key: "sluice:default:a:{" + key + "}", Cost: 1}
+		s.report.charged(s.report.limits.forLimit(v.config, limit), charge, &v.decision.Verdicts[0], false, now)
 		s.report.denials.add(&v, now)
 	}
 	const clients = 1_000_000
@@ -133,7 +138,8 @@ func TestStatsAreBounded(t *testing.T) {
 		t.Errorf("the heap grew from %d kB to %d kB", before>>10, after>>10)
 	}
 	requests, denials := s.Top("a", 10)
-	if len(requests) != 10 || requests[0].Key != "=4.busy" || denials[0].Key != "=4.busy" || denials[0].Count < clients/20 || denials[0].Count-denials[0].Over > clients/20 {
+	if len(requests) != 10 || requests[0].Key != "=4.busy" || denials[0].Key != "=4.busy" ||
+		denials[0].Count < clients/20 || denials[0].Count-denials[0].Over > clients/20 {
 		t.Errorf("%v %v", requests, denials)
 	}
 	if all := s.Denials(); len(all) != maxDenials || all[0].Key != fmt.Sprint("=8.client-", clients-1) {
@@ -144,7 +150,9 @@ func TestStatsAreBounded(t *testing.T) {
 	if d := s.Denials()[0]; d.Key != long {
 		t.Errorf("%d bytes of key", len(d.Key))
 	}
-	if _, ok := s.report.limits.forLimit(v.config, limit).topKeys.Load().current.requests.find(long[:maxTopKey], hashOf(long[:maxTopKey])); !ok {
+	cut := long[:maxTopKey]
+	counted := s.report.limits.forLimit(v.config, limit).topKeys.Load()
+	if _, ok := counted.current.requests.find(cut, hashOf(cut)); !ok {
 		t.Error("a long key is not cut")
 	}
 }
@@ -159,7 +167,9 @@ func TestTopKeysAreBounded(t *testing.T) {
 		s.report.limits.setLimits(limits)
 		kept := 0
 		for _, l := range limits {
-			s.report.charged(s.report.limits.forLimit(s.config.Load(), l), &limiter.Charge{Limit: l, Bucket: bucketOf(t), Key: "p:{k}"}, &limiter.Verdict{Allowed: true, Source: limiter.MemorySource}, true, time.Now())
+			s.report.charged(s.report.limits.forLimit(s.config.Load(), l),
+				&limiter.Charge{Limit: l, Bucket: bucketOf(t), Key: "p:{k}"},
+				&limiter.Verdict{Allowed: true, Source: limiter.MemorySource}, true, time.Now())
 			if requests, _ := s.Top(l.Name, 1); len(requests) == 1 && requests[0].Key == "k" {
 				kept++
 			}
@@ -197,7 +207,8 @@ limits:
 	ask(deny, "/three?token="+secret)
 	var got []string
 	for _, d := range s.Denials() {
-		got = append(got, fmt.Sprint(d.ID, " ", d.Count, " ", d.Outcome, " ", d.Limit, d.Field, d.Failure, " ", d.Cost, "/", d.Remaining, " ", d.RetryAfter,
+		got = append(got, fmt.Sprint(d.ID, " ", d.Count, " ", d.Outcome, " ", d.Limit, d.Field, d.Failure,
+			" ", d.Cost, "/", d.Remaining, " ", d.RetryAfter,
 			" ", d.Method, " ", d.Host, d.Path, " ", d.Source, " ", d.RequestID, " ", s.Denied(d.ID).Path))
 		if strings.Contains(strings.Replace(fmt.Sprintf("%+v", d), fmt.Sprint(d.request), "", 1), secret) {
 			t.Errorf("%+v", d)
@@ -221,7 +232,8 @@ limits:
 
 // Checks run concurrently with readers of the statistics and with new configs.
 func TestStatsConcurrently(t *testing.T) {
-	s, _, _ := newServer(t, "limits: [{name: a, rate: 1/d, burst: 10, key: 'request.headers[\"k\"]'}]", limiter.NewMemory(1<<20, nil, prometheus.NewRegistry()))
+	s, _, _ := newServer(t, "limits: [{name: a, rate: 1/d, burst: 10, key: 'request.headers[\"k\"]'}]",
+		limiter.NewMemory(1<<20, nil, prometheus.NewRegistry()))
 	var wg sync.WaitGroup
 	for i := range 4 {
 		wg.Go(func() {
@@ -243,8 +255,9 @@ func TestStatsConcurrently(t *testing.T) {
 	})
 	wg.Wait()
 	totals, limits := s.Totals(), s.Limits()
-	if sum := totals.Checks[limiter.Allowed] + totals.Checks[limiter.Limited]; sum != 2000 || totals.Seconds.GetSampleCount() != 2000 ||
-		len(limits) != 1 || limits[0].Allowed != totals.Checks[limiter.Allowed] || limits[0].Taken != limits[0].Allowed {
+	allowed := totals.Checks[limiter.Allowed]
+	if allowed+totals.Checks[limiter.Limited] != 2000 || totals.Seconds.GetSampleCount() != 2000 ||
+		len(limits) != 1 || limits[0].Allowed != allowed || limits[0].Taken != allowed {
 		t.Errorf("%v %v", totals, limits)
 	}
 }

@@ -172,7 +172,9 @@ func startSide(b *testing.B, name, url string) *reportingSide {
 		b.Fatal(err)
 	}
 	for range 2 {
-		conn, err := grpc.NewClient("passthrough:///"+addr, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithDefaultCallOptions(grpc.ForceCodecV2(newCodec())))
+		conn, err := grpc.NewClient("passthrough:///"+addr,
+			grpc.WithTransportCredentials(insecure.NewCredentials()),
+			grpc.WithDefaultCallOptions(grpc.ForceCodecV2(newCodec())))
 		if err != nil {
 			b.Fatal(err)
 		}
@@ -219,13 +221,16 @@ func (s *reportingSide) load(path string, checks, from, clients int) time.Durati
 			granted, denied := uint64(0), uint64(0)
 			for i := c; i < checks; i += callers {
 				client := (from + i) % clients
-				wire, err := protobuf.Marshal(browsersCheck(fmt.Sprintf("10.%d.%d.%d", client>>16&255, client>>8&255, client&255), path))
+				ip := fmt.Sprintf("10.%d.%d.%d", client>>16&255, client>>8&255, client&255)
+				wire, err := protobuf.Marshal(browsersCheck(ip, path))
 				if err != nil {
 					s.b.Error(err)
 					return
 				}
 				var got rawRequest
-				if err := s.conns[c%len(s.conns)].Invoke(s.b.Context(), authv3.Authorization_Check_FullMethodName, &rawResponse{wire: wire}, &got); err != nil {
+				err = s.conns[c%len(s.conns)].Invoke(s.b.Context(), authv3.Authorization_Check_FullMethodName,
+					&rawResponse{wire: wire}, &got)
+				if err != nil {
 					s.b.Error(err)
 					return
 				}
@@ -256,7 +261,8 @@ func (s *reportingSide) load(path string, checks, from, clients int) time.Durati
 
 // browsersCheck returns a check as Envoy sends it.
 func browsersCheck(ip, path string) *authv3.CheckRequest {
-	check := checkOf(":authority", "shop.example.com", ":method", "GET", ":path", path, ":scheme", "https", "accept", "*/*", "user-agent", "curl/8.5.0",
+	check := checkOf(":authority", "shop.example.com", ":method", "GET", ":path", path, ":scheme", "https",
+		"accept", "*/*", "user-agent", "curl/8.5.0",
 		"x-forwarded-proto", "https", "x-request-id", "7f1f2a3b-5a0c-4a53-9d5a-0a3f5a9e3c11")
 	check.Attributes.Source = address(ip, 50123)
 	check.Attributes.Destination = address("127.0.0.1", 8080)
@@ -277,7 +283,8 @@ func BenchmarkReporting(b *testing.B) {
 	const slicesEach = 6
 	store := redistest.Start(b)
 	for b.Loop() {
-		fmt.Printf("\n%-44s %8s %8s %8s %20s\n", "server CPU of a check by 64 callers, in µs", "off", "on", "on/off", "half of the slices")
+		fmt.Printf("\n%-44s %8s %8s %8s %20s\n",
+			"server CPU of a check by 64 callers, in µs", "off", "on", "on/off", "half of the slices")
 		for _, load := range []struct {
 			name, path    string
 			each, clients int
@@ -308,7 +315,8 @@ func BenchmarkReporting(b *testing.B) {
 					said := s.spent()
 					peak[i] = max(peak[i], said.Peak)
 					for _, outcome := range []limiter.Outcome{limiter.Allowed, limiter.Limited} {
-						if want := s.checks[outcome] * uint64(i); said.Counts[outcome] != want { // none where reporting is off
+						want := s.checks[outcome] * uint64(i) // none if reporting is off
+						if said.Counts[outcome] != want {
 							b.Errorf("%s: %d are counted as %v, want %d", s.name, said.Counts[outcome], outcome, want)
 						}
 					}
@@ -323,7 +331,8 @@ func BenchmarkReporting(b *testing.B) {
 			}
 			slices.Sort(ratios)
 			median := func(i int) float64 { return float64(all[i][len(all[i])/2].Nanoseconds()) / 1000 }
-			fmt.Printf("%-44s %8.2f %8.2f %8.3f %12.3f to %.3f   memory at most %d MiB off, %d MiB on\n", load.name, median(0), median(1), ratios[len(ratios)/2],
+			fmt.Printf("%-44s %8.2f %8.2f %8.3f %12.3f to %.3f   memory at most %d MiB off, %d MiB on\n",
+				load.name, median(0), median(1), ratios[len(ratios)/2],
 				ratios[len(ratios)/4], ratios[len(ratios)*3/4], peak[0]>>10, peak[1]>>10)
 		}
 	}

@@ -16,7 +16,10 @@ import (
 // of gRPC calls. A whole check costs the server tens of microseconds
 // (BenchmarkServers in cmd/sluice).
 func BenchmarkReport(b *testing.B) {
-	for name, told := range map[string]limiter.Verdict{"allowed": ok(50, time.Second, time.Second), "limited": no(0, time.Second, time.Second, time.Second)} {
+	for name, told := range map[string]limiter.Verdict{
+		"allowed": ok(50, time.Second, time.Second),
+		"limited": no(0, time.Second, time.Second, time.Second),
+	} {
 		b.Run(name, func(b *testing.B) {
 			s, _, _ := newServer(b, "limits: [{name: a, rate: 100/s, key: client.ip}]", nil)
 			s.report.log = zap.NewNop() // the tests' own writes each denial
@@ -32,9 +35,14 @@ func BenchmarkReport(b *testing.B) {
 				if told.Allowed {
 					outcome = limiter.Allowed
 				}
-				verdicts[i] = checkState{config: config, request: request, wire: strings.Repeat(" ", 1000), decision: limiter.Decision{
+				charge := limiter.Charge{
+					Limit: limit, Bucket: bucket, Cost: 1,
+					Key: fmt.Sprintf("sluice:default:a:{=9.10.0.0.%d}", i),
+				}
+				wire := strings.Repeat(" ", 1000)
+				verdicts[i] = checkState{config: config, request: request, wire: wire, decision: limiter.Decision{
 					Outcome:  outcome,
-					Charges:  []limiter.Charge{{Limit: limit, Bucket: bucket, Key: fmt.Sprintf("sluice:default:a:{=9.10.0.0.%d}", i), Cost: 1}},
+					Charges:  []limiter.Charge{charge},
 					Verdicts: []limiter.Verdict{told},
 				}}
 			}
