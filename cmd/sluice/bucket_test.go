@@ -23,7 +23,7 @@ func TestBucket(t *testing.T) {
 	}
 	of := []string{"--config", config, "--limit", "orders", "--key", "k", "--key", "POST"}
 	get, reset := append([]string{"get"}, of...), append([]string{"reset"}, of...)
-	const none = "full: there is no such bucket, as it was not used or has refilled since\n"
+	const none = "full: the bucket does not exist, because it was not used or has refilled\n"
 	ask("orders {"+key+"}: 7 of 7 tokens, refilled at 60/d, "+none, get...)
 	if got := check(t, conn, request); got != "ok" {
 		t.Fatal(got)
@@ -75,9 +75,9 @@ func TestBucket(t *testing.T) {
 		status int
 		want   string
 	}{
-		{"", 2, "sluice: a command is missing: get or reset\nSee 'sluice bucket --help'.\n"},
+		{"", 2, "sluice: missing command; want get or reset\nSee 'sluice bucket --help'.\n"},
 		{"look", 2, "sluice: unknown command \"look\" for \"sluice bucket\"\nSee 'sluice bucket --help'.\n"},
-		{"get", 2, "sluice: --limit is missing: the name of a limit\nSee 'sluice bucket get --help'.\n"},
+		{"get", 2, "sluice: --limit: missing; want the name of a limit\nSee 'sluice bucket get --help'.\n"},
 		{"get --config CONFIG --limit none", 1, "sluice: unknown limit \"none\"; the config has: per-client, orders, fallback, watched, inside\n"},
 		{"get --config CONFIG --limit orders --key k", 1, "sluice: want 2 key parts for limit orders, not 1\n"},
 		{"get --config CONFIG --limit orders --key k --key=", 1, "sluice: empty key part; a request's empty part counts as absent\n"},
@@ -89,9 +89,9 @@ func TestBucket(t *testing.T) {
 		{"get --config CONFIG --limit orders --key-hash =4.POST", 1, "sluice: invalid key \"=4.POST\" for limit orders; want its 2 parts as logs and metadata show them, such as #43.<hash> or =4.POST\n"},
 		{"get --config CONFIG --limit orders --key-hash =4.POST=1.ax", 1, "sluice: invalid key \"=4.POST=1.ax\" for limit orders; want its 2 parts as logs and metadata show them, such as #43.<hash> or =4.POST\n"},
 		{"get --config CONFIG --limit fallback --key-hash a", 1, "sluice: invalid key \"a\"; limit fallback has a single bucket, with the key \"-\"\n"},
-		{"get --config CONFIG --limit orders --key-hash a --key k", 2, "sluice: --key-hash is the whole key; leave --key and --absent out\nSee 'sluice bucket get --help'.\n"},
-		{"get --config ALONE --limit fallback", 1, "sluice: the config has no Redis: the buckets are in the sidecar's own process, where no other can look\n"},
-		{"reset --config ALONE --limit fallback", 1, "sluice: the config has no Redis: the buckets are in the sidecar's own process, where no other can look\n"},
+		{"get --config CONFIG --limit orders --key-hash a --key k", 2, "sluice: --key-hash is the whole key; omit --key and --absent\nSee 'sluice bucket get --help'.\n"},
+		{"get --config ALONE --limit fallback", 1, "sluice: the config has no store.redis: the buckets are in the sidecar's process and cannot be read from outside\n"},
+		{"reset --config ALONE --limit fallback", 1, "sluice: the config has no store.redis: the buckets are in the sidecar's process and cannot be read from outside\n"},
 	} {
 		args := append([]string{"bucket"}, strings.Fields(strings.NewReplacer("CONFIG", config, "ALONE", alone).Replace(tt.args))...)
 		if status, stdout, stderr := sluice(t, nil, args...); status != tt.status || stdout != "" || stderr != tt.want {

@@ -30,10 +30,10 @@ func TestClusterSlotsAreTold(t *testing.T) {
 		want string
 		args []string
 	}{
-		{"allowed\n(the cluster takes from these in calls of their own, as their keys differ and so their hash slots: per-client, orders | all)\n", []string{"explain", "--config", apart}},
+		{"allowed\n(limits with different keys are in different hash slots, and each of these takes a call of its own: per-client, orders | all)\n", []string{"explain", "--config", apart}},
 		{"allowed\n\n", []string{"explain", "--config", together}},
-		{"ok    slots         a request takes from these in calls of their own, as their keys differ and so their hash slots: per-client, orders, posts | all\n", []string{"doctor", "--config", apart}},
-		{"ok    slots         all limits of a request share a hash slot, and so a call\n", []string{"doctor", "--config", together}},
+		{"ok    slots         limits with different keys are in different hash slots, and each of these takes a call of its own: per-client, orders, posts | all\n", []string{"doctor", "--config", apart}},
+		{"ok    slots         all limits of a request share a hash slot, and so one call\n", []string{"doctor", "--config", together}},
 	} {
 		if status, stdout, stderr := sluice(t, nil, tt.args...); status != 0 || !strings.Contains(stdout+"\n", tt.want) {
 			t.Errorf("%v: %d %s\n%s\nwant %s", tt.args[:1], status, stderr, stdout, tt.want)

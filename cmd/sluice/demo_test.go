@@ -152,7 +152,7 @@ func TestDemoErrors(t *testing.T) {
 		{nil, []string{"PATH=" + nothing, "HOME=", "XDG_CACHE_HOME="}, 1,
 			"sluice: no cache directory for Envoy: neither $XDG_CACHE_HOME nor $HOME are defined; put envoy on PATH\n"},
 		{[]string{"--port", "99999"}, nil, 2, "sluice: invalid argument \"99999\" for \"--port\" flag: strconv.ParseUint: parsing \"99999\": value out of range\nSee 'sluice demo --help'.\n"},
-		{[]string{"--port", "0"}, nil, 2, "sluice: --port 0: allowed are 1 to 65535\nSee 'sluice demo --help'.\n"},
+		{[]string{"--port", "0"}, nil, 2, "sluice: --port 0: must be 1 to 65535\nSee 'sluice demo --help'.\n"},
 		{[]string{"--config", "/no/such.yaml"}, nil, 1, "/no/such.yaml: no such file or directory\n"},
 		{[]string{"--redis", "http://h"}, nil, 2, "--redis: store.redis.url: invalid URL scheme; want redis://[user:password@]host:port[/database], the same with rediss://, or unix:///path/to/socket[?db=database]\n"},
 	} {
@@ -204,7 +204,7 @@ func TestEnvoyCommand(t *testing.T) {
 		if warned := strings.HasPrefix(stderr, "warning: "+claims+" reads metadata"); status != 0 || warned == (kind == "istio") {
 			t.Errorf("%s: %d %s", kind, status, stderr)
 		}
-		if !strings.Contains(stderr, "listens on "+map[bool]string{true: "127.0.0.1:9001,", false: "9001,"}[kind == "istio"]) {
+		if !strings.Contains(stderr, "always listens on "+map[bool]string{true: "127.0.0.1:9001\n", false: "port 9001\n"}[kind == "istio"]) {
 			t.Errorf("%s: %s", kind, stderr)
 		}
 	}

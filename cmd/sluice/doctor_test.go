@@ -76,7 +76,7 @@ func TestDoctor(t *testing.T) {
 			}
 		}
 	}
-	if status, _, stderr := sluice(t, nil, "doctor", "--envoy-timeout", "0s"); status != 2 || !strings.Contains(stderr, "--envoy-timeout 0s: allowed are durations above 0") {
+	if status, _, stderr := sluice(t, nil, "doctor", "--envoy-timeout", "0s"); status != 2 || !strings.Contains(stderr, "--envoy-timeout 0s: must be above 0") {
 		t.Errorf("%d %s", status, stderr)
 	}
 }

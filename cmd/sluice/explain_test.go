@@ -45,14 +45,14 @@ func TestExplain(t *testing.T) {
 		if want := `POST /v1/orders
 client 203.0.113.7, domain shop/checkout
 
-  applies  per-client  costs 1 of 20 left; burst 20, refilled at 10/d
+  applies  per-client  cost 1, remaining 20; burst 20, rate 10/d
                        it applies to every request
                        key =11.203.0.113.7
-  applies  orders      costs 5 of 7 left; burst 7, refilled at 60/d
+  applies  orders      cost 5, remaining 7; burst 7, rate 60/d
                        it matches
                        key #43.gleutKJ6evplE1M8ieEaLYSXdt5CT2IjwGHxohIrnFo=4.POST
   no       fallback    orders comes first in the group plan
-  applies  watched     costs 1 of 1 left; burst 1, refilled at 1/d; shadow: never denies
+  applies  watched     cost 1, remaining 1; burst 1, rate 1/d; shadow, never denies
                        it applies to every request
                        key -
   no       inside      client 203.0.113.7 is in none of match.clients
@@ -93,7 +93,7 @@ allowed
 
 	redis.Kill()
 	status, stdout, stderr = sluice(t, nil, order...)
-	if status != 1 || !strings.Contains(stdout, "failed_closed") || !strings.Contains(stdout, "its bucket is not known: store: connection") {
+	if status != 1 || !strings.Contains(stdout, "failed_closed") || !strings.Contains(stdout, "its bucket is unknown: store: connection") {
 		t.Errorf("%d %s\n%s", status, stderr, stdout)
 	}
 }
@@ -116,19 +116,19 @@ func TestExplainWithoutRedis(t *testing.T) {
 		want   string // in the output
 	}{
 		{"", 0, "GET /\nclient 127.0.0.1, domain shop/checkout\n"},
-		{"", 0, "\nallowed\n(there is no Redis, so the buckets are in the sidecar's own process: what they hold is not known here, and taken to be all)\n"},
-		{"", 0, "costs 1 of ? left; burst 20, refilled at 10/d"},
+		{"", 0, "\nallowed\n(without Redis the buckets are in the sidecar's process and cannot be read; they are assumed full)\n"},
+		{"", 0, "cost 1, remaining unknown; burst 20, rate 10/d"},
 		{"--path /healthz", 0, "\nexempt\n(exempt[0] holds)\n"},
 		{"--source 10.1.2.3", 0, "inside      unlimited\n"},
 		{"--source ::1", 0, "key =5.::/64\n"},
 		{"--host a.example.com:80 --path //x?y", 0, "GET a.example.com:80//x?y\n"},
 		{"--path /\x1b[31m", 0, "GET /\\x1b[31m\n"},
 		{"--context sluice.limits=orders", 0, "no       per-client  the route's sluice.limits does not name it"},
-		{"--context sluice.limit.big={rate: 5/s, cost: 'request.method.size() * 2'}", 1, "\nlimited by big for ever\n"},
-		{"--context sluice.limit.big={rate: 5}", 1, "\ninvalid\n(the request shows a mistake of the config; limit big: context_extensions: sluice.limit.big:1:8: rate: invalid rate \"5\"; want"},
-		{"--context sluice.limits=none -o json", 1, `"note": "the request shows a mistake of the config; context_extensions: sluice.limits: unknown limit \"none\""`},
+		{"--context sluice.limit.big={rate: 5/s, cost: 'request.method.size() * 2'}", 1, "\nlimited by big forever\n"},
+		{"--context sluice.limit.big={rate: 5}", 1, "\ninvalid\n(the request reveals an error in the config; limit big: context_extensions: sluice.limit.big:1:8: rate: invalid rate \"5\"; want"},
+		{"--context sluice.limits=none -o json", 1, `"note": "the request reveals an error in the config; context_extensions: sluice.limits: unknown limit \"none\""`},
 		{"-o json", 0, `"remaining": null`},
-		{"--header x-a=1 --header x-a=2 --context sluice.limit.a={rate: 1/s, when: 'request.headers[\"x-a\"] == \"1,2\"'}", 0, "applies  a           costs 1"},
+		{"--header x-a=1 --header x-a=2 --context sluice.limit.a={rate: 1/s, when: 'request.headers[\"x-a\"] == \"1,2\"'}", 0, "applies  a           cost 1,"},
 	} {
 		args := []string{"explain", "--config", config}
 		for _, word := range strings.Split(tt.args, " --") {
@@ -152,13 +152,13 @@ func TestExplainWithoutRedis(t *testing.T) {
 	}
 	// Without a config there is what the route says.
 	status, stdout, _ := sluice(t, nil, "explain", "--context", "sluice.limit.a={rate: 5/m}")
-	if status != 0 || !strings.Contains(stdout, "applies  a  costs 1 of ? left; burst 5, refilled at 5/m") {
+	if status != 0 || !strings.Contains(stdout, "applies  a  cost 1, remaining unknown; burst 5, rate 5/m") {
 		t.Errorf("%d\n%s", status, stdout)
 	}
 	// As in the pod, the environment says which Redis.
 	redis := redistest.Start(t)
 	status, stdout, _ = sluice(t, []string{"SLUICE_CONFIG=" + config, "SLUICE_REDIS=" + redis.URL(), "SLUICE_DOMAIN=mine"}, "explain")
-	if status != 0 || !strings.Contains(stdout, "costs 1 of 20 left") || !strings.Contains(stdout, "domain mine") {
+	if status != 0 || !strings.Contains(stdout, "cost 1, remaining 20;") || !strings.Contains(stdout, "domain mine") {
 		t.Errorf("%d\n%s", status, stdout)
 	}
 }
@@ -170,11 +170,11 @@ func TestExplainErrors(t *testing.T) {
 		status int
 		want   string
 	}{
-		{[]string{"--config", config, "--source", "here"}, 2, "sluice: --source \"here\": allowed are IP addresses\nSee 'sluice explain --help'.\n"},
-		{[]string{"--config", config, "--path", "x"}, 2, "sluice: --path \"x\": allowed are paths that begin with /\nSee 'sluice explain --help'.\n"},
-		{[]string{"--config", config, "--header", "x"}, 2, "sluice: --header \"x\": wanted is name=value\nSee 'sluice explain --help'.\n"},
-		{[]string{"--config", config, "--context", "=x"}, 2, "sluice: --context \"=x\": wanted is name=value\nSee 'sluice explain --help'.\n"},
-		{[]string{"--config", config, "-o", "yaml"}, 2, "sluice: -o \"yaml\": allowed are text and json\nSee 'sluice explain --help'.\n"},
+		{[]string{"--config", config, "--source", "here"}, 2, "sluice: --source \"here\": must be an IP address\nSee 'sluice explain --help'.\n"},
+		{[]string{"--config", config, "--path", "x"}, 2, "sluice: --path \"x\": must begin with /\nSee 'sluice explain --help'.\n"},
+		{[]string{"--config", config, "--header", "x"}, 2, "sluice: --header \"x\": must be name=value\nSee 'sluice explain --help'.\n"},
+		{[]string{"--config", config, "--context", "=x"}, 2, "sluice: --context \"=x\": must be name=value\nSee 'sluice explain --help'.\n"},
+		{[]string{"--config", config, "-o", "yaml"}, 2, "sluice: -o \"yaml\": must be text or json\nSee 'sluice explain --help'.\n"},
 		{[]string{"--config", config, "extra"}, 2, "sluice: unknown command \"extra\" for \"sluice explain\"\nSee 'sluice explain --help'.\n"},
 		{[]string{"--config", "none.yaml"}, 1, "none.yaml: no such file or directory\n"},
 		{[]string{"--config", config, "--request", "none.json"}, 1, "sluice: --request: open none.json: no such file or directory\n"},

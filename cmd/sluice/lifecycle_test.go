@@ -301,11 +301,11 @@ func TestStartErrors(t *testing.T) {
 		{"run now", "", 2, `sluice: unknown command "now" for "sluice run"\nSee 'sluice run --help'\.`},
 		{"run --colour red", "", 2, `sluice: unknown flag: --colour\nSee 'sluice run --help'\.`},
 		{"walk", "", 2, `(?s)sluice: unknown command "walk" for "sluice".*See 'sluice --help'\.`},
-		{"", "", 2, `sluice: a command is missing\nSee 'sluice --help'\.`},
+		{"", "", 2, `sluice: missing command\nSee 'sluice --help'\.`},
 		{"validate", "", 2, `(?s)sluice: requires at least 1 arg.*`},
-		{"validate -o xml f", "", 2, `sluice: -o "xml": allowed are text and json\n.*`},
+		{"validate -o xml f", "", 2, `sluice: -o "xml": must be text or json\n.*`},
 		{"healthcheck --grpc " + addr, "", 1, `sluice: ` + addr + ` does not answer: .*`},
-		{"healthcheck --grpc nowhere", "", 2, `sluice: "nowhere": allowed are .*\n.*`},
+		{"healthcheck --grpc nowhere", "", 2, `sluice: "nowhere": must be .*\n.*`},
 	} {
 		var env []string
 		if tt.env != "" {

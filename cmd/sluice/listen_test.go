@@ -53,7 +53,7 @@ func TestListenUnix(t *testing.T) {
 	if err := os.WriteFile(file, []byte("precious"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := listen("unix://"+file, zap.NewNop()); err == nil || err.Error() != file+" is there and is no socket" {
+	if _, err := listen("unix://"+file, zap.NewNop()); err == nil || err.Error() != file+" exists and is not a socket" {
 		t.Errorf("a file: %v", err)
 	}
 	if b, err := os.ReadFile(file); err != nil || string(b) != "precious" {
@@ -101,9 +101,9 @@ func TestListenErrors(t *testing.T) {
 	defer func() { _ = l.Close() }()
 	for addr, want := range map[string]string{
 		l.Addr().String():  "listen tcp " + l.Addr().String() + ": address already in use",
-		"9001":             `"9001": allowed are host:port and unix:///absolute/path`,
-		"127.0.0.1:":       `"127.0.0.1:": allowed are host:port and unix:///absolute/path`,
-		"unix://s.sock":    `"unix://s.sock": allowed are host:port and unix:///absolute/path`,
+		"9001":             `"9001": must be host:port or unix:///absolute/path`,
+		"127.0.0.1:":       `"127.0.0.1:": must be host:port or unix:///absolute/path`,
+		"unix://s.sock":    `"unix://s.sock": must be host:port or unix:///absolute/path`,
 		"127.0.0.1:999999": "listen tcp: address 999999: invalid port",
 	} {
 		if _, err := listen(addr, zap.NewNop()); err == nil || err.Error() != want {

@@ -154,7 +154,7 @@ func TestPage(t *testing.T) {
 	holds("#state", "Ready")
 	holds("#store", "answers")
 	holds("#config", "sluice.yaml")
-	holds("#denials", "Nothing was refused since this sidecar started.")
+	holds("#denials", "No denials since this sidecar started.")
 	if b.eval(`[...document.querySelectorAll("#denials th")].some((th) => th.checkVisibility())`) != false {
 		t.Error("a table without rows has a head")
 	}
@@ -199,7 +199,7 @@ func TestPage(t *testing.T) {
 	// The last denials say why, and what a client wrote there is text.
 	holds("#denials-rows", "/odd/%3Cimg")
 	holds("#denials-rows", "<script>window.hacked=1</script>.example/odd/<img src=x onerror=")
-	holds("#denials-rows", "again in")
+	holds("#denials-rows", "retry in")
 
 	// A denied request is explained, by a click.
 	row := `#denials-rows tr:has(b) [data-denial]`
@@ -222,7 +222,7 @@ func TestPage(t *testing.T) {
 	b.eval(`document.querySelector("[name=source]").focus()`)
 	b.press("Enter")
 	holds("#answer", "allowed")
-	holds("#answer", "20 of 20 tokens left, costs 1")
+	holds("#answer", "cost 1, remaining 20 of 20 tokens")
 	holds("#answer", "hosts") // why quiet does not apply
 	b.eval(`document.querySelector("#traffic").focus()`)
 	b.press("ArrowLeft")
@@ -260,7 +260,7 @@ func TestPage(t *testing.T) {
 	if err := os.WriteFile(config, []byte(pageConfig+"  - {name: '"+attack+"', rate: 1/s}\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	holds("#alarms", "The new config is not in force")
+	holds("#alarms", "Config reload failed")
 	holds("#alarms", "onerror")
 	holds("#config", "rejected")
 	b.look(1280, "light")
@@ -463,7 +463,7 @@ limits:
 			if len(denials) != 1 {
 				t.Fatalf("%+v", denials)
 			}
-			if d := denials[0]; d.Count != 2 || d.Limit != "a" || d.Decision != "limited" || d.Reason != "costs 2, and 0 are left" || d.Path != "/a" || d.Source != "203.0.113.7" ||
+			if d := denials[0]; d.Count != 2 || d.Limit != "a" || d.Decision != "limited" || d.Reason != "cost 2, remaining 0" || d.Path != "/a" || d.Source != "203.0.113.7" ||
 				*d.RetryAfter < 172_000 || *d.RetryAfter > 172_800 || !d.Explainable || fmt.Sprint(d.Parts) != key {
 				t.Errorf("%+v", d)
 			}

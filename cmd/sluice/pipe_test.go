@@ -117,14 +117,14 @@ func TestConfigFromAPipe(t *testing.T) {
 			}
 			await(t, func() bool { return l.count("cannot be reloaded") == 1 })
 			write("key,rate,burst\ngold,5/d,\n")
-			await(t, func() bool { return l.count("a new config is in force") == 1 })
+			await(t, func() bool { return l.count("config reloaded") == 1 })
 			if n := l.count(`"limits":1`); n != 1 {
 				t.Errorf("%d new configs have the limit:\n%s", n, l.said)
 			}
 			if err := p.cmd.Process.Signal(syscall.SIGHUP); err != nil {
 				t.Fatal(err)
 			}
-			await(t, func() bool { return l.count("a new config is in force") == 2 })
+			await(t, func() bool { return l.count("config reloaded") == 2 })
 			if l.count("cannot be reloaded") != 1 {
 				t.Errorf("said more than once:\n%s", l.said)
 			}

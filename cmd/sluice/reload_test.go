@@ -348,7 +348,7 @@ func TestReloadKeepsBuckets(t *testing.T) {
 	if err := p.cmd.Process.Signal(syscall.SIGHUP); err != nil {
 		t.Fatal(err)
 	}
-	await(t, func() bool { return strings.Contains(p.logged(), "a new config is in force") })
+	await(t, func() bool { return strings.Contains(p.logged(), "config reloaded") })
 	if got := check(t, conn, from("203.0.113.1", "/")); got != "429" {
 		t.Errorf("%s: a changed burst gave tokens", got)
 	}

@@ -25,7 +25,7 @@ func TestWrongSettings(t *testing.T) {
 		{[]string{"demo", "--redis", "http://h"}, 2, `--redis: store.redis.url: `},
 		{[]string{"webhook", "--client-name", "api"}, 2, `--client-name requires --client-ca-file`},
 		{[]string{"webhook", "--image", "a b"}, 2, `--image "a b": must be an image reference of at most 512 bytes`},
-		{[]string{"healthcheck", "--grpc", long}, 2, `: a path of 108 bytes; a unix socket's has at most 107`},
+		{[]string{"healthcheck", "--grpc", long}, 2, `: the path has 108 bytes; the maximum for a unix socket is 107`},
 		{[]string{"run", "--config", file(t, "sluice.yaml", "listen: {grpc: '"+long+"'}\n")}, 1, `: the path has 108 bytes; the maximum for a unix socket is 107`},
 		{[]string{"run", "--config", file(t, "sluice.yaml", "mode: x\n")}, 1, `mode: unknown value "x"; want one of enforce, shadow`},
 	} {

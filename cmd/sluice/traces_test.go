@@ -225,7 +225,7 @@ func TestTracesNowhere(t *testing.T) {
 		"OTEL_EXPORTER_OTLP_PROTOCOL":        "carrier-pigeon",
 	} {
 		status, _, stderr := sluice(t, []string{name + "=" + value}, "run", "--grpc", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--metrics", "127.0.0.1:0")
-		if status != 1 || !strings.Contains(stderr, name) || !strings.Contains(stderr, "allowed are") || strings.Count(stderr, "\n") != 1 {
+		if status != 1 || !strings.Contains(stderr, name) || !strings.Contains(stderr, "must be http") || strings.Count(stderr, "\n") != 1 {
 			t.Errorf("%s=%s: %d %s", name, value, status, stderr)
 		}
 	}

@@ -93,7 +93,7 @@ func (p *Page) routes() *http.ServeMux {
 		panic(err) // the name is valid
 	}
 	files := http.FileServerFS(root)
-	for _, name := range []string{"/{$}", "/page.css", "/page.js", "/icon.svg"} {
+	for _, name := range []string{"/{$}", "/page.css", "/page.js", "/elements.js", "/icon.svg"} {
 		mux.Handle("GET "+name, files)
 	}
 	for path, find := range map[string]func(*http.Request) (any, error){
