@@ -22,7 +22,9 @@ limits: [{name: strict, rate: 1/d, match: {paths: [/strict]}}]
 	if err != nil {
 		t.Fatal(err)
 	}
-	bootstrap, err := envoy.Plain(envoy.Options{Listener: "127.0.0.1:0", Admin: "127.0.0.1:0", Sluice: p.grpc, Upstream: up.Listener.Addr().String()})
+	bootstrap, err := envoy.Plain(
+		envoy.Options{Listener: "127.0.0.1:0", Admin: "127.0.0.1:0", Sluice: p.grpc, Upstream: up.Listener.Addr().String()},
+	)
 	if err != nil {
 		t.Fatal(err)
 	}

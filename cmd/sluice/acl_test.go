@@ -40,7 +40,10 @@ limits:
   - {name: narrow, key: client.ip, rate: 1/d, burst: 1}
 `
 	config := func(redis string) string {
-		return file(t, "sluice.yaml", fmt.Sprintf("store: {redis: {%s, username: sluice, password: PASSWORD, timeout: 5s}}\n", redis)+limits)
+		return file(
+			t, "sluice.yaml",
+			fmt.Sprintf("store: {redis: {%s, username: sluice, password: PASSWORD, timeout: 5s}}\n", redis)+limits,
+		)
 	}
 	single := redistest.Start(t)
 	cluster := redistest.StartCluster(t, 3)
@@ -55,9 +58,18 @@ limits:
 		nodes        []*redis.Client
 		lines        []string
 	}{
-		{"single", config("url: '" + single.URL() + "'"), []*redis.Client{single.Client()}, []string{"each take", "bucket reset, doctor and a start's checks"}},
-		{"database", config("url: '" + single.URL() + "?db=3'"), []*redis.Client{single.Client()}, []string{"each take", "a database in the URL", "bucket reset, doctor and a start's checks"}},
-		{"cluster", config("mode: cluster, addresses: [" + strings.Join(addresses, ", ") + "]"), masters, []string{"each take", "a cluster", "bucket reset, doctor and a start's checks"}},
+		{
+			"single", config("url: '" + single.URL() + "'"), []*redis.Client{single.Client()},
+			[]string{"each take", "bucket reset, doctor and a start's checks"},
+		},
+		{
+			"database", config("url: '" + single.URL() + "?db=3'"), []*redis.Client{single.Client()},
+			[]string{"each take", "a database in the URL", "bucket reset, doctor and a start's checks"},
+		},
+		{
+			"cluster", config("mode: cluster, addresses: [" + strings.Join(addresses, ", ") + "]"), masters,
+			[]string{"each take", "a cluster", "bucket reset, doctor and a start's checks"},
+		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			var rights []string
@@ -117,7 +129,8 @@ func everything(t *testing.T, config string, nodes []*redis.Client) (failed []st
 	miss := func(format string, args ...any) { failed = append(failed, fmt.Sprintf(format, args...)) }
 	program := func(want string, args ...string) {
 		var stdout, stderr bytes.Buffer
-		if status := run(ctx, append(args, "--config", config), os.LookupEnv, &stdout, &stderr); status != statusGood || !strings.Contains(stdout.String(), want) {
+		if status := run(ctx, append(args, "--config", config), os.LookupEnv, &stdout, &stderr); status != statusGood ||
+			!strings.Contains(stdout.String(), want) {
 			miss("%v: %d %s%s", args, status, stdout.String(), stderr.String())
 		}
 	}
@@ -167,7 +180,10 @@ func everything(t *testing.T, config string, nodes []*redis.Client) (failed []st
 func migrating(ctx context.Context, t *testing.T, nodes []*redis.Client, tag string, do func()) {
 	t.Helper()
 	slot := nodes[0].ClusterKeySlot(ctx, "{"+tag+"}").Val()
-	from := slices.IndexFunc(nodes, func(n *redis.Client) bool { return n.Exists(ctx, "{"+tag+"}").Err() == nil }) // the others say MOVED
+	from := slices.IndexFunc(
+		nodes,
+		func(n *redis.Client) bool { return n.Exists(ctx, "{"+tag+"}").Err() == nil },
+	) // the others say MOVED
 	to := (from + 1) % len(nodes)
 	set := func(node int, args ...any) {
 		t.Helper()

@@ -85,7 +85,8 @@ func (c *http2Client) check() (uint32, error) {
 	var block bytes.Buffer
 	e := hpack.NewEncoder(&block)
 	for _, f := range [][2]string{
-		{":method", "POST"}, {":scheme", "http"}, {":path", "/envoy.service.auth.v3.Authorization/Check"}, {":authority", "sluice"},
+		{":method", "POST"}, {":scheme", "http"}, {":path", "/envoy.service.auth.v3.Authorization/Check"},
+		{":authority", "sluice"},
 		{"content-type", "application/grpc"}, {"te", "trailers"},
 	} {
 		if err := e.WriteField(hpack.HeaderField{Name: f[0], Value: f[1], Sensitive: true}); err != nil {
@@ -94,7 +95,9 @@ func (c *http2Client) check() (uint32, error) {
 	}
 	stream := c.next
 	c.next += 2
-	return stream, c.frames.WriteHeaders(http2.HeadersFrameParam{StreamID: stream, BlockFragment: block.Bytes(), EndHeaders: true})
+	return stream, c.frames.WriteHeaders(
+		http2.HeadersFrameParam{StreamID: stream, BlockFragment: block.Bytes(), EndHeaders: true},
+	)
 }
 
 // half writes the first so many bytes of a message that says to be twice as long.
@@ -152,7 +155,10 @@ func TestAttackGRPC(t *testing.T) {
 		attack()
 		at := asked.Load()
 		await(t, func() bool { return asked.Load() >= at+20 })
-		t.Logf("%s: %d checks, the slowest %v, %d MiB at most", name, asked.Load(), time.Duration(slowest.Load()), peak(t, p.cmd.Process.Pid)>>20)
+		t.Logf(
+			"%s: %d checks, the slowest %v, %d MiB at most", name, asked.Load(), time.Duration(slowest.Load()),
+			peak(t, p.cmd.Process.Pid)>>20,
+		)
 	}
 	// Each attack comes from an address of its own, or it would only make room for itself.
 	clients := func(from string, n int, f func(c *http2Client) error) {
@@ -189,8 +195,11 @@ func TestAttackGRPC(t *testing.T) {
 				}
 				message = append(message, form.rest...)
 				for range form.times {
-					err := conn.Invoke(t.Context(), "/envoy.service.auth.v3.Authorization/Check", message, new([]byte), grpc.ForceCodecV2(rawCodec{}))
-					if code := status.Code(err); code != codes.ResourceExhausted && code != codes.OK && code != codes.Unavailable { // it may be too slow
+					err := conn.Invoke(
+						t.Context(), "/envoy.service.auth.v3.Authorization/Check", message, new([]byte), grpc.ForceCodecV2(rawCodec{}),
+					)
+					if code := status.Code(err); code != codes.ResourceExhausted && code != codes.OK &&
+						code != codes.Unavailable { // it may be too slow
 						t.Errorf("%v: %v", path, err)
 					}
 				}
@@ -269,8 +278,13 @@ func TestAttackGRPC(t *testing.T) {
 func dialGRPC(t *testing.T, addr, from string) *grpc.ClientConn {
 	t.Helper()
 	dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}
-	conn, err := grpc.NewClient("passthrough:///"+addr, grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithContextDialer(func(ctx context.Context, addr string) (net.Conn, error) { return dialer.DialContext(ctx, "tcp", addr) }))
+	conn, err := grpc.NewClient(
+		"passthrough:///"+addr,
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithContextDialer(
+			func(ctx context.Context, addr string) (net.Conn, error) { return dialer.DialContext(ctx, "tcp", addr) },
+		),
+	)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -21,12 +21,15 @@ func TestAttackKeys(t *testing.T) {
 		name, key string
 		parts, n  int
 	}{
-		{"450 bytes", "[request.headers.a, request.headers.b, request.headers.c, request.headers.d, request.headers.e, request.headers.f, request.headers.g, request.headers.h]",
+		{"450 bytes", "[request.headers.a, request.headers.b, request.headers.c, request.headers.d, request.headers.e, " +
+			"request.headers.f, request.headers.g, request.headers.h]",
 			8, redistest.Scaled(1000, 12_000)},
 		{"60 bytes", "request.headers.a", 1, redistest.Scaled(10_000, 300_000)},
 	} {
 		t.Run(keys.name, func(t *testing.T) {
-			p := startShipped(t, "--config", file(t, "sluice.yaml", "limits: [{name: a, rate: 1/d, burst: 2, key: "+keys.key+"}]"))
+			p := startShipped(
+				t, "--config", file(t, "sluice.yaml", "limits: [{name: a, rate: 1/d, burst: 2, key: "+keys.key+"}]"),
+			)
 			var conns []*grpc.ClientConn
 			for range 4 {
 				conns = append(conns, dial(t, p.grpc))

@@ -99,7 +99,10 @@ func hold(t *testing.T, n int, addr, text string) {
 // scraper is a client with an address of its own.
 func scraper(address string) *http.Client {
 	dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(address)}, Timeout: within}
-	return &http.Client{Timeout: within, Transport: &http.Transport{DialContext: dialer.DialContext, DisableKeepAlives: true}}
+	return &http.Client{
+		Timeout:   within,
+		Transport: &http.Transport{DialContext: dialer.DialContext, DisableKeepAlives: true},
+	}
 }
 
 // Connections that do nothing, requests that are sent by halves, and answers that nobody reads neither fill the memory nor keep others

@@ -90,7 +90,10 @@ func (constant) Check(context.Context, *authv3.CheckRequest) (*authv3.CheckRespo
 		Status: &status.Status{},
 		HttpResponse: &authv3.CheckResponse_OkResponse{OkResponse: &authv3.OkHttpResponse{
 			ResponseHeadersToAdd: []*corev3.HeaderValueOption{
-				header("x-ratelimit-limit", "1000000000"), header("x-ratelimit-remaining", "999999999"), header("x-ratelimit-reset", "1"),
+				header(
+					"x-ratelimit-limit",
+					"1000000000",
+				), header("x-ratelimit-remaining", "999999999"), header("x-ratelimit-reset", "1"),
 			},
 		}},
 		DynamicMetadata: &structpb.Struct{Fields: map[string]*structpb.Value{

@@ -39,10 +39,14 @@ func checkRequest(ip, method, path string, headers map[string]string) *authv3.Ch
 			SocketAddress: &corev3.SocketAddress{Address: ip, PortSpecifier: &corev3.SocketAddress_PortValue{PortValue: 50123}},
 		}}},
 		Destination: &authv3.AttributeContext_Peer{Address: &corev3.Address{Address: &corev3.Address_SocketAddress{
-			SocketAddress: &corev3.SocketAddress{Address: "127.0.0.1", PortSpecifier: &corev3.SocketAddress_PortValue{PortValue: 8080}},
+			SocketAddress: &corev3.SocketAddress{
+				Address:       "127.0.0.1",
+				PortSpecifier: &corev3.SocketAddress_PortValue{PortValue: 8080},
+			},
 		}}},
 		Request: &authv3.AttributeContext_Request{Http: &authv3.AttributeContext_HttpRequest{
-			Id: "1234567890", Method: method, Path: path, Host: "shop.example.com", Scheme: "http", Protocol: "HTTP/1.1", Headers: all,
+			Id: "1234567890", Method: method, Path: path, Host: "shop.example.com", Scheme: "http", Protocol: "HTTP/1.1",
+			Headers: all,
 		}},
 	}}
 }
@@ -100,7 +104,11 @@ func BenchmarkServers(b *testing.B) {
 	servers = append(servers, []*measured{
 		{name: "sluice, in process", process: startSluice(b, "--config", file(b, "a.yaml", open))},
 		{name: "sluice, on Redis", process: startSluice(b, "--config", file(b, "b.yaml", patient+open))},
-		{name: "sluice, flooded", process: startSluice(b, "--config", file(b, "c.yaml", patient+slow), "--domain", "flood"), flood: true},
+		{
+			name:    "sluice, flooded",
+			process: startSluice(b, "--config", file(b, "c.yaml", patient+slow), "--domain", "flood"),
+			flood:   true,
+		},
 	}...)
 	many := make([]*authv3.CheckRequest, keys)
 	for i := range many {
@@ -133,19 +141,31 @@ func BenchmarkServers(b *testing.B) {
 					})...)
 				}
 			}
-			fmt.Printf("\n%d callers\n%-20s %10s %10s %8s %8s %12s %10s %8s %8s %8s\n", load.callers, "", "server µs", "Redis µs", "server", "both",
-				"Redis calls", "checks/s", "p50 µs", "p99 µs", "p99.9 µs")
+			fmt.Printf(
+				"\n%d callers\n%-20s %10s %10s %8s %8s %12s %10s %8s %8s %8s\n", load.callers, "", "server µs", "Redis µs",
+				"server", "both", "Redis calls", "checks/s", "p50 µs", "p99 µs", "p99.9 µs",
+			)
 			for _, s := range servers {
 				s.print(servers[0])
 			}
 			switch load.callers {
 			case 64:
 				sluice := servers[4]
-				fmt.Printf("\nmarks: server and Redis over constant %.2f, throughput over constant %.2f and over plain %.2f, in process %.2f, flooded %.2f; "+
-					"flooded: %d grants, %d Redis calls, %d checks in %v; memory of sluice on Redis %d MiB\n",
-					sluice.both()/servers[0].both(), sluice.throughput()/servers[0].throughput(), sluice.throughput()/servers[2].throughput(),
-					servers[3].server()/servers[0].server(), servers[5].server()/servers[0].server(),
-					servers[5].granted, servers[5].scripts, servers[5].checks, servers[5].took.Round(time.Millisecond), rss(b, sluice.process.cmd.Process.Pid)>>20)
+				fmt.Printf(
+					"\nmarks: server and Redis over constant %.2f, throughput over constant %.2f and over plain %.2f, in process "+
+						"%.2f, flooded %.2f; "+
+						"flooded: %d grants, %d Redis calls, %d checks in %v; memory of sluice on Redis %d MiB\n",
+					sluice.both()/servers[0].both(),
+					sluice.throughput()/servers[0].throughput(),
+					sluice.throughput()/servers[2].throughput(),
+					servers[3].server()/servers[0].server(),
+					servers[5].server()/servers[0].server(),
+					servers[5].granted,
+					servers[5].scripts,
+					servers[5].checks,
+					servers[5].took.Round(time.Millisecond),
+					rss(b, sluice.process.cmd.Process.Pid)>>20,
+				)
 				if *plot != "" {
 					draw(b, *plot, servers)
 				}
@@ -153,8 +173,15 @@ func BenchmarkServers(b *testing.B) {
 				slices.Sort(bare)
 				slices.Sort(after)
 				more, hot, cold := servers[4].quantile(.5)-servers[0].quantile(.5), bare[len(bare)/2], after[len(after)/2]
-				fmt.Printf("\nmark: p50 over constant's %v: %.2f of a bare EVALSHA's %v in a row, %.2f of its %v between checks of the constant answer\n",
-					more, float64(more)/float64(hot), hot, float64(more)/float64(cold), cold)
+				fmt.Printf(
+					"\nmark: p50 over constant's %v: %.2f of a bare EVALSHA's %v in a row, %.2f of its %v between checks of the "+
+						"constant answer\n",
+					more,
+					float64(more)/float64(hot),
+					hot,
+					float64(more)/float64(cold),
+					cold,
+				)
 			}
 		}
 	}
@@ -250,7 +277,8 @@ func (m *measured) start(b *testing.B) {
 	if m.flood {
 		limit, left = "1", "0"
 	}
-	if got["x-ratelimit-limit"] != limit || got["x-ratelimit-remaining"] != left || len(got) != 3 || len(answer.GetDynamicMetadata().GetFields()) != 6 {
+	if got["x-ratelimit-limit"] != limit || got["x-ratelimit-remaining"] != left || len(got) != 3 ||
+		len(answer.GetDynamicMetadata().GetFields()) != 6 {
 		b.Fatalf("%s answers %v", m.name, answer)
 	}
 }
@@ -263,7 +291,13 @@ func (m *measured) reset() {
 func (m *measured) round(b *testing.B, store *redistest.Server, callers, each int, counts bool) {
 	b.Helper()
 	before := *m
-	cpuBefore, redisBefore, scriptsBefore, began := cpu(b, m.process.cmd.Process.Pid), store.CPU(), evalshas(b, store), time.Now()
+	cpuBefore, redisBefore, scriptsBefore, began := cpu(
+		b,
+		m.process.cmd.Process.Pid,
+	), store.CPU(), evalshas(
+		b,
+		store,
+	), time.Now()
 	m.load(b, callers, each)
 	if !counts {
 		m.granted, m.latencies = before.granted, before.latencies
@@ -287,8 +321,23 @@ func (m *measured) quantile(q float64) time.Duration {
 }
 
 func (m *measured) print(base *measured) {
-	fmt.Printf("%-20s %10.1f %10.1f %8.2f %8.2f %12.3f %10.0f %8d %8d %8d\n", m.name, m.server(), m.ofRedis(), m.server()/base.server(), m.both()/base.both(),
-		float64(m.scripts)/float64(m.checks), m.throughput(), m.quantile(.5).Microseconds(), m.quantile(.99).Microseconds(), m.quantile(.999).Microseconds())
+	fmt.Printf(
+		"%-20s %10.1f %10.1f %8.2f %8.2f %12.3f %10.0f %8d %8d %8d\n",
+		m.name,
+		m.server(),
+		m.ofRedis(),
+		m.server()/base.server(),
+		m.both()/base.both(),
+		float64(
+			m.scripts,
+		)/float64(
+			m.checks,
+		),
+		m.throughput(),
+		m.quantile(.5).Microseconds(),
+		m.quantile(.99).Microseconds(),
+		m.quantile(.999).Microseconds(),
+	)
 }
 
 func evalshas(b *testing.B, s *redistest.Server) int {
@@ -329,20 +378,37 @@ func draw(b *testing.B, path string, servers []*measured) {
 	}
 	width, height := left+int(most*scale)+150, top+bar*len(servers)+34
 	var svg strings.Builder
-	fmt.Fprintf(&svg, `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" width="%d" height="%d" font-family="sans-serif" font-size="12">
+	fmt.Fprintf(
+		&svg,
+		`<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" width="%d" height="%d" font-family="sans-serif" font-size="12">
 <rect width="100%%" height="100%%" fill="#fff"/>
 <text x="10" y="20" font-weight="bold">Processor time of one check, in µs, by 64 callers</text>
-`, width, height, width, height)
+`,
+		width,
+		height,
+		width,
+		height,
+	)
 	for i, s := range servers {
 		y := top + bar*i
-		fmt.Fprintf(&svg, `<text x="%d" y="%d" text-anchor="end">%s</text><rect x="%d" y="%d" width="%.0f" height="18" fill="#2f6f9f"/>`,
-			left-8, y+14, s.name, left, y, s.server()*scale)
-		fmt.Fprintf(&svg, `<rect x="%.0f" y="%d" width="%.0f" height="18" fill="#d9822b"/><text x="%.0f" y="%d">%.1f + %.1f</text>`+"\n",
-			left+s.server()*scale, y, s.ofRedis()*scale, left+s.both()*scale+8, y+14, s.server(), s.ofRedis())
+		fmt.Fprintf(
+			&svg, `<text x="%d" y="%d" text-anchor="end">%s</text><rect x="%d" y="%d" width="%.0f" height="18" fill="#2f6f9f"/>`,
+			left-8, y+14, s.name, left, y, s.server()*scale,
+		)
+		fmt.Fprintf(
+			&svg, `<rect x="%.0f" y="%d" width="%.0f" height="18" fill="#d9822b"/><text x="%.0f" y="%d">%.1f + %.1f</text>`+"\n",
+			left+s.server()*scale, y, s.ofRedis()*scale, left+s.both()*scale+8, y+14, s.server(), s.ofRedis(),
+		)
 	}
 	y := top + bar*len(servers) + 8
-	fmt.Fprintf(&svg, `<rect x="%d" y="%d" width="12" height="12" fill="#2f6f9f"/><text x="%d" y="%d">the server's</text>`, left, y, left+18, y+11)
-	fmt.Fprintf(&svg, `<rect x="%d" y="%d" width="12" height="12" fill="#d9822b"/><text x="%d" y="%d">Redis's</text>`+"\n</svg>\n", left+110, y, left+128, y+11)
+	fmt.Fprintf(
+		&svg, `<rect x="%d" y="%d" width="12" height="12" fill="#2f6f9f"/><text x="%d" y="%d">the server's</text>`, left, y,
+		left+18, y+11,
+	)
+	fmt.Fprintf(
+		&svg, `<rect x="%d" y="%d" width="12" height="12" fill="#d9822b"/><text x="%d" y="%d">Redis's</text>`+"\n</svg>\n",
+		left+110, y, left+128, y+11,
+	)
 	if err := os.WriteFile(path, []byte(svg.String()), 0o644); err != nil {
 		b.Fatal(err)
 	}
@@ -390,7 +456,13 @@ func BenchmarkThroughEnvoy(b *testing.B) {
 	upstream := up.Listener.Addr().String()
 	constant := startBaseline(b, "constant", nil)
 	noFilter := func(bootstrap string) string {
-		from, to := strings.Index(bootstrap, "          - name: envoy.filters.http.ext_authz"), strings.Index(bootstrap, "          - name: envoy.filters.http.router")
+		from, to := strings.Index(
+			bootstrap,
+			"          - name: envoy.filters.http.ext_authz",
+		), strings.Index(
+			bootstrap,
+			"          - name: envoy.filters.http.router",
+		)
 		return bootstrap[:from] + bootstrap[to:]
 	}
 	ways := []struct {
@@ -400,8 +472,18 @@ func BenchmarkThroughEnvoy(b *testing.B) {
 	}{
 		{name: "no filter", url: startEnvoy(b, constant.grpc, upstream, noFilter)},
 		{name: "constant answer", url: startEnvoy(b, constant.grpc, upstream), filtered: true},
-		{name: "sluice, in process", url: startEnvoy(b, startSluice(b, "--config", file(b, "a.yaml", config)).grpc, upstream), filtered: true},
-		{name: "sluice, on Redis", url: startEnvoy(b, startSluice(b, "--config", file(b, "b.yaml", config), "--redis", store.URL()).grpc, upstream), filtered: true},
+		{
+			name:     "sluice, in process",
+			url:      startEnvoy(b, startSluice(b, "--config", file(b, "a.yaml", config)).grpc, upstream),
+			filtered: true,
+		},
+		{
+			name: "sluice, on Redis",
+			url: startEnvoy(
+				b, startSluice(b, "--config", file(b, "b.yaml", config), "--redis", store.URL()).grpc, upstream,
+			),
+			filtered: true,
+		},
 	}
 	c := client(b)
 	for b.Loop() {
@@ -417,7 +499,8 @@ func BenchmarkThroughEnvoy(b *testing.B) {
 					_, err = io.Copy(io.Discard, response.Body)
 					_ = response.Body.Close()
 					took := time.Since(began)
-					if err != nil || response.StatusCode != http.StatusOK || (response.Header.Get("x-ratelimit-limit") == "1000000000") != w.filtered {
+					if err != nil || response.StatusCode != http.StatusOK ||
+						(response.Header.Get("x-ratelimit-limit") == "1000000000") != w.filtered {
 						b.Fatal(w.name, response.Status, response.Header, err)
 					}
 					if round > 0 {
@@ -449,7 +532,10 @@ func BenchmarkStart(b *testing.B) {
 		var all []time.Duration
 		for range 20 {
 			metrics := redistest.FreePort(b)
-			c := exec.Command(binary, "run", "--config", config, "--redis", store.URL(), "--grpc", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--metrics", "127.0.0.1:"+metrics)
+			c := exec.Command(
+				binary, "run", "--config", config, "--redis", store.URL(), "--grpc", "127.0.0.1:0", "--admin", "127.0.0.1:0",
+				"--metrics", "127.0.0.1:"+metrics,
+			)
 			began := time.Now()
 			if err := c.Start(); err != nil {
 				b.Fatal(err)
@@ -467,6 +553,9 @@ func BenchmarkStart(b *testing.B) {
 			_ = c.Wait()
 		}
 		slices.Sort(all)
-		fmt.Printf("\nfrom the start to /readyz: median %v, slowest of %d %v\n", all[len(all)/2].Round(time.Millisecond), len(all), all[len(all)-1].Round(time.Millisecond))
+		fmt.Printf(
+			"\nfrom the start to /readyz: median %v, slowest of %d %v\n", all[len(all)/2].Round(time.Millisecond), len(all),
+			all[len(all)-1].Round(time.Millisecond),
+		)
 	}
 }

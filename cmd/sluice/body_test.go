@@ -10,11 +10,22 @@ import (
 // Who sends large bodies is limited like others, also where Envoy hands the body on and lets pass what gets no answer. What is too large even
 // then is counted and logged.
 func TestLargeBodies(t *testing.T) {
-	s := serveRecipe(t, "limits: [{name: a, rate: 2/d, match: {paths: [/a]}}, {name: b, rate: 1/d, match: {paths: [/b]}}]", nil, func(b string) string {
-		return strings.Replace(b, "failure_mode_allow: false", "with_request_body: { max_request_bytes: 33554432, pack_as_bytes: true }\n              failure_mode_allow: true", 1)
-	})
+	s := serveRecipe(
+		t,
+		"limits: [{name: a, rate: 2/d, match: {paths: [/a]}}, {name: b, rate: 1/d, match: {paths: [/b]}}]",
+		nil,
+		func(b string) string {
+			return strings.Replace(
+				b, "failure_mode_allow: false",
+				"with_request_body: { max_request_bytes: 33554432, pack_as_bytes: true }\n              failure_mode_allow: true",
+				1,
+			)
+		},
+	)
 	post := func(path string, mib int) int {
-		r, err := http.NewRequestWithContext(t.Context(), http.MethodPost, "http://"+s.addr+path, bytes.NewReader(bytes.Repeat([]byte("b"), mib<<20)))
+		r, err := http.NewRequestWithContext(
+			t.Context(), http.MethodPost, "http://"+s.addr+path, bytes.NewReader(bytes.Repeat([]byte("b"), mib<<20)),
+		)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -60,7 +60,11 @@ limits:
 		t.Errorf("%d errors of the store", n)
 	}
 	// Those in whose calls the takes of others went have their answer.
-	canceled, allowed := counted(`sluice_checks_total\{decision="canceled"\}`), counted(`sluice_checks_total\{decision="allowed"\}`)
+	canceled, allowed := counted(
+		`sluice_checks_total\{decision="canceled"\}`,
+	), counted(
+		`sluice_checks_total\{decision="allowed"\}`,
+	)
 	if canceled < clients*rounds/2 || canceled+allowed != clients*rounds+1 {
 		t.Errorf("%d canceled and %d allowed of %d checks", canceled, allowed, ended())
 	}

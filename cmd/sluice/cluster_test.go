@@ -17,7 +17,10 @@ func TestClusterSlotsAreTold(t *testing.T) {
 		addresses = append(addresses, "'"+n.Addr+"'")
 	}
 	config := func(limits string) string {
-		return file(t, "sluice.yaml", "store: {redis: {mode: cluster, timeout: 10s, addresses: ["+strings.Join(addresses, ", ")+"]}}\n"+limits)
+		return file(
+			t, "sluice.yaml",
+			"store: {redis: {mode: cluster, timeout: 10s, addresses: ["+strings.Join(addresses, ", ")+"]}}\n"+limits,
+		)
 	}
 	apart := config(`limits:
   - {name: per-client, key: client.ip, rate: 10/d}
@@ -30,10 +33,21 @@ func TestClusterSlotsAreTold(t *testing.T) {
 		want string
 		args []string
 	}{
-		{"allowed\n(limits with different keys are in different hash slots, and each of these takes a call of its own: per-client, orders | all)\n", []string{"explain", "--config", apart}},
+		{
+			"allowed\n(limits with different keys are in different hash slots, and each of these takes a call of its own: " +
+				"per-client, orders | all)\n",
+			[]string{"explain", "--config", apart},
+		},
 		{"allowed\n\n", []string{"explain", "--config", together}},
-		{"ok    slots         limits with different keys are in different hash slots, and each of these takes a call of its own: per-client, orders, posts | all\n", []string{"doctor", "--config", apart}},
-		{"ok    slots         all limits of a request share a hash slot, and so one call\n", []string{"doctor", "--config", together}},
+		{
+			"ok    slots         limits with different keys are in different hash slots, and each of these takes a call of " +
+				"its own: per-client, orders, posts | all\n",
+			[]string{"doctor", "--config", apart},
+		},
+		{
+			"ok    slots         all limits of a request share a hash slot, and so one call\n",
+			[]string{"doctor", "--config", together},
+		},
 	} {
 		if status, stdout, stderr := sluice(t, nil, tt.args...); status != 0 || !strings.Contains(stdout+"\n", tt.want) {
 			t.Errorf("%v: %d %s\n%s\nwant %s", tt.args[:1], status, stderr, stdout, tt.want)
@@ -45,7 +59,10 @@ func TestClusterSlotsAreTold(t *testing.T) {
 func TestStartSaysWhatIsWrongWithRedis(t *testing.T) {
 	careless := redistest.Start(t, "--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru")
 	p := startSluice(t, "--redis", careless.URL())
-	for _, want := range []string{`"msg":"Redis: eviction","detail":"maxmemory-policy is allkeys-lru, with maxmemory 104857600","fix":"maxmemory-policy noeviction`, `"msg":"Redis: persistence"`} {
+	for _, want := range []string{
+		`"msg":"Redis: eviction","detail":"maxmemory-policy is allkeys-lru, with maxmemory 104857600","fix":"maxmemory-policy noeviction`,
+		`"msg":"Redis: persistence"`,
+	} {
 		await(t, func() bool { return strings.Count(p.logged(), want) == 1 })
 	}
 
@@ -60,9 +77,19 @@ func TestStartSaysWhatIsWrongWithRedis(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		p := startSluice(t, "--config", file(t, "sluice.yaml", "store: {redis: {url: '"+careless.URL()+"', username: sluice, password: pw}}\nlimits: [{name: a, rate: 1/s}]\n"))
+		p := startSluice(
+			t,
+			"--config",
+			file(
+				t, "sluice.yaml",
+				"store: {redis: {url: '"+careless.URL()+"', username: sluice, password: pw}}\nlimits: [{name: a, rate: 1/s}]\n",
+			),
+		)
 		await(t, func() bool { // the last that it asks
-			return slices.ContainsFunc(careless.Client().ACLLog(t.Context(), 100).Val(), func(d *redis.ACLLogEntry) bool { return d.Object == "config|get" })
+			return slices.ContainsFunc(
+				careless.Client().ACLLog(t.Context(), 100).Val(),
+				func(d *redis.ACLLogEntry) bool { return d.Object == "config|get" },
+			)
 		})
 		if status, _ := get(t, "http://"+p.metrics+"/readyz"); status != 200 {
 			t.Errorf("%s: /readyz %d", rights, status)

@@ -124,7 +124,8 @@ func TestBoundedListener(t *testing.T) {
 // A scrape is the same for one who accepts gzip and one who does not.
 func TestScrapeEncodings(t *testing.T) {
 	for header, want := range map[string]bool{
-		"": false, "gzip": true, "deflate, gzip;q=0.5": true, "gzip;q=0": false, "gzip; q=0.0": false, "identity": false, "gzip;q=x": false, "br,gzip": true,
+		"": false, "gzip": true, "deflate, gzip;q=0.5": true, "gzip;q=0": false, "gzip; q=0.0": false, "identity": false,
+		"gzip;q=x": false, "br,gzip": true,
 	} {
 		if got := acceptsGzip(http.Header{"Accept-Encoding": {header}}); got != want {
 			t.Errorf("%q: %v", header, got)

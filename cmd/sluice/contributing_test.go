@@ -33,7 +33,8 @@ func TestContributingStages(t *testing.T) {
 
 // CONTRIBUTING.md has the rooms, and the arrows between them.
 func TestContributingArrows(t *testing.T) {
-	rows := regexp.MustCompile("(?m)^\\| `([a-z0-9/]+)` \\|[^|]+\\| ([^|]+) \\|$").FindAllStringSubmatch(document(t, contributing), -1)
+	rows := regexp.MustCompile("(?m)^\\| `([a-z0-9/]+)` \\|[^|]+\\| ([^|]+) \\|$").
+		FindAllStringSubmatch(document(t, contributing), -1)
 	said := map[string][]string{}
 	for _, row := range rows {
 		said[row[1]] = unique(row[2], "`([a-z0-9/]+)`")
@@ -58,7 +59,10 @@ func TestContributingArrows(t *testing.T) {
 
 // The workflow runs .ci/test.
 func TestWorkflow(t *testing.T) {
-	if workflow := document(t, ".github/workflows/test.yaml"); !strings.Contains(workflow, "\n    - run: bash .ci/test\n") {
+	if workflow := document(t, ".github/workflows/test.yaml"); !strings.Contains(
+		workflow,
+		"\n    - run: bash .ci/test\n",
+	) {
 		t.Errorf("the workflow does not run .ci/test:\n%s", workflow)
 	}
 }

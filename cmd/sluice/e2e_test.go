@@ -63,8 +63,11 @@ limits:
 		{"/moved", 302, ""},
 		{"/busy", 503, "retry-after=120 "},
 	} {
-		r, _ := fetch(t, c, "http://"+addr+tt.path, "x-ratelimit-limit", "forged", "X-RateLimit-Foo", "forged", "RateLimit", "forged",
-			"RateLimit-Policy", "forged", "x-sluice-shadow", "forged", "X-Sluice-Other", "forged", "x-envoy-ratelimited", "forged", "x-mine", "kept")
+		r, _ := fetch(
+			t, c, "http://"+addr+tt.path, "x-ratelimit-limit", "forged", "X-RateLimit-Foo", "forged", "RateLimit", "forged",
+			"RateLimit-Policy", "forged", "x-sluice-shadow", "forged", "X-Sluice-Other", "forged", "x-envoy-ratelimited",
+			"forged", "x-mine", "kept",
+		)
 		if got, want := about(r.Header), tt.also+told(); r.StatusCode != tt.status || got != want {
 			t.Errorf("%s: %d %s, want %d %s", tt.path, r.StatusCode, got, tt.status, want)
 		}
@@ -111,7 +114,8 @@ limits:
 	t.Run("a shadow limit", func(t *testing.T) {
 		for i, want := range []string{"", "would-deny"} {
 			r, _ := fetch(t, c, "http://"+addr+"/limited/shadowed", "x-sluice-shadow", "forged")
-			if got := strings.Join(up.got().Values("X-Sluice-Shadow"), "|"); r.StatusCode != 200 || got != want || about(r.Header) != told() {
+			if got := strings.Join(up.got().Values("X-Sluice-Shadow"), "|"); r.StatusCode != 200 || got != want ||
+				about(r.Header) != told() {
 				t.Errorf("request %d: %d, x-sluice-shadow %q, want %q; %s", i, r.StatusCode, got, want, about(r.Header))
 			}
 		}
@@ -120,7 +124,9 @@ limits:
 		fetch(t, c, "http://"+addr+"/limited/strict")
 		left--
 		r, body := fetch(t, c, "http://"+addr+"/limited/strict")
-		if got, want := about(r.Header), "retry-after=86400 x-envoy-ratelimited=true x-ratelimit-limit=1 x-ratelimit-remaining=0 x-ratelimit-reset=86400"; r.StatusCode != 429 || got != want {
+		if got, want := about(r.Header), "retry-after=86400 x-envoy-ratelimited=true x-ratelimit-limit=1 "+
+			"x-ratelimit-remaining=0 x-ratelimit-reset=86400"; r.StatusCode != 429 ||
+			got != want {
 			t.Errorf("%d %s, want %s", r.StatusCode, got, want)
 		}
 		if want := `{"title":"Too Many Requests","status":429,"detail":"Rate limit \"strict\" exceeded. Retry in 86400 s.","limit":"strict","retry_after":86400}`; body != want ||
@@ -131,7 +137,8 @@ limits:
 	t.Run("gRPC", func(t *testing.T) {
 		// The bucket is empty by now.
 		_, err := grpc_health_v1.NewHealthClient(dial(t, addr)).Check(t.Context(), &grpc_health_v1.HealthCheckRequest{})
-		if status.Code(err) != codes.ResourceExhausted || status.Convert(err).Message() != `Rate limit "strict" exceeded. Retry in 86400 s.` {
+		if status.Code(err) != codes.ResourceExhausted ||
+			status.Convert(err).Message() != `Rate limit "strict" exceeded. Retry in 86400 s.` {
 			t.Errorf("%v", err)
 		}
 		_, metrics := get(t, "http://"+p.metrics+"/metrics")
@@ -151,19 +158,31 @@ limits:
 func spellings() []string {
 	all := []string{
 		// Of /v1/orders, or nearly.
-		"/v1/orders", "//v1/orders", "/v1//orders", "/v1///orders", "/./v1/orders", "/v1/./orders", "/v1/x/../orders", "/x/../v1/orders", "/../v1/orders",
-		"/%76%31/orders", "/v1/%6frders", "/v1/%6Frders", "/v1/orders/", "/v1/orders//", "/v1/orders/.", "/v1/orders/x/..", "/v1%2forders", "/v1%2Forders",
-		"/v1/orders%2f", "/%2e/v1/orders", "/v1/%2e%2e/v1/orders", "/%2e%2e/v1/orders", "/v1\\orders", "\\v1\\orders", "/v1%5corders", "/v1/orders;v=1", "/v1;a=b/orders",
-		"/v1/orders;", "/v1/orders%3bv=1", "/v1/orders?", "/v1/orders?x=/../..", "/v1/orders/?x", "/v1/orders;a/?x", "/v1/orders#x", "/v1/orders%3f", "/v1/orders%23",
-		"http://shop.example.com/v1/orders", "/v1/%256frders", "/v1%252forders", "/v1/orders/%2e%2e", "/v1/orders/%252e%252e", "/v1/orders/..", "/V1/orders", "/v1/orders%00",
-		"/v1/orders%20", "/v1/orders%", "/v1/orders%zz", "/v1/orders\xff", "/v1/orders%ff", "/v1/orders%c0%af", "/v1/orders/7", "/v1/orders/%2e%2e%2fhealthz",
-		"/v1/orders/1%2f..%2f..%2f..%2fhealthz", "/v1/orders/" + strings.Repeat("x", 8000), "/v1/" + strings.Repeat("./", 4000) + "orders", "/" + strings.Repeat("a/../", 1600) + "v1/orders",
+		"/v1/orders", "//v1/orders", "/v1//orders", "/v1///orders", "/./v1/orders", "/v1/./orders", "/v1/x/../orders",
+		"/x/../v1/orders", "/../v1/orders",
+		"/%76%31/orders", "/v1/%6frders", "/v1/%6Frders", "/v1/orders/", "/v1/orders//", "/v1/orders/.", "/v1/orders/x/..",
+		"/v1%2forders", "/v1%2Forders",
+		"/v1/orders%2f", "/%2e/v1/orders", "/v1/%2e%2e/v1/orders", "/%2e%2e/v1/orders", "/v1\\orders", "\\v1\\orders",
+		"/v1%5corders", "/v1/orders;v=1", "/v1;a=b/orders",
+		"/v1/orders;", "/v1/orders%3bv=1", "/v1/orders?", "/v1/orders?x=/../..", "/v1/orders/?x", "/v1/orders;a/?x",
+		"/v1/orders#x", "/v1/orders%3f", "/v1/orders%23",
+		"http://shop.example.com/v1/orders", "/v1/%256frders", "/v1%252forders", "/v1/orders/%2e%2e", "/v1/orders/%252e%252e",
+		"/v1/orders/..", "/V1/orders", "/v1/orders%00",
+		"/v1/orders%20", "/v1/orders%", "/v1/orders%zz", "/v1/orders\xff", "/v1/orders%ff", "/v1/orders%c0%af",
+		"/v1/orders/7", "/v1/orders/%2e%2e%2fhealthz",
+		"/v1/orders/1%2f..%2f..%2f..%2fhealthz", "/v1/orders/" + strings.Repeat("x", 8000),
+		"/v1/" + strings.Repeat("./", 4000) + "orders", "/" + strings.Repeat("a/../", 1600) + "v1/orders",
 		// Of what is exempt.
-		"/healthz", "/healthz/", "//healthz", "/./healthz", "/x/../healthz", "/%68ealthz", "/healthz;x=1", "/healthz?x", "/healthz#x", "/healthz%2f", "\\healthz", "/healthz%00",
-		"/healthz/../v1/orders", "/healthz/%2e%2e/v1/orders", "/healthz%2f..%2fv1/orders", "/healthz;/../v1/orders", "/healthz\\..\\v1\\orders", "/healthz?/../v1/orders",
-		"/public/a", "/public", "/public/", "/public//a", "/public/../v1/orders", "/public/%2e%2e/v1/orders", "/public/..%2fv1/orders", "/public/%2e%2e%2fv1%2forders",
-		"/public/x/../../v1/orders", "/public/x/%2e%2e/%2e%2e/v1/orders", "/public/..;/v1/orders", "/public/..\\v1\\orders", "/public%2f..%2f..%2fv1/orders", "/public/%252e%252e/v1/orders",
-		"/PUBLIC/a", "/v1/../public/a", "/v1/orders/../../public/a", "/v1/orders/%2e%2e/%2e%2e/public/a", "/v1/orders/..%2f..%2fpublic/a", "/public/" + strings.Repeat("../", 2600) + "v1/orders",
+		"/healthz", "/healthz/", "//healthz", "/./healthz", "/x/../healthz", "/%68ealthz", "/healthz;x=1", "/healthz?x",
+		"/healthz#x", "/healthz%2f", "\\healthz", "/healthz%00",
+		"/healthz/../v1/orders", "/healthz/%2e%2e/v1/orders", "/healthz%2f..%2fv1/orders", "/healthz;/../v1/orders",
+		"/healthz\\..\\v1\\orders", "/healthz?/../v1/orders",
+		"/public/a", "/public", "/public/", "/public//a", "/public/../v1/orders", "/public/%2e%2e/v1/orders",
+		"/public/..%2fv1/orders", "/public/%2e%2e%2fv1%2forders",
+		"/public/x/../../v1/orders", "/public/x/%2e%2e/%2e%2e/v1/orders", "/public/..;/v1/orders", "/public/..\\v1\\orders",
+		"/public%2f..%2f..%2fv1/orders", "/public/%252e%252e/v1/orders",
+		"/PUBLIC/a", "/v1/../public/a", "/v1/orders/../../public/a", "/v1/orders/%2e%2e/%2e%2e/public/a",
+		"/v1/orders/..%2f..%2fpublic/a", "/public/" + strings.Repeat("../", 2600) + "v1/orders",
 	}
 	return all
 }
@@ -181,11 +200,17 @@ limits:
 `))
 	const catchAll = "              - match: { prefix: / }\n                route: { cluster: upstream }\n"
 	route := func(name, match string) string {
-		return "              - match: { " + match + " }\n                route: { cluster: upstream }\n                response_headers_to_add: [{ header: { key: x-route, value: " + name + " } }]\n"
+		return "              - match: { " + match + " }\n                route: { cluster: upstream }\n                " +
+			"response_headers_to_add: [{ header: { key: x-route, value: " + name + " } }]\n"
 	}
 	routes := func(b string) string {
-		return strings.Replace(b, catchAll, route("orders", "path_separated_prefix: /v1/orders")+route("exempt", "path: /healthz")+
-			route("exempt", "path_separated_prefix: /public")+route("other", "prefix: /"), 1)
+		return strings.Replace(
+			b,
+			catchAll,
+			route("orders", "path_separated_prefix: /v1/orders")+route("exempt", "path: /healthz")+
+				route("exempt", "path_separated_prefix: /public")+route("other", "prefix: /"),
+			1,
+		)
 	}
 	if n := len(spellings()); n < 90 {
 		t.Errorf("only %d spellings", n)
@@ -193,7 +218,8 @@ limits:
 	for name, change := range map[string]func(string) string{
 		"as shipped":            func(b string) string { return b },
 		"without normalisation": strings.NewReplacer("normalize_path: true", "normalize_path: false", "merge_slashes: true", "merge_slashes: false").Replace,
-		"with escaped slashes":  strings.NewReplacer("merge_slashes: true", "merge_slashes: true\n          path_with_escaped_slashes_action: UNESCAPE_AND_FORWARD").Replace,
+		"with escaped slashes": strings.NewReplacer("merge_slashes: true", "merge_slashes: true\n          "+
+			"path_with_escaped_slashes_action: UNESCAPE_AND_FORWARD").Replace,
 	} {
 		t.Run(name, func(t *testing.T) {
 			addr := startEnvoy(t, p.grpc, up.Listener.Addr().String(), func(b string) string { return routes(change(b)) })
@@ -214,7 +240,9 @@ limits:
 				}
 			}
 			t.Log(seen)
-			for _, some := range []string{"orders, limited true, exempt false", "exempt, limited false, exempt true", "other, limited false, exempt false"} {
+			for _, some := range []string{
+				"orders, limited true, exempt false", "exempt, limited false, exempt true", "other, limited false, exempt false",
+			} {
 				if seen[some] < 4 {
 					t.Errorf("only %d of %s", seen[some], some)
 				}
@@ -307,5 +335,8 @@ func TestRestartLosesNothing(t *testing.T) {
 	if err != nil || left > burst-passed.Load()-1 || left < burst-passed.Load()-lost.Load()-1 {
 		t.Errorf("%d tokens are left after %d requests passed and %d were lost, %v", left, passed.Load()+1, lost.Load(), err)
 	}
-	t.Logf("%d requests over %d restarts, %d lost; %d of %d tokens are left", passed.Load()+lost.Load(), good, lost.Load(), left, burst)
+	t.Logf(
+		"%d requests over %d restarts, %d lost; %d of %d tokens are left", passed.Load()+lost.Load(), good, lost.Load(), left,
+		burst,
+	)
 }

@@ -39,7 +39,19 @@ func TestExplain(t *testing.T) {
 	config := file(t, "sluice.yaml", explained+"store: {redis: {url: '"+redis.URL()+"', timeout: 20s}}\n")
 	p := startSluice(t, "--config", config)
 	conn := dial(t, p.grpc)
-	order := []string{"explain", "--config", config, "--method", "POST", "--path", "/v1/orders", "--source", "203.0.113.7", "--header", "X-API-Key=k"}
+	order := []string{
+		"explain",
+		"--config",
+		config,
+		"--method",
+		"POST",
+		"--path",
+		"/v1/orders",
+		"--source",
+		"203.0.113.7",
+		"--header",
+		"X-API-Key=k",
+	}
 	for range 3 {
 		status, stdout, stderr := sluice(t, nil, order...)
 		if want := `POST /v1/orders
@@ -78,28 +90,37 @@ allowed
 		t.Fatalf("%d %s %v\n%s", status, stderr, err, stdout)
 	}
 	orders := e.Limits[1]
-	if e.Decision != "limited" || e.Domain != "shop/checkout" || e.Client != "203.0.113.7" || len(e.Limits) != 5 || !orders.Applies || *orders.Remaining != 2 ||
+	if e.Decision != "limited" || e.Domain != "shop/checkout" || e.Client != "203.0.113.7" || len(e.Limits) != 5 ||
+		!orders.Applies || *orders.Remaining != 2 ||
 		*orders.Cost != 5 || *orders.Burst != 7 || orders.Rate != "60/d" || orders.Mode != "enforce" || *orders.RetryAfter < 4000 || *orders.RetryAfter > 4320 ||
-		*e.Limits[0].Remaining != 19 || e.Limits[3].Mode != "shadow" || *e.Limits[3].RetryAfter < 80_000 || e.Limits[4].Applies || e.Limits[4].Burst != nil || e.Limits[2].Key != nil {
+		*e.Limits[0].Remaining != 19 || e.Limits[3].Mode != "shadow" || *e.Limits[3].RetryAfter < 80_000 ||
+		e.Limits[4].Applies ||
+		e.Limits[4].Burst != nil ||
+		e.Limits[2].Key != nil {
 		t.Errorf("%s", stdout)
 	}
 	if got := check(t, conn, request); got != "429" {
 		t.Errorf("explained as limited: %s", got)
 	}
 	status, stdout, _ = sluice(t, nil, append(fromFile, "--header", "x-api-key=gold")...)
-	if status != 0 || !strings.Contains(stdout, `"decision": "allowed"`) || !strings.Contains(stdout, `"reason": "it matches; its rate is from overrides[0]"`) {
+	if status != 0 || !strings.Contains(stdout, `"decision": "allowed"`) ||
+		!strings.Contains(stdout, `"reason": "it matches; its rate is from overrides[0]"`) {
 		t.Errorf("%d\n%s", status, stdout)
 	}
 
 	redis.Kill()
 	status, stdout, stderr = sluice(t, nil, order...)
-	if status != 1 || !strings.Contains(stdout, "failed_closed") || !strings.Contains(stdout, "its bucket is unknown: store: connection") {
+	if status != 1 || !strings.Contains(stdout, "failed_closed") ||
+		!strings.Contains(stdout, "its bucket is unknown: store: connection") {
 		t.Errorf("%d %s\n%s", status, stderr, stdout)
 	}
 }
 
 func hashOf(value string) string {
-	c, err := policy.Parse("", []byte(`limits: [{name: a, rate: 1/s, key: 'request.headers.k'}]`), func(string) (string, bool) { return "", false })
+	c, err := policy.Parse(
+		"", []byte(`limits: [{name: a, rate: 1/s, key: 'request.headers.k'}]`),
+		func(string) (string, bool) { return "", false },
+	)
 	if err != nil {
 		return err.Error()
 	}
@@ -116,7 +137,10 @@ func TestExplainWithoutRedis(t *testing.T) {
 		want   string // in the output
 	}{
 		{"", 0, "GET /\nclient 127.0.0.1, domain shop/checkout\n"},
-		{"", 0, "\nallowed\n(without Redis the buckets are in the sidecar's process and cannot be read; they are assumed full)\n"},
+		{
+			"", 0,
+			"\nallowed\n(without Redis the buckets are in the sidecar's process and cannot be read; they are assumed full)\n",
+		},
 		{"", 0, "cost 1, remaining unknown; burst 20, rate 10/d"},
 		{"--path /healthz", 0, "\nexempt\n(exempt[0] holds)\n"},
 		{"--source 10.1.2.3", 0, "inside      unlimited\n"},
@@ -125,10 +149,20 @@ func TestExplainWithoutRedis(t *testing.T) {
 		{"--path /\x1b[31m", 0, "GET /\\x1b[31m\n"},
 		{"--context sluice.limits=orders", 0, "no       per-client  the route's sluice.limits does not name it"},
 		{"--context sluice.limit.big={rate: 5/s, cost: 'request.method.size() * 2'}", 1, "\nlimited by big forever\n"},
-		{"--context sluice.limit.big={rate: 5}", 1, "\ninvalid\n(the request reveals an error in the config; limit big: context_extensions: sluice.limit.big:1:8: rate: invalid rate \"5\"; want"},
-		{"--context sluice.limits=none -o json", 1, `"note": "the request reveals an error in the config; context_extensions: sluice.limits: unknown limit \"none\""`},
+		{
+			"--context sluice.limit.big={rate: 5}", 1,
+			"\ninvalid\n(the request reveals an error in the config; limit big: context_extensions: sluice.limit.big:1:8: " +
+				"rate: invalid rate \"5\"; want",
+		},
+		{
+			"--context sluice.limits=none -o json", 1,
+			`"note": "the request reveals an error in the config; context_extensions: sluice.limits: unknown limit \"none\""`,
+		},
 		{"-o json", 0, `"remaining": null`},
-		{"--header x-a=1 --header x-a=2 --context sluice.limit.a={rate: 1/s, when: 'request.headers[\"x-a\"] == \"1,2\"'}", 0, "applies  a           cost 1,"},
+		{
+			"--header x-a=1 --header x-a=2 --context sluice.limit.a={rate: 1/s, when: 'request.headers[\"x-a\"] == \"1,2\"'}", 0,
+			"applies  a           cost 1,",
+		},
 	} {
 		args := []string{"explain", "--config", config}
 		for _, word := range strings.Split(tt.args, " --") {
@@ -157,7 +191,9 @@ func TestExplainWithoutRedis(t *testing.T) {
 	}
 	// As in the pod, the environment says which Redis.
 	redis := redistest.Start(t)
-	status, stdout, _ = sluice(t, []string{"SLUICE_CONFIG=" + config, "SLUICE_REDIS=" + redis.URL(), "SLUICE_DOMAIN=mine"}, "explain")
+	status, stdout, _ = sluice(
+		t, []string{"SLUICE_CONFIG=" + config, "SLUICE_REDIS=" + redis.URL(), "SLUICE_DOMAIN=mine"}, "explain",
+	)
 	if status != 0 || !strings.Contains(stdout, "cost 1, remaining 20;") || !strings.Contains(stdout, "domain mine") {
 		t.Errorf("%d\n%s", status, stdout)
 	}
@@ -170,16 +206,43 @@ func TestExplainErrors(t *testing.T) {
 		status int
 		want   string
 	}{
-		{[]string{"--config", config, "--source", "here"}, 2, "sluice: --source \"here\": must be an IP address\nSee 'sluice explain --help'.\n"},
-		{[]string{"--config", config, "--path", "x"}, 2, "sluice: --path \"x\": must begin with /\nSee 'sluice explain --help'.\n"},
-		{[]string{"--config", config, "--header", "x"}, 2, "sluice: --header \"x\": must be name=value\nSee 'sluice explain --help'.\n"},
-		{[]string{"--config", config, "--context", "=x"}, 2, "sluice: --context \"=x\": must be name=value\nSee 'sluice explain --help'.\n"},
-		{[]string{"--config", config, "-o", "yaml"}, 2, "sluice: -o \"yaml\": must be text or json\nSee 'sluice explain --help'.\n"},
-		{[]string{"--config", config, "extra"}, 2, "sluice: unknown command \"extra\" for \"sluice explain\"\nSee 'sluice explain --help'.\n"},
+		{
+			[]string{"--config", config, "--source", "here"}, 2,
+			"sluice: --source \"here\": must be an IP address\nSee 'sluice explain --help'.\n",
+		},
+		{
+			[]string{"--config", config, "--path", "x"}, 2,
+			"sluice: --path \"x\": must begin with /\nSee 'sluice explain --help'.\n",
+		},
+		{
+			[]string{"--config", config, "--header", "x"}, 2,
+			"sluice: --header \"x\": must be name=value\nSee 'sluice explain --help'.\n",
+		},
+		{
+			[]string{"--config", config, "--context", "=x"}, 2,
+			"sluice: --context \"=x\": must be name=value\nSee 'sluice explain --help'.\n",
+		},
+		{
+			[]string{"--config", config, "-o", "yaml"}, 2,
+			"sluice: -o \"yaml\": must be text or json\nSee 'sluice explain --help'.\n",
+		},
+		{
+			[]string{"--config", config, "extra"}, 2,
+			"sluice: unknown command \"extra\" for \"sluice explain\"\nSee 'sluice explain --help'.\n",
+		},
 		{[]string{"--config", "none.yaml"}, 1, "none.yaml: no such file or directory\n"},
-		{[]string{"--config", config, "--request", "none.json"}, 1, "sluice: --request: open none.json: no such file or directory\n"},
-		{[]string{"--config", config, "--request", config}, 1, "sluice: --request " + config + ": not a CheckRequest in JSON: "},
-		{[]string{"--config", config, "--request", file(t, "empty.json", "{}")}, 1, "the check has no HTTP request; ext_authz must be configured as an HTTP filter\n"},
+		{
+			[]string{"--config", config, "--request", "none.json"}, 1,
+			"sluice: --request: open none.json: no such file or directory\n",
+		},
+		{
+			[]string{"--config", config, "--request", config}, 1,
+			"sluice: --request " + config + ": not a CheckRequest in JSON: ",
+		},
+		{
+			[]string{"--config", config, "--request", file(t, "empty.json", "{}")}, 1,
+			"the check has no HTTP request; ext_authz must be configured as an HTTP filter\n",
+		},
 	} {
 		status, stdout, stderr := sluice(t, nil, append([]string{"explain"}, tt.args...)...)
 		if status != tt.status || stdout != "" || !strings.Contains(stderr, tt.want) {

@@ -47,24 +47,36 @@ func node(app string, args ...string) func(*testing.T) string {
 		dir := filepath.Join(frameworkDir, "node")
 		home := testenv.Packages(t, []string{filepath.Join(dir, "package.json"), filepath.Join(dir, "package-lock.json")},
 			"npm", "ci", "--no-audit", "--no-fund")
-		return startApp(t, []string{"NODE_PATH=" + filepath.Join(home, "node_modules")}, "node", append([]string{filepath.Join(dir, app)}, args...)...)
+		return startApp(
+			t,
+			[]string{"NODE_PATH=" + filepath.Join(home, "node_modules")},
+			"node",
+			append([]string{filepath.Join(dir, app)}, args...)...)
 	}
 }
 
 func python(app string, args ...string) func(*testing.T) string {
 	return func(t *testing.T) string {
 		dir := filepath.Join(frameworkDir, "python")
-		home := testenv.Packages(t, []string{filepath.Join(dir, "requirements.txt")},
-			"python3", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input", "--no-deps", "--target", "lib", "-r", "requirements.txt")
-		return startApp(t, []string{"PYTHONPATH=" + filepath.Join(home, "lib"), "PYTHONDONTWRITEBYTECODE=1"}, "python3", append([]string{filepath.Join(dir, app)}, args...)...)
+		home := testenv.Packages(
+			t, []string{filepath.Join(dir, "requirements.txt")}, "python3", "-m", "pip", "install", "--quiet",
+			"--disable-pip-version-check", "--no-input", "--no-deps", "--target", "lib", "-r", "requirements.txt",
+		)
+		return startApp(
+			t,
+			[]string{"PYTHONPATH=" + filepath.Join(home, "lib"), "PYTHONDONTWRITEBYTECODE=1"},
+			"python3",
+			append([]string{filepath.Join(dir, app)}, args...)...)
 	}
 }
 
 func java(name string) func(*testing.T) string {
 	return func(t *testing.T) string {
 		dir := filepath.Join(frameworkDir, name)
-		home := testenv.Packages(t, []string{filepath.Join(dir, "pom.xml")},
-			"mvn", "--quiet", "--batch-mode", "org.apache.maven.plugins:maven-dependency-plugin:3.8.1:copy-dependencies", "-DoutputDirectory=lib")
+		home := testenv.Packages(
+			t, []string{filepath.Join(dir, "pom.xml")}, "mvn", "--quiet", "--batch-mode",
+			"org.apache.maven.plugins:maven-dependency-plugin:3.8.1:copy-dependencies", "-DoutputDirectory=lib",
+		)
 		libraries, classes := filepath.Join(home, "lib", "*"), t.TempDir()
 		if out, err := exec.CommandContext(t.Context(), "javac", "-parameters", "-cp", libraries, "-d", classes, filepath.Join(dir, "App.java")).CombinedOutput(); err != nil {
 			t.Fatalf("javac: %v\n%s", err, out)

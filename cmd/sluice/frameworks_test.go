@@ -62,7 +62,10 @@ func TestFrameworksServeMux(t *testing.T) {
 	if os.Getenv("SLUICE_LONG") != "" {
 		n = 20000
 	}
-	tryFramework(t, framework{name: "ServeMux", hosts: spellingDomains[:1], habit: hostCase, start: startServeMux}, generateSpellings(n), 0)
+	tryFramework(
+		t, framework{name: "ServeMux", hosts: spellingDomains[:1], habit: hostCase, start: startServeMux},
+		generateSpellings(n), 0,
+	)
 }
 
 // However path and host are spelled, what a framework routes to a limited
@@ -80,8 +83,14 @@ func TestFrameworks(t *testing.T) {
 		{name: "Fastify, lenient", match: ignoreCase, start: node("fastify.js", "lenient")},
 		{name: "Flask on Waitress", habit: emptySegment, start: python("flask_app.py", "waitress")},
 		{name: "Flask on Werkzeug", habit: emptySegment, start: python("flask_app.py", "werkzeug")},
-		{name: "Starlette on Uvicorn, h11", hosts: spellingDomains[:2], habit: hostCase, start: python("starlette_app.py", "h11")},
-		{name: "Starlette on Uvicorn, httptools", hosts: spellingDomains[:2], habit: hostCase, start: python("starlette_app.py", "httptools")},
+		{
+			name: "Starlette on Uvicorn, h11", hosts: spellingDomains[:2], habit: hostCase,
+			start: python("starlette_app.py", "h11"),
+		},
+		{
+			name: "Starlette on Uvicorn, httptools", hosts: spellingDomains[:2], habit: hostCase,
+			start: python("starlette_app.py", "httptools"),
+		},
 		{name: "Javalin", start: java("javalin")},
 		{name: "Spring", start: java("spring")},
 	} {
@@ -146,9 +155,22 @@ var envoyVariants = []envoyVariant{
 	{name: "slashes not merged", change: set("merge_slashes", false)},
 	{name: "escaped slashes kept", change: set("path_with_escaped_slashes_action", "KEEP_UNCHANGED")},
 	{name: "escaped slashes refused", change: set("path_with_escaped_slashes_action", "REJECT_REQUEST"), merged: true},
-	{name: "escaped slashes redirected", change: set("path_with_escaped_slashes_action", "UNESCAPE_AND_REDIRECT"), merged: true},
-	{name: "escaped slashes unescaped", change: set("path_with_escaped_slashes_action", "UNESCAPE_AND_FORWARD"), merged: true},
-	{name: "as is, escaped slashes unescaped", change: set("normalize_path", false, "merge_slashes", false, "path_with_escaped_slashes_action", "UNESCAPE_AND_FORWARD")},
+	{
+		name:   "escaped slashes redirected",
+		change: set("path_with_escaped_slashes_action", "UNESCAPE_AND_REDIRECT"),
+		merged: true,
+	},
+	{
+		name:   "escaped slashes unescaped",
+		change: set("path_with_escaped_slashes_action", "UNESCAPE_AND_FORWARD"),
+		merged: true,
+	},
+	{
+		name: "as is, escaped slashes unescaped",
+		change: set(
+			"normalize_path", false, "merge_slashes", false, "path_with_escaped_slashes_action", "UNESCAPE_AND_FORWARD",
+		),
+	},
 	{name: "ports stripped", change: set("strip_any_host_port", true)},
 	{name: "final dots stripped", change: set("strip_any_host_port", true, "strip_trailing_host_dot", true)},
 	{name: "by host", change: byHost, hosts: envoyRoutesByPort},
@@ -203,7 +225,9 @@ func startVariants(t *testing.T, sluice, upstream string, hosts []string) []stri
 	}
 	// A busy machine must not turn into answers of Envoy's own.
 	const timeout = "10s"
-	plain, err := envoy.Plain(envoy.Options{Listener: "127.0.0.1:0", Admin: "127.0.0.1:0", Sluice: sluice, Upstream: upstream})
+	plain, err := envoy.Plain(
+		envoy.Options{Listener: "127.0.0.1:0", Admin: "127.0.0.1:0", Sluice: sluice, Upstream: upstream},
+	)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -268,7 +292,14 @@ func tryFramework(t *testing.T, f framework, all []spelling, first int) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := startSluice(t, "--config", file(t, "sluice.yaml", strings.NewReplacer("HOSTS", string(hosts), "PATHS", f.paths, "MATCH", f.match).Replace(frameworkLimits)))
+	p := startSluice(
+		t,
+		"--config",
+		file(
+			t, "sluice.yaml",
+			strings.NewReplacer("HOSTS", string(hosts), "PATHS", f.paths, "MATCH", f.match).Replace(frameworkLimits),
+		),
+	)
 	addresses := startVariants(t, p.grpc, upstream, f.hosts)
 
 	var next atomic.Int64
@@ -298,7 +329,8 @@ func tryFramework(t *testing.T, f framework, all []spelling, first int) {
 				}
 				mu.Lock()
 				counts[cmp.Or(a.handler, "none")+"/"+a.decision]++
-				if a.handler == "limited" && a.decision != "allowed" || a.decision == "exempt" && a.handler != "exempt" && a.handler != "" && !f.excuses(all[i], envoyVariants[v]) {
+				if a.handler == "limited" && a.decision != "allowed" ||
+					a.decision == "exempt" && a.handler != "exempt" && a.handler != "" && !f.excuses(all[i], envoyVariants[v]) {
 					slips[all[i].edits] = append(slips[all[i].edits], slip{all[i], envoyVariants[v].name, a})
 				}
 				mu.Unlock()
@@ -321,7 +353,10 @@ func tryFramework(t *testing.T, f framework, all []spelling, first int) {
 	}
 	for _, edits := range kinds {
 		kind := slips[edits]
-		shortest := slices.MinFunc(kind, func(a, b slip) int { return cmp.Compare(len(a.target+a.host), len(b.target+b.host)) })
+		shortest := slices.MinFunc(
+			kind,
+			func(a, b slip) int { return cmp.Compare(len(a.target+a.host), len(b.target+b.host)) },
+		)
 		t.Errorf("%d slipped by [%s], as %s through Envoy %s: the %s handler ran, and sluice's decision was %s",
 			len(kind), edits, shortest.spelling, shortest.variant, shortest.handler, shortest.decision)
 	}

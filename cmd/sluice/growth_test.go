@@ -56,7 +56,11 @@ func BenchmarkGrowth(b *testing.B) {
 			s.process.stop()
 		}
 		for _, n := range []int{1, 1000, 100_000, 1_000_000} {
-			s := &measured{name: "keys", process: startSluice(b, "--config", config(1, ""), "--redis", store.URL(), "--domain", fmt.Sprint("keys-", n)), requests: keys(min(n, rounds*each))}
+			s := &measured{
+				name:     "keys",
+				process:  startSluice(b, "--config", config(1, ""), "--redis", store.URL(), "--domain", fmt.Sprint("keys-", n)),
+				requests: keys(min(n, rounds*each)),
+			}
 			s.start(b)
 			if n > len(s.requests) { // the others are in Redis before
 				fill(b, store, n-len(s.requests))
@@ -70,7 +74,10 @@ func BenchmarkGrowth(b *testing.B) {
 				start func() *process
 				stop  func(*process)
 			}{
-				{"constant answers", func() *process { return startBaseline(b, "constant", nil, "tuned") }, func(p *process) { _ = p.cmd.Process.Kill() }},
+				{
+					"constant answers", func() *process { return startBaseline(b, "constant", nil, "tuned") },
+					func(p *process) { _ = p.cmd.Process.Kill() },
+				},
 				{"sidecars on one Redis", func() *process {
 					return startSluice(b, "--config", config(1, ""), "--redis", store.URL(), "--domain", fmt.Sprint("many-", n))
 				}, func(p *process) { p.stop() }},

@@ -27,7 +27,9 @@ limits:
   - {name: network, match: {paths: [/key]}, key: client.network, rate: 1/d, burst: 30}
 `, nil)
 	s.want(5, 5, "GET /address")
-	for _, xff := range []string{"1.1.1.1", "10.0.0.1", "1.1.1.1, 10.0.0.1", "garbage", "", "1.1.1.1:80", "[::1]:80", "127.0.0.1,"} {
+	for _, xff := range []string{
+		"1.1.1.1", "10.0.0.1", "1.1.1.1, 10.0.0.1", "garbage", "", "1.1.1.1:80", "[::1]:80", "127.0.0.1,",
+	} {
 		s.want(0, 1, "GET /address", "x-forwarded-for", xff)
 	}
 	// One key in any case of its header's name; of several headers there is none, and the network takes its place. A value with a comma is one.
@@ -81,8 +83,10 @@ limits:
 	// One network, however it is written, and by whom that may say it.
 	passed = 0
 	for _, address := range []string{
-		"2001:db8::1", "2001:DB8::1", "2001:db8:0:0:0:0:0:1", "2001:0db8:0000:0000:0000:0000:0000:0001", "[2001:db8::1]", "[2001:db8::1]:443", "2001:db8::2",
-		"2001:db8::ffff:ffff", "2001:db8:0:0:ffff:ffff:ffff:ffff", " 2001:db8::1 ", "2001:db8::192.0.2.1", "1.1.1.1, 2001:db8::1", "forged,, 2001:db8::7",
+		"2001:db8::1", "2001:DB8::1", "2001:db8:0:0:0:0:0:1", "2001:0db8:0000:0000:0000:0000:0000:0001", "[2001:db8::1]",
+		"[2001:db8::1]:443", "2001:db8::2",
+		"2001:db8::ffff:ffff", "2001:db8:0:0:ffff:ffff:ffff:ffff", " 2001:db8::1 ", "2001:db8::192.0.2.1",
+		"1.1.1.1, 2001:db8::1", "forged,, 2001:db8::7",
 	} {
 		for range 20 {
 			if ask("10.0.0.1", "", "/", map[string]string{"x-forwarded-for": address}) {
@@ -103,7 +107,8 @@ limits:
 	for range 100 {
 		ask("172.16.0.1", "spiffe://cluster.local/other", "/", map[string]string{"x-forwarded-for": "198.51.100.1"})
 	}
-	if ask("172.16.0.1", "", "/", map[string]string{"x-forwarded-for": "198.51.100.2"}) || !ask("10.0.0.1", "", "/", map[string]string{"x-forwarded-for": "198.51.100.1"}) {
+	if ask("172.16.0.1", "", "/", map[string]string{"x-forwarded-for": "198.51.100.2"}) ||
+		!ask("10.0.0.1", "", "/", map[string]string{"x-forwarded-for": "198.51.100.1"}) {
 		t.Error("a peer that may not say who its client is was believed")
 	}
 }
@@ -130,7 +135,8 @@ limits:
 	var answers bytes.Buffer
 	for _, path := range []string{"/a?token=" + canary, "/a?token=" + canary, "/a?token=" + canary, "/mistake?" + canary} {
 		r := checkRequest("203.0.113.1", "GET", path, map[string]string{
-			"x-api-key": canary, "cookie": "session=" + canary, "x-request-id": canary + "!", "authorization": "Bearer " + canary, "x-sluice-shadow": canary,
+			"x-api-key": canary, "cookie": "session=" + canary, "x-request-id": canary + "!",
+			"authorization": "Bearer " + canary, "x-sluice-shadow": canary,
 		})
 		r.Attributes.ContextExtensions = map[string]string{"token": canary}
 		answer, err := authv3.NewAuthorizationClient(conn).Check(t.Context(), r)
@@ -157,14 +163,20 @@ limits:
 	await(t, func() bool { return strings.Contains(wire(), "the-end") }) // and so all that came before it
 	_, metrics := get(t, "http://"+p.metrics+"/metrics")
 	_, stacks := get(t, "http://"+p.admin+"/debug/pprof/goroutine?debug=2")
-	status, explained, stderr := sluice(t, nil, "explain", "--config", config, "--path", "/a?token="+canary, "--header", "x-api-key="+canary, "--context", "token="+canary)
-	_, explainedJSON, _ := sluice(t, nil, "explain", "--config", config, "--path", "/mistake", "--header", "x-api-key="+canary, "-o", "json")
+	status, explained, stderr := sluice(
+		t, nil, "explain", "--config", config, "--path", "/a?token="+canary, "--header", "x-api-key="+canary, "--context",
+		"token="+canary,
+	)
+	_, explainedJSON, _ := sluice(
+		t, nil, "explain", "--config", config, "--path", "/mistake", "--header", "x-api-key="+canary, "-o", "json",
+	)
 	if status != 0 {
 		t.Errorf("explain: %d %s", status, stderr)
 	}
 	_, explained, _ = strings.Cut(explained, "\n") // the first line repeats what was asked
 	for name, text := range map[string]string{
-		"the RDB file": string(rdb), "Redis's wire": wire(), "the log": p.logged(), "the metrics": metrics, "the stacks": stacks, "the answers": answers.String(),
+		"the RDB file": string(rdb), "Redis's wire": wire(), "the log": p.logged(), "the metrics": metrics,
+		"the stacks": stacks, "the answers": answers.String(),
 		"explain": explained, "explain in JSON": explainedJSON,
 	} {
 		if len(text) < 100 {

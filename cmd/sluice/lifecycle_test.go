@@ -131,7 +131,10 @@ func TestRunWithoutConfig(t *testing.T) {
 	if got := check(t, dial(t, p.grpc), from("203.0.113.1", "/")); got != "ok" {
 		t.Error(got)
 	}
-	if _, metrics := get(t, "http://"+p.metrics+"/metrics"); !strings.Contains(metrics, `sluice_checks_total{decision="unmatched"} 1`) {
+	if _, metrics := get(t, "http://"+p.metrics+"/metrics"); !strings.Contains(
+		metrics,
+		`sluice_checks_total{decision="unmatched"} 1`,
+	) {
 		t.Error("not counted as unmatched")
 	}
 }
@@ -331,7 +334,8 @@ func TestValidate(t *testing.T) {
 		t.Errorf("%d %s", status, stdout)
 	}
 	status, stdout, _ = sluice(t, nil, "validate", "-o", "json", good, bad)
-	if want := regexp.MustCompile(`^\[\s+\{\s+"file": ".*bad.yaml",\s+"line": 3,\s+"column": 11,\s+"field": "limits\[0\]\.rate",\s+"message": ".+"\s+\}\s+\]\n$`); status != 1 || !want.MatchString(stdout) {
+	if want := regexp.MustCompile(`^\[\s+\{\s+"file": ".*bad.yaml",\s+"line": 3,\s+"column": 11,\s+"field": "limits\[0\]\.rate",\s+"message": ".+"\s+\}\s+\]\n$`); status != 1 ||
+		!want.MatchString(stdout) {
 		t.Errorf("%d %s", status, stdout)
 	}
 	if status, stdout, _ := sluice(t, nil, "validate", "-o", "json", good); status != 0 || stdout != "[]\n" {
@@ -339,11 +343,14 @@ func TestValidate(t *testing.T) {
 	}
 	// A warning is beside the result.
 	odd := file(t, "odd.yaml", "on_failure: local\nlocal_share: 0.1\nlimits: [{name: a, rate: 20/s, cost: 3}]\n")
-	warning := "warning: " + odd + ":3:38: limits[0].cost: 3 exceeds the local burst of 2 (local_share of 20): every request is denied while the store fails\n"
-	if status, stdout, stderr := sluice(t, nil, "validate", odd); status != 0 || stdout != odd+": ok\n" || stderr != warning {
+	warning := "warning: " + odd + ":3:38: limits[0].cost: 3 exceeds the local burst of 2 (local_share of 20): every " +
+		"request is denied while the store fails\n"
+	if status, stdout, stderr := sluice(t, nil, "validate", odd); status != 0 || stdout != odd+": ok\n" ||
+		stderr != warning {
 		t.Errorf("%d %s%s", status, stdout, stderr)
 	}
-	if status, stdout, stderr := sluice(t, nil, "validate", "-o", "json", odd); status != 0 || stdout != "[]\n" || stderr != warning {
+	if status, stdout, stderr := sluice(t, nil, "validate", "-o", "json", odd); status != 0 || stdout != "[]\n" ||
+		stderr != warning {
 		t.Errorf("%d %s%s", status, stdout, stderr)
 	}
 }

@@ -125,9 +125,11 @@ func TestBrokenLinks(t *testing.T) {
 	root := t.TempDir()
 	for name, text := range map[string]string{
 		"a.md": "# A `code` and [a link](sub/b.md)\n## Twice\n## Twice\n## What's *new*, in 1.0?\n" +
-			"[1](#a-code-and-a-link) [2](#twice) [3](#twice-1) [4](#whats-new-in-10) [5](sub/b.md#there) [6](sub) [7](https://example.com/x#y)\n" +
+			"[1](#a-code-and-a-link) [2](#twice) [3](#twice-1) [4](#whats-new-in-10) [5](sub/b.md#there) [6](sub) " +
+			"[7](https://example.com/x#y)\n" +
 			"```\n# Not a heading\n[no link](nowhere)\n```\n`[none](nowhere)`\n" +
-			"[8](#twice-2) [9](#not-a-heading) [10](nowhere.md) ![11](nowhere.svg) [12](sub/b.md#nowhere) [13](../a.md) [14](sub#a)\n" +
+			"[8](#twice-2) [9](#not-a-heading) [10](nowhere.md) ![11](nowhere.svg) [12](sub/b.md#nowhere) [13](../a.md) " +
+			"[14](sub#a)\n" +
 			"[ref]: sub/nowhere.md\n",
 		"sub/b.md": "# There\n[back](../a.md#twice)\n",
 	} {

@@ -59,7 +59,8 @@ func TestListenUnix(t *testing.T) {
 	if b, err := os.ReadFile(file); err != nil || string(b) != "precious" {
 		t.Errorf("the file is %q, %v", b, err)
 	}
-	if _, err := listen("unix://"+filepath.Join(dir, "no", "s.sock"), zap.NewNop()); err == nil || !strings.Contains(err.Error(), "no such file or directory") {
+	if _, err := listen("unix://"+filepath.Join(dir, "no", "s.sock"), zap.NewNop()); err == nil ||
+		!strings.Contains(err.Error(), "no such file or directory") {
 		t.Errorf("no directory: %v", err)
 	}
 }

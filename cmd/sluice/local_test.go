@@ -37,7 +37,10 @@ limits: [{name: a, rate: 1/d, burst: 6, key: client.ip}]
 		}
 	}
 	_, metrics := get(t, "http://"+p.metrics+"/metrics")
-	for _, want := range []string{`sluice_checks_total{decision="failed_local"} 5`, `sluice_checks_total{decision="allowed"} 1`, `sluice_rejections_total{limit="a"} 2`, `sluice_store_breaker_open 1`, `sluice_janitor_entries{table="local"} 1`} {
+	for _, want := range []string{
+		`sluice_checks_total{decision="failed_local"} 5`, `sluice_checks_total{decision="allowed"} 1`,
+		`sluice_rejections_total{limit="a"} 2`, `sluice_store_breaker_open 1`, `sluice_janitor_entries{table="local"} 1`,
+	} {
 		if !strings.Contains(metrics, want) {
 			t.Errorf("no %s", want)
 		}

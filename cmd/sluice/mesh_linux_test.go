@@ -106,7 +106,8 @@ func startGateway(t *testing.T, program, proxy, printed string, upstream *httpte
 		if err := os.MkdirAll(filepath.Dir(name), 0o700); err != nil {
 			t.Fatal(err)
 		}
-		text = strings.NewReplacer("DIR", dir, "VERSION", envoy.Version, "UPSTREAM", port, "REMOVAL\n", removal, "ORDER\n", order).Replace(text)
+		text = strings.NewReplacer("DIR", dir, "VERSION", envoy.Version, "UPSTREAM", port, "REMOVAL\n", removal, "ORDER\n", order).
+			Replace(text)
 		if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -196,7 +197,10 @@ func TestMeshEnvoyGateway(t *testing.T) {
 		return
 	}
 	socket := "unix://" + t.TempDir() + "/s"
-	config := file(t, "sluice.yaml", "listen: {grpc: \""+socket+"\"}\nlimits: [{name: per-client, key: client.network, rate: 1/m, burst: 3}]\n")
+	config := file(
+		t, "sluice.yaml",
+		"listen: {grpc: \""+socket+"\"}\nlimits: [{name: per-client, key: client.network, rate: 1/m, burst: 3}]\n",
+	)
 	startSluice(t, "--config", config, "--grpc", socket)
 	var seen http.Header // by the upstream; read after the answer
 	upstream := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -249,7 +253,8 @@ func TestMeshEnvoyGateway(t *testing.T) {
 		}
 	}
 	response, body := ask(http.MethodGet)
-	if response.StatusCode != http.StatusTooManyRequests || response.Header.Get("retry-after") == "" || !strings.Contains(body, `"limit":"per-client"`) {
+	if response.StatusCode != http.StatusTooManyRequests || response.Header.Get("retry-after") == "" ||
+		!strings.Contains(body, `"limit":"per-client"`) {
 		t.Errorf("%+v %s", response, body)
 	}
 }
@@ -294,7 +299,8 @@ func TestMeshEnvoyGatewayService(t *testing.T) {
 		// kubectl's own namespace is that of what names none.
 		printed = strings.ReplaceAll(printed, "\n  name: sluice\nspec:", "\n  name: sluice\n  namespace: shop\nspec:")
 		in := file(t, "resources.yaml", gatewayInShop+printed)
-		out, err := exec.CommandContext(t.Context(), egctl, "x", "translate", "--from", "gateway-api", "--to", to, "--output", "yaml", "--file", in).CombinedOutput()
+		out, err := exec.CommandContext(t.Context(), egctl, "x", "translate", "--from", "gateway-api", "--to", to, "--output", "yaml", "--file", in).
+			CombinedOutput()
 		if err != nil {
 			t.Fatalf("%v\n%s", err, out)
 		}
@@ -309,7 +315,8 @@ func TestMeshEnvoyGatewayService(t *testing.T) {
 	if said := policy(printed); !strings.Contains(said, "Policy has been accepted.") {
 		t.Errorf("the policy: %s", said)
 	}
-	if xds := translated(printed, "xds"); !strings.Contains(xds, "address: 192.0.2.9") || !strings.Contains(xds, "extensions.filters.http.ext_authz.v3.ExtAuthz") {
+	if xds := translated(printed, "xds"); !strings.Contains(xds, "address: 192.0.2.9") ||
+		!strings.Contains(xds, "extensions.filters.http.ext_authz.v3.ExtAuthz") {
 		t.Errorf("sluice is not asked:\n%s", xds)
 	}
 	before, grant, _ := strings.Cut(printed, "# It is for the Gateway's policy")
@@ -412,7 +419,8 @@ func TestMeshEnvoyGatewayClaims(t *testing.T) {
 	}
 	i := newIssuer(t)
 	socket := "unix://" + t.TempDir() + "/s"
-	text := "listen: {grpc: \"" + socket + "\"}\nlimits:\n- {name: per-plan, key: 'request.headers[?\"x-jwt-plan\"].orValue(\"none\")', rate: 1/h, burst: 2}\n"
+	text := "listen: {grpc: \"" + socket + "\"}\nlimits:\n- {name: per-plan, key: " +
+		"'request.headers[?\"x-jwt-plan\"].orValue(\"none\")', rate: 1/h, burst: 2}\n"
 	config := file(t, "sluice.yaml", text)
 	startSluice(t, "--config", config, "--grpc", socket)
 	upstream := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
@@ -426,7 +434,8 @@ func TestMeshEnvoyGatewayClaims(t *testing.T) {
 	for old, with := range map[string]string{
 		"remoteJWKS: { uri: https://issuer.example.com/jwks.json }": "localJWKS: { type: Inline, inline: '" + i.keys() + "' }",
 		"  jwt:\n": "  jwt:\n    optional: true\n",
-		"remove: [x-envoy-ratelimited] # and the headers that claims come in: x-jwt-plan": "remove: [x-envoy-ratelimited, x-jwt-plan]",
+		"remove: [x-envoy-ratelimited] # and the headers that claims come in: x-jwt-plan": "remove: [x-envoy-ratelimited, " +
+			"x-jwt-plan]",
 	} {
 		if !strings.Contains(printed, old) {
 			t.Fatalf("no %q in\n%s", old, printed)
@@ -465,7 +474,8 @@ func TestMeshEnvoyGatewayClaims(t *testing.T) {
 const istioctl = "v0.0.0-20260827124520-eed52ebb66ad" // there are no tags to be had
 
 // everyFilter is what istioctl says of every EnvoyFilter.
-const everyFilter = "\t* EnvoyFilter//sluice: EnvoyFilter exposes internal implementation details that may change at any time. " +
+const everyFilter = "\t* EnvoyFilter//sluice: EnvoyFilter exposes internal implementation details that may change " +
+	"at any time. " +
 	"Prefer other APIs if possible, and exercise extreme caution, especially around upgrades.\n"
 
 // istioctl, which looks inside of typed_config, finds nothing to say of what is printed, nor of what it shows in comments.
@@ -510,8 +520,11 @@ func TestMeshIstioctl(t *testing.T) {
 		}
 		if _, provider, ok := strings.Cut(printed, "# meshConfig:\n"); ok {
 			provider, _, _ = strings.Cut(provider, "\n#\n")
-			operator := "apiVersion: install.istio.io/v1alpha1\nkind: IstioOperator\nmetadata: {name: mesh}\nspec:\n  meshConfig:\n" +
-				strings.ReplaceAll("\n"+provider, "\n# ", "\n  ") + "\n"
+			operator := "apiVersion: install.istio.io/v1alpha1\nkind: IstioOperator\nmetadata: {name: mesh}\nspec:\n  " +
+				"meshConfig:\n" +
+				strings.ReplaceAll(
+					"\n"+provider, "\n# ", "\n  ",
+				) + "\n"
 			if said := validate(operator); said != "" {
 				t.Errorf("%s: the provider: %s", name, said)
 			}
@@ -524,7 +537,9 @@ func TestMeshIstioctl(t *testing.T) {
 		if status != 0 {
 			t.Fatal(stderr)
 		}
-		printed = strings.ReplaceAll(strings.ReplaceAll(printed, "  # - applyTo: VIRTUAL_HOST\n", "  - applyTo: VIRTUAL_HOST\n"), "  #   ", "    ")
+		printed = strings.ReplaceAll(
+			strings.ReplaceAll(printed, "  # - applyTo: VIRTUAL_HOST\n", "  - applyTo: VIRTUAL_HOST\n"), "  #   ", "    ",
+		)
 		if said := strings.ReplaceAll(validate(printed), strings.TrimSpace(strings.Replace(everyFilter, "//sluice:", "//sluice-gateway:", 1)), ""); said != "" {
 			t.Errorf("%s: %s", kind, said)
 		}

@@ -97,7 +97,9 @@ limits:
 	send(onRedis, "203.0.113.1", "/open")
 	large := from("203.0.113.1", "/open")
 	large.Attributes.Request.Http.Body = strings.Repeat("b", 17<<20)
-	if _, err := authv3.NewAuthorizationClient(conns[onRedis]).Check(t.Context(), large); status.Code(err) != codes.ResourceExhausted {
+	if _, err := authv3.NewAuthorizationClient(conns[onRedis]).Check(t.Context(), large); status.Code(
+		err,
+	) != codes.ResourceExhausted {
 		t.Errorf("a check of 17 MiB: %v", err)
 	}
 	redis.Kill()
@@ -146,7 +148,9 @@ limits:
 	await(t, func() bool { unmoved = still(); return len(unmoved) == 0 })
 
 	// All that a decision can be was one.
-	for _, decision := range []string{"allowed", "limited", "unmatched", "exempt", "failed_open", "failed_closed", "failed_local", "delegated", "invalid"} {
+	for _, decision := range []string{
+		"allowed", "limited", "unmatched", "exempt", "failed_open", "failed_closed", "failed_local", "delegated", "invalid",
+	} {
 		if n := series(t, onRedis.metrics)[`sluice_checks_total{decision="`+decision+`"}`]; n == "0" || n == "" {
 			t.Errorf("no check was %s: %q", decision, n)
 		}
@@ -164,7 +168,8 @@ limits:
 			if strings.HasPrefix(s, "go_") || strings.HasPrefix(s, "process_") || strings.HasPrefix(s, "promhttp_") {
 				continue
 			}
-			if !strings.HasPrefix(s, "sluice_") && !strings.HasPrefix(s, "grpc_") || strings.Contains(s, "forged") || strings.Contains(s, "c4n4ry") {
+			if !strings.HasPrefix(s, "sluice_") && !strings.HasPrefix(s, "grpc_") || strings.Contains(s, "forged") ||
+				strings.Contains(s, "c4n4ry") {
 				t.Errorf("what is %s?", s)
 			}
 			for _, l := range label.FindAllStringSubmatch(s, -1) {

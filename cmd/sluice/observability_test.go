@@ -66,7 +66,8 @@ func TestAlertsAndDashboard(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, names := range regexp.MustCompile(`- alert: (\w+)\n(?s:.*?)runbook: "(.*)"`).FindAllStringSubmatch(string(rules), -1) {
-		if _, section, ok := strings.Cut(string(runbook), "\n## "+names[2]+"\n"); !ok || !strings.Contains(strings.SplitN(section, "\n", 2)[0], names[1]) {
+		if _, section, ok := strings.Cut(string(runbook), "\n## "+names[2]+"\n"); !ok ||
+			!strings.Contains(strings.SplitN(section, "\n", 2)[0], names[1]) {
 			t.Errorf("the runbook has no %q that names %s", names[2], names[1])
 		}
 	}
@@ -78,7 +79,8 @@ func TestAlertsAndDashboard(t *testing.T) {
 	panels := readDashboard(t).Panels
 	for i, p := range panels {
 		for _, q := range panels[:i] {
-			if a, b := p.GridPos, q.GridPos; p.ID == q.ID || a.X < b.X+b.W && b.X < a.X+a.W && a.Y < b.Y+b.H && b.Y < a.Y+a.H || a.X+a.W > 24 {
+			if a, b := p.GridPos, q.GridPos; p.ID == q.ID || a.X < b.X+b.W && b.X < a.X+a.W && a.Y < b.Y+b.H && b.Y < a.Y+a.H ||
+				a.X+a.W > 24 {
 				t.Errorf("%q lies on %q", p.Title, q.Title)
 			}
 		}
@@ -107,7 +109,9 @@ rule_files: [%q]
 scrape_configs: [{job_name: sluice, static_configs: [{targets: [%q]}]}]
 `, rules, scraped))
 	addr := fmt.Sprintf("127.0.0.1:%d", freePort(t))
-	server := exec.Command("prometheus", "--config.file="+settings, "--storage.tsdb.path="+t.TempDir(), "--web.listen-address="+addr)
+	server := exec.Command(
+		"prometheus", "--config.file="+settings, "--storage.tsdb.path="+t.TempDir(), "--web.listen-address="+addr,
+	)
 	var log strings.Builder
 	server.Stderr = &log
 	server.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -167,7 +171,9 @@ scrape_configs: [{job_name: sluice, static_configs: [{targets: [%q]}]}]
 					t.Errorf("%q asks for %s, which is not exported", p.Title, name)
 				}
 			}
-			waitFor(t, fmt.Sprintf("data for %q: %s", p.Title, q.Expr), func() bool { return value(filled.Replace(q.Expr)) != "" })
+			waitFor(
+				t, fmt.Sprintf("data for %q: %s", p.Title, q.Expr), func() bool { return value(filled.Replace(q.Expr)) != "" },
+			)
 		}
 	}
 	if queries < 25 {

@@ -162,7 +162,10 @@ func TestPage(t *testing.T) {
 	// Numbers are there, and move.
 	underLoad(t, d.url, func(i int, r *http.Request) {
 		r.URL.Path = []string{"/", "/v1/orders", "/v1/search", "/v1/orders"}[i%4]
-		r.Header.Set("X-Forwarded-For", fmt.Sprintf("203.0.113.%d", []int{7, 7, 7, 7, 7, 12, 12, 12, 41, 41, 42, 43, 44, 45}[i%14]))
+		r.Header.Set(
+			"X-Forwarded-For",
+			fmt.Sprintf("203.0.113.%d", []int{7, 7, 7, 7, 7, 12, 12, 12, 41, 41, 42, 43, 44, 45}[i%14]),
+		)
 		r.Header.Set("X-Api-Key", []string{"gold", "s3cr3t-key", "a", "b", "c"}[i*i%5])
 		if i%23 == 0 {
 			r.URL.Path = "/odd/" + attack
@@ -172,7 +175,9 @@ func TestPage(t *testing.T) {
 		}
 	})
 	for range 2 { // what Envoy would not let through
-		r := checkRequest(attack, attack, "/odd/"+attack, map[string]string{"x-request-id": attack, "x-forwarded-for": attack})
+		r := checkRequest(
+			attack, attack, "/odd/"+attack, map[string]string{"x-request-id": attack, "x-forwarded-for": attack},
+		)
 		r.Attributes.Request.Http.Host = "<script>window.hacked=1</script>.example"
 		check(t, dial(t, d.grpc), r)
 	}
@@ -233,7 +238,9 @@ func TestPage(t *testing.T) {
 	}
 	b.call("Input.insertText", map[string]any{"text": "strict"}, nil)
 	b.await(`document.querySelectorAll("#limits-rows tr").length === 1`)
-	b.eval(`document.querySelector("#filter").value = ""; document.querySelector("#filter").dispatchEvent(new Event("input"))`)
+	b.eval(
+		`document.querySelector("#filter").value = ""; document.querySelector("#filter").dispatchEvent(new Event("input"))`,
+	)
 	b.await(`document.querySelectorAll("#limits-rows tr").length === 6`)
 	b.eval(`document.activeElement.blur()`)
 
@@ -281,7 +288,9 @@ func TestPage(t *testing.T) {
 	if len(asked) < 20 {
 		t.Errorf("only %d requests: %q", len(asked), asked)
 	}
-	if b.eval(`window.hacked === undefined && document.scripts.length === 1 && document.querySelectorAll("img").length === 1`) != true {
+	if b.eval(
+		`window.hacked === undefined && document.scripts.length === 1 && document.querySelectorAll("img").length === 1`,
+	) != true {
 		t.Error("markup of a client's became part of the page")
 	}
 
@@ -352,8 +361,10 @@ func TestAdminIsGuarded(t *testing.T) {
 		body, _ := io.ReadAll(response.Body)
 		_ = response.Body.Close()
 		policy := response.Header.Get("Content-Security-Policy")
-		if response.StatusCode != tt.status || !strings.Contains(policy, "default-src 'none'") || strings.Contains(policy, "unsafe") ||
-			response.Header.Get("X-Content-Type-Options") != "nosniff" || response.Header.Get("Access-Control-Allow-Origin") != "" {
+		if response.StatusCode != tt.status || !strings.Contains(policy, "default-src 'none'") ||
+			strings.Contains(policy, "unsafe") ||
+			response.Header.Get("X-Content-Type-Options") != "nosniff" ||
+			response.Header.Get("Access-Control-Allow-Origin") != "" {
 			t.Errorf("%v: %d %v\n%s", tt, response.StatusCode, response.Header, body)
 		}
 		if tt.status == 400 {
@@ -413,8 +424,10 @@ limits:
 				}
 			}
 			ask("/api/status", &status)
-			if status.Checks["allowed"] != 1 || status.Checks["limited"] != 2 || !status.Ready || status.Domain != "default" || len(status.Config.Hash) != 16 || status.Config.Limits != 2 ||
-				status.Config.File != config || status.Config.Last != nil || (status.Store.Kind == "redis") != (name == "on Redis") {
+			if status.Checks["allowed"] != 1 || status.Checks["limited"] != 2 || !status.Ready ||
+				status.Domain != "default" || len(status.Config.Hash) != 16 || status.Config.Limits != 2 ||
+				status.Config.File != config || status.Config.Last != nil ||
+				(status.Store.Kind == "redis") != (name == "on Redis") {
 				t.Errorf("%+v", status)
 			}
 			if name == "on Redis" && status.Store.Address != redis.URL() {
@@ -448,7 +461,8 @@ limits:
 			}
 			var top struct{ Requests, Denials []topKey }
 			ask("/api/top?limit=a", &top)
-			if len(top.Requests) != 1 || top.Requests[0].Count != 3 || top.Denials[0].Count != 2 || fmt.Sprint(top.Denials[0].Parts) != key {
+			if len(top.Requests) != 1 || top.Requests[0].Count != 3 || top.Denials[0].Count != 2 ||
+				fmt.Sprint(top.Denials[0].Parts) != key {
 				t.Errorf("%+v", top)
 			}
 			var denials []struct {
@@ -463,8 +477,10 @@ limits:
 			if len(denials) != 1 {
 				t.Fatalf("%+v", denials)
 			}
-			if d := denials[0]; d.Count != 2 || d.Limit != "a" || d.Decision != "limited" || d.Reason != "cost 2, remaining 0" || d.Path != "/a" || d.Source != "203.0.113.7" ||
-				*d.RetryAfter < 172_000 || *d.RetryAfter > 172_800 || !d.Explainable || fmt.Sprint(d.Parts) != key {
+			if d := denials[0]; d.Count != 2 || d.Limit != "a" || d.Decision != "limited" ||
+				d.Reason != "cost 2, remaining 0" || d.Path != "/a" || d.Source != "203.0.113.7" ||
+				*d.RetryAfter < 172_000 || *d.RetryAfter > 172_800 || !d.Explainable ||
+				fmt.Sprint(d.Parts) != key {
 				t.Errorf("%+v", d)
 			}
 			for range 3 { // it takes nothing

@@ -84,7 +84,8 @@ const freePorts = "listen: {grpc: '127.0.0.1:0', admin: '127.0.0.1:0', metrics: 
 // A config that comes through a pipe counts, whichever pipe it is. It is read
 // once, and what it names is reloaded all the same.
 func TestConfigFromAPipe(t *testing.T) {
-	const config = freePorts + "domain: piped\nlimits: [{name: a, rate: 1/d, key: request.headers.k, overrides_file: o.csv}]\n"
+	const config = freePorts + "domain: piped\nlimits: [{name: a, rate: 1/d, key: request.headers.k, overrides_file: " +
+		"o.csv}]\n"
 	dir := t.TempDir()
 	write := func(text string) {
 		t.Helper()
@@ -140,7 +141,8 @@ func TestValidateAPipe(t *testing.T) {
 	for config, want := range map[string]string{
 		limit("a"):              "/dev/fd/3: ok\n",
 		"limits: [{name: a}]\n": "/dev/fd/3:1:10: limits[0].rate: missing; a limit needs a name and a rate\n",
-		"":                      "/dev/fd/3: the file is empty (perhaps it is still being written); for a config without limits write limits: []\n",
+		"": "/dev/fd/3: the file is empty (perhaps it is still being written); for a config without " +
+			"limits write limits: []\n",
 	} {
 		p := start(t, "sluice", nil, "validate", "/dev/fd/3")
 		piped(t, p, config)
@@ -155,7 +157,9 @@ func TestDemoFromAPipe(t *testing.T) {
 	if _, err := envoy.Binary(t.Context(), func(s string) { t.Log(s) }); err != nil {
 		t.Fatal(err)
 	}
-	p := start(t, "sluice", []string{"TMPDIR=" + t.TempDir()}, "demo", "--port", strconv.Itoa(freePort(t)), "--config", "/dev/fd/3")
+	p := start(
+		t, "sluice", []string{"TMPDIR=" + t.TempDir()}, "demo", "--port", strconv.Itoa(freePort(t)), "--config", "/dev/fd/3",
+	)
 	piped(t, p, limit("from-a-pipe"))
 	stdout, err := p.cmd.StdoutPipe()
 	if err != nil {
@@ -179,7 +183,8 @@ func TestDemoFromAPipe(t *testing.T) {
 func TestBlankConfig(t *testing.T) {
 	blank := file(t, "blank.yaml", "\ufeff \n\n")
 	for _, path := range []string{blank, "/dev/null"} {
-		want := path + ": the file is empty (perhaps it is still being written); for a config without limits write limits: []\n"
+		want := path + ": the file is empty (perhaps it is still being written); for a config without limits write " +
+			"limits: []\n"
 		for _, args := range [][]string{{"run", "--config"}, {"demo", "--config"}, {"explain", "--config"}, {"validate"}} {
 			status, stdout, stderr := sluice(t, nil, append(args, path)...)
 			if status != 1 || stdout+stderr != want {
@@ -188,7 +193,8 @@ func TestBlankConfig(t *testing.T) {
 		}
 	}
 	for _, command := range []string{"run", "demo", "explain", "doctor", "envoy"} {
-		if status, _, stderr := sluice(t, []string{"SLUICE_CONFIG=" + blank}, command, "--config="); status != 2 || !strings.HasPrefix(stderr, "sluice: --config is empty: want the name of a file") {
+		if status, _, stderr := sluice(t, []string{"SLUICE_CONFIG=" + blank}, command, "--config="); status != 2 ||
+			!strings.HasPrefix(stderr, "sluice: --config is empty: want the name of a file") {
 			t.Errorf("%s: %d %s", command, status, stderr)
 		}
 	}
@@ -266,7 +272,8 @@ func TestPipesThatAConfigNames(t *testing.T) {
 		if err := os.WriteFile(config, []byte(text+"\n"), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if status, stdout, stderr := sluice(t, nil, "validate", config); status != 1 || !strings.Contains(stdout, fifo+": not a regular file") {
+		if status, stdout, stderr := sluice(t, nil, "validate", config); status != 1 ||
+			!strings.Contains(stdout, fifo+": not a regular file") {
 			t.Errorf("%s: %d %s%s", text, status, stdout, stderr)
 		}
 	}

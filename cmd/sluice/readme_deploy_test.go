@@ -99,12 +99,14 @@ func TestREADMECompose(t *testing.T) {
 		t.Errorf("%s%s", stdout, stderr)
 	}
 	status, bootstrap, stderr := sluice(t, nil, "envoy", "plain", "--config", config)
-	if path := strings.TrimPrefix(socket, "unix://"); status != 0 || !strings.Contains(bootstrap, fmt.Sprintf("pipe: { path: %q }", path)) {
+	if path := strings.TrimPrefix(socket, "unix://"); status != 0 ||
+		!strings.Contains(bootstrap, fmt.Sprintf("pipe: { path: %q }", path)) {
 		t.Errorf("Envoy does not ask at %s: %s", path, stderr)
 	}
 	// Its commands, without what the container has and this machine does not.
 	s := compose.Services["sluice"]
-	if status, _, stderr := sluice(t, nil, s.Command...); status != statusNo || !strings.Contains(stderr, "/etc/sluice/sluice.yaml") {
+	if status, _, stderr := sluice(t, nil, s.Command...); status != statusNo ||
+		!strings.Contains(stderr, "/etc/sluice/sluice.yaml") {
 		t.Errorf("%v: %d %s", s.Command, status, stderr)
 	}
 	entry := unique(document(t, "Dockerfile"), `(?m)^ENTRYPOINT \["(.*)"\]$`)
@@ -124,8 +126,12 @@ func TestREADMECompose(t *testing.T) {
 		t.Fatalf("the Redis runs %q", command)
 	}
 	redis := redistest.Start(t, append(command[1:], "--maxmemory", "100mb")...) // without one nothing is evicted anyway
-	status, stdout, stderr := sluice(t, nil, "doctor", "--config", file(t, "doctor.yaml", fmt.Sprintf("store: {redis: {url: %q}}\nlimits: []\n", redis.URL())))
-	if status != 0 || strings.Contains(stdout, "fail  ") || strings.Contains(stdout, "warn  eviction") || strings.Contains(stdout, "warn  persistence") {
+	status, stdout, stderr := sluice(
+		t, nil, "doctor", "--config",
+		file(t, "doctor.yaml", fmt.Sprintf("store: {redis: {url: %q}}\nlimits: []\n", redis.URL())),
+	)
+	if status != 0 || strings.Contains(stdout, "fail  ") || strings.Contains(stdout, "warn  eviction") ||
+		strings.Contains(stdout, "warn  persistence") {
 		t.Errorf("%d %s%s", status, stdout, stderr)
 	}
 }

@@ -216,7 +216,8 @@ func TestMigrations(t *testing.T) {
 
 // The rates in the table of Kong's windows are those of the windows.
 func TestMigrationWindows(t *testing.T) {
-	rows := regexp.MustCompile("(?m)^\\| [^|]+ \\| ([0-9]+) \\| ([0-9]+) \\| `rate: ([^`]+)` \\|$").FindAllStringSubmatch(document(t, envoyReadme), -1)
+	rows := regexp.MustCompile("(?m)^\\| [^|]+ \\| ([0-9]+) \\| ([0-9]+) \\| `rate: ([^`]+)` \\|$").
+		FindAllStringSubmatch(document(t, envoyReadme), -1)
 	if len(rows) != 6 {
 		t.Errorf("%d rows, want 6", len(rows))
 	}

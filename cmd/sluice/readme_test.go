@@ -99,7 +99,9 @@ func readmeConfig(t *testing.T) string {
 // The reference's config is a good one, also with what stands in comments there.
 func TestREADMEConfig(t *testing.T) {
 	config := readmeConfig(t)
-	for _, text := range []string{config, strings.Replace(strings.Replace(config, "  xff_from_right: 1 ", "  # ", 1), "# header:", "header:", 1)} {
+	for _, text := range []string{
+		config, strings.Replace(strings.Replace(config, "  xff_from_right: 1 ", "  # ", 1), "# header:", "header:", 1),
+	} {
 		if status, stdout, stderr := sluice(t, nil, "validate", file(t, "sluice.yaml", text)); status != 0 {
 			t.Errorf("%s%s", stdout, stderr)
 		}
@@ -139,7 +141,8 @@ func TestREADMEReference(t *testing.T) {
 			fields++
 			at := strings.TrimPrefix(path+"."+name, ".")
 			v, given := mapping[name]
-			if !given && !regexp.MustCompile(`(?m)^.*#.*\b`+name+`\b`).MatchString(config) && !regexp.MustCompile(`\b`+name+`:`).MatchString(config) {
+			if !given && !regexp.MustCompile(`(?m)^.*#.*\b`+name+`\b`).MatchString(config) &&
+				!regexp.MustCompile(`\b`+name+`:`).MatchString(config) {
 				t.Errorf("the reference does not have %s", at)
 			}
 			if d, ok := p.(map[string]any)["default"]; ok && given && at != "domain" && at != "limits[].cost" {
@@ -203,7 +206,10 @@ func TestREADMECommands(t *testing.T) {
 
 // The metrics of the program's document are those that are exported.
 func TestREADMEMetrics(t *testing.T) {
-	config := file(t, "sluice.yaml", "limits: [{name: a, rate: 1/s}, {name: b, rate: 1/s, key: 'request.path.split(\"?\")[1]', match: {paths: [/bad]}}]\n")
+	config := file(
+		t, "sluice.yaml",
+		"limits: [{name: a, rate: 1/s}, {name: b, rate: 1/s, key: 'request.path.split(\"?\")[1]', match: {paths: [/bad]}}]\n",
+	)
 	var exported []string
 	for _, args := range [][]string{nil, {"--redis", redistest.Start(t).URL()}} {
 		p := startSluice(t, append([]string{"--config", config}, args...)...)
@@ -222,7 +228,8 @@ func TestREADMEMetrics(t *testing.T) {
 
 // The config of README.md's first steps is a good one.
 func TestREADMESteps(t *testing.T) {
-	if status, stdout, stderr := sluice(t, nil, "validate", file(t, "sluice.yaml", block(t, section(t, topReadme, "## Use it"), "yaml"))); status != 0 || stderr != "" {
+	if status, stdout, stderr := sluice(t, nil, "validate", file(t, "sluice.yaml", block(t, section(t, topReadme, "## Use it"), "yaml"))); status != 0 ||
+		stderr != "" {
 		t.Errorf("%s%s", stdout, stderr)
 	}
 }

@@ -29,7 +29,8 @@ import (
 func recipe(t *testing.T, heading string) string {
 	t.Helper()
 	text := block(t, section(t, policyReadme, "### "+heading), "yaml")
-	return strings.NewReplacer("/s\n", "/1000s\n", "/m\n", "/1000m\n", "/h\n", "/1000h\n", "/s,", "/1000s,", "/m,", "/1000m,", "/h,", "/1000h,").Replace(text)
+	return strings.NewReplacer("/s\n", "/1000s\n", "/m\n", "/1000m\n", "/h\n", "/1000h\n", "/s,", "/1000s,", "/m,", "/1000m,", "/h,", "/1000h,").
+		Replace(text)
 }
 
 // served is an Envoy with sluice and an upstream behind it.
@@ -136,7 +137,10 @@ func TestRecipes(t *testing.T) {
 			t.Error("the upstream was not told of the shadow limit")
 		}
 		_, metrics := get(t, "http://"+s.p.metrics+"/metrics")
-		for _, want := range []string{`sluice_limit_decisions_total{decision="shadow_limited",limit="per-client-strict"} 45`, `sluice_rejections_total{limit="per-client"} 5`} {
+		for _, want := range []string{
+			`sluice_limit_decisions_total{decision="shadow_limited",limit="per-client-strict"} 45`,
+			`sluice_rejections_total{limit="per-client"} 5`,
+		} {
 			if !strings.Contains(metrics, want) {
 				t.Errorf("no %s", want)
 			}
@@ -157,8 +161,17 @@ func TestRecipes(t *testing.T) {
 	t.Run("Limits from Envoy's routes, without a file", func(t *testing.T) {
 		perRoute := recipe(t, "Limits from Envoy's routes, without a file")
 		s := serveRecipe(t, "", nil, func(b string) string {
-			b = strings.Replace(b, "              - match: { prefix: / }\n", "              - match: { path: /free }\n                route: { cluster: upstream }\n              - match: { prefix: / }\n", 1)
-			return strings.Replace(b, "\n                route: { cluster: upstream }\n                # A route", "\n                route: { cluster: upstream }\n"+indent(perRoute, 16)+"                # A route", 1)
+			b = strings.Replace(
+				b,
+				"              - match: { prefix: / }\n",
+				"              - match: { path: /free }\n                route: { cluster: upstream }\n              - match: { "+
+					"prefix: / }\n",
+				1,
+			)
+			return strings.Replace(
+				b, "\n                route: { cluster: upstream }\n                # A route",
+				"\n                route: { cluster: upstream }\n"+indent(perRoute, 16)+"                # A route", 1,
+			)
 		})
 		s.want(5, 7, "GET /", "x-api-key", "one")
 		s.want(5, 5, "POST /", "x-api-key", "one")
@@ -170,8 +183,15 @@ func TestRecipes(t *testing.T) {
 		conn := dial(t, s.addr)
 		call := func(method string) (remaining string, code codes.Code) {
 			var header, trailer metadata.MD
-			err := conn.Invoke(t.Context(), method, &emptypb.Empty{}, &emptypb.Empty{}, grpc.Header(&header), grpc.Trailer(&trailer))
-			return strings.Join(append(header.Get("x-ratelimit-remaining"), trailer.Get("x-ratelimit-remaining")...), ""), status.Code(err)
+			err := conn.Invoke(
+				t.Context(), method, &emptypb.Empty{}, &emptypb.Empty{}, grpc.Header(&header), grpc.Trailer(&trailer),
+			)
+			return strings.Join(
+					append(header.Get("x-ratelimit-remaining"), trailer.Get("x-ratelimit-remaining")...),
+					"",
+				), status.Code(
+					err,
+				)
 		}
 		for i, tt := range []struct {
 			method, remaining string
@@ -199,7 +219,9 @@ func TestRecipes(t *testing.T) {
 		redis := redistest.Start(t)
 		text := strings.Replace(recipe(t, "Many services on one Redis"), "${REDIS_URL}", redis.URL(), 1)
 		checkout := serveRecipe(t, strings.Replace(text, `"}`, `", timeout: 10s}`, 1), nil)
-		search := serveRecipe(t, strings.NewReplacer("shop/checkout", "shop/search", `"}`, `", timeout: 10s}`).Replace(text), nil)
+		search := serveRecipe(
+			t, strings.NewReplacer("shop/checkout", "shop/search", `"}`, `", timeout: 10s}`).Replace(text), nil,
+		)
 		checkout.want(10, 11, "GET /", "x-tenant", "a")
 		search.want(2, 11, "GET /", "x-tenant", "a") // the tenant's 12 are used up
 		search.want(8, 11, "GET /", "x-tenant", "b") // this service's own 10 are
@@ -207,7 +229,10 @@ func TestRecipes(t *testing.T) {
 		keys := redis.Client().Keys(t.Context(), "*").Val()
 		slices.Sort(keys)
 		got := strings.Join(keys, "\n")
-		for _, want := range []string{"sluice:shop/checkout:per-client:{=9.127.0.0.1}", "sluice:shop/search:per-client:{=9.127.0.0.1}", "sluice:shop:tenant:{#43."} {
+		for _, want := range []string{
+			"sluice:shop/checkout:per-client:{=9.127.0.0.1}", "sluice:shop/search:per-client:{=9.127.0.0.1}",
+			"sluice:shop:tenant:{#43.",
+		} {
 			if !strings.Contains(got, want) {
 				t.Errorf("no key %s in\n%s", want, got)
 			}
@@ -299,15 +324,30 @@ limits:
 	quotedKey := strings.ReplaceAll(key, `"`, `\"`)
 	fromEnvoy := serveRecipe(t, "", nil, func(b string) string {
 		const host, route = "              routes:\n", "              - match: { prefix: / }\n"
-		ofHost := extensions(`sluice.limit.per-key: "{rate: 1/d, burst: 12, key: '` + quotedKey + `', overrides: [{key: gold, rate: 1/d, burst: 30}]}"`)
+		ofHost := extensions(
+			`sluice.limit.per-key: "{rate: 1/d, burst: 12, key: '` + quotedKey + `', overrides: [{key: gold, rate: 1/d, burst: 30}]}"`,
+		)
 		b = strings.Replace(b, host, indent(ofHost, 14)+host, 1)
 		ofSearch := extensions(`sluice.limit.search: "{rate: 1/d, burst: 5, key: '` + quotedKey + `'}"`)
 		ofExport := extensions(`sluice.limit.export: "{rate: 1/d, burst: 2, match: {methods: [POST]}}"`)
 		ofFree := extensions(`sluice.limit.per-key: "off"`)
-		return strings.Replace(b, route,
-			"              - match: { path_separated_prefix: /search }\n                route: { cluster: upstream }\n"+indent(ofSearch, 16)+
-				"              - match: { path: /export }\n                route: { cluster: upstream }\n"+indent(ofExport, 16)+
-				"              - match: { path: /free }\n                route: { cluster: upstream }\n"+indent(ofFree, 16)+route, 1)
+		return strings.Replace(
+			b,
+			route,
+			"              - match: { path_separated_prefix: /search }\n                route: { cluster: upstream }\n"+indent(
+				ofSearch,
+				16,
+			)+
+				"              - match: { path: /export }\n                route: { cluster: upstream }\n"+indent(
+				ofExport,
+				16,
+			)+
+				"              - match: { path: /free }\n                route: { cluster: upstream }\n"+indent(
+				ofFree,
+				16,
+			)+route,
+			1,
+		)
 	})
 	for name, s := range map[string]*served{"from a file": fromFile, "from Envoy": fromEnvoy} {
 		t.Run(name, func(t *testing.T) {

@@ -45,8 +45,14 @@ func TestRedisRefusesASidecar(t *testing.T) {
 		kind  string
 		log   string // what its line says, besides the kind
 	}{
-		{name: "a replica", kind: "readonly", log: "READONLY", setup: func(t *testing.T, s *redistest.Server) { on(t, s, "REPLICAOF 127.0.0.1 1") }},
-		{name: "too few replicas", kind: "readonly", log: "NOREPLICAS", setup: func(t *testing.T, s *redistest.Server) { on(t, s, "CONFIG SET min-replicas-to-write 1") }},
+		{
+			name: "a replica", kind: "readonly", log: "READONLY",
+			setup: func(t *testing.T, s *redistest.Server) { on(t, s, "REPLICAOF 127.0.0.1 1") },
+		},
+		{
+			name: "too few replicas", kind: "readonly", log: "NOREPLICAS",
+			setup: func(t *testing.T, s *redistest.Server) { on(t, s, "CONFIG SET min-replicas-to-write 1") },
+		},
 		{name: "a save that failed", kind: "readonly", log: "MISCONF", setup: func(t *testing.T, s *redistest.Server) {
 			// A directory is where the file should be.
 			if err := os.Mkdir(filepath.Join(s.Client().ConfigGet(t.Context(), "dir").Val()["dir"], "dump.rdb"), 0o700); err != nil {
@@ -58,14 +64,20 @@ func TestRedisRefusesASidecar(t *testing.T) {
 			on(t, s, "SET a b", "BGSAVE")
 			await(t, func() bool { return s.Info("persistence")["rdb_last_bgsave_status"] == "err" })
 		}},
-		{name: "out of memory", kind: "oom", log: "OOM", setup: func(t *testing.T, s *redistest.Server) { on(t, s, "CONFIG SET maxmemory 1") }},
+		{
+			name: "out of memory", kind: "oom", log: "OOM",
+			setup: func(t *testing.T, s *redistest.Server) { on(t, s, "CONFIG SET maxmemory 1") },
+		},
 		{name: "loading", kind: "loading", log: "LOADING", args: []string{"--enable-debug-command", "yes", "--loading-process-events-interval-bytes", "1024"}, setup: func(t *testing.T, s *redistest.Server) {
 			// 40 s of loading, in which it looks up after each key.
 			on(t, s, "DEBUG POPULATE 4000 key 2000", "CONFIG SET rdbcompression no", "CONFIG SET key-load-delay 10000")
 			go s.Client().Do(t.Context(), "DEBUG", "RELOAD") // ends with the server
 			await(t, func() bool { return strings.HasPrefix(fmt.Sprint(s.Client().Get(t.Context(), "a").Err()), "LOADING") })
 		}},
-		{name: "a wrong password", kind: "auth", log: "WRONGPASS", store: "password: wrong", args: []string{"--requirepass", "right"}},
+		{
+			name: "a wrong password", kind: "auth", log: "WRONGPASS", store: "password: wrong",
+			args: []string{"--requirepass", "right"},
+		},
 		{name: "no password", kind: "auth", log: "NOAUTH", args: []string{"--requirepass", "right"}},
 		{name: "no rights", kind: "auth", log: "NOPERM", store: "username: guest, password: pw", setup: func(t *testing.T, s *redistest.Server) {
 			on(t, s, "ACL SETUSER guest on >pw ~sluice:* +ping +time")
@@ -82,7 +94,10 @@ func TestRedisRefusesASidecar(t *testing.T) {
 				dir := t.TempDir()
 				writeExpired(t, dir)
 				port := redistest.FreePort(t)
-				redistest.Start(t, "--tls-port", port, "--tls-cert-file", dir+"/cert.pem", "--tls-key-file", dir+"/key.pem", "--tls-auth-clients", "no", "--tls-ca-cert-file", dir+"/cert.pem", "--bind", "127.0.0.1")
+				redistest.Start(
+					t, "--tls-port", port, "--tls-cert-file", dir+"/cert.pem", "--tls-key-file", dir+"/key.pem", "--tls-auth-clients",
+					"no", "--tls-ca-cert-file", dir+"/cert.pem", "--bind", "127.0.0.1",
+				)
 				url, store = "rediss://127.0.0.1:"+port, "tls: {ca_file: "+dir+"/cert.pem}"
 			} else {
 				s := redistest.Start(t, tt.args...)
@@ -139,7 +154,9 @@ limits: [{name: all, rate: 1000000/s}]
 func TestRefusedClientsSpread(t *testing.T) {
 	const clients, longest = 1000, 10
 	redis := redistest.Start(t)
-	p := startSluice(t, "--redis", redis.URL(), "--config", file(t, "sluice.yaml", "limits: [{name: all, rate: 1000000/s}]\n"))
+	p := startSluice(
+		t, "--redis", redis.URL(), "--config", file(t, "sluice.yaml", "limits: [{name: all, rate: 1000000/s}]\n"),
+	)
 	conn := dial(t, p.grpc)
 	if got := check(t, conn, from("203.0.113.1", "/")); got != "ok" {
 		t.Fatal(got)

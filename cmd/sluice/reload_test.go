@@ -41,7 +41,8 @@ func startReloading(t *testing.T, file string) *reloading {
 	if err != nil {
 		t.Fatal(err)
 	}
-	log := zap.New(zapcore.NewNopCore()).WithOptions(zap.WrapCore(func(zapcore.Core) zapcore.Core { return refusals{r.done} }))
+	log := zap.New(zapcore.NewNopCore()).
+		WithOptions(zap.WrapCore(func(zapcore.Core) zapcore.Core { return refusals{r.done} }))
 	r.reloader = newReloader(source, cfg, inputs, func(next *policy.Config) error {
 		if err := next.Replaces(cfg, file); err != nil {
 			return err
@@ -107,7 +108,11 @@ func (r *reloading) counted(success, failure int) {
 	r.t.Helper()
 	var s, f float64
 	await(r.t, func() bool {
-		s, f = testutil.ToFloat64(r.reloader.reloads.WithLabelValues("success")), testutil.ToFloat64(r.reloader.reloads.WithLabelValues("failure"))
+		s, f = testutil.ToFloat64(
+			r.reloader.reloads.WithLabelValues("success"),
+		), testutil.ToFloat64(
+			r.reloader.reloads.WithLabelValues("failure"),
+		)
 		return int(s) >= success && int(f) >= failure
 	})
 	if int(s) != success || int(f) != failure || len(r.done) != 0 {
@@ -158,7 +163,10 @@ func TestReload(t *testing.T) {
 	r.write("sluice.yaml", "limits: [{name: e}]\n")
 	r.want("refused: [DIR/sluice.yaml:1:10: limits[0].rate: missing; a limit needs a name and a rate]")
 	r.write("sluice.yaml", " \n")
-	r.want("refused: [DIR/sluice.yaml: the file is empty (perhaps it is still being written); for a config without limits write limits: []]")
+	r.want(
+		"refused: [DIR/sluice.yaml: the file is empty (perhaps it is still being written); for a config without limits " +
+			"write limits: []]",
+	)
 	r.do(os.Remove(r.file))
 	r.want("refused: [DIR/sluice.yaml: no such file or directory]")
 	r.write("sluice.yaml", "limits: []\n")
@@ -173,7 +181,10 @@ func TestReload(t *testing.T) {
 
 	// What takes a restart is refused.
 	r.write("sluice.yaml", "listen: {grpc: '127.0.0.1:1'}\nstore: {redis: {url: 'redis://h'}}\n"+limit("g"))
-	r.want("refused: [DIR/sluice.yaml: listen.grpc: changed; a restart is needed to apply it DIR/sluice.yaml: store.redis: changed; a restart is needed to apply it]")
+	r.want(
+		"refused: [DIR/sluice.yaml: listen.grpc: changed; a restart is needed to apply it DIR/sluice.yaml: store.redis: " +
+			"changed; a restart is needed to apply it]",
+	)
 	r.write("sluice.yaml", limit("f"))
 	r.want("in force: f")
 
@@ -240,7 +251,9 @@ limits:
 	r.write("tenants/one.csv", "key,rate,burst\nGET,5/s,\n")
 	r.want("in force: a")
 	r.write("tenants/two.csv", "key,rate,burst\nGET,6/s,x\n")
-	r.want(`refused: [DIR/tenants/two.csv:2:5: limits[0].overrides_file: invalid burst "x"; want a whole number from 1 to 1000000000]`)
+	r.want(
+		`refused: [DIR/tenants/two.csv:2:5: limits[0].overrides_file: invalid burst "x"; want a whole number from 1 to 1000000000]`,
+	)
 	r.write("tenants/two.csv", "key,rate,burst\nPUT,6/s,\n")
 	r.want("in force: a")
 	r.do(os.Remove(filepath.Join(dir, "tenants/one.csv")))
@@ -254,7 +267,11 @@ limits:
 func TestReloadUnderLoad(t *testing.T) {
 	const changes, requests = 50, 10_000
 	version := func(n int) string {
-		return fmt.Sprintf("headers: [ratelimit]\nlimits:\n  - {name: one, rate: 1/d, burst: %d}\n  - {name: two, key: client.ip, rate: 1/d, burst: %[1]d}\n", n)
+		return fmt.Sprintf(
+			"headers: [ratelimit]\nlimits:\n  - {name: one, rate: 1/d, burst: %d}\n  - {name: two, key: client.ip, rate: "+
+				"1/d, burst: %[1]d}\n",
+			n,
+		)
 	}
 	texts := []string{version(30_000), version(20_000), "limits: [{name: one, rate: 1/d}, {name: two}]\n"}
 	good := regexp.MustCompile(`^"one";q=(\d+);w=\d+, "two";q=(\d+);w=\d+$`)
@@ -326,7 +343,10 @@ func TestReloadUnderLoad(t *testing.T) {
 	await(t, func() bool { return answered.Load() >= requests || t.Failed() })
 	close(done)
 	wg.Wait()
-	t.Logf("%d requests over %d reloads and %d refusals, %d and %d of the two versions", answered.Load(), wantSuccess, wantFailure, versions[0].Load(), versions[1].Load())
+	t.Logf(
+		"%d requests over %d reloads and %d refusals, %d and %d of the two versions", answered.Load(), wantSuccess,
+		wantFailure, versions[0].Load(), versions[1].Load(),
+	)
 	if versions[0].Load() < 100 || versions[1].Load() < 100 {
 		t.Error("too few of one version")
 	}
@@ -342,7 +362,8 @@ func TestReloadKeepsBuckets(t *testing.T) {
 			t.Fatal(got)
 		}
 	}
-	if err := os.WriteFile(path, []byte("log_level: debug\nfailure_status: 502\nlimits: [{name: a, rate: 1/d, burst: 30}]\n"), 0o600); err != nil {
+	if err := os.WriteFile(path, []byte("log_level: debug\nfailure_status: 502\nlimits: [{name: a, rate: 1/d, burst: "+
+		"30}]\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if err := p.cmd.Process.Signal(syscall.SIGHUP); err != nil {
@@ -387,7 +408,9 @@ limits:
 	r.do(os.Remove(at("gold/a.csv")))
 	r.want(inForce)
 	r.write("silver/b.csv", "")
-	r.want("refused: [DIR/silver/b.csv:1:1: limits[1].overrides_file: empty file; want a header row such as key,rate,burst]")
+	r.want(
+		"refused: [DIR/silver/b.csv:1:1: limits[1].overrides_file: empty file; want a header row such as key,rate,burst]",
+	)
 	r.do(os.Remove(at("silver/b.csv")))
 	r.want(inForce)
 
@@ -443,7 +466,10 @@ func TestWatchRests(t *testing.T) {
 	w, err := fsnotify.NewWatcher()
 	r.do(err)
 	defer func() { _ = w.Close() }()
-	reloader := &reloader{log: zap.NewNop(), inputs: policy.Inputs{Paths: []string{filepath.Join(dir, "link/conf/sluice.yaml")}}}
+	reloader := &reloader{
+		log:    zap.NewNop(),
+		inputs: policy.Inputs{Paths: []string{filepath.Join(dir, "link/conf/sluice.yaml")}},
+	}
 	if !reloader.watch(w) {
 		t.Error("nothing is watched")
 	}

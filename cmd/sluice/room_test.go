@@ -42,7 +42,9 @@ limits:
 					lines = append(lines, fmt.Sprintf("x-%d: 1", i))
 				}
 				ask(fmt.Sprint(n, " headers"), lines...)
-				ask(fmt.Sprint(n, " headers and forged ones"), append(lines[2:], "x-sluice-shadow: forged", "x-sluice-other: forged")...)
+				ask(
+					fmt.Sprint(n, " headers and forged ones"),
+					append(lines[2:], "x-sluice-shadow: forged", "x-sluice-other: forged")...)
 			}
 			for n := 61_100; n <= 61_440; n += 5 {
 				ask(fmt.Sprint(n, " bytes"), "x-large: "+strings.Repeat("a", n))

@@ -67,7 +67,10 @@ limits: [{name: per-key, key: 'request.headers["x-api-key"]', rate: 1/h, burst: 
 			wg.Go(func() {
 				c := authv3.NewAuthorizationClient(conns[caller%len(conns)])
 				for i := int(next.Add(1)); i <= until; i = int(next.Add(1)) {
-					r, err := c.Check(context.Background(), checkRequest("203.0.113.1", "GET", "/", map[string]string{"x-api-key": fmt.Sprint("key of client ", i)}))
+					r, err := c.Check(
+						context.Background(),
+						checkRequest("203.0.113.1", "GET", "/", map[string]string{"x-api-key": fmt.Sprint("key of client ", i)}),
+					)
 					if err != nil || r.GetOkResponse() == nil {
 						t.Errorf("%v %v", r, err)
 						return
@@ -86,7 +89,10 @@ limits: [{name: per-key, key: 'request.headers["x-api-key"]', rate: 1/h, burst: 
 	lasted := time.Since(began)
 	each := float64(used()-redisBefore) / float64(clients-warm)
 	grew := metric("process_resident_memory_bytes") - processBefore
-	t.Logf("%d clients in %v: %.0f B a key in Redis; the sidecar's memory grew by %.1f MiB to %.1f", clients, lasted.Round(time.Second), each, grew/(1<<20), (processBefore+grew)/(1<<20))
+	t.Logf(
+		"%d clients in %v: %.0f B a key in Redis; the sidecar's memory grew by %.1f MiB to %.1f", clients,
+		lasted.Round(time.Second), each, grew/(1<<20), (processBefore+grew)/(1<<20),
+	)
 	if each > bytesEach {
 		t.Errorf("%.0f bytes a key in Redis", each)
 	}

@@ -26,14 +26,22 @@ func TestWrongSettings(t *testing.T) {
 		{[]string{"webhook", "--client-name", "api"}, 2, `--client-name requires --client-ca-file`},
 		{[]string{"webhook", "--image", "a b"}, 2, `--image "a b": must be an image reference of at most 512 bytes`},
 		{[]string{"healthcheck", "--grpc", long}, 2, `: the path has 108 bytes; the maximum for a unix socket is 107`},
-		{[]string{"run", "--config", file(t, "sluice.yaml", "listen: {grpc: '"+long+"'}\n")}, 1, `: the path has 108 bytes; the maximum for a unix socket is 107`},
-		{[]string{"run", "--config", file(t, "sluice.yaml", "mode: x\n")}, 1, `mode: unknown value "x"; want one of enforce, shadow`},
+		{
+			[]string{"run", "--config", file(t, "sluice.yaml", "listen: {grpc: '"+long+"'}\n")}, 1,
+			`: the path has 108 bytes; the maximum for a unix socket is 107`,
+		},
+		{
+			[]string{"run", "--config", file(t, "sluice.yaml", "mode: x\n")}, 1,
+			`mode: unknown value "x"; want one of enforce, shadow`,
+		},
 	} {
-		if status, stdout, stderr := sluice(t, nil, tt.args...); status != tt.status || stdout != "" || !strings.Contains(stderr, tt.stderr) {
+		if status, stdout, stderr := sluice(t, nil, tt.args...); status != tt.status || stdout != "" ||
+			!strings.Contains(stderr, tt.stderr) {
 			t.Errorf("%v: %d %s%s\nwant %d %s", tt.args, status, stdout, stderr, tt.status, tt.stderr)
 		}
 	}
-	if status, _, stderr := sluice(t, []string{"SLUICE_GRACE=soon"}, "run"); status != 1 || !strings.HasPrefix(stderr, "SLUICE_GRACE: grace: ") {
+	if status, _, stderr := sluice(t, []string{"SLUICE_GRACE=soon"}, "run"); status != 1 ||
+		!strings.HasPrefix(stderr, "SLUICE_GRACE: grace: ") {
 		t.Errorf("%d %s", status, stderr)
 	}
 }
@@ -42,8 +50,10 @@ func TestWrongSettings(t *testing.T) {
 func TestUnknownVariables(t *testing.T) {
 	p := start(t, "sluice", []string{
 		"SLUICE_GRCP=127.0.0.1:1", "SLUICE_ONFAILURE=allow", "SLUICE_SHOP=shop", "SLUICE_DOMAIN=known", // misspelt, unknown, of the config, known
-		"SLUICE_PORT=tcp://10.0.0.1:9001", "SLUICE_SERVICE_HOST=10.0.0.1", "SLUICE_SERVICE_PORT_GRPC=9001", "SLUICE_PORT_9001_TCP_ADDR=10.0.0.1", "SLUICE_WEB_SERVICE_PORT=80",
-	}, "run", "--config", file(t, "sluice.yaml", freePorts+"store: {redis: {url: 'redis://127.0.0.1:1', key_prefix: '${SLUICE_SHOP}'}}\n"))
+		"SLUICE_PORT=tcp://10.0.0.1:9001", "SLUICE_SERVICE_HOST=10.0.0.1", "SLUICE_SERVICE_PORT_GRPC=9001",
+		"SLUICE_PORT_9001_TCP_ADDR=10.0.0.1", "SLUICE_WEB_SERVICE_PORT=80",
+	}, "run", "--config", file(t, "sluice.yaml", freePorts+"store: {redis: {url: 'redis://127.0.0.1:1', key_prefix: "+
+		"'${SLUICE_SHOP}'}}\n"))
 	l := startLines(t, p)
 	await(t, func() bool { return l.count(`"serving"`) == 1 })
 	if l.count(`"variables":["SLUICE_GRCP","SLUICE_ONFAILURE"]`) != 1 {

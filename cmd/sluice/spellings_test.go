@@ -38,23 +38,72 @@ var pathEdits = []edit{
 	{"encode a byte twice", atByte(func(r *rand.Rand, c byte) string { return "%25" + percent(r, c)[1:] })},
 	{"change a letter's case", atByte(func(_ *rand.Rand, c byte) string { return swapCase(string(c)) })},
 	{"change all letters' case", func(_ *rand.Rand, s string) string { return swapCase(s) }},
-	{"another slash", atSlash(`%2F`, `%2f`, `%5C`, `%5c`, `\`, `%252F`, `%255C`, `%c0%af`, `%u002f`, `//`, `%2F/`, `/%2F`, `%2F%2F`, `/%5C`)},
-	{"a segment more", atSlash(`/./`, `/%2e/`, `/.%2f`, `/.\`, `/;/`, `/;a=b/`, `/.;/`, `/.;a/`, `/%3b/`, `/%00/`, `/%20/`, `/%09/`, `/%0a/`, `/.../`)},
-	{"a segment and back", atSlash(`/x/../`, `/x/%2e%2e/`, `/x/.%2E/`, `/x/..%2F`, `/x%2F../`, `/x%2f..%2f`, `/x/..\`, `/x\..\`, `/x/..%5c`,
-		`/x/..;/`, `/x/..;a=b/`, `/x;a/../`, `/x/..%3b/`, `/x/%252e%252e/`, `/x%2Fy/../`, `/x%2Fy/../../`, `/x/..%00/`, `/x/..%20/`)},
-	{"an empty segment and back", atSlash(`//../`, `//x/../../`, `/%2F../`, `//..%2F`, `//%2e%2e/`, `/%5C../`, `/\../`, `/;/../`, `///../`, `/./../`)},
+	{
+		"another slash",
+		atSlash(
+			`%2F`, `%2f`, `%5C`, `%5c`, `\`, `%252F`, `%255C`, `%c0%af`, `%u002f`, `//`, `%2F/`, `/%2F`, `%2F%2F`, `/%5C`,
+		),
+	},
+	{
+		"a segment more",
+		atSlash(
+			`/./`, `/%2e/`, `/.%2f`, `/.\`, `/;/`, `/;a=b/`, `/.;/`, `/.;a/`, `/%3b/`, `/%00/`, `/%20/`, `/%09/`, `/%0a/`,
+			`/.../`,
+		),
+	},
+	{
+		"a segment and back",
+		atSlash(
+			`/x/../`, `/x/%2e%2e/`, `/x/.%2E/`, `/x/..%2F`, `/x%2F../`, `/x%2f..%2f`, `/x/..\`, `/x\..\`, `/x/..%5c`, `/x/..;/`,
+			`/x/..;a=b/`, `/x;a/../`, `/x/..%3b/`, `/x/%252e%252e/`, `/x%2Fy/../`, `/x%2Fy/../../`, `/x/..%00/`, `/x/..%20/`,
+		),
+	},
+	{
+		"an empty segment and back",
+		atSlash(`//../`, `//x/../../`, `/%2F../`, `//..%2F`, `//%2e%2e/`, `/%5C../`, `/\../`, `/;/../`, `///../`, `/./../`),
+	},
 	{"a step up", atSlash(`/../`, `/..%2f`, `/%2e%2e/`, `/..\`, `/..;/`, `/..%5C`)},
-	{"a path before it", before(`/static/..`, `/static/%2e%2e`, `/static/..;`, `/static%2F..`, `/static/x/../..`, `/static/a%2Fb/../..`, `/static/a%2Fb/../../..`,
-		`/healthz/..`, `/healthz/..;a`, `/healthz%2f..`, `/x/y/../..`, `/v1/orders/..%2f..`, `/static//..`, `/static//../..`, `/static/..%2f..`, `/static\..`)},
-	{"something before it", before(`/`, `//`, `/.`, `/..`, `/%2e`, `/%2e%2e`, `/;`, `/;a=b`, `\`, `/\`, `%2F`, `/%2F`, `/%5C`, `/%00`, `.`, `*`, `/x:80`, `//api.example.com`, `http:`)},
-	{"something after a segment", afterSegment(`;`, `;a=b`, `;a=/x`, `%3B`, `%3Ba=b`, `.`, `..`, `%2e`, `%00`, `%0a`, `%0d`, `%09`, `%20`, `+`, `,`, `:`, `~`, `*`, `%`, `%2`,
-		`%zz`, `%ff`, "\xff", "\xc3\xa9", `%c3%a9`, `%2500`, `%250a`, `%e2%80%a8`, `%c2%85`, `%ef%bc%8f`, `!`, `'`, `"`, `<`, `|`, `^`, `[`, `%1f`, `%7f`)},
-	{"something at its end", after(`/`, `//`, `///`, `/.`, `/./`, `/..`, `/../`, `/x/..`, `/x/../`, `/%2e`, `/%2e%2e`, `%2F`, `%2f/`, `/%2F`, `%5C`, `\`, `/\`, `%5C/`,
-		`?`, `?a=b`, `?/../..`, `??`, `%3F`, `%3Fa=b`, `/%3f`, `#`, `#a`, `%23`, `%23a`, `/;`, `/;a=b`, `;`, `;/`, `;a/b`, `&a=b`, `.json`, `%2Ejson`, `/index.html`,
-		`%0A`, `/%0A`, `%0D%0A`, `%0A%0A`, `%00`, `%00.css`, `%20`, `/%20`, `%09`, " ", `%252F`, `%253F`, `%3b`, `%2500`)},
-	{"another last segment", lastSegment(`a%2Fb`, `a%2fb`, `a%5Cb`, `a\b`, `a%252Fb`, `a%2F`, `%2Fa`, `%2F`, `%5C`, `a%2Fb/`, `a%5cb/`, `a%2Fb%2Fc`, `a%2F..`, `a%2F..%2Fb`, `a%2F.`,
-		``, `.`, `..`, `...`, `%2e`, `%2E%2e`, `a;b`, `a%3Bb`, `a;b/`, `;a`, `%20`, `a%00b`, `a+b`, `a%25b`, `%257`, `{id}`, `%7Bid%7D`, `*`, `**`, `a%0ab`, "\xff", `%ff`,
-		`admin`, `healthz`, `:id`, `a?b/c`, `a%3Fb`, `a%3Fb%2Fc`, `a%23b`, `a%2Fb%3Fc`)},
+	{
+		"a path before it",
+		before(
+			`/static/..`, `/static/%2e%2e`, `/static/..;`, `/static%2F..`, `/static/x/../..`, `/static/a%2Fb/../..`,
+			`/static/a%2Fb/../../..`, `/healthz/..`, `/healthz/..;a`, `/healthz%2f..`, `/x/y/../..`, `/v1/orders/..%2f..`,
+			`/static//..`, `/static//../..`, `/static/..%2f..`, `/static\..`,
+		),
+	},
+	{
+		"something before it",
+		before(
+			`/`, `//`, `/.`, `/..`, `/%2e`, `/%2e%2e`, `/;`, `/;a=b`, `\`, `/\`, `%2F`, `/%2F`, `/%5C`, `/%00`, `.`, `*`,
+			`/x:80`, `//api.example.com`, `http:`,
+		),
+	},
+	{
+		"something after a segment",
+		afterSegment(
+			`;`, `;a=b`, `;a=/x`, `%3B`, `%3Ba=b`, `.`, `..`, `%2e`, `%00`, `%0a`, `%0d`, `%09`, `%20`, `+`, `,`, `:`, `~`, `*`,
+			`%`, `%2`, `%zz`, `%ff`, "\xff", "\xc3\xa9", `%c3%a9`, `%2500`, `%250a`, `%e2%80%a8`, `%c2%85`, `%ef%bc%8f`, `!`,
+			`'`, `"`, `<`, `|`, `^`, `[`, `%1f`, `%7f`,
+		),
+	},
+	{
+		"something at its end",
+		after(
+			`/`, `//`, `///`, `/.`, `/./`, `/..`, `/../`, `/x/..`, `/x/../`, `/%2e`, `/%2e%2e`, `%2F`, `%2f/`, `/%2F`, `%5C`,
+			`\`, `/\`, `%5C/`, `?`, `?a=b`, `?/../..`, `??`, `%3F`, `%3Fa=b`, `/%3f`, `#`, `#a`, `%23`, `%23a`, `/;`, `/;a=b`,
+			`;`, `;/`, `;a/b`, `&a=b`, `.json`, `%2Ejson`, `/index.html`, `%0A`, `/%0A`, `%0D%0A`, `%0A%0A`, `%00`, `%00.css`,
+			`%20`, `/%20`, `%09`, " ", `%252F`, `%253F`, `%3b`, `%2500`,
+		),
+	},
+	{
+		"another last segment",
+		lastSegment(
+			`a%2Fb`, `a%2fb`, `a%5Cb`, `a\b`, `a%252Fb`, `a%2F`, `%2Fa`, `%2F`, `%5C`, `a%2Fb/`, `a%5cb/`, `a%2Fb%2Fc`, `a%2F..`,
+			`a%2F..%2Fb`, `a%2F.`, ``, `.`, `..`, `...`, `%2e`, `%2E%2e`, `a;b`, `a%3Bb`, `a;b/`, `;a`, `%20`, `a%00b`, `a+b`,
+			`a%25b`, `%257`, `{id}`, `%7Bid%7D`, `*`, `**`, `a%0ab`, "\xff", `%ff`, `admin`, `healthz`, `:id`, `a?b/c`, `a%3Fb`,
+			`a%3Fb%2Fc`, `a%23b`, `a%2Fb%3Fc`,
+		),
+	},
 }
 
 // spellingDomains are the hosts of limited and exempt routes, as sluice's
@@ -63,23 +112,41 @@ var spellingDomains = []string{"api.example.com", "*.wild.example.com", "[2001:d
 
 // spellingHosts are the hosts that spellings start from.
 var spellingHosts = []string{
-	"api.example.com", "api.example.com", "api.example.com", "api.example.com", "x.wild.example.com", "[2001:db8::1]", "other.example.com",
+	"api.example.com", "api.example.com", "api.example.com", "api.example.com", "x.wild.example.com", "[2001:db8::1]",
+	"other.example.com",
 }
 
 // hostEdits are the same for a host.
 var hostEdits = []edit{
 	{"a port", after(`:`, `:80`, `:8080`, `:443`, `:0`, `:00080`, `:65535`, `:65536`, `:99999999999`)},
-	{"what is no port", after(`:x`, `:-1`, `:+80`, `:80a`, `:a80`, `:80:80`, `::`, `::80`, `:80:`, `:x:80`, `:80:x`, `: 80`, `:0x50`, `:%38%30`, `:.`, `:*`, `:80.`)},
+	{
+		"what is no port",
+		after(
+			`:x`, `:-1`, `:+80`, `:80a`, `:a80`, `:80:80`, `::`, `::80`, `:80:`, `:x:80`, `:80:x`, `: 80`, `:0x50`, `:%38%30`,
+			`:.`, `:*`, `:80.`,
+		),
+	},
 	{"a dot", after(`.`, `..`, `.:80`, `.:`, `..:80`, `.:x`, `. `)},
 	{"change a letter's case", atByte(func(_ *rand.Rand, c byte) string { return swapCase(string(c)) })},
 	{"change all letters' case", func(_ *rand.Rand, s string) string { return swapCase(s) }},
 	{"encode a byte", atByte(percent)},
 	{"something before it", before(`user@`, `user:80@`, `.`, `x.`, ` `, `@`, `//`, `http://`, `[`, `x:`, `:`, "\t", `*.`)},
-	{"something after it", after(`/`, `/x`, `,`, `,other.example.com`, ` `, "\t", `#`, `?x`, `@`, `@other.example.com`, `%00`, `%20`, `]`, `;a`, `\`, `_`, `%2e`, "\xff")},
+	{
+		"something after it",
+		after(
+			`/`, `/x`, `,`, `,other.example.com`, ` `, "\t", `#`, `?x`, `@`, `@other.example.com`, `%00`, `%20`, `]`, `;a`, `\`,
+			`_`, `%2e`, "\xff",
+		),
+	},
 	{"brackets", func(_ *rand.Rand, s string) string { return "[" + s + "]" }},
 	{"another writing of an address", func(r *rand.Rand, s string) string {
-		return strings.Replace(s, "[2001:db8::1]", pick(r, `[2001:DB8::1]`, `[2001:db8:0:0::1]`, `[2001:0db8::0001]`, `[2001:db8:0:0:0:0:0:1]`, `[2001:DB8:0:0::1]`,
-			`2001:db8::1`, `[2001:db8::1`, `[2001:db8::1%25lo]`, `[2001:db8::0.0.0.1]`), 1)
+		return strings.Replace(
+			s,
+			"[2001:db8::1]",
+			pick(r, `[2001:DB8::1]`, `[2001:db8:0:0::1]`, `[2001:0db8::0001]`, `[2001:db8:0:0:0:0:0:1]`, `[2001:DB8:0:0::1]`,
+				`2001:db8::1`, `[2001:db8::1`, `[2001:db8::1%25lo]`, `[2001:db8::0.0.0.1]`),
+			1,
+		)
 	}},
 	{"a label more", before(`x.`, `x.y.`, `X.`)},
 }

@@ -32,8 +32,14 @@ func startUpstream(t testing.TB) *upstream {
 	grpc_health_v1.RegisterHealthServer(calls, health.NewServer())
 	u := &upstream{}
 	mux := http.NewServeMux()
-	mux.HandleFunc("/missing", func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "no such thing", http.StatusNotFound) })
-	mux.HandleFunc("/moved", func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/elsewhere", http.StatusFound) })
+	mux.HandleFunc(
+		"/missing",
+		func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "no such thing", http.StatusNotFound) },
+	)
+	mux.HandleFunc(
+		"/moved",
+		func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/elsewhere", http.StatusFound) },
+	)
 	mux.HandleFunc("/busy", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Retry-After", "120")
 		w.WriteHeader(http.StatusServiceUnavailable)
@@ -48,7 +54,9 @@ func startUpstream(t testing.TB) *upstream {
 			calls.ServeHTTP(w, r)
 			return
 		}
-		for _, name := range []string{"X-Ratelimit-Limit", "X-Ratelimit-Foo", "Ratelimit", "Ratelimit-Policy", "Ratelimit-Bar", "X-Envoy-Ratelimited"} {
+		for _, name := range []string{
+			"X-Ratelimit-Limit", "X-Ratelimit-Foo", "Ratelimit", "Ratelimit-Policy", "Ratelimit-Bar", "X-Envoy-Ratelimited",
+		} {
 			w.Header().Add(name, "the upstream's")
 		}
 		mux.ServeHTTP(w, r)
@@ -98,7 +106,9 @@ func startEnvoy(t testing.TB, sluice, upstream string, change ...func(string) st
 	if err != nil {
 		t.Fatal(err)
 	}
-	bootstrap, err := envoy.Plain(envoy.Options{Listener: "127.0.0.1:0", Admin: "127.0.0.1:0", Sluice: sluice, Upstream: upstream})
+	bootstrap, err := envoy.Plain(
+		envoy.Options{Listener: "127.0.0.1:0", Admin: "127.0.0.1:0", Sluice: sluice, Upstream: upstream},
+	)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -45,7 +45,9 @@ func newAuthority(t *testing.T) *authority {
 	t.Helper()
 	a := &authority{t: t, key: newKey(t)}
 	template := &x509.Certificate{
-		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: "CA"}, IsCA: true, BasicConstraintsValid: true,
+		SerialNumber: big.NewInt(
+			time.Now().UnixNano(),
+		), Subject: pkix.Name{CommonName: "CA"}, IsCA: true, BasicConstraintsValid: true,
 		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), KeyUsage: x509.KeyUsageCertSign,
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, a.key.Public(), a.key)
@@ -67,7 +69,8 @@ func (a *authority) sign(name string, until time.Time) (cert, key []byte) {
 	a.t.Helper()
 	template := &x509.Certificate{
 		SerialNumber: big.NewInt(time.Now().UnixNano()), NotBefore: time.Now().Add(-2 * time.Hour), NotAfter: until,
-		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth, x509.ExtKeyUsageServerAuth},
+		KeyUsage:    x509.KeyUsageDigitalSignature,
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth, x509.ExtKeyUsageServerAuth},
 	}
 	if u, err := url.Parse(name); err == nil && u.Scheme != "" {
 		template.URIs = []*url.URL{u}
@@ -166,7 +169,9 @@ limits: [{name: a, key: client.network, rate: 1000000/s}]
 	if got := check(t, dial(t, p.grpc), checkRequest("203.0.113.1", "GET", "/", nil)); got == "ok" {
 		t.Error("cleartext is answered")
 	}
-	status, _, stderr := sluice(t, nil, "healthcheck", "--grpc", p.grpc, "--tls-cert", at("tls.crt"), "--tls-key", at("tls.key"))
+	status, _, stderr := sluice(
+		t, nil, "healthcheck", "--grpc", p.grpc, "--tls-cert", at("tls.crt"), "--tls-key", at("tls.key"),
+	)
 	if status != 0 {
 		t.Errorf("healthcheck: %d %s", status, stderr)
 	}
@@ -240,8 +245,11 @@ listen: {tls: {cert_file: server.crt, key_file: server.key, client_ca_file: clie
 limits: [{name: a, key: client.network, rate: 1/h, burst: 2}]
 `))
 	p := startSluice(t, "--config", at("sluice.yaml"))
-	status, printed, stderr := sluice(t, []string{"SLUICE_GRPC=" + p.grpc}, "envoy", "plain", "--config", at("sluice.yaml"))
-	if status != 0 || !strings.Contains(printed, "envoy.transport_sockets.tls") || !strings.Contains(printed, `exact: "sluice.example"`) {
+	status, printed, stderr := sluice(
+		t, []string{"SLUICE_GRPC=" + p.grpc}, "envoy", "plain", "--config", at("sluice.yaml"),
+	)
+	if status != 0 || !strings.Contains(printed, "envoy.transport_sockets.tls") ||
+		!strings.Contains(printed, `exact: "sluice.example"`) {
 		t.Fatalf("%d %s\n%s", status, stderr, printed)
 	}
 	binary, err := envoy.Binary(t.Context(), func(s string) { t.Log(s) })
@@ -256,7 +264,9 @@ limits: [{name: a, key: client.network, rate: 1/h, burst: 2}]
 	if err != nil {
 		t.Fatal(err)
 	}
-	addr := startEnvoyOn(t, binary, bootstrap, func(b string) string { return strings.ReplaceAll(b, "/etc/envoy/sluice/", dir+"/") })
+	addr := startEnvoyOn(
+		t, binary, bootstrap, func(b string) string { return strings.ReplaceAll(b, "/etc/envoy/sluice/", dir+"/") },
+	)
 	for i, want := range []int{200, 200, 429} {
 		if r, body := fetch(t, client(t), "http://"+addr+"/"); r.StatusCode != want {
 			t.Errorf("request %d: %d %s\n%s", i, r.StatusCode, body, p.logged())

@@ -35,7 +35,10 @@ type span struct {
 	service string
 }
 
-func (c *collector) Export(_ context.Context, r *collectorv1.ExportTraceServiceRequest) (*collectorv1.ExportTraceServiceResponse, error) {
+func (c *collector) Export(
+	_ context.Context,
+	r *collectorv1.ExportTraceServiceRequest,
+) (*collectorv1.ExportTraceServiceResponse, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, resource := range r.GetResourceSpans() {
@@ -138,11 +141,15 @@ func seeTraces(t *testing.T, c *collector, protocol string) {
 	t.Setenv("OTEL_BSP_SCHEDULE_DELAY", "50") // milliseconds
 	t.Setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://"+map[string]string{"grpc": c.grpc, "http/protobuf": c.http}[protocol])
 	t.Setenv("OTEL_EXPORTER_OTLP_PROTOCOL", protocol)
-	config := file(t, "sluice.yaml", "limits: [{name: a, rate: 1/h, key: 'request.headers[\"x-api-key\"]'}, {name: b, rate: 100/s}]")
+	config := file(
+		t, "sluice.yaml", "limits: [{name: a, rate: 1/h, key: 'request.headers[\"x-api-key\"]'}, {name: b, rate: 100/s}]",
+	)
 	p := startSluice(t, "--config", config, "--redis", redistest.Start(t).URL())
 	host, port, _ := strings.Cut(c.grpc, ":")
 	envoy := startEnvoy(t, p.grpc, startUpstream(t).Listener.Addr().String(), func(s string) string {
-		return strings.Replace(strings.Replace(s, "access_log:\n", envoyTraces, 1), "  clusters:\n", fmt.Sprintf(cluster, host, port), 1)
+		return strings.Replace(
+			strings.Replace(s, "access_log:\n", envoyTraces, 1), "  clusters:\n", fmt.Sprintf(cluster, host, port), 1,
+		)
 	})
 
 	const caller = "00f067aa0ba902b7"
@@ -173,7 +180,8 @@ func seeTraces(t *testing.T, c *collector, protocol string) {
 		}
 		waitFor(t, "Envoy's own span of the call", func() bool {
 			for _, s := range c.of(trace) {
-				if s.service == "envoy" && string(s.GetSpanId()) == string(check.GetParentSpanId()) && string(s.GetParentSpanId()) == string(ingress.GetSpanId()) {
+				if s.service == "envoy" && string(s.GetSpanId()) == string(check.GetParentSpanId()) &&
+					string(s.GetParentSpanId()) == string(ingress.GetSpanId()) {
 					return true
 				}
 			}
@@ -201,7 +209,8 @@ func seeTraces(t *testing.T, c *collector, protocol string) {
 
 	// A histogram names a trace.
 	_, page := fetch(t, client(t), "http://"+p.metrics+"/metrics", "Accept", "application/openmetrics-text; version=1.0.0")
-	if !regexp.MustCompile(`sluice_check_seconds_bucket\{le="[^"]+"\} \d+ # \{trace_id="4bf92f3577b34da6a3ce929d0e0e473\d"\}`).MatchString(page) {
+	if !regexp.MustCompile(`sluice_check_seconds_bucket\{le="[^"]+"\} \d+ # \{trace_id="4bf92f3577b34da6a3ce929d0e0e473\d"\}`).
+		MatchString(page) {
 		t.Errorf("no exemplar:\n%s", page)
 	}
 }
@@ -224,8 +233,12 @@ func TestTracesNowhere(t *testing.T) {
 		"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "unix:///x",
 		"OTEL_EXPORTER_OTLP_PROTOCOL":        "carrier-pigeon",
 	} {
-		status, _, stderr := sluice(t, []string{name + "=" + value}, "run", "--grpc", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--metrics", "127.0.0.1:0")
-		if status != 1 || !strings.Contains(stderr, name) || !strings.Contains(stderr, "must be http") || strings.Count(stderr, "\n") != 1 {
+		status, _, stderr := sluice(
+			t, []string{name + "=" + value}, "run", "--grpc", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--metrics",
+			"127.0.0.1:0",
+		)
+		if status != 1 || !strings.Contains(stderr, name) || !strings.Contains(stderr, "must be http") ||
+			strings.Count(stderr, "\n") != 1 {
 			t.Errorf("%s=%s: %d %s", name, value, status, stderr)
 		}
 	}
