@@ -31,7 +31,8 @@ func readmeACL(t *testing.T) map[string][]string {
 	return lines
 }
 
-// The ACL lines of limiter/README.md give the rights to all that sluice does, and none that could be left out.
+// The ACL lines of limiter/README.md give the rights to all that sluice does,
+// and none that could be left out.
 func TestREADMEACL(t *testing.T) {
 	lines := readmeACL(t)
 	const limits = `
@@ -121,7 +122,8 @@ func setUser(t *testing.T, nodes []*redis.Client, rights []string) {
 	}
 }
 
-// everything has a config do all that sluice does with a Redis, and says what did not work.
+// everything has a config do all that sluice does with a Redis, and says what
+// did not work.
 func everything(t *testing.T, config string, nodes []*redis.Client) (failed []string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), within)
@@ -175,8 +177,8 @@ func everything(t *testing.T, config string, nodes []*redis.Client) (failed []st
 	return failed
 }
 
-// migrating does something while the slot of a hash tag is on its way to another node, so that what is not on the old one is asked for
-// at the new one.
+// migrating does something while the slot of a hash tag is on its way to
+// another node, so that what is not on the old one is asked for at the new one.
 func migrating(ctx context.Context, t *testing.T, nodes []*redis.Client, tag string, do func()) {
 	t.Helper()
 	slot := nodes[0].ClusterKeySlot(ctx, "{"+tag+"}").Val()

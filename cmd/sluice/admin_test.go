@@ -7,7 +7,8 @@ import (
 	"testing"
 )
 
-// A body that explain does not read is refused: it would be told of GET / instead.
+// A body that explain does not read is refused: it would be told of GET /
+// instead.
 func TestExplainMediaType(t *testing.T) {
 	p := startSluice(t, "--config", file(t, "sluice.yaml", "limits: [{name: a, match: {paths: [/a]}, rate: 1/s}]"))
 	for media, want := range map[string]int{

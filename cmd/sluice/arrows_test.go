@@ -14,7 +14,8 @@ import (
 
 const module = "github.com/sluiceproxy/sluice"
 
-// arrows are what each room may import of the others: a request goes from authz to policy to limiter, and nothing goes back.
+// arrows are what each room may import of the others: a request goes from authz
+// to policy to limiter, and nothing goes back.
 var arrows = map[string][]string{
 	"limiter":           {},
 	"limiter/redistest": {},
@@ -27,13 +28,15 @@ var arrows = map[string][]string{
 	"cmd/sluice":        {"authz", "cmd/sluice/page", "envoy", "k8s", "limiter", "limiter/policy"},
 }
 
-// testArrows are what all rooms' tests may import besides, and nodeArrows what k8s's may: the node that they run wants an Envoy.
+// testArrows are what all rooms' tests may import besides, and nodeArrows what
+// k8s's may: the node that they run wants an Envoy.
 var (
 	testArrows = []string{"limiter/redistest", "k8s/testenv"}
 	nodeArrows = []string{"envoy"}
 )
 
-// extAuthz are the messages that only authz knows, and the tests that speak to it.
+// extAuthz are the messages that only authz knows, and the tests that speak to
+// it.
 const extAuthz = "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
 
 func TestArrows(t *testing.T) {
@@ -43,7 +46,8 @@ func TestArrows(t *testing.T) {
 		if err != nil {
 			return err
 		}
-		// Of testdata, as Go has it, nothing is imported: programs there are what tests run.
+		// Of testdata, as Go has it, nothing is imported: programs there are
+		// what tests run.
 		if d.IsDir() && (strings.HasPrefix(d.Name(), ".") && path != root || d.Name() == "testdata") {
 			return fs.SkipDir
 		}

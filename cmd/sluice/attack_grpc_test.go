@@ -25,8 +25,8 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
-// http2Client writes HTTP/2 frames as no well-behaved client would, but that it keeps to what the server lets it send: else its calls
-// would only end.
+// http2Client writes HTTP/2 frames as no well-behaved client would, but that it
+// keeps to what the server lets it send: else its calls would only end.
 type http2Client struct {
 	net.Conn
 	frames *http2.Framer
@@ -38,7 +38,8 @@ type http2Client struct {
 	ended  bool
 }
 
-// dialHTTP2 begins an HTTP/2 connection from an address, and reads away what the server says. It returns nil where it is refused.
+// dialHTTP2 begins an HTTP/2 connection from an address, and reads away what
+// the server says. It returns nil where it is refused.
 func dialHTTP2(addr, from string) *http2Client {
 	conn, err := (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}).Dial("tcp", addr)
 	if err != nil {
@@ -80,7 +81,8 @@ func (c *http2Client) send(stream uint32, data []byte) error {
 	return c.frames.WriteData(stream, false, data)
 }
 
-// check begins a check, whose message is for the caller to write. It returns the stream.
+// check begins a check, whose message is for the caller to write. It returns
+// the stream.
 func (c *http2Client) check() (uint32, error) {
 	var block bytes.Buffer
 	e := hpack.NewEncoder(&block)
@@ -100,7 +102,8 @@ func (c *http2Client) check() (uint32, error) {
 	)
 }
 
-// half writes the first so many bytes of a message that says to be twice as long.
+// half writes the first so many bytes of a message that says to be twice as
+// long.
 func (c *http2Client) half(stream uint32, n int) error {
 	message := binary.BigEndian.AppendUint32([]byte{0}, uint32(2*n))
 	message = append(message, make([]byte, n)...)
@@ -114,8 +117,9 @@ func (c *http2Client) half(stream uint32, n int) error {
 	return nil
 }
 
-// Neither idle connections, nor messages that are sent by halves, nor calls that are reset as soon as they begin fill the memory or keep
-// Envoy from its answers.
+// Neither idle connections, nor messages that are sent by halves, nor calls
+// that are reset as soon as they begin fill the memory or keep Envoy from its
+// answers.
 func TestAttackGRPC(t *testing.T) {
 	part := 10
 	if os.Getenv("SLUICE_LONG") != "" {
@@ -154,13 +158,14 @@ func TestAttackGRPC(t *testing.T) {
 		slowest.Store(0)
 		attack()
 		at := asked.Load()
-		await(t, func() bool { return asked.Load() >= at+20 })
+		eventually(t, "20 more checks", func() bool { return asked.Load() >= at+20 })
 		t.Logf(
 			"%s: %d checks, the slowest %v, %d MiB at most", name, asked.Load(), time.Duration(slowest.Load()),
 			peak(t, p.cmd.Process.Pid)>>20,
 		)
 	}
-	// Each attack comes from an address of its own, or it would only make room for itself.
+	// Each attack comes from an address of its own, or it would only make room
+	// for itself.
 	clients := func(from string, n int, f func(c *http2Client) error) {
 		var wg sync.WaitGroup
 		for range n {
@@ -182,8 +187,8 @@ func TestAttackGRPC(t *testing.T) {
 	// First, as connections that hold much are closed for those that hold more.
 	phase("elements", func() {
 		conn := dialGRPC(t, p.grpc, "127.0.0.8")
-		// The second form takes the slower path, where the sum of messages matters
-		// and not the size of one.
+		// The second form takes the slower path, where the sum of messages
+		// matters and not the size of one.
 		for _, form := range []struct {
 			size, times int
 			rest        string
@@ -258,7 +263,7 @@ func TestAttackGRPC(t *testing.T) {
 			}
 			return c.half(stream, 10)
 		})
-		await(t, func() bool {
+		eventually(t, "a closed connection", func() bool {
 			_, metrics := get(t, "http://"+p.metrics+"/metrics")
 			return !strings.Contains(metrics, `sluice_grpc_connections_closed_total{reason="time"} 0`)
 		})

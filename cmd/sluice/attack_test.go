@@ -15,7 +15,8 @@ import (
 	"github.com/sluiceproxy/sluice/k8s/testenv"
 )
 
-// shipped is the memory limit of the container that `sluice inject` adds, which is also its GOMEMLIMIT.
+// shipped is the memory limit of the container that `sluice inject` adds, which
+// is also its GOMEMLIMIT.
 const shipped = 128 << 20
 
 // shippedProcess is a sluice with the memory of a sidecar.
@@ -40,8 +41,8 @@ func startShipped(t *testing.T, args ...string) shippedProcess {
 }
 
 // wantWithin fails the test if the process has ever held more memory than most,
-// in bytes, or was killed for it. Without SLUICE_LONG=1 it only logs: the test's
-// own program is twice as large.
+// in bytes, or was killed for it. Without SLUICE_LONG=1 it only logs: the
+// test's own program is twice as large.
 func (p shippedProcess) wantWithin(t *testing.T, most int) {
 	t.Helper()
 	used := peak(t, p.cmd.Process.Pid)
@@ -57,7 +58,8 @@ func (p shippedProcess) wantWithin(t *testing.T, most int) {
 	}
 }
 
-// manyLimits is a config with so many limits, whose metrics make a scrape large.
+// manyLimits is a config with so many limits, whose metrics make a scrape
+// large.
 func manyLimits(n int) string {
 	var b strings.Builder
 	b.WriteString("limits:\n")
@@ -67,7 +69,8 @@ func manyLimits(n int) string {
 	return b.String()
 }
 
-// hold opens n connections from 127.0.0.1, writes text on each, and keeps them until the test ends without reading a byte.
+// hold opens n connections from 127.0.0.1, writes text on each, and keeps them
+// until the test ends without reading a byte.
 func hold(t *testing.T, n int, addr, text string) {
 	t.Helper()
 	var mu sync.Mutex
@@ -105,8 +108,8 @@ func scraper(address string) *http.Client {
 	}
 }
 
-// Connections that do nothing, requests that are sent by halves, and answers that nobody reads neither fill the memory nor keep others
-// out.
+// Connections that do nothing, requests that are sent by halves, and answers
+// that nobody reads neither fill the memory nor keep others out.
 func TestAttackHTTP(t *testing.T) {
 	idle, unread := 1000, 200
 	if os.Getenv("SLUICE_LONG") != "" {

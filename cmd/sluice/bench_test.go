@@ -83,8 +83,10 @@ func benchScript(b *testing.B) string {
 // plot is where BenchmarkServers draws its result.
 var plot = flag.String("plot", "", "an SVG `file` for BenchmarkServers")
 
-// BenchmarkServers prints, from one run on one machine, what a check costs the server's processor and Redis's, beside servers that do less: by 1,
-// 16 and 64 callers on two connections, on a thousand keys. The servers take turns, so that a noisy machine is noisy for all.
+// BenchmarkServers prints, from one run on one machine, what a check costs the
+// server's processor and Redis's, beside servers that do less: by 1, 16 and 64
+// callers on two connections, on a thousand keys. The servers take turns, so
+// that a noisy machine is noisy for all.
 //
 //	go test ./cmd/sluice -run '^$' -bench Servers -benchtime 1x -plot ../../limiter/speed.svg
 func BenchmarkServers(b *testing.B) {
@@ -92,7 +94,8 @@ func BenchmarkServers(b *testing.B) {
 	const open = "limits: [{name: per-client, key: client.ip, rate: 1000000000/s}]"
 	const slow = "limits: [{name: per-client, key: client.ip, rate: 1/s}]"
 	store := redistest.Start(b)
-	patient := "store: {redis: {url: " + store.URL() + ", timeout: 5s}}\n" // a machine that is busy otherwise ends no benchmark
+	// A benchmark must not fail because the machine is busy.
+	patient := "store: {redis: {url: " + store.URL() + ", timeout: 5s}}\n"
 	script := benchScript(b)
 	servers := []*measured{
 		{name: "constant answer", process: startBaseline(b, "constant", nil)},
@@ -207,8 +210,9 @@ func build(t testing.TB) string {
 	return path
 }
 
-// bareEVALSHA is how long one caller's calls of the script take, each after something else. In a row they find Redis awake; after a check
-// they find it as the sidecar finds it, which has just been woken itself.
+// bareEVALSHA is how long one caller's calls of the script take, each after
+// something else. In a row they find Redis awake; after a check they find it as
+// the sidecar finds it, which has just been woken itself.
 func bareEVALSHA(b *testing.B, store *redistest.Server, text string, before func(i int)) []time.Duration {
 	b.Helper()
 	client, script := store.Client(), redis.NewScript(text)
@@ -259,7 +263,8 @@ type measured struct {
 	latencies                []time.Duration
 }
 
-// start connects to the server and looks at its answer: one that gives the wrong one is not worth timing.
+// start connects to the server and looks at its answer: one that gives the
+// wrong one is not worth timing.
 func (m *measured) start(b *testing.B) {
 	b.Helper()
 	for range 2 {
@@ -445,8 +450,9 @@ func (m *measured) load(b *testing.B, callers, checks int) {
 	wg.Wait()
 }
 
-// BenchmarkThroughEnvoy prints how long one caller waits for an answer through a real Envoy: without a filter, with one that asks a constant answer,
-// and with sluice.
+// BenchmarkThroughEnvoy prints how long one caller waits for an answer through
+// a real Envoy: without a filter, with one that asks a constant answer, and
+// with sluice.
 //
 //	go test ./cmd/sluice -run '^$' -bench ThroughEnvoy -benchtime 1x
 func BenchmarkThroughEnvoy(b *testing.B) {
@@ -521,7 +527,8 @@ func BenchmarkThroughEnvoy(b *testing.B) {
 	}
 }
 
-// BenchmarkStart prints how long a sidecar takes from its start until it is ready, with a Redis.
+// BenchmarkStart prints how long a sidecar takes from its start until it is
+// ready, with a Redis.
 //
 //	go test ./cmd/sluice -run '^$' -bench Start -benchtime 1x
 func BenchmarkStart(b *testing.B) {
@@ -540,7 +547,7 @@ func BenchmarkStart(b *testing.B) {
 			if err := c.Start(); err != nil {
 				b.Fatal(err)
 			}
-			await(b, func() bool {
+			eventually(b, "the sidecar to be ready", func() bool {
 				response, err := http.Get("http://127.0.0.1:" + metrics + "/readyz")
 				if err != nil {
 					return false

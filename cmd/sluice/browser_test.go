@@ -17,8 +17,9 @@ import (
 	"time"
 )
 
-// browser is a headless Chromium with one page, driven by the DevTools protocol through its pipe: a few calls of it are all that is
-// needed, and the Go libraries for it are larger than sluice.
+// browser is a headless Chromium with one page, driven by the DevTools protocol
+// through its pipe: a few calls of it are all that is needed, and the Go
+// libraries for it are larger than sluice.
 type browser struct {
 	t    testing.TB
 	pipe io.Writer
@@ -40,7 +41,8 @@ type reply struct {
 	Error     *struct{ Message string }
 }
 
-// startBrowser starts Chromium with an empty profile, and ends it with the test.
+// startBrowser starts Chromium with an empty profile, and ends it with the
+// test.
 func startBrowser(t testing.TB) *browser {
 	t.Helper()
 	binary := ""
@@ -86,7 +88,7 @@ func startBrowser(t testing.TB) *browser {
 		<-read
 		_ = out.Close()
 		// Its children may still write as they die.
-		await(t, func() bool { return os.RemoveAll(profile) == nil })
+		eventually(t, "the removal of the profile", func() bool { return os.RemoveAll(profile) == nil })
 	})
 
 	var target struct{ TargetID string }
@@ -174,7 +176,8 @@ func (b *browser) seen() (asked, wrong []string) {
 	return slices.Clone(b.asked), slices.Clone(b.errs)
 }
 
-// call makes a call of the protocol and reads its result into result, where that is not nil.
+// call makes a call of the protocol and reads its result into result, where
+// that is not nil.
 func (b *browser) call(method string, params, result any) {
 	b.t.Helper()
 	if err := b.try(method, params, result); err != nil {
@@ -267,7 +270,7 @@ func (b *browser) await(expression string) {
 			b.t.Logf("waited for %s; wrong: %q", expression, wrong)
 		}
 	}()
-	await(b.t, func() bool { return b.eval(expression) == true })
+	eventually(b.t, expression, func() bool { return b.eval(expression) == true })
 }
 
 // click clicks on the middle of what a selector finds, as a mouse does.
@@ -299,7 +302,8 @@ func (b *browser) press(key string) {
 	b.call("Input.dispatchKeyEvent", params, nil)
 }
 
-// look sets the window's width and the colours that are preferred, light or dark.
+// look sets the window's width and the colours that are preferred, light or
+// dark.
 func (b *browser) look(width int, colours string) {
 	b.t.Helper()
 	b.call(
@@ -311,7 +315,8 @@ func (b *browser) look(width int, colours string) {
 	}}, nil)
 }
 
-// shot writes a picture of the whole page into the directory that SLUICE_SHOTS names, where it does.
+// shot writes a picture of the whole page into the directory that SLUICE_SHOTS
+// names, where it does.
 func (b *browser) shot(name string) {
 	b.t.Helper()
 	directory := os.Getenv("SLUICE_SHOTS")

@@ -57,7 +57,8 @@ func TestBucket(t *testing.T) {
   "reset": 0
 }
 `, append(reset, "-o", "json")...)
-	// The sidecar has Redis's word of a moment ago that the bucket is empty, and asks again within a second.
+	// The sidecar has Redis's word of a moment ago that the bucket is empty,
+	// and asks again within a second.
 	for began := time.Now(); check(t, conn, request) != "ok"; {
 		if time.Since(began) > 3*time.Second {
 			t.Fatal("limited long after a reset")

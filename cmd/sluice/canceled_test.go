@@ -11,7 +11,8 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// Clients that hang up while a slow Redis is asked are no failure of Redis's, and nobody was refused: no alert fires for them.
+// Clients that hang up while a slow Redis is asked are no failure of Redis's,
+// and nobody was refused: no alert fires for them.
 func TestClientsHangUp(t *testing.T) {
 	const clients, rounds = 50, 20
 	redis := redistest.StartProxy(t, redistest.StartNode(t).Addr)
@@ -49,13 +50,13 @@ limits:
 			}
 			all = append(all, conn)
 		}
-		await(t, func() bool { return began() == before+clients })
+		eventually(t, "the calls of all clients", func() bool { return began() == before+clients })
 		for _, conn := range all {
 			_ = conn.Close()
 		}
 	}
 	redis.Mend()
-	await(t, func() bool { return ended() == began() })
+	eventually(t, "the end of all calls", func() bool { return ended() == began() })
 	if n := counted(`sluice_store_errors_total\{kind="[a-z]+"\}`); n != 0 {
 		t.Errorf("%d errors of the store", n)
 	}

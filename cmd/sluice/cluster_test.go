@@ -10,7 +10,8 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// On a cluster explain and doctor say which limits a request takes from in calls of their own.
+// On a cluster explain and doctor say which limits a request takes from in
+// calls of their own.
 func TestClusterSlotsAreTold(t *testing.T) {
 	var addresses []string
 	for _, n := range redistest.StartCluster(t, 2) {
@@ -55,18 +56,21 @@ func TestClusterSlotsAreTold(t *testing.T) {
 	}
 }
 
-// What is wrong with how Redis is run stands in a sidecar's log, once and with what to do.
+// What is wrong with how Redis is run stands in a sidecar's log, once and with
+// what to do.
 func TestStartSaysWhatIsWrongWithRedis(t *testing.T) {
 	careless := redistest.Start(t, "--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru")
 	p := startSluice(t, "--redis", careless.URL())
 	for _, want := range []string{
-		`"msg":"Redis: eviction","detail":"maxmemory-policy is allkeys-lru, with maxmemory 104857600","fix":"maxmemory-policy noeviction`,
+		`"msg":"Redis: eviction","detail":"maxmemory-policy is allkeys-lru, with maxmemory 104857600",` +
+			`"fix":"maxmemory-policy noeviction`,
 		`"msg":"Redis: persistence"`,
 	} {
-		await(t, func() bool { return strings.Count(p.logged(), want) == 1 })
+		eventually(t, "a log line about how Redis is run", func() bool { return strings.Count(p.logged(), want) == 1 })
 	}
 
-	// A user with the least rights may not ask, and then nothing is known to be wrong; what takes lack is.
+	// A user with the least rights may not ask, and then nothing is known to be
+	// wrong; what takes lack is.
 	for rights, want := range map[string]string{"+get +set": "", "+get": `"msg":"Redis: script","detail":"store: auth: `} {
 		args := []any{"ACL", "SETUSER", "sluice", "reset", "on", ">pw", "~sluice:*", "+evalsha", "+eval", "+time"}
 		for right := range strings.FieldsSeq(rights) {
@@ -85,7 +89,7 @@ func TestStartSaysWhatIsWrongWithRedis(t *testing.T) {
 				"store: {redis: {url: '"+careless.URL()+"', username: sluice, password: pw}}\nlimits: [{name: a, rate: 1/s}]\n",
 			),
 		)
-		await(t, func() bool { // the last that it asks
+		eventually(t, "a refused CLUSTER command", func() bool { // the last that it asks
 			return slices.ContainsFunc(
 				careless.Client().ACLLog(t.Context(), 100).Val(),
 				func(d *redis.ACLLogEntry) bool { return d.Object == "config|get" },

@@ -39,7 +39,8 @@ service:
   pipelines: {traces: {receivers: [otlp], exporters: [debug]}}
 `
 
-// builtCollector is the path of OpenTelemetry's own collector, which its builder makes once into the user's cache.
+// builtCollector is the path of OpenTelemetry's own collector, which its
+// builder makes once into the user's cache.
 func builtCollector(t *testing.T) string {
 	t.Helper()
 	builder := testenv.Program(t, "go.opentelemetry.io/collector/cmd/builder", otelcol)
@@ -64,7 +65,8 @@ func builtCollector(t *testing.T) string {
 	return path
 }
 
-// startOTelCollector starts OpenTelemetry's own collector. What it is sent is what it prints.
+// startOTelCollector starts OpenTelemetry's own collector. What it is sent is
+// what it prints.
 func startOTelCollector(t *testing.T) *collector {
 	t.Helper()
 	binary := builtCollector(t)
@@ -98,7 +100,7 @@ func startOTelCollector(t *testing.T) *collector {
 		}
 	})
 	for _, addr := range []string{c.grpc, c.http} {
-		waitFor(t, "the collector", func() bool {
+		eventually(t, "the collector", func() bool {
 			conn, err := net.Dial("tcp", addr)
 			if err == nil {
 				_ = conn.Close()

@@ -45,7 +45,8 @@ func echoing(t *testing.T, most int) *boundedListener {
 	return l
 }
 
-// dialFrom connects from an address of this machine's loopback network. It returns nil where it is refused.
+// dialFrom connects from an address of this machine's loopback network. It
+// returns nil where it is refused.
 func dialFrom(t *testing.T, address string, to net.Addr) net.Conn {
 	t.Helper()
 	c, err := (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(address)}}).Dial("tcp", to.String())
@@ -72,7 +73,8 @@ func echoes(c net.Conn) bool {
 	return err == nil
 }
 
-// Who holds all connections makes room for a new address, even if all of them are busy, and for itself only when one is silent.
+// Who holds all connections makes room for a new address, even if all of them
+// are busy, and for itself only when one is silent.
 func TestBoundedListener(t *testing.T) {
 	l := echoing(t, 4)
 	var many []net.Conn
@@ -83,7 +85,7 @@ func TestBoundedListener(t *testing.T) {
 	}
 	for i := range 4 {
 		many = append(many, dialFrom(t, "127.0.0.1", l.Addr()))
-		await(t, func() bool { return accepted() == i+1 })
+		eventually(t, "an accepted connection", func() bool { return accepted() == i+1 })
 	}
 	// As the listener sees it, however slow the machine is.
 	shift := func(d time.Duration) {
@@ -108,13 +110,14 @@ func TestBoundedListener(t *testing.T) {
 	if !echoes(many[2]) || !echoes(many[3]) {
 		t.Error("more were closed than there had to be")
 	}
-	// One that is silent makes room for its own address. Again and again, as a connection may be said to be busy just after its answer.
-	await(t, func() bool {
+	// One that is silent makes room for its own address. Again and again, as a
+	// connection may be said to be busy just after its answer.
+	eventually(t, "room for another connection", func() bool {
 		shift(-time.Hour)
 		return echoes(dialFrom(t, "127.0.0.1", l.Addr()))
 	})
 	_ = many[3].Close()
-	await(t, func() bool {
+	eventually(t, "removal from the listener", func() bool {
 		l.mu.Lock()
 		defer l.mu.Unlock()
 		return len(l.conns) <= 4 && len(l.held) <= 3
@@ -153,7 +156,8 @@ func TestScrapeEncodings(t *testing.T) {
 	}
 }
 
-// Of the lines that peers can cause, one in a while is logged, with how many there were before.
+// Of the lines that peers can cause, one in a while is logged, with how many
+// there were before.
 func TestSeldomLog(t *testing.T) {
 	core, logged := observer.New(zap.WarnLevel)
 	s := &throttledLog{log: zap.New(core)}
@@ -171,7 +175,8 @@ func TestSeldomLog(t *testing.T) {
 	}
 }
 
-// What is slow is ended: a request's header and body, and an answer that nobody reads.
+// What is slow is ended: a request's header and body, and an answer that nobody
+// reads.
 func TestServerTimes(t *testing.T) {
 	raw, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -205,7 +210,7 @@ func TestServerTimes(t *testing.T) {
 		c := dialFrom(t, "127.0.0.1", raw.Addr())
 		_, _ = io.WriteString(c, text)
 		l := s.listener.(*boundedListener)
-		await(t, func() bool {
+		eventually(t, "removal from the listener", func() bool {
 			l.mu.Lock()
 			defer l.mu.Unlock()
 			return len(l.conns) == 0

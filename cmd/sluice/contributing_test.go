@@ -13,7 +13,8 @@ const contributing = ".github/CONTRIBUTING.md"
 // and no other.
 func TestContributingStages(t *testing.T) {
 	stages := func(text string) []string {
-		// Of each command what follows -run; of `-run X ./a ./b` as of `./a ./b -run X`.
+		// Of each command what follows -run; of `-run X ./a ./b` as of `./a ./b
+		// -run X`.
 		var all []string
 		for _, command := range unique(text, `SLUICE_LONG=1 (go test [^\n`+"`"+`]+)`) {
 			pattern := unique(command, `-run '([^']+)'`)

@@ -29,7 +29,8 @@ func freePort(t testing.TB) int {
 	return l.Addr().(*net.TCPAddr).Port
 }
 
-// As the README has it: five pass, the sixth is limited, after retry-after one passes again, and Ctrl-C leaves nothing behind.
+// As the README has it: five pass, the sixth is limited, after retry-after one
+// passes again, and Ctrl-C leaves nothing behind.
 func TestDemo(t *testing.T) {
 	if _, err := envoy.Binary(t.Context(), func(s string) { t.Log(s) }); err != nil { // before the demo has to say so
 		t.Fatal(err)
@@ -77,7 +78,8 @@ func TestDemo(t *testing.T) {
 			c := client(t)
 			began := time.Now()
 			r, body := fetch(t, c, url)
-			if got, want := about(r.Header), "x-ratelimit-limit=5 x-ratelimit-remaining=4 x-ratelimit-reset=1"; r.StatusCode != 200 ||
+			const want = "x-ratelimit-limit=5 x-ratelimit-remaining=4 x-ratelimit-reset=1"
+			if got := about(r.Header); r.StatusCode != 200 ||
 				got != want {
 				t.Errorf("the first: %d %s, want %s", r.StatusCode, got, want)
 			}
@@ -97,7 +99,7 @@ func TestDemo(t *testing.T) {
 				got != want {
 				t.Errorf("limited: %d %s %s, want %s", r.StatusCode, got, body, want)
 			}
-			waitFor(t, "a request to pass again", func() bool {
+			eventually(t, "a request to pass again", func() bool {
 				r, _ := fetch(t, c, url)
 				return r.StatusCode == http.StatusOK
 			})
@@ -242,7 +244,8 @@ func TestEnvoyCommand(t *testing.T) {
 		"plain": "127.0.0.1:9", "istio": "127.0.0.1:9001", "istio-gateway": "0.0.0.0:9001",
 		"istio-waypoint": "127.0.0.1:9001", "envoy-gateway": "unix:///run/sluice/authz.sock",
 	} {
-		if status, _, stderr := sluice(t, nil, "envoy", kind, "--config", file(t, "sluice.yaml", fmt.Sprintf("listen: {grpc: %q}\n", listens))); status != 0 ||
+		config := file(t, "sluice.yaml", fmt.Sprintf("listen: {grpc: %q}\n", listens))
+		if status, _, stderr := sluice(t, nil, "envoy", kind, "--config", config); status != 0 ||
 			stderr != "" {
 			t.Errorf("%s: %d %s", kind, status, stderr)
 		}

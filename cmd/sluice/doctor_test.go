@@ -16,12 +16,13 @@ func TestDoctor(t *testing.T) {
 	port := redistest.FreePort(t)
 	master := redistest.Start(t, "--port", port, "--bind", "127.0.0.1")
 	replica := redistest.Start(t, "--replicaof", "127.0.0.1", port)
-	await(t, func() bool { return master.Info("replication")["connected_slaves"] == "1" })
+	eventually(t, "a connected replica", func() bool { return master.Info("replication")["connected_slaves"] == "1" })
 	for user, rights := range map[string][]any{
 		"least": {"on", ">pw", "~sluice:*", "+evalsha", "+eval", "+time", "+get", "+set"},
 		"less":  {"on", ">pw", "~sluice:*", "+evalsha", "+eval", "+time", "+get"},
 	} {
-		if err := good.Client().Do(t.Context(), append([]any{"ACL", "SETUSER", user, "reset"}, rights...)...).Err(); err != nil {
+		setUser := append([]any{"ACL", "SETUSER", user, "reset"}, rights...)
+		if err := good.Client().Do(t.Context(), setUser...).Err(); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -144,7 +145,8 @@ static_resources:
       endpoints: [{lb_endpoints: [SERVERS]}]
 `
 
-// A proxy that spreads keys over servers grants more than the limits say: doctor names it. One before a single server does no harm.
+// A proxy that spreads keys over servers grants more than the limits say:
+// doctor names it. One before a single server does no harm.
 func TestDoctorNamesAProxy(t *testing.T) {
 	binary, err := envoy.Binary(t.Context(), func(s string) { t.Log(s) })
 	if err != nil {

@@ -36,7 +36,8 @@ func about(h http.Header) string {
 	return strings.Join(all, " ")
 }
 
-// What clients and upstreams say about limits ends at Envoy, and what sluice says arrives, on every kind of answer.
+// What clients and upstreams say about limits ends at Envoy, and what sluice
+// says arrives, on every kind of answer.
 func TestHeadersThroughEnvoy(t *testing.T) {
 	const limits = `
 limits:
@@ -92,7 +93,8 @@ limits:
 			t.Fatal(err)
 		}
 		defer func() { _ = conn.Close() }()
-		if _, err := fmt.Fprint(conn, "GET /socket HTTP/1.1\r\nHost: h\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"); err != nil {
+		const upgrade = "GET /socket HTTP/1.1\r\nHost: h\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+		if _, err := fmt.Fprint(conn, upgrade); err != nil {
 			t.Fatal(err)
 		}
 		in := bufio.NewReader(conn)
@@ -129,7 +131,9 @@ limits:
 			got != want {
 			t.Errorf("%d %s, want %s", r.StatusCode, got, want)
 		}
-		if want := `{"title":"Too Many Requests","status":429,"detail":"Rate limit \"strict\" exceeded. Retry in 86400 s.","limit":"strict","retry_after":86400}`; body != want ||
+		const want = `{"title":"Too Many Requests","status":429,` +
+			`"detail":"Rate limit \"strict\" exceeded. Retry in 86400 s.","limit":"strict","retry_after":86400}`
+		if body != want ||
 			r.Header.Get("Content-Type") != "application/problem+json" {
 			t.Errorf("%s %s", r.Header.Get("Content-Type"), body)
 		}
@@ -187,8 +191,9 @@ func spellings() []string {
 	return all
 }
 
-// However a path is spelled: where a real Envoy routes it to what is limited, sluice limits it, and what sluice exempts Envoy routes to
-// what is exempt, with Envoy's own normalisation and without.
+// However a path is spelled: where a real Envoy routes it to what is limited,
+// sluice limits it, and what sluice exempts Envoy routes to what is exempt,
+// with Envoy's own normalisation and without.
 func TestPathsThroughEnvoy(t *testing.T) {
 	up := startUpstream(t)
 	p := startSluice(t, "--config", file(t, "sluice.yaml", `
@@ -216,8 +221,9 @@ limits:
 		t.Errorf("only %d spellings", n)
 	}
 	for name, change := range map[string]func(string) string{
-		"as shipped":            func(b string) string { return b },
-		"without normalisation": strings.NewReplacer("normalize_path: true", "normalize_path: false", "merge_slashes: true", "merge_slashes: false").Replace,
+		"as shipped": func(b string) string { return b },
+		"without normalisation": strings.NewReplacer(
+			"normalize_path: true", "normalize_path: false", "merge_slashes: true", "merge_slashes: false").Replace,
 		"with escaped slashes": strings.NewReplacer("merge_slashes: true", "merge_slashes: true\n          "+
 			"path_with_escaped_slashes_action: UNESCAPE_AND_FORWARD").Replace,
 	} {
@@ -251,13 +257,14 @@ limits:
 	}
 }
 
-// A sidecar that is restarted three times under load loses no request, and lets none pass unmetered.
+// A sidecar that is restarted three times under load loses no request, and lets
+// none pass unmetered.
 func TestRestartLosesNothing(t *testing.T) {
 	const (
 		restarts, between = 3, 50 // requests after each restart, and before the first
 		burst             = 10_000
-		// Envoy waits for an answer for 200 ms, retries included, so a restart that takes a busy machine longer shows nothing, and is
-		// made again.
+		// Envoy waits for an answer for 200 ms, retries included, so a restart
+		// that takes a busy machine longer shows nothing, and is made again.
 		enough, tries = 150 * time.Millisecond, 20
 	)
 	redis := redistest.Start(t)

@@ -33,7 +33,8 @@ limits:
   - {name: inside, match: {clients: [10.0.0.0/8]}, rate: unlimited}
 `
 
-// What explain says of a request, at a glance, is what becomes of it then, and asking takes nothing.
+// What explain says of a request, at a glance, is what becomes of it then, and
+// asking takes nothing.
 func TestExplain(t *testing.T) {
 	redis := redistest.Start(t)
 	config := file(t, "sluice.yaml", explained+"store: {redis: {url: '"+redis.URL()+"', timeout: 20s}}\n")
@@ -70,7 +71,8 @@ client 203.0.113.7, domain shop/checkout
   no       inside      client 203.0.113.7 is in none of match.clients
 
 allowed
-`; status != 0 || stderr != "" || stdout != strings.Replace(want, "gleutKJ6evplE1M8ieEaLYSXdt5CT2IjwGHxohIrnFo", hashOf("k"), 1) {
+`; status != 0 || stderr != "" ||
+			stdout != strings.Replace(want, "gleutKJ6evplE1M8ieEaLYSXdt5CT2IjwGHxohIrnFo", hashOf("k"), 1) {
 			t.Fatalf("%d %s\n%s", status, stderr, stdout)
 		}
 	}
@@ -78,7 +80,8 @@ allowed
 	if got := check(t, conn, request); got != "ok" {
 		t.Fatal(got)
 	}
-	// Now there are too few tokens; the request as Envoy's debug log has it, and as flags say it over that.
+	// Now there are too few tokens; the request as Envoy's debug log has it,
+	// and as flags say it over that.
 	text, err := protojson.Marshal(request)
 	if err != nil {
 		t.Fatal(err)
@@ -92,7 +95,8 @@ allowed
 	orders := e.Limits[1]
 	if e.Decision != "limited" || e.Domain != "shop/checkout" || e.Client != "203.0.113.7" || len(e.Limits) != 5 ||
 		!orders.Applies || *orders.Remaining != 2 ||
-		*orders.Cost != 5 || *orders.Burst != 7 || orders.Rate != "60/d" || orders.Mode != "enforce" || *orders.RetryAfter < 4000 || *orders.RetryAfter > 4320 ||
+		*orders.Cost != 5 || *orders.Burst != 7 || orders.Rate != "60/d" || orders.Mode != "enforce" ||
+		*orders.RetryAfter < 4000 || *orders.RetryAfter > 4320 ||
 		*e.Limits[0].Remaining != 19 || e.Limits[3].Mode != "shadow" || *e.Limits[3].RetryAfter < 80_000 ||
 		e.Limits[4].Applies ||
 		e.Limits[4].Burst != nil ||

@@ -11,12 +11,14 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// Three sidecars on one Redis, behind one Envoy, give one key what its limit grants and no more, whoever asks them.
+// Three sidecars on one Redis, behind one Envoy, give one key what its limit
+// grants and no more, whoever asks them.
 func TestThreeSidecarsShareABucket(t *testing.T) {
 	const rate, burst, callers, lasts = 150, 300, 64, 5 * time.Second
 	redis := redistest.Start(t)
 	up := startUpstream(t)
-	// This is about numbers, and not about time: on a busy machine an answer may take long.
+	// This is about numbers, and not about time: on a busy machine an answer
+	// may take long.
 	config := file(t, "sluice.yaml", fmt.Sprintf(`
 store: {redis: {url: %q, timeout: %v}}
 limits: [{name: all, key: client.ip, rate: %d/s, burst: %d}]
@@ -28,7 +30,8 @@ limits: [{name: all, key: client.ip, rate: %d/s, burst: %d}]
 		ports = append(ports, strings.TrimPrefix(p.grpc, "127.0.0.1:"))
 	}
 	addr := startEnvoy(t, "127.0.0.1:"+ports[0], up.Listener.Addr().String(), patient, func(bootstrap string) string {
-		// The last endpoint of the bootstrap is sluice's: put the others beside it.
+		// The last endpoint of the bootstrap is sluice's: put the others beside
+		// it.
 		one := `
         - endpoint:
             address:
@@ -67,7 +70,8 @@ limits: [{name: all, key: client.ip, rate: %d/s, burst: %d}]
 	}
 }
 
-// watched asks one URL all the time and keeps what it got since it was last asked.
+// watched asks one URL all the time and keeps what it got since it was last
+// asked.
 type watched struct {
 	name    string
 	mu      sync.Mutex
@@ -103,7 +107,8 @@ func (w *watched) settled(answer string) bool {
 	return w.last == answer && w.streak >= 20
 }
 
-// Redis is stopped, started anew, frozen and thawed under load. Each failure mode answers as it says, in time, and is over soon after.
+// Redis is stopped, started anew, frozen and thawed under load. Each failure
+// mode answers as it says, in time, and is over soon after.
 func TestRedisFaultsThroughEnvoy(t *testing.T) {
 	const budget, recovers = 100 * time.Millisecond, 2 * time.Second
 	redis := redistest.Start(t)
@@ -160,7 +165,7 @@ limits: [{name: all, rate: 1000000/s}]
 	settle := func(what string, want func(mode string) string) {
 		t.Helper()
 		began := time.Now()
-		waitFor(t, what, func() bool {
+		eventually(t, what, func() bool {
 			for _, w := range all {
 				if !w.settled(want(w.name)) {
 					return false

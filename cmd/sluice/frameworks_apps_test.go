@@ -78,7 +78,9 @@ func java(name string) func(*testing.T) string {
 			"org.apache.maven.plugins:maven-dependency-plugin:3.8.1:copy-dependencies", "-DoutputDirectory=lib",
 		)
 		libraries, classes := filepath.Join(home, "lib", "*"), t.TempDir()
-		if out, err := exec.CommandContext(t.Context(), "javac", "-parameters", "-cp", libraries, "-d", classes, filepath.Join(dir, "App.java")).CombinedOutput(); err != nil {
+		javac := exec.CommandContext(t.Context(), "javac",
+			"-parameters", "-cp", libraries, "-d", classes, filepath.Join(dir, "App.java"))
+		if out, err := javac.CombinedOutput(); err != nil {
 			t.Fatalf("javac: %v\n%s", err, out)
 		}
 		return startApp(t, nil, "java", "-cp", classes+string(os.PathListSeparator)+libraries, "App")

@@ -345,7 +345,8 @@ func tryFramework(t *testing.T, f framework, all []spelling, first int) {
 		t.Errorf("of %d spellings too few came to the limited and exempt handlers: %v", len(all), counts)
 	}
 	var kinds []string
-	for _, edits := range slices.SortedFunc(maps.Keys(slips), func(a, b string) int { return cmp.Or(cmp.Compare(len(a), len(b)), cmp.Compare(a, b)) }) {
+	byLength := func(a, b string) int { return cmp.Or(cmp.Compare(len(a), len(b)), cmp.Compare(a, b)) }
+	for _, edits := range slices.SortedFunc(maps.Keys(slips), byLength) {
 		// What needs fewer edits for the same is the fault.
 		if !slices.ContainsFunc(kinds, func(k string) bool { return isSubset(k, edits) }) {
 			kinds = append(kinds, edits)

@@ -12,7 +12,8 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// BenchmarkGrowth prints how sluice's cost grows: with the number of limits, with keys, with sidecars that share one Redis, and on a Redis Cluster of
+// BenchmarkGrowth prints how sluice's cost grows: with the number of limits,
+// with keys, with sidecars that share one Redis, and on a Redis Cluster of
 // three masters. By 64 callers, each row beside the first of its kind.
 //
 //	go test ./cmd/sluice -run '^$' -bench Growth -benchtime 1x
@@ -68,7 +69,9 @@ func BenchmarkGrowth(b *testing.B) {
 			show(fmt.Sprint(n, " keys, on Redis"), s, nil)
 			s.process.stop()
 		}
-		for _, n := range []int{1, 10, 50} { // and as many servers that decide nothing: so many processes take turns on few cores
+		// As many servers that decide nothing are measured, too, because so many
+		// processes compete for few cores.
+		for _, n := range []int{1, 10, 50} {
 			for _, kind := range []struct {
 				name  string
 				start func() *process

@@ -15,8 +15,8 @@ import (
 	"time"
 )
 
-// execEnv makes this test binary be sluice itself, so that tests run the real program as the processes that users run, with
-// -race where the tests have it.
+// execEnv makes this test binary be sluice itself, so that tests run the real
+// program as the processes that users run, with -race where the tests have it.
 const execEnv = "TEST_SLUICE_EXEC"
 
 func TestMain(m *testing.M) {
@@ -36,19 +36,20 @@ func TestMain(m *testing.M) {
 // executable is what processes run.
 var executable = os.Args[0]
 
-// within bounds every wait of these tests. It is never slept.
+// within is the longest time that a test waits for anything.
 const within = 30 * time.Second
 
-// await waits until something is so that nobody says, looking every few milliseconds.
-func await(t testing.TB, is func() bool) {
+// eventually waits until cond returns true, and fails the test if it does not
+// within the time of within. what completes "waited for" in the message.
+func eventually(t testing.TB, what string, cond func() bool) {
 	t.Helper()
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
-	for late := time.After(within); !is(); {
+	for late := time.After(within); !cond(); {
 		select {
 		case <-tick.C:
 		case <-late:
-			t.Fatalf("not within %v", within)
+			t.Fatalf("waited %v for %s", within, what)
 		}
 	}
 }
@@ -65,19 +66,22 @@ type process struct {
 	log []string // its lines on stderr
 }
 
-// start runs sluice with args and further environment ("NAME=value"), and does not wait for it.
+// start runs sluice with args and further environment ("NAME=value"), and does
+// not wait for it.
 func start(t testing.TB, mode string, env []string, args ...string) *process {
 	t.Helper()
 	p := &process{t: t, cmd: exec.Command(executable, args...), done: make(chan struct{})}
-	// With -race a process sleeps a second before it ends, unless it is told not to.
+	// With -race a process sleeps a second before it ends, unless it is told
+	// not to.
 	p.cmd.Env = append(os.Environ(), execEnv+"="+mode, "GORACE=atexit_sleep_ms=0")
 	p.cmd.Env = append(p.cmd.Env, env...)
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	return p
 }
 
-// startSluice runs `sluice run` with args on free ports, waits until it serves, and stops it when the test ends, which fails the
-// test if it does not end well.
+// startSluice runs `sluice run` with args on free ports, waits until it serves,
+// and stops it when the test ends, which fails the test if it does not end
+// well.
 func startSluice(t testing.TB, args ...string) *process {
 	t.Helper()
 	args = append([]string{"run", "--metrics", "127.0.0.1:0", "--admin", "127.0.0.1:0"}, args...)
@@ -131,7 +135,8 @@ func (p *process) logged() string {
 	return strings.Join(p.log, "\n")
 }
 
-// stop tells the process to end, as Kubernetes does, and returns its exit status. It may have ended before.
+// stop tells the process to end, as Kubernetes does, and returns its exit
+// status. It may have ended before.
 func (p *process) stop() int {
 	p.t.Helper()
 	_ = p.cmd.Process.Signal(syscall.SIGTERM)
@@ -145,7 +150,8 @@ func (p *process) stop() int {
 	return p.cmd.ProcessState.ExitCode()
 }
 
-// sluice runs a command to its end and returns its exit status and what it printed.
+// sluice runs a command to its end and returns its exit status and what it
+// printed.
 func sluice(t testing.TB, env []string, args ...string) (status int, stdout, stderr string) {
 	t.Helper()
 	p := start(t, "sluice", env, args...)

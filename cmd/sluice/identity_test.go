@@ -16,7 +16,8 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// Who a client is, is not for the client to say: through a real Envoy, in every way that was thought of.
+// Who a client is, is not for the client to say: through a real Envoy, in every
+// way that was thought of.
 func TestIdentityThroughEnvoy(t *testing.T) {
 	s := serveRecipe(t, `
 client_ip: {xff_from_right: 1, from: ["10.0.0.0/8"]}    # and the peer, here 127.0.0.1, is none of these
@@ -32,14 +33,16 @@ limits:
 	} {
 		s.want(0, 1, "GET /address", "x-forwarded-for", xff)
 	}
-	// One key in any case of its header's name; of several headers there is none, and the network takes its place. A value with a comma is one.
+	// One key in any case of its header's name; of several headers there is
+	// none, and the network takes its place. A value with a comma is one.
 	s.want(2, 2, "GET /key", "x-api-key", "one")
 	s.want(2, 2, "GET /key", "X-API-KEY", "one")
 	s.want(1, 2, "GET /key", "X-Api-Key", "one")
 	s.want(5, 6, "GET /key", "x-api-key", "one", "x-api-key", "two")
 	s.want(0, 1, "GET /key", "x-api-key", "one", "x-api-key", "three")
 	s.want(1, 1, "GET /key", "x-api-key", "one,two")
-	// Who makes up keys has one more bucket for each, and is held by the network's.
+	// Who makes up keys has one more bucket for each, and is held by the
+	// network's.
 	passed := 11
 	for i := range 300 {
 		passed += s.asks(1, "GET /key", "x-api-key", fmt.Sprint("made-up-", i))
@@ -49,7 +52,8 @@ limits:
 	}
 }
 
-// The same of what only a check can say: 10,000 keys from one address, and every spelling of an IPv6 address.
+// The same of what only a check can say: 10,000 keys from one address, and
+// every spelling of an IPv6 address.
 func TestIdentity(t *testing.T) {
 	p := startSluice(t, "--config", file(t, "sluice.yaml", `
 client_ip: {xff_from_right: 1, from: ["10.0.0.0/8", "spiffe://cluster.local/gateway"]}
@@ -113,8 +117,8 @@ limits:
 	}
 }
 
-// A secret that a client sends is found nowhere: not in Redis, on its wire, in the log, the metrics, the pages, the answers, nor in what
-// explain prints.
+// A secret that a client sends is found nowhere: not in Redis, on its wire, in
+// the log, the metrics, the pages, the answers, nor in what explain prints.
 func TestSecretsStayHidden(t *testing.T) {
 	const canary = "c4n4ry-s3cr3t"
 	redis := redistest.Start(t)
@@ -160,7 +164,7 @@ limits:
 	if err := client.Echo(t.Context(), "the-end").Err(); err != nil {
 		t.Fatal(err)
 	}
-	await(t, func() bool { return strings.Contains(wire(), "the-end") }) // and so all that came before it
+	eventually(t, "the end of the log", func() bool { return strings.Contains(wire(), "the-end") }) // and so all that came before it
 	_, metrics := get(t, "http://"+p.metrics+"/metrics")
 	_, stacks := get(t, "http://"+p.admin+"/debug/pprof/goroutine?debug=2")
 	status, explained, stderr := sluice(
@@ -228,7 +232,7 @@ func monitor(t *testing.T, socket string) func() string {
 		defer mu.Unlock()
 		return seen.String()
 	}
-	await(t, func() bool { return strings.HasPrefix(read(), "+OK") })
+	eventually(t, "an answer of Redis", func() bool { return strings.HasPrefix(read(), "+OK") })
 	return read
 }
 

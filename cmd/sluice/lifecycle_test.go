@@ -158,7 +158,8 @@ func TestRunOnUnixSocket(t *testing.T) {
 	}
 }
 
-// SIGTERM: health says so first, what is in flight is answered, and then the process is gone.
+// SIGTERM: health says so first, what is in flight is answered, and then the
+// process is gone.
 func TestDrain(t *testing.T) {
 	server := redistest.Start(t)
 	p := startSluice(t, "--redis", server.URL(), "--config", file(t, "sluice.yaml", perClient+`
@@ -182,7 +183,7 @@ store: {redis: {url: "redis://replaced", timeout: 5s}}
 	}
 	answer := make(chan string, 1)
 	go func() { answer <- check(t, conn, from("203.0.113.1", "/")) }()
-	waitFor(t, "the check to be in flight", func() bool {
+	eventually(t, "the check to be in flight", func() bool {
 		return strings.Contains(redis.ClientList(t.Context()).Val(), "flags=bU ")
 	})
 
@@ -233,7 +234,8 @@ func TestGrace(t *testing.T) {
 	}
 }
 
-// Where the file fails closed, a sidecar is ready once its Redis has answered; and stays so when Redis goes.
+// Where the file fails closed, a sidecar is ready once its Redis has answered;
+// and stays so when Redis goes.
 func TestReadyWithRedis(t *testing.T) {
 	server := redistest.Start(t)
 	server.Shutdown()
@@ -256,24 +258,10 @@ func TestReadyWithRedis(t *testing.T) {
 		t.Errorf("fails open: %s", got)
 	}
 	server.Restart()
-	waitFor(t, "ready with Redis", func() bool { return ready(closed) == 200 })
+	eventually(t, "ready with Redis", func() bool { return ready(closed) == 200 })
 	server.Kill()
 	if got := ready(closed); got != 200 {
 		t.Errorf("an outage took it out of service: %d", got)
-	}
-}
-
-// waitFor asks again until it is so, or fails the test.
-func waitFor(t testing.TB, what string, so func() bool) {
-	t.Helper()
-	tick := time.NewTicker(5 * time.Millisecond)
-	defer tick.Stop()
-	for late := time.After(within); !so(); {
-		select {
-		case <-tick.C:
-		case <-late:
-			t.Fatalf("waited %v for %s", within, what)
-		}
 	}
 }
 
@@ -334,7 +322,8 @@ func TestValidate(t *testing.T) {
 		t.Errorf("%d %s", status, stdout)
 	}
 	status, stdout, _ = sluice(t, nil, "validate", "-o", "json", good, bad)
-	if want := regexp.MustCompile(`^\[\s+\{\s+"file": ".*bad.yaml",\s+"line": 3,\s+"column": 11,\s+"field": "limits\[0\]\.rate",\s+"message": ".+"\s+\}\s+\]\n$`); status != 1 ||
+	want := regexp.MustCompile(`^\[\s+\{\s+"file": ".*bad.yaml",\s+"line": 3,\s+"column": 11,\s+"field": "limits\[0\]\.rate",\s+"message": ".+"\s+\}\s+\]\n$`)
+	if status != 1 ||
 		!want.MatchString(stdout) {
 		t.Errorf("%d %s", status, stdout)
 	}

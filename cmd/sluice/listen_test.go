@@ -133,7 +133,7 @@ func TestListenUnixLocked(t *testing.T) {
 		}
 		bound <- err
 	}()
-	await(t, func() bool { return logged.Len() == 1 })
+	eventually(t, "a warning about the lock", func() bool { return logged.Len() == 1 })
 	if err := syscall.Flock(int(held.Fd()), syscall.LOCK_UN); err != nil {
 		t.Fatal(err)
 	}

@@ -9,7 +9,8 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// Under local a real sidecar limits by itself while Redis is away, says so, and is ready from the start.
+// Under local a real sidecar limits by itself while Redis is away, says so, and
+// is ready from the start.
 func TestLocalSidecar(t *testing.T) {
 	redis := redistest.Start(t)
 	p := startSluice(t, "--redis", redis.URL(), "--config", file(t, "sluice.yaml", `

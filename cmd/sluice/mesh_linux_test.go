@@ -23,7 +23,8 @@ import (
 
 const envoyGateway = "v1.9.1"
 
-// gatewayConfig is Envoy Gateway's own for a machine without Kubernetes. DIR and ENVOY stand for what the test knows.
+// gatewayConfig is Envoy Gateway's own for a machine without Kubernetes. DIR
+// and ENVOY stand for what the test knows.
 const gatewayConfig = `
 apiVersion: gateway.envoyproxy.io/v1alpha1
 kind: EnvoyGateway
@@ -38,8 +39,9 @@ provider:
 extensionApis: {enableBackend: true}
 `
 
-// gatewayResources are a Gateway with its filters in the file's ORDER, and a route to the upstream UPSTREAM that does not believe its headers, as
-// the file's comments say.
+// gatewayResources are a Gateway with its filters in the file's ORDER, and a
+// route to the upstream UPSTREAM that does not believe its headers, as the
+// file's comments say.
 const gatewayResources = `
 apiVersion: gateway.networking.k8s.io/v1
 kind: GatewayClass
@@ -81,7 +83,8 @@ spec: {endpoints: [{ip: {address: 127.0.0.1, port: UPSTREAM}}]}
 // gatewayAddress is where the Gateway listens, in a network of its own.
 const gatewayAddress = "127.0.0.1:8888"
 
-// startGateway runs an Envoy Gateway with resources and what sluice printed for it, before an upstream, and waits until its Envoy listens.
+// startGateway runs an Envoy Gateway with resources and what sluice printed for
+// it, before an upstream, and waits until its Envoy listens.
 func startGateway(t *testing.T, program, proxy, printed string, upstream *httptest.Server) {
 	t.Helper()
 	dir := t.TempDir()
@@ -106,7 +109,8 @@ func startGateway(t *testing.T, program, proxy, printed string, upstream *httpte
 		if err := os.MkdirAll(filepath.Dir(name), 0o700); err != nil {
 			t.Fatal(err)
 		}
-		text = strings.NewReplacer("DIR", dir, "VERSION", envoy.Version, "UPSTREAM", port, "REMOVAL\n", removal, "ORDER\n", order).
+		text = strings.NewReplacer(
+			"DIR", dir, "VERSION", envoy.Version, "UPSTREAM", port, "REMOVAL\n", removal, "ORDER\n", order).
 			Replace(text)
 		if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
@@ -123,7 +127,9 @@ func startGateway(t *testing.T, program, proxy, printed string, upstream *httpte
 	if err := os.Symlink(proxy, linked); err != nil {
 		t.Fatal(err)
 	}
-	if out, err := exec.CommandContext(t.Context(), program, "certgen", "--local", "--config-home", filepath.Join(dir, "config")).CombinedOutput(); err != nil {
+	certgen := exec.CommandContext(t.Context(), program,
+		"certgen", "--local", "--config-home", filepath.Join(dir, "config"))
+	if out, err := certgen.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	log, err := os.Create(filepath.Join(dir, "log"))
@@ -143,7 +149,7 @@ func startGateway(t *testing.T, program, proxy, printed string, upstream *httpte
 			t.Logf("Envoy Gateway said:\n%s", text)
 		}
 	})
-	await(t, func() bool {
+	eventually(t, "the gateway", func() bool {
 		c, err := (&net.Dialer{}).DialContext(t.Context(), "tcp", gatewayAddress)
 		if err == nil {
 			_ = c.Close()
@@ -152,7 +158,8 @@ func startGateway(t *testing.T, program, proxy, printed string, upstream *httpte
 	})
 }
 
-// gatewayPrograms are Envoy Gateway, which is built where it is not yet, and the Envoy that it runs.
+// gatewayPrograms are Envoy Gateway, which is built where it is not yet, and
+// the Envoy that it runs.
 func gatewayPrograms(t *testing.T) (gateway, proxy string) {
 	t.Helper()
 	if os.Getenv("SLUICE_LONG") == "" {
@@ -166,7 +173,8 @@ func gatewayPrograms(t *testing.T) (gateway, proxy string) {
 	return gateway, proxy
 }
 
-// uncommented is a printed file with a line, and those of its block, no comment any more.
+// uncommented is a printed file with a line, and those of its block, no comment
+// any more.
 func uncommented(t *testing.T, printed, line string) string {
 	t.Helper()
 	var out []string
@@ -190,7 +198,8 @@ func uncommented(t *testing.T, printed, line string) string {
 	return strings.Join(out, "")
 }
 
-// A real Envoy Gateway makes of the printed policy an Envoy that limits: by the config's limit, and by the one in contextExtensions.
+// A real Envoy Gateway makes of the printed policy an Envoy that limits: by the
+// config's limit, and by the one in contextExtensions.
 func TestMeshEnvoyGateway(t *testing.T) {
 	gateway, proxy := gatewayPrograms(t)
 	if !testenv.Network(t) {
@@ -214,7 +223,8 @@ func TestMeshEnvoyGateway(t *testing.T) {
 	if status != 0 {
 		t.Fatal(stderr)
 	}
-	// What it shows in comments is taken, too: limits of a route's own, and the filter that removes an upstream's lies.
+	// What it shows in comments is taken, too: limits of a route's own, and the
+	// filter that removes an upstream's lies.
 	before, example, ok := strings.Cut(printed, "    # contextExtensions:\n")
 	if !ok {
 		t.Fatal("no contextExtensions")
@@ -259,7 +269,8 @@ func TestMeshEnvoyGateway(t *testing.T) {
 	}
 }
 
-// gatewayInShop is a Gateway before an app, in a namespace of their own, and the Service of the chart's Deployment in another.
+// gatewayInShop is a Gateway before an app, in a namespace of their own, and
+// the Service of the chart's Deployment in another.
 const gatewayInShop = `
 apiVersion: gateway.networking.k8s.io/v1
 kind: GatewayClass
@@ -283,8 +294,10 @@ spec: {clusterIP: 192.0.2.9, ports: [{name: grpc, port: 9001, protocol: TCP}]}
 ---
 `
 
-// What is printed by default asks sluice as a Deployment in another namespace. Envoy Gateway's own translator takes it, as it does in a cluster,
-// and not without the grant that is printed, too. (Without Kubernetes its server knows of no Services.)
+// What is printed by default asks sluice as a Deployment in another namespace.
+// Envoy Gateway's own translator takes it, as it does in a cluster, and not
+// without the grant that is printed, too. (Without Kubernetes its server knows
+// of no Services.)
 func TestMeshEnvoyGatewayService(t *testing.T) {
 	if os.Getenv("SLUICE_LONG") == "" {
 		t.Skip("builds egctl, which takes minutes: SLUICE_LONG=1")
@@ -299,7 +312,8 @@ func TestMeshEnvoyGatewayService(t *testing.T) {
 		// kubectl's own namespace is that of what names none.
 		printed = strings.ReplaceAll(printed, "\n  name: sluice\nspec:", "\n  name: sluice\n  namespace: shop\nspec:")
 		in := file(t, "resources.yaml", gatewayInShop+printed)
-		out, err := exec.CommandContext(t.Context(), egctl, "x", "translate", "--from", "gateway-api", "--to", to, "--output", "yaml", "--file", in).
+		out, err := exec.CommandContext(t.Context(), egctl, "x", "translate",
+			"--from", "gateway-api", "--to", to, "--output", "yaml", "--file", in).
 			CombinedOutput()
 		if err != nil {
 			t.Fatalf("%v\n%s", err, out)
@@ -329,7 +343,8 @@ func TestMeshEnvoyGatewayService(t *testing.T) {
 	}
 }
 
-// Behind a real Envoy Gateway with the printed retries, quick restarts of sluice lose no request.
+// Behind a real Envoy Gateway with the printed retries, quick restarts of
+// sluice lose no request.
 func TestMeshEnvoyGatewayRestart(t *testing.T) {
 	gateway, proxy := gatewayPrograms(t)
 	if !testenv.Network(t) {
@@ -359,7 +374,7 @@ func TestMeshEnvoyGatewayRestart(t *testing.T) {
 		return fmt.Sprint(response.StatusCode, " ", response.Header.Get("x-ratelimit-limit"))
 	}
 	const passed = "404 1000000" // the upstream's, with sluice's headers
-	await(t, func() bool { return ask() == passed })
+	eventually(t, "a request that passes", func() bool { return ask() == passed })
 	var answered [3]atomic.Int64
 	var lost atomic.Int64
 	done := make(chan struct{})
@@ -380,12 +395,13 @@ func TestMeshEnvoyGatewayRestart(t *testing.T) {
 			}
 		})
 	}
-	// more waits until each client has asked anew and has an answer: Envoy may wait between its tries for as long as a check may take, and a
-	// request that sees two restarts, or one that lasts, may be lost.
+	// more waits until each client has asked anew and has an answer: Envoy may
+	// wait between its tries for as long as a check may take, and a request
+	// that sees two restarts, or one that lasts, may be lost.
 	more := func() {
 		for i := range answered {
 			now := answered[i].Load()
-			await(t, func() bool { return answered[i].Load() > now+1 })
+			eventually(t, "two more answers", func() bool { return answered[i].Load() > now+1 })
 		}
 	}
 	const quick = 50 * time.Millisecond
@@ -410,8 +426,9 @@ func TestMeshEnvoyGatewayRestart(t *testing.T) {
 	t.Logf("%d requests, %d lost", answered[0].Load()+answered[1].Load()+answered[2].Load(), lost.Load())
 }
 
-// Behind a real Envoy Gateway a limit's key is a claim, as the printed file's comments say: each plan has a bucket of its own, and who makes the
-// claim's header up has nothing of it.
+// Behind a real Envoy Gateway a limit's key is a claim, as the printed file's
+// comments say: each plan has a bucket of its own, and who makes the claim's
+// header up has nothing of it.
 func TestMeshEnvoyGatewayClaims(t *testing.T) {
 	gateway, proxy := gatewayPrograms(t)
 	if !testenv.Network(t) {
@@ -444,7 +461,8 @@ func TestMeshEnvoyGatewayClaims(t *testing.T) {
 	}
 	startGateway(t, gateway, proxy, printed, upstream)
 	for at, ask := range []struct{ plan, madeUp, want string }{
-		{"gold", "", "200 1"}, {"gold", "fresh", "200 0"}, {"gold", "fresh", "429 0"}, // the token's, whatever the header says
+		// The plan is the token's, whatever the header says.
+		{"gold", "", "200 1"}, {"gold", "fresh", "200 0"}, {"gold", "fresh", "429 0"},
 		{"silver", "", "200 1"},
 		{"", "silver", "200 1"}, {"", "fresh", "200 0"}, {"", "silver", "429 0"}, // who has no token has no plan
 		{"silver", "", "200 0"},
@@ -478,7 +496,8 @@ const everyFilter = "\t* EnvoyFilter//sluice: EnvoyFilter exposes internal imple
 	"at any time. " +
 	"Prefer other APIs if possible, and exercise extreme caution, especially around upgrades.\n"
 
-// istioctl, which looks inside of typed_config, finds nothing to say of what is printed, nor of what it shows in comments.
+// istioctl, which looks inside of typed_config, finds nothing to say of what is
+// printed, nor of what it shows in comments.
 func TestMeshIstioctl(t *testing.T) {
 	if os.Getenv("SLUICE_LONG") == "" {
 		t.Skip("builds istioctl, which takes minutes: SLUICE_LONG=1")
@@ -540,11 +559,13 @@ func TestMeshIstioctl(t *testing.T) {
 		printed = strings.ReplaceAll(
 			strings.ReplaceAll(printed, "  # - applyTo: VIRTUAL_HOST\n", "  - applyTo: VIRTUAL_HOST\n"), "  #   ", "    ",
 		)
-		if said := strings.ReplaceAll(validate(printed), strings.TrimSpace(strings.Replace(everyFilter, "//sluice:", "//sluice-gateway:", 1)), ""); said != "" {
+		known := strings.TrimSpace(strings.Replace(everyFilter, "//sluice:", "//sluice-gateway:", 1))
+		if said := strings.ReplaceAll(validate(printed), known, ""); said != "" {
 			t.Errorf("%s: %s", kind, said)
 		}
 	}
-	// The access log of envoy/README.md. Of its provider, in the mesh config, istioctl does not say whether the fields are there.
+	// The access log of envoy/README.md. Of its provider, in the mesh config,
+	// istioctl does not say whether the fields are there.
 	_, telemetry, ok := strings.Cut(document(t, envoyReadme), "---\napiVersion: telemetry.istio.io/v1\n")
 	if !ok {
 		t.Fatal("envoy/README.md has no Telemetry")

@@ -42,8 +42,10 @@ func family(series string) string {
 	return name
 }
 
-// Every metric that is exported is moved by something that really happens, and its labels hold names of the config's and the program's
-// only, whatever clients send. That each stands in the README, and no other, TestREADMEMetrics says.
+// Every metric that is exported is moved by something that really happens, and
+// its labels hold names of the config's and the program's only, whatever
+// clients send. That each stands in the README, and no other, TestREADMEMetrics
+// says.
 func TestMetricsMove(t *testing.T) {
 	const hostile = "c4n4ry\"} 1\nsluice_forged 1\n"
 	const limits = `
@@ -91,7 +93,8 @@ limits:
 		})
 	}
 	many.Wait()
-	if err := redis.Client().Set(t.Context(), "sluice:default:open:{-}", "\xb5\x08\x02", 0).Err(); err != nil { // of a newer version
+	const newer = "\xb5\x08\x02" // a bucket of a newer version
+	if err := redis.Client().Set(t.Context(), "sluice:default:open:{-}", newer, 0).Err(); err != nil {
 		t.Fatal(err)
 	}
 	send(onRedis, "203.0.113.1", "/open")
@@ -116,7 +119,7 @@ limits:
 			if err := p.cmd.Process.Signal(syscall.SIGHUP); err != nil {
 				t.Fatal(err)
 			}
-			await(t, func() bool {
+			eventually(t, "a reload", func() bool {
 				return series(t, p.metrics)[`sluice_config_reloads_total{result="`+[]string{"success", "failure"}[i]+`"}`] != "0"
 			})
 		}
@@ -133,7 +136,8 @@ limits:
 				}
 			}
 		}
-		// Only a mistake in sluice itself moves this one: authz's tests make one.
+		// Only a mistake in sluice itself moves this one: authz's tests make
+		// one.
 		delete(all, "sluice_panics_total")
 		// And only an attack this one: TestAttackGRPC makes some.
 		delete(all, "sluice_grpc_connections_closed_total")
@@ -145,7 +149,7 @@ limits:
 			t.Logf("nothing moved %v", unmoved)
 		}
 	}()
-	await(t, func() bool { unmoved = still(); return len(unmoved) == 0 })
+	eventually(t, "a change of every metric", func() bool { unmoved = still(); return len(unmoved) == 0 })
 
 	// All that a decision can be was one.
 	for _, decision := range []string{

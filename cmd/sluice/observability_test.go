@@ -65,14 +65,16 @@ func TestAlertsAndDashboard(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, names := range regexp.MustCompile(`- alert: (\w+)\n(?s:.*?)runbook: "(.*)"`).FindAllStringSubmatch(string(rules), -1) {
+	alerts := regexp.MustCompile(`- alert: (\w+)\n(?s:.*?)runbook: "(.*)"`)
+	for _, names := range alerts.FindAllStringSubmatch(string(rules), -1) {
 		if _, section, ok := strings.Cut(string(runbook), "\n## "+names[2]+"\n"); !ok ||
 			!strings.Contains(strings.SplitN(section, "\n", 2)[0], names[1]) {
 			t.Errorf("the runbook has no %q that names %s", names[2], names[1])
 		}
 	}
 	for _, alert := range regexp.MustCompile(`- alert: (\w+)`).FindAllStringSubmatch(string(rules), -1) {
-		if n := strings.Count(string(tests), "alertname: "+alert[1]+"\n") + strings.Count(string(tests), "alertname: "+alert[1]+"}"); n < 2 {
+		name := "alertname: " + alert[1]
+		if n := strings.Count(string(tests), name+"\n") + strings.Count(string(tests), name+"}"); n < 2 {
 			t.Errorf("%s is tried %d times, want firing and silent", alert[1], n)
 		}
 	}
@@ -87,7 +89,8 @@ func TestAlertsAndDashboard(t *testing.T) {
 	}
 }
 
-// A real Prometheus scrapes a running demo under load: each of the dashboard's queries returns data, and each rule can be evaluated.
+// A real Prometheus scrapes a running demo under load: each of the dashboard's
+// queries returns data, and each rule can be evaluated.
 func TestPrometheus(t *testing.T) {
 	config := file(t, "sluice.yaml", `
 limits:
@@ -149,10 +152,10 @@ scrape_configs: [{job_name: sluice, static_configs: [{targets: [%q]}]}]
 		}
 		return ""
 	}
-	await(t, func() bool { return ask("/-/ready", new(any)) || value("up") == "1" })
+	eventually(t, "Prometheus", func() bool { return ask("/-/ready", new(any)) || value("up") == "1" })
 
 	var page string
-	await(t, func() bool { // the first mistake makes the last metric
+	eventually(t, "the first mistake in the metrics", func() bool { // the first mistake makes the last metric
 		_, page = get(t, "http://"+scraped+"/metrics")
 		return strings.Contains(page, "sluice_config_mistakes_total")
 	})
@@ -171,7 +174,7 @@ scrape_configs: [{job_name: sluice, static_configs: [{targets: [%q]}]}]
 					t.Errorf("%q asks for %s, which is not exported", p.Title, name)
 				}
 			}
-			waitFor(
+			eventually(
 				t, fmt.Sprintf("data for %q: %s", p.Title, q.Expr), func() bool { return value(filled.Replace(q.Expr)) != "" },
 			)
 		}
@@ -196,7 +199,7 @@ scrape_configs: [{job_name: sluice, static_configs: [{targets: [%q]}]}]
 			}
 		}
 	}
-	await(t, func() bool {
+	eventually(t, "the evaluation of the rules", func() bool {
 		if !ask("/api/v1/rules", &evaluated) || len(evaluated.Data.Groups) != 1 {
 			return false
 		}

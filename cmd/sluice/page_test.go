@@ -80,7 +80,8 @@ func startDemo(t testing.TB, args ...string) demo {
 	return d
 }
 
-// underLoad sends some two hundred requests a second until the test ends, the way of the ith being make's.
+// underLoad sends some two hundred requests a second until the test ends, the
+// way of the ith being make's.
 func underLoad(t testing.TB, url string, prepare func(i int, r *http.Request)) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
@@ -130,7 +131,8 @@ limits:
   - {name: quiet, match: {hosts: [nobody.example]}, rate: 3/d}
 `
 
-// The page, as an operator sees it in a real browser before a running demo under load.
+// The page, as an operator sees it in a real browser before a running demo
+// under load.
 func TestPage(t *testing.T) {
 	config := file(t, "sluice.yaml", pageConfig)
 	redis := redistest.Start(t)
@@ -192,7 +194,8 @@ func TestPage(t *testing.T) {
 	holds("#limits-rows", "by request.method · request.headers[\"x-api-key\"], 1 override")
 	b.await(`document.querySelectorAll("#top-denials .bar").length > 1`)
 
-	// A limit's keys, by a click; who is asked for by a secret is shown by its hash.
+	// A limit's keys, by a click; who is asked for by a secret is shown by its
+	// hash.
 	b.click(`[data-limit="per-key"]`)
 	holds("#top-title", "per-key")
 	b.await(`document.querySelectorAll("#top-requests .hash").length > 2`)
@@ -251,13 +254,17 @@ func TestPage(t *testing.T) {
 	for _, look := range []struct {
 		name, colours string
 		width         int
-	}{{"light", "light", 1280}, {"dark", "dark", 1280}, {"narrow", "light", 390}, {"narrow-dark", "dark", 390}, {"middle", "light", 800}} {
+	}{
+		{"light", "light", 1280}, {"dark", "dark", 1280}, {"narrow", "light", 390}, {"narrow-dark", "dark", 390},
+		{"middle", "light", 800},
+	} {
 		b.look(look.width, look.colours)
 		b.await(fmt.Sprintf("innerWidth === %d", look.width))
 		if wide := b.eval("document.documentElement.scrollWidth"); wide.(float64) > float64(look.width) {
 			t.Errorf("at %d pixels the page is %v wide", look.width, wide)
 		}
-		if cut := b.eval(`[...document.querySelectorAll("td, li, dd, h2, main p")].filter((e) => e.scrollWidth > e.clientWidth + 1).map((e) => e.innerText).join("; ")`); cut != "" {
+		if cut := b.eval(`[...document.querySelectorAll("td, li, dd, h2, main p")].
+			filter((e) => e.scrollWidth > e.clientWidth + 1).map((e) => e.innerText).join("; ")`); cut != "" {
 			t.Errorf("at %d pixels this is wider than its place: %v", look.width, cut)
 		}
 		b.shot(look.name)
@@ -299,7 +306,8 @@ func TestPage(t *testing.T) {
 	b.shot("no-redis")
 }
 
-// Only who may asks: by a name that is this server's, and from no other site's page. Nothing can be changed.
+// Only who may asks: by a name that is this server's, and from no other site's
+// page. Nothing can be changed.
 func TestAdminIsGuarded(t *testing.T) {
 	p := startSluice(t)
 	_, port, _ := strings.Cut(p.admin, ":")
@@ -376,7 +384,8 @@ func TestAdminIsGuarded(t *testing.T) {
 	}
 }
 
-// What the page shows is to be had as JSON, no secret is in it, and explaining takes nothing.
+// What the page shows is to be had as JSON, no secret is in it, and explaining
+// takes nothing.
 func TestAdminJSON(t *testing.T) {
 	config := file(t, "sluice.yaml", `
 limits:
@@ -506,7 +515,7 @@ limits:
 				}
 			}
 			var past []struct{ At int64 }
-			await(t, func() bool { ask("/api/history", &past); return len(past) > 0 })
+			eventually(t, "a second of history", func() bool { ask("/api/history", &past); return len(past) > 0 })
 			var paths map[string]string
 			ask("/api/", &paths)
 			if len(paths) < 6 {

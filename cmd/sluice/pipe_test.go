@@ -112,20 +112,20 @@ func TestConfigFromAPipe(t *testing.T) {
 				piped(t, p, config)
 			}
 			l := startLines(t, p)
-			await(t, func() bool { return l.count(`"serving"`) == 1 })
+			eventually(t, "the start", func() bool { return l.count(`"serving"`) == 1 })
 			if l.count(`"domain":"piped"`) != 1 {
 				t.Errorf("the config does not count:\n%s", l.said)
 			}
-			await(t, func() bool { return l.count("cannot be reloaded") == 1 })
+			eventually(t, "the warning about the pipe", func() bool { return l.count("cannot be reloaded") == 1 })
 			write("key,rate,burst\ngold,5/d,\n")
-			await(t, func() bool { return l.count("config reloaded") == 1 })
+			eventually(t, "the first reload", func() bool { return l.count("config reloaded") == 1 })
 			if n := l.count(`"limits":1`); n != 1 {
 				t.Errorf("%d new configs have the limit:\n%s", n, l.said)
 			}
 			if err := p.cmd.Process.Signal(syscall.SIGHUP); err != nil {
 				t.Fatal(err)
 			}
-			await(t, func() bool { return l.count("config reloaded") == 2 })
+			eventually(t, "the second reload", func() bool { return l.count("config reloaded") == 2 })
 			if l.count("cannot be reloaded") != 1 {
 				t.Errorf("said more than once:\n%s", l.said)
 			}
@@ -212,7 +212,7 @@ func TestPipeThatNobodyWrites(t *testing.T) {
 		p := start(t, "sluice", nil, append(args, "--config", fifo)...)
 		l := startLines(t, p)
 		var writer *os.File // that says nothing
-		await(t, func() bool {
+		eventually(t, "a reader of the pipe", func() bool {
 			var err error
 			writer, err = os.OpenFile(fifo, os.O_WRONLY|syscall.O_NONBLOCK, 0) // fails until it is read
 			return err == nil
@@ -226,7 +226,7 @@ func TestPipeThatNobodyWrites(t *testing.T) {
 	config := file(t, "sluice.yaml", freePorts+limit("a"))
 	p := start(t, "sluice", nil, "run", "--config", config)
 	l := startLines(t, p)
-	await(t, func() bool { return l.count(`"serving"`) == 1 })
+	eventually(t, "the start", func() bool { return l.count(`"serving"`) == 1 })
 	replace := func() {
 		t.Helper()
 		if err := os.Rename(fifo, config); err != nil {
@@ -234,19 +234,19 @@ func TestPipeThatNobodyWrites(t *testing.T) {
 		}
 	}
 	replace()
-	await(t, func() bool { return l.count("sluice.yaml: not a regular file") == 1 })
+	eventually(t, "the rejected pipe", func() bool { return l.count("sluice.yaml: not a regular file") == 1 })
 	if err := os.WriteFile(config+".new", []byte(freePorts+limit("a", "b")), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if err := os.Rename(config+".new", config); err != nil {
 		t.Fatal(err)
 	}
-	await(t, func() bool { return l.count(`"limits":2`) == 1 })
+	eventually(t, "the reload", func() bool { return l.count(`"limits":2`) == 1 })
 	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	replace()
-	await(t, func() bool { return l.count("sluice.yaml: not a regular file") == 2 })
+	eventually(t, "the second rejected pipe", func() bool { return l.count("sluice.yaml: not a regular file") == 2 })
 	if status := p.stop(); status != 0 {
 		t.Errorf("status %d\n%s", status, l.said)
 	}

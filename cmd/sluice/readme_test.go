@@ -17,7 +17,8 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// The documents that these tests hold to the program, from the repository's top.
+// The documents that these tests hold to the program, from the repository's
+// top.
 const (
 	topReadme     = "README.md"
 	policyReadme  = "limiter/policy/README.md"
@@ -96,7 +97,8 @@ func readmeConfig(t *testing.T) string {
 	return block(t, section(t, policyReadme, "## Reference"), "yaml")
 }
 
-// The reference's config is a good one, also with what stands in comments there.
+// The reference's config is a good one, also with what stands in comments
+// there.
 func TestREADMEConfig(t *testing.T) {
 	config := readmeConfig(t)
 	for _, text := range []string{
@@ -120,7 +122,8 @@ func TestREADMEReference(t *testing.T) {
 		t.Fatal(err)
 	}
 	fields, defaults := 0, 0
-	// walk compares what the schema says of a value with the value, of which a list's first and last stand for all.
+	// walk compares what the schema says of a value with the value, of which a
+	// list's first and last stand for all.
 	var walk func(path string, s map[string]any, value any)
 	walk = func(path string, s map[string]any, value any) {
 		if r, ok := s["$ref"].(string); ok {
@@ -228,7 +231,8 @@ func TestREADMEMetrics(t *testing.T) {
 
 // The config of README.md's first steps is a good one.
 func TestREADMESteps(t *testing.T) {
-	if status, stdout, stderr := sluice(t, nil, "validate", file(t, "sluice.yaml", block(t, section(t, topReadme, "## Use it"), "yaml"))); status != 0 ||
+	config := file(t, "sluice.yaml", block(t, section(t, topReadme, "## Use it"), "yaml"))
+	if status, stdout, stderr := sluice(t, nil, "validate", config); status != 0 ||
 		stderr != "" {
 		t.Errorf("%s%s", stdout, stderr)
 	}

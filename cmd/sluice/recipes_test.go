@@ -23,13 +23,14 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// recipe is the YAML below one of the headings of limiter/policy/README.md, with
-// rates a thousandth of what they are, so that nothing refills while a test
-// counts.
+// recipe is the YAML below one of the headings of limiter/policy/README.md,
+// with rates a thousandth of what they are, so that nothing refills while a
+// test counts.
 func recipe(t *testing.T, heading string) string {
 	t.Helper()
 	text := block(t, section(t, policyReadme, "### "+heading), "yaml")
-	return strings.NewReplacer("/s\n", "/1000s\n", "/m\n", "/1000m\n", "/h\n", "/1000h\n", "/s,", "/1000s,", "/m,", "/1000m,", "/h,", "/1000h,").
+	return strings.NewReplacer(
+		"/s\n", "/1000s\n", "/m\n", "/1000m\n", "/h\n", "/1000h\n", "/s,", "/1000s,", "/m,", "/1000m,", "/h,", "/1000h,").
 		Replace(text)
 }
 
@@ -55,8 +56,9 @@ func serveRecipe(t *testing.T, config string, args []string, change ...func(stri
 	return s
 }
 
-// asks sends requests, "METHOD path" each, with headers given as name, value, name, value, and returns how many passed. One that is
-// neither passed nor limited fails the test.
+// asks sends requests, "METHOD path" each, with headers given as name, value,
+// name, value, and returns how many passed. One that is neither passed nor
+// limited fails the test.
 func (s *served) asks(n int, what string, headers ...string) (passed int) {
 	s.t.Helper()
 	method, path, _ := strings.Cut(what, " ")
@@ -148,7 +150,8 @@ func TestRecipes(t *testing.T) {
 	})
 	t.Run("Health checks and callers from inside are exempt", func(t *testing.T) {
 		text := recipe(t, "Health checks and callers from inside are exempt")
-		// Asked directly, and not through the load balancer, nobody is believed to be inside.
+		// Asked directly, and not through the load balancer, nobody is believed
+		// to be inside.
 		direct := serveRecipe(t, text, nil)
 		direct.want(10, 15, "GET /", "x-forwarded-for", "10.1.2.3")
 		s := serveRecipe(t, strings.Replace(text, "192.0.2.0/24", "127.0.0.0/8", 1), nil)
@@ -286,7 +289,8 @@ func (i *issuer) keys() string {
 		base64url(i.key.N.Bytes()), base64url(big.NewInt(int64(i.key.E)).Bytes()))
 }
 
-// filter puts Envoy's JWT filter before ext_authz. A request may come without a token.
+// filter puts Envoy's JWT filter before ext_authz. A request may come without a
+// token.
 func (i *issuer) filter(bootstrap string) string {
 	filter := `- name: envoy.filters.http.jwt_authn
   typed_config:
@@ -304,7 +308,8 @@ func (i *issuer) filter(bootstrap string) string {
 	return strings.Replace(bootstrap, before, indent(filter, 10)+before, 1)
 }
 
-// Rates by endpoint and by API key, each with its burst: the same from a file, and with no file at all from Envoy's routes.
+// Rates by endpoint and by API key, each with its burst: the same from a file,
+// and with no file at all from Envoy's routes.
 func TestEndpointsAndKeys(t *testing.T) {
 	const key = `request.headers["x-api-key"]`
 	fromFile := serveRecipe(t, `

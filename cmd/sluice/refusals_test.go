@@ -21,8 +21,9 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// Each way in which a Redis that can be reached refuses to work: every request gets the failure mode, none passes, and the log and a metric
-// say which way it is.
+// Each way in which a Redis that can be reached refuses to work: every request
+// gets the failure mode, none passes, and the log and a metric say which way it
+// is.
 func TestRedisRefusesASidecar(t *testing.T) {
 	const checks = 100
 	on := func(t *testing.T, s *redistest.Server, commands ...string) {
@@ -55,14 +56,15 @@ func TestRedisRefusesASidecar(t *testing.T) {
 		},
 		{name: "a save that failed", kind: "readonly", log: "MISCONF", setup: func(t *testing.T, s *redistest.Server) {
 			// A directory is where the file should be.
-			if err := os.Mkdir(filepath.Join(s.Client().ConfigGet(t.Context(), "dir").Val()["dir"], "dump.rdb"), 0o700); err != nil {
+			dir := s.Client().ConfigGet(t.Context(), "dir").Val()["dir"]
+			if err := os.Mkdir(filepath.Join(dir, "dump.rdb"), 0o700); err != nil {
 				t.Fatal(err)
 			}
 			if err := s.Client().ConfigSet(t.Context(), "save", "3600 1").Err(); err != nil {
 				t.Fatal(err)
 			}
 			on(t, s, "SET a b", "BGSAVE")
-			await(t, func() bool { return s.Info("persistence")["rdb_last_bgsave_status"] == "err" })
+			eventually(t, "a failed save", func() bool { return s.Info("persistence")["rdb_last_bgsave_status"] == "err" })
 		}},
 		{
 			name: "out of memory", kind: "oom", log: "OOM",
@@ -72,7 +74,7 @@ func TestRedisRefusesASidecar(t *testing.T) {
 			// 40 s of loading, in which it looks up after each key.
 			on(t, s, "DEBUG POPULATE 4000 key 2000", "CONFIG SET rdbcompression no", "CONFIG SET key-load-delay 10000")
 			go s.Client().Do(t.Context(), "DEBUG", "RELOAD") // ends with the server
-			await(t, func() bool { return strings.HasPrefix(fmt.Sprint(s.Client().Get(t.Context(), "a").Err()), "LOADING") })
+			eventually(t, "a Redis that is loading", func() bool { return strings.HasPrefix(fmt.Sprint(s.Client().Get(t.Context(), "a").Err()), "LOADING") })
 		}},
 		{
 			name: "a wrong password", kind: "auth", log: "WRONGPASS", store: "password: wrong",
@@ -176,7 +178,8 @@ func TestRefusedClientsSpread(t *testing.T) {
 	}
 	t.Logf("%v", after)
 	for seconds := range longest {
-		// 100 are expected, and 40 more or less are four times what chance does.
+		// 100 are expected, and 40 more or less are four times what chance
+		// does.
 		if n := after[fmt.Sprint(1+seconds)]; n < clients/longest-40 || n > clients/longest+40 {
 			t.Errorf("%d of %d are told to come back after %d s", n, clients, 1+seconds)
 		}
@@ -186,7 +189,8 @@ func TestRefusedClientsSpread(t *testing.T) {
 	}
 }
 
-// writeExpired writes a server's certificate of yesterday, which is its own authority.
+// writeExpired writes a server's certificate of yesterday, which is its own
+// authority.
 func writeExpired(t *testing.T, dir string) {
 	t.Helper()
 	must := func(err error) {

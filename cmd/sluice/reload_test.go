@@ -103,16 +103,14 @@ func (r *reloading) want(want string) {
 	}
 }
 
-// counted checks that no more happened than the test has seen. A reload is counted after it is in force.
+// counted checks that no more happened than the test has seen. A reload is
+// counted after it is in force.
 func (r *reloading) counted(success, failure int) {
 	r.t.Helper()
 	var s, f float64
-	await(r.t, func() bool {
-		s, f = testutil.ToFloat64(
-			r.reloader.reloads.WithLabelValues("success"),
-		), testutil.ToFloat64(
-			r.reloader.reloads.WithLabelValues("failure"),
-		)
+	eventually(r.t, "the count of a reload", func() bool {
+		s = testutil.ToFloat64(r.reloader.reloads.WithLabelValues("success"))
+		f = testutil.ToFloat64(r.reloader.reloads.WithLabelValues("failure"))
 		return int(s) >= success && int(f) >= failure
 	})
 	if int(s) != success || int(f) != failure || len(r.done) != 0 {
@@ -193,7 +191,8 @@ func TestReload(t *testing.T) {
 	r.want("in force: f")
 	r.counted(7, 5)
 
-	// What changes nothing is nothing new. The next real change comes after it, so that there is nothing to wait for.
+	// What changes nothing is nothing new. The next real change comes after it,
+	// so that there is nothing to wait for.
 	now := time.Now()
 	r.do(os.Chtimes(r.file, now, now))
 	r.write("other.yaml", "x")
@@ -202,7 +201,8 @@ func TestReload(t *testing.T) {
 	r.counted(8, 5)
 }
 
-// A volume of Kubernetes: the file is a link into ..data, which is a link that is replaced.
+// A volume of Kubernetes: the file is a link into ..data, which is a link that
+// is replaced.
 func TestReloadOfAConfigMap(t *testing.T) {
 	dir := t.TempDir()
 	r := &reloading{t: t}
@@ -233,7 +233,8 @@ func TestReloadOfAConfigMap(t *testing.T) {
 	}
 }
 
-// The files that the config names are watched, too, and those that its patterns come to match.
+// The files that the config names are watched, too, and those that its patterns
+// come to match.
 func TestReloadOfOtherFiles(t *testing.T) {
 	path := file(t, "sluice.yaml", `
 key_secret_file: secret
@@ -262,8 +263,8 @@ limits:
 	r.want("refused: [DIR/sluice.yaml:2:18: key_secret_file: open DIR/secret: no such file or directory]")
 }
 
-// Under load, each answer is of one whole config, and none is lost, while the file changes 50 times between two good ones and a broken
-// one.
+// Under load, each answer is of one whole config, and none is lost, while the
+// file changes 50 times between two good ones and a broken one.
 func TestReloadUnderLoad(t *testing.T) {
 	const changes, requests = 50, 10_000
 	version := func(n int) string {
@@ -332,7 +333,7 @@ func TestReloadUnderLoad(t *testing.T) {
 		} else {
 			wantSuccess++
 		}
-		await(t, func() bool {
+		eventually(t, "the reload", func() bool {
 			s, f := reloads()
 			if s > wantSuccess || f > wantFailure {
 				t.Fatalf("%d successes and %d failures after %d changes; want %d and %d", s, f, i, wantSuccess, wantFailure)
@@ -340,7 +341,7 @@ func TestReloadUnderLoad(t *testing.T) {
 			return s == wantSuccess && f == wantFailure
 		})
 	}
-	await(t, func() bool { return answered.Load() >= requests || t.Failed() })
+	eventually(t, "answered requests", func() bool { return answered.Load() >= requests || t.Failed() })
 	close(done)
 	wg.Wait()
 	t.Logf(
@@ -369,19 +370,20 @@ func TestReloadKeepsBuckets(t *testing.T) {
 	if err := p.cmd.Process.Signal(syscall.SIGHUP); err != nil {
 		t.Fatal(err)
 	}
-	await(t, func() bool { return strings.Contains(p.logged(), "config reloaded") })
+	eventually(t, "the reload", func() bool { return strings.Contains(p.logged(), "config reloaded") })
 	if got := check(t, conn, from("203.0.113.1", "/")); got != "429" {
 		t.Errorf("%s: a changed burst gave tokens", got)
 	}
-	await(t, func() bool { return strings.Contains(p.logged(), `"msg":"request limited"`) }) // the new log level
+	eventually(t, "a log line at the new level", func() bool { return strings.Contains(p.logged(), `"msg":"request limited"`) }) // the new log level
 	_, metrics := get(t, "http://"+p.metrics+"/metrics")
 	if n := strings.Count(metrics, "sluice_config_info{hash="); n != 1 {
 		t.Errorf("%d hashes", n)
 	}
 }
 
-// What is easily missed: a file that moves between patterns, one that is emptied and then gone, links to what is gone and comes back, new
-// contents that look like the old to stat, and a chain of links.
+// What is easily missed: a file that moves between patterns, one that is
+// emptied and then gone, links to what is gone and comes back, new contents
+// that look like the old to stat, and a chain of links.
 func TestReloadMissesNothing(t *testing.T) {
 	path := file(t, "sluice.yaml", `
 limits:

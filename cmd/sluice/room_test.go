@@ -9,7 +9,8 @@ import (
 	"testing"
 )
 
-// A shadow limit refuses nobody, however many headers a client sends: where the real Envoy has no room for another one, it is given none.
+// A shadow limit refuses nobody, however many headers a client sends: where the
+// real Envoy has no room for another one, it is given none.
 func TestShadowBesideManyHeaders(t *testing.T) {
 	const limits = `
 mode: shadow
@@ -56,8 +57,9 @@ limits:
 	}
 }
 
-// Where nothing else removes what a client says in sluice's name, sluice has Envoy do so, or Envoy refuses a request that has too many
-// headers even then: it never reaches the upstream.
+// Where nothing else removes what a client says in sluice's name, sluice has
+// Envoy do so, or Envoy refuses a request that has too many headers even then:
+// it never reaches the upstream.
 func TestForgedBesideManyHeaders(t *testing.T) {
 	s := serveRecipe(t, "limits: [{name: a, rate: 1/d, burst: 1, mode: shadow}]", nil, func(b string) string {
 		return strings.ReplaceAll(b, "prefix: x-sluice-", "prefix: x-other-")
@@ -81,7 +83,8 @@ func TestForgedBesideManyHeaders(t *testing.T) {
 	}
 }
 
-// raw asks for a path with header lines of any number and size, and returns the answer's status.
+// raw asks for a path with header lines of any number and size, and returns the
+// answer's status.
 func (s *served) raw(path string, lines ...string) int {
 	s.t.Helper()
 	conn, err := net.Dial("tcp", s.addr)
@@ -89,7 +92,8 @@ func (s *served) raw(path string, lines ...string) int {
 		s.t.Fatal(err)
 	}
 	defer func() { _ = conn.Close() }()
-	if _, err := fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: h\r\n%s\r\n\r\n", path, strings.Join(lines, "\r\n")); err != nil {
+	_, err = fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: h\r\n%s\r\n\r\n", path, strings.Join(lines, "\r\n"))
+	if err != nil {
 		s.t.Fatal(err)
 	}
 	answer, err := http.ReadResponse(bufio.NewReader(conn), nil)

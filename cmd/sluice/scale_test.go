@@ -16,7 +16,8 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// However many clients there are, each costs Redis little and for no longer than it must, and the sidecar nothing: no memory, and no metric.
+// However many clients there are, each costs Redis little and for no longer
+// than it must, and the sidecar nothing: no memory, and no metric.
 func TestChaosManyClients(t *testing.T) {
 	clients := redistest.Scaled(10_000, 1_000_000)
 	const callers, bytesEach, growth = 128, 250, 10 << 20
@@ -103,7 +104,8 @@ limits: [{name: per-key, key: 'request.headers["x-api-key"]', rate: 1/h, burst: 
 		t.Errorf("%d series became %d", seriesBefore, after)
 	}
 
-	// A bucket that one token of two was taken from is full after an hour, and gone within a minute of that.
+	// A bucket that one token of two was taken from is full after an hour, and
+	// gone within a minute of that.
 	c := redis.Client()
 	seen := 0
 	for keys := c.Scan(t.Context(), 0, "sluice:web:per-key:*", 1000); ; {

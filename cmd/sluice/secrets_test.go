@@ -17,7 +17,8 @@ import (
 // canary stands for every secret that an operator gives sluice.
 const canary = "c4n4ry"
 
-// secretURLs are URLs of a Redis that does not answer, and what people make of them who mistype.
+// secretURLs are URLs of a Redis that does not answer, and what people make of
+// them who mistype.
 var secretURLs = []string{
 	"redis://:c4n4ry@127.0.0.1:1/0",
 	"redis://user:c4n4ry@127.0.0.1:1/0",
@@ -47,8 +48,8 @@ var secretURLs = []string{
 	"redis://127.0.0.1:1/0#c4n4ry",
 }
 
-// secretConfigs are configs that contain a secret; most have an error on its line
-// or next to it.
+// secretConfigs are configs that contain a secret; most have an error on its
+// line or next to it.
 var secretConfigs = []string{
 	"store: {redis: {url: 'redis://127.0.0.1:1', password: c4n4ry}}",
 	"store: {redis: {url: 'redis://127.0.0.1:1', password: [c4n4ry]}}",
@@ -98,7 +99,8 @@ var secretConfigs = []string{
 	"limits: [{name: a, rate: 1/s, key: client.ip, overrides_file: lines}]",
 }
 
-// untilServing collects a sidecar's stderr, and calls end once the sidecar serves.
+// untilServing collects a sidecar's stderr, and calls end once the sidecar
+// serves.
 type untilServing struct {
 	end func()
 
@@ -122,8 +124,8 @@ func (u *untilServing) String() string {
 	return u.text.String()
 }
 
-// No command prints a secret, whatever is wrong with the config, the environment
-// or the command line.
+// No command prints a secret, whatever is wrong with the config, the
+// environment or the command line.
 func TestCommandsSayNoSecret(t *testing.T) {
 	if len(secretURLs)+len(secretConfigs) < 40 {
 		t.Fatal("too few are tried")
@@ -193,8 +195,8 @@ spec: {containers: [{name: envoy, image: envoy}]}
 	}
 }
 
-// A running sidecar does not expose a secret in its log, pages, metrics, profiles
-// or crash dump.
+// A running sidecar does not expose a secret in its log, pages, metrics,
+// profiles or crash dump.
 func TestSidecarSaysNoSecret(t *testing.T) {
 	redis := redistest.Start(t, "--requirepass", canary)
 	url := "unix://:" + canary + "@" + strings.TrimPrefix(redis.URL(), "unix://")
@@ -208,7 +210,7 @@ func TestSidecarSaysNoSecret(t *testing.T) {
 		"OTEL_EXPORTER_OTLP_HEADERS=api-key=" + canary, "OTEL_BSP_SCHEDULE_DELAY=10",
 	}, "run", "--config", config)
 	l := startLines(t, p)
-	await(t, func() bool { return l.count(`"serving"`) == 1 })
+	eventually(t, "the start", func() bool { return l.count(`"serving"`) == 1 })
 	for line := range strings.Lines(l.text()) {
 		var at struct{ Msg, Grpc, Metrics, Admin string }
 		if json.Unmarshal([]byte(line), &at) == nil && at.Msg == "serving" {
@@ -222,7 +224,7 @@ func TestSidecarSaysNoSecret(t *testing.T) {
 	if first, second := ask(), ask(); first != "ok" || second == "ok" {
 		t.Fatalf("the buckets are not in Redis: %s, %s\n%s", first, second, l.text())
 	}
-	await(t, func() bool { return l.count("traces are not sent") > 0 }) // a span that could not be sent
+	eventually(t, "a failed export", func() bool { return l.count("traces are not sent") > 0 }) // a span that could not be sent
 	client := redis.Client()
 	if err := client.Do(t.Context(), "AUTH", canary).Err(); err != nil {
 		t.Fatal(err)
@@ -232,14 +234,14 @@ func TestSidecarSaysNoSecret(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	await(t, func() bool { ask(); return l.count("WRONGPASS") > 0 })
+	eventually(t, "a failed login", func() bool { ask(); return l.count("WRONGPASS") > 0 })
 	for i, wrong := range []string{
 		"limits: [\nkey_secret: *c4n4ry",
 		"store: {redis: {url: 'redis://user:c4n4ry?x@h'}}",
 		good + "key_secret: c4n4ry-another",
 	} {
 		write(t, config, []byte(wrong))
-		await(t, func() bool { return l.count("the old one stays") == i+1 })
+		eventually(t, "a failed reload", func() bool { return l.count("config reload failed") == i+1 })
 	}
 	var pages strings.Builder
 	for _, page := range []string{

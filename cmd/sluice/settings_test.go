@@ -49,13 +49,13 @@ func TestWrongSettings(t *testing.T) {
 // A variable that is misspelt is named when the sidecar starts.
 func TestUnknownVariables(t *testing.T) {
 	p := start(t, "sluice", []string{
-		"SLUICE_GRCP=127.0.0.1:1", "SLUICE_ONFAILURE=allow", "SLUICE_SHOP=shop", "SLUICE_DOMAIN=known", // misspelt, unknown, of the config, known
+		"SLUICE_GRCP=127.0.0.1:1", "SLUICE_ONFAILURE=allow", "SLUICE_SHOP=shop", "SLUICE_DOMAIN=known",
 		"SLUICE_PORT=tcp://10.0.0.1:9001", "SLUICE_SERVICE_HOST=10.0.0.1", "SLUICE_SERVICE_PORT_GRPC=9001",
 		"SLUICE_PORT_9001_TCP_ADDR=10.0.0.1", "SLUICE_WEB_SERVICE_PORT=80",
 	}, "run", "--config", file(t, "sluice.yaml", freePorts+"store: {redis: {url: 'redis://127.0.0.1:1', key_prefix: "+
 		"'${SLUICE_SHOP}'}}\n"))
 	l := startLines(t, p)
-	await(t, func() bool { return l.count(`"serving"`) == 1 })
+	eventually(t, "the start", func() bool { return l.count(`"serving"`) == 1 })
 	if l.count(`"variables":["SLUICE_GRCP","SLUICE_ONFAILURE"]`) != 1 {
 		t.Errorf("%s", l.said)
 	}

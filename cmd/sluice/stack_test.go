@@ -19,7 +19,8 @@ import (
 	"github.com/sluiceproxy/sluice/envoy"
 )
 
-// upstream is what stands behind Envoy: it says about limits what it should not, and remembers what it was sent.
+// upstream is what stands behind Envoy: it says about limits what it should
+// not, and remembers what it was sent.
 type upstream struct {
 	*httptest.Server
 	mu   sync.Mutex
@@ -83,7 +84,8 @@ func (u *upstream) forget() {
 	u.last = http.Header{}
 }
 
-// echoSocket takes the connection over, as for a websocket, and sends one line back.
+// echoSocket takes the connection over, as for a websocket, and sends one line
+// back.
 func echoSocket(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Connection", "Upgrade")
 	w.Header().Set("Upgrade", "websocket")
@@ -99,7 +101,8 @@ func echoSocket(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// startEnvoy starts a real Envoy with the shipped bootstrap before the upstream, and returns where it listens.
+// startEnvoy starts a real Envoy with the shipped bootstrap before the
+// upstream, and returns where it listens.
 func startEnvoy(t testing.TB, sluice, upstream string, change ...func(string) string) string {
 	t.Helper()
 	binary, err := envoy.Binary(t.Context(), func(s string) { t.Log(s) })
@@ -137,7 +140,8 @@ func startEnvoyOn(t testing.TB, binary string, bootstrap []byte, change ...func(
 	return addr
 }
 
-// client is an HTTP client with connections of its own that follows no redirect.
+// client is an HTTP client with connections of its own that follows no
+// redirect.
 func client(t testing.TB) *http.Client {
 	t.Helper()
 	transport := &http.Transport{MaxIdleConnsPerHost: 100}
@@ -149,7 +153,8 @@ func client(t testing.TB) *http.Client {
 	}
 }
 
-// fetch asks for a path, with headers given as name, value, name, value. The body is read.
+// fetch asks for a path, with headers given as name, value, name, value. The
+// body is read.
 func fetch(t testing.TB, c *http.Client, url string, headers ...string) (*http.Response, string) {
 	t.Helper()
 	r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, nil)

@@ -89,7 +89,8 @@ func (a *authority) sign(name string, until time.Time) (cert, key []byte) {
 	return pemOf("CERTIFICATE", der), pemOf("PRIVATE KEY", text)
 }
 
-// client is how a client with a certificate asks, or one without where cert is nil.
+// client is how a client with a certificate asks, or one without where cert is
+// nil.
 func (a *authority) client(cert, key []byte) credentials.TransportCredentials {
 	a.t.Helper()
 	c := &tls.Config{RootCAs: x509.NewCertPool(), ServerName: "sluice.example"}
@@ -116,14 +117,16 @@ func write(t *testing.T, path string, text []byte) {
 	}
 }
 
-// Only who shows a certificate of the right CA, with the right name, may ask; files are reread, and nobody is refused meanwhile.
+// Only who shows a certificate of the right CA, with the right name, may ask;
+// files are reread, and nobody is refused meanwhile.
 func TestMutualTLS(t *testing.T) {
 	dir, servers, clients, foreign := t.TempDir(), newAuthority(t), newAuthority(t), newAuthority(t)
 	hour := time.Now().Add(time.Hour)
 	at := func(name string) string { return filepath.Join(dir, name) }
 	rotate := func() {
 		cert, key := servers.sign("sluice.example", hour)
-		// Two files never change at once: the pair that does not fit in between changes nothing.
+		// Two files never change at once: the pair that does not fit in between
+		// changes nothing.
 		write(t, at("tls.crt"), cert)
 		write(t, at("tls.key"), key)
 	}
@@ -179,7 +182,8 @@ limits: [{name: a, key: client.network, rate: 1000000/s}]
 		t.Error("healthcheck without a certificate is good")
 	}
 
-	// Under load the server's certificate is another, three times, and each new connection shows whatever is in force.
+	// Under load the server's certificate is another, three times, and each new
+	// connection shows whatever is in force.
 	var asked, lost atomic.Int64
 	stop := make(chan struct{})
 	var wg sync.WaitGroup
@@ -211,7 +215,7 @@ limits: [{name: a, key: client.network, rate: 1000000/s}]
 	for range 3 {
 		before := shown()
 		rotate()
-		await(t, func() bool { return shown() != before })
+		eventually(t, "the new certificate", func() bool { return shown() != before })
 	}
 	close(stop)
 	wg.Wait()
@@ -221,7 +225,7 @@ limits: [{name: a, key: client.network, rate: 1000000/s}]
 
 	// Another client CA takes the place of the first.
 	write(t, at("ca.crt"), pemOf("CERTIFICATE", foreign.cert.Raw))
-	await(t, func() bool { return ask(refused["a foreign CA's"]) == "ok" })
+	eventually(t, "the new client CA", func() bool { return ask(refused["a foreign CA's"]) == "ok" })
 	if got := ask(good); !strings.Contains(got, "Unavailable") {
 		t.Errorf("a client of the CA that is no more: %s", got)
 	}

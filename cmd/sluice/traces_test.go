@@ -107,15 +107,17 @@ func startCollector(t testing.TB) *collector {
 	return c
 }
 
-// A request's trace is whole: the client's, Envoy's, sluice's check as a child of Envoy's call, and the store's call as a child of that.
+// A request's trace is whole: the client's, Envoy's, sluice's check as a child
+// of Envoy's call, and the store's call as a child of that.
 func TestTraces(t *testing.T) {
 	for _, protocol := range []string{"grpc", "http/protobuf"} {
 		t.Run(protocol, func(t *testing.T) { seeTraces(t, startCollector(t), protocol) })
 	}
 }
 
-// seeTraces asks a real Envoy before a sluice on a real Redis, which both send their spans to the collector, and holds what arrives there to
-// what happened. sluice speaks the protocol, Envoy gRPC.
+// seeTraces asks a real Envoy before a sluice on a real Redis, which both send
+// their spans to the collector, and holds what arrives there to what happened.
+// sluice speaks the protocol, Envoy gRPC.
 func seeTraces(t *testing.T, c *collector, protocol string) {
 	t.Helper()
 	const envoyTraces = `tracing:
@@ -161,7 +163,7 @@ func seeTraces(t *testing.T, c *collector, protocol string) {
 	for i, want := range wants { // Envoy sends its spans each five seconds
 		trace := traceOf(i)
 		var ingress, check, store *span
-		waitFor(t, "the trace to be whole", func() bool {
+		eventually(t, "the trace to be whole", func() bool {
 			ingress, check, store = nil, nil, nil
 			for _, s := range c.of(trace) {
 				switch {
@@ -178,7 +180,7 @@ func seeTraces(t *testing.T, c *collector, protocol string) {
 		if check.service != "sluice" || string(check.GetParentSpanId()) == string(ingress.GetSpanId()) {
 			t.Errorf("the check's span is no child of Envoy's call: %v", check)
 		}
-		waitFor(t, "Envoy's own span of the call", func() bool {
+		eventually(t, "Envoy's own span of the call", func() bool {
 			for _, s := range c.of(trace) {
 				if s.service == "envoy" && string(s.GetSpanId()) == string(check.GetParentSpanId()) &&
 					string(s.GetParentSpanId()) == string(ingress.GetSpanId()) {
@@ -198,7 +200,8 @@ func seeTraces(t *testing.T, c *collector, protocol string) {
 			if store != nil {
 				t.Errorf("the store was called: %v", store)
 			}
-		} else if string(store.GetParentSpanId()) != string(check.GetSpanId()) || attributeOf(store.GetAttributes(), "db.operation.batch.size") != "1" ||
+		} else if string(store.GetParentSpanId()) != string(check.GetSpanId()) ||
+			attributeOf(store.GetAttributes(), "db.operation.batch.size") != "1" ||
 			attributeOf(store.GetAttributes(), "sluice.buckets") != "2" {
 			t.Errorf("%v", store)
 		}
@@ -215,7 +218,8 @@ func seeTraces(t *testing.T, c *collector, protocol string) {
 	}
 }
 
-// Where nobody takes the traces all goes on, and the sidecar ends in time; what is not valid ends the start.
+// Where nobody takes the traces all goes on, and the sidecar ends in time; what
+// is not valid ends the start.
 func TestTracesNowhere(t *testing.T) {
 	t.Setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", fmt.Sprintf("http://127.0.0.1:%d", freePort(t)))
 	t.Setenv("OTEL_BSP_SCHEDULE_DELAY", "10")
@@ -226,7 +230,7 @@ func TestTracesNowhere(t *testing.T) {
 			t.Errorf("check %d: %s", i, got)
 		}
 	}
-	waitFor(t, "a line in the log", func() bool { return strings.Contains(p.logged(), "traces are not sent") })
+	eventually(t, "a line in the log", func() bool { return strings.Contains(p.logged(), "traces are not sent") })
 
 	for name, value := range map[string]string{
 		"OTEL_EXPORTER_OTLP_ENDPOINT":        "collector:4317",
