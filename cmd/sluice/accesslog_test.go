@@ -11,8 +11,8 @@ import (
 	"github.com/sluiceproxy/sluice/envoy"
 )
 
-// The shipped access log names no limit, and no tokens left, where no limit
-// decided.
+// TestAccessLog checks that the shipped access log names no limit and no
+// remaining tokens if no limit decided.
 func TestAccessLog(t *testing.T) {
 	up := startUpstream(t)
 	p := startSluice(t, "--config", file(t, "sluice.yaml", `

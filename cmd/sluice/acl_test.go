@@ -17,8 +17,8 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// readmeACL returns the rights that the ACL lines of limiter/README.md give, by
-// what a line is for: what stands behind its #.
+// readmeACL returns the permissions in the ACL lines of limiter/README.md, by
+// the purpose that follows the # of a line.
 func readmeACL(t *testing.T) map[string][]string {
 	t.Helper()
 	lines := make(map[string][]string)
@@ -31,8 +31,8 @@ func readmeACL(t *testing.T) map[string][]string {
 	return lines
 }
 
-// The ACL lines of limiter/README.md give the rights to all that sluice does,
-// and none that could be left out.
+// TestREADMEACL checks that the ACL lines of limiter/README.md permit
+// everything that sluice does, and that no permission could be left out.
 func TestREADMEACL(t *testing.T) {
 	lines := readmeACL(t)
 	const limits = `
@@ -122,8 +122,8 @@ func setUser(t *testing.T, nodes []*redis.Client, rights []string) {
 	}
 }
 
-// everything has a config do all that sluice does with a Redis, and says what
-// did not work.
+// everything does all that sluice does with a Redis, with a config, and returns
+// what failed.
 func everything(t *testing.T, config string, nodes []*redis.Client) (failed []string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), within)
@@ -177,8 +177,8 @@ func everything(t *testing.T, config string, nodes []*redis.Client) (failed []st
 	return failed
 }
 
-// migrating does something while the slot of a hash tag is on its way to
-// another node, so that what is not on the old one is asked for at the new one.
+// migrating calls do while the slot of a hash tag migrates to another node, so
+// that keys that are not on the old node must be read from the new one.
 func migrating(ctx context.Context, t *testing.T, nodes []*redis.Client, tag string, do func()) {
 	t.Helper()
 	slot := nodes[0].ClusterKeySlot(ctx, "{"+tag+"}").Val()

@@ -7,8 +7,8 @@ import (
 	"testing"
 )
 
-// A body that explain does not read is refused: it would be told of GET /
-// instead.
+// TestExplainMediaType checks that a body of another media type is rejected.
+// Otherwise its fields would be ignored, and GET / explained.
 func TestExplainMediaType(t *testing.T) {
 	p := startSluice(t, "--config", file(t, "sluice.yaml", "limits: [{name: a, match: {paths: [/a]}, rate: 1/s}]"))
 	for media, want := range map[string]int{

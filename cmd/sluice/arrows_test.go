@@ -14,8 +14,8 @@ import (
 
 const module = "github.com/sluiceproxy/sluice"
 
-// arrows are what each room may import of the others: a request goes from authz
-// to policy to limiter, and nothing goes back.
+// arrows lists what each package may import of the others. A request goes from
+// authz to policy to limiter, and no import goes back.
 var arrows = map[string][]string{
 	"limiter":           {},
 	"limiter/redistest": {},
@@ -28,15 +28,15 @@ var arrows = map[string][]string{
 	"cmd/sluice":        {"authz", "cmd/sluice/page", "envoy", "k8s", "limiter", "limiter/policy"},
 }
 
-// testArrows are what all rooms' tests may import besides, and nodeArrows what
-// k8s's may: the node that they run wants an Envoy.
+// testArrows lists what the tests of every package may import besides, and
+// nodeArrows what those of k8s may: they run an Envoy.
 var (
 	testArrows = []string{"limiter/redistest", "k8s/testenv"}
 	nodeArrows = []string{"envoy"}
 )
 
-// extAuthz are the messages that only authz knows, and the tests that speak to
-// it.
+// extAuthz is the package of the ext_authz messages. Only authz and tests may
+// import it.
 const extAuthz = "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
 
 func TestArrows(t *testing.T) {
@@ -97,7 +97,8 @@ func TestArrows(t *testing.T) {
 	}
 }
 
-// The top level holds the rooms, and what tools look for there.
+// TestTopLevel checks that the top level has only the packages and the files
+// that tools look for there.
 func TestTopLevel(t *testing.T) {
 	allowed := []string{
 		"cmd", "authz", "limiter", "envoy", "k8s", "Dockerfile", "go.mod", "go.sum", "README.md", "LICENSE",

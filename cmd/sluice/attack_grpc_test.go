@@ -25,8 +25,8 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
-// http2Client writes HTTP/2 frames as no well-behaved client would, but that it
-// keeps to what the server lets it send: else its calls would only end.
+// http2Client writes HTTP/2 frames as no well-behaved client would. It obeys
+// the flow control of the server, because its calls would fail otherwise.
 type http2Client struct {
 	net.Conn
 	frames *http2.Framer
@@ -38,8 +38,8 @@ type http2Client struct {
 	ended  bool
 }
 
-// dialHTTP2 begins an HTTP/2 connection from an address, and reads away what
-// the server says. It returns nil where it is refused.
+// dialHTTP2 opens an HTTP/2 connection from an address, and discards what the
+// server sends. It returns nil if the connection is refused.
 func dialHTTP2(addr, from string) *http2Client {
 	conn, err := (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}).Dial("tcp", addr)
 	if err != nil {
@@ -81,8 +81,7 @@ func (c *http2Client) send(stream uint32, data []byte) error {
 	return c.frames.WriteData(stream, false, data)
 }
 
-// check begins a check, whose message is for the caller to write. It returns
-// the stream.
+// check begins a check and returns its stream. The caller writes the message.
 func (c *http2Client) check() (uint32, error) {
 	var block bytes.Buffer
 	e := hpack.NewEncoder(&block)
@@ -102,8 +101,7 @@ func (c *http2Client) check() (uint32, error) {
 	)
 }
 
-// half writes the first so many bytes of a message that says to be twice as
-// long.
+// half writes the first n bytes of a message whose length prefix says 2n.
 func (c *http2Client) half(stream uint32, n int) error {
 	message := binary.BigEndian.AppendUint32([]byte{0}, uint32(2*n))
 	message = append(message, make([]byte, n)...)
@@ -117,9 +115,9 @@ func (c *http2Client) half(stream uint32, n int) error {
 	return nil
 }
 
-// Neither idle connections, nor messages that are sent by halves, nor calls
-// that are reset as soon as they begin fill the memory or keep Envoy from its
-// answers.
+// TestAttackGRPC checks that idle connections, incomplete messages and calls
+// that are reset at once neither fill the memory nor delay the answers to
+// Envoy.
 func TestAttackGRPC(t *testing.T) {
 	part := 10
 	if os.Getenv("SLUICE_LONG") != "" {
@@ -279,7 +277,7 @@ func TestAttackGRPC(t *testing.T) {
 	p.wantWithin(t, shipped)
 }
 
-// dialGRPC is dial from another address of this machine's loopback network.
+// dialGRPC is dial from another loopback address.
 func dialGRPC(t *testing.T, addr, from string) *grpc.ClientConn {
 	t.Helper()
 	dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}

@@ -13,8 +13,8 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// Buckets in process stay within a sidecar's memory, whether their keys are
-// long or they are more than there is room for.
+// TestAttackKeys checks that buckets in process stay within the memory of a
+// sidecar if their keys are long, and if there are more than fit.
 func TestAttackKeys(t *testing.T) {
 	const most = 100 << 20 // of the container's 128 MiB
 	for _, keys := range []struct {

@@ -58,8 +58,7 @@ func (p shippedProcess) wantWithin(t *testing.T, most int) {
 	}
 }
 
-// manyLimits is a config with so many limits, whose metrics make a scrape
-// large.
+// manyLimits returns a config with n limits, whose metrics make a scrape large.
 func manyLimits(n int) string {
 	var b strings.Builder
 	b.WriteString("limits:\n")
@@ -99,7 +98,7 @@ func hold(t *testing.T, n int, addr, text string) {
 	wg.Wait()
 }
 
-// scraper is a client with an address of its own.
+// scraper returns an HTTP client that connects from an address.
 func scraper(address string) *http.Client {
 	dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(address)}, Timeout: within}
 	return &http.Client{
@@ -108,8 +107,8 @@ func scraper(address string) *http.Client {
 	}
 }
 
-// Connections that do nothing, requests that are sent by halves, and answers
-// that nobody reads neither fill the memory nor keep others out.
+// TestAttackHTTP checks that idle connections, incomplete requests and unread
+// responses neither fill the memory nor keep others out.
 func TestAttackHTTP(t *testing.T) {
 	idle, unread := 1000, 200
 	if os.Getenv("SLUICE_LONG") != "" {

@@ -17,8 +17,8 @@ import (
 )
 
 // serveBaseline serves a server that sluice is compared with, on a port that it
-// prints. As tuned it has sluice's collector and workers; else gRPC and Go are
-// at their defaults.
+// prints. If tuned is true it has the garbage collector and the workers of
+// sluice; else gRPC and Go have their defaults.
 func serveBaseline(server authv3.AuthorizationServer, tuned bool) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -35,12 +35,12 @@ func serveBaseline(server authv3.AuthorizationServer, tuned bool) {
 	_ = s.Serve(l)
 }
 
-// constantServer is the least that a gRPC server must do to give sluice's
-// answer: it decides nothing.
+// constantServer is the least that a gRPC server must do to send the answer of
+// sluice: it decides nothing.
 func constantServer(tuned bool) { serveBaseline(constant{}, tuned) }
 
-// plainServer is a sidecar as one writes it first: the generated code, and one
-// EVALSHA a check, of sluice's own script.
+// plainServer is a simple sidecar: generated code, and one EVALSHA of the
+// script of sluice for each check.
 func plainServer(url string) {
 	options, err := redis.ParseURL(url)
 	if err != nil {
@@ -59,8 +59,8 @@ type plainSidecar struct {
 	script *redis.Script
 }
 
-// oneCharge is the script's argument: a token of a bucket of 1e9 that refills
-// at 1e9/s.
+// oneCharge returns the script's argument for one token from a bucket of 1e9
+// that refills at 1e9/s.
 func oneCharge() string {
 	b := binary.BigEndian.AppendUint64(nil, 1_000_000_000)[1:]          // n tokens
 	b = append(b, binary.BigEndian.AppendUint64(nil, 1_000_000)[2:]...) // each p microseconds

@@ -24,7 +24,7 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// checkRequest is a check as Envoy sends it for a browser's request.
+// checkRequest returns a check as Envoy sends it for a browser's request.
 func checkRequest(ip, method, path string, headers map[string]string) *authv3.CheckRequest {
 	all := map[string]string{
 		":authority": "shop.example.com", ":method": method, ":path": path, ":scheme": "http",
@@ -51,7 +51,7 @@ func checkRequest(ip, method, path string, headers map[string]string) *authv3.Ch
 	}}
 }
 
-// cpu is the processor time that a process has used, in steps of 10 ms.
+// cpu returns the CPU time that a process has used, in steps of 10 ms.
 func cpu(b *testing.B, pid int) time.Duration {
 	b.Helper()
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
@@ -70,7 +70,7 @@ func cpu(b *testing.B, pid int) time.Duration {
 	return time.Duration(ticks) * 10 * time.Millisecond
 }
 
-// The script as sluice sends it.
+// benchScript returns the script as sluice sends it.
 func benchScript(b *testing.B) string {
 	b.Helper()
 	text, err := os.ReadFile(filepath.Join("..", "..", "limiter", "take.lua"))
@@ -80,7 +80,7 @@ func benchScript(b *testing.B) string {
 	return string(text) + "local t = redis.call('TIME') return take(t[1] * 1000000 + t[2])\n"
 }
 
-// plot is where BenchmarkServers draws its result.
+// plot is the file that BenchmarkServers draws its result into.
 var plot = flag.String("plot", "", "an SVG `file` for BenchmarkServers")
 
 // BenchmarkServers prints, from one run on one machine, what a check costs the
@@ -190,7 +190,7 @@ func BenchmarkServers(b *testing.B) {
 	}
 }
 
-// build builds sluice as the image has it, by the Dockerfile's own command.
+// build builds sluice as the image does, by the Dockerfile's command.
 func build(t testing.TB) string {
 	t.Helper()
 	dockerfile, err := os.ReadFile("../../Dockerfile")
@@ -210,9 +210,9 @@ func build(t testing.TB) string {
 	return path
 }
 
-// bareEVALSHA is how long one caller's calls of the script take, each after
-// something else. In a row they find Redis awake; after a check they find it as
-// the sidecar finds it, which has just been woken itself.
+// bareEVALSHA returns the durations of one caller's calls of the script, each
+// after a call of before. In a row they find Redis awake. After a check they
+// find it as the sidecar does, which has just been woken itself.
 func bareEVALSHA(b *testing.B, store *redistest.Server, text string, before func(i int)) []time.Duration {
 	b.Helper()
 	client, script := store.Client(), redis.NewScript(text)
@@ -263,8 +263,8 @@ type measured struct {
 	latencies                []time.Duration
 }
 
-// start connects to the server and looks at its answer: one that gives the
-// wrong one is not worth timing.
+// start connects to the server and checks its answer, because a server with a
+// wrong answer is not worth measuring.
 func (m *measured) start(b *testing.B) {
 	b.Helper()
 	for range 2 {

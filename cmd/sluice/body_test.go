@@ -7,9 +7,9 @@ import (
 	"testing"
 )
 
-// Who sends large bodies is limited like others, also where Envoy hands the
-// body on and lets pass what gets no answer. What is too large even then is
-// counted and logged.
+// TestLargeBodies checks that requests with large bodies are limited like
+// others, even if Envoy sends the body along and allows what gets no answer.
+// What is too large even then is counted and logged.
 func TestLargeBodies(t *testing.T) {
 	s := serveRecipe(
 		t,

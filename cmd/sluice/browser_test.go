@@ -17,8 +17,8 @@ import (
 	"time"
 )
 
-// browser is a headless Chromium with one page, driven by the DevTools protocol
-// through its pipe: a few calls of it are all that is needed, and the Go
+// browser is a headless Chromium with one page, controlled by the DevTools
+// protocol through its pipe. It needs only a few calls of it, and the Go
 // libraries for it are larger than sluice.
 type browser struct {
 	t    testing.TB
@@ -41,8 +41,8 @@ type reply struct {
 	Error     *struct{ Message string }
 }
 
-// startBrowser starts Chromium with an empty profile, and ends it with the
-// test.
+// startBrowser starts Chromium with an empty profile, and stops it at the end
+// of the test.
 func startBrowser(t testing.TB) *browser {
 	t.Helper()
 	binary := ""

@@ -11,8 +11,8 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// Clients that hang up while a slow Redis is asked are no failure of Redis's,
-// and nobody was refused: no alert fires for them.
+// TestClientsHangUp checks that clients that hang up while Redis is slow count
+// neither as failures of Redis nor as refusals, so that no alert fires.
 func TestClientsHangUp(t *testing.T) {
 	const clients, rounds = 50, 20
 	redis := redistest.StartProxy(t, redistest.StartNode(t).Addr)

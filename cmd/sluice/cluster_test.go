@@ -10,8 +10,8 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// On a cluster explain and doctor say which limits a request takes from in
-// calls of their own.
+// TestClusterSlotsAreTold checks that explain and doctor report which limits
+// take calls of their own on a cluster.
 func TestClusterSlotsAreTold(t *testing.T) {
 	var addresses []string
 	for _, n := range redistest.StartCluster(t, 2) {
@@ -56,8 +56,8 @@ func TestClusterSlotsAreTold(t *testing.T) {
 	}
 }
 
-// What is wrong with how Redis is run stands in a sidecar's log, once and with
-// what to do.
+// TestStartSaysWhatIsWrongWithRedis checks that a sidecar logs once what is
+// wrong with the way Redis is run, and how to fix it.
 func TestStartSaysWhatIsWrongWithRedis(t *testing.T) {
 	careless := redistest.Start(t, "--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru")
 	p := startSluice(t, "--redis", careless.URL())

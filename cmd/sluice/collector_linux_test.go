@@ -39,8 +39,8 @@ service:
   pipelines: {traces: {receivers: [otlp], exporters: [debug]}}
 `
 
-// builtCollector is the path of OpenTelemetry's own collector, which its
-// builder makes once into the user's cache.
+// builtCollector returns the path of OpenTelemetry's collector. Its builder
+// builds it once into the user's cache.
 func builtCollector(t *testing.T) string {
 	t.Helper()
 	builder := testenv.Program(t, "go.opentelemetry.io/collector/cmd/builder", otelcol)
@@ -65,8 +65,8 @@ func builtCollector(t *testing.T) string {
 	return path
 }
 
-// startOTelCollector starts OpenTelemetry's own collector. What it is sent is
-// what it prints.
+// startOTelCollector starts OpenTelemetry's collector, which prints the spans
+// that it receives.
 func startOTelCollector(t *testing.T) *collector {
 	t.Helper()
 	binary := builtCollector(t)
@@ -164,7 +164,7 @@ func (c *collector) read(printed io.Reader) {
 	_, _ = io.Copy(io.Discard, printed)
 }
 
-// What TestTraces sees of itself OpenTelemetry's own collector sees, too.
+// TestCollector is TestTraces with OpenTelemetry's own collector.
 func TestCollector(t *testing.T) {
 	if os.Getenv("SLUICE_LONG") == "" {
 		t.Skip("builds OpenTelemetry's collector, which takes minutes: SLUICE_LONG=1")

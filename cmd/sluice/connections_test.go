@@ -20,7 +20,7 @@ import (
 	"go.uber.org/zap/zaptest/observer"
 )
 
-// echoing accepts connections and sends back what comes on them.
+// echoing accepts connections and echoes what they receive.
 func echoing(t *testing.T, most int) *boundedListener {
 	t.Helper()
 	raw, err := net.Listen("tcp", "127.0.0.1:0")
@@ -45,8 +45,8 @@ func echoing(t *testing.T, most int) *boundedListener {
 	return l
 }
 
-// dialFrom connects from an address of this machine's loopback network. It
-// returns nil where it is refused.
+// dialFrom connects from a loopback address. It returns nil if the connection
+// is refused.
 func dialFrom(t *testing.T, address string, to net.Addr) net.Conn {
 	t.Helper()
 	c, err := (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(address)}}).Dial("tcp", to.String())
@@ -73,8 +73,9 @@ func echoes(c net.Conn) bool {
 	return err == nil
 }
 
-// Who holds all connections makes room for a new address, even if all of them
-// are busy, and for itself only when one is silent.
+// TestBoundedListener checks that a client with all connections makes room for
+// another address, even if all of them are busy, and for itself only if one is
+// silent.
 func TestBoundedListener(t *testing.T) {
 	l := echoing(t, 4)
 	var many []net.Conn
@@ -124,7 +125,7 @@ func TestBoundedListener(t *testing.T) {
 	})
 }
 
-// A scrape is the same for one who accepts gzip and one who does not.
+// TestScrapeEncodings checks that a scrape is the same with gzip and without.
 func TestScrapeEncodings(t *testing.T) {
 	for header, want := range map[string]bool{
 		"": false, "gzip": true, "deflate, gzip;q=0.5": true, "gzip;q=0": false, "gzip; q=0.0": false, "identity": false,
@@ -175,8 +176,8 @@ func TestSeldomLog(t *testing.T) {
 	}
 }
 
-// What is slow is ended: a request's header and body, and an answer that nobody
-// reads.
+// TestServerTimes checks the timeouts of a request header, a request body and a
+// response that nobody reads.
 func TestServerTimes(t *testing.T) {
 	raw, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

@@ -9,8 +9,8 @@ import (
 
 const contributing = ".github/CONTRIBUTING.md"
 
-// CONTRIBUTING.md names the long tests that .ci/test runs, with their packages,
-// and no other.
+// TestContributingStages checks that CONTRIBUTING.md names the long tests that
+// .ci/test runs, with their packages, and no other.
 func TestContributingStages(t *testing.T) {
 	stages := func(text string) []string {
 		// Of each command what follows -run; of `-run X ./a ./b` as of `./a ./b
@@ -32,7 +32,8 @@ func TestContributingStages(t *testing.T) {
 	}
 }
 
-// CONTRIBUTING.md has the rooms, and the arrows between them.
+// TestContributingArrows checks that CONTRIBUTING.md has the packages and their
+// imports.
 func TestContributingArrows(t *testing.T) {
 	rows := regexp.MustCompile("(?m)^\\| `([a-z0-9/]+)` \\|[^|]+\\| ([^|]+) \\|$").
 		FindAllStringSubmatch(document(t, contributing), -1)
@@ -58,7 +59,7 @@ func TestContributingArrows(t *testing.T) {
 	}
 }
 
-// The workflow runs .ci/test.
+// TestWorkflow checks that the workflow runs .ci/test.
 func TestWorkflow(t *testing.T) {
 	if workflow := document(t, ".github/workflows/test.yaml"); !strings.Contains(
 		workflow,

@@ -18,7 +18,7 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// freePort is a port that nobody listens on for now.
+// freePort returns a port that nobody listens on.
 func freePort(t testing.TB) int {
 	t.Helper()
 	l, err := net.Listen("tcp", "0.0.0.0:0")
@@ -29,8 +29,8 @@ func freePort(t testing.TB) int {
 	return l.Addr().(*net.TCPAddr).Port
 }
 
-// As the README has it: five pass, the sixth is limited, after retry-after one
-// passes again, and Ctrl-C leaves nothing behind.
+// TestDemo checks what the README says: five requests pass, the sixth is
+// limited, another passes after retry-after, and Ctrl-C leaves nothing behind.
 func TestDemo(t *testing.T) {
 	if _, err := envoy.Binary(t.Context(), func(s string) { t.Log(s) }); err != nil { // before the demo has to say so
 		t.Fatal(err)
@@ -190,7 +190,8 @@ func TestDemoErrors(t *testing.T) {
 	}
 }
 
-// What `sluice envoy` prints is a bootstrap that asks the sluice of the config.
+// TestEnvoyCommand checks that `sluice envoy` prints a bootstrap with the
+// address in the config.
 func TestEnvoyCommand(t *testing.T) {
 	status, plain, stderr := sluice(t, nil, "envoy", "plain")
 	if status != 0 || stderr != "" || !strings.Contains(plain, `address: "127.0.0.1", port_value: 9001`) {

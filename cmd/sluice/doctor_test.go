@@ -145,8 +145,9 @@ static_resources:
       endpoints: [{lb_endpoints: [SERVERS]}]
 `
 
-// A proxy that spreads keys over servers grants more than the limits say:
-// doctor names it. One before a single server does no harm.
+// TestDoctorNamesAProxy checks that doctor reports a proxy that spreads keys
+// over servers, which grants more than the limits. A proxy for a single server
+// does no harm.
 func TestDoctorNamesAProxy(t *testing.T) {
 	binary, err := envoy.Binary(t.Context(), func(s string) { t.Log(s) })
 	if err != nil {

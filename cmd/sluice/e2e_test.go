@@ -21,7 +21,7 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// about are the headers of an answer that speak of limits, sorted.
+// about returns the rate-limit headers of a response, sorted.
 func about(h http.Header) string {
 	var all []string
 	for name, values := range h {
@@ -36,8 +36,9 @@ func about(h http.Header) string {
 	return strings.Join(all, " ")
 }
 
-// What clients and upstreams say about limits ends at Envoy, and what sluice
-// says arrives, on every kind of answer.
+// TestHeadersThroughEnvoy checks that Envoy removes what clients and upstreams
+// say about limits, and that the headers of sluice arrive, on every kind of
+// response.
 func TestHeadersThroughEnvoy(t *testing.T) {
 	const limits = `
 limits:
@@ -158,7 +159,7 @@ limits:
 	})
 }
 
-// spellings are paths as clients may write them.
+// spellings returns paths as clients may write them.
 func spellings() []string {
 	all := []string{
 		// Of /v1/orders, or nearly.
@@ -191,9 +192,9 @@ func spellings() []string {
 	return all
 }
 
-// However a path is spelled: where a real Envoy routes it to what is limited,
-// sluice limits it, and what sluice exempts Envoy routes to what is exempt,
-// with Envoy's own normalisation and without.
+// TestPathsThroughEnvoy checks, for many spellings of paths, that sluice limits
+// what Envoy routes to the limited route, and that Envoy routes what sluice
+// exempts to the exempt route, with normalisation in Envoy and without.
 func TestPathsThroughEnvoy(t *testing.T) {
 	up := startUpstream(t)
 	p := startSluice(t, "--config", file(t, "sluice.yaml", `
@@ -257,8 +258,8 @@ limits:
 	}
 }
 
-// A sidecar that is restarted three times under load loses no request, and lets
-// none pass unmetered.
+// TestRestartLosesNothing checks that three restarts of a sidecar under load
+// lose no request and let none pass without a decision.
 func TestRestartLosesNothing(t *testing.T) {
 	const (
 		restarts, between = 3, 50 // requests after each restart, and before the first

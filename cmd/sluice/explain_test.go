@@ -33,8 +33,8 @@ limits:
   - {name: inside, match: {clients: [10.0.0.0/8]}, rate: unlimited}
 `
 
-// What explain says of a request, at a glance, is what becomes of it then, and
-// asking takes nothing.
+// TestExplain checks that explain says what is then decided, and that it takes
+// no tokens.
 func TestExplain(t *testing.T) {
 	redis := redistest.Start(t)
 	config := file(t, "sluice.yaml", explained+"store: {redis: {url: '"+redis.URL()+"', timeout: 20s}}\n")

@@ -11,8 +11,8 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// Three sidecars on one Redis, behind one Envoy, give one key what its limit
-// grants and no more, whoever asks them.
+// TestThreeSidecarsShareABucket checks that three sidecars on one Redis, behind
+// one Envoy, together grant a key what its limit allows.
 func TestThreeSidecarsShareABucket(t *testing.T) {
 	const rate, burst, callers, lasts = 150, 300, 64, 5 * time.Second
 	redis := redistest.Start(t)
@@ -70,8 +70,8 @@ limits: [{name: all, key: client.ip, rate: %d/s, burst: %d}]
 	}
 }
 
-// watched asks one URL all the time and keeps what it got since it was last
-// asked.
+// watched requests one URL all the time, and keeps the answers since the last
+// reset.
 type watched struct {
 	name    string
 	mu      sync.Mutex
@@ -91,7 +91,7 @@ func (w *watched) saw(answer string, took time.Duration) {
 	}
 }
 
-// reset forgets what was seen, and returns it.
+// reset returns what was seen, and forgets it.
 func (w *watched) reset() (answers map[string]int, slowest time.Duration) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -100,15 +100,16 @@ func (w *watched) reset() (answers map[string]int, slowest time.Duration) {
 	return answers, slowest
 }
 
-// settled reports whether the last answers were all this one.
+// settled reports whether the latest answers were all the same as answer.
 func (w *watched) settled(answer string) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.last == answer && w.streak >= 20
 }
 
-// Redis is stopped, started anew, frozen and thawed under load. Each failure
-// mode answers as it says, in time, and is over soon after.
+// TestRedisFaultsThroughEnvoy stops, restarts, freezes and thaws Redis under
+// load. It checks that each failure mode answers as documented, in time, and
+// ends soon after.
 func TestRedisFaultsThroughEnvoy(t *testing.T) {
 	const budget, recovers = 100 * time.Millisecond, 2 * time.Second
 	redis := redistest.Start(t)

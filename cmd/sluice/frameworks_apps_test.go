@@ -39,7 +39,7 @@ func startServeMux(t *testing.T) string {
 	return server.Listener.Addr().String()
 }
 
-// frameworkDir holds the applications, and the files that pin what they need.
+// frameworkDir has the applications and the files that pin their dependencies.
 var frameworkDir = filepath.Join("testdata", "frameworks")
 
 func node(app string, args ...string) func(*testing.T) string {

@@ -24,10 +24,9 @@ import (
 	"github.com/sluiceproxy/sluice/envoy"
 )
 
-// frameworkLimits limits and exempts the routes that every framework under
-// test has, on HOSTS. PATHS and MATCH are what the limit's match says
-// besides. Nothing is ever denied, so that the framework answers every
-// request.
+// frameworkLimits limits and exempts the routes that every framework under test
+// has, on HOSTS. PATHS and MATCH extend the match of the limit. Nothing is ever
+// denied, so that the framework answers every request.
 const frameworkLimits = `
 exempt:
   - match: {hosts: HOSTS, paths: [/healthz, "/static/**"]}
@@ -38,9 +37,10 @@ limits:
     burst: 1000000000
 `
 
-// framework is an application whose answers name the handler that ran, in
+// framework is an application whose responses name the handler that ran, in
 // x-handler: limited and exempt for the paths and hosts of frameworkLimits,
-// and other. What it refuses before any handler runs has no such header.
+// else other. A request that is refused before any handler runs has no such
+// header.
 type framework struct {
 	name string
 	// hosts are those of frameworkLimits that the framework's router can name;
@@ -55,8 +55,7 @@ type framework struct {
 	start func(*testing.T) string
 }
 
-// Nothing slips past a limit or into an exemption before net/http's own
-// router; with SLUICE_LONG before those of TestFrameworks, too.
+// TestFrameworksServeMux is TestFrameworks with net/http's own router only.
 func TestFrameworksServeMux(t *testing.T) {
 	n := 3000
 	if os.Getenv("SLUICE_LONG") != "" {
@@ -68,8 +67,9 @@ func TestFrameworksServeMux(t *testing.T) {
 	)
 }
 
-// However path and host are spelled, what a framework routes to a limited
-// handler was charged, and what was exempt went to the exempt handler.
+// TestFrameworks checks, for many spellings of path and host, that what a
+// framework routes to a limited handler was charged, and that what was exempt
+// went to the exempt handler.
 func TestFrameworks(t *testing.T) {
 	if os.Getenv("SLUICE_LONG") == "" {
 		t.Skip("installs frameworks, and takes minutes: SLUICE_LONG=1")
@@ -98,8 +98,8 @@ func TestFrameworks(t *testing.T) {
 	}
 }
 
-// habit is what an application may do that slips into an exemption, until
-// the setting is made that README names.
+// habit is a behaviour of an application that lets requests slip into an
+// exemption, unless it is configured as the README says.
 type habit int
 
 const (
@@ -121,7 +121,7 @@ type envoyVariant struct {
 	merged bool // no slashes follow each other in what it passes on, encoded ones included
 }
 
-// hostRouting says who chooses by host.
+// hostRouting is who routes by host.
 type hostRouting int
 
 const (
@@ -130,8 +130,8 @@ const (
 	envoyRoutesByPort                    // Envoy, for which a host with a port is another, or one with two
 )
 
-// excuses reports whether README says that an exemption may hold here for
-// what is routed elsewhere, and which setting closes that.
+// excuses reports whether the README says that an exemption may apply here to
+// what is routed elsewhere, and which setting prevents that.
 func (f framework) excuses(s spelling, v envoyVariant) bool {
 	switch {
 	case v.hosts == envoyRoutesByPort && strings.LastIndexByte(s.authority, ':') > strings.LastIndexByte(s.authority, ']'):
@@ -144,11 +144,11 @@ func (f framework) excuses(s spelling, v envoyVariant) bool {
 	return false
 }
 
-// emptySegments finds slashes behind each other, encoded or not.
+// emptySegments matches consecutive slashes, encoded or not.
 var emptySegments = regexp.MustCompile(`(?i)(/|%2f|\\|%5c){2}`)
 
-// envoyVariants are what may change how Envoy, or what is behind it, reads a
-// path or a host.
+// envoyVariants are settings that change how Envoy, or what is behind it, reads
+// a path or a host.
 var envoyVariants = []envoyVariant{
 	{name: "as shipped", change: set()},
 	{name: "as is", change: set("normalize_path", false, "merge_slashes", false)},
@@ -192,8 +192,8 @@ func set(fields ...any) func(map[string]any, []string) {
 
 func routes(manager map[string]any) map[string]any { return manager["route_config"].(map[string]any) }
 
-// byHost makes Envoy's virtual hosts choose by host, so that what Envoy took
-// the host for is all that the framework learns of it.
+// byHost makes Envoy's virtual hosts route by host, so that the framework
+// learns of the host only what Envoy took it for.
 func byHost(manager map[string]any, hosts []string) {
 	virtual := func(name, rewritten string, domains ...string) map[string]any {
 		return map[string]any{"name": name, "domains": domains, "routes": []any{map[string]any{
@@ -214,9 +214,9 @@ func byHostAnd(fields ...any) func(map[string]any, []string) {
 	}
 }
 
-// startVariants starts one Envoy with a listener for each of envoyVariants,
-// and returns their addresses. Its answers say in x-decision what sluice
-// decided.
+// startVariants starts one Envoy with a listener for each of envoyVariants, and
+// returns their addresses. Its responses have the decision of sluice in
+// x-decision.
 func startVariants(t *testing.T, sluice, upstream string, hosts []string) []string {
 	t.Helper()
 	binary, err := envoy.Binary(t.Context(), func(s string) { t.Log(s) })
@@ -382,8 +382,8 @@ type routed struct {
 	decision string // of sluice, or empty if it was not asked
 }
 
-// rawClient sends requests as they are written, which no HTTP client does,
-// over one connection as long as it lasts.
+// rawClient sends requests exactly as they are written, which no HTTP client
+// does. It uses one connection as long as it is open.
 type rawClient struct {
 	address string
 	conn    net.Conn

@@ -113,7 +113,7 @@ func BenchmarkGrowth(b *testing.B) {
 	}
 }
 
-// fill stores keys that nobody asks for.
+// fill stores n keys that nobody reads.
 func fill(b *testing.B, store *redistest.Server, n int) {
 	b.Helper()
 	client, text := store.Client(), strings.Repeat("x", 37)

@@ -15,8 +15,8 @@ import (
 	"time"
 )
 
-// execEnv makes this test binary be sluice itself, so that tests run the real
-// program as the processes that users run, with -race where the tests have it.
+// execEnv makes this test binary run as sluice, so that tests use real
+// processes, with the race detector if the tests have it.
 const execEnv = "TEST_SLUICE_EXEC"
 
 func TestMain(m *testing.M) {
@@ -33,7 +33,7 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// executable is what processes run.
+// executable is the program that processes run.
 var executable = os.Args[0]
 
 // within is the longest time that a test waits for anything.
@@ -66,8 +66,8 @@ type process struct {
 	log []string // its lines on stderr
 }
 
-// start runs sluice with args and further environment ("NAME=value"), and does
-// not wait for it.
+// start runs sluice with args and further environment variables, each
+// NAME=value. It does not wait until sluice is ready.
 func start(t testing.TB, mode string, env []string, args ...string) *process {
 	t.Helper()
 	p := &process{t: t, cmd: exec.Command(executable, args...), done: make(chan struct{})}
@@ -79,9 +79,9 @@ func start(t testing.TB, mode string, env []string, args ...string) *process {
 	return p
 }
 
-// startSluice runs `sluice run` with args on free ports, waits until it serves,
-// and stops it when the test ends, which fails the test if it does not end
-// well.
+// startSluice runs `sluice run` with args on free ports, and waits until it
+// serves. At the end of the test it stops sluice, and fails the test if that
+// fails.
 func startSluice(t testing.TB, args ...string) *process {
 	t.Helper()
 	args = append([]string{"run", "--metrics", "127.0.0.1:0", "--admin", "127.0.0.1:0"}, args...)
@@ -135,8 +135,8 @@ func (p *process) logged() string {
 	return strings.Join(p.log, "\n")
 }
 
-// stop tells the process to end, as Kubernetes does, and returns its exit
-// status. It may have ended before.
+// stop sends SIGTERM to the process and returns its exit status. The process
+// may have ended before.
 func (p *process) stop() int {
 	p.t.Helper()
 	_ = p.cmd.Process.Signal(syscall.SIGTERM)

@@ -16,8 +16,8 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// Who a client is, is not for the client to say: through a real Envoy, in every
-// way that was thought of.
+// TestIdentityThroughEnvoy checks that a client cannot choose its identity,
+// through a real Envoy.
 func TestIdentityThroughEnvoy(t *testing.T) {
 	s := serveRecipe(t, `
 client_ip: {xff_from_right: 1, from: ["10.0.0.0/8"]}    # and the peer, here 127.0.0.1, is none of these
@@ -52,8 +52,8 @@ limits:
 	}
 }
 
-// The same of what only a check can say: 10,000 keys from one address, and
-// every spelling of an IPv6 address.
+// TestIdentity checks the same with checks that no Envoy sends: 10,000 keys
+// from one address, and every spelling of an IPv6 address.
 func TestIdentity(t *testing.T) {
 	p := startSluice(t, "--config", file(t, "sluice.yaml", `
 client_ip: {xff_from_right: 1, from: ["10.0.0.0/8", "spiffe://cluster.local/gateway"]}
@@ -117,8 +117,9 @@ limits:
 	}
 }
 
-// A secret that a client sends is found nowhere: not in Redis, on its wire, in
-// the log, the metrics, the pages, the answers, nor in what explain prints.
+// TestSecretsStayHidden checks that a secret of a client appears nowhere: not
+// in Redis, in the commands to it, in the log, the metrics, the pages, the
+// responses or the output of explain.
 func TestSecretsStayHidden(t *testing.T) {
 	const canary = "c4n4ry-s3cr3t"
 	redis := redistest.Start(t)
@@ -197,7 +198,8 @@ limits:
 	}
 }
 
-// monitor returns what Redis is told from now on, by its own MONITOR.
+// monitor returns a function that returns all commands that Redis received
+// since, by MONITOR.
 func monitor(t *testing.T, socket string) func() string {
 	t.Helper()
 	conn, err := net.Dial("unix", socket)
@@ -236,7 +238,7 @@ func monitor(t *testing.T, socket string) func() string {
 	return read
 }
 
-// The page of one's own for a 429 of authz/README.md.
+// TestREADMEPage checks the custom page for a 429 in authz/README.md.
 func TestREADMEPage(t *testing.T) {
 	page := block(t, section(t, authzReadme, "## Pages of your own"), "yaml")
 	s := serveRecipe(t, "limits: [{name: a, rate: 1/d}]\n", nil, func(b string) string {

@@ -30,7 +30,7 @@ limits:
     burst: 5
 `
 
-// dial connects to a sluice's gRPC address.
+// dial connects to the gRPC address of a sluice.
 func dial(t testing.TB, addr string) *grpc.ClientConn {
 	t.Helper()
 	if filepath.IsAbs(addr) {
@@ -46,12 +46,12 @@ func dial(t testing.TB, addr string) *grpc.ClientConn {
 	return conn
 }
 
-// from is a check of GET path by a client at ip.
+// from returns a check of GET path by the client ip.
 func from(ip, path string) *authv3.CheckRequest {
 	return checkRequest(ip, "GET", path, nil)
 }
 
-// check asks for one answer: "ok", or the denial's HTTP status.
+// check sends a check and returns "ok" or the HTTP status of the denial.
 func check(t testing.TB, conn *grpc.ClientConn, r *authv3.CheckRequest) string {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), within)
@@ -66,7 +66,7 @@ func check(t testing.TB, conn *grpc.ClientConn, r *authv3.CheckRequest) string {
 	return "ok"
 }
 
-// get asks one of sluice's HTTP listeners.
+// get requests a URL of one of the HTTP listeners.
 func get(t testing.TB, url string) (status int, body string) {
 	t.Helper()
 	c := http.Client{Timeout: within}
@@ -125,7 +125,7 @@ func TestRun(t *testing.T) {
 	}
 }
 
-// Without any config there is no limit, and every request passes.
+// TestRunWithoutConfig checks that every request passes without a config.
 func TestRunWithoutConfig(t *testing.T) {
 	p := startSluice(t)
 	if got := check(t, dial(t, p.grpc), from("203.0.113.1", "/")); got != "ok" {
@@ -158,8 +158,8 @@ func TestRunOnUnixSocket(t *testing.T) {
 	}
 }
 
-// SIGTERM: health says so first, what is in flight is answered, and then the
-// process is gone.
+// TestDrain checks that on SIGTERM health reports it first, then the calls in
+// flight are answered, and then the process ends.
 func TestDrain(t *testing.T) {
 	server := redistest.Start(t)
 	p := startSluice(t, "--redis", server.URL(), "--config", file(t, "sluice.yaml", perClient+`
@@ -215,7 +215,8 @@ store: {redis: {url: "redis://replaced", timeout: 5s}}
 	}
 }
 
-// What never ends is cut when the grace is over.
+// TestGrace checks that a call that does not end is closed after the grace
+// period.
 func TestGrace(t *testing.T) {
 	p := startSluice(t, "--grace", "200ms")
 	watch, err := grpc_health_v1.NewHealthClient(dial(t, p.grpc)).Watch(t.Context(), &grpc_health_v1.HealthCheckRequest{})
@@ -234,8 +235,8 @@ func TestGrace(t *testing.T) {
 	}
 }
 
-// Where the file fails closed, a sidecar is ready once its Redis has answered;
-// and stays so when Redis goes.
+// TestReadyWithRedis checks that a sidecar that fails closed is ready once
+// Redis has answered, and stays ready if Redis goes away.
 func TestReadyWithRedis(t *testing.T) {
 	server := redistest.Start(t)
 	server.Shutdown()
@@ -265,7 +266,7 @@ func TestReadyWithRedis(t *testing.T) {
 	}
 }
 
-// Whatever is wrong at the start is said in one clear line a mistake.
+// TestStartErrors checks that each error at the start is one clear line.
 func TestStartErrors(t *testing.T) {
 	taken, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

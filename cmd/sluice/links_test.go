@@ -20,8 +20,7 @@ var (
 	notInSlug = regexp.MustCompile(`[^\p{L}\p{N}_ -]`)
 )
 
-// links returns the targets of the links in a Markdown text. What stands in
-// code is none.
+// links returns the targets of the links in a Markdown text, except in code.
 func links(text string) []string {
 	text = codeSpan.ReplaceAllString(fence.ReplaceAllString(text, ""), "")
 	var targets []string
@@ -83,8 +82,8 @@ func brokenLinks(t *testing.T, root, name string) (broken []string) {
 	return broken
 }
 
-// Every relative link in a Markdown file of the repository leads to a file, and
-// every anchor to a heading.
+// TestLinks checks that every relative link in a Markdown file of the
+// repository leads to a file, and every anchor to a heading.
 func TestLinks(t *testing.T) {
 	root := filepath.Join("..", "..")
 	files, targets := 0, 0

@@ -65,7 +65,8 @@ func TestListenUnix(t *testing.T) {
 	}
 }
 
-// Of many that start at once on a stale socket one gets it, and keeps it.
+// TestListenUnixAtOnce checks that exactly one of many processes that start at
+// once gets a stale socket, and keeps it.
 func TestListenUnixAtOnce(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "s.sock")
 	stale, err := listen("unix://"+path, zap.NewNop())
@@ -113,7 +114,8 @@ func TestListenErrors(t *testing.T) {
 	}
 }
 
-// A start that waits for the socket's lock says so.
+// TestListenUnixLocked checks that a start that waits for the lock on the
+// socket's directory logs it.
 func TestListenUnixLocked(t *testing.T) {
 	dir := t.TempDir()
 	held, err := os.Open(dir)

@@ -9,8 +9,8 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// Under local a real sidecar limits by itself while Redis is away, says so, and
-// is ready from the start.
+// TestLocalSidecar checks that with on_failure: local a sidecar limits by
+// itself without Redis, reports it, and is ready from the start.
 func TestLocalSidecar(t *testing.T) {
 	redis := redistest.Start(t)
 	p := startSluice(t, "--redis", redis.URL(), "--config", file(t, "sluice.yaml", `

@@ -23,8 +23,8 @@ import (
 
 const envoyGateway = "v1.9.1"
 
-// gatewayConfig is Envoy Gateway's own for a machine without Kubernetes. DIR
-// and ENVOY stand for what the test knows.
+// gatewayConfig is Envoy Gateway's config for a machine without Kubernetes. DIR
+// and ENVOY are replaced by the test.
 const gatewayConfig = `
 apiVersion: gateway.envoyproxy.io/v1alpha1
 kind: EnvoyGateway
@@ -39,9 +39,9 @@ provider:
 extensionApis: {enableBackend: true}
 `
 
-// gatewayResources are a Gateway with its filters in the file's ORDER, and a
-// route to the upstream UPSTREAM that does not believe its headers, as the
-// file's comments say.
+// gatewayResources are a Gateway with its filters in the ORDER of the file, and
+// a route to the upstream UPSTREAM that does not trust its headers, as the
+// comments of the file say.
 const gatewayResources = `
 apiVersion: gateway.networking.k8s.io/v1
 kind: GatewayClass
@@ -80,11 +80,12 @@ metadata: {name: app}
 spec: {endpoints: [{ip: {address: 127.0.0.1, port: UPSTREAM}}]}
 `
 
-// gatewayAddress is where the Gateway listens, in a network of its own.
+// gatewayAddress is the address of the Gateway, in a network namespace of its
+// own.
 const gatewayAddress = "127.0.0.1:8888"
 
 // startGateway runs an Envoy Gateway with resources and what sluice printed for
-// it, before an upstream, and waits until its Envoy listens.
+// it, before an upstream. It waits until its Envoy listens.
 func startGateway(t *testing.T, program, proxy, printed string, upstream *httptest.Server) {
 	t.Helper()
 	dir := t.TempDir()
@@ -158,8 +159,8 @@ func startGateway(t *testing.T, program, proxy, printed string, upstream *httpte
 	})
 }
 
-// gatewayPrograms are Envoy Gateway, which is built where it is not yet, and
-// the Envoy that it runs.
+// gatewayPrograms returns Envoy Gateway, which it builds if necessary, and the
+// Envoy that it runs.
 func gatewayPrograms(t *testing.T) (gateway, proxy string) {
 	t.Helper()
 	if os.Getenv("SLUICE_LONG") == "" {
@@ -173,8 +174,8 @@ func gatewayPrograms(t *testing.T) (gateway, proxy string) {
 	return gateway, proxy
 }
 
-// uncommented is a printed file with a line, and those of its block, no comment
-// any more.
+// uncommented returns a printed file in which a line and the rest of its block
+// are no longer comments.
 func uncommented(t *testing.T, printed, line string) string {
 	t.Helper()
 	var out []string
@@ -198,8 +199,8 @@ func uncommented(t *testing.T, printed, line string) string {
 	return strings.Join(out, "")
 }
 
-// A real Envoy Gateway makes of the printed policy an Envoy that limits: by the
-// config's limit, and by the one in contextExtensions.
+// TestMeshEnvoyGateway checks that a real Envoy Gateway limits by the printed
+// policy: by the limit of the config and the one in contextExtensions.
 func TestMeshEnvoyGateway(t *testing.T) {
 	gateway, proxy := gatewayPrograms(t)
 	if !testenv.Network(t) {
@@ -269,8 +270,8 @@ func TestMeshEnvoyGateway(t *testing.T) {
 	}
 }
 
-// gatewayInShop is a Gateway before an app, in a namespace of their own, and
-// the Service of the chart's Deployment in another.
+// gatewayInShop is a Gateway before an app in one namespace, and the Service of
+// the chart's Deployment in another.
 const gatewayInShop = `
 apiVersion: gateway.networking.k8s.io/v1
 kind: GatewayClass
@@ -294,10 +295,10 @@ spec: {clusterIP: 192.0.2.9, ports: [{name: grpc, port: 9001, protocol: TCP}]}
 ---
 `
 
-// What is printed by default asks sluice as a Deployment in another namespace.
-// Envoy Gateway's own translator takes it, as it does in a cluster, and not
-// without the grant that is printed, too. (Without Kubernetes its server knows
-// of no Services.)
+// TestMeshEnvoyGatewayService checks that Envoy Gateway's translator accepts
+// the default output, for sluice as a Deployment in another namespace, with the
+// printed ReferenceGrant and not without it. Without Kubernetes the server of
+// Envoy Gateway has no Services.
 func TestMeshEnvoyGatewayService(t *testing.T) {
 	if os.Getenv("SLUICE_LONG") == "" {
 		t.Skip("builds egctl, which takes minutes: SLUICE_LONG=1")
@@ -343,8 +344,8 @@ func TestMeshEnvoyGatewayService(t *testing.T) {
 	}
 }
 
-// Behind a real Envoy Gateway with the printed retries, quick restarts of
-// sluice lose no request.
+// TestMeshEnvoyGatewayRestart checks that behind a real Envoy Gateway with the
+// printed retries quick restarts of sluice lose no request.
 func TestMeshEnvoyGatewayRestart(t *testing.T) {
 	gateway, proxy := gatewayPrograms(t)
 	if !testenv.Network(t) {
@@ -426,9 +427,10 @@ func TestMeshEnvoyGatewayRestart(t *testing.T) {
 	t.Logf("%d requests, %d lost", answered[0].Load()+answered[1].Load()+answered[2].Load(), lost.Load())
 }
 
-// Behind a real Envoy Gateway a limit's key is a claim, as the printed file's
-// comments say: each plan has a bucket of its own, and who makes the claim's
-// header up has nothing of it.
+// TestMeshEnvoyGatewayClaims checks that behind a real Envoy Gateway a claim
+// can be the key of a limit, as the comments of the printed file say: each plan
+// has a bucket of its own, and a client that sends the claim's header itself
+// gains nothing.
 func TestMeshEnvoyGatewayClaims(t *testing.T) {
 	gateway, proxy := gatewayPrograms(t)
 	if !testenv.Network(t) {
@@ -491,13 +493,14 @@ func TestMeshEnvoyGatewayClaims(t *testing.T) {
 
 const istioctl = "v0.0.0-20260827124520-eed52ebb66ad" // there are no tags to be had
 
-// everyFilter is what istioctl says of every EnvoyFilter.
+// everyFilter is what istioctl reports for every EnvoyFilter.
 const everyFilter = "\t* EnvoyFilter//sluice: EnvoyFilter exposes internal implementation details that may change " +
 	"at any time. " +
 	"Prefer other APIs if possible, and exercise extreme caution, especially around upgrades.\n"
 
-// istioctl, which looks inside of typed_config, finds nothing to say of what is
-// printed, nor of what it shows in comments.
+// TestMeshIstioctl checks that istioctl, which reads typed_config, reports
+// nothing about the printed files, with their comments as they are and
+// uncommented.
 func TestMeshIstioctl(t *testing.T) {
 	if os.Getenv("SLUICE_LONG") == "" {
 		t.Skip("builds istioctl, which takes minutes: SLUICE_LONG=1")

@@ -20,7 +20,7 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// series are the lines of a /metrics page: what each series' value is.
+// series returns the values of the series of a /metrics page.
 func series(t testing.TB, addr string) map[string]string {
 	t.Helper()
 	_, page := get(t, "http://"+addr+"/metrics")
@@ -33,7 +33,8 @@ func series(t testing.TB, addr string) map[string]string {
 	return all
 }
 
-// family is a series' name, without what a histogram appends.
+// family returns the metric name of a series, without the suffix of a
+// histogram.
 func family(series string) string {
 	name, _, _ := strings.Cut(series, "{")
 	for _, suffix := range []string{"_bucket", "_sum", "_count"} {
@@ -42,10 +43,9 @@ func family(series string) string {
 	return name
 }
 
-// Every metric that is exported is moved by something that really happens, and
-// its labels hold names of the config's and the program's only, whatever
-// clients send. That each stands in the README, and no other, TestREADMEMetrics
-// says.
+// TestMetricsMove checks that something real changes every exported metric, and
+// that labels have only names of the config and of the program, whatever
+// clients send. TestREADMEMetrics checks that the README has the same metrics.
 func TestMetricsMove(t *testing.T) {
 	const hostile = "c4n4ry\"} 1\nsluice_forged 1\n"
 	const limits = `

@@ -16,7 +16,7 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// dashboard is what a test reads of Grafana's.
+// dashboard has the parts of a Grafana dashboard that tests read.
 type dashboard struct {
 	Panels []struct {
 		ID      int
@@ -39,7 +39,7 @@ func readDashboard(t testing.TB) (d dashboard) {
 	return d
 }
 
-// tool runs a program that has to succeed.
+// tool runs a program that must succeed.
 func tool(t testing.TB, directory, name string, args ...string) {
 	t.Helper()
 	cmd := exec.Command(name, args...)
@@ -49,7 +49,8 @@ func tool(t testing.TB, directory, name string, args ...string) {
 	}
 }
 
-// Each alert fires when it should, and only then; and no panel hides another.
+// TestAlertsAndDashboard checks that each alert fires when it should, and only
+// then, and that no panel hides another.
 func TestAlertsAndDashboard(t *testing.T) {
 	tool(t, "observability", "promtool", "check", "rules", "alerts.yaml")
 	tool(t, "observability", "promtool", "test", "rules", "alerts_test.yaml")
@@ -89,8 +90,9 @@ func TestAlertsAndDashboard(t *testing.T) {
 	}
 }
 
-// A real Prometheus scrapes a running demo under load: each of the dashboard's
-// queries returns data, and each rule can be evaluated.
+// TestPrometheus scrapes a running demo under load with a real Prometheus. It
+// checks that each query of the dashboard returns data, and that each rule can
+// be evaluated.
 func TestPrometheus(t *testing.T) {
 	config := file(t, "sluice.yaml", `
 limits:

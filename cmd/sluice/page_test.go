@@ -80,8 +80,8 @@ func startDemo(t testing.TB, args ...string) demo {
 	return d
 }
 
-// underLoad sends some two hundred requests a second until the test ends, the
-// way of the ith being make's.
+// underLoad sends about two hundred requests a second until the test ends.
+// prepare sets the i-th request up.
 func underLoad(t testing.TB, url string, prepare func(i int, r *http.Request)) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
@@ -131,8 +131,8 @@ limits:
   - {name: quiet, match: {hosts: [nobody.example]}, rate: 3/d}
 `
 
-// The page, as an operator sees it in a real browser before a running demo
-// under load.
+// TestPage opens the page of a running demo under load in a real browser, as an
+// operator does.
 func TestPage(t *testing.T) {
 	config := file(t, "sluice.yaml", pageConfig)
 	redis := redistest.Start(t)
@@ -306,8 +306,8 @@ func TestPage(t *testing.T) {
 	b.shot("no-redis")
 }
 
-// Only who may asks: by a name that is this server's, and from no other site's
-// page. Nothing can be changed.
+// TestAdminIsGuarded checks that requests with a foreign Host or from another
+// site's page are rejected, and that nothing can be changed.
 func TestAdminIsGuarded(t *testing.T) {
 	p := startSluice(t)
 	_, port, _ := strings.Cut(p.admin, ":")
@@ -384,8 +384,8 @@ func TestAdminIsGuarded(t *testing.T) {
 	}
 }
 
-// What the page shows is to be had as JSON, no secret is in it, and explaining
-// takes nothing.
+// TestAdminJSON checks that the data of the page is available as JSON without
+// secrets, and that explain takes no tokens.
 func TestAdminJSON(t *testing.T) {
 	config := file(t, "sluice.yaml", `
 limits:

@@ -15,8 +15,8 @@ import (
 	"github.com/sluiceproxy/sluice/envoy"
 )
 
-// piped gives a process a pipe as /dev/fd/3, as a shell's <(command) does,
-// into which text was written.
+// piped gives a process a pipe with text as /dev/fd/3, like a shell's
+// <(command).
 func piped(t *testing.T, p *process, text string) {
 	t.Helper()
 	r, w, err := os.Pipe()
@@ -31,8 +31,8 @@ func piped(t *testing.T, p *process, text string) {
 	t.Cleanup(func() { _ = r.Close() })
 }
 
-// lines runs a process that was not started yet, and hands on the lines of its
-// stderr, until it ends.
+// lines runs a process that is not started yet, and passes on the lines of its
+// stderr until it ends.
 type lines struct {
 	*process
 	mu   sync.Mutex
@@ -62,7 +62,7 @@ func startLines(t *testing.T, p *process) *lines {
 	return l
 }
 
-// count is how many lines hold a text.
+// count returns the number of lines that contain text.
 func (l *lines) count(text string) (n int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -81,8 +81,8 @@ func (l *lines) text() string {
 
 const freePorts = "listen: {grpc: '127.0.0.1:0', admin: '127.0.0.1:0', metrics: '127.0.0.1:0'}\n"
 
-// A config that comes through a pipe counts, whichever pipe it is. It is read
-// once, and what it names is reloaded all the same.
+// TestConfigFromAPipe checks that a config can come from any kind of pipe. It
+// is read once; the files that it names are reloaded.
 func TestConfigFromAPipe(t *testing.T) {
 	const config = freePorts + "domain: piped\nlimits: [{name: a, rate: 1/d, key: request.headers.k, overrides_file: " +
 		"o.csv}]\n"
@@ -136,7 +136,7 @@ func TestConfigFromAPipe(t *testing.T) {
 	}
 }
 
-// What a pipe brings is validated, and a mistake in it found.
+// TestValidateAPipe checks that validate reads a pipe and finds an error in it.
 func TestValidateAPipe(t *testing.T) {
 	for config, want := range map[string]string{
 		limit("a"):              "/dev/fd/3: ok\n",
@@ -152,7 +152,7 @@ func TestValidateAPipe(t *testing.T) {
 	}
 }
 
-// The demo limits by what a pipe says.
+// TestDemoFromAPipe checks that the demo takes its config from a pipe.
 func TestDemoFromAPipe(t *testing.T) {
 	if _, err := envoy.Binary(t.Context(), func(s string) { t.Log(s) }); err != nil {
 		t.Fatal(err)
@@ -179,7 +179,8 @@ func TestDemoFromAPipe(t *testing.T) {
 	p.stop()
 }
 
-// A file that holds nothing is hardly meant, whatever reads it.
+// TestBlankConfig checks that an empty config file is an error for every
+// command.
 func TestBlankConfig(t *testing.T) {
 	blank := file(t, "blank.yaml", "\ufeff \n\n")
 	for _, path := range []string{blank, "/dev/null"} {
@@ -200,8 +201,8 @@ func TestBlankConfig(t *testing.T) {
 	}
 }
 
-// A pipe that nobody writes into keeps nobody from ending: not a start, and not
-// a running sidecar in whose config's place it was put.
+// TestPipeThatNobodyWrites checks that a pipe without a writer blocks neither
+// the end of a start nor the end of a sidecar whose config it replaced.
 func TestPipeThatNobodyWrites(t *testing.T) {
 	dir := t.TempDir()
 	fifo := filepath.Join(dir, "fifo")
@@ -252,8 +253,8 @@ func TestPipeThatNobodyWrites(t *testing.T) {
 	}
 }
 
-// A file that the config names, and that is a pipe, is a mistake; it is never
-// waited for.
+// TestPipesThatAConfigNames checks that a pipe as a file that the config names
+// is an error, and that nothing waits for it.
 func TestPipesThatAConfigNames(t *testing.T) {
 	dir := t.TempDir()
 	fifo := filepath.Join(dir, "fifo")
@@ -279,7 +280,7 @@ func TestPipesThatAConfigNames(t *testing.T) {
 	}
 }
 
-// One Ctrl-C ends what waits for others.
+// TestOneInterruptIsEnough checks that one SIGINT ends a command that waits.
 func TestOneInterruptIsEnough(t *testing.T) {
 	for _, args := range [][]string{{"inject"}, {"validate", "/dev/stdin"}, {"explain", "--config", "/dev/stdin"}} {
 		p := start(t, "sluice", nil, args...)

@@ -13,8 +13,8 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// The systemd unit runs the program with flags that it has, and systemd knows
-// all of the unit's settings.
+// TestREADMEUnit checks that the systemd unit uses existing flags and that
+// systemd knows all its settings.
 func TestREADMEUnit(t *testing.T) {
 	unit := block(t, section(t, programReadme, "## A systemd unit"), "ini")
 	commands := unique(unit, `(?m)^ExecStart=/usr/local/bin/sluice (.*)$`)
@@ -41,8 +41,8 @@ func TestREADMEUnit(t *testing.T) {
 	}
 }
 
-// The compose file's commands are the program's, its config is a good one for
-// the socket that both containers share, and its Redis is set up as
+// TestREADMECompose checks that the commands of the compose file exist, that
+// its config is valid for the shared socket, and that its Redis is set up as
 // limiter/README.md says.
 func TestREADMECompose(t *testing.T) {
 	text := section(t, programReadme, "## A compose file")

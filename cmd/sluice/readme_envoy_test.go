@@ -17,7 +17,8 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/policy"
 )
 
-// envoy/README.md names each kind that sluice envoy prints, and no other.
+// TestEnvoyREADMECommands checks that envoy/README.md names each kind that
+// `sluice envoy` prints, and no other.
 func TestEnvoyREADMECommands(t *testing.T) {
 	named := unique(document(t, envoyReadme), "`sluice envoy ([a-z-]+)")
 	if want := slices.Sorted(maps.Keys(chains)); !slices.Equal(named, want) {
@@ -25,8 +26,8 @@ func TestEnvoyREADMECommands(t *testing.T) {
 	}
 }
 
-// migration is one example of envoy/README.md: a config, and what becomes of
-// requests under it.
+// migration is one example of envoy/README.md: a config, and what requests draw
+// under it.
 type migration struct {
 	heading string
 	config  string
@@ -137,9 +138,9 @@ func migrationBucket(t *testing.T, rate string) limiter.Bucket {
 	return b
 }
 
-// drawn says what a request owes in the words of the examples. Of a rate it
-// has the text that is expected of the limit, if the bucket is that rate's.
-// seen are the buckets of earlier requests, to which it adds.
+// drawn returns what a request draws, in the words of the examples. It writes a
+// rate as want does, if the bucket is that rate's. seen has the buckets of
+// earlier requests; drawn adds to it.
 func drawn(t *testing.T, d policy.Draw, want string, seen map[string]bool) string {
 	t.Helper()
 	rates := map[string]string{}
@@ -176,8 +177,8 @@ func drawn(t *testing.T, d policy.Draw, want string, seen map[string]bool) strin
 	return strings.Join(parts, ", ")
 }
 
-// Each example of envoy/README.md is a valid config, and does what its comments
-// say.
+// TestMigrations checks that each example of envoy/README.md is a valid config
+// and does what its comments say.
 func TestMigrations(t *testing.T) {
 	all := migrations(t)
 	if len(all) < 25 {
@@ -214,7 +215,7 @@ func TestMigrations(t *testing.T) {
 	}
 }
 
-// The rates in the table of Kong's windows are those of the windows.
+// TestMigrationWindows checks the rates in the table of Kong's windows.
 func TestMigrationWindows(t *testing.T) {
 	rows := regexp.MustCompile("(?m)^\\| [^|]+ \\| ([0-9]+) \\| ([0-9]+) \\| `rate: ([^`]+)` \\|$").
 		FindAllStringSubmatch(document(t, envoyReadme), -1)

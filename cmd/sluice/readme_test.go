@@ -28,8 +28,8 @@ const (
 	programReadme = "cmd/sluice/README.md"
 )
 
-// document returns the text of a document, which is named from the
-// repository's top.
+// document returns the text of a document. name is relative to the top of the
+// repository.
 func document(t *testing.T, name string) string {
 	t.Helper()
 	text, err := os.ReadFile(filepath.Join("..", "..", filepath.FromSlash(name)))
@@ -81,7 +81,8 @@ func block(t *testing.T, text, language string) string {
 	return all[0]
 }
 
-// unique is what a pattern's first group finds, sorted, each once.
+// unique returns the matches of the first group of a pattern, sorted and
+// without duplicates.
 func unique(text, pattern string) []string {
 	var found []string
 	for _, m := range regexp.MustCompile(pattern).FindAllStringSubmatch(text, -1) {
@@ -91,14 +92,14 @@ func unique(text, pattern string) []string {
 	return slices.Compact(found)
 }
 
-// readmeConfig is the config's reference.
+// readmeConfig returns the config reference.
 func readmeConfig(t *testing.T) string {
 	t.Helper()
 	return block(t, section(t, policyReadme, "## Reference"), "yaml")
 }
 
-// The reference's config is a good one, also with what stands in comments
-// there.
+// TestREADMEConfig checks that the config of the reference is valid, also with
+// the fields that are comments there.
 func TestREADMEConfig(t *testing.T) {
 	config := readmeConfig(t)
 	for _, text := range []string{
@@ -110,8 +111,8 @@ func TestREADMEConfig(t *testing.T) {
 	}
 }
 
-// The config's reference has the schema's fields, with the schema's defaults,
-// and none besides. The policy's tests hold the schema to the program.
+// TestREADMEReference checks that the config reference has exactly the fields
+// and defaults of the schema. The tests of policy check the schema.
 func TestREADMEReference(t *testing.T) {
 	config := readmeConfig(t)
 	var schema, values map[string]any
@@ -162,7 +163,7 @@ func TestREADMEReference(t *testing.T) {
 	}
 }
 
-// The commands and flags of the documents are the program's.
+// TestREADMECommands checks that the commands and flags of the documents exist.
 func TestREADMECommands(t *testing.T) {
 	text := document(t, programReadme)
 	_, help, _ := sluice(t, nil, "--help")
@@ -207,7 +208,8 @@ func TestREADMECommands(t *testing.T) {
 	}
 }
 
-// The metrics of the program's document are those that are exported.
+// TestREADMEMetrics checks that cmd/sluice/README.md has exactly the exported
+// metrics.
 func TestREADMEMetrics(t *testing.T) {
 	config := file(
 		t, "sluice.yaml",
@@ -229,7 +231,7 @@ func TestREADMEMetrics(t *testing.T) {
 	}
 }
 
-// The config of README.md's first steps is a good one.
+// TestREADMESteps checks that the config of README.md's first steps is valid.
 func TestREADMESteps(t *testing.T) {
 	config := file(t, "sluice.yaml", block(t, section(t, topReadme, "## Use it"), "yaml"))
 	if status, stdout, stderr := sluice(t, nil, "validate", config); status != 0 ||

@@ -23,9 +23,9 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// recipe is the YAML below one of the headings of limiter/policy/README.md,
-// with rates a thousandth of what they are, so that nothing refills while a
-// test counts.
+// recipe returns the YAML below a heading of limiter/policy/README.md, with
+// rates a thousandth of what they are, so that nothing refills while a test
+// counts.
 func recipe(t *testing.T, heading string) string {
 	t.Helper()
 	text := block(t, section(t, policyReadme, "### "+heading), "yaml")
@@ -43,7 +43,8 @@ type served struct {
 	p    *process
 }
 
-// serveRecipe runs sluice with a config ("" is none) and Envoy before it.
+// serveRecipe runs sluice with a config, or none if it is empty, and Envoy
+// before it.
 func serveRecipe(t *testing.T, config string, args []string, change ...func(string) string) *served {
 	t.Helper()
 	if config != "" {
@@ -56,9 +57,9 @@ func serveRecipe(t *testing.T, config string, args []string, change ...func(stri
 	return s
 }
 
-// asks sends requests, "METHOD path" each, with headers given as name, value,
-// name, value, and returns how many passed. One that is neither passed nor
-// limited fails the test.
+// asks sends n requests, each "METHOD path", with headers given as name, value,
+// name, value. It returns how many passed. A response that is neither allowed
+// nor limited fails the test.
 func (s *served) asks(n int, what string, headers ...string) (passed int) {
 	s.t.Helper()
 	method, path, _ := strings.Cut(what, " ")
@@ -249,7 +250,7 @@ func indent(text string, by int) string {
 	return space + strings.ReplaceAll(strings.TrimSuffix(text, "\n"), "\n", "\n"+space) + "\n"
 }
 
-// issuer makes tokens that an Envoy with its filter believes.
+// issuer issues tokens that an Envoy with its filter accepts.
 type issuer struct {
 	t   *testing.T
 	key *rsa.PrivateKey
@@ -283,14 +284,14 @@ func (i *issuer) token(claims map[string]any) string {
 	return "Bearer " + signed + "." + base64url(signature)
 }
 
-// keys are what its tokens are verified with, a JWKS.
+// keys returns the JWKS that verifies the tokens.
 func (i *issuer) keys() string {
 	return fmt.Sprintf(`{"keys":[{"kty":"RSA","alg":"RS256","kid":"k","n":"%s","e":"%s"}]}`,
 		base64url(i.key.N.Bytes()), base64url(big.NewInt(int64(i.key.E)).Bytes()))
 }
 
-// filter puts Envoy's JWT filter before ext_authz. A request may come without a
-// token.
+// filter inserts Envoy's JWT filter before ext_authz. A request may come
+// without a token.
 func (i *issuer) filter(bootstrap string) string {
 	filter := `- name: envoy.filters.http.jwt_authn
   typed_config:
@@ -308,8 +309,8 @@ func (i *issuer) filter(bootstrap string) string {
 	return strings.Replace(bootstrap, before, indent(filter, 10)+before, 1)
 }
 
-// Rates by endpoint and by API key, each with its burst: the same from a file,
-// and with no file at all from Envoy's routes.
+// TestEndpointsAndKeys checks rates by endpoint and by API key, each with its
+// burst: from a file, and without a file from Envoy's routes.
 func TestEndpointsAndKeys(t *testing.T) {
 	const key = `request.headers["x-api-key"]`
 	fromFile := serveRecipe(t, `

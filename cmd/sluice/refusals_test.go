@@ -21,9 +21,9 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// Each way in which a Redis that can be reached refuses to work: every request
-// gets the failure mode, none passes, and the log and a metric say which way it
-// is.
+// TestRedisRefusesASidecar checks each way in which a reachable Redis refuses
+// to work: every request gets the failure mode, none passes, and the log and a
+// metric name the cause.
 func TestRedisRefusesASidecar(t *testing.T) {
 	const checks = 100
 	on := func(t *testing.T, s *redistest.Server, commands ...string) {
@@ -152,7 +152,8 @@ limits: [{name: all, rate: 1000000/s}]
 	}
 }
 
-// Those that a sidecar without Redis refuses do not all come back at once.
+// TestRefusedClientsSpread checks that the clients that a sidecar without Redis
+// refuses get different retry-after values.
 func TestRefusedClientsSpread(t *testing.T) {
 	const clients, longest = 1000, 10
 	redis := redistest.Start(t)
@@ -189,8 +190,7 @@ func TestRefusedClientsSpread(t *testing.T) {
 	}
 }
 
-// writeExpired writes a server's certificate of yesterday, which is its own
-// authority.
+// writeExpired writes a self-signed server certificate that expired yesterday.
 func writeExpired(t *testing.T, dir string) {
 	t.Helper()
 	must := func(err error) {

@@ -23,7 +23,8 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/policy"
 )
 
-// reloading is a reloader at work on a file, and what it does in turn.
+// reloading is a reloader that watches a file, and the results of its reloads
+// in order.
 type reloading struct {
 	t        *testing.T
 	file     string
@@ -67,7 +68,7 @@ func startReloading(t *testing.T, file string) *reloading {
 	return r
 }
 
-// refusals is a log's core that hands on why a config was refused.
+// refusals is a zapcore.Core that passes on why a config was rejected.
 type refusals struct{ to chan<- string }
 
 func (refusals) Enabled(l zapcore.Level) bool        { return l >= zapcore.ErrorLevel }
@@ -103,8 +104,8 @@ func (r *reloading) want(want string) {
 	}
 }
 
-// counted checks that no more happened than the test has seen. A reload is
-// counted after it is in force.
+// counted checks that there were no more reloads than the test has seen. A
+// reload is counted after it is in force.
 func (r *reloading) counted(success, failure int) {
 	r.t.Helper()
 	var s, f float64
@@ -201,8 +202,8 @@ func TestReload(t *testing.T) {
 	r.counted(8, 5)
 }
 
-// A volume of Kubernetes: the file is a link into ..data, which is a link that
-// is replaced.
+// TestReloadOfAConfigMap checks a volume of Kubernetes, where the file is a
+// link into ..data, which is a link that is replaced.
 func TestReloadOfAConfigMap(t *testing.T) {
 	dir := t.TempDir()
 	r := &reloading{t: t}
@@ -233,8 +234,8 @@ func TestReloadOfAConfigMap(t *testing.T) {
 	}
 }
 
-// The files that the config names are watched, too, and those that its patterns
-// come to match.
+// TestReloadOfOtherFiles checks that the files that the config names are
+// watched, and those that match its patterns later.
 func TestReloadOfOtherFiles(t *testing.T) {
 	path := file(t, "sluice.yaml", `
 key_secret_file: secret
@@ -263,8 +264,9 @@ limits:
 	r.want("refused: [DIR/sluice.yaml:2:18: key_secret_file: open DIR/secret: no such file or directory]")
 }
 
-// Under load, each answer is of one whole config, and none is lost, while the
-// file changes 50 times between two good ones and a broken one.
+// TestReloadUnderLoad checks that under load each answer is from one whole
+// config and none is lost, while the file changes 50 times between two valid
+// configs and an invalid one.
 func TestReloadUnderLoad(t *testing.T) {
 	const changes, requests = 50, 10_000
 	version := func(n int) string {
@@ -353,7 +355,8 @@ func TestReloadUnderLoad(t *testing.T) {
 	}
 }
 
-// SIGHUP reaches a real sidecar, and the buckets carry on with what is in them.
+// TestReloadKeepsBuckets checks that SIGHUP reloads the config of a real
+// sidecar and that the buckets keep their tokens.
 func TestReloadKeepsBuckets(t *testing.T) {
 	path := file(t, "sluice.yaml", "limits: [{name: a, rate: 1/d, burst: 3}]\n")
 	p := startSluice(t, "--config", path)
@@ -381,9 +384,10 @@ func TestReloadKeepsBuckets(t *testing.T) {
 	}
 }
 
-// What is easily missed: a file that moves between patterns, one that is
-// emptied and then gone, links to what is gone and comes back, new contents
-// that look like the old to stat, and a chain of links.
+// TestReloadMissesNothing checks changes that are easily missed: a file that
+// moves between patterns, one that is truncated and then removed, links whose
+// targets disappear and return, new contents with the same size and time, and a
+// chain of links.
 func TestReloadMissesNothing(t *testing.T) {
 	path := file(t, "sluice.yaml", `
 limits:
@@ -457,7 +461,8 @@ func TestReloadThroughLinks(t *testing.T) {
 	r.counted(3, 0)
 }
 
-// One directory by two names is watched once, and then there is rest.
+// TestWatchRests checks that one directory with two names is watched once, and
+// that watching it does not trigger reloads without end.
 func TestWatchRests(t *testing.T) {
 	dir := t.TempDir()
 	r := &reloading{t: t}
@@ -480,7 +485,8 @@ func TestWatchRests(t *testing.T) {
 	}
 }
 
-// A file that never stops changing is read after a while all the same.
+// TestReloadHasPatience checks that a file that never stops changing is still
+// read after a while.
 func TestReloadHasPatience(t *testing.T) {
 	r := startReloading(t, file(t, "sluice.yaml", limit("a")))
 	tick := time.NewTicker(10 * time.Millisecond)

@@ -6,9 +6,9 @@ import (
 	"testing"
 )
 
-// A client that sends its key twice does not get a bucket for each second
-// value, through the real Envoy as shipped, whichever comes first and by which
-// protocol: the upstream gets both, and may read either.
+// TestHeaderSentTwice checks that a client that sends its key header twice does
+// not get a bucket for each second value, through the real Envoy as shipped, in
+// both orders and protocols: the upstream gets both, and may read either.
 func TestHeaderSentTwice(t *testing.T) {
 	const limits = `
 limits:

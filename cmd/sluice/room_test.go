@@ -9,8 +9,9 @@ import (
 	"testing"
 )
 
-// A shadow limit refuses nobody, however many headers a client sends: where the
-// real Envoy has no room for another one, it is given none.
+// TestShadowBesideManyHeaders checks that a shadow limit denies nobody, however
+// many headers a client sends: if Envoy has no room for another header, sluice
+// adds none.
 func TestShadowBesideManyHeaders(t *testing.T) {
 	const limits = `
 mode: shadow
@@ -57,9 +58,9 @@ limits:
 	}
 }
 
-// Where nothing else removes what a client says in sluice's name, sluice has
-// Envoy do so, or Envoy refuses a request that has too many headers even then:
-// it never reaches the upstream.
+// TestForgedBesideManyHeaders checks that forged x-sluice-* headers never reach
+// the upstream if only sluice removes them: Envoy removes them as sluice says,
+// or refuses a request with too many headers.
 func TestForgedBesideManyHeaders(t *testing.T) {
 	s := serveRecipe(t, "limits: [{name: a, rate: 1/d, burst: 1, mode: shadow}]", nil, func(b string) string {
 		return strings.ReplaceAll(b, "prefix: x-sluice-", "prefix: x-other-")
@@ -83,8 +84,8 @@ func TestForgedBesideManyHeaders(t *testing.T) {
 	}
 }
 
-// raw asks for a path with header lines of any number and size, and returns the
-// answer's status.
+// raw requests a path with any number of header lines, and returns the status
+// of the response.
 func (s *served) raw(path string, lines ...string) int {
 	s.t.Helper()
 	conn, err := net.Dial("tcp", s.addr)

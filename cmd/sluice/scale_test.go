@@ -16,8 +16,9 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// However many clients there are, each costs Redis little and for no longer
-// than it must, and the sidecar nothing: no memory, and no metric.
+// TestChaosManyClients checks that, however many clients there are, each takes
+// little memory in Redis and no longer than necessary, and none in the sidecar
+// or its metrics.
 func TestChaosManyClients(t *testing.T) {
 	clients := redistest.Scaled(10_000, 1_000_000)
 	const callers, bytesEach, growth = 128, 250, 10 << 20

@@ -124,8 +124,8 @@ func (u *untilServing) String() string {
 	return u.text.String()
 }
 
-// No command prints a secret, whatever is wrong with the config, the
-// environment or the command line.
+// TestCommandsSayNoSecret checks that no command prints a secret, whatever is
+// wrong with the config, the environment or the command line.
 func TestCommandsSayNoSecret(t *testing.T) {
 	if len(secretURLs)+len(secretConfigs) < 40 {
 		t.Fatal("too few are tried")
@@ -195,8 +195,8 @@ spec: {containers: [{name: envoy, image: envoy}]}
 	}
 }
 
-// A running sidecar does not expose a secret in its log, pages, metrics,
-// profiles or crash dump.
+// TestSidecarSaysNoSecret checks that a running sidecar exposes no secret in
+// its log, pages, metrics, profiles or crash dump.
 func TestSidecarSaysNoSecret(t *testing.T) {
 	redis := redistest.Start(t, "--requirepass", canary)
 	url := "unix://:" + canary + "@" + strings.TrimPrefix(redis.URL(), "unix://")

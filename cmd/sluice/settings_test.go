@@ -6,8 +6,8 @@ import (
 	"testing"
 )
 
-// A wrong value of a flag is wrong usage; one of the environment or the file is
-// a config that is wrong.
+// TestWrongSettings checks that an invalid value of a flag is wrong usage, and
+// one of the environment or the file an invalid config.
 func TestWrongSettings(t *testing.T) {
 	long := "unix:///" + strings.Repeat("x", 107)
 	for _, tt := range []struct {
@@ -46,8 +46,10 @@ func TestWrongSettings(t *testing.T) {
 	}
 }
 
-// A variable that is misspelt is named when the sidecar starts.
+// TestUnknownVariables checks that the sidecar logs misspelt environment
+// variables at its start.
 func TestUnknownVariables(t *testing.T) {
+	// Misspelt, unknown, named by the config, and known ones.
 	p := start(t, "sluice", []string{
 		"SLUICE_GRCP=127.0.0.1:1", "SLUICE_ONFAILURE=allow", "SLUICE_SHOP=shop", "SLUICE_DOMAIN=known",
 		"SLUICE_PORT=tcp://10.0.0.1:9001", "SLUICE_SERVICE_HOST=10.0.0.1", "SLUICE_SERVICE_PORT_GRPC=9001",

@@ -5,10 +5,10 @@ import (
 	"testing"
 )
 
-// The program is as small as its code: no package makes the linker keep every
-// exported method of all others, as one that finds methods by names made up at
-// run time does (text/template; `go build -ldflags=-dumpdep` says
-// ReflectMethod). It is then half as large again.
+// TestProgramIsSmall checks that no package makes the linker keep every
+// exported method, as text/template does, because it finds methods by names at
+// run time. The program is then half as large again. `go build
+// -ldflags=-dumpdep` shows ReflectMethod for such a package.
 func TestProgramIsSmall(t *testing.T) {
 	if os.Getenv("SLUICE_LONG") == "" {
 		t.Skip("compiles all anew, with the image's flags: set SLUICE_LONG=1")

@@ -19,8 +19,8 @@ import (
 	"github.com/sluiceproxy/sluice/envoy"
 )
 
-// upstream is what stands behind Envoy: it says about limits what it should
-// not, and remembers what it was sent.
+// upstream is the server behind Envoy. It sends rate-limit headers that it
+// should not, and remembers what it received.
 type upstream struct {
 	*httptest.Server
 	mu   sync.Mutex
@@ -70,21 +70,21 @@ func startUpstream(t testing.TB) *upstream {
 	return u
 }
 
-// got is the headers of the last request that came through.
+// got returns the headers of the latest request.
 func (u *upstream) got() http.Header {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	return u.last
 }
 
-// forget forgets them.
+// forget forgets the latest request.
 func (u *upstream) forget() {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	u.last = http.Header{}
 }
 
-// echoSocket takes the connection over, as for a websocket, and sends one line
+// echoSocket hijacks the connection, as for a websocket, and sends one line
 // back.
 func echoSocket(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Connection", "Upgrade")
@@ -102,7 +102,7 @@ func echoSocket(w http.ResponseWriter, r *http.Request) {
 }
 
 // startEnvoy starts a real Envoy with the shipped bootstrap before the
-// upstream, and returns where it listens.
+// upstream, and returns its address.
 func startEnvoy(t testing.TB, sluice, upstream string, change ...func(string) string) string {
 	t.Helper()
 	binary, err := envoy.Binary(t.Context(), func(s string) { t.Log(s) })
@@ -176,7 +176,7 @@ func fetch(t testing.TB, c *http.Client, url string, headers ...string) (*http.R
 	return response, string(body)
 }
 
-// rawGet asks for a target exactly as it is given, on a connection of its own.
+// rawGet requests a target exactly as it is given, on a connection of its own.
 func rawGet(t testing.TB, addr, host, target string) *http.Response {
 	t.Helper()
 	conn, err := net.Dial("tcp", addr)

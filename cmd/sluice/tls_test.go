@@ -117,8 +117,9 @@ func write(t *testing.T, path string, text []byte) {
 	}
 }
 
-// Only who shows a certificate of the right CA, with the right name, may ask;
-// files are reread, and nobody is refused meanwhile.
+// TestMutualTLS checks that only clients with a certificate from the right CA
+// and with the right name are served, and that files are reloaded without an
+// interruption.
 func TestMutualTLS(t *testing.T) {
 	dir, servers, clients, foreign := t.TempDir(), newAuthority(t), newAuthority(t), newAuthority(t)
 	hour := time.Now().Add(time.Hour)
@@ -231,7 +232,8 @@ limits: [{name: a, key: client.network, rate: 1000000/s}]
 	}
 }
 
-// A real Envoy asks by what `sluice envoy` prints for listen.tls.
+// TestMutualTLSThroughEnvoy checks that a real Envoy connects with what `sluice
+// envoy` prints for listen.tls.
 func TestMutualTLSThroughEnvoy(t *testing.T) {
 	dir, servers, clients := t.TempDir(), newAuthority(t), newAuthority(t)
 	at := func(name string) string { return filepath.Join(dir, name) }

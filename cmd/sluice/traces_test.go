@@ -21,7 +21,7 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// collector takes spans by OTLP, over gRPC and over HTTP.
+// collector receives spans by OTLP, over gRPC and over HTTP.
 type collector struct {
 	collectorv1.UnimplementedTraceServiceServer
 	grpc, http string // addresses
@@ -51,7 +51,7 @@ func (c *collector) Export(
 	return &collectorv1.ExportTraceServiceResponse{}, nil
 }
 
-// of are the spans of a trace.
+// of returns the spans of a trace.
 func (c *collector) of(trace string) (all []span) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -107,17 +107,18 @@ func startCollector(t testing.TB) *collector {
 	return c
 }
 
-// A request's trace is whole: the client's, Envoy's, sluice's check as a child
-// of Envoy's call, and the store's call as a child of that.
+// TestTraces checks that a request's trace is complete: the client's span,
+// Envoy's, the check of sluice as a child of Envoy's call, and the call to the
+// store as a child of the check.
 func TestTraces(t *testing.T) {
 	for _, protocol := range []string{"grpc", "http/protobuf"} {
 		t.Run(protocol, func(t *testing.T) { seeTraces(t, startCollector(t), protocol) })
 	}
 }
 
-// seeTraces asks a real Envoy before a sluice on a real Redis, which both send
-// their spans to the collector, and holds what arrives there to what happened.
-// sluice speaks the protocol, Envoy gRPC.
+// seeTraces sends requests through a real Envoy and a sluice on a real Redis,
+// which both send spans to the collector, and checks the spans. sluice uses the
+// protocol, Envoy gRPC.
 func seeTraces(t *testing.T, c *collector, protocol string) {
 	t.Helper()
 	const envoyTraces = `tracing:
@@ -218,8 +219,8 @@ func seeTraces(t *testing.T, c *collector, protocol string) {
 	}
 }
 
-// Where nobody takes the traces all goes on, and the sidecar ends in time; what
-// is not valid ends the start.
+// TestTracesNowhere checks that a missing collector disturbs nothing and that
+// the sidecar still ends in time. Invalid settings fail the start.
 func TestTracesNowhere(t *testing.T) {
 	t.Setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", fmt.Sprintf("http://127.0.0.1:%d", freePort(t)))
 	t.Setenv("OTEL_BSP_SCHEDULE_DELAY", "10")
