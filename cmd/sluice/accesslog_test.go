@@ -54,7 +54,7 @@ limits: [{name: strict, rate: 1/d, match: {paths: [/strict]}}]
 		}
 		return strings.Join(regexp.MustCompile(`sluice=\S* limit=\S* remaining=\S*`).FindAllString(string(text), -1), "\n")
 	}
-	proxy.Stop() // which writes what it still holds
+	proxy.Stop() // flushes the access log
 	if want := `sluice=unmatched limit=- remaining=-
 sluice=exempt limit=- remaining=-
 sluice=allowed limit=strict remaining=0

@@ -84,7 +84,8 @@ limits:
 			if failed := everything(t, tt.config, tt.nodes); failed != nil {
 				t.Errorf("with %v: %s", rights, strings.Join(failed, "\n"))
 			}
-			// Nor does sluice try what it may not: somebody may watch ACL LOG.
+			// sluice does not even try what it may not do, because an operator
+			// may watch ACL LOG.
 			for _, n := range tt.nodes {
 				denied, err := n.ACLLog(t.Context(), 100).Result()
 				if err != nil {
@@ -155,7 +156,7 @@ func everything(t *testing.T, config string, nodes []*redis.Client) (failed []st
 		}
 	}
 	take("203.0.113.1", limiter.Allowed)
-	take("203.0.113.1", limiter.Limited) // on a cluster the other slot's token goes back
+	take("203.0.113.1", limiter.Limited) // on a cluster the token of the other slot is refunded
 	for _, n := range nodes {
 		if err := n.ScriptFlush(ctx).Err(); err != nil {
 			t.Fatal(err)
@@ -185,7 +186,7 @@ func migrating(ctx context.Context, t *testing.T, nodes []*redis.Client, tag str
 	from := slices.IndexFunc(
 		nodes,
 		func(n *redis.Client) bool { return n.Exists(ctx, "{"+tag+"}").Err() == nil },
-	) // the others say MOVED
+	) // the others answer MOVED
 	to := (from + 1) % len(nodes)
 	set := func(node int, args ...any) {
 		t.Helper()

@@ -46,8 +46,8 @@ func TestArrows(t *testing.T) {
 		if err != nil {
 			return err
 		}
-		// Of testdata, as Go has it, nothing is imported: programs there are
-		// what tests run.
+		// As for the go command, testdata has no packages. Programs there are
+		// run by tests.
 		if d.IsDir() && (strings.HasPrefix(d.Name(), ".") && path != root || d.Name() == "testdata") {
 			return fs.SkipDir
 		}
@@ -65,7 +65,7 @@ func TestArrows(t *testing.T) {
 			return nil
 		}
 		if isTest {
-			allowed = slices.Concat(allowed, testArrows, []string{room}) // an example imports what it shows
+			allowed = slices.Concat(allowed, testArrows, []string{room}) // an example imports its own package
 		}
 		if isTest && room == "k8s" {
 			allowed = append(allowed, nodeArrows...)

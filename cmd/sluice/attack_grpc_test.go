@@ -34,7 +34,7 @@ type http2Client struct {
 
 	mu     sync.Mutex
 	more   *sync.Cond
-	credit map[uint32]int // bytes that it may still send, by stream; 0: the connection
+	credit map[uint32]int // bytes that it may still send, by stream; 0 is the connection
 	ended  bool
 }
 
@@ -126,7 +126,7 @@ func TestAttackGRPC(t *testing.T) {
 	p := startShipped(t, "--config", file(t, "sluice.yaml", manyLimits(200)))
 	conn := dialGRPC(t, p.grpc, "127.0.0.2")
 
-	// Envoy asks all the while.
+	// Envoy sends checks all the time.
 	stop := make(chan struct{})
 	var asked, failed atomic.Int64
 	var slowest atomic.Int64
@@ -162,8 +162,8 @@ func TestAttackGRPC(t *testing.T) {
 			peak(t, p.cmd.Process.Pid)>>20,
 		)
 	}
-	// Each attack comes from an address of its own, or it would only make room
-	// for itself.
+	// Each attack comes from an address of its own. Otherwise its new
+	// connections would only replace its old ones.
 	clients := func(from string, n int, f func(c *http2Client) error) {
 		var wg sync.WaitGroup
 		for range n {
@@ -182,10 +182,11 @@ func TestAttackGRPC(t *testing.T) {
 			clients("127.0.0.3", 100, func(*http2Client) error { return nil })
 		}
 	})
-	// First, as connections that hold much are closed for those that hold more.
+	// This attack is first, because connections that hold much are closed for
+	// those that hold more.
 	phase("elements", func() {
 		conn := dialGRPC(t, p.grpc, "127.0.0.8")
-		// The second form takes the slower path, where the sum of messages
+		// The second form takes the slower path, where the sum of the messages
 		// matters and not the size of one.
 		for _, form := range []struct {
 			size, times int

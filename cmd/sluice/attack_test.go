@@ -116,7 +116,7 @@ func TestAttackHTTP(t *testing.T) {
 	}
 	p := startShipped(t, "--config", file(t, "sluice.yaml", manyLimits(200)))
 	conn := dial(t, p.grpc)
-	for i := range 200 { // so that all limits have something to tell
+	for i := range 200 { // so that all limits have metrics
 		check(t, conn, checkRequest("203.0.113.1", "GET", fmt.Sprint("/", i), nil))
 	}
 	for _, l := range []struct{ addr, path string }{{p.metrics, "/metrics"}, {p.admin, "/api/limits?n=1000"}} {

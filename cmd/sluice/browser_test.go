@@ -28,7 +28,7 @@ type browser struct {
 	calls   map[int]chan reply
 	session string
 	asked   []string // addresses of all requests
-	errs    []string // what the page's console and Chromium hold to be wrong
+	errs    []string // errors in the page's console and of Chromium
 	ended   bool
 }
 
@@ -87,7 +87,7 @@ func startBrowser(t testing.TB) *browser {
 		_ = in.Close()
 		<-read
 		_ = out.Close()
-		// Its children may still write as they die.
+		// Its children may still write files while they end.
 		eventually(t, "the removal of the profile", func() bool { return os.RemoveAll(profile) == nil })
 	})
 

@@ -57,8 +57,8 @@ func TestBucket(t *testing.T) {
   "reset": 0
 }
 `, append(reset, "-o", "json")...)
-	// The sidecar has Redis's word of a moment ago that the bucket is empty,
-	// and asks again within a second.
+	// The sidecar still knows from Redis that the bucket is empty. It asks
+	// again within a second.
 	for began := time.Now(); check(t, conn, request) != "ok"; {
 		if time.Since(began) > 3*time.Second {
 			t.Fatal("limited long after a reset")

@@ -60,7 +60,8 @@ limits:
 	if n := counted(`sluice_store_errors_total\{kind="[a-z]+"\}`); n != 0 {
 		t.Errorf("%d errors of the store", n)
 	}
-	// Those in whose calls the takes of others went have their answer.
+	// The leaders of batches, whose calls carried the takes of others, got
+	// their answers.
 	canceled, allowed := counted(
 		`sluice_checks_total\{decision="canceled"\}`,
 	), counted(

@@ -69,8 +69,8 @@ func TestStartSaysWhatIsWrongWithRedis(t *testing.T) {
 		eventually(t, "a log line about how Redis is run", func() bool { return strings.Count(p.logged(), want) == 1 })
 	}
 
-	// A user with the least rights may not ask, and then nothing is known to be
-	// wrong; what takes lack is.
+	// A user with minimal permissions cannot read the settings, so nothing is
+	// reported about them. Missing permissions for takes are reported.
 	for rights, want := range map[string]string{"+get +set": "", "+get": `"msg":"Redis: script","detail":"store: auth: `} {
 		args := []any{"ACL", "SETUSER", "sluice", "reset", "on", ">pw", "~sluice:*", "+evalsha", "+eval", "+time"}
 		for right := range strings.FieldsSeq(rights) {
@@ -89,7 +89,7 @@ func TestStartSaysWhatIsWrongWithRedis(t *testing.T) {
 				"store: {redis: {url: '"+careless.URL()+"', username: sluice, password: pw}}\nlimits: [{name: a, rate: 1/s}]\n",
 			),
 		)
-		eventually(t, "a refused CLUSTER command", func() bool { // the last that it asks
+		eventually(t, "a refused CLUSTER command", func() bool { // the last command of the checks
 			return slices.ContainsFunc(
 				careless.Client().ACLLog(t.Context(), 100).Val(),
 				func(d *redis.ACLLogEntry) bool { return d.Object == "config|get" },

@@ -48,7 +48,7 @@ func builtCollector(t *testing.T) string {
 	if _, err := os.Stat(path); err == nil {
 		return path
 	}
-	dir, err := os.MkdirTemp(filepath.Dir(builder), "build") // so that what is there under its name is whole
+	dir, err := os.MkdirTemp(filepath.Dir(builder), "build") // so that a file with this name is complete
 	if err != nil {
 		t.Fatal(err)
 	}

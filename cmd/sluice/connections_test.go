@@ -88,7 +88,8 @@ func TestBoundedListener(t *testing.T) {
 		many = append(many, dialFrom(t, "127.0.0.1", l.Addr()))
 		eventually(t, "an accepted connection", func() bool { return accepted() == i+1 })
 	}
-	// As the listener sees it, however slow the machine is.
+	// shift moves the times of the listener's connections, so that the test
+	// does not depend on the speed of the machine.
 	shift := func(d time.Duration) {
 		l.mu.Lock()
 		defer l.mu.Unlock()
@@ -111,8 +112,9 @@ func TestBoundedListener(t *testing.T) {
 	if !echoes(many[2]) || !echoes(many[3]) {
 		t.Error("more were closed than there had to be")
 	}
-	// One that is silent makes room for its own address. Again and again, as a
-	// connection may be said to be busy just after its answer.
+	// A silent connection makes room for its own address. This is tried
+	// repeatedly, because a connection can become busy again just after its
+	// answer.
 	eventually(t, "room for another connection", func() bool {
 		shift(-time.Hour)
 		return echoes(dialFrom(t, "127.0.0.1", l.Addr()))

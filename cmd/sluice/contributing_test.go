@@ -13,8 +13,8 @@ const contributing = ".github/CONTRIBUTING.md"
 // .ci/test runs, with their packages, and no other.
 func TestContributingStages(t *testing.T) {
 	stages := func(text string) []string {
-		// Of each command what follows -run; of `-run X ./a ./b` as of `./a ./b
-		// -run X`.
+		// A stage is the pattern of -run with the packages, whichever of them
+		// comes first in the command.
 		var all []string
 		for _, command := range unique(text, `SLUICE_LONG=1 (go test [^\n`+"`"+`]+)`) {
 			pattern := unique(command, `-run '([^']+)'`)

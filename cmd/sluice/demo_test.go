@@ -32,7 +32,7 @@ func freePort(t testing.TB) int {
 // TestDemo checks what the README says: five requests pass, the sixth is
 // limited, another passes after retry-after, and Ctrl-C leaves nothing behind.
 func TestDemo(t *testing.T) {
-	if _, err := envoy.Binary(t.Context(), func(s string) { t.Log(s) }); err != nil { // before the demo has to say so
+	if _, err := envoy.Binary(t.Context(), func(s string) { t.Log(s) }); err != nil { // before the demo prints it
 		t.Fatal(err)
 	}
 	for name, args := range map[string][]string{
@@ -123,7 +123,7 @@ func TestDemo(t *testing.T) {
 			if left, err := os.ReadDir(temporary); err != nil || len(left) > 0 {
 				t.Errorf("left behind: %v, %v", left, err)
 			}
-			// Envoy's command line names its temporary directory.
+			// Envoy's command line has its temporary directory.
 			lines, err := filepath.Glob("/proc/[0-9]*/cmdline")
 			if err != nil {
 				t.Fatal(err)
@@ -217,7 +217,9 @@ func TestEnvoyCommand(t *testing.T) {
 	claims := file(
 		t, "claims.yaml", `{listen: {grpc: ":9009"}, limits: [{name: a, rate: 1/s, key: 'metadata.filter_metadata["x"].y'}]}`,
 	)
-	for kind, want := range map[string][3]string{ // what says that sluice, metadata and limits of the config are in
+	// The texts show that the address, the metadata and the limits of the config
+	// are in it.
+	for kind, want := range map[string][3]string{
 		"istio":          {"port_value: 9009", "INSERT_AFTER", `sluice.limits: "a"`},
 		"istio-gateway":  {"port: 9009", "context: GATEWAY", `sluice.limits: "a"`},
 		"istio-waypoint": {"port: 9009", "main_internal", "portNumber: 9009"},
@@ -240,7 +242,8 @@ func TestEnvoyCommand(t *testing.T) {
 			t.Errorf("%s: %s", kind, stderr)
 		}
 	}
-	// What is where it is asked for is no reason to warn.
+	// There is no warning if sluice listens where the printed configuration
+	// expects it.
 	for kind, listens := range map[string]string{
 		"plain": "127.0.0.1:9", "istio": "127.0.0.1:9001", "istio-gateway": "0.0.0.0:9001",
 		"istio-waypoint": "127.0.0.1:9001", "envoy-gateway": "unix:///run/sluice/authz.sock",

@@ -162,7 +162,7 @@ limits:
 // spellings returns paths as clients may write them.
 func spellings() []string {
 	all := []string{
-		// Of /v1/orders, or nearly.
+		// Spellings of /v1/orders, or of something close to it.
 		"/v1/orders", "//v1/orders", "/v1//orders", "/v1///orders", "/./v1/orders", "/v1/./orders", "/v1/x/../orders",
 		"/x/../v1/orders", "/../v1/orders",
 		"/%76%31/orders", "/v1/%6frders", "/v1/%6Frders", "/v1/orders/", "/v1/orders//", "/v1/orders/.", "/v1/orders/x/..",
@@ -177,7 +177,7 @@ func spellings() []string {
 		"/v1/orders/7", "/v1/orders/%2e%2e%2fhealthz",
 		"/v1/orders/1%2f..%2f..%2f..%2fhealthz", "/v1/orders/" + strings.Repeat("x", 8000),
 		"/v1/" + strings.Repeat("./", 4000) + "orders", "/" + strings.Repeat("a/../", 1600) + "v1/orders",
-		// Of what is exempt.
+		// Spellings of what is exempt.
 		"/healthz", "/healthz/", "//healthz", "/./healthz", "/x/../healthz", "/%68ealthz", "/healthz;x=1", "/healthz?x",
 		"/healthz#x", "/healthz%2f", "\\healthz", "/healthz%00",
 		"/healthz/../v1/orders", "/healthz/%2e%2e/v1/orders", "/healthz%2f..%2fv1/orders", "/healthz;/../v1/orders",
@@ -237,7 +237,7 @@ limits:
 					routed, limits := r.Header.Get("X-Route"), r.Header.Get("Ratelimit-Policy")
 					if routed == "" && r.StatusCode >= 400 {
 						seen["refused"]++
-						continue // by Envoy, before anybody was asked
+						continue // by Envoy, before any check
 					}
 					limited, exempt := strings.Contains(limits, `"orders"`), limits == ""
 					seen[fmt.Sprintf("%s, limited %v, exempt %v", routed, limited, exempt)]++
@@ -264,8 +264,8 @@ func TestRestartLosesNothing(t *testing.T) {
 	const (
 		restarts, between = 3, 50 // requests after each restart, and before the first
 		burst             = 10_000
-		// Envoy waits for an answer for 200 ms, retries included, so a restart
-		// that takes a busy machine longer shows nothing, and is made again.
+		// Envoy waits 200 ms for an answer, retries included. A restart that
+		// takes longer on a busy machine proves nothing and is repeated.
 		enough, tries = 150 * time.Millisecond, 20
 	)
 	redis := redistest.Start(t)
@@ -282,7 +282,7 @@ func TestRestartLosesNothing(t *testing.T) {
 	answers := make(chan bool, 1024)
 	done := make(chan struct{})
 	var wg sync.WaitGroup
-	tick := time.NewTicker(5 * time.Millisecond) // so that requests fall into all of a restart
+	tick := time.NewTicker(5 * time.Millisecond) // so that there are requests during all of a restart
 	defer tick.Stop()
 	for range 4 {
 		c := client(t)

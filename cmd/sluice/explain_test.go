@@ -80,8 +80,8 @@ allowed
 	if got := check(t, conn, request); got != "ok" {
 		t.Fatal(got)
 	}
-	// Now there are too few tokens; the request as Envoy's debug log has it,
-	// and as flags say it over that.
+	// Now there are too few tokens. The request comes from Envoy's debug log,
+	// and then flags override it.
 	text, err := protojson.Marshal(request)
 	if err != nil {
 		t.Fatal(err)
@@ -188,12 +188,12 @@ func TestExplainWithoutRedis(t *testing.T) {
 			t.Errorf("%q: status %d\n%s%s\nwant %d with %q", args, status, stdout, stderr, tt.status, tt.want)
 		}
 	}
-	// Without a config there is what the route says.
+	// Without a config only the route's limits apply.
 	status, stdout, _ := sluice(t, nil, "explain", "--context", "sluice.limit.a={rate: 5/m}")
 	if status != 0 || !strings.Contains(stdout, "applies  a  cost 1, remaining unknown; burst 5, rate 5/m") {
 		t.Errorf("%d\n%s", status, stdout)
 	}
-	// As in the pod, the environment says which Redis.
+	// As in a pod, the environment has the URL of Redis.
 	redis := redistest.Start(t)
 	status, stdout, _ = sluice(
 		t, []string{"SLUICE_CONFIG=" + config, "SLUICE_REDIS=" + redis.URL(), "SLUICE_DOMAIN=mine"}, "explain",

@@ -17,7 +17,7 @@ func TestThreeSidecarsShareABucket(t *testing.T) {
 	const rate, burst, callers, lasts = 150, 300, 64, 5 * time.Second
 	redis := redistest.Start(t)
 	up := startUpstream(t)
-	// This is about numbers, and not about time: on a busy machine an answer
+	// This test counts and does not measure time. On a busy machine an answer
 	// may take long.
 	config := file(t, "sluice.yaml", fmt.Sprintf(`
 store: {redis: {url: %q, timeout: %v}}
@@ -30,8 +30,8 @@ limits: [{name: all, key: client.ip, rate: %d/s, burst: %d}]
 		ports = append(ports, strings.TrimPrefix(p.grpc, "127.0.0.1:"))
 	}
 	addr := startEnvoy(t, "127.0.0.1:"+ports[0], up.Listener.Addr().String(), patient, func(bootstrap string) string {
-		// The last endpoint of the bootstrap is sluice's: put the others beside
-		// it.
+		// The last endpoint of the bootstrap is sluice's. The others are added
+		// beside it.
 		one := `
         - endpoint:
             address:

@@ -43,11 +43,11 @@ limits:
 // header.
 type framework struct {
 	name string
-	// hosts are those of frameworkLimits that the framework's router can name;
-	// nil for all of spellingDomains.
+	// hosts are the hosts of frameworkLimits that the framework's router
+	// supports; nil means all of spellingDomains.
 	hosts []string
-	// paths and match close, in the limit's match, what README says that the
-	// framework reads otherwise.
+	// paths and match extend the limit's match by what, according to the
+	// README, the framework reads differently.
 	paths, match string
 	habit        habit
 	// start returns the host:port where the application listens until the
@@ -104,11 +104,11 @@ type habit int
 
 const (
 	_ habit = iota
-	// hostCase takes a host in capitals for another. Routing by host in Envoy
-	// closes it.
+	// hostCase takes a host in upper case for a different one. Routing by host
+	// in Envoy prevents that.
 	hostCase
-	// emptySegment keeps /static//a from the routes of /static/a. Having Envoy
-	// merge slashes, encoded ones included, closes it.
+	// emptySegment does not route /static//a like /static/a. If Envoy merges
+	// slashes, including encoded ones, that is prevented.
 	emptySegment
 )
 
@@ -223,7 +223,7 @@ func startVariants(t *testing.T, sluice, upstream string, hosts []string) []stri
 	if err != nil {
 		t.Fatal(err)
 	}
-	// A busy machine must not turn into answers of Envoy's own.
+	// On a busy machine Envoy must not answer by itself.
 	const timeout = "10s"
 	plain, err := envoy.Plain(
 		envoy.Options{Listener: "127.0.0.1:0", Admin: "127.0.0.1:0", Sluice: sluice, Upstream: upstream},
@@ -340,14 +340,14 @@ func tryFramework(t *testing.T, f framework, all []spelling, first int) {
 	workers.Wait()
 
 	t.Logf("handler/decision: %v", counts)
-	// What is hardly ever routed anywhere proves nothing.
+	// Without enough requests at the handlers the test proves nothing.
 	if counts["limited/allowed"] < len(all)/10 || counts["exempt/exempt"] < len(all)/20 {
 		t.Errorf("of %d spellings too few came to the limited and exempt handlers: %v", len(all), counts)
 	}
 	var kinds []string
 	byLength := func(a, b string) int { return cmp.Or(cmp.Compare(len(a), len(b)), cmp.Compare(a, b)) }
 	for _, edits := range slices.SortedFunc(maps.Keys(slips), byLength) {
-		// What needs fewer edits for the same is the fault.
+		// Only the spellings with the fewest edits are reported.
 		if !slices.ContainsFunc(kinds, func(k string) bool { return isSubset(k, edits) }) {
 			kinds = append(kinds, edits)
 		}

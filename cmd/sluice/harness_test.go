@@ -71,8 +71,8 @@ type process struct {
 func start(t testing.TB, mode string, env []string, args ...string) *process {
 	t.Helper()
 	p := &process{t: t, cmd: exec.Command(executable, args...), done: make(chan struct{})}
-	// With -race a process sleeps a second before it ends, unless it is told
-	// not to.
+	// By default a process with the race detector sleeps a second before it
+	// ends.
 	p.cmd.Env = append(os.Environ(), execEnv+"="+mode, "GORACE=atexit_sleep_ms=0")
 	p.cmd.Env = append(p.cmd.Env, env...)
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}

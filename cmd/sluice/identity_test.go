@@ -33,16 +33,17 @@ limits:
 	} {
 		s.want(0, 1, "GET /address", "x-forwarded-for", xff)
 	}
-	// One key in any case of its header's name; of several headers there is
-	// none, and the network takes its place. A value with a comma is one.
+	// The case of a header's name does not matter. With several headers of that
+	// name the key is absent, and the client's network takes its place. A value
+	// with a comma is a key.
 	s.want(2, 2, "GET /key", "x-api-key", "one")
 	s.want(2, 2, "GET /key", "X-API-KEY", "one")
 	s.want(1, 2, "GET /key", "X-Api-Key", "one")
 	s.want(5, 6, "GET /key", "x-api-key", "one", "x-api-key", "two")
 	s.want(0, 1, "GET /key", "x-api-key", "one", "x-api-key", "three")
 	s.want(1, 1, "GET /key", "x-api-key", "one,two")
-	// Who makes up keys has one more bucket for each, and is held by the
-	// network's.
+	// A client gets a bucket for each key that it makes up, but the bucket of
+	// its network limits it.
 	passed := 11
 	for i := range 300 {
 		passed += s.asks(1, "GET /key", "x-api-key", fmt.Sprint("made-up-", i))
@@ -84,7 +85,8 @@ limits:
 	if passed != 100 {
 		t.Errorf("%d of 10,000 made-up keys passed a network's 100", passed)
 	}
-	// One network, however it is written, and by whom that may say it.
+	// All spellings are one network, from peers that are trusted to name the
+	// client.
 	passed = 0
 	for _, address := range []string{
 		"2001:db8::1", "2001:DB8::1", "2001:db8:0:0:0:0:0:1", "2001:0db8:0000:0000:0000:0000:0000:0001", "[2001:db8::1]",
@@ -107,7 +109,7 @@ limits:
 	if !ask("10.0.0.1", "", "/", map[string]string{"x-forwarded-for": "2001:db8:0:1::1"}) {
 		t.Error("another /64 is held by this one's bucket")
 	}
-	// From a peer that may not say so, it is the peer's.
+	// From a peer that is not trusted, the client is the peer.
 	for range 100 {
 		ask("172.16.0.1", "spiffe://cluster.local/other", "/", map[string]string{"x-forwarded-for": "198.51.100.1"})
 	}
@@ -165,7 +167,7 @@ limits:
 	if err := client.Echo(t.Context(), "the-end").Err(); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the end of the log", func() bool { return strings.Contains(wire(), "the-end") }) // and so all that came before it
+	eventually(t, "the last command", func() bool { return strings.Contains(wire(), "the-end") })
 	_, metrics := get(t, "http://"+p.metrics+"/metrics")
 	_, stacks := get(t, "http://"+p.admin+"/debug/pprof/goroutine?debug=2")
 	status, explained, stderr := sluice(
@@ -178,7 +180,7 @@ limits:
 	if status != 0 {
 		t.Errorf("explain: %d %s", status, stderr)
 	}
-	_, explained, _ = strings.Cut(explained, "\n") // the first line repeats what was asked
+	_, explained, _ = strings.Cut(explained, "\n") // the first line repeats the request
 	for name, text := range map[string]string{
 		"the RDB file": string(rdb), "Redis's wire": wire(), "the log": p.logged(), "the metrics": metrics,
 		"the stacks": stacks, "the answers": answers.String(),

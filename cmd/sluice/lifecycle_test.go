@@ -199,7 +199,7 @@ store: {redis: {url: "redis://replaced", timeout: 5s}}
 	if status, _ := get(t, "http://"+p.metrics+"/healthz"); status != 200 {
 		t.Errorf("/healthz: %d", status)
 	}
-	// timeout(1) sends two, and what is in flight is answered all the same.
+	// timeout(1) sends two SIGTERMs. The calls in flight are still answered.
 	if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
@@ -323,7 +323,8 @@ func TestValidate(t *testing.T) {
 		t.Errorf("%d %s", status, stdout)
 	}
 	status, stdout, _ = sluice(t, nil, "validate", "-o", "json", good, bad)
-	want := regexp.MustCompile(`^\[\s+\{\s+"file": ".*bad.yaml",\s+"line": 3,\s+"column": 11,\s+"field": "limits\[0\]\.rate",\s+"message": ".+"\s+\}\s+\]\n$`)
+	want := regexp.MustCompile(`^\[\s+\{\s+"file": ".*bad.yaml",\s+"line": 3,\s+"column": 11,` +
+		`\s+"field": "limits\[0\]\.rate",\s+"message": ".+"\s+\}\s+\]\n$`)
 	if status != 1 ||
 		!want.MatchString(stdout) {
 		t.Errorf("%d %s", status, stdout)
@@ -331,7 +332,7 @@ func TestValidate(t *testing.T) {
 	if status, stdout, _ := sluice(t, nil, "validate", "-o", "json", good); status != 0 || stdout != "[]\n" {
 		t.Errorf("%d %s", status, stdout)
 	}
-	// A warning is beside the result.
+	// A warning is not part of the result.
 	odd := file(t, "odd.yaml", "on_failure: local\nlocal_share: 0.1\nlimits: [{name: a, rate: 20/s, cost: 3}]\n")
 	warning := "warning: " + odd + ":3:38: limits[0].cost: 3 exceeds the local burst of 2 (local_share of 20): every " +
 		"request is denied while the store fails\n"

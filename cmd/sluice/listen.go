@@ -28,7 +28,8 @@ func splitAddress(addr string) (network, address string, err error) {
 			return "", "", fmt.Errorf(want, addr)
 		}
 		if len(path) > maxSocketPath {
-			return "", "", fmt.Errorf("%q: the path has %d bytes; the maximum for a unix socket is %d", addr, len(path), maxSocketPath)
+			return "", "", fmt.Errorf("%q: the path has %d bytes; the maximum for a unix socket is %d",
+				addr, len(path), maxSocketPath)
 		}
 		return "unix", path, nil
 	}

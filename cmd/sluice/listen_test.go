@@ -28,7 +28,8 @@ func TestListenUnix(t *testing.T) {
 		t.Errorf("a live one: %v", err)
 	}
 
-	// The first ends after the second has taken its place, as in a restart.
+	// As in a restart, the first listener is closed after the second has
+	// replaced it.
 	if err := first.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -38,7 +39,7 @@ func TestListenUnix(t *testing.T) {
 	}
 	defer func() { _ = second.Close() }()
 	_ = first.Close()
-	go func() { // somebody who answers
+	go func() { // a process that answers
 		for c, err := second.Accept(); err == nil; c, err = second.Accept() {
 			_ = c.Close()
 		}

@@ -224,8 +224,8 @@ func TestMeshEnvoyGateway(t *testing.T) {
 	if status != 0 {
 		t.Fatal(stderr)
 	}
-	// What it shows in comments is taken, too: limits of a route's own, and the
-	// filter that removes an upstream's lies.
+	// The parts that are comments are accepted, too: the limits of a route, and
+	// the filter that removes an upstream's headers.
 	before, example, ok := strings.Cut(printed, "    # contextExtensions:\n")
 	if !ok {
 		t.Fatal("no contextExtensions")
@@ -310,7 +310,7 @@ func TestMeshEnvoyGatewayService(t *testing.T) {
 	}
 	translated := func(printed, to string) string {
 		t.Helper()
-		// kubectl's own namespace is that of what names none.
+		// A resource without a namespace belongs to kubectl's current one.
 		printed = strings.ReplaceAll(printed, "\n  name: sluice\nspec:", "\n  name: sluice\n  namespace: shop\nspec:")
 		in := file(t, "resources.yaml", gatewayInShop+printed)
 		out, err := exec.CommandContext(t.Context(), egctl, "x", "translate",
@@ -396,9 +396,9 @@ func TestMeshEnvoyGatewayRestart(t *testing.T) {
 			}
 		})
 	}
-	// more waits until each client has asked anew and has an answer: Envoy may
-	// wait between its tries for as long as a check may take, and a request
-	// that sees two restarts, or one that lasts, may be lost.
+	// more waits until each client has sent a new request and has its answer.
+	// Envoy may wait between its tries for as long as a check may take, and a
+	// request during two restarts, or during a long one, may be lost.
 	more := func() {
 		for i := range answered {
 			now := answered[i].Load()
@@ -466,7 +466,7 @@ func TestMeshEnvoyGatewayClaims(t *testing.T) {
 		// The plan is the token's, whatever the header says.
 		{"gold", "", "200 1"}, {"gold", "fresh", "200 0"}, {"gold", "fresh", "429 0"},
 		{"silver", "", "200 1"},
-		{"", "silver", "200 1"}, {"", "fresh", "200 0"}, {"", "silver", "429 0"}, // who has no token has no plan
+		{"", "silver", "200 1"}, {"", "fresh", "200 0"}, {"", "silver", "429 0"}, // without a token there is no plan
 		{"silver", "", "200 0"},
 	} {
 		r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+gatewayAddress, nil)
@@ -491,7 +491,7 @@ func TestMeshEnvoyGatewayClaims(t *testing.T) {
 	}
 }
 
-const istioctl = "v0.0.0-20260827124520-eed52ebb66ad" // there are no tags to be had
+const istioctl = "v0.0.0-20260827124520-eed52ebb66ad" // the tags are not available
 
 // everyFilter is what istioctl reports for every EnvoyFilter.
 const everyFilter = "\t* EnvoyFilter//sluice: EnvoyFilter exposes internal implementation details that may change " +
@@ -567,8 +567,8 @@ func TestMeshIstioctl(t *testing.T) {
 			t.Errorf("%s: %s", kind, said)
 		}
 	}
-	// The access log of envoy/README.md. Of its provider, in the mesh config,
-	// istioctl does not say whether the fields are there.
+	// This is the access log of envoy/README.md. istioctl does not check the
+	// fields of its provider in the mesh config.
 	_, telemetry, ok := strings.Cut(document(t, envoyReadme), "---\napiVersion: telemetry.istio.io/v1\n")
 	if !ok {
 		t.Fatal("envoy/README.md has no Telemetry")

@@ -61,7 +61,7 @@ limits:
 `
 	config := file(t, "sluice.yaml", limits)
 	redis := redistest.Start(t)
-	t.Setenv("GOMEMLIMIT", "256KiB") // so that a table in process is full of 256 buckets
+	t.Setenv("GOMEMLIMIT", "256KiB") // so that 256 buckets fill a table in process
 	inProcess := startSluice(t, "--config", config)
 	t.Setenv("GOMEMLIMIT", "off")
 	onRedis := startSluice(t, "--config", config, "--redis", redis.URL())
@@ -125,7 +125,8 @@ limits:
 		}
 	}
 
-	// What moves by itself in time is awaited: the janitor's next sweep.
+	// The janitor's metrics change with its next sweep, which the test waits
+	// for.
 	still := func() []string {
 		moved, all := map[string]bool{}, map[string]bool{}
 		for i, p := range both {
@@ -136,10 +137,10 @@ limits:
 				}
 			}
 		}
-		// Only a mistake in sluice itself moves this one: authz's tests make
+		// Only an error in sluice changes this metric. The tests of authz cause
 		// one.
 		delete(all, "sluice_panics_total")
-		// And only an attack this one: TestAttackGRPC makes some.
+		// Only an attack changes this metric. TestAttackGRPC makes some.
 		delete(all, "sluice_grpc_connections_closed_total")
 		return slices.DeleteFunc(slices.Sorted(maps.Keys(all)), func(name string) bool { return moved[name] })
 	}
@@ -151,7 +152,7 @@ limits:
 	}()
 	eventually(t, "a change of every metric", func() bool { unmoved = still(); return len(unmoved) == 0 })
 
-	// All that a decision can be was one.
+	// Every decision was made.
 	for _, decision := range []string{
 		"allowed", "limited", "unmatched", "exempt", "failed_open", "failed_closed", "failed_local", "delegated", "invalid",
 	} {

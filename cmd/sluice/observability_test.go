@@ -139,7 +139,7 @@ scrape_configs: [{job_name: sluice, static_configs: [{targets: [%q]}]}]
 		defer func() { _ = response.Body.Close() }()
 		return json.NewDecoder(response.Body).Decode(into) == nil && response.StatusCode == 200
 	}
-	// value is a query's first one that is a number.
+	// value returns the first value of a query that is a number.
 	value := func(query string) (first string) {
 		var r struct {
 			Data struct{ Result []struct{ Value [2]any } }
@@ -157,7 +157,7 @@ scrape_configs: [{job_name: sluice, static_configs: [{targets: [%q]}]}]
 	eventually(t, "Prometheus", func() bool { return ask("/-/ready", new(any)) || value("up") == "1" })
 
 	var page string
-	eventually(t, "the first mistake in the metrics", func() bool { // the first mistake makes the last metric
+	eventually(t, "the first mistake in the metrics", func() bool { // the last metric exists after the first mistake
 		_, page = get(t, "http://"+scraped+"/metrics")
 		return strings.Contains(page, "sluice_config_mistakes_total")
 	})

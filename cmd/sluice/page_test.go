@@ -151,7 +151,7 @@ func TestPage(t *testing.T) {
 		b.await(fmt.Sprintf("(document.querySelector(%q)?.innerText ?? '').includes(%q)", selector, what))
 	}
 
-	// Before the first request all is well, and it says so.
+	// Before the first request the page reports that all is well.
 	holds("#domain", "shop/checkout")
 	holds("#state", "Ready")
 	holds("#store", "answers")
@@ -161,7 +161,7 @@ func TestPage(t *testing.T) {
 		t.Error("a table without rows has a head")
 	}
 
-	// Numbers are there, and move.
+	// The page shows numbers, and they change.
 	underLoad(t, d.url, func(i int, r *http.Request) {
 		r.URL.Path = []string{"/", "/v1/orders", "/v1/search", "/v1/orders"}[i%4]
 		r.Header.Set(
@@ -176,7 +176,7 @@ func TestPage(t *testing.T) {
 			r.Header.Set("User-Agent", attack)
 		}
 	})
-	for range 2 { // what Envoy would not let through
+	for range 2 { // requests that Envoy would reject
 		r := checkRequest(
 			attack, attack, "/odd/"+attack, map[string]string{"x-request-id": attack, "x-forwarded-for": attack},
 		)
@@ -194,8 +194,7 @@ func TestPage(t *testing.T) {
 	holds("#limits-rows", "by request.method · request.headers[\"x-api-key\"], 1 override")
 	b.await(`document.querySelectorAll("#top-denials .bar").length > 1`)
 
-	// A limit's keys, by a click; who is asked for by a secret is shown by its
-	// hash.
+	// A click on a limit shows its keys. Secret keys are shown as hashes.
 	b.click(`[data-limit="per-key"]`)
 	holds("#top-title", "per-key")
 	b.await(`document.querySelectorAll("#top-requests .hash").length > 2`)
@@ -204,24 +203,24 @@ func TestPage(t *testing.T) {
 	b.click(`[data-limit="per-client"]`)
 	holds("#top-denials", "203.0.113.")
 
-	// The last denials say why, and what a client wrote there is text.
+	// The latest denials have a reason. What a client sent is shown as text.
 	holds("#denials-rows", "/odd/%3Cimg")
 	holds("#denials-rows", "<script>window.hacked=1</script>.example/odd/<img src=x onerror=")
 	holds("#denials-rows", "retry in")
 
-	// A denied request is explained, by a click.
+	// A click explains a denied request.
 	row := `#denials-rows tr:has(b) [data-denial]`
 	b.click(row)
 	holds("#answer", "This request now")
 	b.await(`document.querySelectorAll("#answer .verdicts li").length === 6`)
 
-	// What is wrong is told.
+	// An invalid request is reported.
 	b.eval(`document.querySelector("[name=source]").value = "` + strings.ReplaceAll(attack, `"`, `\"`) + `"`)
 	b.click("button[type=submit]")
 	holds("#answer .error", "<img src=x onerror=")
 	b.eval(`document.querySelector("[name=source]").value = "127.0.0.1"`)
 
-	// And one that is typed in, by keys alone.
+	// A request can be typed in and explained with the keyboard alone.
 	b.eval(`document.querySelector("[name=path]").focus()`)
 	b.eval(`document.querySelector("[name=path]").select()`)
 	b.call("Input.insertText", map[string]any{"text": "/v1/orders?" + attack}, nil)
@@ -247,7 +246,7 @@ func TestPage(t *testing.T) {
 	b.await(`document.querySelectorAll("#limits-rows tr").length === 6`)
 	b.eval(`document.activeElement.blur()`)
 
-	if os.Getenv("SLUICE_SHOTS") != "" { // for who wants to look: with a history
+	if os.Getenv("SLUICE_SHOTS") != "" { // screenshots have a history
 		b.await(`document.querySelectorAll("#denials-rows tr").length > 5`)
 		<-time.After(20 * time.Second)
 	}
@@ -270,7 +269,7 @@ func TestPage(t *testing.T) {
 		b.shot(look.name)
 	}
 
-	// A new config that is none, with an attack in it.
+	// The new config is invalid and contains an attack.
 	if err := os.WriteFile(config, []byte(pageConfig+"  - {name: '"+attack+"', rate: 1/s}\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -286,7 +285,7 @@ func TestPage(t *testing.T) {
 			t.Errorf("the page asked for %s", url)
 		}
 	}
-	// The one thing that Chromium reports is the address that was refused.
+	// Chromium reports only the address that was rejected.
 	for _, w := range wrong {
 		if !strings.Contains(w, "status of 400") || !strings.Contains(w, "/api/explain") {
 			t.Errorf("the browser says: %s", w)
@@ -492,7 +491,7 @@ limits:
 				fmt.Sprint(d.Parts) != key {
 				t.Errorf("%+v", d)
 			}
-			for range 3 { // it takes nothing
+			for range 3 { // explain takes no tokens
 				for query, want := range map[string]string{
 					"denial=" + strconv.FormatUint(denials[0].ID, 10):                  "limited [a true 0/2] [b true 0/1]",
 					"path=/a&source=203.0.113.7&header=x-api-key%3Dk3y":                "limited [a true 0/2] [b true 0/1]",

@@ -105,7 +105,7 @@ func TestConfigFromAPipe(t *testing.T) {
 			p.cmd.Dir = dir
 			switch path {
 			case fifo:
-				go func() { _ = os.WriteFile(fifo, []byte(config), 0o600) }() // waits for who reads
+				go func() { _ = os.WriteFile(fifo, []byte(config), 0o600) }() // waits for a reader
 			case "/dev/stdin":
 				p.cmd.Stdin = strings.NewReader(config)
 			default:

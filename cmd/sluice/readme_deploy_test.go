@@ -21,7 +21,7 @@ func TestREADMEUnit(t *testing.T) {
 	if len(commands) != 1 {
 		t.Fatalf("the unit's commands are %q", commands)
 	}
-	// What is not there is not read, but flags are.
+	// The config does not exist here, but flags are parsed before it is read.
 	status, _, stderr := sluice(t, nil, strings.Fields(commands[0])...)
 	if status != statusNo || !strings.Contains(stderr, "/etc/sluice/sluice.yaml") {
 		t.Errorf("%d %s", status, stderr)
@@ -82,8 +82,8 @@ func TestREADMECompose(t *testing.T) {
 			}
 		}
 	}
-	// The socket, where its config has it, is where both containers have the
-	// volume, whose owner is the image's user.
+	// The socket of the config is in the volume that both containers mount. The
+	// owner of the volume is the image's user.
 	const socket = "unix:///run/sluice/authz.sock"
 	for _, name := range []string{"envoy", "sluice"} {
 		if !slices.Contains(compose.Services[name].Volumes, "socket:/run/sluice") {
@@ -103,7 +103,7 @@ func TestREADMECompose(t *testing.T) {
 		!strings.Contains(bootstrap, fmt.Sprintf("pipe: { path: %q }", path)) {
 		t.Errorf("Envoy does not ask at %s: %s", path, stderr)
 	}
-	// Its commands, without what the container has and this machine does not.
+	// The commands are run without the paths that exist only in the container.
 	s := compose.Services["sluice"]
 	if status, _, stderr := sluice(t, nil, s.Command...); status != statusNo ||
 		!strings.Contains(stderr, "/etc/sluice/sluice.yaml") {

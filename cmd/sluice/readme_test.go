@@ -123,8 +123,8 @@ func TestREADMEReference(t *testing.T) {
 		t.Fatal(err)
 	}
 	fields, defaults := 0, 0
-	// walk compares what the schema says of a value with the value, of which a
-	// list's first and last stand for all.
+	// walk compares a value with its schema. Of a list it compares the first
+	// and the last item.
 	var walk func(path string, s map[string]any, value any)
 	walk = func(path string, s map[string]any, value any) {
 		if r, ok := s["$ref"].(string); ok {

@@ -112,8 +112,9 @@ func TestRecipes(t *testing.T) {
 			s.want(want, 250, "GET /", "authorization", issuer.token(map[string]any{"tenant": tenant, "plan": "free"}))
 		}
 		s.want(200, 210, "GET /", "authorization", issuer.token(map[string]any{"tenant": "a", "plan": "gold"}))
-		s.want(0, 1, "GET /", "authorization", issuer.token(map[string]any{"tenant": "a"})) // no plan is none of gold
-		s.want(20, 25, "GET /")                                                             // no token: the network's
+		// A client without a plan is not gold.
+		s.want(0, 1, "GET /", "authorization", issuer.token(map[string]any{"tenant": "a"}))
+		s.want(20, 25, "GET /") // no token: the network's
 	})
 	t.Run("One limit for all, before a fragile backend", func(t *testing.T) {
 		s := serveRecipe(t, "client_ip: {xff_from_right: 2}\n"+recipe(t, "One limit for all, before a fragile backend"), nil)
@@ -151,7 +152,7 @@ func TestRecipes(t *testing.T) {
 	})
 	t.Run("Health checks and callers from inside are exempt", func(t *testing.T) {
 		text := recipe(t, "Health checks and callers from inside are exempt")
-		// Asked directly, and not through the load balancer, nobody is believed
+		// A client that does not come through the load balancer is not believed
 		// to be inside.
 		direct := serveRecipe(t, text, nil)
 		direct.want(10, 15, "GET /", "x-forwarded-for", "10.1.2.3")
@@ -366,7 +367,7 @@ limits:
 			s.want(2, 4, "POST /export", "x-api-key", "two")
 			s.want(0, 1, "POST /export", "x-api-key", "three") // one bucket for all
 			s.want(2, 2, "GET /export", "x-api-key", "three")
-			s.want(12, 14, "GET /other") // who has no key: the network's
+			s.want(12, 14, "GET /other") // without a key: the network's
 		})
 	}
 	fromEnvoy.t = t

@@ -38,6 +38,7 @@ func TestRedisRefusesASidecar(t *testing.T) {
 			}
 		}
 	}
+	const guest = "username: guest, password: pw"
 	for _, tt := range []struct {
 		name  string
 		args  []string
@@ -55,7 +56,7 @@ func TestRedisRefusesASidecar(t *testing.T) {
 			setup: func(t *testing.T, s *redistest.Server) { on(t, s, "CONFIG SET min-replicas-to-write 1") },
 		},
 		{name: "a save that failed", kind: "readonly", log: "MISCONF", setup: func(t *testing.T, s *redistest.Server) {
-			// A directory is where the file should be.
+			// There is a directory in the place of the file.
 			dir := s.Client().ConfigGet(t.Context(), "dir").Val()["dir"]
 			if err := os.Mkdir(filepath.Join(dir, "dump.rdb"), 0o700); err != nil {
 				t.Fatal(err)
@@ -70,21 +71,25 @@ func TestRedisRefusesASidecar(t *testing.T) {
 			name: "out of memory", kind: "oom", log: "OOM",
 			setup: func(t *testing.T, s *redistest.Server) { on(t, s, "CONFIG SET maxmemory 1") },
 		},
-		{name: "loading", kind: "loading", log: "LOADING", args: []string{"--enable-debug-command", "yes", "--loading-process-events-interval-bytes", "1024"}, setup: func(t *testing.T, s *redistest.Server) {
-			// 40 s of loading, in which it looks up after each key.
+		{name: "loading", kind: "loading", log: "LOADING", args: []string{
+			"--enable-debug-command", "yes", "--loading-process-events-interval-bytes", "1024",
+		}, setup: func(t *testing.T, s *redistest.Server) {
+			// Loading takes 40 s. Redis handles events after each key.
 			on(t, s, "DEBUG POPULATE 4000 key 2000", "CONFIG SET rdbcompression no", "CONFIG SET key-load-delay 10000")
 			go s.Client().Do(t.Context(), "DEBUG", "RELOAD") // ends with the server
-			eventually(t, "a Redis that is loading", func() bool { return strings.HasPrefix(fmt.Sprint(s.Client().Get(t.Context(), "a").Err()), "LOADING") })
+			eventually(t, "a Redis that is loading", func() bool {
+				return strings.HasPrefix(fmt.Sprint(s.Client().Get(t.Context(), "a").Err()), "LOADING")
+			})
 		}},
 		{
 			name: "a wrong password", kind: "auth", log: "WRONGPASS", store: "password: wrong",
 			args: []string{"--requirepass", "right"},
 		},
 		{name: "no password", kind: "auth", log: "NOAUTH", args: []string{"--requirepass", "right"}},
-		{name: "no rights", kind: "auth", log: "NOPERM", store: "username: guest, password: pw", setup: func(t *testing.T, s *redistest.Server) {
+		{name: "no rights", kind: "auth", log: "NOPERM", store: guest, setup: func(t *testing.T, s *redistest.Server) {
 			on(t, s, "ACL SETUSER guest on >pw ~sluice:* +ping +time")
 		}},
-		{name: "a script that may not write", kind: "auth", log: "NOPERM", store: "username: guest, password: pw", setup: func(t *testing.T, s *redistest.Server) {
+		{name: "no right to write", kind: "auth", log: "NOPERM", store: guest, setup: func(t *testing.T, s *redistest.Server) {
 			on(t, s, "ACL SETUSER guest on >pw ~sluice:* +time +evalsha +eval +get")
 		}},
 		{name: "a certificate that has expired", kind: "connection", log: "certificate has expired"},
@@ -179,8 +184,8 @@ func TestRefusedClientsSpread(t *testing.T) {
 	}
 	t.Logf("%v", after)
 	for seconds := range longest {
-		// 100 are expected, and 40 more or less are four times what chance
-		// does.
+		// The expected number is 100. A difference of 40 is about four standard
+		// deviations.
 		if n := after[fmt.Sprint(1+seconds)]; n < clients/longest-40 || n > clients/longest+40 {
 			t.Errorf("%d of %d are told to come back after %d s", n, clients, 1+seconds)
 		}

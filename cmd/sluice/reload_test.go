@@ -143,7 +143,7 @@ func TestReload(t *testing.T) {
 	r := startReloading(t, file(t, "sluice.yaml", limit("a")))
 	dir := filepath.Dir(r.file)
 
-	// In place, as some editors write, and in steps.
+	// The file is written in place and in steps, as by some editors.
 	r.write("sluice.yaml", limit("b"))
 	r.want("in force: b")
 	f, err := os.OpenFile(r.file, os.O_WRONLY|os.O_APPEND, 0)
@@ -153,12 +153,13 @@ func TestReload(t *testing.T) {
 	r.do(f.Close())
 	r.want("in force: b c")
 
-	// By renaming over it, as others do.
+	// The file is replaced by renaming, as by other editors.
 	r.write("sluice.yaml.new", limit("d"))
 	r.do(os.Rename(r.file+".new", r.file))
 	r.want("in force: d")
 
-	// A mistake, then an empty file, then none: the old one stays.
+	// After an error, an empty file and no file the previous config stays in
+	// force.
 	r.write("sluice.yaml", "limits: [{name: e}]\n")
 	r.want("refused: [DIR/sluice.yaml:1:10: limits[0].rate: missing; a limit needs a name and a rate]")
 	r.write("sluice.yaml", " \n")
@@ -171,14 +172,14 @@ func TestReload(t *testing.T) {
 	r.write("sluice.yaml", "limits: []\n")
 	r.want("in force:")
 
-	// The directory goes, and comes again.
+	// The directory is removed and created again.
 	r.do(os.RemoveAll(dir))
 	r.want("refused: [DIR/sluice.yaml: no such file or directory]")
 	r.do(os.Mkdir(dir, 0o700))
 	r.write("sluice.yaml", limit("f"))
 	r.want("in force: f")
 
-	// What takes a restart is refused.
+	// A change that needs a restart is rejected.
 	r.write("sluice.yaml", "listen: {grpc: '127.0.0.1:1'}\nstore: {redis: {url: 'redis://h'}}\n"+limit("g"))
 	r.want(
 		"refused: [DIR/sluice.yaml: listen.grpc: changed; a restart is needed to apply it DIR/sluice.yaml: store.redis: " +
@@ -187,13 +188,13 @@ func TestReload(t *testing.T) {
 	r.write("sluice.yaml", limit("f"))
 	r.want("in force: f")
 
-	// SIGHUP rereads in any case.
+	// SIGHUP always reloads.
 	r.hangup <- syscall.SIGHUP
 	r.want("in force: f")
 	r.counted(7, 5)
 
-	// What changes nothing is nothing new. The next real change comes after it,
-	// so that there is nothing to wait for.
+	// A write that changes nothing is no reload. The next real change comes
+	// after it, so the test need not wait.
 	now := time.Now()
 	r.do(os.Chtimes(r.file, now, now))
 	r.write("other.yaml", "x")
@@ -377,7 +378,7 @@ func TestReloadKeepsBuckets(t *testing.T) {
 	if got := check(t, conn, from("203.0.113.1", "/")); got != "429" {
 		t.Errorf("%s: a changed burst gave tokens", got)
 	}
-	eventually(t, "a log line at the new level", func() bool { return strings.Contains(p.logged(), `"msg":"request limited"`) }) // the new log level
+	eventually(t, "a log line at the new level", func() bool { return strings.Contains(p.logged(), `"msg":"request limited"`) })
 	_, metrics := get(t, "http://"+p.metrics+"/metrics")
 	if n := strings.Count(metrics, "sluice_config_info{hash="); n != 1 {
 		t.Errorf("%d hashes", n)

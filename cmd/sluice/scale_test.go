@@ -84,7 +84,7 @@ limits: [{name: per-key, key: 'request.headers["x-api-key"]', rate: 1/h, burst: 
 		next.Store(int64(until))
 	}
 	began := time.Now()
-	warm := clients / 2 // what the process needs for so many callers it has then
+	warm := clients / 2 // after this the process has all that it needs for so many callers
 	ask(warm)
 	seriesBefore, processBefore, redisBefore := series(), metric("process_resident_memory_bytes"), used()
 	ask(clients)
@@ -98,15 +98,15 @@ limits: [{name: per-key, key: 'request.headers["x-api-key"]', rate: 1/h, burst: 
 	if each > bytesEach {
 		t.Errorf("%.0f bytes a key in Redis", each)
 	}
-	if grew > growth && slack < 100*time.Millisecond { // the race detector keeps much besides
+	if grew > growth && slack < 100*time.Millisecond { // the race detector takes much memory of its own
 		t.Errorf("the sidecar's memory grew by %.1f MiB", grew/(1<<20))
 	}
 	if after := series(); after != seriesBefore {
 		t.Errorf("%d series became %d", seriesBefore, after)
 	}
 
-	// A bucket that one token of two was taken from is full after an hour, and
-	// gone within a minute of that.
+	// A bucket with one of two tokens taken is full after an hour, and removed
+	// within a minute of that.
 	c := redis.Client()
 	seen := 0
 	for keys := c.Scan(t.Context(), 0, "sluice:web:per-key:*", 1000); ; {
@@ -131,7 +131,7 @@ limits: [{name: per-key, key: 'request.headers["x-api-key"]', rate: 1/h, burst: 
 		}
 		keys = c.Scan(t.Context(), cursor, "sluice:web:per-key:*", 1000)
 	}
-	if seen < clients { // a scan may say a key twice
+	if seen < clients { // a scan may return a key twice
 		t.Errorf("%d keys", seen)
 	}
 }

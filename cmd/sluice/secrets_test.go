@@ -224,7 +224,7 @@ func TestSidecarSaysNoSecret(t *testing.T) {
 	if first, second := ask(), ask(); first != "ok" || second == "ok" {
 		t.Fatalf("the buckets are not in Redis: %s, %s\n%s", first, second, l.text())
 	}
-	eventually(t, "a failed export", func() bool { return l.count("traces are not sent") > 0 }) // a span that could not be sent
+	eventually(t, "a failed export", func() bool { return l.count("traces are not sent") > 0 })
 	client := redis.Client()
 	if err := client.Do(t.Context(), "AUTH", canary).Err(); err != nil {
 		t.Fatal(err)

@@ -176,7 +176,7 @@ func generateSpellings(n int) []spelling {
 				names[paths+i] = "host: " + names[paths+i]
 			}
 		}
-		// The names of what was done are a set.
+		// Each edit is named once.
 		slices.Sort(names)
 		names = slices.Compact(names)
 		s := spelling{target: path, host: host, authority: host}

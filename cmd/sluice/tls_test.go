@@ -100,7 +100,7 @@ func (a *authority) client(cert, key []byte) credentials.TransportCredentials {
 		if err != nil {
 			a.t.Fatal(err)
 		}
-		// Whatever CAs the server names.
+		// The client presents its certificate whichever CAs the server names.
 		c.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &pair, nil }
 	}
 	return credentials.NewTLS(c)
@@ -108,7 +108,7 @@ func (a *authority) client(cert, key []byte) credentials.TransportCredentials {
 
 func write(t *testing.T, path string, text []byte) {
 	t.Helper()
-	// As a whole, as Kubernetes does it.
+	// The files are replaced at once, as by Kubernetes.
 	if err := os.WriteFile(path+".new", text, 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -126,8 +126,8 @@ func TestMutualTLS(t *testing.T) {
 	at := func(name string) string { return filepath.Join(dir, name) }
 	rotate := func() {
 		cert, key := servers.sign("sluice.example", hour)
-		// Two files never change at once: the pair that does not fit in between
-		// changes nothing.
+		// Two files cannot change at the same time. The mismatched pair in
+		// between changes nothing.
 		write(t, at("tls.crt"), cert)
 		write(t, at("tls.key"), key)
 	}
@@ -183,8 +183,8 @@ limits: [{name: a, key: client.network, rate: 1000000/s}]
 		t.Error("healthcheck without a certificate is good")
 	}
 
-	// Under load the server's certificate is another, three times, and each new
-	// connection shows whatever is in force.
+	// The server's certificate is replaced three times under load. Each new
+	// connection uses the one in force.
 	var asked, lost atomic.Int64
 	stop := make(chan struct{})
 	var wg sync.WaitGroup
@@ -224,7 +224,7 @@ limits: [{name: a, key: client.network, rate: 1000000/s}]
 		t.Errorf("%d of %d lost", lost.Load(), asked.Load())
 	}
 
-	// Another client CA takes the place of the first.
+	// The client CA is replaced.
 	write(t, at("ca.crt"), pemOf("CERTIFICATE", foreign.cert.Raw))
 	eventually(t, "the new client CA", func() bool { return ask(refused["a foreign CA's"]) == "ok" })
 	if got := ask(good); !strings.Contains(got, "Unavailable") {

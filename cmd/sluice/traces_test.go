@@ -197,7 +197,7 @@ func seeTraces(t *testing.T, c *collector, protocol string) {
 		if got := strings.Join(said, " "); got != want {
 			t.Errorf("%d: %s, want %s", i, got, want)
 		}
-		if i > 0 { // a ceiling asks nobody
+		if i > 0 { // the ceiling decides without the store
 			if store != nil {
 				t.Errorf("the store was called: %v", store)
 			}
@@ -211,7 +211,7 @@ func seeTraces(t *testing.T, c *collector, protocol string) {
 		}
 	}
 
-	// A histogram names a trace.
+	// A histogram has a trace as exemplar.
 	_, page := fetch(t, client(t), "http://"+p.metrics+"/metrics", "Accept", "application/openmetrics-text; version=1.0.0")
 	if !regexp.MustCompile(`sluice_check_seconds_bucket\{le="[^"]+"\} \d+ # \{trace_id="4bf92f3577b34da6a3ce929d0e0e473\d"\}`).
 		MatchString(page) {
