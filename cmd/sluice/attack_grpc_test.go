@@ -272,7 +272,7 @@ func TestAttackGRPC(t *testing.T) {
 	if got := fmt.Sprint(failed.Load()); got != "0" {
 		t.Errorf("%s checks failed", got)
 	}
-	if !strings.Contains(p.logged(), "a message on it did not arrive in time") {
+	if !strings.Contains(p.logged(), "a message did not arrive in time") {
 		t.Errorf("the log says nothing:\n%s", p.logged())
 	}
 	p.wantWithin(t, shipped)

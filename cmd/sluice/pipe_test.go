@@ -195,7 +195,7 @@ func TestBlankConfig(t *testing.T) {
 	}
 	for _, command := range []string{"run", "demo", "explain", "doctor", "envoy"} {
 		if status, _, stderr := sluice(t, []string{"SLUICE_CONFIG=" + blank}, command, "--config="); status != 2 ||
-			!strings.HasPrefix(stderr, "sluice: --config is empty: want the name of a file") {
+			!strings.HasPrefix(stderr, "sluice: --config: empty; want the name of a file") {
 			t.Errorf("%s: %d %s", command, status, stderr)
 		}
 	}

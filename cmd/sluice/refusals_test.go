@@ -89,9 +89,12 @@ func TestRedisRefusesASidecar(t *testing.T) {
 		{name: "no rights", kind: "auth", log: "NOPERM", store: guest, setup: func(t *testing.T, s *redistest.Server) {
 			on(t, s, "ACL SETUSER guest on >pw ~sluice:* +ping +time")
 		}},
-		{name: "no right to write", kind: "auth", log: "NOPERM", store: guest, setup: func(t *testing.T, s *redistest.Server) {
-			on(t, s, "ACL SETUSER guest on >pw ~sluice:* +time +evalsha +eval +get")
-		}},
+		{
+			name: "no right to write", kind: "auth", log: "NOPERM", store: guest,
+			setup: func(t *testing.T, s *redistest.Server) {
+				on(t, s, "ACL SETUSER guest on >pw ~sluice:* +time +evalsha +eval +get")
+			},
+		},
 		{name: "a certificate that has expired", kind: "connection", log: "certificate has expired"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -7,6 +7,3 @@ import "time"
 // slack is what an answer may take over its budget, where the race detector
 // makes everything several times slower.
 const slack = 250 * time.Millisecond
-
-// race says that the tests are built with the race detector.
-const race = true

@@ -6,6 +6,3 @@ import "time"
 
 // slack is what an answer may take over its budget.
 const slack = 50 * time.Millisecond
-
-// race says that the tests are built with the race detector.
-const race = false
