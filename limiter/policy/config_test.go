@@ -316,9 +316,10 @@ func TestWarnings(t *testing.T) {
 		"- {name: a, rate: unlimited, cost: 3}":              "",
 		"- {name: a, rate: 5/s}\n- {name: b, rate: 5/s, cost: 2}": "test.yaml:5:30: limits[1].cost: 2 exceeds the " +
 			"local burst of 1 (local_share of 5): every request is denied while the store fails",
-		"- name: a\n  rate: 40/s\n  cost: 4\n  key: client.ip\n  overrides: [{key: 10.0.0.1, rate: 30/s}, {key: " +
-			"10.0.0.2, rate: 39/s}, {key: 10.0.0.3, rate: 40/s}, {key: 10.0.0.4, rate: " +
-			"unlimited}]": "test.yaml:6:9: limits[0].cost: 4 exceeds the local burst (local_share) of 2 overrides: " +
+		"- name: a\n  rate: 40/s\n  cost: 4\n  key: client.ip\n" +
+			"  overrides: [{key: 10.0.0.1, rate: 30/s}, {key: 10.0.0.2, rate: 39/s}, {key: 10.0.0.3, rate: 40/s}, " +
+			"{key: 10.0.0.4, rate: unlimited}]": "" +
+			"test.yaml:6:9: limits[0].cost: 4 exceeds the local burst (local_share) of 2 overrides: " +
 			"their requests are denied while the store fails",
 	} {
 		if got := parse(t, common+text+"\n").Warnings.Error(); got != want {
