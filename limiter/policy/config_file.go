@@ -99,8 +99,8 @@ func readConfig(r reader, text []byte, settings []Setting, in *inputs) (*Config,
 		cr.readFile(*root)
 	}
 	cr.applySettings(false)
-	if len(cr.mistakes) == 0 { // text over the bounds is not tokenized
-		cr.hashText(text)
+	if len(cr.mistakes) == 0 {
+		cr.hashTokens()
 	}
 	c := cr.compile()
 	if len(cr.mistakes) > 0 {

@@ -1,12 +1,11 @@
 package policy
 
 import (
-	"fmt"
 	"os"
+	"strconv"
 	"strings"
 
 	"github.com/goccy/go-yaml/ast"
-	"github.com/goccy/go-yaml/lexer"
 )
 
 // readSecretFile reads the file that n names. A byte order mark at its
@@ -62,17 +61,20 @@ func (cr *configReader) hideFromHash(n node, instead string) {
 	}
 }
 
-// hashText adds the text of the config, except for hidden values, to the
+// hashTokens adds the tokens of the config, except for hidden values, to the
 // config's hash. With secrets in it, anyone who can read the hash could test
-// guesses.
-func (cr *configReader) hashText(text []byte) {
-	for _, t := range lexer.Tokenize(string(text)) {
+// guesses. It then drops the tokens, which are large.
+func (cr *configReader) hashTokens() {
+	var quoted []byte
+	for _, t := range cr.tokens {
 		value := t.Value
 		if instead, ok := cr.hidden[[2]int{t.Position.Line, t.Position.Column}]; ok {
 			value = instead
 		}
-		_, _ = fmt.Fprintf(cr.inputs.public, "%q ", value)
+		quoted = append(strconv.AppendQuote(quoted[:0], value), ' ')
+		_, _ = cr.inputs.public.Write(quoted)
 	}
+	cr.tokens = nil
 }
 
 // shortSecret is the length in bytes below which a key_secret is too short.

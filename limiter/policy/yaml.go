@@ -11,6 +11,7 @@ import (
 
 	"github.com/goccy/go-yaml"
 	"github.com/goccy/go-yaml/ast"
+	"github.com/goccy/go-yaml/lexer"
 	"github.com/goccy/go-yaml/parser"
 	"github.com/goccy/go-yaml/token"
 )
@@ -34,6 +35,7 @@ type reader struct {
 	mistakes Mistakes
 	// variables are the environment variables that the config uses, by name.
 	variables map[string]string
+	tokens    token.Tokens // of the document
 }
 
 // node is a value of the config, and the field that it belongs to.
@@ -90,7 +92,8 @@ func (r *reader) document(text []byte) *node {
 		r.mistakes = append(r.mistakes, Mistake{File: r.file, Line: line, Column: column, Message: message})
 		return nil
 	}
-	file, err := parser.ParseBytes(text, 0, parser.AllowDuplicateMapKey())
+	r.tokens = lexer.Tokenize(string(text))
+	file, err := parser.Parse(r.tokens, 0, parser.AllowDuplicateMapKey())
 	if err != nil {
 		var syntax yaml.Error
 		if errors.As(err, &syntax) {
