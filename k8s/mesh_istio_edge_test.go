@@ -145,8 +145,8 @@ static_resources:
         common_tls_context:
           tls_params: {tls_maximum_protocol_version: TLSv1_3}
           alpn_protocols: [h2]
-          tls_certificates: [{certificate_chain: {filename: DIR/tls.crt}, private_key: {filename: DIR/tls.key}}]
-          validation_context: {trusted_ca: {filename: DIR/tls.crt}}
+          tls_certificates: [{certificate_chain: {filename: DIR/hbone-tls.crt}, private_key: {filename: DIR/hbone-tls.key}}]
+          validation_context: {trusted_ca: {filename: DIR/hbone-tls.crt}}
 `
 
 // secrets is the part of Istio's agent that serves certificates (SDS).
@@ -228,120 +228,177 @@ func startAgent(t *testing.T, account string) gotls.Certificate {
 	return certificate
 }
 
+// The addresses of the pods in the tests of gateways and waypoints.
+const edgeApp, edgeGateway, edgeWaypoint, edgeClient = "192.0.2.5", "192.0.2.6", "192.0.2.7", "192.0.2.8"
+
+// edges is a mesh with an ingress gateway and a waypoint in front of an app.
+// Neither proxy runs yet.
+type edges struct {
+	istio  istioParts
+	c      *controlPlane
+	sluice string             // the program
+	config string             // sluice's
+	seen   func() http.Header // of the latest request to the app
+	dir    string
+}
+
+// edge is one of the proxies of edges.
+type edge struct {
+	kind string // as `sluice envoy` names it
+	pod  istioPodOf
+	// ask sends a request through the proxy to the app. The client's address is
+	// edgeClient.
+	ask func(t *testing.T, method, path string) answer
+}
+
+// startEdges runs istiod on a real API server, with sluice's chart installed
+// with these values. The test runs in a network of its own with the addresses
+// above. files are written beside sluice's config.
+func startEdges(t *testing.T, istio istioParts, values, config string, files map[string][]byte) *edges {
+	t.Helper()
+	e := &edges{istio: istio, sluice: program(t), dir: t.TempDir()}
+	write := writeIn(t, e.dir)
+	for name, text := range files {
+		write(name, string(text))
+	}
+	e.configure(t, config)
+	e.c = cluster(t, "--enable-aggregator-routing=true")
+	e.c.do(t, "", "create", "-f", filepath.Join(module(t, gatewayAPI), "config", "crd", "standard"))
+	if out, err := helm(t, "install", "sluice", chartDir, "--kubeconfig", e.c.kubeconfig, "--namespace", release,
+		"--create-namespace", "--set", "webhook.enabled=false,gateway.enabled=true,trialRedis.enabled=true"+values,
+	); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	namespace(t, e.c, "shop", nil)
+	istio.startIstiod(t, e.c, e.printed(t, "istio-gateway"), "PILOT_ENABLE_AMBIENT=true")
+	e.c.do(t, istioEdges+"---"+istioOnly, "apply", "-f", "-")
+	running(t, e.c, "edge", edgeGateway)
+	running(t, e.c, "waypoint", edgeWaypoint)
+	endpoints(t, e.c.API, release, "sluice-gateway", "grpc", 9001, endpoint(addresses[0], true))
+	endpoints(t, e.c.API, "shop", "web", "http", 8080, endpoint(edgeApp, true))
+	e.c.do(t, "", "config", "set-context", "--current", "--namespace=shop") // as the files assume
+	e.seen = startApp(t, edgeApp+":8080")
+	return e
+}
+
+// configure writes sluice's config.
+func (e *edges) configure(t *testing.T, config string) {
+	t.Helper()
+	e.config = writeIn(t, e.dir)("sluice.yaml", config)
+}
+
+// printed returns what `sluice envoy` prints for the config.
+func (e *edges) printed(t *testing.T, kind string) string {
+	t.Helper()
+	out, err := exec.CommandContext(t.Context(), e.sluice, "envoy", kind, "--config", e.config).CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	return string(out)
+}
+
+// all returns the gateway, and the waypoint behind a client that acts as
+// ztunnel does.
+func (e *edges) all(t *testing.T) []edge {
+	t.Helper()
+	asking := func(client *http.Client, url string) func(*testing.T, string, string) answer {
+		return func(t *testing.T, method, path string) answer {
+			q, err := http.NewRequestWithContext(t.Context(), method, url+path, nil)
+			if err != nil {
+				return answer{err: err}
+			}
+			q.Host = "shop.example.com"
+			q.Header.Set("X-Ratelimit-Remaining", "99")
+			return send(client, q)
+		}
+	}
+	// Istio's agent, for the tunnel.
+	write := writeIn(t, e.dir)
+	for name, text := range inPEM(t, startAgent(t, "/ns/shop/sa/default")) {
+		write("hbone-"+name, string(text))
+	}
+	service := e.c.do(t, "", "get", "service", "web", "--output", "jsonpath={.spec.clusterIP}")
+	text := strings.NewReplacer("SERVICE", service, "WAYPOINT", edgeWaypoint, "CLIENT", edgeClient, "DIR",
+		e.dir).Replace(hboneClient)
+	start(t, nil, e.istio.proxy, "--config-path", write("client.yaml", text), "--disable-hot-restart",
+		"--concurrency", "1")
+	dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(edgeClient)}}
+	from := &http.Client{Transport: &http.Transport{DialContext: dialer.DialContext}}
+	const label = "gateway.networking.k8s.io/gateway-name: "
+	return []edge{
+		{"istio-gateway", istioPodOf{"router", "edge", "edge-istio", label + "edge", edgeGateway},
+			asking(from, "http://"+edgeGateway)},
+		{"istio-waypoint", istioPodOf{"waypoint", "waypoint", "waypoint", label + "waypoint", edgeWaypoint},
+			asking(http.DefaultClient, "http://127.0.0.1:18080")},
+	}
+}
+
+// run starts sluice with the config, as the chart's Deployment does.
+func (e *edges) run(t *testing.T) *process {
+	t.Helper()
+	return start(t, nil, e.sluice, "run", "--config", e.config, "--grpc", addresses[0]+":9001", "--metrics",
+		addresses[0]+":9003")
+}
+
+// istioEdgeLimits are limits for the tests of gateways and waypoints. A waypoint
+// sees the caller's address, but no certificate.
+const istioEdgeLimits = `
+limits:
+- {name: few, match: {paths: [/few]}, when: 'client.ip == "` + edgeClient + `"', rate: 3/h}
+- {name: certified, match: {principals: ["spiffe://*"]}, rate: 1/h}
+- {name: probe, match: {paths: [/probe]}, rate: 1000000/s}
+`
+
+// fewLimited sends requests until the limit few denies one.
+func (e edge) fewLimited(t *testing.T) {
+	t.Helper()
+	await(t, "a limited answer", func() bool {
+		a := e.ask(t, http.MethodGet, "/probe")
+		return a.status == http.StatusOK && a.remaining != ""
+	})
+	var got []string
+	for range 4 {
+		a := e.ask(t, http.MethodGet, "/few")
+		got = append(got, fmt.Sprint(a.status, " ", a.limit, " ", a.remaining))
+	}
+	if diff := cmp.Diff([]string{"200 3 2", "200 3 1", "200 3 0", "429 3 0"}, got); diff != "" {
+		t.Errorf("-want +got:\n%s", diff)
+	}
+}
+
 // TestMeshIstioEdge applies what `sluice envoy istio-gateway` and
 // istio-waypoint print to a real istiod. It configures real Envoys in front of
 // an app: an ingress gateway, and a waypoint that is reached through a tunnel
 // of ambient mode.
 func TestMeshIstioEdge(t *testing.T) {
 	istio := prepareIstio(t)
-	definitions := filepath.Join(module(t, gatewayAPI), "config", "crd", "standard")
-	const app, edge, waypoint, client = "192.0.2.5", "192.0.2.6", "192.0.2.7", "192.0.2.8"
-	if !testenv.Network(t, append(addresses, home, app, edge, waypoint, client)...) {
+	if !testenv.Network(t, append(addresses, home, edgeApp, edgeGateway, edgeWaypoint, edgeClient)...) {
 		return
 	}
-	dir := t.TempDir()
-	write := writeIn(t, dir)
-	c := cluster(t, "--enable-aggregator-routing=true")
-	c.do(t, "", "create", "-f", definitions)
-	if out, err := helm(t, "install", "sluice", chartDir, "--kubeconfig", c.kubeconfig, "--namespace", release,
-		"--create-namespace",
-		"--set", "webhook.enabled=false,gateway.enabled=true,trialRedis.enabled=true"); err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
-	// A waypoint sees the caller's address, but no certificate.
-	config := write("sluice.yaml", fmt.Sprintf(`limits:
-- {name: few, match: {paths: [/few]}, when: 'client.ip == %q', rate: 3/h}
-- {name: certified, match: {principals: ["spiffe://*"]}, rate: 1/h}
-- {name: probe, match: {paths: [/probe]}, rate: 1000000/s}
-`, client))
-	sluice := program(t)
-	printed := func(kind string) string {
-		t.Helper()
-		out, err := exec.CommandContext(t.Context(), sluice, "envoy", kind, "--config", config).CombinedOutput()
-		if err != nil {
-			t.Fatalf("%v\n%s", err, out)
-		}
-		return string(out)
-	}
-	namespace(t, c, "shop", nil)
-	istio.startIstiod(t, c, printed("istio-gateway"), "PILOT_ENABLE_AMBIENT=true")
-	c.do(t, istioEdges+"---"+istioOnly, "apply", "-f", "-")
-	running(t, c, "edge", edge)
-	running(t, c, "waypoint", waypoint)
-	endpoints(t, c.API, release, "sluice-gateway", "grpc", 9001, endpoint(addresses[0], true))
-	endpoints(t, c.API, "shop", "web", "http", 8080, endpoint(app, true))
-	c.do(t, "", "config", "set-context", "--current", "--namespace=shop") // as the files assume
-
-	seen := startApp(t, app+":8080")
-	certificate := startAgent(t, "/ns/shop/sa/default")
-	for name, text := range inPEM(t, certificate) {
-		write(name, string(text))
-	}
-
-	dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(client)}}
-	from := http.Client{Transport: &http.Transport{DialContext: dialer.DialContext}}
-	for _, row := range []struct {
-		kind, proxy, pod, address string
-		client                    *http.Client
-		url                       string
-		prepare                   func(t *testing.T)
-	}{
-		{"istio-gateway", "router", "edge", edge, &from, "http://" + edge, nil},
-		{"istio-waypoint", "waypoint", "waypoint", waypoint, http.DefaultClient, "http://127.0.0.1:18080",
-			func(t *testing.T) {
-				service := c.do(t, "", "get", "service", "web", "--output", "jsonpath={.spec.clusterIP}")
-				text := strings.NewReplacer("SERVICE", service, "WAYPOINT", waypoint, "CLIENT", client, "DIR",
-					dir).Replace(hboneClient)
-				start(t, nil, istio.proxy, "--config-path", write("client.yaml", text), "--disable-hot-restart",
-					"--concurrency", "1")
-			}},
-	} {
-		t.Run(row.kind, func(t *testing.T) {
-			file := printed(row.kind)
-			if said := c.do(t, file, "apply", "-f", "-"); strings.Contains(said, "Warning: unknown") {
+	mesh := startEdges(t, istio, "", istioEdgeLimits, nil)
+	for _, e := range mesh.all(t) {
+		t.Run(e.kind, func(t *testing.T) {
+			file := mesh.printed(t, e.kind)
+			if said := mesh.c.do(t, file, "apply", "-f", "-"); strings.Contains(said, "Warning: unknown") {
 				t.Errorf("%s", said)
 			}
-			limiter := start(t, nil, sluice, "run", "--config", config, "--grpc", addresses[0]+":9001", "--metrics",
-				addresses[0]+":9003")
-			istio.startProxy(t, row.proxy, row.pod, "gateway.networking.k8s.io/gateway-name: "+row.pod, row.address)
-			if row.prepare != nil {
-				row.prepare(t)
-			}
-			ask := func(method, path string) answer {
-				q, err := http.NewRequestWithContext(t.Context(), method, row.url+path, nil)
-				if err != nil {
-					return answer{err: err}
-				}
-				q.Host = "shop.example.com"
-				q.Header.Set("X-Ratelimit-Remaining", "99")
-				return send(row.client, q)
-			}
-			await(t, "a limited answer", func() bool {
-				a := ask(http.MethodGet, "/probe")
-				return a.status == http.StatusOK && a.remaining != ""
-			})
-			var got []string
-			for range 4 {
-				a := ask(http.MethodGet, "/few")
-				got = append(got, fmt.Sprint(a.status, " ", a.limit, " ", a.remaining))
-			}
-			if diff := cmp.Diff([]string{"200 3 2", "200 3 1", "200 3 0", "429 3 0"}, got); diff != "" {
-				t.Errorf("-want +got:\n%s", diff)
-			}
-			if a := ask(http.MethodGet, "/unlimited"); a.status != http.StatusOK || a.limit != "" {
+			limiter := mesh.run(t)
+			istio.startProxy(t, mesh.c, e.pod)
+			e.fewLimited(t)
+			if a := e.ask(t, http.MethodGet, "/unlimited"); a.status != http.StatusOK || a.limit != "" {
 				t.Errorf("the client receives rate limit headers of the app: %+v", a)
 			}
-			if seen().Get("X-Ratelimit-Remaining") != "" {
-				t.Errorf("the app receives rate limit headers of the client: %v", seen())
+			if mesh.seen().Get("X-Ratelimit-Remaining") != "" {
+				t.Errorf("the app receives rate limit headers of the client: %v", mesh.seen())
 			}
 			took(t)
-			if row.kind == "istio-gateway" { // the waypoint's file has no example
-				c.do(t, example(t, file), "apply", "-f", "-")
-				await(t, "the host's own limit", func() bool { return ask(http.MethodPost, "/").remaining == "4" })
+			if e.kind == "istio-gateway" { // the waypoint's file has no example
+				mesh.c.do(t, example(t, file), "apply", "-f", "-")
+				await(t, "the host's own limit", func() bool { return e.ask(t, http.MethodPost, "/").remaining == "4" })
 			}
 			_ = limiter.Process.Kill()
 			<-limiter.exited
-			if a := ask(http.MethodGet, "/probe"); a.status != http.StatusServiceUnavailable {
+			if a := e.ask(t, http.MethodGet, "/probe"); a.status != http.StatusServiceUnavailable {
 				t.Errorf("without sluice: %+v", a)
 			}
 		})

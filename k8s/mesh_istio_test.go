@@ -98,7 +98,14 @@ static_resources:
         explicit_http_config: {http2_protocol_options: {}}
     load_assignment:
       cluster_name: xds-grpc
-      endpoints: [{lb_endpoints: [{endpoint: {address: {socket_address: {address: 127.0.0.1, port_value: 15010}}}}]}]
+      endpoints: [{lb_endpoints: [{endpoint: {address: {socket_address: {address: 127.0.0.1, port_value: 15012}}}}]}]
+    transport_socket:
+      name: tls
+      typed_config:
+        "@type": type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext
+        common_tls_context:
+          tls_certificates: [{certificate_chain: {filename: DIR/tls.crt}, private_key: {filename: DIR/tls.key}}]
+          validation_context: {trusted_ca: {filename: DIR/ca.crt}}
   - name: sds-grpc # certificates, for who asks for them
     type: STATIC
     typed_extension_protocol_options: *http2
@@ -107,14 +114,34 @@ static_resources:
       endpoints: [{lb_endpoints: [{endpoint: {address: {socket_address: {address: 127.0.0.1, port_value: 15999}}}}]}]
 `
 
-// startProxy starts an Envoy as the Istio proxy of a pod in namespace shop.
-func (p istioParts) startProxy(t *testing.T, kind, pod, labels, address string) {
+// istioPodOf is a pod in namespace shop for which an Istio proxy runs.
+type istioPodOf struct{ kind, name, account, labels, address string }
+
+// startProxy starts an Envoy as the Istio proxy of a pod. Istiod knows its
+// service account by a certificate of istiod's own CA.
+func (p istioParts) startProxy(t *testing.T, c *controlPlane, pod istioPodOf) {
 	t.Helper()
-	bootstrap := filepath.Join(t.TempDir(), "bootstrap.yaml")
-	text := strings.NewReplacer("KIND", kind, "ADDRESS", address, "POD", pod, "MARKS", labels).Replace(istioBootstrap)
-	if err := os.WriteFile(bootstrap, []byte(text), 0o600); err != nil {
+	dir := t.TempDir()
+	write := writeIn(t, dir)
+	secret := objectField(must(t, c.API, http.MethodGet, "/api/v1/namespaces/istio-system/secrets/istio-ca-secret", nil),
+		"data")
+	decoded := func(name string) []byte {
+		text, err := base64.StdEncoding.DecodeString(secret[name].(string))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return text
+	}
+	ca, err := tls.X509KeyPair(decoded("ca-cert.pem"), decoded("ca-key.pem"))
+	if err != nil {
 		t.Fatal(err)
 	}
+	write("ca.crt", string(decoded("ca-cert.pem")))
+	for name, text := range inPEM(t, signed(t, identity("/ns/shop/sa/"+pod.account), &ca)) {
+		write(name, string(text))
+	}
+	bootstrap := write("bootstrap.yaml", strings.NewReplacer("KIND", pod.kind, "ADDRESS", pod.address, "POD", pod.name,
+		"MARKS", pod.labels, "DIR", dir).Replace(istioBootstrap))
 	start(t, nil, p.proxy, "--config-path", bootstrap, "--disable-hot-restart", "--concurrency", "1")
 }
 
@@ -235,6 +262,7 @@ func TestMeshIstio(t *testing.T) {
 		r.run(t, i, "--linger=0s")
 	}
 	heard := listen(c.API)
+	sidecar := istioPodOf{"sidecar", "web", "default", "app: web, sluice.dev/inject: enabled", address}
 
 	t.Run("injection", func(t *testing.T) {
 		namespace(t, c, "shop", object{"istio-injection": "enabled"})
@@ -351,7 +379,7 @@ spec:
 				return start(t, nil, r.binary, "run", "--config", filepath.Join(dir, "sluice.yaml"))
 			}
 			limiter := run()
-			istio.startProxy(t, "sidecar", "web", "app: web, sluice.dev/inject: enabled", address)
+			istio.startProxy(t, c, sidecar)
 			await(t, "a limited answer", func() bool {
 				connection, err := net.Dial("tcp", "127.0.0.1:15006")
 				if err != nil {
@@ -440,7 +468,7 @@ limits: [{name: few, match: {paths: [/few]}, when: 'client.ip == "203.0.113.9"',
 		c.do(t, file+strict, "apply", "-f", "-")
 		authority := startAgent(t, "/ns/shop/sa/default")
 		start(t, nil, r.binary, "run", "--config", filepath.Join(dir, "sluice.yaml"))
-		istio.startProxy(t, "sidecar", "web", "app: web, sluice.dev/inject: enabled", address)
+		istio.startProxy(t, c, sidecar)
 		asks := func(account, path string) string {
 			q, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "https://"+address+":8080"+path, nil)
 			if err != nil {
