@@ -55,7 +55,7 @@ func (o Options) fields() fields {
 	if o.TLS != nil {
 		f["TLS"] = "true"
 		if o.TLS.Name != "" {
-			f["TLSName"] = strconv.Quote(o.TLS.Name)
+			f["TLSName"] = strconv.Quote(strings.Replace(o.TLS.Name, "*", "sluice-gateway", 1))
 		}
 		if o.TLS.ClientCert {
 			f["ClientCert"] = "true"

@@ -42,8 +42,10 @@ type Options struct {
 
 // TLS has what Envoy needs to connect to a sluice whose config has listen.tls.
 type TLS struct {
-	// Name is a DNS name in sluice's certificate. If it is empty, Envoy
-	// verifies the CA alone.
+	// Name is a DNS name in sluice's certificate. In a wildcard name the
+	// asterisk is replaced by "sluice-gateway". If Name is empty, Plain and
+	// Istio print that Envoy verifies the CA alone; IstioGateway, IstioWaypoint
+	// and Gateway return an error that wraps ErrNoName.
 	Name string
 	// ClientCert says that sluice requires a client certificate.
 	ClientCert bool

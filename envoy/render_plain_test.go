@@ -1,6 +1,7 @@
 package envoy
 
 import (
+	"errors"
 	"flag"
 	"os"
 	"os/exec"
@@ -10,6 +11,10 @@ import (
 )
 
 var update = flag.Bool("update", false, "write the files anew that people copy")
+
+// chartTLS fits the certificate that the chart has cert-manager issue, and its
+// default gateway.tls.clientCertificates.
+var chartTLS = &TLS{Name: "sluice-gateway.sluice-system.svc", ClientCert: true}
 
 // The YAML files in this directory are what the functions print.
 func TestFiles(t *testing.T) {
@@ -25,6 +30,9 @@ func TestFiles(t *testing.T) {
 		"istio-waypoint.yaml":        {IstioWaypoint, Options{}},
 		"envoy-gateway.yaml":         {Gateway, Options{}},
 		"envoy-gateway-sidecar.yaml": {Gateway, Options{Sluice: socket}},
+		"istio-gateway-tls.yaml":     {IstioGateway, Options{TLS: chartTLS}},
+		"istio-waypoint-tls.yaml":    {IstioWaypoint, Options{TLS: chartTLS}},
+		"envoy-gateway-tls.yaml":     {Gateway, Options{TLS: chartTLS}},
 	} {
 		got, err := tt.print(tt.o)
 		if err != nil {
@@ -101,6 +109,44 @@ func TestPlainRefuses(t *testing.T) {
 	} {
 		if _, err := Plain(o); err == nil || err.Error() != want {
 			t.Errorf("%+v: %v, want %s", o, err, want)
+		}
+	}
+}
+
+// What is printed for TLS names the certificate and what verifies it.
+func TestTLS(t *testing.T) {
+	for name, tt := range map[string]struct {
+		print func(Options) ([]byte, error)
+		tls   TLS
+		want  []string
+		not   string
+	}{
+		"istio-gateway": {IstioGateway, TLS{Name: "a.example"},
+			[]string{"mode: SIMPLE", `sni: "a.example"`, `subjectAltNames: ["a.example"]`}, "kind: Role"},
+		"istio-waypoint": {IstioWaypoint, TLS{Name: "a.example", ClientCert: true},
+			[]string{"mode: MUTUAL", "name: waypoint }"}, "mode: SIMPLE"},
+		"envoy-gateway": {Gateway, TLS{Name: "a.example"},
+			[]string{"kind: BackendTLSPolicy", `hostname: "a.example"`}, "backendTLS"},
+		"a wildcard": {Gateway, TLS{Name: "*.sluice-system.svc", ClientCert: true},
+			[]string{`hostname: "sluice-gateway.sluice-system.svc"`, "backendTLS:\n    clientCertificateRef"}, "*.sluice"},
+		"istio": {Istio, TLS{}, []string{"kind: ServiceEntry"}, "DestinationRule"},
+	} {
+		got, err := tt.print(Options{TLS: &tt.tls})
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		for _, want := range tt.want {
+			if !strings.Contains(string(got), want) {
+				t.Errorf("%s does not say %q", name, want)
+			}
+		}
+		if strings.Contains(string(got), tt.not) {
+			t.Errorf("%s says %q", name, tt.not)
+		}
+	}
+	for _, print := range []func(Options) ([]byte, error){IstioGateway, IstioWaypoint, Gateway} {
+		if _, err := print(Options{TLS: &TLS{}}); !errors.Is(err, ErrNoName) {
+			t.Errorf("%v, want %v", err, ErrNoName)
 		}
 	}
 }

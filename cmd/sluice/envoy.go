@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"net"
@@ -75,7 +76,10 @@ envoy-gateway   for a Gateway of Envoy Gateway, likewise`,
 				}
 			}
 			chain, err := chains[kind](o)
-			if err != nil {
+			switch {
+			case errors.Is(err, envoy.ErrNoName):
+				return fmt.Errorf("%s: %w", config, err)
+			case err != nil:
 				return fmt.Errorf("%s: listen.grpc: %w", config, err)
 			}
 			for _, w := range chainWarnings(kind, config, &o) {
@@ -102,9 +106,10 @@ func chainWarnings(kind, config string, o *envoy.Options) (all []string) {
 		all = append(all, "reads metadata, which Istio's gateways and waypoints do not send to an ext_authz service: "+
 			"it is always absent")
 	}
-	if o.TLS != nil && kind != "plain" && (kind != "istio" || !o.Metadata) {
-		all = append(all, "has listen.tls, for which nothing is printed here: "+
-			"in a mesh use a DestinationRule, with Envoy Gateway a BackendTLSPolicy")
+	if o.TLS != nil && kind == "istio" && !o.Metadata {
+		all = append(all, "has listen.tls, for which nothing is printed: "+
+			"sluice in a pod is asked on the loopback address, without TLS; "+
+			"remove listen.tls from the config of injected pods, or every request is answered with 503")
 	}
 	if config == "" {
 		return all

@@ -39,9 +39,9 @@ provider:
 extensionApis: {enableBackend: true}
 `
 
-// gatewayResources are a Gateway with its filters in the ORDER of the file, and
-// a route to the upstream UPSTREAM that does not trust its headers, as the
-// comments of the file say.
+// gatewayResources are a Gateway with the EnvoyProxy's settings PROXY, and a
+// route to the upstream UPSTREAM with the filter REMOVAL that the printed file
+// has in a comment.
 const gatewayResources = `
 apiVersion: gateway.networking.k8s.io/v1
 kind: GatewayClass
@@ -55,7 +55,7 @@ kind: EnvoyProxy
 metadata: {name: host}
 spec:
   provider: {type: Host, host: {envoyVersion: "VERSION"}}
-ORDER
+PROXY
 ---
 apiVersion: gateway.networking.k8s.io/v1
 kind: Gateway
@@ -84,8 +84,8 @@ spec: {endpoints: [{ip: {address: 127.0.0.1, port: UPSTREAM}}]}
 // own.
 const gatewayAddress = "127.0.0.1:8888"
 
-// startGateway runs an Envoy Gateway with resources and what sluice printed for
-// it, before an upstream. It waits until its Envoy listens.
+// startGateway runs an Envoy Gateway with what sluice printed for it, in front
+// of an upstream, and waits until its Envoy listens.
 func startGateway(t *testing.T, program, proxy, printed string, upstream *httptest.Server) {
 	t.Helper()
 	dir := t.TempDir()
@@ -95,10 +95,10 @@ func startGateway(t *testing.T, program, proxy, printed string, upstream *httpte
 		t.Fatal("no ResponseHeaderModifier")
 	}
 	removal = "    - type: ResponseHeaderModifier\n" + strings.ReplaceAll(removal, "#   ", "    ")
-	_, order, ok := strings.Cut(printed, "\n  filterOrder:\n")
-	if ok {
-		order, _, _ = strings.Cut(order, "\n  provider:")
-		order = "  filterOrder:\n" + order + "\n"
+	_, settings, ok := strings.Cut(printed, "\nkind: EnvoyProxy\nmetadata:\n  name: sluice\nspec:\n")
+	settings, _, isProvider := strings.Cut(settings, "  provider:\n")
+	if !ok || !isProvider {
+		t.Fatal("no EnvoyProxy")
 	}
 	_, port, err := net.SplitHostPort(upstream.Listener.Addr().String())
 	if err != nil {
@@ -110,17 +110,16 @@ func startGateway(t *testing.T, program, proxy, printed string, upstream *httpte
 		if err := os.MkdirAll(filepath.Dir(name), 0o700); err != nil {
 			t.Fatal(err)
 		}
-		text = strings.NewReplacer(
-			"DIR", dir, "VERSION", envoy.Version, "UPSTREAM", port, "REMOVAL\n", removal, "ORDER\n", order).
-			Replace(text)
 		if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
 		return name
 	}
+	fill := strings.NewReplacer("DIR", dir, "VERSION", envoy.Version, "UPSTREAM", port, "REMOVAL\n", removal,
+		"PROXY\n", settings)
 	put(printed, "resources", "sluice.yaml")
-	put(gatewayResources, "resources", "gateway.yaml")
-	own := put(gatewayConfig, "gateway.yaml")
+	put(fill.Replace(gatewayResources), "resources", "gateway.yaml")
+	own := put(fill.Replace(gatewayConfig), "gateway.yaml")
 	linked := filepath.Join(dir, "data", "envoy-versions", envoy.Version, "bin", "envoy")
 	if err := os.MkdirAll(filepath.Dir(linked), 0o700); err != nil {
 		t.Fatal(err)
@@ -281,7 +280,10 @@ spec: {controllerName: gateway.envoyproxy.io/gatewayclass-controller}
 apiVersion: gateway.networking.k8s.io/v1
 kind: Gateway
 metadata: {name: edge, namespace: shop}
-spec: {gatewayClassName: eg, listeners: [{name: http, protocol: HTTP, port: 8888}]}
+spec:
+  gatewayClassName: eg
+  listeners: [{name: http, protocol: HTTP, port: 8888}]
+  infrastructure: {parametersRef: {group: gateway.envoyproxy.io, kind: EnvoyProxy, name: sluice}}
 ---
 apiVersion: gateway.networking.k8s.io/v1
 kind: HTTPRoute
@@ -291,9 +293,25 @@ spec: {parentRefs: [{name: edge}], rules: [{backendRefs: [{name: web, port: 80}]
 apiVersion: v1
 kind: Service
 metadata: {name: sluice-gateway, namespace: sluice-system}
-spec: {clusterIP: 192.0.2.9, ports: [{name: grpc, port: 9001, protocol: TCP}]}
+spec: {clusterIP: 192.0.2.9, ports: [{name: grpc, port: 9001, protocol: TCP, appProtocol: APP}]}
 ---
 `
+
+// translated returns what Envoy Gateway's own translator makes of what sluice
+// printed, for the gateway above. app is the appProtocol of sluice's Service.
+func translated(t *testing.T, printed, app, to string) string {
+	t.Helper()
+	egctl := testenv.Program(t, "github.com/envoyproxy/gateway/cmd/egctl", envoyGateway)
+	// kubectl's own namespace is that of what names none.
+	printed = strings.ReplaceAll(printed, "\n  name: sluice\nspec:", "\n  name: sluice\n  namespace: shop\nspec:")
+	in := file(t, "resources.yaml", strings.Replace(gatewayInShop, "APP", app, 1)+printed)
+	out, err := exec.CommandContext(t.Context(), egctl, "x", "translate", "--from", "gateway-api", "--to", to, "--output",
+		"yaml", "--file", in).CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	return string(out)
+}
 
 // TestMeshEnvoyGatewayService checks that Envoy Gateway's translator accepts
 // the default output, for sluice as a Deployment in another namespace, with the
@@ -303,26 +321,13 @@ func TestMeshEnvoyGatewayService(t *testing.T) {
 	if os.Getenv("SLUICE_LONG") == "" {
 		t.Skip("builds egctl, which takes minutes: SLUICE_LONG=1")
 	}
-	egctl := testenv.Program(t, "github.com/envoyproxy/gateway/cmd/egctl", envoyGateway)
+	const cleartext = "kubernetes.io/h2c"
 	status, printed, stderr := sluice(t, nil, "envoy", "envoy-gateway")
 	if status != 0 {
 		t.Fatal(stderr)
 	}
-	translated := func(printed, to string) string {
-		t.Helper()
-		// A resource without a namespace belongs to kubectl's current one.
-		printed = strings.ReplaceAll(printed, "\n  name: sluice\nspec:", "\n  name: sluice\n  namespace: shop\nspec:")
-		in := file(t, "resources.yaml", gatewayInShop+printed)
-		out, err := exec.CommandContext(t.Context(), egctl, "x", "translate",
-			"--from", "gateway-api", "--to", to, "--output", "yaml", "--file", in).
-			CombinedOutput()
-		if err != nil {
-			t.Fatalf("%v\n%s", err, out)
-		}
-		return string(out)
-	}
 	policy := func(printed string) string {
-		_, status, _ := strings.Cut(translated(printed, "gateway-api"), "\nsecurityPolicies:\n")
+		_, status, _ := strings.Cut(translated(t, printed, cleartext, "gateway-api"), "\nsecurityPolicies:\n")
 		_, status, _ = strings.Cut(status, "\n  status:\n")
 		status, _, _ = strings.Cut(status, "controllerName")
 		return strings.Join(strings.Fields(status), " ")
@@ -330,8 +335,7 @@ func TestMeshEnvoyGatewayService(t *testing.T) {
 	if said := policy(printed); !strings.Contains(said, "Policy has been accepted.") {
 		t.Errorf("the policy: %s", said)
 	}
-	if xds := translated(printed, "xds"); !strings.Contains(xds, "address: 192.0.2.9") ||
-		!strings.Contains(xds, "extensions.filters.http.ext_authz.v3.ExtAuthz") {
+	if xds := translated(t, printed, cleartext, "xds"); !strings.Contains(xds, "address: 192.0.2.9") || !strings.Contains(xds, "extensions.filters.http.ext_authz.v3.ExtAuthz") {
 		t.Errorf("sluice is not asked:\n%s", xds)
 	}
 	before, grant, _ := strings.Cut(printed, "# It is for the Gateway's policy")
@@ -554,8 +558,13 @@ func TestMeshIstioctl(t *testing.T) {
 			t.Errorf("%s: no provider", name)
 		}
 	}
-	for _, kind := range []string{"istio-gateway", "istio-waypoint"} {
-		status, printed, stderr := sluice(t, nil, "envoy", kind)
+	authority := newAuthority(t)
+	secured := gatewayTLSFiles(t, authority, authority)
+	for _, args := range [][]string{
+		{"istio-gateway"}, {"istio-waypoint"}, {"istio-gateway", "--config", secured}, {"istio-waypoint", "--config", secured},
+	} {
+		kind := strings.Join(args, " ")
+		status, printed, stderr := sluice(t, nil, append([]string{"envoy"}, args...)...)
 		if status != 0 {
 			t.Fatal(stderr)
 		}
