@@ -210,7 +210,7 @@ func TestMeshContour(t *testing.T) {
 	})
 	t.Run("every virtual host", func(t *testing.T) {
 		_, global, _ := strings.Cut(file, "#     globalExtAuth:\n")
-		global, _, ok := strings.Cut(global, "# - Without")
+		global, _, ok := strings.Cut(global, "# - If sluice")
 		if !ok {
 			t.Fatal("no globalExtAuth")
 		}

@@ -104,8 +104,8 @@ static_resources:
       typed_config:
         "@type": type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext
         common_tls_context:
-          tls_certificates: [{certificate_chain: {filename: DIR/tls.crt}, private_key: {filename: DIR/tls.key}}]
-          validation_context: {trusted_ca: {filename: DIR/ca.crt}}
+          tls_certificates: [{certificate_chain: {filename: "DIR/tls.crt"}, private_key: {filename: "DIR/tls.key"}}]
+          validation_context: {trusted_ca: {filename: "DIR/ca.crt"}}
   - name: sds-grpc # certificates, for who asks for them
     type: STATIC
     typed_extension_protocol_options: *http2

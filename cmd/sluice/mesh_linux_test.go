@@ -90,7 +90,7 @@ func startGateway(t *testing.T, program, proxy, printed string, upstream *httpte
 	t.Helper()
 	dir := t.TempDir()
 	_, removal, _ := strings.Cut(printed, "#   - type: ResponseHeaderModifier\n")
-	removal, _, ok := strings.Cut(removal, "# It leaves alone")
+	removal, _, ok := strings.Cut(removal, "# That keeps")
 	if !ok {
 		t.Fatal("no ResponseHeaderModifier")
 	}
@@ -229,7 +229,8 @@ func TestMeshEnvoyGateway(t *testing.T) {
 	if !ok {
 		t.Fatal("no contextExtensions")
 	}
-	example = strings.Replace(example, "    # - { name: sluice.limit.login", "    - { name: sluice.limit.login", 1)
+	example = strings.NewReplacer("    # - name: sluice.limit.login", "    - name: sluice.limit.login",
+		"    #   type: Value", "      type: Value", "    #   value: ", "      value: ").Replace(example)
 	example = strings.Replace(example, "rate: 5/m", "rate: 1/m", 1)
 	startGateway(t, gateway, proxy, before+"    contextExtensions:\n"+example, upstream)
 
@@ -338,7 +339,7 @@ func TestMeshEnvoyGatewayService(t *testing.T) {
 	if xds := translated(t, printed, cleartext, "xds"); !strings.Contains(xds, "address: 192.0.2.9") || !strings.Contains(xds, "extensions.filters.http.ext_authz.v3.ExtAuthz") {
 		t.Errorf("sluice is not asked:\n%s", xds)
 	}
-	before, grant, _ := strings.Cut(printed, "# It is for the Gateway's policy")
+	before, grant, _ := strings.Cut(printed, "# This lets the Gateway's policy")
 	_, after, ok := strings.Cut(grant, "\n---\n")
 	if !ok {
 		t.Fatal("no grant")
@@ -457,8 +458,7 @@ func TestMeshEnvoyGatewayClaims(t *testing.T) {
 	for old, with := range map[string]string{
 		"remoteJWKS: { uri: https://issuer.example.com/jwks.json }": "localJWKS: { type: Inline, inline: '" + i.keys() + "' }",
 		"  jwt:\n": "  jwt:\n    optional: true\n",
-		"remove: [x-envoy-ratelimited] # and the headers that claims come in: x-jwt-plan": "remove: [x-envoy-ratelimited, " +
-			"x-jwt-plan]",
+		"remove: [x-envoy-ratelimited] # add the headers of claims, such as x-jwt-plan": "remove: [x-envoy-ratelimited, x-jwt-plan]",
 	} {
 		if !strings.Contains(printed, old) {
 			t.Fatalf("no %q in\n%s", old, printed)

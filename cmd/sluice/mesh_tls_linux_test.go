@@ -126,7 +126,7 @@ func TestMeshEnvoyGatewayTLS(t *testing.T) {
 		logged    string // by sluice
 	}{
 		{"as printed", printed + good, limited, ""},
-		{"no BackendTLSPolicy", without(t, printed, "# TLS to sluice", "# What a client says") + good, refused,
+		{"no BackendTLSPolicy", without(t, printed, "# TLS to sluice", "# This removes") + good, refused,
 			"first record does not look like a TLS handshake"},
 		{"no ConfigMap", printed + strings.Replace(good, "name: sluice-ca", "name: other", 1), broken, ""},
 		{"no Secret", printed + strings.Replace(good, "name: sluice-tls", "name: other", 1), broken, ""},
@@ -146,8 +146,7 @@ func TestMeshEnvoyGatewayTLS(t *testing.T) {
 			upstream := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
 			defer upstream.Close()
 			startGateway(t, gateway, proxy, row.resources, upstream)
-			var got []int
-			for range 3 {
+			ask := func() int {
 				r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+gatewayAddress, nil)
 				if err != nil {
 					t.Fatal(err)
@@ -158,11 +157,14 @@ func TestMeshEnvoyGatewayTLS(t *testing.T) {
 					t.Fatal(err)
 				}
 				_ = response.Body.Close()
-				got = append(got, response.StatusCode)
+				return response.StatusCode
 			}
-			if !slices.Equal(got, row.want) {
+			if got := []int{ask(), ask(), ask()}; !slices.Equal(got, row.want) {
 				t.Errorf("%v, want %v", got, row.want)
 			}
+			eventually(t, "the log of a refusal", func() bool { // sluice logs one failed handshake in 10 s
+				return strings.Contains(limiter.logged(), row.logged) || ask() != row.want[0]
+			})
 			if log := limiter.logged(); !strings.Contains(log, row.logged) {
 				t.Errorf("the log does not say %q:\n%s", row.logged, log)
 			}
