@@ -57,7 +57,10 @@ func FuzzParseAddr(f *testing.F) {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
-		a := parseAddr(s)
+		var a netip.Addr
+		if cost := allocates(func() { a = parseAddr(s) }); cost > 16<<10+32*len(s) {
+			t.Errorf("%q: %d bytes are allocated", s, cost)
+		}
 		if a.Is4In6() || a.Zone() != "" || a.IsValid() && parseAddr(a.String()) != a {
 			t.Fatalf("%q: %v", s, a)
 		}

@@ -429,7 +429,11 @@ func FuzzParse(f *testing.F) {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, text []byte) {
-		c, err := Parse("fuzz.yaml", text, env())
+		var c *Config
+		var err error
+		if cost := allocates(func() { c, err = Parse("fuzz.yaml", text, env()) }); cost > 64<<20 {
+			t.Errorf("%q: %d bytes are allocated", text, cost)
+		}
 		if err != nil {
 			for _, m := range mistakes(t, err) {
 				if m.Message == "" {

@@ -58,7 +58,11 @@ func FuzzExpression(f *testing.F) {
 		req := request(t,
 			"POST h.example.com/a/b?q="+secret+" with a="+secret+" context x="+secret+` claim n="`+secret+`"`)
 		for _, p := range []purpose{forKey, forWhen, forCost} {
-			e, mistakes := compile(text, p)
+			var e *expression
+			var mistakes []expressionError
+			if cost := allocates(func() { e, mistakes = compile(text, p) }); cost > 32<<20 {
+				t.Errorf("%q: %d bytes are allocated", text, cost)
+			}
 			if (e == nil) == (mistakes == nil) {
 				t.Fatalf("%q: %v and %v", text, e, mistakes)
 			}

@@ -146,7 +146,10 @@ func FuzzHosts(f *testing.F) {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, sent string) {
-		s := newSubject(&Request{Host: sent}, &clientIP{})
+		var s *subject
+		if cost := allocates(func() { s = newSubject(&Request{Host: sent}, &clientIP{}) }); cost > 16<<10+32*len(sent) {
+			t.Errorf("%q: %d bytes are allocated", sent, cost)
+		}
 		// Four ways to read a host, and the empty reading of an invalid one.
 		if len(s.hosts) < 1 || len(s.hosts) > 5 {
 			t.Fatalf("%q: %q", sent, s.hosts)

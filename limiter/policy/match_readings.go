@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"slices"
 	"strings"
-	"unicode"
 )
 
 // Servers disagree about which resource a path names. A habit is one step that
@@ -42,8 +41,8 @@ const (
 	// cutDecoded removes the first NUL, ? or # that decoding produces and
 	// everything after it, and then trailing line ends.
 	cutDecoded
-	// refuseControls reads a path as / if decoding produces a control
-	// character: such a server has no route for it.
+	// refuseControls reads a path as / if decoding produces a control character
+	// of ASCII: such a server has no route for it.
 	refuseControls
 	// dropParams removes ; and what follows it from each segment.
 	dropParams
@@ -221,7 +220,7 @@ func readPath(path string, h habits) string {
 	if has(cutDecoded) {
 		b = bytes.TrimRight(cutAt(b, "\x00?#"), "\r\n")
 	}
-	if has(refuseControls) && bytes.ContainsFunc(b, unicode.IsControl) {
+	if has(refuseControls) && bytes.ContainsFunc(b, isControl) {
 		return "/"
 	}
 	if has(dropParams) {
@@ -238,6 +237,9 @@ func readPath(path string, h habits) string {
 	}
 	return string(b)
 }
+
+// isControl reports whether r is a control character of ASCII.
+func isControl(r rune) bool { return r < ' ' || r == 0x7f }
 
 // cutAt removes the first of the given bytes and everything after it.
 func cutAt(path []byte, any string) []byte {

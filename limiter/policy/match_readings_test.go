@@ -153,13 +153,17 @@ func TestHabitsThatMatter(t *testing.T) {
 
 func FuzzPathReadings(f *testing.F) {
 	for _, seed := range []string{"", "/", "//", "/a", "/a/", "/a/../b", "/%2e%2e/a", "/a;b/c", "\\a", "/%", "/%4",
-		"/\xff", "/a%2fb/", "/.a", "..;/x", "/a#b", "//h/x", "/a\t", "http://h/x"} {
+		"/\xff", "/a%2fb/", "/.a", "..;/x", "/a#b", "//h/x", "/a\t", "http://h/x", "/\u0097", "/%c2%97"} {
 		f.Add(seed)
 	}
-	f.Fuzz(checkReadingsOf)
+	f.Fuzz(func(t *testing.T, sent string) {
+		path, _, _ := strings.Cut(sent, "?")
+		if cost := allocates(func() { appendReadings(nil, path) }); cost > 32<<10+512*len(path) {
+			t.Errorf("%q: %d bytes are allocated", path, cost)
+		}
+		checkReadings(t, path)
+	})
 }
-
-func checkReadingsOf(t *testing.T, path string) { checkReadings(t, path) }
 
 // TestReadingsAreBounded checks that reading a path of ten times the length
 // takes about ten times as long. Both are measured in turn, and the least time
@@ -226,7 +230,10 @@ func FuzzNormalPath(f *testing.F) {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, path string) {
-		got := normalizePath(path)
+		var got string
+		if cost := allocates(func() { got = normalizePath(path) }); cost > 16<<10+16*len(path) {
+			t.Errorf("%q: %d bytes are allocated", path, cost)
+		}
 		if got == "" || got[0] != '/' || got != "/" && strings.HasSuffix(got, "/") || len(got) > len(path)+1 {
 			t.Fatalf("%q: %q", path, got)
 		}
