@@ -159,7 +159,9 @@ func TestChaosBound(t *testing.T) {
 			t.Logf("the seed is %d", seed)
 
 			limits := map[string]Bucket{
-				"fast": bucket(t, 200, time.Second, 50), "slow": bucket(t, 7, time.Second, 20), "all": bucket(t, 500, time.Second, 300),
+				"fast": bucket(t, 200, time.Second, 50),
+				"slow": bucket(t, 7, time.Second, 20),
+				"all":  bucket(t, 500, time.Second, 300),
 			}
 			var mu sync.Mutex
 			granted, outcomes := record{}, map[Outcome]int{}

@@ -61,7 +61,8 @@ func NewBucket(tokens int64, period time.Duration, burst int64) (Bucket, error) 
 	b := Bucket{n: n, p: p, burst: burst}
 	// The product passes 2^64 long after it passes maxFill, so compare it as a float.
 	if float64(burst)*float64(p)/float64(n) > float64(maxFill.Microseconds()) {
-		return Bucket{}, fmt.Errorf("a burst of %d at %d tokens each %v takes longer than 100 years to fill", burst, tokens, period)
+		return Bucket{}, fmt.Errorf("a burst of %d at %d tokens each %v takes longer than 100 years to fill", burst, tokens,
+			period)
 	}
 	return b, nil
 }

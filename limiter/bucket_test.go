@@ -105,7 +105,10 @@ func TestWaitIsTheLeast(t *testing.T) {
 func TestDrawConvertsDown(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		from, to := anyBucket().Draw(t, "from"), anyBucket().Draw(t, "to")
-		l := level{tokens: rapid.Int64Range(0, from.burst-1).Draw(t, "tokens"), frac: rapid.Int64Range(0, from.p-1).Draw(t, "frac")}
+		l := level{
+			tokens: rapid.Int64Range(0, from.burst-1).Draw(t, "tokens"),
+			frac:   rapid.Int64Range(0, from.p-1).Draw(t, "frac"),
+		}
 		got, moved := levelAt(state{shape: from, level: l, at: 7}, to, 7)
 		if moved != (from != to) {
 			t.Fatalf("moved: %v", moved)

@@ -21,8 +21,19 @@ func TestCallerHangsUp(t *testing.T) {
 		b := bucket(t, 1, day, 10)
 		for _, mode := range []FailureMode{Allow, Local, Delegate, Deny} {
 			limit := &Limit{Domain: "test", Name: fmt.Sprint("on-failure-", mode), OnFailure: mode}
-			mine := Charge{Limit: limit, Bucket: b, Key: fmt.Sprintf("sluice:test:a:{%s-%v}", name, mode), Cost: 1, Local: b.Share(.5)}
-			other := Charge{Limit: &Limit{Domain: "test", Name: "other", OnFailure: Deny}, Bucket: b, Key: fmt.Sprintf("sluice:test:b:{other-%v}", mode), Cost: 1}
+			mine := Charge{
+				Limit:  limit,
+				Bucket: b,
+				Key:    fmt.Sprintf("sluice:test:a:{%s-%v}", name, mode),
+				Cost:   1,
+				Local:  b.Share(.5),
+			}
+			other := Charge{
+				Limit:  &Limit{Domain: "test", Name: "other", OnFailure: Deny},
+				Bucket: b,
+				Key:    fmt.Sprintf("sluice:test:b:{other-%v}", mode),
+				Cost:   1,
+			}
 			shadow := mine.shadow()
 			shadow.Key = fmt.Sprintf("sluice:test:c:{%s-%v}", name, mode)
 			for what, charges := range map[string][]Charge{"one": {mine}, "a shadow": {shadow}, "several": {mine, other, shadow}} {
@@ -37,7 +48,8 @@ func TestCallerHangsUp(t *testing.T) {
 					t.Errorf("%s, %v, %s: took %v", name, mode, what, took)
 				}
 			}
-			if d := Decide(t.Context(), r, []Charge{mine}); d.Outcome != Allowed || d.Verdicts[0].Remaining != 9 || d.Verdicts[0].Source != RedisSource {
+			if d := Decide(t.Context(), r, []Charge{mine}); d.Outcome != Allowed || d.Verdicts[0].Remaining != 9 ||
+				d.Verdicts[0].Source != RedisSource {
 				t.Errorf("%s, %v: afterwards %+v", name, mode, d)
 			}
 		}

@@ -174,7 +174,8 @@ func TestChaosLostAnswers(t *testing.T) {
 				}
 			}
 			if executed < lost*9/10 {
-				t.Errorf("%s: only %d of %d takes were executed: the fault came too early to say anything", fault.name, executed, lost)
+				t.Errorf("%s: only %d of %d takes were executed: the fault came too early to say anything", fault.name, executed,
+					lost)
 			}
 			t.Logf("%s: %d of %d takes were executed once, and none twice", fault.name, executed, lost)
 		}

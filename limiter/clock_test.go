@@ -27,7 +27,8 @@ func startStepped(t *testing.T) stepped {
 	if cc == "" {
 		cc = "cc"
 	}
-	if out, err := exec.Command(cc, "-shared", "-fPIC", "-O1", "-o", library, "testdata/clock.c", "-ldl").CombinedOutput(); err != nil {
+	if out, err := exec.Command(cc, "-shared", "-fPIC", "-O1", "-o", library, "testdata/clock.c",
+		"-ldl").CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
 	s := stepped{t: t, file: file}

@@ -164,7 +164,8 @@ func testDistance(t *testing.T, away time.Duration, perSecond int) {
 			return
 		}
 		p99 := took[len(took)*99/100]
-		t.Logf("of %d takes %d failed, 99 %% took at most %v, the slowest %v; %d connections at once; %d more while the machine was slow",
+		t.Logf(
+			"of %d takes %d failed, 99 %% took at most %v, the slowest %v; %d connections at once; %d more while the machine was slow",
 			len(took), len(failed), p99, took[len(took)-1], proxy.Most(), excused)
 		if len(failed) > 0 {
 			t.Errorf("failed: %v", failed[:min(len(failed), 5)])
@@ -183,7 +184,11 @@ func testDistance(t *testing.T, away time.Duration, perSecond int) {
 // it, and returns how long takes took, in order, and why they failed, without
 // those that the machine kept waiting: by more than disturbed, or by more than
 // left where a take failed.
-func takesBy(machine *control, away, disturbed, left time.Duration, load func(decided func(began time.Time, d *Decision))) (took []time.Duration, failed []error, excused int) {
+func takesBy(
+	machine *control,
+	away, disturbed, left time.Duration,
+	load func(decided func(began time.Time, d *Decision)),
+) (took []time.Duration, failed []error, excused int) {
 	type answer struct {
 		began, ended time.Time
 		err          error
@@ -198,7 +203,8 @@ func takesBy(machine *control, away, disturbed, left time.Duration, load func(de
 	})
 	<-time.After(2 * away) // until the control has its answers
 	for _, a := range all {
-		if machine.excuses(a.began, a.ended, disturbed) || a.err != nil && machine.excuses(a.began.Add(-aftermath-4*away), a.ended, left) {
+		if machine.excuses(a.began, a.ended, disturbed) ||
+			a.err != nil && machine.excuses(a.began.Add(-aftermath-4*away), a.ended, left) {
 			excused++
 			continue
 		}
@@ -226,25 +232,32 @@ func TestChaosBurstOfKeys(t *testing.T) {
 	}
 	shape := bucket(t, 1, time.Minute, 5)
 	var next, bursts atomic.Int64
-	took, failed, excused := takesBy(machine, away, disturbed, disturbed, func(decided func(began time.Time, d *Decision)) {
-		meanwhile(func() {
-			pace(perSecond, lasts, func() {
-				began := time.Now()
-				d := Decide(context.Background(), r, []Charge{charge(shape, fmt.Sprint("other-", next.Add(1)))})
-				decided(began, &d)
+	took, failed, excused := takesBy(
+		machine,
+		away,
+		disturbed,
+		disturbed,
+		func(decided func(began time.Time, d *Decision)) {
+			meanwhile(func() {
+				pace(perSecond, lasts, func() {
+					began := time.Now()
+					d := Decide(context.Background(), r, []Charge{charge(shape, fmt.Sprint("other-", next.Add(1)))})
+					decided(began, &d)
+				})
+			}, func() {
+				pace(2, lasts, func() {
+					bursts.Add(1)
+					var wg sync.WaitGroup
+					for range burst {
+						wg.Go(func() { Decide(context.Background(), r, []Charge{charge(shape, fmt.Sprint("burst-", next.Add(1)))}) })
+					}
+					wg.Wait()
+				})
 			})
-		}, func() {
-			pace(2, lasts, func() {
-				bursts.Add(1)
-				var wg sync.WaitGroup
-				for range burst {
-					wg.Go(func() { Decide(context.Background(), r, []Charge{charge(shape, fmt.Sprint("burst-", next.Add(1)))}) })
-				}
-				wg.Wait()
-			})
-		})
-	})
-	t.Logf("beside %d bursts %d of %d takes were refused, and %d more while the machine was slow: %v", bursts.Load(), len(failed), len(took), excused, failed[:min(len(failed), 5)])
+		},
+	)
+	t.Logf("beside %d bursts %d of %d takes were refused, and %d more while the machine was slow: %v", bursts.Load(),
+		len(failed), len(took), excused, failed[:min(len(failed), 5)])
 	if 100*len(failed) > len(took) {
 		t.Errorf("%d of %d were refused", len(failed), len(took))
 	}

@@ -21,7 +21,8 @@ func ExampleDecide() {
 		return limiter.Charge{Limit: &limiter.Limit{Name: name}, Bucket: bucket, Key: name, Cost: cost}
 	}
 	for range 2 {
-		decision := limiter.Decide(context.Background(), store, []limiter.Charge{charge("client", 10, 1), charge("all", 5, 3)})
+		decision := limiter.Decide(context.Background(), store,
+			[]limiter.Charge{charge("client", 10, 1), charge("all", 5, 3)})
 		fmt.Println(decision.Outcome)
 		for i, verdict := range decision.Verdicts {
 			fmt.Println(" ", decision.Charges[i].Limit.Name, verdict.Allowed, verdict.Remaining)

@@ -44,7 +44,8 @@ func TestLocal(t *testing.T) {
 	}
 	server.Kill()
 	d := Decide(context.Background(), r, []Charge{a})
-	if v := d.Verdicts[0]; d.Outcome != Allowed || !d.Local || v.Source != LocalSource || v.Remaining != 4 || v.Err != nil {
+	if v := d.Verdicts[0]; d.Outcome != Allowed || !d.Local || v.Source != LocalSource || v.Remaining != 4 ||
+		v.Err != nil {
 		t.Fatalf("%+v", d)
 	}
 	if n := take(20, a); n != 4 {
@@ -60,7 +61,8 @@ func TestLocal(t *testing.T) {
 	}
 	server.Restart()
 	waitForAnswer(t, r.redis, plain)
-	if d := Decide(context.Background(), r, []Charge{a}); d.Local || d.Verdicts[0].Source != RedisSource || d.Verdicts[0].Remaining != 6 {
+	if d := Decide(context.Background(), r, []Charge{a}); d.Local || d.Verdicts[0].Source != RedisSource ||
+		d.Verdicts[0].Remaining != 6 {
 		t.Errorf("%+v", d)
 	}
 	// What Redis says is left is the most that an outage begins with.
@@ -116,7 +118,8 @@ func TestShare(t *testing.T) {
 		if s.n < 1 || s.p < minP || s.p > maxPeriod.Microseconds() || s.n > MaxTokens*minP || s.burst < 1 {
 			t.Fatalf("%+v of %+v by %v: the script would refuse it", s, b, part)
 		}
-		if s.burst > max(1, int64(part*float64(b.burst))) || rate > max(want, 1/float64(s.p))*1.0001 || rate < want-1/float64(s.p)-want*2e-6/part {
+		if s.burst > max(1, int64(part*float64(b.burst))) || rate > max(want, 1/float64(s.p))*1.0001 ||
+			rate < want-1/float64(s.p)-want*2e-6/part {
 			t.Fatalf("%+v of %+v by %v: rate %v, want %v", s, b, part, rate, want)
 		}
 	}
@@ -125,7 +128,8 @@ func TestShare(t *testing.T) {
 func anyBucketOf(t *testing.T, random *rand.Rand) Bucket {
 	t.Helper()
 	for {
-		b, err := NewBucket(1+random.Int64N(1<<random.IntN(30)), time.Duration(1+random.Int64N(1<<random.IntN(44)))*time.Microsecond, 1+random.Int64N(1<<random.IntN(30)))
+		b, err := NewBucket(1+random.Int64N(1<<random.IntN(30)),
+			time.Duration(1+random.Int64N(1<<random.IntN(44)))*time.Microsecond, 1+random.Int64N(1<<random.IntN(30)))
 		if err == nil {
 			return b
 		}

@@ -18,7 +18,8 @@ func TestFrozenRedisHurriedCallers(t *testing.T) {
 	const timeout, callerWaits = time.Second, 200 * time.Millisecond
 	node := redistest.StartNode(t)
 	core, logged := observer.New(zap.WarnLevel)
-	r, err := NewRedis(RedisOptions{URL: "redis://" + node.Addr, Timeout: timeout}, zap.New(core), prometheus.NewRegistry())
+	r, err := NewRedis(RedisOptions{URL: "redis://" + node.Addr, Timeout: timeout}, zap.New(core),
+		prometheus.NewRegistry())
 	if err != nil {
 		t.Fatal(err)
 	}

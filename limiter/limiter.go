@@ -173,7 +173,18 @@ const (
 )
 
 // Outcomes lists all outcomes in the order of their values.
-var Outcomes = []Outcome{Unmatched, Allowed, Limited, FailedOpen, FailedClosed, Delegated, Exempt, Invalid, FailedLocal, Canceled}
+var Outcomes = []Outcome{
+	Unmatched,
+	Allowed,
+	Limited,
+	FailedOpen,
+	FailedClosed,
+	Delegated,
+	Exempt,
+	Invalid,
+	FailedLocal,
+	Canceled,
+}
 
 // String returns the outcome's name in metrics, metadata and logs.
 func (o Outcome) String() string {

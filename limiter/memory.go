@@ -92,8 +92,9 @@ func newMemory(name string, budget int64, now func() int64, log *zap.Logger, met
 		sweeps: newSweeps(table),
 		swept:  newSwept(table),
 		shared: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "sluice_overflow_takes_total",
-			Help: "Total number of takes from a bucket that new keys of a limit share because the table of buckets is full.", ConstLabels: table,
+			Name:        "sluice_overflow_takes_total",
+			Help:        "Total number of takes from a bucket that new keys of a limit share because the table of buckets is full.",
+			ConstLabels: table,
 		}),
 	}
 	for i := range m.shards {
@@ -114,7 +115,9 @@ func newSweeps(table prometheus.Labels) prometheus.Counter {
 
 func newSwept(table prometheus.Labels) prometheus.Counter {
 	return prometheus.NewCounter(prometheus.CounterOpts{
-		Name: "sluice_janitor_swept_total", Help: "Total number of entries that sweeps dropped, such as buckets that were full again.", ConstLabels: table,
+		Name:        "sluice_janitor_swept_total",
+		Help:        "Total number of entries that sweeps dropped, such as buckets that were full again.",
+		ConstLabels: table,
 	})
 }
 
@@ -319,7 +322,8 @@ func (m *Memory) sweep() {
 	m.sweeps.Inc()
 	m.swept.Add(float64(swept))
 	if n := m.sharedBefore.Swap(0); n > 0 {
-		m.log.Warn("the table of buckets is full: new keys of a limit share one bucket", zap.Int64("buckets", m.entries.Load()), zap.Int64("takes", n))
+		m.log.Warn("the table of buckets is full: new keys of a limit share one bucket",
+			zap.Int64("buckets", m.entries.Load()), zap.Int64("takes", n))
 	}
 }
 

@@ -27,7 +27,8 @@ func TestMemorySweepsWhatIsFull(t *testing.T) {
 		t.Helper()
 		m.sweep()
 		if m.entries.Load() != entries || testutil.ToFloat64(m.swept) != swept {
-			t.Errorf("%d entries after %v swept, want %d after %v", m.entries.Load(), testutil.ToFloat64(m.swept), entries, swept)
+			t.Errorf("%d entries after %v swept, want %d after %v", m.entries.Load(), testutil.ToFloat64(m.swept), entries,
+				swept)
 		}
 	}
 	sweep(2, 0)
@@ -196,11 +197,17 @@ func TestMemoryInBytes(t *testing.T) {
 		m := NewMemory(32<<20, nil, prometheus.NewRegistry())
 		verdicts := make([]Verdict, 1)
 		for i := range tt.keys {
-			c := Charge{Limit: limit, Bucket: b, Key: fmt.Sprintf("sluice:shop/checkout:per-client:{%0*d}", tt.length-34, i), Cost: 1}
+			c := Charge{
+				Limit:  limit,
+				Bucket: b,
+				Key:    fmt.Sprintf("sluice:shop/checkout:per-client:{%0*d}", tt.length-34, i),
+				Cost:   1,
+			}
 			m.Take(t.Context(), []Charge{c}, verdicts)
 		}
 		took := heap() - before
-		t.Logf("%d keys of %d bytes: %d buckets in %d kB, counted as %d kB", tt.keys, tt.length, m.entries.Load(), took>>10, m.bytes.Load()>>10)
+		t.Logf("%d keys of %d bytes: %d buckets in %d kB, counted as %d kB", tt.keys, tt.length, m.entries.Load(), took>>10,
+			m.bytes.Load()>>10)
 		if took > 32<<20 {
 			t.Errorf("%d keys of %d bytes take %d kB, want at most 32 MiB", tt.keys, tt.length, took>>10)
 		}

@@ -105,8 +105,10 @@ func TestChaosKilledRedis(t *testing.T) {
 				t.Errorf("recovered only %v after Redis was back", took)
 			}
 			over := excess(b, w.granted[a.Key])
-			t.Logf("the last failure was %v after Redis was back; %.1f tokens over the bound of a bucket of %d", w.failedUntil(back), over, b.burst)
-			if over > tt.most*float64(b.burst) && !(tt.most == 0 && strings.Contains(server.Log(), "Asynchronous AOF fsync is taking too long")) {
+			t.Logf("the last failure was %v after Redis was back; %.1f tokens over the bound of a bucket of %d",
+				w.failedUntil(back), over, b.burst)
+			if over > tt.most*float64(b.burst) &&
+				!(tt.most == 0 && strings.Contains(server.Log(), "Asynchronous AOF fsync is taking too long")) {
 				t.Errorf("%v tokens over the bound", over)
 			}
 			if tt.most > 0 && over < float64(b.burst)/2 {
@@ -248,7 +250,8 @@ func TestOverload(t *testing.T) {
 		p99 = append(p99, part[len(part)*99/100])
 	}
 	slices.Sort(p99)
-	t.Logf("of %d takes %d were carried, %d too late and %d shed, 99 %% of them in %v (at worst %v); at most %d at once", perSecond*int(lasts.Seconds()), carried.Load(), late.Load(), len(shed), p99[len(p99)/2], p99[len(p99)-1], most.Load())
+	t.Logf("of %d takes %d were carried, %d too late and %d shed, 99 %% of them in %v (at worst %v); at most %d at once",
+		perSecond*int(lasts.Seconds()), carried.Load(), late.Load(), len(shed), p99[len(p99)/2], p99[len(p99)-1], most.Load())
 	if disturbed > lasts/4 {
 		t.Logf("the machine was slow for %v: this says little", disturbed)
 		return
@@ -289,7 +292,8 @@ func TestFailoverWithFrozenReplication(t *testing.T) {
 			t.Error(err)
 		}
 		heir := replica.Client()
-		eventually(t, "the replica is the master", func() bool { return strings.Contains(heir.Info(ctx, "replication").Val(), "role:master") })
+		eventually(t, "the replica is the master",
+			func() bool { return strings.Contains(heir.Info(ctx, "replication").Val(), "role:master") })
 		switched, old = time.Now(), time.Now()
 		ran := scripts(t, master.Server)
 		for time.Since(switched) < well {
@@ -300,7 +304,9 @@ func TestFailoverWithFrozenReplication(t *testing.T) {
 		}
 	})
 	over, most := excess(b, w.granted[a.Key]), burst+rate*old.Sub(switched).Seconds()
-	t.Logf("%v; the old master answered for %v; %.1f tokens over the bound of a bucket, of at most %.1f; the last failure was %v after the switch", w.outcomes, old.Sub(switched), over, most, w.failedUntil(switched))
+	t.Logf(
+		"%v; the old master answered for %v; %.1f tokens over the bound of a bucket, of at most %.1f; the last failure was %v after the switch",
+		w.outcomes, old.Sub(switched), over, most, w.failedUntil(switched))
 	if over > most {
 		t.Errorf("%.1f tokens over the bound, of at most %.1f", over, most)
 	}
@@ -391,7 +397,8 @@ func TestPoisonedKey(t *testing.T) {
 				case caller < 4:
 					Decide(t.Context(), r, []Charge{list})
 				case caller < 8:
-					if d := Decide(t.Context(), r, []Charge{newer}); d.Outcome == FailedClosed && KindOf(d.Verdicts[0].Err) != KindState {
+					if d := Decide(t.Context(), r, []Charge{newer}); d.Outcome == FailedClosed &&
+						KindOf(d.Verdicts[0].Err) != KindState {
 						t.Errorf("%+v", d.Verdicts[0])
 					}
 				default:

@@ -230,7 +230,8 @@ func (r *Redis) deadline(ctx context.Context) time.Time {
 	}
 	if left := deadline.Sub(now); left > 0 && left+deadlineMargin < r.timeout {
 		r.hurried.Do(func() {
-			r.log.Warn("store.redis.timeout is longer than the caller's deadline; set it below the timeout of Envoy's ext_authz filter",
+			r.log.Warn(
+				"store.redis.timeout is longer than the caller's deadline; set it below the timeout of Envoy's ext_authz filter",
 				zap.Duration("timeout", r.timeout), zap.Duration("caller", left+deadlineMargin))
 		})
 	}

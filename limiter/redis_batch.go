@@ -165,7 +165,11 @@ func (n *node) hopelessLocked(now time.Time, t *pending) error {
 	if need <= left {
 		return nil
 	}
-	return &StoreError{Kind: KindOverload, Err: fmt.Errorf("%s: overloaded: %d charges are queued, and the deadline is in %v", n.name, n.charges, left.Round(time.Millisecond))}
+	return &StoreError{
+		Kind: KindOverload,
+		Err: fmt.Errorf("%s: overloaded: %d charges are queued, and the deadline is in %v", n.name, n.charges,
+			left.Round(time.Millisecond)),
+	}
 }
 
 // startBatchLocked gives the takes that wait, or as many as a call carries, to
@@ -347,7 +351,10 @@ func isFailure(err *StoreError) bool { return err.Kind == KindTimeout || err.Kin
 func (n *node) fail(batch []*pending, err error, had time.Duration) error {
 	failed := storeError(err)
 	if failed.Kind == KindTimeout && !errors.As(err, new(*StoreError)) {
-		failed = &StoreError{Kind: KindTimeout, Err: fmt.Errorf("%s did not answer within %v: %w", n.name, had.Round(time.Millisecond), err)}
+		failed = &StoreError{
+			Kind: KindTimeout,
+			Err:  fmt.Errorf("%s did not answer within %v: %w", n.name, had.Round(time.Millisecond), err),
+		}
 	}
 	for _, t := range batch {
 		if t.reply == "" && t.err == nil {

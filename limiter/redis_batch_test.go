@@ -328,7 +328,8 @@ func TestTakesLeave(t *testing.T) {
 		if <-dropped.done; !errors.Is(dropped.err, context.Canceled) || dropped.abandoned {
 			t.Errorf("dropped: %+v", dropped)
 		}
-		if <-hurried.done; !errors.Is(hurried.err, context.DeadlineExceeded) || hurried.abandoned || hurried.took != 20*time.Millisecond {
+		if <-hurried.done; !errors.Is(hurried.err, context.DeadlineExceeded) || hurried.abandoned ||
+			hurried.took != 20*time.Millisecond {
 			t.Errorf("hurried: %+v", hurried)
 		}
 		if <-first.done; KindOf(first.err) != KindTimeout || first.took != 100*time.Millisecond {
@@ -351,7 +352,8 @@ func TestTakesLeave(t *testing.T) {
 		f.ended <- nil
 		<-solo.done
 		f.wantBatches(t, 2)
-		if <-long.done; !long.abandoned || !errors.Is(long.err, context.DeadlineExceeded) || long.took != 30*time.Millisecond {
+		if <-long.done; !long.abandoned || !errors.Is(long.err, context.DeadlineExceeded) ||
+			long.took != 30*time.Millisecond {
 			t.Errorf("in the air past its deadline: %+v", long)
 		}
 		f.ended <- nil
@@ -451,8 +453,11 @@ func TestBatchAgreesWithLevelAt(t *testing.T) {
 		clock.set(begin)
 		shapes := rapid.SliceOfN(anyBucket(), 1, 2).Draw(t, "shapes")
 		for range rapid.IntRange(1, 3).Draw(t, "calls") {
-			jump := rapid.OneOf(rapid.Int64Range(0, 2*shapes[0].wait(level{}, 1).Microseconds()), rapid.Int64Range(-time.Hour.Microseconds(), 0),
-				rapid.Int64Range(0, shapes[0].FillTime().Microseconds())).Draw(t, "jump")
+			jump := rapid.OneOf(rapid.Int64Range(0, 2*shapes[0].wait(level{}, 1).Microseconds()),
+				rapid.Int64Range(-time.Hour.Microseconds(), 0), rapid.Int64Range(0, shapes[0].FillTime().Microseconds())).Draw(
+				t,
+				"jump",
+			)
 			clock.set(min(clock.at+jump, 1<<53-1))
 			var requests [][]Charge
 			var batch []*pending
@@ -464,7 +469,8 @@ func TestBatchAgreesWithLevelAt(t *testing.T) {
 						continue
 					}
 					c := charge(rapid.SampledFrom(shapes).Draw(t, "of"), fmt.Sprint(key, sequences))
-					c.Cost = rapid.OneOf(rapid.Int64Range(0, 3), rapid.Int64Range(0, c.Bucket.burst), rapid.Just(int64(1)<<60)).Draw(t, "cost")
+					c.Cost = rapid.OneOf(rapid.Int64Range(0, 3), rapid.Int64Range(0, c.Bucket.burst), rapid.Just(int64(1)<<60)).Draw(t,
+						"cost")
 					c.Limit.OnFailure = rapid.SampledFrom([]FailureMode{Allow, Delegate, Deny}).Draw(t, "on failure")
 					if rapid.IntRange(0, 3).Draw(t, "shadow") == 0 {
 						c = c.shadow()
@@ -490,7 +496,8 @@ func TestBatchAgreesWithLevelAt(t *testing.T) {
 				for j, c := range charges {
 					want[j].Source = RedisSource
 					if got[j] != want[j] {
-						t.Fatalf("request %d: %+v of %+v at %d\nthe script says %+v\n   the maths say %+v", i, c, c.Limit, clock.at, got[j], want[j])
+						t.Fatalf("request %d: %+v of %+v at %d\nthe script says %+v\n   the maths say %+v", i, c, c.Limit, clock.at,
+							got[j], want[j])
 					}
 				}
 			}

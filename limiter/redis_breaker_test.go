@@ -95,7 +95,8 @@ func TestBreakerIsFair(t *testing.T) {
 // A node that leaves its cluster is forgotten, and so is that it did not answer.
 func TestNodesThatLeftAreForgotten(t *testing.T) {
 	nodes := redistest.StartCluster(t, 3)
-	r, err := NewRedis(RedisOptions{Mode: Cluster, Addresses: []string{nodes[0].Addr}, Timeout: 50 * time.Millisecond}, nil, prometheus.NewRegistry())
+	r, err := NewRedis(RedisOptions{Mode: Cluster, Addresses: []string{nodes[0].Addr}, Timeout: 50 * time.Millisecond},
+		nil, prometheus.NewRegistry())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -167,7 +167,8 @@ func boundHolds(b Bucket, random *rand.Rand, back func(Bucket, int64, int64) lev
 // newClusterStore is a store on a cluster.
 func newClusterStore(t *testing.T, nodes []*redistest.Node) *Redis {
 	t.Helper()
-	r, err := NewRedis(RedisOptions{Mode: Cluster, Addresses: []string{nodes[0].Addr}, Timeout: time.Minute}, nil, prometheus.NewRegistry())
+	r, err := NewRedis(RedisOptions{Mode: Cluster, Addresses: []string{nodes[0].Addr}, Timeout: time.Minute}, nil,
+		prometheus.NewRegistry())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -244,7 +245,8 @@ func TestHungNodeCostsTheOthersNothing(t *testing.T) {
 	for _, n := range nodes {
 		addresses = append(addresses, n.Addr)
 	}
-	r, err := NewRedis(RedisOptions{Mode: Cluster, Addresses: addresses, Timeout: 200 * time.Millisecond}, nil, prometheus.NewRegistry())
+	r, err := NewRedis(RedisOptions{Mode: Cluster, Addresses: addresses, Timeout: 200 * time.Millisecond}, nil,
+		prometheus.NewRegistry())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -105,7 +105,10 @@ func (n *node) acquire(ctx context.Context) (*connection, error) {
 // no connection.
 func (n *node) unconnectedLocked(why error) *StoreError {
 	if n.refused != nil {
-		return &StoreError{Kind: KindTimeout, Err: fmt.Errorf("%s: no connection yet (%w), the last attempt: %w", n.name, why, n.refused.Err)}
+		return &StoreError{
+			Kind: KindTimeout,
+			Err:  fmt.Errorf("%s: no connection yet (%w), the last attempt: %w", n.name, why, n.refused.Err),
+		}
 	}
 	return &StoreError{Kind: KindTimeout, Err: fmt.Errorf("%s: no connection yet: %w", n.name, why)}
 }

@@ -49,7 +49,8 @@ func (r *Redis) Diagnose(ctx context.Context, prefix string, callerTimeout time.
 		all = append(all, Finding{Name: name, Status: status, Detail: fmt.Sprintf(format, args...), Fix: fix})
 	}
 	unknown := func(name, fix string, err error) {
-		all = append(all, Finding{Name: name, Status: Warn, Detail: fmt.Sprintf("unknown: %v", storeError(err)), Fix: fix, Unknown: true})
+		all = append(all,
+			Finding{Name: name, Status: Warn, Detail: fmt.Sprintf("unknown: %v", storeError(err)), Fix: fix, Unknown: true})
 	}
 
 	// Connect first, so that the round trips below are measured without it.
@@ -80,15 +81,18 @@ func (r *Redis) Diagnose(ctx context.Context, prefix string, callerTimeout time.
 	median := times[len(times)/2]
 	switch {
 	case slowest > r.timeout:
-		say("round trip", Fail, "run Redis closer to sluice, or raise store.redis.timeout", "median %v, slowest %v: this exceeds the timeout of %v", median, slowest, r.timeout)
+		say("round trip", Fail, "run Redis closer to sluice, or raise store.redis.timeout",
+			"median %v, slowest %v: this exceeds the timeout of %v", median, slowest, r.timeout)
 	case 3*median > r.timeout:
-		say("round trip", Warn, "run Redis closer to sluice, or raise store.redis.timeout", "median %v, slowest %v: the timeout of %v leaves no room", median, slowest, r.timeout)
+		say("round trip", Warn, "run Redis closer to sluice, or raise store.redis.timeout",
+			"median %v, slowest %v: the timeout of %v leaves no room", median, slowest, r.timeout)
 	default:
 		say("round trip", OK, "", "median %v, slowest %v, the timeout is %v", median, slowest, r.timeout)
 	}
 	if callerTimeout > 0 {
 		if r.timeout+deadlineMargin > callerTimeout {
-			say("timeouts", Warn, "keep store.redis.timeout below the timeout of Envoy's ext_authz filter; otherwise Envoy decides about failures, and not on_failure",
+			say("timeouts", Warn,
+				"keep store.redis.timeout below the timeout of Envoy's ext_authz filter; otherwise Envoy decides about failures, and not on_failure",
 				"the store's timeout of %v is not below Envoy's %v", r.timeout, callerTimeout)
 		} else {
 			say("timeouts", OK, "", "the store's timeout of %v is below Envoy's %v", r.timeout, callerTimeout)
@@ -123,7 +127,8 @@ func (r *Redis) checkMode(ctx context.Context, say sayFinding) bool {
 		}
 	}
 	if is == "cluster" {
-		say("mode", Fail, "set store.redis.mode: cluster, with addresses of some of its nodes", "this Redis is a node of a cluster, and store.redis.mode is not cluster")
+		say("mode", Fail, "set store.redis.mode: cluster, with addresses of some of its nodes",
+			"this Redis is a node of a cluster, and store.redis.mode is not cluster")
 		return false
 	}
 	return true
@@ -182,7 +187,8 @@ func (r *Redis) checkScript(ctx context.Context, prefix string, say sayFinding) 
 	case KindOf(err) == KindAuth:
 		say("script", Fail, fmt.Sprintf("ACL SETUSER <user> on ~%s:* +evalsha +eval +time +get +set", prefix), "%v", err)
 	case KindOf(err) == KindReadOnly:
-		say("script", Fail, "point store.redis at the master, and see that it may write (min-replicas-to-write, a failed save)", "%v", err)
+		say("script", Fail,
+			"point store.redis at the master, and see that it may write (min-replicas-to-write, a failed save)", "%v", err)
 	case KindOf(err) == KindOOM:
 		say("script", Fail, "raise maxmemory", "%v", err)
 	default:
@@ -201,7 +207,9 @@ func (r *Redis) checkClock(ctx context.Context, say sayFinding) {
 	}
 	distance := there.Sub(before.Add(time.Since(before) / 2)).Round(time.Millisecond)
 	if distance > time.Second || distance < -time.Second {
-		say("clock", Warn, "synchronize both machines' clocks (NTP): Redis's clock decides, and a step forward grants up to a burst", "Redis's clock differs from this machine's by %v", distance)
+		say("clock", Warn,
+			"synchronize both machines' clocks (NTP): Redis's clock decides, and a step forward grants up to a burst",
+			"Redis's clock differs from this machine's by %v", distance)
 		return
 	}
 	say("clock", OK, "", "Redis's clock differs from this machine's by %v", distance)
@@ -223,13 +231,15 @@ func (r *Redis) checkServer(ctx context.Context, say sayFinding, unknown func(na
 	for _, name := range []string{"maxmemory", "maxmemory-policy", "appendonly", "appendfsync", "save", "min-replicas-to-write"} {
 		values, err := r.client.ConfigGet(ctx, name).Result()
 		if err != nil {
-			unknown("settings", "connect as a user with +config|get, or make sure that maxmemory-policy is noeviction and appendonly is yes", err)
+			unknown("settings",
+				"connect as a user with +config|get, or make sure that maxmemory-policy is noeviction and appendonly is yes", err)
 			return
 		}
 		settings[name] = values[name]
 	}
 	if policy := settings["maxmemory-policy"]; settings["maxmemory"] != "0" && policy != "noeviction" {
-		say("eviction", Warn, "maxmemory-policy noeviction: an evicted bucket is full again", "maxmemory-policy is %s, with maxmemory %s", policy, settings["maxmemory"])
+		say("eviction", Warn, "maxmemory-policy noeviction: an evicted bucket is full again",
+			"maxmemory-policy is %s, with maxmemory %s", policy, settings["maxmemory"])
 	} else {
 		say("eviction", OK, "", "no key is evicted")
 	}
@@ -237,9 +247,11 @@ func (r *Redis) checkServer(ctx context.Context, say sayFinding, unknown func(na
 	case settings["appendonly"] == "yes":
 		say("persistence", OK, "", "appendonly, appendfsync %s", settings["appendfsync"])
 	case settings["save"] != "":
-		say("persistence", Warn, "appendonly yes, appendfsync everysec: a restart then loses at most two seconds", "snapshots only (save %s): a restart grants again what was taken since the last one", settings["save"])
+		say("persistence", Warn, "appendonly yes, appendfsync everysec: a restart then loses at most two seconds",
+			"snapshots only (save %s): a restart grants again what was taken since the last one", settings["save"])
 	default:
-		say("persistence", Warn, "appendonly yes, appendfsync everysec: otherwise a restart grants one burst of each bucket", "none")
+		say("persistence", Warn, "appendonly yes, appendfsync everysec: otherwise a restart grants one burst of each bucket",
+			"none")
 	}
 	if r.cluster != nil {
 		return // each of its nodes has its own
@@ -256,7 +268,9 @@ func (r *Redis) checkServer(ctx context.Context, say sayFinding, unknown func(na
 	case replicas == 0:
 		say("replication", OK, "", "no replicas")
 	case settings["min-replicas-to-write"] == "0":
-		say("replication", Warn, "min-replicas-to-write 1: otherwise an old master keeps granting beside the new one after a failover", "%d replicas, and min-replicas-to-write 0", replicas)
+		say("replication", Warn,
+			"min-replicas-to-write 1: otherwise an old master keeps granting beside the new one after a failover",
+			"%d replicas, and min-replicas-to-write 0", replicas)
 	default:
 		say("replication", OK, "", "%d replicas, min-replicas-to-write %s", replicas, settings["min-replicas-to-write"])
 	}

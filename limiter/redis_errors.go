@@ -119,14 +119,17 @@ func storeError(err error) *StoreError {
 	switch {
 	case errors.Is(err, errReply):
 		kind = KindScript
-	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, redis.ErrPoolTimeout), errors.Is(err, redis.ErrPoolExhausted):
+	case errors.Is(err, context.DeadlineExceeded),
+		errors.Is(err, redis.ErrPoolTimeout),
+		errors.Is(err, redis.ErrPoolExhausted):
 		kind = KindTimeout
 	case errors.Is(err, context.Canceled): // the caller is gone; nothing is wrong with Redis
 	case errors.As(err, &network) && network.Timeout():
 		kind = KindTimeout
 	case errors.As(err, &answer):
 		code, text, _ := strings.Cut(answer.Error(), " ")
-		if kind = kindOfCode(code); strings.HasPrefix(text, "The user executing the script") || strings.HasPrefix(text, "ACL failure in script") {
+		if kind = kindOfCode(code); strings.HasPrefix(text, "The user executing the script") ||
+			strings.HasPrefix(text, "ACL failure in script") {
 			kind = KindAuth
 		}
 	default: // EOF, reset, refused, TLS, closed: all that is not an answer

@@ -37,8 +37,16 @@ func certify(t *testing.T, port string) (args []string, ca string) {
 	dir := t.TempDir()
 	newAuthority(t, "ca").write(dir, "server")
 	return []string{
-		"--tls-port", port, "--tls-cert-file", dir + "/server.pem", "--tls-key-file", dir + "/server.key", "--tls-ca-cert-file", dir + "/ca.pem",
-		"--tls-auth-clients", "no",
+		"--tls-port",
+		port,
+		"--tls-cert-file",
+		dir + "/server.pem",
+		"--tls-key-file",
+		dir + "/server.key",
+		"--tls-ca-cert-file",
+		dir + "/ca.pem",
+		"--tls-auth-clients",
+		"no",
 	}, dir + "/ca.pem"
 }
 
@@ -106,7 +114,9 @@ func TestRefusals(t *testing.T) {
 						t.Errorf("%s: no %q in %v", who, want, err)
 					}
 				}
-				if tt.kind != "" && KindOf(err) != tt.kind || strings.ContainsAny(err.Error(), "\r\n") || strings.Contains(err.Error(), "s3cret") || len(err.Error()) > 600 {
+				if tt.kind != "" && KindOf(err) != tt.kind || strings.ContainsAny(err.Error(), "\r\n") ||
+					strings.Contains(err.Error(), "s3cret") ||
+					len(err.Error()) > 600 {
 					t.Errorf("%s: of the kind %s, in %d bytes: %q", who, KindOf(err), len(err.Error()), err)
 				}
 			}
@@ -141,7 +151,8 @@ func TestRefusals(t *testing.T) {
 	t.Run("a node of a cluster for a single Redis", func(t *testing.T) {
 		r := openStore(t, RedisOptions{URL: "redis://" + cluster[0].Addr})
 		findings := r.Diagnose(ctx, "sluice:test", 0)
-		if last := findings[len(findings)-1]; last.Status != Fail || !strings.Contains(last.Fix, "store.redis.mode: cluster") {
+		if last := findings[len(findings)-1]; last.Status != Fail ||
+			!strings.Contains(last.Fix, "store.redis.mode: cluster") {
 			t.Errorf("%+v", findings)
 		}
 		verdicts := make([]Verdict, 1)
@@ -246,7 +257,8 @@ func TestFirstAddressIsDead(t *testing.T) {
 		_ = conn.Close()
 		t.Error("the dead address answers: this says nothing")
 	}
-	if _, err := dialFirst(t.Context(), []string{"127.0.0.3", "127.0.0.4"}, port); err == nil || !strings.Contains(err.Error(), "127.0.0.3:"+port) {
+	if _, err := dialFirst(t.Context(), []string{"127.0.0.3", "127.0.0.4"}, port); err == nil ||
+		!strings.Contains(err.Error(), "127.0.0.3:"+port) {
 		t.Errorf("%v", err)
 	}
 }

@@ -94,8 +94,10 @@ const (
 
 var (
 	errSpeaksTLS error = &refusal{errors.New("the server speaks TLS"), "write rediss:// in store.redis.url, or set tls"}
-	errSilent    error = &refusal{errors.New("the server closed the connection without a reply"),
-		"if it speaks TLS, write rediss:// in store.redis.url, or set tls; if it is a proxy such as twemproxy, connect to Redis itself"}
+	errSilent    error = &refusal{
+		errors.New("the server closed the connection without a reply"),
+		"if it speaks TLS, write rediss:// in store.redis.url, or set tls; if it is a proxy such as twemproxy, connect to Redis itself",
+	}
 )
 
 // answer is an error that Redis answered, as the library has it.

@@ -40,7 +40,10 @@ func newAuthority(t *testing.T, name string) *authority {
 }
 
 // make makes a certificate; without a parent it is its own authority.
-func (a *authority) make(name string, parent *authority) (cert *x509.Certificate, key *ecdsa.PrivateKey, certPEM, keyPEM []byte) {
+func (a *authority) make(
+	name string,
+	parent *authority,
+) (cert *x509.Certificate, key *ecdsa.PrivateKey, certPEM, keyPEM []byte) {
 	a.t.Helper()
 	must := func(err error) {
 		if err != nil {
@@ -52,9 +55,16 @@ func (a *authority) make(name string, parent *authority) (cert *x509.Certificate
 	serial, err := rand.Int(rand.Reader, big.NewInt(1<<62))
 	must(err)
 	template := &x509.Certificate{
-		SerialNumber: serial, Subject: pkix.Name{CommonName: name}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
-		IsCA: parent == nil, BasicConstraintsValid: true, DNSNames: []string{"redis.test"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
-		KeyUsage: x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+		SerialNumber:          serial,
+		Subject:               pkix.Name{CommonName: name},
+		NotBefore:             time.Now().Add(-time.Hour),
+		NotAfter:              time.Now().Add(time.Hour),
+		IsCA:                  parent == nil,
+		BasicConstraintsValid: true,
+		DNSNames:              []string{"redis.test"},
+		IPAddresses:           []net.IP{net.IPv4(127, 0, 0, 1)},
+		KeyUsage:              x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign,
+		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
 	}
 	signer, signerKey := template, key
 	if parent != nil {
@@ -66,7 +76,9 @@ func (a *authority) make(name string, parent *authority) (cert *x509.Certificate
 	must(err)
 	keyDER, err := x509.MarshalECPrivateKey(key)
 	must(err)
-	return cert, key, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: keyDER})
+	return cert, key, pem.EncodeToMemory(
+		&pem.Block{Type: "CERTIFICATE", Bytes: der},
+	), pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: keyDER})
 }
 
 // write writes the authority's certificate, and one that it has made, into a directory.
@@ -87,8 +99,8 @@ func TestTLS(t *testing.T) {
 	first.write(servers, "server")
 	first.write(clients, "client")
 	port := redistest.FreePort(t)
-	server := redistest.Start(t, "--tls-port", port, "--tls-cert-file", servers+"/server.pem", "--tls-key-file", servers+"/server.key",
-		"--tls-ca-cert-file", servers+"/ca.pem", "--tls-auth-clients", "yes", "--bind", "127.0.0.1")
+	server := redistest.Start(t, "--tls-port", port, "--tls-cert-file", servers+"/server.pem", "--tls-key-file",
+		servers+"/server.key", "--tls-ca-cert-file", servers+"/ca.pem", "--tls-auth-clients", "yes", "--bind", "127.0.0.1")
 	open := func(o RedisOptions) *Redis {
 		t.Helper()
 		r, err := NewRedis(o, nil, prometheus.NewRegistry())
@@ -141,7 +153,8 @@ func TestTLS(t *testing.T) {
 	if err := os.WriteFile(clients+"/client.key", []byte("nonsense"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := NewRedis(o, nil, prometheus.NewRegistry()); err == nil || !strings.HasPrefix(err.Error(), "cert_file and key_file: ") {
+	if _, err := NewRedis(o, nil, prometheus.NewRegistry()); err == nil ||
+		!strings.HasPrefix(err.Error(), "cert_file and key_file: ") {
 		t.Errorf("%v", err)
 	}
 }
@@ -167,7 +180,9 @@ func TestSentinel(t *testing.T) {
 	addr, sentinel := startSentinel(t, master.Addr)
 	ctx := context.Background()
 	heir := replica.Client()
-	r, err := NewRedis(RedisOptions{Mode: Sentinel, Addresses: []string{addr}, Master: "mymaster", Timeout: 10 * time.Second}, nil, prometheus.NewRegistry())
+	r, err := NewRedis(
+		RedisOptions{Mode: Sentinel, Addresses: []string{addr}, Master: "mymaster", Timeout: 10 * time.Second}, nil,
+		prometheus.NewRegistry())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -180,7 +195,8 @@ func TestSentinel(t *testing.T) {
 	if err := sentinel.Failover(ctx, "mymaster").Err(); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the replica is the master", func() bool { return strings.Contains(heir.Info(ctx, "replication").Val(), "role:master") })
+	eventually(t, "the replica is the master",
+		func() bool { return strings.Contains(heir.Info(ctx, "replication").Val(), "role:master") })
 	eventually(t, "takes go to it", func() bool {
 		verdicts := make([]Verdict, 1)
 		before := heir.Get(ctx, a.Key).Val()
@@ -221,7 +237,8 @@ func TestColdClusterKeepsTime(t *testing.T) {
 	for _, n := range nodes[1:] {
 		n.Freeze()
 	}
-	r, err := NewRedis(RedisOptions{Mode: Cluster, Addresses: []string{nodes[0].Addr}, Timeout: timeout}, nil, prometheus.NewRegistry())
+	r, err := NewRedis(RedisOptions{Mode: Cluster, Addresses: []string{nodes[0].Addr}, Timeout: timeout}, nil,
+		prometheus.NewRegistry())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -36,7 +36,8 @@ func TestReadOnly(t *testing.T) {
 			t.Errorf("%+v", v)
 		}
 	}
-	if v := looking.take(a.costs(5))[0]; v.RetryAfter < 2*day-time.Minute || v.RetryAfter > 2*day || v.Source != RedisSource {
+	if v := looking.take(a.costs(5))[0]; v.RetryAfter < 2*day-time.Minute || v.RetryAfter > 2*day ||
+		v.Source != RedisSource {
 		t.Errorf("%+v", v)
 	}
 	if v := looking.take(a.costs(11))[0]; v.RetryAfter != Never {
@@ -79,7 +80,8 @@ func TestReadOnly(t *testing.T) {
 	set(stateMagic + "\x02 of a version to come")
 	verdicts := make([]Verdict, 2)
 	r.ReadOnly().Take(ctx, []Charge{a, b}, verdicts)
-	if verdicts[0].Err != nil || verdicts[0].Remaining != 3 || KindOf(verdicts[1].Err) != KindState || !errors.Is(verdicts[1].Err, errNewer) {
+	if verdicts[0].Err != nil || verdicts[0].Remaining != 3 || KindOf(verdicts[1].Err) != KindState ||
+		!errors.Is(verdicts[1].Err, errNewer) {
 		t.Errorf("%+v", verdicts)
 	}
 
@@ -87,7 +89,8 @@ func TestReadOnly(t *testing.T) {
 	if err := client.ConfigSet(ctx, "requirepass", "secret").Err(); err != nil {
 		t.Fatal(err)
 	}
-	stranger, err := NewRedis(RedisOptions{URL: server.URL(), Password: "wrong", Timeout: time.Minute}, nil, prometheus.NewRegistry())
+	stranger, err := NewRedis(RedisOptions{URL: server.URL(), Password: "wrong", Timeout: time.Minute}, nil,
+		prometheus.NewRegistry())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -117,7 +120,20 @@ func TestSetCredentials(t *testing.T) {
 	client := server.Client()
 	ctx := context.Background()
 	o := RedisOptions{URL: server.URL(), Username: "sluice", Password: "old", Timeout: time.Minute}
-	rights := []any{"ACL", "SETUSER", "sluice", "reset", "on", ">old", "~sluice:*", "+evalsha", "+eval", "+get", "+set", "+time"}
+	rights := []any{
+		"ACL",
+		"SETUSER",
+		"sluice",
+		"reset",
+		"on",
+		">old",
+		"~sluice:*",
+		"+evalsha",
+		"+eval",
+		"+get",
+		"+set",
+		"+time",
+	}
 	if err := client.Do(ctx, rights...).Err(); err != nil {
 		t.Fatal(err)
 	}

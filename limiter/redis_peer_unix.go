@@ -32,7 +32,8 @@ func newPeer(conn net.Conn) *peer {
 	var b [1]byte
 	p.look = func(fd uintptr) { // made once, as each call would allocate it
 		n, _, err := syscall.Recvfrom(int(fd), b[:], syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
-		p.over = n == 0 && err == nil || err != nil && err != syscall.EAGAIN && err != syscall.EWOULDBLOCK && err != syscall.EINTR
+		p.over = n == 0 && err == nil ||
+			err != nil && err != syscall.EAGAIN && err != syscall.EWOULDBLOCK && err != syscall.EINTR
 	}
 	return p
 }

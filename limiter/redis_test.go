@@ -263,7 +263,8 @@ func TestStoredTrouble(t *testing.T) {
 			// Empty as of now; the other one's token stays as the request was denied, and is taken when it is alone.
 			k := taker{t, r}
 			v := k.take(good, bad)
-			if v[1].Allowed || v[1].Remaining != 0 || v[1].RetryAfter > day || v[1].RetryAfter < day-time.Minute || v[0].Remaining != 5 {
+			if v[1].Allowed || v[1].Remaining != 0 || v[1].RetryAfter > day || v[1].RetryAfter < day-time.Minute ||
+				v[0].Remaining != 5 {
 				t.Errorf("%+v", v)
 			}
 			if got := testutil.ToFloat64(r.errors[KindState]) - before; got != 1 {
@@ -376,7 +377,8 @@ func TestPing(t *testing.T) {
 		"+evalsha", "+eval", "+get", "+set", "+time", "+hello").Err(); err != nil {
 		t.Fatal(err)
 	}
-	least, err := NewRedis(RedisOptions{URL: server.URL(), Username: "least", Password: "pw", Timeout: time.Minute}, nil, prometheus.NewRegistry())
+	least, err := NewRedis(RedisOptions{URL: server.URL(), Username: "least", Password: "pw", Timeout: time.Minute}, nil,
+		prometheus.NewRegistry())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -424,7 +426,8 @@ func TestScriptArguments(t *testing.T) {
 	if keys := client.Keys(t.Context(), "*").Val(); len(keys) != 0 {
 		t.Errorf("written: %q", keys)
 	}
-	if err := client.Eval(t.Context(), newScript("take", serverClock).text, []string{"a", "b"}, good+good).Err(); err != nil {
+	if err := client.Eval(t.Context(), newScript("take", serverClock).text, []string{"a", "b"},
+		good+good).Err(); err != nil {
 		t.Error(err)
 	}
 }
@@ -528,7 +531,12 @@ func TestRedisMemory(t *testing.T) {
 	before := used()
 	const keys = 20_000
 	for i := range keys {
-		c := Charge{Limit: limit, Bucket: b, Key: fmt.Sprintf("sluice:shop:per-client:{=13.198.51.%03d.%03d}", i/256, i%256), Cost: 1}
+		c := Charge{
+			Limit:  limit,
+			Bucket: b,
+			Key:    fmt.Sprintf("sluice:shop:per-client:{=13.198.51.%03d.%03d}", i/256, i%256),
+			Cost:   1,
+		}
 		taker{t, r}.take(c)
 	}
 	a := (used() - before) / keys

@@ -36,7 +36,8 @@ func readURL(text string) (*redis.Options, error) {
 		return nil, errors.New("user or password contains / ? or #: write %2F, %3F or %23, or use password or password_file")
 	}
 	if servers, _, _ := strings.Cut(rest[at+1:], "/"); !isUnix && strings.Contains(servers, ",") {
-		return nil, errors.New("URL with several hosts: write mode: cluster or mode: sentinel, and addresses: [host:port, host:port]")
+		return nil, errors.New(
+			"URL with several hosts: write mode: cluster or mode: sentinel, and addresses: [host:port, host:port]")
 	}
 	u, err := url.Parse(text)
 	if err != nil { // url.Error repeats the URL, and so its password
@@ -74,7 +75,8 @@ func readServer(u *url.URL, c *redis.Options) error {
 	case host == "":
 		return errors.New("URL without a host")
 	case strings.Contains(host, ":") && !strings.HasPrefix(u.Host, "["):
-		return errors.New("host contains colons: write an IPv6 address in brackets, as in redis://[::1]:6379, and user and password before an @")
+		return errors.New(
+			"host contains colons: write an IPv6 address in brackets, as in redis://[::1]:6379, and user and password before an @")
 	case strings.ContainsFunc(host, isNoHost):
 		return errors.New("host contains characters that no host name has")
 	case u.Fragment != "":

@@ -37,7 +37,12 @@ type taker struct {
 
 // charge is one token of a limit that is named as its key.
 func charge(b Bucket, key string) Charge {
-	return Charge{Limit: &Limit{Domain: "test", Name: key, OnFailure: Deny}, Bucket: b, Key: "sluice:test:" + key + ":{-}", Cost: 1}
+	return Charge{
+		Limit:  &Limit{Domain: "test", Name: key, OnFailure: Deny},
+		Bucket: b,
+		Key:    "sluice:test:" + key + ":{-}",
+		Cost:   1,
+	}
 }
 
 func (c Charge) costs(cost int64) Charge { c.Cost = cost; return c }

@@ -88,7 +88,8 @@ func (s *Server) Client() *redis.Client {
 // connections. It loads what it has persisted.
 func (s *Server) Restart() {
 	s.t.Helper()
-	args := slices.Concat(s.config, []string{"--port", "0", "--unixsocket", s.socket(), "--dir", s.dir, "--save", ""}, s.args)
+	args := slices.Concat(s.config, []string{"--port", "0", "--unixsocket", s.socket(), "--dir", s.dir, "--save", ""},
+		s.args)
 	s.cmd = exec.Command("redis-server", args...)
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	out, err := s.cmd.StdoutPipe()
@@ -107,7 +108,8 @@ func (s *Server) Restart() {
 			s.mu.Lock()
 			s.log.WriteString(lines.Text() + "\n")
 			s.mu.Unlock()
-			if strings.Contains(lines.Text(), "eady to accept connections") || strings.Contains(lines.Text(), "+monitor master") { // a sentinel's
+			if strings.Contains(lines.Text(), "eady to accept connections") ||
+				strings.Contains(lines.Text(), "+monitor master") { // a sentinel's
 				select {
 				case ready <- true:
 				default: // an earlier line said so
@@ -240,7 +242,8 @@ func StartCluster(t testing.TB, masters int, args ...string) []*Node {
 	t.Helper()
 	var nodes []*Node
 	for range masters {
-		nodes = append(nodes, StartNode(t, append([]string{"--cluster-enabled", "yes", "--cluster-node-timeout", "2000"}, args...)...))
+		nodes = append(nodes,
+			StartNode(t, append([]string{"--cluster-enabled", "yes", "--cluster-node-timeout", "2000"}, args...)...))
 	}
 	ctx := context.Background()
 	const slots = 16384
@@ -258,7 +261,8 @@ func StartCluster(t testing.TB, masters int, args ...string) []*Node {
 	await(t, "the cluster is ready", func() bool {
 		for _, n := range nodes {
 			info := n.Client().ClusterInfo(ctx).Val()
-			if !strings.Contains(info, "cluster_state:ok") || !strings.Contains(info, "cluster_known_nodes:"+strconv.Itoa(masters)) {
+			if !strings.Contains(info, "cluster_state:ok") ||
+				!strings.Contains(info, "cluster_known_nodes:"+strconv.Itoa(masters)) {
 				return false
 			}
 		}
