@@ -96,8 +96,9 @@ func checkStore(b *testing.B, s Store) {
 	}
 }
 
-// BenchmarkStorage measures why a bucket is one packed string: Redis's processor time for reading and writing what the script stores, as
-// it does it, and as a hash of numbers, and the memory that a key takes.
+// BenchmarkStorage shows why a bucket is stored as one packed string. It
+// compares that with a hash of numbers, by Redis's processor time for a read
+// and a write, and by the memory of a key.
 //
 //	go test ./limiter -run '^$' -bench Storage -benchtime 200000x
 func BenchmarkStorage(b *testing.B) {

@@ -36,9 +36,12 @@ func (r record) add(d *Decision) {
 	}
 }
 
-// excess is by how many tokens the grants of a bucket go over burst + rate·t in the worst of all windows, each from one grant to another;
-// it is at most 0 where the bucket keeps its promise. One pass sees all windows: the worst of those that end with a grant is that grant alone,
-// or with it the worst of those that end with the grant before. It is exact for such rates as tests have.
+// excess returns by how many tokens the grants of a bucket exceed burst +
+// rate·t in the worst window from one grant to another. It is at most 0 if the
+// bucket keeps its bound. One pass covers all windows: the worst window that
+// ends with a grant is either that grant alone, or it extends the worst window
+// that ends with the grant before. The result is exact for the rates that the
+// tests use.
 func excess(b Bucket, grants []grant) float64 {
 	grants = slices.Clone(grants)
 	slices.SortFunc(grants, func(a, b grant) int { return cmp.Compare(a.at, b.at) })
@@ -53,7 +56,8 @@ func excess(b Bucket, grants []grant) float64 {
 	return float64(worst) / float64(b.p)
 }
 
-// The bound in every window holds for what a bucket grants whoever takes whenever, and one token more, at any time, is seen.
+// A bucket keeps the bound in every window, whenever takes come, and excess
+// notices a single token too many at any time.
 func TestExcess(t *testing.T) {
 	random := rand.New(rand.NewPCG(5, 5))
 	for range 2000 {
@@ -83,7 +87,8 @@ func TestExcess(t *testing.T) {
 		if over := excess(b, play(more)); over <= 0 {
 			t.Fatalf("%+v: a burst of one token more was not seen", b)
 		}
-		// A bucket that was asked for more than it has gave all of it: one token more, at any time until then, is one too many.
+		// This bucket gave all that it had at each instant, so one token more,
+		// at any time until then, exceeds the bound.
 		at := random.Int64N(1000 * b.wait(level{}, 1).Microseconds())
 		s, greedy := state{shape: b, level: b.full()}, []grant{{begin + at, 1}}
 		for now := int64(begin); now <= begin+at; {
@@ -102,8 +107,8 @@ func TestExcess(t *testing.T) {
 	}
 }
 
-// Four sidecars take from the same buckets, while all goes wrong that can without Redis losing what it knows. In no window is more granted
-// than burst + rate·t.
+// Four sidecars take from the same buckets under random faults in which Redis
+// loses no data. In no window is more granted than burst + rate·t.
 func TestChaosBound(t *testing.T) {
 	t.Parallel()
 	lasts := redistest.Scaled(5*time.Second, 5*time.Minute)
@@ -234,7 +239,8 @@ func rest(milliseconds int) {
 	<-time.After(time.Duration(milliseconds) * time.Millisecond)
 }
 
-// slotsOf is for each server of a cluster a slot that the test's buckets are in, or else any.
+// slotsOf returns for each server of a cluster a slot that it has: one of the
+// test's buckets if there is one, or else any.
 func slotsOf(s *shaky) []int {
 	slots := make([]int, len(s.servers))
 	for i := range slots {

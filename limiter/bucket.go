@@ -36,10 +36,10 @@ type Bucket struct {
 	burst int64
 }
 
-// NewBucket returns a bucket of burst tokens that refills by tokens each period.
-// Tokens and burst are 1 to MaxTokens; the period is 1 µs to 366 days in whole
-// microseconds; from empty to full the bucket may take at most 100 years. The
-// error says which argument is out of range.
+// NewBucket returns a bucket of burst tokens that refills by tokens each
+// period. Tokens and burst are 1 to MaxTokens; the period is 1 µs to 366 days
+// in whole microseconds; from empty to full the bucket may take at most 100
+// years. The error says which argument is out of range.
 func NewBucket(tokens int64, period time.Duration, burst int64) (Bucket, error) {
 	switch {
 	case tokens < 1 || tokens > MaxTokens:
@@ -59,7 +59,8 @@ func NewBucket(tokens int64, period time.Duration, burst int64) (Bucket, error) 
 		n, p = n*k, p*k
 	}
 	b := Bucket{n: n, p: p, burst: burst}
-	// The product passes 2^64 long after it passes maxFill, so compare it as a float.
+	// The product passes 2^64 long after it passes maxFill, so compare it as a
+	// float.
 	if float64(burst)*float64(p)/float64(n) > float64(maxFill.Microseconds()) {
 		return Bucket{}, fmt.Errorf("a burst of %d at %d tokens each %v takes longer than 100 years to fill", burst, tokens,
 			period)
@@ -74,8 +75,8 @@ func gcd(a, b int64) int64 {
 	return a
 }
 
-// Share returns a bucket with a part of b's rate and burst, 0 < part ≤ 1. Both are
-// rounded down, but the burst is at least 1 token and the rate above 0.
+// Share returns a bucket with a part of b's rate and burst, 0 < part ≤ 1. Both
+// are rounded down, but the burst is at least 1 token and the rate above 0.
 func (b Bucket) Share(part float64) Bucket {
 	const grain = 1_000_000 // of the part
 	parts := max(1, int64(part*grain))
@@ -95,8 +96,8 @@ func (b Bucket) Share(part float64) Bucket {
 // Burst returns how many tokens the bucket holds at most.
 func (b Bucket) Burst() int64 { return b.burst }
 
-// FillTime returns how long the bucket takes from empty to full, rounded up to a
-// microsecond.
+// FillTime returns how long the bucket takes from empty to full, rounded up to
+// a microsecond.
 func (b Bucket) FillTime() time.Duration { return b.wait(level{}, b.burst) }
 
 // level is what a bucket holds: whole tokens, and frac p-ths of one more, with
@@ -127,8 +128,8 @@ type state struct {
 	other *Bucket
 }
 
-// fullAfter is how long after its instant the bucket is full in every shape that
-// has used it, if nothing is taken: the earliest that a store may drop it.
+// fullAfter is how long after its instant the bucket is full in every shape
+// that has used it, if nothing is taken: the earliest that a store may drop it.
 func (s state) fullAfter() time.Duration {
 	own := s.shape.wait(s.level, s.shape.burst)
 	if s.other == nil {
@@ -162,8 +163,9 @@ func (b Bucket) fillFrom(tokens int64) float64 {
 	return min(float64(max(0, b.burst-tokens))*float64(b.p)/float64(b.n), float64(maxFill.Microseconds()))
 }
 
-// covers reports whether b, from every level, is full no earlier than o. The time
-// to fill is linear in the tokens, so it is enough to compare the two ends.
+// covers reports whether b, from every level, is full no earlier than o. The
+// time to fill is linear in the tokens, so it is enough to compare the two
+// ends.
 func (b Bucket) covers(o Bucket) bool {
 	return o.burst <= b.burst && o.fillFrom(0) <= b.fillFrom(0)
 }

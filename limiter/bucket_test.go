@@ -20,7 +20,8 @@ func bucket(t interface{ Fatal(...any) }, tokens int64, period time.Duration, bu
 	return b
 }
 
-// anyBucket draws a bucket of every kind that NewBucket accepts: the named hard ones, the ends of the ranges, all between.
+// anyBucket draws from every kind of bucket that NewBucket accepts: known hard
+// cases, the ends of the ranges and all between.
 func anyBucket() *rapid.Generator[Bucket] {
 	type rate struct {
 		tokens int64
@@ -101,7 +102,8 @@ func TestWaitIsTheLeast(t *testing.T) {
 	})
 }
 
-// A changed limit finds the tokens that were there: at most its burst, and less by no more than a millionth of one.
+// After a limit changes, its bucket has the tokens that it had, up to the new
+// burst, to within a millionth of a token.
 func TestDrawConvertsDown(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		from, to := anyBucket().Draw(t, "from"), anyBucket().Draw(t, "to")

@@ -11,8 +11,9 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// Who hangs up has not been failed by Redis: whatever the limits do about a failing store, the decision says what happened, no error
-// is counted, and nothing is taken, here or there.
+// If the caller hangs up, the outcome is Canceled whatever the failure modes
+// are. It does not count as a store error, and no tokens are taken, neither in
+// Redis nor locally.
 func TestCallerHangsUp(t *testing.T) {
 	nodes := redistest.StartCluster(t, 3)
 	gone, cancel := context.WithCancel(t.Context())
@@ -61,7 +62,8 @@ func TestCallerHangsUp(t *testing.T) {
 	}
 }
 
-// Who hangs up while Redis denies is denied all the same, as another of the request's buckets is known to be empty.
+// A caller that hangs up is still denied if another bucket of the request is
+// known to be empty.
 func TestDenialBeforeCallerHangsUp(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()

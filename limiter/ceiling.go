@@ -92,8 +92,8 @@ func (c *Ceiling) Take(ctx context.Context, charges []Charge, verdicts []Verdict
 	}
 }
 
-// deny reports whether an enforced charge is denied for certain. It then has set
-// the verdicts that are certain, and the others are zero.
+// deny reports whether an enforced charge is denied for certain. It then has
+// set the verdicts that are certain, and the others are zero.
 func (c *Ceiling) deny(now int64, charges []Charge, verdicts []Verdict) (denied bool) {
 	if c.entries.Load() == 0 {
 		return false
@@ -108,8 +108,8 @@ func (c *Ceiling) deny(now int64, charges []Charge, verdicts []Verdict) (denied 
 	return denied
 }
 
-// most returns the most that the bucket of a charge can hold at the instant now,
-// if that is known.
+// most returns the most that the bucket of a charge can hold at the instant
+// now, if that is known.
 func (c *Ceiling) most(now int64, charge *Charge) (level, bool) {
 	s := &c.shards[maphash.String(c.seed, charge.Key)%ceilingShards]
 	s.mu.RLock()
@@ -123,10 +123,11 @@ func (c *Ceiling) most(now int64, charge *Charge) (level, bool) {
 	return known.shape.refill(known.left, elapsed+elapsed/1000+1), true
 }
 
-// takeShadows takes the shadow charges of a request that is denied without asking,
-// except those that are denied for certain too. It waits for their verdicts, as a
-// shadow limit counts whatever happens to the request. So during a flood the store
-// is asked about as many requests as the shadow's bucket allows.
+// takeShadows takes the shadow charges of a request that is denied without
+// asking, except those that are denied for certain too. It waits for their
+// verdicts, as a shadow limit counts whatever happens to the request. So during
+// a flood the store is asked about as many requests as the shadow's bucket
+// allows.
 func (c *Ceiling) takeShadows(ctx context.Context, now int64, charges []Charge, verdicts []Verdict) {
 	var at []int
 	var shadows []Charge
@@ -146,8 +147,8 @@ func (c *Ceiling) takeShadows(ctx context.Context, now int64, charges []Charge, 
 	}
 }
 
-// learn records the level of a bucket that cannot pay for the same charge again,
-// unless a newer answer is recorded.
+// learn records the level of a bucket that cannot pay for the same charge
+// again, unless a newer answer is recorded.
 func (c *Ceiling) learn(sent int64, charge *Charge, v *Verdict) {
 	usedUp := v.left.tokens < charge.needs() // the same again would be denied
 	if !v.Known() || v.Source == LocalSource || !usedUp && c.entries.Load() == 0 {

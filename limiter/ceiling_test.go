@@ -16,7 +16,7 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// counted is a store that counts how often it is asked, and for how many charges.
+// counted is a store that counts its takes and their charges.
 type counted struct {
 	Store
 	takes, charges atomic.Int64
@@ -36,8 +36,9 @@ func underCeiling(t *testing.T) (*Ceiling, *counted, *testClock) {
 	return newCeiling(store, clock.now, prometheus.NewRegistry()), store, clock
 }
 
-// What a ceiling denies the store would have denied, and what it does not deny the store has decided: of several sidecars on one store, with
-// any rates and costs.
+// With several sidecars on one store, and any rates and costs, a ceiling denies
+// only what the store would have denied, and leaves every other decision to the
+// store.
 func TestCeilingIsNeverWrong(t *testing.T) {
 	setRapidChecks(t, 2000)
 	denials := 0
@@ -77,7 +78,8 @@ func TestCeilingIsNeverWrong(t *testing.T) {
 	}
 }
 
-// A flood is answered without the store, and everyone gets each token as it comes.
+// A flood is answered without the store, and everyone gets each token as it
+// comes.
 func TestCeilingSparesTheStore(t *testing.T) {
 	c, store, clock := underCeiling(t)
 	a := charge(bucket(t, 1, time.Second, 5), "a")
@@ -95,7 +97,8 @@ func TestCeilingSparesTheStore(t *testing.T) {
 	if n := store.takes.Load(); granted != 14 || n > 14+10+10 {
 		t.Errorf("%d granted, the store was asked %d times", granted, n)
 	}
-	// A bucket whose next token is far is asked for once a second, and no answer is believed for longer: here the bucket is reset.
+	// While the next token is far off, the store is asked once a second, as no
+	// answer is trusted for longer: here the bucket is reset.
 	b := charge(bucket(t, 1, day, 1), "b")
 	taker{t, c}.want("ok 0", b)
 	before := store.takes.Load()
@@ -120,13 +123,15 @@ func TestCeilingSparesTheStore(t *testing.T) {
 	}
 }
 
-// left is what a ceiling says of a bucket of which nothing is left, as its own arithmetic has it.
+// left returns the verdict of a ceiling on an empty bucket, by the ceiling's
+// own arithmetic.
 func (c *testClock) left(charge Charge, of *Ceiling) string {
 	l, _ := of.most(c.at, &charge)
 	return fmt.Sprint(charge.Bucket.wait(l, 1))
 }
 
-// A request that is denied without asking says nothing of its other charges, takes none of their tokens, and has its shadow charges taken.
+// If a ceiling denies a request, its other enforced charges have no verdict and
+// take no tokens, and its shadow charges are taken.
 func TestCeilingBesideOthers(t *testing.T) {
 	c, store, _ := underCeiling(t)
 	empty, full := charge(bucket(t, 1, time.Hour, 1), "empty"), charge(bucket(t, 1, time.Hour, 10), "full")
@@ -172,7 +177,8 @@ func TestCeilingBesideOthers(t *testing.T) {
 	k.want("ok 0", empty.costs(0))
 }
 
-// A take may have begun before the answer that another one then brought: it finds what the bucket held then, and no nonsense.
+// A take may begin before another take's answer arrives. It then still gets a
+// sound verdict from what the bucket held when it began.
 func TestCeilingOfANewerAnswer(t *testing.T) {
 	c, _, clock := underCeiling(t)
 	fast := charge(bucket(t, 10_000_000, time.Second, 1000), "fast").costs(1000)
@@ -228,7 +234,8 @@ func TestCeilingIsBounded(t *testing.T) {
 	}
 }
 
-// On a real Redis, by many callers at once: nothing but what the buckets give, and few calls.
+// Many concurrent callers on a real Redis get no more than the buckets hold, in
+// few calls.
 func TestCeilingOnRedis(t *testing.T) {
 	const callers, keys, lasts = 16, 5, 2 * time.Second
 	r := newTestRedis(t, redistest.Start(t), serverClock)

@@ -15,12 +15,16 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// The chaos suite: real Redis servers, and all that is known to happen to them. Its parts are here and in the files beside: bound_test.go
-// (the bound in every window, under random faults), outage_test.go (killed, frozen, far away, failed over, slots that move) and
-// clock_test.go; what needs a whole sidecar is in cmd/sluice. Those that are worth more at length are called TestChaos…, and run at length
-// by .ci/test (redistest.Scaled).
+// This is the chaos suite: it runs real Redis servers under the faults that are
+// known to happen to them. bound_test.go tests the bound in every window under
+// random faults; outage_test.go servers that are killed, frozen, far away or
+// failed over, and slots that move; clock_test.go steps of the clock. Tests
+// that need a whole sidecar are in cmd/sluice. Tests that are worth a longer
+// run are called TestChaos…, and .ci/test runs them for longer
+// (redistest.Scaled).
 
-// shaky is a Redis of some kind, and proxies before all of its servers that takes go to.
+// shaky is a Redis of some mode with a proxy before each server that takes go
+// to.
 type shaky struct {
 	options RedisOptions
 	servers []*redistest.Server
@@ -105,7 +109,7 @@ func startShakyCluster(t testing.TB, args ...string) *shaky {
 	return s
 }
 
-// eventually waits until something is so that nobody says, looking every few milliseconds.
+// eventually polls a condition every few milliseconds until it is true.
 func eventually(t testing.TB, what string, is func() bool) {
 	t.Helper()
 	tick := time.NewTicker(5 * time.Millisecond)
@@ -134,7 +138,8 @@ func eachShaky(t *testing.T, test func(t *testing.T, s *shaky)) {
 	}
 }
 
-// An answer that comes late or is cut off was executed all the same, and never again: it may cost a client a token and gives none away.
+// A take whose answer is late or lost was executed once, and is never sent
+// again: it may cost a client a token, and it gives none away.
 func TestChaosLostAnswers(t *testing.T) {
 	t.Parallel()
 	const budget = 50 * time.Millisecond
@@ -185,7 +190,8 @@ func TestChaosLostAnswers(t *testing.T) {
 	})
 }
 
-// pace calls do so many times a second for a while, each call in a goroutine of its own, and waits for all.
+// pace calls do so many times a second for a while, each time in a goroutine of
+// its own, and waits for all of them.
 func pace(perSecond int, lasts time.Duration, do func()) {
 	tick := time.NewTicker(time.Second / time.Duration(perSecond))
 	defer tick.Stop()

@@ -52,7 +52,8 @@ func (s stepped) step(by time.Duration) {
 	}
 }
 
-// A step of Redis's clock back grants nothing, and holds nobody back for longer than a token takes; one forward grants a burst at most.
+// If Redis's clock steps back, nothing is granted for it and no one waits
+// longer than a token takes. If it steps forward, at most a burst is granted.
 func TestClockSteps(t *testing.T) {
 	server := startStepped(t)
 	client := server.Client()

@@ -90,7 +90,8 @@ const aftermath = 2*probesEvery + 100*time.Millisecond
 // leastExcess is what a control notes at all.
 const leastExcess = 3 * time.Millisecond
 
-// slowFor is for how long the machine was slow, by more than some time, between two instants.
+// slowFor returns for how long between two instants the machine was slow by
+// more than some time.
 func (c *control) slowFor(from, to time.Time, by time.Duration) (total time.Duration) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -116,7 +117,8 @@ func (c *control) excuses(from, to time.Time, by time.Duration) bool {
 	return slices.ContainsFunc(c.slow, func(s span) bool { return s.excess > by && s.to.After(from) && s.from.Before(to) })
 }
 
-// Redis is far away, and the timeout is the default. No take on a key of its own fails for that, nor waits long beside the round trip.
+// With a distant Redis and the default timeout, no take on a key of its own
+// fails because of the distance, or waits much longer than the round trip.
 func TestChaosDistance(t *testing.T) {
 	distances := redistest.Scaled([]time.Duration{80}, []time.Duration{20, 40, 60, 80})
 	for _, away := range distances {
@@ -216,7 +218,8 @@ func takesBy(
 	return took, failed, excused
 }
 
-// A client that comes with a thousand new keys at once takes nobody else's place.
+// A client that brings a thousand new keys at once does not crowd out other
+// clients.
 func TestChaosBurstOfKeys(t *testing.T) {
 	const burst, perSecond, timeout, away, disturbed = 1100, 20, 300 * time.Millisecond, 100 * time.Millisecond, 50 * time.Millisecond
 	lasts := redistest.Scaled(2*time.Second, 20*time.Second)

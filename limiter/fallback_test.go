@@ -11,7 +11,8 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// under returns the charge with the failure mode Local and a part of its bucket.
+// under returns the charge with the failure mode Local and a part of its
+// bucket.
 func (c Charge) under(part float64) Charge {
 	l := *c.Limit
 	l.OnFailure = Local
@@ -19,8 +20,8 @@ func (c Charge) under(part float64) Charge {
 	return c
 }
 
-// While Redis does not answer, this process grants its share and no more, however
-// often Redis comes and goes.
+// While Redis does not answer, this process grants its share and no more,
+// however often Redis comes and goes.
 func TestLocal(t *testing.T) {
 	server := redistest.Start(t, "--appendonly", "yes", "--appendfsync", "always")
 	r := NewFallback(newTestRedis(t, server, serverClock), nil, prometheus.NewRegistry())
@@ -72,7 +73,8 @@ func TestLocal(t *testing.T) {
 	if n := take(10, b); n != 2 {
 		t.Errorf("%d granted where 2 were left", n)
 	}
-	// All or none here, too: what another local bucket denies costs nobody anything.
+	// All or none here, too: what another local bucket denies costs nobody
+	// anything.
 	c := charge(bucket(t, 1, day, 10), "c").under(.5)
 	if n := take(5, b, c); n != 0 {
 		t.Errorf("%d granted", n)

@@ -12,8 +12,9 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// Redis is frozen, and callers wait for a fifth of the store's timeout: it is they who run out of time, and after five of them the others are
-// answered at once. The log says once that the two times do not match.
+// Redis is frozen, and callers wait for only a fifth of the store's timeout.
+// The first five run out of time and open the breaker; later ones fail at once.
+// One warning says that the timeout and the callers' deadlines do not match.
 func TestFrozenRedisHurriedCallers(t *testing.T) {
 	const timeout, callerWaits = time.Second, 200 * time.Millisecond
 	node := redistest.StartNode(t)
@@ -78,7 +79,8 @@ func TestFrozenRedisHurriedCallers(t *testing.T) {
 	}
 }
 
-// A connection's life is bounded, so that a name that has moved is followed, and one that is not used is checked; takes never notice.
+// Connections have a bounded life, so that a host name that has moved is
+// followed, and idle ones are checked. Takes do not notice either.
 func TestConnectionsAreRenewed(t *testing.T) {
 	server := redistest.StartNode(t)
 	r := openStore(t, RedisOptions{URL: "redis://" + server.Addr})

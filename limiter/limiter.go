@@ -29,8 +29,8 @@ const (
 	Deny                        // refuse the request: fail closed
 )
 
-// Limit is what all buckets of one limit have in common. It must not change once
-// it is in use.
+// Limit is what all buckets of one limit have in common. It must not change
+// once it is in use.
 type Limit struct {
 	Domain    string      // separates the buckets of several configs
 	Name      string      // unique in a config
@@ -38,7 +38,8 @@ type Limit struct {
 	OnFailure FailureMode // ignored if Shadow
 }
 
-// Charge is what a request owes one bucket. It must not change once it is in use.
+// Charge is what a request owes one bucket. It must not change once it is in
+// use.
 type Charge struct {
 	Limit *Limit
 	// Bucket is the bucket's shape. Keys of one limit may have different shapes.
@@ -55,8 +56,8 @@ type Charge struct {
 	Refused bool
 }
 
-// needs returns how many tokens the bucket must hold for the charge: at most one
-// more than the burst, which no bucket holds.
+// needs returns how many tokens the bucket must hold for the charge: at most
+// one more than the burst, which no bucket holds.
 func (c *Charge) needs() int64 {
 	if c.Refused {
 		return c.Bucket.burst + 1
@@ -80,8 +81,8 @@ const (
 	CeilingSource
 )
 
-// Verdict is what a store decided about one Charge. Its durations count from the
-// instant of the decision.
+// Verdict is what a store decided about one Charge. Its durations count from
+// the instant of the decision.
 type Verdict struct {
 	// Allowed says that the bucket held the cost. It is true even if another
 	// bucket denied the request, so that nothing was taken.
@@ -109,8 +110,8 @@ type Verdict struct {
 }
 
 // Known reports whether there is a verdict. There is none if the store failed
-// (Err), or if it was not asked because another charge of the request was denied
-// for certain.
+// (Err), or if it was not asked because another charge of the request was
+// denied for certain.
 func (v *Verdict) Known() bool { return v.Source != NoSource }
 
 // verdict returns the Verdict on a cost if the bucket held the level before and
@@ -228,10 +229,10 @@ type Decision struct {
 	Local bool
 }
 
-// Decide takes the charges from the store, all or none, and returns what happens
-// to the request. Without charges the Outcome is Unmatched and the store is not
-// asked. Decide returns by the deadline of ctx, as the store does. It is safe for
-// concurrent use.
+// Decide takes the charges from the store, all or none, and returns what
+// happens to the request. Without charges the Outcome is Unmatched and the
+// store is not asked. Decide returns by the deadline of ctx, as the store does.
+// It is safe for concurrent use.
 func Decide(ctx context.Context, store Store, charges []Charge) Decision {
 	d := Decision{Charges: charges, Strictest: -1}
 	if len(charges) == 0 {
@@ -292,9 +293,9 @@ func outcomeOf(charges []Charge, verdicts []Verdict) Outcome {
 }
 
 // Spends reports whether a request with this outcome keeps what it took: it
-// passes, or, where it is Delegated, may pass. Otherwise its enforced charges are
-// not taken, or given back. Shadow charges are taken whatever the outcome, if
-// their own bucket allows it.
+// passes, or, where it is Delegated, may pass. Otherwise its enforced charges
+// are not taken, or given back. Shadow charges are taken whatever the outcome,
+// if their own bucket allows it.
 func (o Outcome) Spends() bool { return o == Allowed || o == FailedOpen || o == Delegated }
 
 // stricter reports whether charge i is stricter than charge j (see Strictest).
@@ -349,8 +350,8 @@ func failAll(verdicts []Verdict, err error) {
 	}
 }
 
-// KindOf returns the kind of the *StoreError that err wraps, and KindOther if it
-// wraps none.
+// KindOf returns the kind of the *StoreError that err wraps, and KindOther if
+// it wraps none.
 func KindOf(err error) ErrorKind {
 	var e *StoreError
 	if errors.As(err, &e) {

@@ -60,9 +60,10 @@ type shard struct {
 
 var _ Store = (*Memory)(nil)
 
-// MemoryBudget returns how many bytes a process may use for buckets and ceilings:
-// enough for a million buckets with keys of 60 bytes, or a quarter of GOMEMLIMIT
-// if that is less. A Memory takes all of it; a Fallback and a Ceiling share it.
+// MemoryBudget returns how many bytes a process may use for buckets and
+// ceilings: enough for a million buckets with keys of 60 bytes, or a quarter of
+// GOMEMLIMIT if that is less. A Memory takes all of it; a Fallback and a
+// Ceiling share it.
 func MemoryBudget() int64 {
 	limit := debug.SetMemoryLimit(-1) // asks, and changes nothing
 	return min(maxMemory, limit/4)
@@ -71,8 +72,8 @@ func MemoryBudget() int64 {
 // entrySize is about how many bytes an entry with a key takes.
 func entrySize(key string) int64 { return int64(len(key)) + entryOverhead }
 
-// NewMemory returns an empty store that keeps its buckets in about so many bytes
-// (see MemoryBudget). A nil log logs nothing.
+// NewMemory returns an empty store that keeps its buckets in about so many
+// bytes (see MemoryBudget). A nil log logs nothing.
 func NewMemory(budget int64, log *zap.Logger, metrics prometheus.Registerer) *Memory {
 	start := time.Now()
 	return newMemory("buckets", budget, func() int64 { return time.Since(start).Microseconds() }, log, metrics)
@@ -105,8 +106,8 @@ func newMemory(name string, budget int64, now func() int64, log *zap.Logger, met
 	return m
 }
 
-// newSweeps, newSwept and newEntries return the metrics that every table in this
-// process has, with the label table.
+// newSweeps, newSwept and newEntries return the metrics that every table in
+// this process has, with the label table.
 func newSweeps(table prometheus.Labels) prometheus.Counter {
 	return prometheus.NewCounter(prometheus.CounterOpts{
 		Name: "sluice_janitor_sweeps_total", Help: "Total number of sweeps over a table kept in process.", ConstLabels: table,
@@ -189,9 +190,9 @@ func (m *Memory) Take(_ context.Context, charges []Charge, verdicts []Verdict) {
 	unlock()
 }
 
-// ReadOnly returns a Store on the same buckets whose Take returns the verdicts that
-// a take would get, and takes nothing. A key that would share an overflow bucket
-// gets the verdicts of a full one.
+// ReadOnly returns a Store on the same buckets whose Take returns the verdicts
+// that a take would get, and takes nothing. A key that would share an overflow
+// bucket gets the verdicts of a full one.
 func (m *Memory) ReadOnly() Store { return readOnlyMemory{m} }
 
 type readOnlyMemory struct{ memory *Memory }
@@ -212,8 +213,8 @@ func (l readOnlyMemory) Take(_ context.Context, charges []Charge, verdicts []Ver
 	}
 }
 
-// lower makes a bucket hold at most so many tokens. It does nothing if there is no
-// room for the bucket.
+// lower makes a bucket hold at most so many tokens. It does nothing if there is
+// no room for the bucket.
 func (m *Memory) lower(key string, b Bucket, most int64) {
 	s := &m.shards[m.shardOf(key)]
 	s.mu.Lock()
@@ -273,8 +274,8 @@ type slot struct {
 	reserved bool    // the key is new, and counted in entries already
 }
 
-// lock locks the shards of slots, each once and in the order of their indexes, so
-// that takes cannot deadlock. It returns the function that unlocks them.
+// lock locks the shards of slots, each once and in the order of their indexes,
+// so that takes cannot deadlock. It returns the function that unlocks them.
 func (m *Memory) lock(slots []slot) (unlock func()) {
 	if len(slots) == 1 {
 		slots[0].shard.mu.Lock()

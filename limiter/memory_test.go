@@ -54,7 +54,8 @@ func TestMemoryRunsItsJanitor(t *testing.T) {
 	<-done
 }
 
-// Past its bound the store drops nothing: the new keys of a limit share one bucket.
+// Past its bound the store drops nothing: the new keys of a limit share one
+// bucket.
 func TestMemoryIsBounded(t *testing.T) {
 	clock := &testClock{t: t, at: begin}
 	core, logs := observer.New(zap.WarnLevel)
@@ -218,7 +219,8 @@ func TestMemoryInBytes(t *testing.T) {
 	}
 }
 
-// A look is answered as a take would be, and takes nothing, nor keeps a bucket for who asked.
+// A read-only take has the verdict that a take would have. It takes no tokens
+// and creates no bucket.
 func TestMemoryReadOnly(t *testing.T) {
 	clock := &testClock{t: t, at: begin}
 	m := newMemory("buckets", 1<<20, clock.now, nil, prometheus.NewRegistry())

@@ -16,7 +16,8 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// witness decides on charges and keeps what came of it. It is safe for concurrent use.
+// witness decides on charges and records the decisions. It is safe for
+// concurrent use.
 type witness struct {
 	store Store
 
@@ -47,7 +48,8 @@ func (w *witness) decide(charges ...Charge) {
 	}
 }
 
-// inTime reports how long answers took, and fails where they took longer than promised.
+// inTime logs how long decisions took, and fails the test if they took longer
+// than promised.
 func (w *witness) inTime(t *testing.T, budget time.Duration) {
 	t.Helper()
 	w.mu.Lock()
@@ -60,7 +62,8 @@ func (w *witness) inTime(t *testing.T, budget time.Duration) {
 	}
 }
 
-// failedUntil is how long after an instant the last failure was, 0 where there was none.
+// failedUntil returns how long after an instant the last failure was, or 0 if
+// there was none.
 func (w *witness) failedUntil(since time.Time) time.Duration {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -75,7 +78,8 @@ func meanwhile(load, beside func()) {
 	beside()
 }
 
-// Redis is killed in the middle of a load and comes back at once. With its file it knows what it gave; without, it gives one burst more.
+// Redis is killed under load and restarted at once. With an append-only file it
+// remembers what it granted; without one it grants one burst more.
 func TestChaosKilledRedis(t *testing.T) {
 	const budget, recovers = 100 * time.Millisecond, 1500 * time.Millisecond
 	perSecond, lasts := 1000, redistest.Scaled(2*time.Second, 20*time.Second)
@@ -121,7 +125,8 @@ func TestChaosKilledRedis(t *testing.T) {
 	}
 }
 
-// Redis is stopped in its tracks for two seconds. Each answer is there in time, connections do not pile up, nor do goroutines.
+// Redis is frozen for two seconds under load. Every decision comes in time, and
+// neither connections nor goroutines pile up.
 func TestFrozenRedisUnderLoad(t *testing.T) {
 	const budget, perSecond = 100 * time.Millisecond, 500
 	server := redistest.Start(t)
@@ -166,7 +171,8 @@ func TestFrozenRedisUnderLoad(t *testing.T) {
 	}
 }
 
-// Redis is so far away that a caller's time is over before a connection is up. It works all the same, on few connections.
+// Redis is so far away that callers' deadlines pass before a connection is up.
+// Takes soon succeed all the same, on few connections.
 func TestFarRedis(t *testing.T) {
 	const away, callerWaits, perSecond = 10 * time.Millisecond, 35 * time.Millisecond, 200
 	s := startShakySingle(t)
@@ -203,7 +209,8 @@ func TestFarRedis(t *testing.T) {
 	}
 }
 
-// More comes than a slow Redis carries. What waits is bounded, and what is too much learns so at once.
+// More takes come than a slow Redis can carry. The queue is bounded, and takes
+// beyond it are refused at once.
 func TestOverload(t *testing.T) {
 	const perSecond, times = 8000, 4
 	s := startShakySingle(t)
@@ -243,7 +250,8 @@ func TestOverload(t *testing.T) {
 	if len(shed) < 1000 {
 		t.Fatalf("only %d were shed", len(shed))
 	}
-	// A tenth of the time each, as a busy machine has its pauses: half of them must be good.
+	// Each p99 is of a tenth of the refused takes, as a busy machine has
+	// pauses; the median of the ten must be good.
 	var p99 []time.Duration
 	for part := range slices.Chunk(shed, len(shed)/10) {
 		slices.Sort(part)
@@ -269,8 +277,9 @@ func TestOverload(t *testing.T) {
 	}
 }
 
-// The master is replaced by a replica that has not heard of anything for a while. It gives a burst more, and the rate for as long as the
-// old one still answers; and all is well soon after.
+// A replica that has received nothing for a while becomes the master. It grants
+// at most one burst more, and the rate again for as long as the old master
+// still answers. Takes recover soon after.
 func TestFailoverWithFrozenReplication(t *testing.T) {
 	t.Parallel()
 	const rate, burst, well = 50, 200, 3 * time.Second
@@ -318,7 +327,8 @@ func TestFailoverWithFrozenReplication(t *testing.T) {
 	}
 }
 
-// A slot of a cluster moves to another node and back under load: takes follow it, none is executed twice and hardly one fails.
+// A slot of a cluster moves to another node and back under load. Takes follow
+// it, none is executed twice, and hardly any fails.
 func TestChaosSlotMoves(t *testing.T) {
 	t.Parallel()
 	const perSecond = 400
@@ -377,7 +387,8 @@ func TestChaosSlotMoves(t *testing.T) {
 	}
 }
 
-// A key that somebody else has written to harms itself, and none of those that travel with it.
+// A key with a foreign value fails its own takes, and none of the others in
+// their batches.
 func TestPoisonedKey(t *testing.T) {
 	server := redistest.Start(t)
 	client := server.Client()

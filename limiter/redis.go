@@ -19,8 +19,8 @@ import (
 // errors, so its log is off.
 func init() { logging.Disable() }
 
-// Redis is the Store that all sidecars share. It is safe for concurrent use. For
-// the failure mode Local it needs a Fallback over it.
+// Redis is the Store that all sidecars share. It is safe for concurrent use.
+// For the failure mode Local it needs a Fallback over it.
 type Redis struct {
 	client       redis.UniversalClient
 	cluster      *redis.ClusterClient // the client, where it is a cluster's; else nil
@@ -45,8 +45,8 @@ type Redis struct {
 
 var _ Store = (*Redis)(nil)
 
-// NewRedis returns a store on the Redis that o names, without connecting yet. Its
-// error is that of o.Validate. A nil log logs nothing. Close it after use.
+// NewRedis returns a store on the Redis that o names, without connecting yet.
+// Its error is that of o.Validate. A nil log logs nothing. Close it after use.
 func NewRedis(o RedisOptions, log *zap.Logger, metrics prometheus.Registerer) (*Redis, error) {
 	return newRedis(o, serverClock, log, metrics)
 }
@@ -180,8 +180,8 @@ func (r *Redis) Close() error {
 }
 
 // Ping returns nil if Redis answers by the deadline of ctx, and opens the
-// connections that takes need. Connecting goes on after the deadline, for the next
-// Ping. On a cluster it asks all masters. Its error is a *StoreError.
+// connections that takes need. Connecting goes on after the deadline, for the
+// next Ping. On a cluster it asks all masters. Its error is a *StoreError.
 func (r *Redis) Ping(ctx context.Context) error {
 	err := r.eachMaster(ctx, func(ctx context.Context, client *redis.Client) error { return r.nodeFor(client).warm(ctx) })
 	if err != nil {
@@ -205,9 +205,9 @@ func (r *Redis) eachMaster(ctx context.Context, do func(context.Context, *redis.
 // the answer arrives in time.
 const deadlineMargin = 5 * time.Millisecond
 
-// Take is Store's. It makes one round trip, which it may share with other takes;
-// on a cluster one for each hash slot, all at once. It ends within the store's
-// timeout, and deadlineMargin before the caller's deadline.
+// Take is Store's. It makes one round trip, which it may share with other
+// takes; on a cluster one for each hash slot, all at once. It ends within the
+// store's timeout, and deadlineMargin before the caller's deadline.
 func (r *Redis) Take(ctx context.Context, charges []Charge, verdicts []Verdict) {
 	defer r.observe(time.Now())
 	deadline := r.deadline(ctx)
@@ -274,8 +274,8 @@ func WithBatchSize(ctx context.Context, size *atomic.Int32) context.Context {
 	return context.WithValue(ctx, batchSize{}, size)
 }
 
-// nodeOf returns the node that a key is on. Outside a cluster there is one node,
-// with an empty address.
+// nodeOf returns the node that a key is on. Outside a cluster there is one
+// node, with an empty address.
 func (r *Redis) nodeOf(ctx context.Context, key string) (*node, error) {
 	if r.cluster == nil {
 		if known, ok := r.nodes.Load(""); ok {
@@ -297,8 +297,8 @@ func (r *Redis) nodeOf(ctx context.Context, key string) (*node, error) {
 }
 
 // masterFor returns the library's client of a key's node on a cluster, by the
-// deadline of ctx. Until the library knows which node has which slots it asks one
-// after another, and nodes that hang may keep it longer than that.
+// deadline of ctx. Until the library knows which node has which slots it asks
+// one after another, and nodes that hang may keep it longer than that.
 func (r *Redis) masterFor(ctx context.Context, key string) (*redis.Client, error) {
 	if r.slotsKnown.Load() {
 		return r.cluster.MasterForKey(ctx, key)
@@ -323,8 +323,8 @@ func (r *Redis) masterFor(ctx context.Context, key string) (*redis.Client, error
 	}
 }
 
-// addressOf returns the address of a client's node, by which a cluster's nodes are
-// known; empty outside a cluster.
+// addressOf returns the address of a client's node, by which a cluster's nodes
+// are known; empty outside a cluster.
 func (r *Redis) addressOf(client *redis.Client) string {
 	if r.cluster == nil {
 		return ""
@@ -332,7 +332,8 @@ func (r *Redis) addressOf(client *redis.Client) string {
 	return client.Options().Addr
 }
 
-// nodeFor returns the node of a client of the library, and makes it if it is new.
+// nodeFor returns the node of a client of the library, and makes it if it is
+// new.
 func (r *Redis) nodeFor(client *redis.Client) *node {
 	address := r.addressOf(client)
 	if known, ok := r.nodes.Load(address); ok {
@@ -386,9 +387,9 @@ func (r *Redis) connect(ctx context.Context, client *redis.Client) (*connection,
 	return on, nil
 }
 
-// send calls the script for a batch of takes: once, or on a cluster once for each
-// slot, all at once. Its error is that of all takes without an answer, or the
-// first error of the takes of one slot.
+// send calls the script for a batch of takes: once, or on a cluster once for
+// each slot, all at once. Its error is that of all takes without an answer, or
+// the first error of the takes of one slot.
 func (r *Redis) send(ctx context.Context, on *connection, batch []*pending) error {
 	if r.cluster == nil {
 		return r.call(ctx, on, batch)

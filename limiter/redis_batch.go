@@ -102,8 +102,8 @@ type node struct {
 }
 
 // do executes t at most once and by its deadline. If abandoned is true, another
-// goroutine still uses t and the caller must not recycle it. A take whose caller
-// hangs up before the call is not executed.
+// goroutine still uses t and the caller must not recycle it. A take whose
+// caller hangs up before the call is not executed.
 func (n *node) do(ctx context.Context, t *pending) (abandoned bool, err error) {
 	if err := ctx.Err(); err != nil {
 		return false, err
@@ -147,10 +147,10 @@ func (n *node) lingerLocked() time.Duration {
 }
 
 // hopelessLocked returns an error if t would not be answered before its
-// deadline. Within one round trip as many calls end as may be under way, so that
-// each full batch that waits costs its part of one. If the oldest call has taken
-// longer than calls usually do, the node has become slow, and that call is
-// expected to take as long again.
+// deadline. Within one round trip as many calls end as may be under way, so
+// that each full batch that waits costs its part of one. If the oldest call has
+// taken longer than calls usually do, the node has become slow, and that call
+// is expected to take as long again.
 func (n *node) hopelessLocked(now time.Time, t *pending) error {
 	batches := n.charges / maxBatch
 	if batches == 0 || n.inFlight == 0 {
@@ -238,8 +238,8 @@ func (n *node) wait(ctx context.Context, t *pending, linger time.Duration) (aban
 	}
 }
 
-// finish handles what t was woken with: a batch to execute, or an empty one when
-// t has been answered.
+// finish handles what t was woken with: a batch to execute, or an empty one
+// when t has been answered.
 func (n *node) finish(t *pending, b batch) (abandoned bool, err error) {
 	if b.takes != nil {
 		n.execute(b, t)
@@ -345,9 +345,9 @@ func (n *node) execute(b batch, leader *pending) {
 
 func isFailure(err *StoreError) bool { return err.Kind == KindTimeout || err.Kind == KindConnection }
 
-// fail gives an error to the takes of a batch that have no answer, and tells the
-// breaker. A call that had less time than calls usually need says nothing of the
-// node: its caller was in a hurry.
+// fail gives an error to the takes of a batch that have no answer, and tells
+// the breaker. A call that had less time than calls usually need says nothing
+// of the node: its caller was in a hurry.
 func (n *node) fail(batch []*pending, err error, had time.Duration) error {
 	failed := storeError(err)
 	if failed.Kind == KindTimeout && !errors.As(err, new(*StoreError)) {
@@ -369,7 +369,8 @@ func (n *node) fail(batch []*pending, err error, had time.Duration) error {
 	return failed
 }
 
-// measureLocked takes the duration of a call that was answered into the average.
+// measureLocked takes the duration of a call that was answered into the
+// average.
 func (n *node) measureLocked(took time.Duration) {
 	if n.latency == 0 {
 		n.latency = took

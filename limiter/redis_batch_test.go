@@ -42,8 +42,9 @@ func TestTakesGather(t *testing.T) {
 	})
 }
 
-// A call that takes long holds nobody up for longer than the linger. At most as many are under way as the latency asks for, and what waits then
-// leaves with the next.
+// While calls are slow, a take waits no longer than the linger for a place in a
+// batch. At most as many calls are in flight as the latency calls for; takes
+// beyond them leave with the next batch.
 func TestSlowCalls(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f, ctx := newFakeNode(), t.Context()
@@ -82,7 +83,8 @@ func TestSlowCalls(t *testing.T) {
 	})
 }
 
-// A call carries so many charges, not so many takes, as it is they that cost Redis time.
+// A batch is bounded by its charges rather than its takes, as charges are what
+// costs Redis time.
 func TestCallIsBoundedByCharges(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFakeNode()
@@ -102,7 +104,8 @@ func TestCallIsBoundedByCharges(t *testing.T) {
 	})
 }
 
-// The farther Redis is, the more calls are under way, and they are spread over the round trip: a take never waits long to leave.
+// The longer the latency, the more calls are in flight, spread over the round
+// trip, so that no take waits long to be sent.
 func TestCallsByLatency(t *testing.T) {
 	for _, tt := range []struct {
 		latency time.Duration
@@ -149,7 +152,8 @@ func TestCallsByLatency(t *testing.T) {
 	}
 }
 
-// Who would not be answered in time is refused at once, and nobody else, however many wait.
+// A take that cannot be answered in time is refused at once, and no other take
+// is, however many are queued.
 func TestWaitIsBoundedByTime(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f, ctx := newFakeNode(), t.Context()
@@ -180,7 +184,8 @@ func TestWaitIsBoundedByTime(t *testing.T) {
 	})
 }
 
-// While there is no connection takes wait for the first one. What that is refused with is theirs, at once, until the next attempt.
+// Without a connection, takes wait for the first one. If it is refused, they
+// fail at once with that reason, and so do later ones until the next attempt.
 func TestTakesWaitForAConnection(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f, ctx := newFakeNode(), t.Context()
@@ -244,7 +249,8 @@ func TestTakesWaitForAConnection(t *testing.T) {
 	})
 }
 
-// A server that has closed its connections is sent nothing on them: the take goes over a new one.
+// Nothing is sent on a connection that the server has closed: the take goes
+// over a new one.
 func TestClosedConnectionsAreNoFailures(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFakeNode()
@@ -279,8 +285,9 @@ func TestClosedConnectionsAreNoFailures(t *testing.T) {
 	})
 }
 
-// Five takes in a row that ran out of any time open the breaker, whatever the store's timeout. One that had less time than calls usually need
-// says nothing.
+// Five takes in a row that time out open the breaker, however short their
+// deadlines are beside the store's timeout. A take with less time than calls
+// usually need does not count.
 func TestHurriedCallers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFakeNode()
@@ -309,8 +316,9 @@ func TestHurriedCallers(t *testing.T) {
 	})
 }
 
-// A take leaves the queue at its own deadline, or when its caller hangs up, and is then not sent; one that is in the air keeps its caller no
-// longer than to the deadline, and flies on.
+// A take leaves the queue at its deadline or when its caller hangs up, and is
+// then not sent. A take that is in flight keeps its caller until the deadline
+// at most, and its call goes on.
 func TestTakesLeave(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFakeNode()
@@ -336,7 +344,8 @@ func TestTakesLeave(t *testing.T) {
 			t.Errorf("first: %+v", first)
 		}
 		f.wantBatches(t, 1) // an overdue flight is no flight
-		// Whoever may stay longest flies, and the others leave at their own deadlines.
+		// Whoever may stay longest flies, and the others leave at their own
+		// deadlines.
 		short := f.ask(t.Context(), 30*time.Millisecond)
 		for range minConnections {
 			f.ended <- nil
@@ -437,8 +446,9 @@ func TestNobodyWaitsForAnOpenBreaker(t *testing.T) {
 	})
 }
 
-// A batch is its takes one after another: of random requests that share keys, with shapes that differ, costs, shadows and clocks that jump, the
-// script says of each charge what the maths say, and stores the same.
+// A batch is the same as its takes one after another. For random requests that
+// share keys, with different shapes, costs, shadows and clocks that jump, the
+// script's verdicts and stored state are those of levelAt.
 func TestBatchAgreesWithLevelAt(t *testing.T) {
 	setRapidChecks(t, 3000)
 	server := redistest.Start(t)
@@ -518,7 +528,8 @@ func TestBatchAgreesWithLevelAt(t *testing.T) {
 	}
 }
 
-// Many callers who come and go, some with little time and some who hang up: every answer is the right one's, and every token is accounted for.
+// Many callers come and go, some with little time and some hanging up. Every
+// caller gets the answer to its own take, and every token is accounted for.
 func TestBusyBatches(t *testing.T) {
 	server := redistest.Start(t)
 	r := newTestRedis(t, server, serverClock)

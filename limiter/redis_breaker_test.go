@@ -12,7 +12,8 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// A node that does not answer costs a few takes their time, and the others nothing; one that is back is found soon.
+// A node that does not answer costs only a few takes their time, and a node
+// that is back is found soon.
 func TestBreaker(t *testing.T) {
 	const budget = 100 * time.Millisecond
 	server := redistest.Start(t)
@@ -92,7 +93,8 @@ func TestBreakerIsFair(t *testing.T) {
 	}
 }
 
-// A node that leaves its cluster is forgotten, and so is that it did not answer.
+// A node that leaves its cluster is forgotten, and so is that it did not
+// answer.
 func TestNodesThatLeftAreForgotten(t *testing.T) {
 	nodes := redistest.StartCluster(t, 3)
 	r, err := NewRedis(RedisOptions{Mode: Cluster, Addresses: []string{nodes[0].Addr}, Timeout: 50 * time.Millisecond},

@@ -13,11 +13,11 @@ import (
 )
 
 // A Redis Cluster runs a script on the keys of one hash slot only, even if one
-// node has several slots. So a request takes from its buckets slot by slot, from
-// all slots at once, and within a slot from all buckets or from none. If one slot
-// denies, the others are refunded (refund in take.lua says how much), so that the
-// request draws from all of its buckets or from none, except for what refilled
-// meanwhile.
+// node has several slots. So a request takes from its buckets slot by slot,
+// from all slots at once, and within a slot from all buckets or from none. If
+// one slot denies, the others are refunded (refund in take.lua says how much),
+// so that the request draws from all of its buckets or from none, except for
+// what refilled meanwhile.
 
 // hashTag is what decides about a key's slot: its part in braces.
 func hashTag(key string) string {
@@ -60,8 +60,8 @@ type slotTake struct {
 	node *redis.Client
 }
 
-// takeSlots takes slot by slot and returns the parts, which the caller refunds if
-// the request does not spend what it took.
+// takeSlots takes slot by slot and returns the parts, which the caller refunds
+// if the request does not spend what it took.
 func (r *Redis) takeSlots(ctx context.Context, deadline time.Time, charges []Charge, verdicts []Verdict) []*slotTake {
 	if r.cluster == nil || oneSlot(charges) {
 		r.takeSlot(ctx, deadline, charges, verdicts)
@@ -113,11 +113,11 @@ func (r *Redis) takeSlots(ctx context.Context, deadline time.Time, charges []Cha
 // dropped, and their tokens are lost.
 const maxRefunds = 1024
 
-// refundAll refunds what the parts of a take took, and makes their verdicts those
-// of a request that took nothing. It waits until ctx ends at most, as a slot that
-// did not answer may have used up the request's time. Refunds continue after
-// that, with their own timeout, so that one slow node does not cost the other
-// buckets their tokens.
+// refundAll refunds what the parts of a take took, and makes their verdicts
+// those of a request that took nothing. It waits until ctx ends at most, as a
+// slot that did not answer may have used up the request's time. Refunds
+// continue after that, with their own timeout, so that one slow node does not
+// cost the other buckets their tokens.
 func (r *Redis) refundAll(ctx context.Context, parts []*slotTake, verdicts []Verdict) {
 	if len(parts) == 1 {
 		only := parts[0]
@@ -170,9 +170,9 @@ func (r *Redis) refundAll(ctx context.Context, parts []*slotTake, verdicts []Ver
 // script.
 const refundSize = 28
 
-// refund puts back what the charges of a slot took. It is sent once, to the node
-// that had the slot: if the slot has moved, or the node is no longer a master,
-// nothing is put back, and the tokens are lost.
+// refund puts back what the charges of a slot took. It is sent once, to the
+// node that had the slot: if the slot has moved, or the node is no longer a
+// master, nothing is put back, and the tokens are lost.
 func (r *Redis) refund(ctx context.Context, s *slotTake) {
 	var charges []Charge
 	var packed []byte
@@ -201,7 +201,8 @@ func (r *Redis) refund(ctx context.Context, s *slotTake) {
 	}
 }
 
-// callSlots calls the script for takes of one node: once for each slot, all in one pipeline.
+// callSlots calls the script for takes on one node: once for each slot, all in
+// one pipeline.
 func (r *Redis) callSlots(ctx context.Context, on *connection, batch []*pending) error {
 	bySlot := make(map[string][]*pending)
 	for _, t := range batch {
@@ -239,8 +240,9 @@ func (r *Redis) callSlots(ctx context.Context, on *connection, batch []*pending)
 	return firstError(batch)
 }
 
-// callSlot calls the script for takes of one slot, and gives each its answer or its error. While a slot moves, some of its keys are on one
-// node and some on the other, and no call may have both: then each take goes by itself.
+// callSlot calls the script for takes in one slot, and gives each take its
+// answer or error. While a slot moves, some of its keys are on one node and
+// some on another, and no call may use both: then each take is sent by itself.
 func (r *Redis) callSlot(ctx context.Context, takes []*pending) error {
 	err := r.call(ctx, r.client, takes)
 	if len(takes) == 1 || !redis.HasErrorPrefix(err, "TRYAGAIN") {
@@ -270,7 +272,8 @@ func failTakes(takes []*pending, err error) {
 	}
 }
 
-// notExecuted reports whether a node has said that a script must be sent again, as another node has the slot or this one has no script.
+// notExecuted reports whether a node refused a script that must be sent again,
+// because another node has the slot or the script is not loaded.
 func notExecuted(err error) bool {
 	for _, code := range []string{"NOSCRIPT", "MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN"} {
 		if redis.HasErrorPrefix(err, code) {

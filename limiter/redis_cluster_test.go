@@ -15,8 +15,8 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// refundOf returns what refund in take.lua puts back of a cost, some microseconds
-// after the take: what did not refill meanwhile.
+// refundOf returns what refund in take.lua puts back of a cost, some
+// microseconds after the take: what did not refill meanwhile.
 func refundOf(b Bucket, cost, elapsed int64) level {
 	if elapsed < 0 {
 		return level{}
@@ -97,9 +97,9 @@ func TestScriptAgreesWithRefund(t *testing.T) {
 	}
 }
 
-// Refunds keep the bound: over any interval, what was granted and kept is at most
-// burst + rate·t, in whatever order takes and refunds come.
-// Refunding the whole cost does not, which shows that the test can fail.
+// Refunds keep the bound: over any interval, what was granted and kept is at
+// most burst + rate·t, in whatever order takes and refunds come. Refunding the
+// whole cost does not, which shows that the test can fail.
 func TestRefundsKeepTheBound(t *testing.T) {
 	broken := map[string]int{}
 	const runs = 1000
@@ -124,7 +124,8 @@ func TestRefundsKeepTheBound(t *testing.T) {
 	t.Logf("runs in which the bound broke, of %d: %v", runs, broken)
 }
 
-// boundHolds plays takes of which some are given back later, and looks at every window.
+// boundHolds plays takes, some of which are refunded later, and checks the
+// bound in every window.
 func boundHolds(b Bucket, random *rand.Rand, back func(Bucket, int64, int64) level) bool {
 	type event struct{ at, cost int64 }
 	var kept []event
@@ -183,7 +184,8 @@ func keyed(b Bucket, limit, key string) Charge {
 	return c
 }
 
-// On a cluster a request draws from all of its buckets or from none, in whatever slots they are.
+// On a cluster a request takes from all of its buckets or from none, whatever
+// slots they are in.
 func TestCluster(t *testing.T) {
 	nodes := redistest.StartCluster(t, 3)
 	r := newClusterStore(t, nodes)
@@ -238,7 +240,8 @@ func TestCluster(t *testing.T) {
 	}
 }
 
-// A node that hangs costs the buckets on the other nodes no tokens: what they gave is given back, though the request's time is over by then.
+// A node that hangs costs the buckets on other nodes no tokens: they are
+// refunded, even after the request's deadline.
 func TestHungNodeCostsTheOthersNothing(t *testing.T) {
 	nodes := redistest.StartCluster(t, 3)
 	var addresses []string

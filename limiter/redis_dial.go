@@ -34,8 +34,8 @@ type masterDial struct{}
 // masterHook is for the library's client of a master that sentinels know.
 type masterHook struct{}
 
-// DialHook marks the dial. It gives a broken connection for its failure, as dial
-// does.
+// DialHook marks the dial. It gives a broken connection for its failure, as
+// dial does.
 func (masterHook) DialHook(next redis.DialHook) redis.DialHook {
 	return func(ctx context.Context, network, addr string) (net.Conn, error) {
 		conn, err := next(context.WithValue(ctx, masterDial{}, true), network, addr)
@@ -54,9 +54,9 @@ func (masterHook) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.Proc
 	return next
 }
 
-// dial makes a connection, with TLS if there is some. If that fails it returns a
-// connection that is broken: of errors the library's pool keeps count, and after
-// some it takes a second to see that a server is there again.
+// dial makes a connection, with TLS if there is some. If that fails it returns
+// a connection that is broken: of errors the library's pool keeps count, and
+// after some it takes a second to see that a server is there again.
 func (d dialer) dial(ctx context.Context, network, addr string) (net.Conn, error) {
 	files := d.servers
 	if d.hasSentinels && ctx.Value(masterDial{}) == nil {
@@ -205,7 +205,8 @@ func lookup(ctx context.Context, host string) ([]string, error) {
 	return all, nil
 }
 
-// broken is a connection that could not be made: all that is done with it fails, with the reason.
+// broken stands for a connection that could not be made. Every use of it fails
+// with the reason.
 type broken struct {
 	net.Conn
 	err error

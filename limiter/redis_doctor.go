@@ -33,14 +33,14 @@ const (
 	Fail FindingStatus = "fail" // takes do not work, or the deployment is not supported
 )
 
-// probeKey returns the key of a bucket that only Diagnose uses, under a prefix. It
-// has an empty limit name, which no limit has.
+// probeKey returns the key of a bucket that only Diagnose uses, under a prefix.
+// It has an empty limit name, which no limit has.
 func probeKey(prefix string, n int) string { return fmt.Sprintf("%s::{doctor.%d}", prefix, n) }
 
 // Diagnose looks for what commonly goes wrong with a Redis and its settings. It
 // takes from buckets of its own under the prefix, which Redis drops after 5 s.
-// callerTimeout is how long the proxy waits for an answer; 0 if that is unknown.
-// Diagnose returns within 10 s and the store's timeout.
+// callerTimeout is how long the proxy waits for an answer; 0 if that is
+// unknown. Diagnose returns within 10 s and the store's timeout.
 func (r *Redis) Diagnose(ctx context.Context, prefix string, callerTimeout time.Duration) []Finding {
 	ctx, cancel := context.WithTimeout(ctx, 2*connectTimeout+r.timeout)
 	defer cancel()
@@ -109,8 +109,8 @@ func (r *Redis) Diagnose(ctx context.Context, prefix string, callerTimeout time.
 
 type sayFinding func(name string, status FindingStatus, fix, format string, args ...any)
 
-// checkMode asks by HELLO, which every user may call, whether this is a cluster's
-// node, and reports whether that agrees with the config.
+// checkMode asks by HELLO, which every user may call, whether this is a
+// cluster's node, and reports whether that agrees with the config.
 func (r *Redis) checkMode(ctx context.Context, say sayFinding) bool {
 	if r.cluster != nil { // it has answered which slots it has
 		return true
@@ -143,14 +143,14 @@ func probeBucket() Bucket {
 	return b
 }
 
-// probedKeys is how many keys checkShards tries. Behind a proxy to two servers all
-// of them are on the same one in one of 2^(probedKeys-1) cases.
+// probedKeys is how many keys checkShards tries. Behind a proxy to two servers
+// all of them are on the same one in one of 2^(probedKeys-1) cases.
 const probedKeys = 20
 
-// checkShards looks for a proxy that spreads keys over several servers, and reports
-// whether there is none. Such a proxy sends the script to the server of its first
-// key, which then has the buckets of all keys of the call; a GET looks for each at
-// the server of that key.
+// checkShards looks for a proxy that spreads keys over several servers, and
+// reports whether there is none. Such a proxy sends the script to the server of
+// its first key, which then has the buckets of all keys of the call; a GET
+// looks for each at the server of that key.
 func (r *Redis) checkShards(ctx context.Context, prefix string, say sayFinding) bool {
 	var batch []*pending
 	pipe := r.client.Pipeline()
@@ -197,8 +197,8 @@ func (r *Redis) checkScript(ctx context.Context, prefix string, say sayFinding) 
 	return false
 }
 
-// checkClock compares Redis's clock with this machine's. The difference does not
-// affect decisions, but confuses whoever compares the logs of both.
+// checkClock compares Redis's clock with this machine's. The difference does
+// not affect decisions, but confuses whoever compares the logs of both.
 func (r *Redis) checkClock(ctx context.Context, say sayFinding) {
 	before := time.Now()
 	there, err := r.client.Time(ctx).Result()
@@ -215,8 +215,8 @@ func (r *Redis) checkClock(ctx context.Context, say sayFinding) {
 	say("clock", OK, "", "Redis's clock differs from this machine's by %v", distance)
 }
 
-// checkServer looks at the version and the settings of Redis. Many users have no
-// right to ask for them.
+// checkServer looks at the version and the settings of Redis. Many users have
+// no right to ask for them.
 func (r *Redis) checkServer(ctx context.Context, say sayFinding, unknown func(name, fix string, err error)) {
 	if info, err := r.client.Info(ctx, "server").Result(); err != nil {
 		unknown("version", "connect as a user with +info", err)

@@ -19,7 +19,8 @@ type refusal struct {
 func (r *refusal) Error() string { return r.err.Error() + "; " + r.fix }
 func (r *refusal) Unwrap() error { return r.err }
 
-// explain returns err as a *StoreError, shortened, and with the fix if it is known.
+// explain returns err as a *StoreError, shortened, and with the fix if it is
+// known.
 func (o *RedisOptions) explain(err error) *StoreError {
 	failed := storeError(err)
 	if errors.As(failed.Err, new(*refusal)) {
@@ -76,7 +77,8 @@ func (o *RedisOptions) fixOf(kind ErrorKind, err error) string {
 	return ""
 }
 
-// unreachableSentinels begins the library's error if no sentinel names the master.
+// unreachableSentinels begins the library's error if no sentinel names the
+// master.
 const unreachableSentinels = "redis: all sentinels specified in configuration are unreachable"
 
 var errIsSentinel = errors.New("this is a sentinel, not a Redis")

@@ -50,7 +50,9 @@ func certify(t *testing.T, port string) (args []string, ca string) {
 	}, dir + "/ca.pem"
 }
 
-// Whatever Redis, or the way to it, refuses a connection with: a take, a look, Ping and Check say what it was, where, and what mends it.
+// Whatever the reason why Redis, or the way to it, refuses a connection, the
+// errors of a take, a read-only take, Ping and Diagnose say what happened,
+// where, and how to fix it.
 func TestRefusals(t *testing.T) {
 	ctx := t.Context()
 	do := func(s *redistest.Server, args ...any) {

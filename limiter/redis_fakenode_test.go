@@ -52,7 +52,8 @@ type caller struct {
 	done      chan struct{}
 }
 
-// ask starts a take of one charge with a deadline, and waits until it is queued.
+// ask starts a take of one charge with a deadline, and waits until it is
+// queued.
 func (f fakeNode) ask(ctx context.Context, life time.Duration) *caller {
 	return f.askFor(ctx, life, 1)
 }

@@ -7,29 +7,29 @@ import (
 	"time"
 )
 
-// link is a network connection to a Redis server. Its errors say where they come
-// from, and it sends nothing to a server that has hung up.
+// link is a network connection to a Redis server. Its errors name the server,
+// and it sends nothing to a server that has closed the connection.
 type link struct {
 	net.Conn
 	peer *peer
 	addr string
 	said bool // the server has said something
-	// refusal is what Redis said that refuses a connection and closes it: an
-	// error before any other answer.
+	// refusal is the error with which Redis refused the connection: an error
+	// that came before any other answer.
 	refusal   string
 	greeted   bool // there was another answer
 	speaksTLS bool
 }
 
-// errNotSent is wrapped by the errors of what was not sent, and can therefore be
-// sent again.
+// errNotSent marks, by wrapping, an error of a write of which nothing was sent,
+// so that it may be sent again.
 var errNotSent = errors.New("the server had closed the connection")
 
 func newLink(conn net.Conn, addr string) *link {
 	return &link{Conn: conn, peer: newPeer(conn), addr: addr}
 }
 
-// NetConn is the connection beneath, for the library's own check.
+// NetConn returns the underlying connection, for the library's own check.
 func (l *link) NetConn() net.Conn { return l.Conn }
 
 func (l *link) SetWriteDeadline(t time.Time) error { return l.notSent(l.Conn.SetWriteDeadline(t)) }
@@ -127,8 +127,8 @@ func (l *link) wrap(err error) error {
 	return newLinkError(l.addr, err)
 }
 
-// newLinkError wraps an error twice: the library's pool unwraps one that it gets
-// while it makes a connection.
+// newLinkError wraps an error twice: the library's pool unwraps one that it
+// gets while it makes a connection.
 func newLinkError(addr string, err error) error { return &linkError{addr, &linkError{addr, err}} }
 
 // linkError is an error of a connection.

@@ -66,15 +66,16 @@ type TLS struct {
 	ServerName        string // in the servers' certificates; empty for the host that is dialled
 }
 
-// Validate returns an error that says what is wrong with the options, or nil. The
-// error contains no password. It reads the files of TLS.
+// Validate returns an error that says what is wrong with the options, or nil.
+// The error contains no password. It reads the files of TLS.
 func (o RedisOptions) Validate() error {
 	_, err := o.universal()
 	return err
 }
 
 // poolSize is how many connections a sidecar has to a server at most:
-// maxConnections for takes, and the others for refunds, Get, Reset and the like.
+// maxConnections for takes, and the others for refunds, Get, Reset and the
+// like.
 const poolSize = 16
 
 // nopass is what is sent as the password of a user without one. Redis refuses
@@ -184,7 +185,8 @@ func (o RedisOptions) universal() (*redis.UniversalOptions, error) {
 	c.PoolSize, c.MaxActiveConns = poolSize, poolSize
 	c.PipelinePoolSize = -1 // no second pool beside that
 	c.ConnMaxLifetime, c.ConnMaxLifetimeJitter = maxLifetime, maxLifetime/10
-	// A take is some 200 bytes; the default of 32 kB each way would be 2 MiB a sidecar.
+	// A take is some 200 bytes; the default of 32 kB each way would be 2 MiB a
+	// sidecar.
 	c.ReadBufferSize, c.WriteBufferSize = 4096, 4096
 	// Each of these is a round trip of a new connection.
 	c.DisableIdentity = true

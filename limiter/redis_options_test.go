@@ -81,7 +81,8 @@ func (a *authority) make(
 	), pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: keyDER})
 }
 
-// write writes the authority's certificate, and one that it has made, into a directory.
+// write writes the authority's certificate, and one that it has issued, into a
+// directory.
 func (a *authority) write(dir, name string) {
 	a.t.Helper()
 	_, _, cert, key := a.make(name, a)
@@ -92,7 +93,8 @@ func (a *authority) write(dir, name string) {
 	}
 }
 
-// TLS with certificates on both sides; the files are replaced while the store is in use.
+// TLS works with certificates on both sides, and their files may be replaced
+// while the store is in use.
 func TestTLS(t *testing.T) {
 	servers, clients := t.TempDir(), t.TempDir()
 	first := newAuthority(t, "first")
@@ -159,7 +161,8 @@ func TestTLS(t *testing.T) {
 	}
 }
 
-// startSentinel starts a sentinel, which knows the master and its replica when it returns.
+// startSentinel starts a sentinel and returns once it knows the master and its
+// replica.
 func startSentinel(t *testing.T, master string) (addr string, client *redis.SentinelClient) {
 	t.Helper()
 	node := redistest.StartSentinel(t, master)
@@ -226,8 +229,8 @@ func TestModesAreChecked(t *testing.T) {
 	}
 }
 
-// Also the first takes of a process end in time, on a cluster of whose nodes most do not answer and whose users have no more rights than they
-// need.
+// The first takes of a process also end in time on a cluster most of whose
+// nodes do not answer, as a user without the COMMAND command.
 func TestColdClusterKeepsTime(t *testing.T) {
 	const timeout, slack = 200 * time.Millisecond, 150 * time.Millisecond
 	nodes := redistest.StartCluster(t, 3)
@@ -260,7 +263,8 @@ func TestColdClusterKeepsTime(t *testing.T) {
 	wg.Wait()
 }
 
-// A URL says by what way and which database: there the bucket is, and in no other.
+// The URL selects the transport and the database: the bucket is in that
+// database and in no other.
 func TestURLSaysWhere(t *testing.T) {
 	port := redistest.FreePort(t)
 	server := redistest.Start(t, "--port", port, "--bind", "127.0.0.1")

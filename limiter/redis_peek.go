@@ -11,8 +11,9 @@ import (
 )
 
 // ReadOnly returns a Store on the same buckets whose Take returns the verdicts
-// that a take would get, and takes nothing. It needs the rights to TIME and GET.
-// It retries and may take seconds, so it is for operators, not for requests.
+// that a take would get, and takes nothing. It needs the rights to TIME and
+// GET. It retries and may take seconds, so it is for operators, not for
+// requests.
 func (r *Redis) ReadOnly() Store { return readOnlyRedis{r} }
 
 type readOnlyRedis struct{ redis *Redis }
@@ -21,8 +22,9 @@ func (l readOnlyRedis) Take(ctx context.Context, charges []Charge, verdicts []Ve
 	l.redis.look(ctx, charges, verdicts, make([]bool, len(charges)))
 }
 
-// Get returns what the bucket of c holds now, and whether it is stored: an absent
-// bucket is full. It ignores the charge's cost. Its error is a *StoreError.
+// Get returns what the bucket of c holds now, and whether it is stored: an
+// absent bucket is full. It ignores the charge's cost. Its error is a
+// *StoreError.
 func (r *Redis) Get(ctx context.Context, c Charge) (v Verdict, exists bool, err error) {
 	c.Cost = 0
 	verdicts, stored := make([]Verdict, 1), make([]bool, 1)
@@ -30,8 +32,8 @@ func (r *Redis) Get(ctx context.Context, c Charge) (v Verdict, exists bool, err 
 	return verdicts[0], stored[0], verdicts[0].Err
 }
 
-// Reset makes a bucket full by removing it, and reports whether it was stored. It
-// needs the right to DEL. Its error is a *StoreError.
+// Reset makes a bucket full by removing it, and reports whether it was stored.
+// It needs the right to DEL. Its error is a *StoreError.
 func (r *Redis) Reset(ctx context.Context, key string) (existed bool, err error) {
 	var n int64
 	err = r.ask(ctx, func(ctx context.Context) (err error) {
@@ -45,8 +47,8 @@ func (r *Redis) Reset(ctx context.Context, key string) (existed bool, err error)
 const asksAtMost = 3
 
 // ask calls question, which takes nothing, until it succeeds or fails otherwise
-// than by the connection. It may take connectTimeout besides the store's timeout.
-// Its error is a *StoreError.
+// than by the connection. It may take connectTimeout besides the store's
+// timeout. Its error is a *StoreError.
 func (r *Redis) ask(ctx context.Context, question func(context.Context) error) error {
 	ctx, cancel := context.WithTimeout(ctx, connectTimeout+r.timeout)
 	defer cancel()
@@ -81,8 +83,8 @@ func (r *Redis) located(err error) error {
 	return fmt.Errorf("%s: %w", where, err)
 }
 
-// look reads the buckets of charges. It fills verdicts, and sets exists for those
-// that are stored.
+// look reads the buckets of charges. It fills verdicts, and sets exists for
+// those that are stored.
 func (r *Redis) look(ctx context.Context, charges []Charge, verdicts []Verdict, exists []bool) {
 	var now time.Time
 	stored := make([]*redis.StringCmd, len(charges))

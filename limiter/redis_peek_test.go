@@ -53,7 +53,8 @@ func TestReadOnly(t *testing.T) {
 		t.Errorf("%+v", d)
 	}
 
-	// What makes no sense, and what a newer version has stored, is what it is for a take, and stays.
+	// A read-only take treats invalid state, and state that a newer version has
+	// stored, as a take does, and leaves it as it is.
 	set := func(value string) {
 		if err := client.Set(ctx, b.Key, value, 0).Err(); err != nil {
 			t.Fatal(err)

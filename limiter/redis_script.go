@@ -25,7 +25,8 @@ const serverClock = "local t = redis.call('TIME') return %s(t[1] * 1000000 + t[2
 // script is a Lua script, and the SHA-1 hash by which Redis knows it.
 type script struct{ text, sha string }
 
-// newScript returns take.lua with a last line, clock, that calls a function of it.
+// newScript returns take.lua with a last line, clock, that calls a function of
+// it.
 func newScript(function, clock string) script {
 	s := script{text: takeLua + fmt.Sprintf(clock, function)}
 	sum := sha1.Sum([]byte(s.text))
@@ -34,8 +35,8 @@ func newScript(function, clock string) script {
 }
 
 // once is a command that the library never sends twice, whatever its retry
-// settings, on any kind of client: Redis may have executed a script whose answer
-// was late or was cut off.
+// settings, on any kind of client: Redis may have executed a script whose
+// answer was late or was cut off.
 type once struct{ *redis.StringCmd }
 
 // NoRetry tells the library not to send the command again.
@@ -51,8 +52,8 @@ func (r *Redis) call(ctx context.Context, on processor, batch []*pending) error 
 	return deal(reply, batch)
 }
 
-// takeArgs returns the arguments of the script: the number of keys, the keys, and
-// the packed charges.
+// takeArgs returns the arguments of the script: the number of keys, the keys,
+// and the packed charges.
 func takeArgs(batch []*pending) []any {
 	var keys, size int
 	for _, t := range batch {
@@ -100,8 +101,8 @@ type processor interface {
 	Process(ctx context.Context, cmd redis.Cmder) error
 }
 
-// run calls a script with its arguments, the number of keys first, and returns the
-// reply.
+// run calls a script with its arguments, the number of keys first, and returns
+// the reply.
 func (r *Redis) run(ctx context.Context, to processor, s *script, args ...any) (string, error) {
 	cmd := once{redis.NewStringCmd(ctx, append([]any{"evalsha", s.sha}, args...)...)}
 	err := to.Process(ctx, cmd)
@@ -204,8 +205,8 @@ func (r *Redis) read(at int64, reply string, charges []Charge, verdicts []Verdic
 	return nil
 }
 
-// bucketError counts and returns the error of one bucket, by the code that Redis
-// or the script gave for it.
+// bucketError counts and returns the error of one bucket, by the code that
+// Redis or the script gave for it.
 func (r *Redis) bucketError(code string) *StoreError {
 	e := &StoreError{Kind: kindOfCode(code), Err: fmt.Errorf("one bucket: %s", code)}
 	if code == "NEWER" {

@@ -16,10 +16,12 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// keyClock is a last line for the script that takes the instant from a key, for tests that set it.
+// keyClock is a last line for the script that reads the time from a key, which
+// tests set.
 const keyClock = "return %s(tonumber(redis.call('GET', 'clock')))\n"
 
-// testClock is a clock in microseconds that tests set; a Redis store with keyClock and a Memory with now both go by it.
+// testClock is a clock in microseconds that tests set. A Redis store with
+// keyClock and a Memory whose now is set both follow it.
 type testClock struct {
 	t      testing.TB
 	at     int64
@@ -42,7 +44,8 @@ func (c *testClock) set(at int64) {
 
 func (c *testClock) advance(d time.Duration) { c.set(c.at + d.Microseconds()) }
 
-// newTestRedis returns a store on the server, without a budget that a slow machine could exceed.
+// newTestRedis returns a store on the server with a timeout that a slow machine
+// does not exceed.
 func newTestRedis(t testing.TB, s *redistest.Server, clock string) *Redis {
 	t.Helper()
 	r, err := newRedis(RedisOptions{URL: s.URL(), Timeout: time.Minute}, clock, nil, prometheus.NewRegistry())
@@ -70,8 +73,9 @@ func (s state) equal(o state) bool {
 	return s == o
 }
 
-// The script and levelAt are one function: on random sequences of takes, costs, clocks that jump both ways and limits that change,
-// Redis and a Memory say the same of each charge and have the same stored, and each key in Redis has its end.
+// The script agrees with levelAt. On random sequences of takes, with costs,
+// limits that change and clocks that jump both ways, Redis and a Memory return
+// the same verdicts and store the same state, and every key in Redis expires.
 func TestScriptAgreesWithLevelAt(t *testing.T) {
 	setRapidChecks(t, 10_000)
 	server := redistest.Start(t)
@@ -86,7 +90,8 @@ func TestScriptAgreesWithLevelAt(t *testing.T) {
 		clock.set(begin)
 		began := time.Now()
 		shapes := rapid.SliceOfN(anyBucket(), 1, 3).Draw(t, "shapes")
-		// What fills in a moment expires by Redis's own clock within seconds; stop long before.
+		// Buckets that fill soon expire within seconds by Redis's own clock;
+		// stop long before that.
 		for range rapid.IntRange(1, 12).Draw(t, "steps") {
 			if time.Since(began) > 2*time.Second {
 				return

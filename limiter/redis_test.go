@@ -19,12 +19,15 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// scripts is how many scripts the server has executed since its start, by what it counts itself.
+// scripts returns how many scripts the server has executed since its start, by
+// its own count.
 func scripts(t testing.TB, s *redistest.Server) (executed int) {
 	t.Helper()
 	stats := s.Info("commandstats")
 	for _, command := range []string{"cmdstat_evalsha", "cmdstat_eval"} {
-		// calls=3,usec=100,usec_per_call=33.3,rejected_calls=0,failed_calls=1: a call that failed changed nothing here.
+		// In
+		// calls=3,usec=100,usec_per_call=33.3,rejected_calls=0,failed_calls=1,
+		// the failed call changed nothing here.
 		fields := map[string]int{}
 		for f := range strings.SplitSeq(stats[command], ",") {
 			name, value, _ := strings.Cut(f, "=")
@@ -93,7 +96,8 @@ func TestRedisSurvivesFlushedScripts(t *testing.T) {
 	}
 }
 
-// A Redis that does not answer costs a caller the store's time budget and no more, and what it then executes late it executes once.
+// A Redis that does not answer costs a caller the store's timeout and no more,
+// and what it executes late it executes once.
 func TestFrozenRedis(t *testing.T) {
 	const budget = 100 * time.Millisecond
 	server := redistest.Start(t)
@@ -260,7 +264,8 @@ func TestStoredTrouble(t *testing.T) {
 			client.Del(ctx, bad.Key, good.Key)
 			poison()
 			before := testutil.ToFloat64(r.errors[KindState])
-			// Empty as of now; the other one's token stays as the request was denied, and is taken when it is alone.
+			// This bucket is empty now. The other one keeps its token because
+			// the request was denied, and gives it to a take of its own.
 			k := taker{t, r}
 			v := k.take(good, bad)
 			if v[1].Allowed || v[1].Remaining != 0 || v[1].RetryAfter > day || v[1].RetryAfter < day-time.Minute ||
@@ -514,7 +519,8 @@ func TestRedisOptions(t *testing.T) {
 	}
 }
 
-// A bucket takes at most 250 bytes of Redis, with a domain, a limit and a key of ordinary length.
+// A bucket takes at most 250 bytes of Redis's memory if its domain, limit and
+// key have ordinary lengths.
 func TestRedisMemory(t *testing.T) {
 	server := redistest.Start(t)
 	r := newTestRedis(t, server, serverClock)

@@ -17,9 +17,9 @@ const urlForms = "want redis://[user:password@]host:port[/database], the same wi
 // maxSocketPath is how long the path of a unix socket may be, in bytes.
 const maxSocketPath = 107
 
-// parseURL reads the URL of a Redis. It is stricter than the library, which takes
-// parameters for settings of its own. No error quotes more than the host and the
-// port: any other part may belong to a password.
+// parseURL reads the URL of a Redis. It is stricter than the library, which
+// takes parameters for settings of its own. No error quotes more than the host
+// and the port: any other part may belong to a password.
 func parseURL(text string) (*redis.Options, error) {
 	c, err := readURL(strings.TrimRight(text, "\r\n"))
 	if err != nil {

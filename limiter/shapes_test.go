@@ -21,10 +21,10 @@ type shapesStore struct {
 	expire func(key string)
 }
 
-// shapesRun takes from one bucket in several shapes, as two routes, a reload and
-// its return, or two sidecars with different files do, always as much as there
-// is or nearly so. It returns by how many tokens the grants exceed the larger
-// burst and the larger rate, in the worst window.
+// shapesRun takes from one bucket in several shapes, as two routes, a reload
+// and its return, or two sidecars with different files do, always as much as
+// there is or nearly so. It returns by how many tokens the grants exceed the
+// larger burst and the larger rate, in the worst window.
 func shapesRun(t *testing.T, random *rand.Rand, key string, s shapesStore) float64 {
 	t.Helper()
 	shapes := make([]Bucket, 2+random.IntN(2))
@@ -105,8 +105,8 @@ func shapesMemory(ends func(state, int64) bool) (s shapesStore) {
 }
 
 // shapesRedis is one of two stores on servers. The script's instant is in its
-// text; a key's end is taken from Redis when the key is written, and comes by the
-// test's clock.
+// text; a key's end is taken from Redis when the key is written, and comes by
+// the test's clock.
 func shapesRedis(t *testing.T, o RedisOptions) (s shapesStore) {
 	t.Helper()
 	ctx := context.Background()

@@ -4,5 +4,6 @@ package limiter
 
 import "time"
 
-// slack is what an answer may take over its budget, where the race detector makes everything several times slower.
+// slack is by how much an answer may exceed its budget. The race detector makes
+// everything several times slower.
 const slack = 250 * time.Millisecond

@@ -54,7 +54,8 @@ func (c Charge) shadow() Charge {
 	return c
 }
 
-// take takes, and says in a line a charge "ok" or "no", how many tokens are left, and what the waits are.
+// take takes from the store, and returns a line a charge: "ok" or "no", the
+// tokens left, and the waits.
 func (k taker) take(charges ...Charge) []Verdict {
 	k.t.Helper()
 	verdicts := make([]Verdict, len(charges))

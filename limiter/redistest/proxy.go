@@ -10,8 +10,8 @@ import (
 	"time"
 )
 
-// Proxy stands between clients and a server, and spoils what comes through. Its
-// faults are of connections that are open, and of new ones.
+// Proxy forwards connections to a server and injects faults. The faults apply
+// to open connections and to new ones.
 type Proxy struct {
 	Addr string // host:port
 
@@ -27,7 +27,7 @@ type Proxy struct {
 	most   int // clients' connections that were open at once
 }
 
-// faults are what a proxy does. mended is closed when they end.
+// faults are the faults that a proxy injects. mended is closed when they end.
 type faults struct {
 	delay     time.Duration
 	rate      int // bytes a second; 0: as fast as it goes
@@ -42,7 +42,8 @@ func StartProxy(t testing.TB, server string) *Proxy {
 	return StartProxyFrom(t, server, "127.0.0.1")
 }
 
-// StartProxyFrom is StartProxy with an address from which the server is dialled.
+// StartProxyFrom is StartProxy with an address from which the server is
+// dialled.
 func StartProxyFrom(t testing.TB, server, from string) *Proxy {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -64,10 +65,10 @@ func StartProxyFrom(t testing.TB, server, from string) *Proxy {
 	return p
 }
 
-// Server is where the proxy's server is, as host:port.
+// Server returns the address of the proxy's server, as host:port.
 func (p *Proxy) Server() string { return p.server }
 
-// Delay makes all that the server says late by d, which is thereby the round
+// Delay delays everything that the server sends by d, which is then the round
 // trip.
 func (p *Proxy) Delay(d time.Duration) { p.change(func(f *faults) { f.delay = d }) }
 
@@ -75,12 +76,12 @@ func (p *Proxy) Delay(d time.Duration) { p.change(func(f *faults) { f.delay = d 
 // connection.
 func (p *Proxy) Throttle(kilobytes int) { p.change(func(f *faults) { f.rate = 1000 * kilobytes }) }
 
-// Cut closes each connection where the server next says something, which nobody
-// gets to hear.
+// Cut closes each connection when the server next sends something, and drops
+// what it sent.
 func (p *Proxy) Cut() { p.change(func(f *faults) { f.cut = true }) }
 
-// Hold keeps all that the server says to itself. Mend then closes the
-// connections of which it has kept something.
+// Hold withholds everything that the server sends. Mend then closes the
+// connections of which something was withheld.
 func (p *Proxy) Hold() { p.change(func(f *faults) { f.hold = true }) }
 
 // Mend ends all faults.
@@ -91,14 +92,14 @@ func (p *Proxy) Mend() {
 	p.faults = faults{mended: make(chan struct{})}
 }
 
-// Opened is how many connections there have been.
+// Opened returns how many connections there have been.
 func (p *Proxy) Opened() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.opened
 }
 
-// Most is how many connections of clients were open at once.
+// Most returns the largest number of client connections that were open at once.
 func (p *Proxy) Most() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -35,8 +35,8 @@ func Scaled[T any](quick, long T) T {
 }
 
 // Server is a redis-server on a unix socket, without persistence unless its
-// arguments say otherwise. Its methods fail the test that started it. They are not
-// safe for concurrent use.
+// arguments say otherwise. Its methods fail the test that started it. They are
+// not safe for concurrent use.
 type Server struct {
 	t      testing.TB
 	dir    string
@@ -49,9 +49,10 @@ type Server struct {
 	log strings.Builder // the output of all its runs
 }
 
-// Start starts a server, waits until it answers, and stops it when the test ends.
-// args are arguments of redis-server, such as "--maxmemory", "1mb". Without a
-// redis-server the test fails: a skip would hide that nothing was tested.
+// Start starts a server, waits until it answers, and stops it when the test
+// ends. args are arguments of redis-server, such as "--maxmemory", "1mb".
+// Without a redis-server the test fails: a skip would hide that nothing was
+// tested.
 func Start(t testing.TB, args ...string) *Server {
 	t.Helper()
 	return start(t, nil, args)
@@ -72,7 +73,8 @@ func start(t testing.TB, config, args []string) *Server {
 	return s
 }
 
-// URL returns the URL of the server. It does not change when the server restarts.
+// URL returns the URL of the server. It does not change when the server
+// restarts.
 func (s *Server) URL() string { return "unix://" + s.socket() }
 
 func (s *Server) socket() string { return filepath.Join(s.dir, "redis.sock") }
@@ -84,8 +86,8 @@ func (s *Server) Client() *redis.Client {
 	return c
 }
 
-// Restart starts the server, which must not be running, and waits until it accepts
-// connections. It loads what it has persisted.
+// Restart starts the server, which must not be running, and waits until it
+// accepts connections. It loads what it has persisted.
 func (s *Server) Restart() {
 	s.t.Helper()
 	args := slices.Concat(s.config, []string{"--port", "0", "--unixsocket", s.socket(), "--dir", s.dir, "--save", ""},
@@ -236,8 +238,8 @@ func StartSentinel(t testing.TB, master string, args ...string) *Node {
 	return startNode(t, []string{config, "--sentinel"}, args)
 }
 
-// StartCluster starts a Redis Cluster of so many masters on free ports, each with
-// an equal part of the slots. args are as in Start.
+// StartCluster starts a Redis Cluster of so many masters on free ports, each
+// with an equal part of the slots. args are as in Start.
 func StartCluster(t testing.TB, masters int, args ...string) []*Node {
 	t.Helper()
 	var nodes []*Node
@@ -271,8 +273,8 @@ func StartCluster(t testing.TB, masters int, args ...string) []*Node {
 	return nodes
 }
 
-// FreePort returns a free TCP port. The port 10000 above it, which a cluster's bus
-// needs, is free too.
+// FreePort returns a free TCP port. The port 10000 above it, which a cluster's
+// bus needs, is free too.
 func FreePort(t testing.TB) string {
 	t.Helper()
 	for range 100 {
@@ -299,8 +301,8 @@ func must(t testing.TB, err error) {
 	}
 }
 
-// MoveSlot moves a slot of a cluster with its keys, while clients may use it, and
-// returns when all nodes know.
+// MoveSlot moves a slot of a cluster with its keys, while clients may use it,
+// and returns when all nodes know.
 func MoveSlot(t testing.TB, nodes []*Server, slot int, from, to *Server) {
 	t.Helper()
 	ctx := context.Background()
@@ -360,8 +362,8 @@ func MoveSlot(t testing.TB, nodes []*Server, slot int, from, to *Server) {
 	})
 }
 
-// field returns the value of a field in the output of INFO or CLUSTER INFO; empty
-// if it is missing.
+// field returns the value of a field in the output of INFO or CLUSTER INFO;
+// empty if it is missing.
 func field(info, name string) string {
 	for line := range strings.Lines(info) {
 		if n, value, ok := strings.Cut(strings.TrimSpace(line), ":"); ok && n == name {
