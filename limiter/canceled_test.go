@@ -18,7 +18,10 @@ func TestCallerHangsUp(t *testing.T) {
 	nodes := redistest.StartCluster(t, 3)
 	gone, cancel := context.WithCancel(t.Context())
 	cancel()
-	for name, r := range map[string]*Redis{"single": newTestRedis(t, redistest.Start(t), serverClock), "cluster": newClusterStore(t, nodes)} {
+	for name, r := range map[string]*Redis{
+		"single":  newTestRedis(t, redistest.Start(t), serverClock),
+		"cluster": newClusterStore(t, nodes),
+	} {
 		b := bucket(t, 1, day, 10)
 		for _, mode := range []FailureMode{Allow, Local, Delegate, Deny} {
 			limit := &Limit{Domain: "test", Name: fmt.Sprint("on-failure-", mode), OnFailure: mode}
@@ -37,7 +40,9 @@ func TestCallerHangsUp(t *testing.T) {
 			}
 			shadow := mine.shadow()
 			shadow.Key = fmt.Sprintf("sluice:test:c:{%s-%v}", name, mode)
-			for what, charges := range map[string][]Charge{"one": {mine}, "a shadow": {shadow}, "several": {mine, other, shadow}} {
+			for what, charges := range map[string][]Charge{
+				"one": {mine}, "a shadow": {shadow}, "several": {mine, other, shadow},
+			} {
 				if name == "single" && what == "several" {
 					charges = []Charge{mine, shadow}
 				}

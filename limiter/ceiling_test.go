@@ -135,14 +135,14 @@ func (c *testClock) left(charge Charge, of *Ceiling) string {
 func TestCeilingBesideOthers(t *testing.T) {
 	c, store, _ := underCeiling(t)
 	empty, full := charge(bucket(t, 1, time.Hour, 1), "empty"), charge(bucket(t, 1, time.Hour, 10), "full")
-	shadow, denying := charge(bucket(t, 1, time.Hour, 10), "shadow").shadow(), charge(bucket(t, 1, time.Hour, 1),
-		"denying").shadow()
+	shadow := charge(bucket(t, 1, time.Hour, 10), "shadow").shadow()
+	denying := charge(bucket(t, 1, time.Hour, 1), "denying").shadow()
 	k := taker{t, c}
 	k.want("ok 0, ok 0", empty, denying)
 	asked := store.takes.Load()
 	d := Decide(t.Context(), c, []Charge{full, shadow, empty, denying})
-	if d.Outcome != Limited || d.Strictest != 2 || d.Verdicts[0].Known() || !d.Verdicts[1].Allowed || d.Verdicts[1].Remaining != 9 || d.Verdicts[3].Allowed ||
-		d.Verdicts[2].Source != CeilingSource ||
+	if d.Outcome != Limited || d.Strictest != 2 || d.Verdicts[0].Known() || !d.Verdicts[1].Allowed ||
+		d.Verdicts[1].Remaining != 9 || d.Verdicts[3].Allowed || d.Verdicts[2].Source != CeilingSource ||
 		d.Verdicts[3].Source != CeilingSource {
 		t.Errorf("%+v", d)
 	}

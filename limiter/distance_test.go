@@ -167,7 +167,8 @@ func testDistance(t *testing.T, away time.Duration, perSecond int) {
 		}
 		p99 := took[len(took)*99/100]
 		t.Logf(
-			"of %d takes %d failed, 99 %% took at most %v, the slowest %v; %d connections at once; %d more while the machine was slow",
+			"of %d takes %d failed, 99 %% took at most %v, the slowest %v; "+
+				"%d connections at once; %d more while the machine was slow",
 			len(took), len(failed), p99, took[len(took)-1], proxy.Most(), excused)
 		if len(failed) > 0 {
 			t.Errorf("failed: %v", failed[:min(len(failed), 5)])

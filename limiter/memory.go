@@ -93,8 +93,9 @@ func newMemory(name string, budget int64, now func() int64, log *zap.Logger, met
 		sweeps: newSweeps(table),
 		swept:  newSwept(table),
 		shared: prometheus.NewCounter(prometheus.CounterOpts{
-			Name:        "sluice_overflow_takes_total",
-			Help:        "Total number of takes from a bucket that new keys of a limit share because the table of buckets is full.",
+			Name: "sluice_overflow_takes_total",
+			Help: "Total number of takes from a bucket that new keys of a limit share " +
+				"because the table of buckets is full.",
 			ConstLabels: table,
 		}),
 	}

@@ -314,7 +314,8 @@ func TestFailoverWithFrozenReplication(t *testing.T) {
 	})
 	over, most := excess(b, w.granted[a.Key]), burst+rate*old.Sub(switched).Seconds()
 	t.Logf(
-		"%v; the old master answered for %v; %.1f tokens over the bound of a bucket, of at most %.1f; the last failure was %v after the switch",
+		"%v; the old master answered for %v; %.1f tokens over the bound of a bucket, of at most %.1f; "+
+			"the last failure was %v after the switch",
 		w.outcomes, old.Sub(switched), over, most, w.failedUntil(switched))
 	if over > most {
 		t.Errorf("%.1f tokens over the bound, of at most %.1f", over, most)

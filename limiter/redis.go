@@ -23,24 +23,24 @@ func init() { logging.Disable() }
 // For the failure mode Local it needs a Fallback over it.
 type Redis struct {
 	client       redis.UniversalClient
-	cluster      *redis.ClusterClient // the client, where it is a cluster's; else nil
+	cluster      *redis.ClusterClient // client if mode is cluster, else nil
 	options      RedisOptions
-	login        atomic.Pointer[RedisOptions] // whose username and password new connections use
+	login        atomic.Pointer[RedisOptions] // credentials of new connections
 	timeout      time.Duration
-	hurried      sync.Once // tells once of a caller with less time than the store has
+	hurried      sync.Once // warns once of callers whose deadlines are before the timeout
 	takeScript   script
 	refundScript script
 	log          *zap.Logger
 	seconds      prometheus.Histogram
 	batches      prometheus.Histogram
 	errors       map[ErrorKind]prometheus.Counter
-	nodes        sync.Map // of *node, by address; as many as a cluster has masters
+	nodes        sync.Map // from address to *node, one for each master
 	breakers     prometheus.GaugeFunc
-	unknown      breaker // of the question who has which of a cluster's slots
-	// slotsKnown says that this was answered once; the library then keeps an
-	// answer for good, and asks again in the background.
+	unknown      breaker // of asking which node has which of a cluster's slots
+	// slotsKnown is set once that was answered. The library then always has an
+	// answer, and refreshes it in the background.
 	slotsKnown atomic.Bool
-	refunds    chan struct{} // has a place for each request whose refund is under way
+	refunds    chan struct{} // bounds the requests whose refunds are in progress
 }
 
 var _ Store = (*Redis)(nil)
@@ -103,7 +103,8 @@ func newRedis(o RedisOptions, clock string, log *zap.Logger, metrics prometheus.
 	r.cluster, _ = r.client.(*redis.ClusterClient)
 	vec := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "sluice_store_errors_total",
-		Help: "Total number of takes that Redis failed and of invalid bucket states, by kind. Takes whose callers hung up are not counted.",
+		Help: "Total number of takes that Redis failed and of invalid bucket states, by kind. " +
+			"Takes whose callers hung up are not counted.",
 	}, []string{"kind"})
 	for _, k := range errorKinds {
 		r.errors[k] = vec.WithLabelValues(string(k))

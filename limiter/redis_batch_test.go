@@ -464,10 +464,8 @@ func TestBatchAgreesWithLevelAt(t *testing.T) {
 		shapes := rapid.SliceOfN(anyBucket(), 1, 2).Draw(t, "shapes")
 		for range rapid.IntRange(1, 3).Draw(t, "calls") {
 			jump := rapid.OneOf(rapid.Int64Range(0, 2*shapes[0].wait(level{}, 1).Microseconds()),
-				rapid.Int64Range(-time.Hour.Microseconds(), 0), rapid.Int64Range(0, shapes[0].FillTime().Microseconds())).Draw(
-				t,
-				"jump",
-			)
+				rapid.Int64Range(-time.Hour.Microseconds(), 0),
+				rapid.Int64Range(0, shapes[0].FillTime().Microseconds())).Draw(t, "jump")
 			clock.set(min(clock.at+jump, 1<<53-1))
 			var requests [][]Charge
 			var batch []*pending

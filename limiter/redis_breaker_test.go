@@ -56,7 +56,8 @@ func TestBreaker(t *testing.T) {
 		}
 		outage.end()
 		back := time.Now()
-		for r.Take(context.Background(), []Charge{a}, verdicts); verdicts[0].Err != nil; r.Take(context.Background(), []Charge{a}, verdicts) {
+		take := func() { r.Take(context.Background(), []Charge{a}, verdicts) }
+		for take(); verdicts[0].Err != nil; take() {
 			<-tick.C
 		}
 		found := time.Since(back)

@@ -92,7 +92,8 @@ func (r *Redis) Diagnose(ctx context.Context, prefix string, callerTimeout time.
 	if callerTimeout > 0 {
 		if r.timeout+deadlineMargin > callerTimeout {
 			say("timeouts", Warn,
-				"keep store.redis.timeout below the timeout of Envoy's ext_authz filter; otherwise Envoy decides about failures, and not on_failure",
+				"keep store.redis.timeout below the timeout of Envoy's ext_authz filter; "+
+					"otherwise Envoy decides about failures, and not on_failure",
 				"the store's timeout of %v is not below Envoy's %v", r.timeout, callerTimeout)
 		} else {
 			say("timeouts", OK, "", "the store's timeout of %v is below Envoy's %v", r.timeout, callerTimeout)
@@ -168,7 +169,8 @@ func (r *Redis) checkShards(ctx context.Context, prefix string, say sayFinding) 
 	for _, s := range stored {
 		if errors.Is(s.Err(), redis.Nil) {
 			say("one server", Fail, "connect to Redis itself, or to a cluster's nodes with store.redis.mode: cluster",
-				"a proxy at this address spreads keys over several servers, as Envoy's redis_proxy and twemproxy do: takes do not find each other's buckets, and more is granted than the limits allow")
+				"a proxy at this address spreads keys over several servers, as Envoy's redis_proxy and twemproxy do: "+
+					"takes do not find each other's buckets, and more is granted than the limits allow")
 			return false
 		}
 	}
@@ -228,7 +230,9 @@ func (r *Redis) checkServer(ctx context.Context, say sayFinding, unknown func(na
 		say("version", OK, "", "Redis %s", version)
 	}
 	settings := map[string]string{}
-	for _, name := range []string{"maxmemory", "maxmemory-policy", "appendonly", "appendfsync", "save", "min-replicas-to-write"} {
+	for _, name := range []string{
+		"maxmemory", "maxmemory-policy", "appendonly", "appendfsync", "save", "min-replicas-to-write",
+	} {
 		values, err := r.client.ConfigGet(ctx, name).Result()
 		if err != nil {
 			unknown("settings",

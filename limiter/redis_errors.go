@@ -54,7 +54,8 @@ func (o *RedisOptions) fixOf(kind ErrorKind, err error) string {
 	var name *net.DNSError
 	switch {
 	case has("DENIED Redis is running in protected mode"):
-		return "give Redis a password (requirepass, or ACL SETUSER) and sluice the same one, or set protected-mode no if only trusted hosts reach it"
+		return "give Redis a password (requirepass, or ACL SETUSER) and sluice the same one, " +
+			"or set protected-mode no if only trusted hosts reach it"
 	case has("max number of clients reached"):
 		return "raise maxclients in Redis, or find the clients that hold its connections (CLIENT LIST)"
 	case ofSentinel && kind == KindAuth, ofSentinel && has("NOAUTH"), ofSentinel && has("WRONGPASS"):
@@ -68,7 +69,8 @@ func (o *RedisOptions) fixOf(kind ErrorKind, err error) string {
 	case o.Mode != Cluster && (has("MOVED ") || has("CROSSSLOT ") || has("CLUSTERDOWN ")):
 		return "this Redis is a cluster node: set store.redis.mode: cluster"
 	case has("unknown command 'time'"), has("unknown command 'TIME'"):
-		return "if this is a sentinel, set store.redis.mode: sentinel with addresses and master; if it is a proxy, connect to Redis itself"
+		return "if this is a sentinel, set store.redis.mode: sentinel with addresses and master; " +
+			"if it is a proxy, connect to Redis itself"
 	case errors.Is(err, errIsSentinel):
 		return "set store.redis.mode: sentinel with addresses and master"
 	case errors.As(err, &name):

@@ -37,16 +37,8 @@ func certify(t *testing.T, port string) (args []string, ca string) {
 	dir := t.TempDir()
 	newAuthority(t, "ca").write(dir, "server")
 	return []string{
-		"--tls-port",
-		port,
-		"--tls-cert-file",
-		dir + "/server.pem",
-		"--tls-key-file",
-		dir + "/server.key",
-		"--tls-ca-cert-file",
-		dir + "/ca.pem",
-		"--tls-auth-clients",
-		"no",
+		"--tls-port", port, "--tls-cert-file", dir + "/server.pem", "--tls-key-file", dir + "/server.key",
+		"--tls-ca-cert-file", dir + "/ca.pem", "--tls-auth-clients", "no",
 	}, dir + "/ca.pem"
 }
 
@@ -84,24 +76,45 @@ func TestRefusals(t *testing.T) {
 		want    []string
 	}{
 		{"nobody there", RedisOptions{URL: "redis://" + nobody}, nobody, KindConnection, []string{"connection refused"}},
-		{"no password", RedisOptions{URL: "redis://" + locked.Addr}, locked.Addr, KindAuth, []string{"NOAUTH", "set store.redis.password"}},
-		{"a wrong password", RedisOptions{URL: "redis://:s3cret@" + locked.Addr}, locked.Addr, KindAuth, []string{"WRONGPASS", "check store.redis.username and password"}},
-		{"no such user", RedisOptions{URL: "redis://" + locked.Addr, Username: "nobody", Password: "s3cret"}, locked.Addr, KindAuth, []string{"WRONGPASS", "check store.redis.username"}},
-		{"protected mode", RedisOptions{URL: "redis://" + strangers.Addr}, strangers.Addr, KindAuth, []string{"DENIED Redis is running in protected mode", "give Redis a password"}},
-		{"too many clients", RedisOptions{URL: "redis://" + full.Addr}, full.Addr, KindConnection, []string{"max number of clients reached", "raise maxclients"}},
-		{"TLS to plain", RedisOptions{URL: "rediss://" + open.Addr}, open.Addr, KindTimeout, []string{"no answer to TLS", "write redis:// in store.redis.url"}},
-		{"plain to TLS", RedisOptions{URL: "redis://127.0.0.1:" + tlsPort}, "127.0.0.1:" + tlsPort, KindConnection, []string{"TLS", "write rediss:// in store.redis.url"}},
-		{"an unknown authority", RedisOptions{URL: "rediss://127.0.0.1:" + tlsPort}, "127.0.0.1:" + tlsPort, KindConnection, []string{"x509: certificate signed by unknown authority"}},
-		{"another name in the certificate", RedisOptions{URL: "rediss://127.0.0.1:" + tlsPort, TLS: &TLS{CAFile: ca, ServerName: "other"}}, "127.0.0.1:" + tlsPort, KindConnection, []string{"x509: ", "other"}},
-		{"a single Redis for a cluster", RedisOptions{Mode: Cluster, Addresses: []string{open.Addr}}, open.Addr, "", []string{"cluster support disabled", "store.redis.mode: single"}},
-		{"a sentinel for a Redis", RedisOptions{URL: "redis://" + sentinel.Addr}, sentinel.Addr, "", []string{"sentinel", "store.redis.mode: sentinel"}},
-		{"a Redis for a sentinel", RedisOptions{Mode: Sentinel, Addresses: []string{open.Addr}, Master: "mymaster"}, "", "", []string{"no sentinel answers", "unknown command"}},
-		{"an unknown master", RedisOptions{Mode: Sentinel, Addresses: []string{sentinel.Addr}, Master: "other"}, "", KindConnection, []string{`no sentinel knows a master with the name "other"`, "check store.redis.master"}},
-		{"a sentinel's password", RedisOptions{Mode: Sentinel, Addresses: []string{lockedSentinel.Addr}, Master: "mymaster"}, "", "", []string{"NOAUTH", "store.redis.sentinel.password"}},
-		{"a wrong one", RedisOptions{Mode: Sentinel, Addresses: []string{lockedSentinel.Addr}, Master: "mymaster", Sentinel: &SentinelOptions{Password: "s3cret"}}, "", "", []string{"WRONGPASS", "store.redis.sentinel.password"}},
-		{"no sentinel", RedisOptions{Mode: Sentinel, Addresses: []string{nobody}, Master: "mymaster"}, "", "", []string{"no sentinel answers", "connection refused"}},
-		{"a name that does not resolve", RedisOptions{URL: "redis://redis.invalid"}, "redis.invalid:6379", KindConnection, []string{"lookup redis.invalid", "check the host name"}},
-		{"a socket that is not there", RedisOptions{URL: "unix:///none/redis.sock"}, "/none/redis.sock", KindConnection, []string{"no such file"}},
+		{"no password", RedisOptions{URL: "redis://" + locked.Addr},
+			locked.Addr, KindAuth, []string{"NOAUTH", "set store.redis.password"}},
+		{"a wrong password", RedisOptions{URL: "redis://:s3cret@" + locked.Addr},
+			locked.Addr, KindAuth, []string{"WRONGPASS", "check store.redis.username and password"}},
+		{"no such user", RedisOptions{URL: "redis://" + locked.Addr, Username: "nobody", Password: "s3cret"},
+			locked.Addr, KindAuth, []string{"WRONGPASS", "check store.redis.username"}},
+		{"protected mode", RedisOptions{URL: "redis://" + strangers.Addr},
+			strangers.Addr, KindAuth, []string{"DENIED Redis is running in protected mode", "give Redis a password"}},
+		{"too many clients", RedisOptions{URL: "redis://" + full.Addr},
+			full.Addr, KindConnection, []string{"max number of clients reached", "raise maxclients"}},
+		{"TLS to plain", RedisOptions{URL: "rediss://" + open.Addr},
+			open.Addr, KindTimeout, []string{"no answer to TLS", "write redis:// in store.redis.url"}},
+		{"plain to TLS", RedisOptions{URL: "redis://127.0.0.1:" + tlsPort},
+			"127.0.0.1:" + tlsPort, KindConnection, []string{"TLS", "write rediss:// in store.redis.url"}},
+		{"an unknown authority", RedisOptions{URL: "rediss://127.0.0.1:" + tlsPort},
+			"127.0.0.1:" + tlsPort, KindConnection, []string{"x509: certificate signed by unknown authority"}},
+		{"another name in the certificate",
+			RedisOptions{URL: "rediss://127.0.0.1:" + tlsPort, TLS: &TLS{CAFile: ca, ServerName: "other"}},
+			"127.0.0.1:" + tlsPort, KindConnection, []string{"x509: ", "other"}},
+		{"a single Redis for a cluster", RedisOptions{Mode: Cluster, Addresses: []string{open.Addr}},
+			open.Addr, "", []string{"cluster support disabled", "store.redis.mode: single"}},
+		{"a sentinel for a Redis", RedisOptions{URL: "redis://" + sentinel.Addr},
+			sentinel.Addr, "", []string{"sentinel", "store.redis.mode: sentinel"}},
+		{"a Redis for a sentinel", RedisOptions{Mode: Sentinel, Addresses: []string{open.Addr}, Master: "mymaster"},
+			"", "", []string{"no sentinel answers", "unknown command"}},
+		{"an unknown master", RedisOptions{Mode: Sentinel, Addresses: []string{sentinel.Addr}, Master: "other"},
+			"", KindConnection, []string{`no sentinel knows a master with the name "other"`, "check store.redis.master"}},
+		{"a sentinel's password", RedisOptions{Mode: Sentinel, Addresses: []string{lockedSentinel.Addr}, Master: "mymaster"},
+			"", "", []string{"NOAUTH", "store.redis.sentinel.password"}},
+		{"a wrong one",
+			RedisOptions{Mode: Sentinel, Addresses: []string{lockedSentinel.Addr}, Master: "mymaster",
+				Sentinel: &SentinelOptions{Password: "s3cret"}},
+			"", "", []string{"WRONGPASS", "store.redis.sentinel.password"}},
+		{"no sentinel", RedisOptions{Mode: Sentinel, Addresses: []string{nobody}, Master: "mymaster"},
+			"", "", []string{"no sentinel answers", "connection refused"}},
+		{"a name that does not resolve", RedisOptions{URL: "redis://redis.invalid"},
+			"redis.invalid:6379", KindConnection, []string{"lookup redis.invalid", "check the host name"}},
+		{"a socket that is not there", RedisOptions{URL: "unix:///none/redis.sock"},
+			"/none/redis.sock", KindConnection, []string{"no such file"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
@@ -139,7 +152,8 @@ func TestRefusals(t *testing.T) {
 				func(r *Redis) {
 					findings := r.Diagnose(ctx, "sluice:test", 0)
 					last := findings[len(findings)-1]
-					if last.Status != Fail || !strings.Contains(last.Detail, tt.want[0]) || !strings.Contains(last.Detail+last.Fix, tt.want[len(tt.want)-1]) {
+					if last.Status != Fail || !strings.Contains(last.Detail, tt.want[0]) ||
+						!strings.Contains(last.Detail+last.Fix, tt.want[len(tt.want)-1]) {
 						t.Errorf("Check: %+v", findings)
 					}
 				},
@@ -173,7 +187,11 @@ func TestSentinelsOfTheirOwn(t *testing.T) {
 	port := redistest.FreePort(t)
 	args, ca := certify(t, port)
 	sentinel := redistest.StartSentinel(t, master.Addr, args...)
-	for _, command := range [][]any{{"SENTINEL", "SET", "mymaster", "auth-pass", "pw"}, {"ACL", "SETUSER", "watcher", "on", ">their-own", "+@all"}, {"ACL", "SETUSER", "default", "off"}} {
+	for _, command := range [][]any{
+		{"SENTINEL", "SET", "mymaster", "auth-pass", "pw"},
+		{"ACL", "SETUSER", "watcher", "on", ">their-own", "+@all"},
+		{"ACL", "SETUSER", "default", "off"},
+	} {
 		if err := sentinel.Client().Do(t.Context(), command...).Err(); err != nil {
 			t.Fatal(command, err)
 		}
@@ -188,7 +206,10 @@ func TestSentinelsOfTheirOwn(t *testing.T) {
 // A user without a password is used where it is named.
 func TestUserWithoutPassword(t *testing.T) {
 	server := redistest.StartNode(t)
-	for _, args := range [][]any{{"ACL", "SETUSER", "open", "on", "nopass", "~*", "+@all"}, {"ACL", "SETUSER", "default", "off"}} {
+	for _, args := range [][]any{
+		{"ACL", "SETUSER", "open", "on", "nopass", "~*", "+@all"},
+		{"ACL", "SETUSER", "default", "off"},
+	} {
 		if err := server.Client().Do(t.Context(), args...).Err(); err != nil {
 			t.Fatal(err)
 		}
@@ -241,7 +262,9 @@ func TestFirstAddressIsDead(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = l.Close() }()
-	for _, addresses := range [][]string{{dead, "127.0.0.1"}, {"127.0.0.3", "127.0.0.1"}, {dead, "127.0.0.3", dead, "127.0.0.1"}} {
+	for _, addresses := range [][]string{
+		{dead, "127.0.0.1"}, {"127.0.0.3", "127.0.0.1"}, {dead, "127.0.0.3", dead, "127.0.0.1"},
+	} {
 		began := time.Now()
 		conn, err := dialFirst(t.Context(), addresses, port)
 		took := time.Since(began)

@@ -13,7 +13,7 @@ type link struct {
 	net.Conn
 	peer *peer
 	addr string
-	said bool // the server has said something
+	said bool // the server has sent something
 	// refusal is the error with which Redis refused the connection: an error
 	// that came before any other answer.
 	refusal   string
@@ -96,7 +96,8 @@ var (
 	errSpeaksTLS error = &refusal{errors.New("the server speaks TLS"), "write rediss:// in store.redis.url, or set tls"}
 	errSilent    error = &refusal{
 		errors.New("the server closed the connection without a reply"),
-		"if it speaks TLS, write rediss:// in store.redis.url, or set tls; if it is a proxy such as twemproxy, connect to Redis itself",
+		"if it speaks TLS, write rediss:// in store.redis.url, or set tls; " +
+			"if it is a proxy such as twemproxy, connect to Redis itself",
 	}
 )
 

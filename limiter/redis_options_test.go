@@ -76,9 +76,9 @@ func (a *authority) make(
 	must(err)
 	keyDER, err := x509.MarshalECPrivateKey(key)
 	must(err)
-	return cert, key, pem.EncodeToMemory(
-		&pem.Block{Type: "CERTIFICATE", Bytes: der},
-	), pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: keyDER})
+	certPEM = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
+	keyPEM = pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: keyDER})
+	return cert, key, certPEM, keyPEM
 }
 
 // write writes the authority's certificate, and one that it has issued, into a
@@ -269,7 +269,10 @@ func TestURLSaysWhere(t *testing.T) {
 	port := redistest.FreePort(t)
 	server := redistest.Start(t, "--port", port, "--bind", "127.0.0.1")
 	b := bucket(t, 1, day, 10)
-	for database, url := range []string{server.URL(), server.URL() + "?db=1", "redis://127.0.0.1:" + port + "/2", "redis://localhost:" + port + "/3"} {
+	for database, url := range []string{
+		server.URL(), server.URL() + "?db=1",
+		"redis://127.0.0.1:" + port + "/2", "redis://localhost:" + port + "/3",
+	} {
 		r, err := NewRedis(RedisOptions{URL: url, Timeout: 10 * time.Second}, nil, prometheus.NewRegistry())
 		if err != nil {
 			t.Fatal(err)

@@ -60,7 +60,10 @@ func TestReadOnly(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	for _, value := range []string{"", "nonsense", stateMagic + "\x01", client.Get(ctx, a.Key).Val() + "x", stateMagic + "\x01" + strings.Repeat("\xff", 34)} {
+	for _, value := range []string{
+		"", "nonsense", stateMagic + "\x01", client.Get(ctx, a.Key).Val() + "x",
+		stateMagic + "\x01" + strings.Repeat("\xff", 34),
+	} {
 		set(value)
 		if v := looking.take(b)[0]; v.Allowed || v.Remaining != 0 {
 			t.Errorf("%q: %+v", value, v)
@@ -122,18 +125,7 @@ func TestSetCredentials(t *testing.T) {
 	ctx := context.Background()
 	o := RedisOptions{URL: server.URL(), Username: "sluice", Password: "old", Timeout: time.Minute}
 	rights := []any{
-		"ACL",
-		"SETUSER",
-		"sluice",
-		"reset",
-		"on",
-		">old",
-		"~sluice:*",
-		"+evalsha",
-		"+eval",
-		"+get",
-		"+set",
-		"+time",
+		"ACL", "SETUSER", "sluice", "reset", "on", ">old", "~sluice:*", "+evalsha", "+eval", "+get", "+set", "+time",
 	}
 	if err := client.Do(ctx, rights...).Err(); err != nil {
 		t.Fatal(err)
@@ -147,7 +139,9 @@ func TestSetCredentials(t *testing.T) {
 	a := charge(bucket(t, 1, day, 10), "a")
 	k.want("ok 9", a)
 
-	for _, command := range [][]any{{"ACL", "SETUSER", "sluice", "resetpass", ">new"}, {"CLIENT", "KILL", "USER", "sluice"}} {
+	for _, command := range [][]any{
+		{"ACL", "SETUSER", "sluice", "resetpass", ">new"}, {"CLIENT", "KILL", "USER", "sluice"},
+	} {
 		if err := client.Do(ctx, command...).Err(); err != nil {
 			t.Fatal(err)
 		}

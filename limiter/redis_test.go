@@ -327,12 +327,14 @@ func TestRedisRefuses(t *testing.T) {
 		{name: "no right to scripts", user: "guest", want: KindAuth, setup: func(t *testing.T, c *redis.Client) error {
 			return c.Do(ctx, "ACL", "SETUSER", "guest", "on", ">pw", "~*", "+@all", "-@scripting").Err()
 		}},
-		{name: "no right to write within scripts", user: "guest", want: KindAuth, setup: func(t *testing.T, c *redis.Client) error {
-			return c.Do(ctx, "ACL", "SETUSER", "guest", "on", ">pw", "~*", "+@all", "-set").Err()
-		}},
-		{name: "no right to read within scripts", user: "guest", want: KindAuth, setup: func(t *testing.T, c *redis.Client) error {
-			return c.Do(ctx, "ACL", "SETUSER", "guest", "on", ">pw", "~*", "+@all", "-get").Err()
-		}},
+		{name: "no right to write within scripts", user: "guest", want: KindAuth,
+			setup: func(t *testing.T, c *redis.Client) error {
+				return c.Do(ctx, "ACL", "SETUSER", "guest", "on", ">pw", "~*", "+@all", "-set").Err()
+			}},
+		{name: "no right to read within scripts", user: "guest", want: KindAuth,
+			setup: func(t *testing.T, c *redis.Client) error {
+				return c.Do(ctx, "ACL", "SETUSER", "guest", "on", ">pw", "~*", "+@all", "-get").Err()
+			}},
 		{name: "a replica", want: KindReadOnly, setup: func(t *testing.T, c *redis.Client) error {
 			return c.Do(ctx, "REPLICAOF", "127.0.0.1", "1").Err()
 		}},
@@ -454,7 +456,8 @@ func TestReplyOfAnother(t *testing.T) {
 	const at = "\x00\x00\x00\x00\x00\x00\x01"
 	good := at + "\x03\x00\x00\x00\x05\x00\x00\x00\x00\x00\x00"
 	for _, reply := range []string{
-		"", at, at[:6], at + "\x03", good[:17], good + "\x00", good + good, at + "\x08", at + "\x08NEWER    ", at + "\x08NEWER      ", "OK",
+		"", at, at[:6], at + "\x03", good[:17], good + "\x00", good + good, at + "\x08",
+		at + "\x08NEWER    ", at + "\x08NEWER      ", "OK",
 		at + "\x03\x00\x00\x00\x06\x00\x00\x00\x00\x00\x00", at + "\x03\x00\x00\x00\x05\xff\xff\xff\xff\xff\xff",
 	} {
 		if err := read(reply); !errors.Is(err, errReply) {
@@ -471,7 +474,8 @@ func TestReplyOfAnother(t *testing.T) {
 
 func TestRedisOptions(t *testing.T) {
 	for _, url := range []string{
-		"redis://127.0.0.1:6379", "redis://127.0.0.1:6379/0", "redis://redis/3", "rediss://u:p@[::1]:6380/1", "unix:///run/redis.sock",
+		"redis://127.0.0.1:6379", "redis://127.0.0.1:6379/0", "redis://redis/3",
+		"rediss://u:p@[::1]:6380/1", "unix:///run/redis.sock",
 		"unix:///run/redis.sock?db=2", "redis://:p@h", "redis://:p@ss@h\n", "redis://:%2F%23%3F@h", "redis://user@h/1\r\n",
 	} {
 		if err := (RedisOptions{URL: url, Timeout: time.Second}).Validate(); err != nil {
@@ -479,20 +483,21 @@ func TestRedisOptions(t *testing.T) {
 		}
 	}
 	for url, want := range map[string]string{
-		"":                                    "URL without a host",
-		"127.0.0.1:6379":                      "invalid URL",
-		"redis:6379":                          "URL without a host",
-		"http://:s3cret@h":                    "invalid URL scheme; ",
-		"redis://:s3cret@h/x":                 "database must be a number",
-		"redis://:s3cret@h/-1":                "database must be 0 or above",
-		"redis://:s3cret@h/1/2":               "database must be a number",
-		"redis://:s3cret@h?max_retries=3":     "URL parameters are not supported",
-		"redis://:s3cret@h:port":              "invalid URL",
-		"redis://h\x7f:s3cret@":               "invalid URL",
-		"unix://":                             "socket URL without a path",
-		"redis://:s3cret@h:99999":             "invalid port 99999; want 1 to 65535",
-		"redis://:s3cret@h:0":                 "invalid port 0; want 1 to 65535",
-		"redis://:p@s3cret#w/rd@host":         "user or password contains / ? or #: write %2F, %3F or %23, or use password or password_file",
+		"":                                "URL without a host",
+		"127.0.0.1:6379":                  "invalid URL",
+		"redis:6379":                      "URL without a host",
+		"http://:s3cret@h":                "invalid URL scheme; ",
+		"redis://:s3cret@h/x":             "database must be a number",
+		"redis://:s3cret@h/-1":            "database must be 0 or above",
+		"redis://:s3cret@h/1/2":           "database must be a number",
+		"redis://:s3cret@h?max_retries=3": "URL parameters are not supported",
+		"redis://:s3cret@h:port":          "invalid URL",
+		"redis://h\x7f:s3cret@":           "invalid URL",
+		"unix://":                         "socket URL without a path",
+		"redis://:s3cret@h:99999":         "invalid port 99999; want 1 to 65535",
+		"redis://:s3cret@h:0":             "invalid port 0; want 1 to 65535",
+		"redis://:p@s3cret#w/rd@host": "user or password contains / ? or #: write %2F, %3F or %23, " +
+			"or use password or password_file",
 		"redis://u:12/s3cret@h":               "user or password contains / ? or #",
 		"redis://u:12?s3cret@h":               "user or password contains / ? or #",
 		"unix://u:12/s3cret@/run/x":           "socket URL with a host",

@@ -12,7 +12,8 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-const urlForms = "want redis://[user:password@]host:port[/database], the same with rediss://, or unix:///path/to/socket[?db=database]"
+const urlForms = "want redis://[user:password@]host:port[/database], the same with rediss://, " +
+	"or unix:///path/to/socket[?db=database]"
 
 // maxSocketPath is how long the path of a unix socket may be, in bytes.
 const maxSocketPath = 107
@@ -76,7 +77,8 @@ func readServer(u *url.URL, c *redis.Options) error {
 		return errors.New("URL without a host")
 	case strings.Contains(host, ":") && !strings.HasPrefix(u.Host, "["):
 		return errors.New(
-			"host contains colons: write an IPv6 address in brackets, as in redis://[::1]:6379, and user and password before an @")
+			"host contains colons: write an IPv6 address in brackets, as in redis://[::1]:6379, " +
+				"and user and password before an @")
 	case strings.ContainsFunc(host, isNoHost):
 		return errors.New("host contains characters that no host name has")
 	case u.Fragment != "":

@@ -147,23 +147,25 @@ func TestStores(t *testing.T) {
 			k.want("ok 0", a.costs(5))
 			clock.advance(100 * time.Millisecond) // 0.3 of a token
 			v := k.take(a)[0]
-			if v.Allowed || v.RetryAfter != 233334*time.Microsecond || v.NextAfter != v.RetryAfter || v.FullAfter != 1566667*time.Microsecond {
+			if v.Allowed || v.RetryAfter != 233334*time.Microsecond || v.NextAfter != v.RetryAfter ||
+				v.FullAfter != 1566667*time.Microsecond {
 				t.Errorf("%+v", v)
 			}
 		}},
-		{"a clock that goes back grants nothing, and holds back no longer than a token takes", func(t *testing.T, k taker, clock *testClock) {
-			a := charge(bucket(t, 1, time.Second, 2), "a")
-			k.want("ok 0", a.costs(2))
-			clock.advance(500 * time.Millisecond)
-			k.want("no 0 retry 500ms", a)
-			clock.advance(-time.Hour)
-			k.want("no 0 retry 1s", a) // what came by then was not stored
-			clock.advance(time.Second)
-			k.want("ok 0", a)
-			clock.advance(time.Hour) // a step forward: one burst
-			k.want("ok 0", a.costs(2))
-			k.want("no 0 retry 1s", a)
-		}},
+		{"a clock that goes back grants nothing, and holds back no longer than a token takes",
+			func(t *testing.T, k taker, clock *testClock) {
+				a := charge(bucket(t, 1, time.Second, 2), "a")
+				k.want("ok 0", a.costs(2))
+				clock.advance(500 * time.Millisecond)
+				k.want("no 0 retry 500ms", a)
+				clock.advance(-time.Hour)
+				k.want("no 0 retry 1s", a) // what came by then was not stored
+				clock.advance(time.Second)
+				k.want("ok 0", a)
+				clock.advance(time.Hour) // a step forward: one burst
+				k.want("ok 0", a.costs(2))
+				k.want("no 0 retry 1s", a)
+			}},
 		{"a grant at a clock that went back counts from there", func(t *testing.T, k taker, clock *testClock) {
 			a := charge(bucket(t, 1, time.Second, 2), "a")
 			k.want("ok 1", a)

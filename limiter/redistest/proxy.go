@@ -22,15 +22,15 @@ type Proxy struct {
 
 	mu     sync.Mutex
 	faults faults
-	conns  map[net.Conn]bool // open, of both sides
+	conns  map[net.Conn]bool // the open connections, of both sides
 	opened int
-	most   int // clients' connections that were open at once
+	most   int // the most client connections that were open at once
 }
 
 // faults are the faults that a proxy injects. mended is closed when they end.
 type faults struct {
 	delay     time.Duration
-	rate      int // bytes a second; 0: as fast as it goes
+	rate      int // in bytes a second; 0 means unlimited
 	cut, hold bool
 	mended    chan struct{}
 }
