@@ -222,7 +222,8 @@ func takesBy(
 // A client that brings a thousand new keys at once does not crowd out other
 // clients.
 func TestChaosBurstOfKeys(t *testing.T) {
-	const burst, perSecond, timeout, away, disturbed = 1100, 20, 300 * time.Millisecond, 100 * time.Millisecond, 50 * time.Millisecond
+	const burst, perSecond = 1100, 20
+	const timeout, away, disturbed = 300 * time.Millisecond, 100 * time.Millisecond, 50 * time.Millisecond
 	lasts := redistest.Scaled(2*time.Second, 20*time.Second)
 	node := redistest.StartNode(t)
 	proxy, beside := redistest.StartProxy(t, node.Addr), redistest.StartProxy(t, node.Addr)
