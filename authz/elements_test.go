@@ -3,6 +3,7 @@ package authz
 import (
 	"errors"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 
@@ -32,8 +33,8 @@ func mayAllocate(n int) int { return 64<<10 + 4*n + min(n, maxUnmarshal)*256 }
 
 // within returns inner in a field in a field and so on, by their numbers.
 func within(inner string, path ...protowire.Number) string {
-	for i := len(path) - 1; i >= 0; i-- {
-		inner = string(protowire.AppendString(protowire.AppendTag(nil, path[i], protowire.BytesType), inner))
+	for _, p := range slices.Backward(path) {
+		inner = string(protowire.AppendString(protowire.AppendTag(nil, p, protowire.BytesType), inner))
 	}
 	return inner
 }

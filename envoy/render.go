@@ -3,6 +3,7 @@ package envoy
 import (
 	"embed"
 	"fmt"
+	"maps"
 	"strconv"
 	"strings"
 	"text/template/parse"
@@ -32,9 +33,7 @@ var templates = func() map[string]*parse.Tree {
 		if err != nil {
 			panic(err)
 		}
-		for name, tree := range trees {
-			all[name] = tree
-		}
+		maps.Copy(all, trees)
 	}
 	return all
 }()

@@ -71,8 +71,15 @@ func TestPlainIsAccepted(t *testing.T) {
 		if !ok {
 			t.Fatal("the bootstrap does not show what a route may say")
 		}
-		bootstrap = []byte(before + "                typed_per_filter_config:\n" + strings.ReplaceAll(comment, "                #   ", "                  "))
-		if o.Limits != nil && !strings.Contains(string(bootstrap), "\n                        sluice.limits: \""+o.Limits[0]+",") {
+		bootstrap = []byte(
+			before + "                typed_per_filter_config:\n" + strings.ReplaceAll(
+				comment,
+				"                #   ",
+				"                  ",
+			),
+		)
+		if o.Limits != nil &&
+			!strings.Contains(string(bootstrap), "\n                        sluice.limits: \""+o.Limits[0]+",") {
 			t.Errorf("%s: a route's choice of limits is not shown:\n%s", name, bootstrap)
 		}
 		file := filepath.Join(t.TempDir(), "envoy.yaml")

@@ -117,7 +117,8 @@ func underQuota(t *testing.T, c *controlPlane, restart func(args ...string)) {
 		}
 		return c.call(t.Context(), http.MethodPost, "/api/v1/namespaces/quota/pods", p, &object{})
 	}
-	if err := create("without", ""); !hasStatus(err, http.StatusForbidden) || !strings.Contains(err.Error(), "limits.cpu") {
+	if err := create("without", ""); !hasStatus(err, http.StatusForbidden) ||
+		!strings.Contains(err.Error(), "limits.cpu") {
 		t.Errorf("without a limit: %v", err)
 	}
 	if err := create("annotated", "{limits: {cpu: 200m}}"); err != nil {

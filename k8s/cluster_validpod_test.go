@@ -129,9 +129,7 @@ func (s *shape) probe() any {
 		"timeoutSeconds":      func() any { return s.number(1, 9) },
 		"failureThreshold":    func() any { return s.number(1, 9) },
 	})
-	for k, v := range s.handler() {
-		p[k] = v
-	}
+	maps.Copy(p, s.handler())
 	if s.rarely(2) {
 		for _, k := range []string{"httpGet", "tcpSocket", "exec"} {
 			delete(p, k)

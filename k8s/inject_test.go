@@ -447,7 +447,8 @@ func TestInjectAgain(t *testing.T) {
 	container["volumeMounts"] = removeByName(listField(container, "volumeMounts"), configVolume)
 	out := inject(t, p, options)
 	c := listField(objectField(out, "spec"), "initContainers")[0].(object)
-	if indexByName(listField(c, "env"), "SLUICE_REDIS") < 0 || indexByName(listField(c, "volumeMounts"), configVolume) < 0 ||
+	if indexByName(listField(c, "env"), "SLUICE_REDIS") < 0 ||
+		indexByName(listField(c, "volumeMounts"), configVolume) < 0 ||
 		c["image"] != container["image"] {
 		t.Errorf("%v", c)
 	}

@@ -82,7 +82,7 @@ func TestMeshIstioEdgeTLS(t *testing.T) {
 			t.Fatal("the comments do not say how to create the Secret")
 		}
 		args := []string{"create", "secret"}
-		for _, word := range strings.Fields(command) {
+		for word := range strings.FieldsSeq(command) {
 			args = append(args, strings.Replace(word, "--from-file=", "--from-file="+dir+"/", 1))
 		}
 		mesh.c.do(t, "", args...)

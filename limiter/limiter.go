@@ -353,8 +353,7 @@ func failAll(verdicts []Verdict, err error) {
 // KindOf returns the kind of the *StoreError that err wraps, and KindOther if
 // it wraps none.
 func KindOf(err error) ErrorKind {
-	var e *StoreError
-	if errors.As(err, &e) {
+	if e, ok := errors.AsType[*StoreError](err); ok {
 		return e.Kind
 	}
 	return KindOther

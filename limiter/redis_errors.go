@@ -113,8 +113,7 @@ func (s *shortened) Unwrap() error { return s.error }
 
 // storeError returns an error of the library as a *StoreError.
 func storeError(err error) *StoreError {
-	var known *StoreError
-	if errors.As(err, &known) {
+	if known, ok := errors.AsType[*StoreError](err); ok {
 		return known
 	}
 	var network net.Error

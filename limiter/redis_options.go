@@ -209,6 +209,7 @@ func (o RedisOptions) open(c *redis.UniversalOptions) redis.UniversalClient {
 		client := redis.NewFailoverClient(c.Failover())
 		client.AddHook(masterHook{})
 		return client
+	case Single:
 	}
 	simple := c.Simple()
 	if strings.HasPrefix(simple.Addr, "/") {

@@ -4,6 +4,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"os"
 	"os/exec"
@@ -31,9 +32,7 @@ func checkRequest(ip, method, path string, headers map[string]string) *authv3.Ch
 		"accept": "*/*", "user-agent": "curl/8.5.0", "x-forwarded-proto": "http",
 		"x-request-id": "7f1f2a3b-5a0c-4a53-9d5a-0a3f5a9e3c11",
 	}
-	for k, v := range headers {
-		all[k] = v
-	}
+	maps.Copy(all, headers)
 	return &authv3.CheckRequest{Attributes: &authv3.AttributeContext{
 		Source: &authv3.AttributeContext_Peer{Address: &corev3.Address{Address: &corev3.Address_SocketAddress{
 			SocketAddress: &corev3.SocketAddress{Address: ip, PortSpecifier: &corev3.SocketAddress_PortValue{PortValue: 50123}},

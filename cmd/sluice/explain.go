@@ -133,8 +133,9 @@ func (p *program) explain(
 	switch e.Outcome {
 	case limiter.Limited, limiter.Invalid, limiter.FailedClosed, limiter.Delegated:
 		return errNo
+	default:
+		return nil
 	}
-	return nil
 }
 
 // printExplanation prints the result as text.

@@ -169,7 +169,7 @@ func TestExplainWithoutRedis(t *testing.T) {
 		},
 	} {
 		args := []string{"explain", "--config", config}
-		for _, word := range strings.Split(tt.args, " --") {
+		for word := range strings.SplitSeq(tt.args, " --") {
 			if word == "" {
 				continue
 			}

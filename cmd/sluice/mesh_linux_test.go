@@ -336,7 +336,8 @@ func TestMeshEnvoyGatewayService(t *testing.T) {
 	if said := policy(printed); !strings.Contains(said, "Policy has been accepted.") {
 		t.Errorf("the policy: %s", said)
 	}
-	if xds := translated(t, printed, cleartext, "xds"); !strings.Contains(xds, "address: 192.0.2.9") || !strings.Contains(xds, "extensions.filters.http.ext_authz.v3.ExtAuthz") {
+	if xds := translated(t, printed, cleartext, "xds"); !strings.Contains(xds, "address: 192.0.2.9") ||
+		!strings.Contains(xds, "extensions.filters.http.ext_authz.v3.ExtAuthz") {
 		t.Errorf("sluice is not asked:\n%s", xds)
 	}
 	before, grant, _ := strings.Cut(printed, "# This lets the Gateway's policy")
@@ -524,7 +525,8 @@ func TestMeshIstioctl(t *testing.T) {
 		"socket":   "listen: {grpc: unix:///run/sluice/authz.sock}",
 		"a name":   `listen: {grpc: "localhost:9001"}`,
 		"limits":   "limits: [{name: a, rate: 1/s}, {name: b, rate: 1/s}]",
-		"claims":   `limits: [{name: a, rate: 1/s, key: 'metadata.filter_metadata["envoy.filters.http.jwt_authn"].payload.sub'}]`,
+		"claims": `limits: [{name: a, rate: 1/s, key: ` +
+			`'metadata.filter_metadata["envoy.filters.http.jwt_authn"].payload.sub'}]`,
 	} {
 		status, printed, stderr := sluice(t, nil, "envoy", "istio", "--config", file(t, "sluice.yaml", config+"\n"))
 		if status != 0 {

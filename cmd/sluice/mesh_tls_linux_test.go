@@ -186,7 +186,8 @@ func TestMeshEnvoyGatewayServiceTLS(t *testing.T) {
 	}
 	certificate, key := clients.sign("spiffe://cluster.local/ns/gateways/sa/edge", time.Now().Add(time.Hour))
 	secrets := strings.NewReplacer("{name: sluice-ca}", "{name: sluice-ca, namespace: sluice-system}", "{name: sluice-tls}",
-		"{name: sluice-tls, namespace: shop}").Replace(gatewaySecrets(servers, certificate, key))
+		"{name: sluice-tls, namespace: shop}").
+		Replace(gatewaySecrets(servers, certificate, key))
 	const app = "https" // the chart's for a sluice with TLS
 	_, policy, ok := strings.Cut(translated(t, printed+secrets, app, "gateway-api"), "\nsecurityPolicies:\n")
 	if !ok || !strings.Contains(policy, "Policy has been accepted.") {
@@ -222,7 +223,8 @@ func TestEnvoyTLS(t *testing.T) {
 	write(t, filepath.Join(filepath.Dir(config), "server.key"), key)
 	status, out, stderr := sluice(t, nil, "envoy", "istio-gateway", "--config", config)
 	if want := config + ": listen.tls: the certificate has no DNS name; issue one with a name such as " + gatewayTLSServer +
-		"\n"; status == 0 || out != "" || !strings.HasSuffix(stderr, want) {
+		"\n"; status == 0 || out != "" ||
+		!strings.HasSuffix(stderr, want) {
 		t.Errorf("%d %q, want %q", status, stderr, want)
 	}
 }

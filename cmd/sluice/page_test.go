@@ -454,7 +454,8 @@ limits:
 			}
 			ask("/api/limits", &limits)
 			got := fmt.Sprintf("%d %+v", limits.Total, limits.Limits)
-			if want := `2 [{Name:a Mode:enforce From:config Rate:1/d Burst:2 Key:[request.headers["x-api-key"] client.ip] Group: Overrides:0 Allowed:1 Limited:2 Tokens:2}` +
+			if want := `2 [{Name:a Mode:enforce From:config Rate:1/d Burst:2 Key:[request.headers["x-api-key"] client.ip] ` +
+				`Group: Overrides:0 Allowed:1 Limited:2 Tokens:2}` +
 				` {Name:b Mode:shadow From:config Rate:1/h Burst:1 Key:[] Group: Overrides:0 Allowed:1 Limited:2 Tokens:1}]`; got != want {
 				t.Errorf("%s\nwant\n%s", got, want)
 			}

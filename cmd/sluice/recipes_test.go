@@ -332,7 +332,8 @@ limits:
 	fromEnvoy := serveRecipe(t, "", nil, func(b string) string {
 		const host, route = "              routes:\n", "              - match: { prefix: / }\n"
 		ofHost := extensions(
-			`sluice.limit.per-key: "{rate: 1/d, burst: 12, key: '` + quotedKey + `', overrides: [{key: gold, rate: 1/d, burst: 30}]}"`,
+			`sluice.limit.per-key: "{rate: 1/d, burst: 12, key: '` + quotedKey + `', overrides: [{key: gold, rate: 1/d, burst: ` +
+				`30}]}"`,
 		)
 		b = strings.Replace(b, host, indent(ofHost, 14)+host, 1)
 		ofSearch := extensions(`sluice.limit.search: "{rate: 1/d, burst: 5, key: '` + quotedKey + `'}"`)

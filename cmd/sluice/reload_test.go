@@ -255,7 +255,8 @@ limits:
 	r.want("in force: a")
 	r.write("tenants/two.csv", "key,rate,burst\nGET,6/s,x\n")
 	r.want(
-		`refused: [DIR/tenants/two.csv:2:5: limits[0].overrides_file: invalid burst "x"; want a whole number from 1 to 1000000000]`,
+		`refused: [DIR/tenants/two.csv:2:5: limits[0].overrides_file: invalid burst "x"; want a whole number from 1 to ` +
+			`1000000000]`,
 	)
 	r.write("tenants/two.csv", "key,rate,burst\nPUT,6/s,\n")
 	r.want("in force: a")
@@ -378,7 +379,10 @@ func TestReloadKeepsBuckets(t *testing.T) {
 	if got := check(t, conn, from("203.0.113.1", "/")); got != "429" {
 		t.Errorf("%s: a changed burst gave tokens", got)
 	}
-	eventually(t, "a log line at the new level", func() bool { return strings.Contains(p.logged(), `"msg":"request limited"`) })
+	eventually(t, "a log line at the new level", func() bool {
+		return strings.Contains(p.logged(), `"msg":"request `+
+			`limited"`)
+	})
 	_, metrics := get(t, "http://"+p.metrics+"/metrics")
 	if n := strings.Count(metrics, "sluice_config_info{hash="); n != 1 {
 		t.Errorf("%d hashes", n)

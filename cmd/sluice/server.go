@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	stdlog "log"
+	"maps"
 	"net"
 	"net/http"
 	"strconv"
@@ -179,9 +180,7 @@ func (s *scrape) Write(b []byte) (int, error) { return s.body.Write(b) }
 
 // send sends the scrape. It decompresses it if the client does not accept gzip.
 func (s *scrape) send(w http.ResponseWriter, acceptsGzip bool) {
-	for name, values := range s.header {
-		w.Header()[name] = values
-	}
+	maps.Copy(w.Header(), s.header)
 	var body io.Reader = &s.body
 	if s.header.Get("Content-Encoding") == "gzip" && !acceptsGzip {
 		w.Header().Del("Content-Encoding")

@@ -213,7 +213,8 @@ func seeTraces(t *testing.T, c *collector, protocol string) {
 
 	// A histogram has a trace as exemplar.
 	_, page := fetch(t, client(t), "http://"+p.metrics+"/metrics", "Accept", "application/openmetrics-text; version=1.0.0")
-	if !regexp.MustCompile(`sluice_check_seconds_bucket\{le="[^"]+"\} \d+ # \{trace_id="4bf92f3577b34da6a3ce929d0e0e473\d"\}`).
+	if !regexp.MustCompile(`sluice_check_seconds_bucket\{le="[^"]+"\} \d+ # ` +
+		`\{trace_id="4bf92f3577b34da6a3ce929d0e0e473\d"\}`).
 		MatchString(page) {
 		t.Errorf("no exemplar:\n%s", page)
 	}

@@ -53,8 +53,7 @@ func load(
 			"write limits: []")
 	}
 	if err != nil {
-		var path *os.PathError
-		if errors.As(err, &path) {
+		if path, ok := errors.AsType[*os.PathError](err); ok {
 			err = path.Err
 		}
 		return nil, in.done(), Mistakes{{File: file, Message: err.Error()}}

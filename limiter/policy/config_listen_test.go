@@ -56,13 +56,14 @@ func TestListenTLS(t *testing.T) {
 		return Parse(filepath.Join(dir, "sluice.yaml"), []byte(text), nil)
 	}
 	for text, want := range map[string]string{
-		`listen: {tls: {cert_file: a.crt}}`:                                                                "cert_file and key_file are both required",
-		`listen: {tls: {cert_file: a.crt, key_file: old.key}}`:                                             "are not a certificate and its key",
-		`listen: {tls: {cert_file: none.crt, key_file: a.key}}`:                                            "no such file",
-		`listen: {tls: {cert_file: a.crt, key_file: a.key, client_names: [x]}}`:                            "client_names requires client_ca_file",
-		`listen: {tls: {cert_file: a.crt, key_file: a.key, client_ca_file: no.pem}}`:                       "contains no PEM certificate",
-		`listen: {tls: {cert_file: a.crt, key_file: a.key, client_ca_file: a.crt, client_names: ["a b"]}}`: `invalid client name "a b"`,
-		`listen: {grpc: "unix:///s.sock", tls: {cert_file: a.crt, key_file: a.key}}`:                       "TLS requires listen.grpc to be host:port",
+		`listen: {tls: {cert_file: a.crt}}`:                                          "cert_file and key_file are both required",
+		`listen: {tls: {cert_file: a.crt, key_file: old.key}}`:                       "are not a certificate and its key",
+		`listen: {tls: {cert_file: none.crt, key_file: a.key}}`:                      "no such file",
+		`listen: {tls: {cert_file: a.crt, key_file: a.key, client_names: [x]}}`:      "client_names requires client_ca_file",
+		`listen: {tls: {cert_file: a.crt, key_file: a.key, client_ca_file: no.pem}}`: "contains no PEM certificate",
+		`listen: {tls: {cert_file: a.crt, key_file: a.key, client_ca_file: a.crt, client_names: ["a b"]}}`: `invalid client ` +
+			`name "a b"`,
+		`listen: {grpc: "unix:///s.sock", tls: {cert_file: a.crt, key_file: a.key}}`: "TLS requires listen.grpc to be host:port",
 		`routes: {limits: "no"}`:   "must be true or false",
 		`routes: {domains: []}`:    "empty list",
 		`routes: {domains: [a b]}`: "want 1 to 253",
@@ -75,7 +76,8 @@ func TestListenTLS(t *testing.T) {
 	if err != nil || len(c.Warnings) != 1 || !strings.Contains(c.Warnings[0].Message, "expired") {
 		t.Errorf("an old certificate: %v", err)
 	}
-	c, err = parse(`listen: {tls: {cert_file: a.crt, key_file: a.key, client_ca_file: a.crt, client_names: ["spiffe://cluster.local/ns/gateways/*", "*.example.com"]}}`)
+	c, err = parse(`listen: {tls: {cert_file: a.crt, key_file: a.key, client_ca_file: a.crt, client_names: ` +
+		`["spiffe://cluster.local/ns/gateways/*", "*.example.com"]}}`)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -35,7 +35,10 @@ func inHex(part string) string {
 }
 
 func TestOverrideFiles(t *testing.T) {
-	file := directory(t, "sluice.yaml", `
+	file := directory(
+		t,
+		"sluice.yaml",
+		`
 key_secret: pepper
 limits:
   - name: a
@@ -45,11 +48,18 @@ limits:
     overrides:
       - {key: [both, GET], rate: 7/m}
 `,
-		"tenants/a.csv", "api key,method,rate,burst\n\"gold, \"\"our "+
+		"tenants/a.csv",
+		"api key,method,rate,burst\n\"gold, \"\"our "+
 			"best\"\"\",GET,600/m,100\n"+inHex("secret")+",GET,1000/h,\nboth,GET,8/m,\n",
 		"tenants/b.csv",
-		"\ufeffkey,method,rate,burst\r\n\r\nfree,"+strings.ToUpper(inHex("GET")[7:])+",1/s,1\r\nfree,"+inHex("GET")+",unlimited,\r\n\u00e9 ,GET,2/s,\r\n",
-		"tenants/c.txt", "not read")
+		"\ufeffkey,method,rate,burst\r\n\r\nfree,"+strings.ToUpper(
+			inHex("GET")[7:],
+		)+",1/s,1\r\nfree,"+inHex(
+			"GET",
+		)+",unlimited,\r\n\u00e9 ,GET,2/s,\r\n",
+		"tenants/c.txt",
+		"not read",
+	)
 	c, inputs, err := Load(file, env())
 	if err != nil {
 		t.Fatal(err)

@@ -208,7 +208,8 @@ func TestLoadErrors(t *testing.T) {
 func TestMistakeAsJSON(t *testing.T) {
 	_, err := Parse("f.yaml", []byte("domain: a b\n"), env())
 	got, jsonErr := json.Marshal(err)
-	if want := `[{"file":"f.yaml","line":1,"column":9,"field":"domain","message":"invalid value \"a b\"; want 1 to 253 letters, digits and . _ / -"}]`; jsonErr != nil || string(got) != want {
+	if want := `[{"file":"f.yaml","line":1,"column":9,"field":"domain","message":"invalid value \"a b\"; want 1 to 253 ` +
+		`letters, digits and . _ / -"}]`; jsonErr != nil || string(got) != want {
 		t.Errorf("%s, %v", got, jsonErr)
 	}
 }
@@ -379,7 +380,8 @@ func TestWarningsOfAbsence(t *testing.T) {
 		when  = `when: 'request.headers["a"] == "x"'`
 		group = "every limit of the group g has a when: a request for which each is false or absent is not limited " +
 			"by the group; end the group with a limit without when"
-		size = `request.size is absent if a body has no content-length, as with chunked encoding, and the cost is then 1; state the cost, as in "content-length" in request.headers ? request.size : 1000`
+		size = `request.size is absent if a body has no content-length, as with chunked encoding, and the cost is then 1; ` +
+			`state the cost, as in "content-length" in request.headers ? request.size : 1000`
 	)
 	for text, want := range map[string]string{
 		"- {name: a, rate: 1/s, group: g, " + when +

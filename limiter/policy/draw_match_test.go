@@ -48,7 +48,9 @@ func TestDrawMatch(t *testing.T) {
 			{"GET h/", ""},
 		}},
 		// ignore_case is for upstreams that route paths without case.
-		{`limits: [{name: a, rate: 1/s, match: {ignore_case: true, paths: [/V1/Orders, "/v1/orders/{id}/pay", "/v2/**", "/Kilo/é"]}}, {name: b, rate: 1/s, match: {paths: [/v1/orders]}}, {name: c, rate: 1/s, match: {ignore_case: false, paths: [/V1/orders]}}]`, [][]string{
+		{`limits: [{name: a, rate: 1/s, match: {ignore_case: true, paths: [/V1/Orders, "/v1/orders/{id}/pay", "/v2/**", ` +
+			`"/Kilo/é"]}}, {name: b, rate: 1/s, match: {paths: [/v1/orders]}}, {name: c, rate: 1/s, match: {ignore_case: ` +
+			`false, paths: [/V1/orders]}}]`, [][]string{
 			{"GET h/v1/orders", "a -, b -"},
 			{"GET h/V1/ORDERS", "a -"},
 			{"GET h/V1/orders/", "a -, c -"},
@@ -87,7 +89,8 @@ func TestDrawMatch(t *testing.T) {
 			{"GET h/ from 2001:db9::1", ""},
 			{"GET h/ from nowhere", ""},
 		}},
-		{`limits: [{name: a, rate: 1/s, match: {principals: ["spiffe://c/ns/web/*", "spiffe://c/ns/*/sa/admin", "spiffe://c/x"]}}]`, [][]string{
+		{`limits: [{name: a, rate: 1/s, match: {principals: ["spiffe://c/ns/web/*", "spiffe://c/ns/*/sa/admin", ` +
+			`"spiffe://c/x"]}}]`, [][]string{
 			{"GET h/ by spiffe://c/ns/web/sa/shop", "a -"},
 			{"GET h/ by spiffe://c/ns/app/sa/admin", "a -"},
 			{"GET h/ by spiffe://c/ns/app/sa/user", ""},
@@ -96,7 +99,8 @@ func TestDrawMatch(t *testing.T) {
 			{"GET h/ by spiffe://d/ns/web/sa/shop", ""},
 			{"GET h/", ""},
 		}},
-		{`limits: [{name: a, rate: 1/s, match: {hosts: [h], methods: [POST], paths: [/x]}}, {name: b, rate: 1/s, match: {methods: [POST]}}]`, [][]string{
+		{`limits: [{name: a, rate: 1/s, match: {hosts: [h], methods: [POST], paths: [/x]}}, {name: b, rate: 1/s, match: ` +
+			`{methods: [POST]}}]`, [][]string{
 			{"POST h/x", "a -, b -"},
 			{"POST i/x", "b -"},
 			{"POST h/y", "b -"},
@@ -109,7 +113,9 @@ func TestDrawMatch(t *testing.T) {
 func TestDrawExempt(t *testing.T) {
 	checkDraws(t, 54, []drawSection{
 		// exempt: only if all readings of the path are exempt.
-		{`{exempt: [{match: {paths: [/healthz, "/public/**"]}}, {match: {clients: [10.1.0.0/16], principals: ["spiffe://c/ns/ops/*"]}}, {match: {hosts: [free.example.com, kelvin.example.com], methods: [GET]}}], limits: [{name: a, rate: 1/s}]}`, [][]string{
+		{`{exempt: [{match: {paths: [/healthz, "/public/**"]}}, {match: {clients: [10.1.0.0/16], principals: ` +
+			`["spiffe://c/ns/ops/*"]}}, {match: {hosts: [free.example.com, kelvin.example.com], methods: [GET]}}], limits: ` +
+			`[{name: a, rate: 1/s}]}`, [][]string{
 			{"GET h/healthz", "exempt", "a: the request is exempt"},
 			{"GET h/healthz?x=1", "exempt"},
 			{"GET h/healthz/", "a -"},
@@ -178,7 +184,8 @@ func TestDrawExempt(t *testing.T) {
 			{"GET h/ from 10.9.0.1", "a =8.10.9.0.1"},
 			{"GET h/ from nowhere with x-forwarded-for=10.0.0.2", "a ~0."},
 		}},
-		{`limits: [{name: a, rate: 1/s, match: {paths: [/v1/orders]}}, {name: b, rate: 1/s, match: {hosts: ["[::1]", 10.0.0.1, h_1.example.com]}}]`, [][]string{
+		{`limits: [{name: a, rate: 1/s, match: {paths: [/v1/orders]}}, {name: b, rate: 1/s, match: {hosts: ["[::1]", ` +
+			`10.0.0.1, h_1.example.com]}}]`, [][]string{
 			{"GET h/x%2fy/../v1/orders", "a -"},
 			{"GET [::1]:80/", "b -"},
 			{"GET [0:0::1]/", "b -"},

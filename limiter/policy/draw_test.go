@@ -114,7 +114,8 @@ func TestDrawKeys(t *testing.T) {
 			{"GET h/?k", "a #(k)#(k)"},
 			{"GET h/", "limit a: key: evaluation failed: index out of bounds"},
 		}},
-		{`limits: [{name: a, rate: 1/s, key: [request.scheme, request.protocol, source.address, source.principal, 'source.port']}]`, [][]string{
+		{`limits: [{name: a, rate: 1/s, key: [request.scheme, request.protocol, source.address, source.principal, ` +
+			`'source.port']}]`, [][]string{
 			{"GET h/ by spiffe://a/ns/b", "a =5.https=6.HTTP/2=11.203.0.113.7=15.spiffe://a/ns/b=1.0"},
 			{"GET h/", "a =5.https=6.HTTP/2=11.203.0.113.7~11.203.0.113.7=1.0"},
 		}},
@@ -122,14 +123,17 @@ func TestDrawKeys(t *testing.T) {
 			[][]string{
 				{"GET h/", "a =1.x=3.get=14.15000000000000=2.12=4.true=4.3.25"},
 			}},
-		{`limits: [{name: a, rate: 1/s, key: 'context["plan"]'}, {name: b, rate: 1/s, key: 'request.headers["a"] + request.method'}, {name: c, rate: 1/s, key: request.headers.a}]`, [][]string{
+		{`limits: [{name: a, rate: 1/s, key: 'context["plan"]'}, {name: b, rate: 1/s, key: 'request.headers["a"] + ` +
+			`request.method'}, {name: c, rate: 1/s, key: request.headers.a}]`, [][]string{
 			{"GET h/ context plan=k with a=k", "a #(k), b #(kGET), c #(k)"},
 			{"GET h/", "a ~11.203.0.113.7, b ~11.203.0.113.7, c ~11.203.0.113.7"},
 		}},
-		{`limits: [{name: a, rate: 1/s, key: 'request.headers["a"] == "x"'}, {name: b, rate: 1/s, key: 'request.headers["a"] != "x"'}, {name: c, rate: 1/s, key: '"a" in request.headers'}]`, [][]string{
+		{`limits: [{name: a, rate: 1/s, key: 'request.headers["a"] == "x"'}, {name: b, rate: 1/s, key: ` +
+			`'request.headers["a"] != "x"'}, {name: c, rate: 1/s, key: '"a" in request.headers'}]`, [][]string{
 			{"GET h/ with a=x", "a #(true), b #(false), c #(true)"},
 		}},
-		{`limits: [{name: a, rate: 1/s, key: 'request.headers["a"] != null'}, {name: b, rate: 1/s, key: 'request.headers[?"a"]'}]`, [][]string{
+		{`limits: [{name: a, rate: 1/s, key: 'request.headers["a"] != null'}, {name: b, rate: 1/s, key: ` +
+			`'request.headers[?"a"]'}]`, [][]string{
 			{"GET h/ with a=x", "a #(true), b #(x)"},
 			{"GET h/ with a=", "a #(false), b ~11.203.0.113.7"},
 			{"GET h/", "a #(false), b ~11.203.0.113.7"},
@@ -143,7 +147,11 @@ func TestDrawKeys(t *testing.T) {
 		}},
 
 		// Absent parts of keys, at each position, with each value of absent.
-		{`limits: [{name: a, rate: 9/s, absent: client, key: ['metadata.filter_metadata.jwt.payload.org.id', 'context.team']}, {name: b, rate: 9/s, absent: share, key: ['metadata.filter_metadata.jwt.payload.org.id', 'context.team']}, {name: c, rate: 9/s, absent: skip, key: ['metadata.filter_metadata.jwt.payload.org.id', 'context.team']}, {name: d, rate: 9/s, absent: deny, key: ['metadata.filter_metadata.jwt.payload.org.id', 'context.team']}]`, [][]string{
+		{`limits: [{name: a, rate: 9/s, absent: client, key: ['metadata.filter_metadata.jwt.payload.org.id', ` +
+			`'context.team']}, {name: b, rate: 9/s, absent: share, key: ['metadata.filter_metadata.jwt.payload.org.id', ` +
+			`'context.team']}, {name: c, rate: 9/s, absent: skip, key: ['metadata.filter_metadata.jwt.payload.org.id', ` +
+			`'context.team']}, {name: d, rate: 9/s, absent: deny, key: ['metadata.filter_metadata.jwt.payload.org.id', ` +
+			`'context.team']}]`, [][]string{
 			{`GET h/ claim org.id="x" context team=y`, "a #(x)#(y), b #(x)#(y), c #(x)#(y), d #(x)#(y)"},
 			{`GET h/ claim org.id=7 context team=y`, "a #(7)#(y), b #(7)#(y), c #(7)#(y), d #(7)#(y)"},
 			{`GET h/ claim org.id="x"`, "a #(x)~11.203.0.113.7, b #(x)~0., d #(x)~0. refused",
@@ -155,7 +163,8 @@ func TestDrawKeys(t *testing.T) {
 			{`GET h/ claim org.id=null context team=y`, "a ~11.203.0.113.7#(y), b ~0.#(y), d ~0.#(y) refused"},
 			{`GET h/ context team=`, "a ~11.203.0.113.7~11.203.0.113.7, b ~0.~0., d ~0.~0. refused"},
 		}},
-		{`limits: [{name: a, rate: 9/s, key: request.size}, {name: b, rate: 9/s, key: source.principal}, {name: c, rate: 9/s, key: 'request.headers[?"a"].optMap(v, v + "!")'}, {name: d, rate: 9/s, key: request.host}]`, [][]string{
+		{`limits: [{name: a, rate: 9/s, key: request.size}, {name: b, rate: 9/s, key: source.principal}, {name: c, rate: ` +
+			`9/s, key: 'request.headers[?"a"].optMap(v, v + "!")'}, {name: d, rate: 9/s, key: request.host}]`, [][]string{
 			{"GET /", "a ~11.203.0.113.7, b ~11.203.0.113.7, c ~11.203.0.113.7, d ~11.203.0.113.7"},
 			{"GET h/ by spiffe://c/x with a=1 with content-length=12", "a =2.12, b =12.spiffe://c/x, c #(1!), d =1.h"},
 		}},
@@ -165,17 +174,20 @@ func TestDrawKeys(t *testing.T) {
 // TestDrawCost has costs, constant and computed.
 func TestDrawCost(t *testing.T) {
 	checkDraws(t, 15, []drawSection{
-		{`limits: [{name: a, rate: 100/s, cost: 5}, {name: b, rate: 100/s, cost: 0}, {name: c, rate: 100/s, cost: 1.2}, {name: d, rate: 100/s, cost: '2 * 3'}, {name: e, rate: 100/s, cost: "7"}]`, [][]string{
+		{`limits: [{name: a, rate: 100/s, cost: 5}, {name: b, rate: 100/s, cost: 0}, {name: c, rate: 100/s, cost: 1.2}, ` +
+			`{name: d, rate: 100/s, cost: '2 * 3'}, {name: e, rate: 100/s, cost: "7"}]`, [][]string{
 			{"GET h/", "a - costs 5, b - costs 0, c - costs 2, d - costs 6, e - costs 7"},
 		}},
-		{`limits: [{name: a, rate: 100/s, cost: 'request.method == "POST" ? 5 : 1'}, {name: b, rate: 100/s, cost: 'request.size / 100'}, {name: c, rate: 100/s, cost: 'double(request.size) / 100.0'}]`, [][]string{
+		{`limits: [{name: a, rate: 100/s, cost: 'request.method == "POST" ? 5 : 1'}, {name: b, rate: 100/s, cost: ` +
+			`'request.size / 100'}, {name: c, rate: 100/s, cost: 'double(request.size) / 100.0'}]`, [][]string{
 			{"GET h/ with content-length=250", "a -, b - costs 2, c - costs 3"},
 			{"POST h/ with content-length=0", "a - costs 5, b - costs 0, c - costs 0"},
 			{"GET h/", "a -, b -, c -"},
 			{"GET h/ with content-length=99999", "a -, b - costs 999, c - costs 1000"},
 			{"GET h/ with content-length=9223372036854775807", "a -, b - costs 1000000001, c - costs 1000000001"},
 		}},
-		{`limits: [{name: a, rate: 100/s, cost: 'int(request.headers["n"])'}, {name: b, rate: 100/s, cost: 'metadata.filter_metadata.jwt.payload.weight'}]`, [][]string{
+		{`limits: [{name: a, rate: 100/s, cost: 'int(request.headers["n"])'}, {name: b, rate: 100/s, cost: ` +
+			`'metadata.filter_metadata.jwt.payload.weight'}]`, [][]string{
 			{"GET h/", "a -, b -"},
 			{"GET h/ with n=3", "a - costs 3, b -"},
 			{"GET h/ with n=-3", "limit a: cost: must be a number >= 0, b -"},
@@ -195,21 +207,25 @@ func TestDrawCost(t *testing.T) {
 func TestDrawGroups(t *testing.T) {
 	checkDraws(t, 18, []drawSection{
 		// group: only the first limit of a group that applies.
-		{`limits: [{name: gold, rate: 9/s, group: plan, when: 'request.headers["plan"] == "gold"'}, {name: keyed, rate: 9/s, group: plan, absent: skip, key: request.headers.k}, {name: always, rate: 9/s}, {name: rest, rate: 9/s, group: plan}, {name: other, rate: 9/s, group: other}]`, [][]string{
+		{`limits: [{name: gold, rate: 9/s, group: plan, when: 'request.headers["plan"] == "gold"'}, {name: keyed, rate: ` +
+			`9/s, group: plan, absent: skip, key: request.headers.k}, {name: always, rate: 9/s}, {name: rest, rate: 9/s, ` +
+			`group: plan}, {name: other, rate: 9/s, group: other}]`, [][]string{
 			{"GET h/ with plan=gold with k=1", "gold -, always -, other -", "keyed: gold comes first in the group plan",
 				"rest: gold comes first in the group plan"},
 			{"GET h/ with k=1", "keyed #(1), always -, other -", "rest: keyed comes first in the group plan"},
 			{"GET h/", "always -, rest -, other -",
 				"keyed: its key part request.headers.k is absent, and the limit has absent: skip"},
 		}},
-		{`limits: [{name: a, rate: 9/s, group: g, when: 'int(request.headers["n"]) > 1'}, {name: b, rate: 9/s, group: g}, {name: c, rate: unlimited, group: h}, {name: d, rate: 9/s, group: h}]`, [][]string{
+		{`limits: [{name: a, rate: 9/s, group: g, when: 'int(request.headers["n"]) > 1'}, {name: b, rate: 9/s, group: g}, ` +
+			`{name: c, rate: unlimited, group: h}, {name: d, rate: 9/s, group: h}]`, [][]string{
 			{"GET h/ with n=x", "c unlimited, limit a: when: evaluation failed: type conversion error, b -"},
 			{"GET h/ with n=2", "c unlimited, a -", "d: c comes first in the group h"},
 		}},
 
 		// A request that omits something gets neither the first place in a
 		// group nor an unlimited limit.
-		{`limits: [{name: internal, group: g, rate: unlimited, when: 'request.headers["x-team"] in ["ops"]'}, {name: beta, group: g, rate: 99/s, when: 'request.headers["x-beta"].startsWith("o")'}, {name: rest, group: g, rate: 1/s}]`, [][]string{
+		{`limits: [{name: internal, group: g, rate: unlimited, when: 'request.headers["x-team"] in ["ops"]'}, {name: beta, ` +
+			`group: g, rate: 99/s, when: 'request.headers["x-beta"].startsWith("o")'}, {name: rest, group: g, rate: 1/s}]`, [][]string{
 			{"GET h/", "rest -",
 				`internal: when is absent, and a limit in a group does not apply then: request.headers["x-team"] in ["ops"]`,
 				`beta: when is absent, and a limit in a group does not apply then: request.headers["x-beta"].startsWith("o")`},
@@ -221,14 +237,17 @@ func TestDrawGroups(t *testing.T) {
 				"context sluice.limit.slow={rate:_1/s,_group:_h}", "rest -, slow -",
 				`big: when is absent, and a limit in a group does not apply then: context.tier.startsWith("g")`},
 		}},
-		{`limits: [{name: a, rate: unlimited, when: 'int(request.headers["level"]) > 5'}, {name: b, rate: unlimited, when: 'metadata.filter_metadata.jwt.payload.admin'}, {name: c, rate: unlimited, when: 'request.headers.exists(k, request.headers[k].contains("x"))'}]`, [][]string{
+		{`limits: [{name: a, rate: unlimited, when: 'int(request.headers["level"]) > 5'}, {name: b, rate: unlimited, when: ` +
+			`'metadata.filter_metadata.jwt.payload.admin'}, {name: c, rate: unlimited, when: 'request.headers.exists(k, ` +
+			`request.headers[k].contains("x"))'}]`, [][]string{
 			{"GET h/", "",
 				`a: when is absent, and an unlimited limit does not apply then: int(request.headers["level"]) > 5`},
 			{"GET h/ with level=9 claim admin=true", "a unlimited, b unlimited"},
 		}},
 		// An override belongs to a key that is present, so the limit applies as
 		// it does to other keys.
-		{`limits: [{name: a, rate: 1/s, key: request.headers.k, when: 'request.headers["a"].startsWith("x")', overrides: [{key: ours, rate: unlimited}]}]`, [][]string{
+		{`limits: [{name: a, rate: 1/s, key: request.headers.k, when: 'request.headers["a"].startsWith("x")', overrides: ` +
+			`[{key: ours, rate: unlimited}]}]`, [][]string{
 			{"GET h/ with k=ours", "a unlimited",
 				"a: it matches; when is absent, so it applies; its rate is from overrides[0]"},
 			{"GET h/ with k=other", "a #(other)"},
@@ -236,7 +255,8 @@ func TestDrawGroups(t *testing.T) {
 		}},
 
 		// unlimited
-		{`limits: [{name: a, rate: unlimited, match: {clients: [10.0.0.0/8]}}, {name: b, rate: unlimited, key: request.headers.k, absent: share, cost: 5}]`, [][]string{
+		{`limits: [{name: a, rate: unlimited, match: {clients: [10.0.0.0/8]}}, {name: b, rate: unlimited, key: ` +
+			`request.headers.k, absent: share, cost: 5}]`, [][]string{
 			{"GET h/", "b unlimited"},
 			{"GET h/ from 10.1.1.1", "a unlimited, b unlimited", "a: it matches"},
 		}},
@@ -246,7 +266,10 @@ func TestDrawGroups(t *testing.T) {
 // TestDrawOverrides has keys with a rate of their own.
 func TestDrawOverrides(t *testing.T) {
 	checkDraws(t, 8, []drawSection{
-		{`limits: [{name: a, rate: 60/m, key: ['request.headers["x-api-key"]', request.method], overrides: [{key: [gold, POST], rate: 600/m, burst: 100}, {key: ["sha256:2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae", GET], rate: unlimited}, {key: [gold, "sha256:6cd0e0de70b0e6a4e8f6b1a5b1e6a0a5a06a0f8b1d29b7bfbe5b1e6d5e6a0a5a"], rate: 1/s}]}]`, [][]string{
+		{`limits: [{name: a, rate: 60/m, key: ['request.headers["x-api-key"]', request.method], overrides: [{key: [gold, ` +
+			`POST], rate: 600/m, burst: 100}, {key: ` +
+			`["sha256:2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae", GET], rate: unlimited}, {key: [gold, ` +
+			`"sha256:6cd0e0de70b0e6a4e8f6b1a5b1e6a0a5a06a0f8b1d29b7bfbe5b1e6d5e6a0a5a"], rate: 1/s}]}]`, [][]string{
 			{"POST h/ with x-api-key=gold", "a #(gold)=4.POST",
 				"a: it applies to every request; its rate is from overrides[0]"},
 			{"GET h/ with x-api-key=gold", "a #(gold)=3.GET", "a: it applies to every request"},
@@ -257,14 +280,18 @@ func TestDrawOverrides(t *testing.T) {
 		}},
 		// No client can send a key that equals the replacement of an absent
 		// one.
-		{`limits: [{name: a, rate: 60/m, key: request.headers.k, overrides: [{key: 203.0.113.7, rate: 1/s}, {key: 42, rate: 2/s}]}]`, [][]string{
-			{"GET h/", "a ~11.203.0.113.7",
-				"a: it applies to every request; its key part request.headers.k is absent: the client's network is " +
-					"used instead"},
-			{"GET h/ with k=203.0.113.7", "a #(203.0.113.7)",
-				"a: it applies to every request; its rate is from overrides[0]"},
-			{"GET h/ with k=42", "a #(42)", "a: it applies to every request; its rate is from overrides[1]"},
-		}},
+		{
+			`limits: [{name: a, rate: 60/m, key: request.headers.k, overrides: [{key: 203.0.113.7, rate: 1/s}, {key: 42, rate: ` +
+				`2/s}]}]`,
+			[][]string{
+				{"GET h/", "a ~11.203.0.113.7",
+					"a: it applies to every request; its key part request.headers.k is absent: the client's network is " +
+						"used instead"},
+				{"GET h/ with k=203.0.113.7", "a #(203.0.113.7)",
+					"a: it applies to every request; its rate is from overrides[0]"},
+				{"GET h/ with k=42", "a #(42)", "a: it applies to every request; its rate is from overrides[1]"},
+			},
+		},
 	})
 }
 

@@ -120,6 +120,7 @@ func (c *Config) reason(s *subject, r *rule, f finding) string {
 		return "the route's sluice.limits does not name it"
 	case foundMistake:
 		return fmt.Sprintf("config mistake: %s: %v", f.err.Field, f.err.Err)
+	case foundApplies, foundOverridden, foundPartAbsent: // the limit applies
 	}
 	reason := "it applies to every request"
 	if !r.match.matchesAll() || r.when != nil {
@@ -138,6 +139,7 @@ func (c *Config) reason(s *subject, r *rule, f finding) string {
 				absentShare:  "all such requests share a bucket",
 				absentDeny:   "the request is denied",
 			}[r.absent]
+	default: // nothing to add
 	}
 	return reason
 }

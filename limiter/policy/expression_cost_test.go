@@ -73,10 +73,14 @@ func TestCallsAreChargedBeforeTheyRun(t *testing.T) {
 		`"%s".format([[[request.path, request.path, request.path], [request.path, request.path, request.path]]]).size() > 1`,
 		`request.headers["f"].format([request.headers["a"].split("")]).size() > 1`,
 		`request.headers["a"].split("") == request.headers["a"].split("")`,
-		`[1, 2, 3, 4, 5, 6, 7, 8, 9].all(x, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(y, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(z, request.headers["a"].size() > x + y + z)))`,
-		`[1, 2, 3, 4, 5, 6, 7, 8, 9].all(x, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(y, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(z, timestamp(request.headers["a"]) > request.time || true)))`,
-		`[1, 2, 3, 4, 5, 6, 7, 8, 9].all(x, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(y, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(z, request.headers["a"].replace("a", "b") != "")))`,
-		`[1, 2, 3, 4, 5, 6, 7, 8, 9].all(x, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(y, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(z, request.time.getHours("Europe/Berlin") < 25)))`,
+		`[1, 2, 3, 4, 5, 6, 7, 8, 9].all(x, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(y, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(z, ` +
+			`request.headers["a"].size() > x + y + z)))`,
+		`[1, 2, 3, 4, 5, 6, 7, 8, 9].all(x, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(y, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(z, ` +
+			`timestamp(request.headers["a"]) > request.time || true)))`,
+		`[1, 2, 3, 4, 5, 6, 7, 8, 9].all(x, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(y, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(z, ` +
+			`request.headers["a"].replace("a", "b") != "")))`,
+		`[1, 2, 3, 4, 5, 6, 7, 8, 9].all(x, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(y, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(z, ` +
+			`request.time.getHours("Europe/Berlin") < 25)))`,
 	} {
 		e, mistakes := compile(text, forWhen)
 		if mistakes != nil {

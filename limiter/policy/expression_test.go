@@ -21,8 +21,11 @@ func TestEvaluationIsBounded(t *testing.T) {
 		`request.path.split("").join(request.path).size() > 1`,
 		`request.headers["a"].replace("a", request.headers["a"]).size() > 1`,
 		`request.headers["a"].split("").map(x, request.headers["a"]).size() > 1`,
-		`[1, 2, 3, 4, 5, 6, 7, 8, 9].all(a, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(b, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(c, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(d, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(e, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(f, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(g, a + b + c + d + e + f + g + request.path.size() > 0)))))))`,
-		`(request.headers["a"] + request.headers["a"] + request.headers["a"]).size() > request.headers["a"].lowerAscii().reverse().size()`,
+		`[1, 2, 3, 4, 5, 6, 7, 8, 9].all(a, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(b, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(c, [1, 2, 3, ` +
+			`4, 5, 6, 7, 8, 9].all(d, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(e, [1, 2, 3, 4, 5, 6, 7, 8, 9].all(f, [1, 2, 3, 4, 5, 6, ` +
+			`7, 8, 9].all(g, a + b + c + d + e + f + g + request.path.size() > 0)))))))`,
+		`(request.headers["a"] + request.headers["a"] + request.headers["a"]).size() > ` +
+			`request.headers["a"].lowerAscii().reverse().size()`,
 	} {
 		c := parse(t, "limits: [{name: a, rate: 1/s, when: '"+text+"'}]")
 		req := &Request{Path: long, Headers: map[string]string{"a": long}}
@@ -136,7 +139,8 @@ func TestDirectReads(t *testing.T) {
 
 func TestExpressionsAreBounded(t *testing.T) {
 	c := parse(t,
-		`limits: [{name: a, rate: 1/s, key: 'request.url_path.split("").map(a, request.url_path.split("").map(b, a + b)).size()'}]`)
+		`limits: [{name: a, rate: 1/s, key: 'request.url_path.split("").map(a, request.url_path.split("").map(b, a + `+
+			`b)).size()'}]`)
 	req := request(t, "GET h/")
 	req.Path = "/" + strings.Repeat("x", 10_000)
 	if d := c.Draw(req); !d.Invalid ||

@@ -93,7 +93,8 @@ limits:
 // Envoy's own routes take others for a different host.
 func TestExemptHosts(t *testing.T) {
 	c := parse(t,
-		`{exempt: [{match: {hosts: [free.example.com, "*.free.example.com", "2001:db8::1"]}}], limits: [{name: a, rate: 1/s}]}`)
+		`{exempt: [{match: {hosts: [free.example.com, "*.free.example.com", "2001:db8::1"]}}], limits: [{name: a, rate: `+
+			`1/s}]}`)
 	for host, want := range map[string]string{
 		"free.example.com":        "exempt",
 		"FREE.example.com:80":     "exempt",

@@ -90,14 +90,16 @@ func TestRepeatedHeaderIsNoKey(t *testing.T) {
 // to a client that sends the key and another.
 func TestRepeatedHeaderHasNoOverride(t *testing.T) {
 	c := parse(t,
-		`limits: [{name: a, rate: 1/s, key: 'request.headers["x-api-key"]', overrides: [{key: gold, rate: 100/s}, {key: "gold,x", rate: 200/s}]}]`)
+		`limits: [{name: a, rate: 1/s, key: 'request.headers["x-api-key"]', overrides: [{key: gold, rate: 100/s}, {key: `+
+			`"gold,x", rate: 200/s}]}]`)
 	req := request(t, "GET h/")
 	req.SetHeaders(lines("x-api-key=gold", "x-api-key=x"))
 	if d := c.Draw(req); len(d.Charges) != 1 || d.Charges[0].Bucket.Burst() != 1 {
 		t.Errorf("%+v", d.Charges)
 	}
 	reason := c.Explain(req).Limits[0].Reason
-	if want := `it applies to every request; its key part request.headers["x-api-key"] is absent (the header was sent more than once): the client's network is used instead`; reason != want {
+	if want := `it applies to every request; its key part request.headers["x-api-key"] is absent (the header was sent ` +
+		`more than once): the client's network is used instead`; reason != want {
 		t.Errorf("%s\nwant %s", reason, want)
 	}
 }

@@ -95,8 +95,7 @@ func (r *reader) document(text []byte) *node {
 	r.tokens = lexer.Tokenize(string(text))
 	file, err := parser.Parse(r.tokens, 0, parser.AllowDuplicateMapKey())
 	if err != nil {
-		var syntax yaml.Error
-		if errors.As(err, &syntax) {
+		if syntax, ok := errors.AsType[yaml.Error](err); ok {
 			r.at(syntax.GetToken(), "", "%s", syntax.GetMessage())
 		} else {
 			r.at(nil, "", "%v", err)

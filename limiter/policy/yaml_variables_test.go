@@ -169,7 +169,8 @@ func TestVariablesAreNotTold(t *testing.T) {
 		}
 	}
 	c, err := Parse("f",
-		[]byte(`limits: [{name: a, rate: 1/s, when: 'request.headers.k != "${TOKEN}"', key: '["${TOKEN}"][request.size]', absent: skip}]`), vars)
+		[]byte(`limits: [{name: a, rate: 1/s, when: 'request.headers.k != "${TOKEN}"', key: '["${TOKEN}"][request.size]', `+
+			`absent: skip}]`), vars)
 	if err != nil {
 		t.Fatal(err)
 	}

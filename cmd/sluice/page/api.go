@@ -168,7 +168,7 @@ func (p *Page) limits(r *http.Request) (any, error) {
 	if n := r.FormValue("n"); n != "" {
 		var err error
 		if most, err = strconv.Atoi(n); err != nil || most < 1 || most > maxLimits {
-			return nil, badRequest{fmt.Errorf("n=%q: must be a number from 1 to %d", n, maxLimits)}
+			return nil, badRequestError{fmt.Errorf("n=%q: must be a number from 1 to %d", n, maxLimits)}
 		}
 	}
 	found := slices.DeleteFunc(p.allLimits(), func(l limitReport) bool {
@@ -235,7 +235,7 @@ type keyReport struct {
 func (p *Page) top(r *http.Request) (any, error) {
 	limit := r.FormValue("limit")
 	if limit == "" {
-		return nil, badRequest{errors.New("limit: missing; want the name of a limit")}
+		return nil, badRequestError{errors.New("limit: missing; want the name of a limit")}
 	}
 	requests, denials := p.Server.Top(limit, topKeys)
 	report := func(keys []authz.TopKey) []keyReport {
@@ -322,20 +322,20 @@ func (p *Page) explain(r *http.Request) (any, error) {
 	const form = "application/x-www-form-urlencoded"
 	media, _, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
 	if r.ContentLength != 0 && (err != nil || media != form) {
-		return nil, unsupportedMedia{errors.New("the request's body must be " + form)}
+		return nil, unsupportedMediaError{errors.New("the request's body must be " + form)}
 	}
 	if err := r.ParseForm(); err != nil {
-		return nil, badRequest{fmt.Errorf("the form: %w", err)}
+		return nil, badRequestError{fmt.Errorf("the form: %w", err)}
 	}
 	known := []string{"method", "host", "path", "source", "principal", "header", "context", "denial"}
 	for name := range r.Form {
 		if !slices.Contains(known, name) {
-			return nil, badRequest{fmt.Errorf("unknown parameter %q; want %s", name, strings.Join(known, ", "))}
+			return nil, badRequestError{fmt.Errorf("unknown parameter %q; want %s", name, strings.Join(known, ", "))}
 		}
 	}
 	request, err := p.requestFromForm(r.Form)
 	if err != nil {
-		return nil, badRequest{err}
+		return nil, badRequestError{err}
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), explainTimeout)
 	defer cancel()

@@ -117,13 +117,13 @@ func (p *Page) routes() *http.ServeMux {
 	return mux
 }
 
-// badRequest marks an error that the client can correct; it is answered with
+// badRequestError marks an error that the client can correct; it is answered with
 // 400.
-type badRequest struct{ error }
+type badRequestError struct{ error }
 
-// unsupportedMedia marks a body of an unsupported type; it is answered with
+// unsupportedMediaError marks a body of an unsupported type; it is answered with
 // 415.
-type unsupportedMedia struct{ error }
+type unsupportedMediaError struct{ error }
 
 // jsonHandler returns a handler that serves the result of find as JSON, or its
 // error as {"error": "..."}.
@@ -134,10 +134,10 @@ func jsonHandler(find func(*http.Request) (any, error)) http.HandlerFunc {
 		status := http.StatusOK
 		if err != nil {
 			status = http.StatusInternalServerError
-			if errors.As(err, new(badRequest)) {
+			if errors.As(err, new(badRequestError)) {
 				status = http.StatusBadRequest
 			}
-			if errors.As(err, new(unsupportedMedia)) {
+			if errors.As(err, new(unsupportedMediaError)) {
 				status = http.StatusUnsupportedMediaType
 			}
 			result = struct {
