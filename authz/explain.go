@@ -22,7 +22,7 @@ type Explanation struct {
 	Domain   string `json:"domain"`
 	// Client is the client's address, or empty if it is unknown.
 	Client string `json:"client"`
-	// Note is what has to be known besides, or empty.
+	// Note has further remarks, or is empty.
 	Note string `json:"note,omitempty"`
 	// Limits has every limit of the config and of the route, in this order.
 	Limits []ExplainedLimit `json:"limits"`
@@ -156,7 +156,7 @@ func slotsNote(limits []ExplainedLimit) []string {
 		keys[i] = strings.Join(names[k], ", ")
 	}
 	return []string{
-		"limits with different keys are in different hash slots, and each of these takes a call of its own: " +
+		"limits with different keys are in different hash slots; each slot needs a call of its own: " +
 			strings.Join(keys, " | "),
 	}
 }

@@ -38,9 +38,9 @@ var classes = [...]class{
 	limiter.FailedLocal: {disposition: allow, isFailure: true},
 }
 
-// isDenial reports whether a request with the outcome o did not get an allow.
-// The page lists such requests as denials.
-func isDenial(o limiter.Outcome) bool {
+// IsDenial reports whether a request with the outcome o was answered, and not
+// with an allow.
+func IsDenial(o limiter.Outcome) bool {
 	d := classes[o].disposition
 	return d != allow && d != cancel
 }

@@ -158,7 +158,7 @@ func (r *report) checked(check *checkState, began time.Time) {
 	for _, m := range check.mistakes {
 		r.mistaken(m)
 	}
-	if isDenial(d.Outcome) {
+	if IsDenial(d.Outcome) {
 		r.denials.add(check, now)
 	}
 }

@@ -24,8 +24,8 @@ const namePrefix = "sluice.dev/"
 const injectLabel = "sluice.dev/inject"
 
 // Annotations that Inject writes: the Stamp, and a hash of the container that it
-// made for this pod, by which a later injection of the same tells what others
-// have changed in it since.
+// made for this pod. With the hash a later injection can tell whether it would
+// make the same container, and then keeps what others have changed in it.
 const (
 	annotationInjected  = "sluice.dev/injected"
 	annotationContainer = "sluice.dev/injected-container"

@@ -125,8 +125,8 @@ func mergeSequence(node *yaml.Node, old, changed []any) error {
 	return nil
 }
 
-// matchElements returns for each element of changed the index in old of the
-// element that it was, or -1 if it is new. An element is first looked for by
+// matchElements returns for each element of changed the index of the same
+// element in old, or -1 if it is new. An element is first looked for by
 // its value, then by its name, which several may have, as two mounts of a
 // volume do. If the number of elements is the same, those without a name are
 // matched by position.

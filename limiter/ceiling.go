@@ -29,7 +29,7 @@ const (
 // verdict (Verdict.Known). It is safe for concurrent use. Run sweeps it.
 type Ceiling struct {
 	store  Store
-	now    func() int64 // microseconds; a clock that no step of the machine's changes
+	now    func() int64 // microseconds of a monotonic clock
 	seed   maphash.Seed
 	shards [ceilingShards]struct {
 		mu    sync.RWMutex

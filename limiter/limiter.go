@@ -265,8 +265,8 @@ func Decide(ctx context.Context, store Store, charges []Charge) Decision {
 // hold; if none denies and some failed, the strongest failure mode decides.
 // Outcome.Spends says whether the charges are taken.
 //
-// This rule is here and, in other words, in the script (appendCharge); tests
-// compare the two.
+// The script applies the same rule by what appendCharge (redis_script.go) tells
+// it of each charge; tests compare the two.
 func outcomeOf(charges []Charge, verdicts []Verdict) Outcome {
 	failed, failure, unknown := false, Allow, false
 	for i := range charges {
@@ -275,7 +275,7 @@ func outcomeOf(charges []Charge, verdicts []Verdict) Outcome {
 		case c.Limit.Shadow:
 		case v.Err != nil:
 			failed, failure = true, max(failure, c.Limit.OnFailure)
-		case !v.Known(): // another one is denied; if none is, the store has failed
+		case !v.Known(): // not asked, as another charge was denied; if none was, the store failed
 			unknown = true
 		case !v.Allowed:
 			return Limited

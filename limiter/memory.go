@@ -44,7 +44,7 @@ type Memory struct {
 	entries  atomic.Int64 // buckets in shards
 	bytes    atomic.Int64 // that they take
 	budget   int64        // of bytes
-	now      func() int64 // microseconds; a clock that no step of the machine's changes
+	now      func() int64 // microseconds of a monotonic clock
 	log      *zap.Logger
 
 	sweeps, swept prometheus.Counter

@@ -27,8 +27,8 @@ const (
 	// call is under way: an answer that is about to come starts the next batch
 	// sooner.
 	minLinger = time.Millisecond
-	// latencyWeight is the weight of the past in the moving average of the
-	// latency: of 1/latencyWeight is the newest call.
+	// latencyWeight: in the moving average of the latency, the newest call
+	// counts 1/latencyWeight.
 	latencyWeight = 8
 )
 
@@ -42,7 +42,7 @@ type pending struct {
 	wake  chan batch
 	timer *time.Timer // stopped
 
-	// The outcome. It is written before wake receives nil.
+	// The outcome. It is written before wake receives an empty batch.
 	at    int64  // microseconds of the node's clock
 	reply string // the script's, to the charges
 	err   error  // why there is no reply
@@ -81,7 +81,7 @@ func (t *pending) recycle() {
 	pendingPool.Put(t)
 }
 
-// node is a Redis server, as far as takes go to it.
+// node sends takes to one Redis server.
 type node struct {
 	breaker
 	name   string // in errors: host:port, mostly
@@ -138,9 +138,9 @@ func (n *node) limitLocked() int {
 }
 
 // lingerLocked is how long the first take of a batch waits for others before it
-// leaves beside the calls under way. It grows with their number, so that all
-// that may be under way leave spread over about one round trip, and a take that
-// comes when all are never waits long for one to return.
+// leaves beside the calls under way. It grows with their number. So calls start
+// evenly over about one round trip, and even when the maximum is under way, one
+// soon returns.
 func (n *node) lingerLocked() time.Duration {
 	limit := time.Duration(n.limitLocked())
 	return max(minLinger, 2*n.latency*time.Duration(n.inFlight)/(limit*limit))
@@ -148,7 +148,7 @@ func (n *node) lingerLocked() time.Duration {
 
 // hopelessLocked returns an error if t would not be answered before its
 // deadline. Within one round trip as many calls end as may be under way, so
-// that each full batch that waits costs its part of one. If the oldest call has
+// each full batch that waits adds a part of one. If the oldest call has
 // taken longer than calls usually do, the node has become slow, and that call
 // is expected to take as long again.
 func (n *node) hopelessLocked(now time.Time, t *pending) error {
@@ -173,8 +173,8 @@ func (n *node) hopelessLocked(now time.Time, t *pending) error {
 }
 
 // startBatchLocked gives the takes that wait, or as many as a call carries, to
-// one of their callers to execute: the one with the latest deadline. It does
-// nothing if there is no connection for them, and then sees to one.
+// one of their callers to execute: the one with the latest deadline. Without
+// an idle connection it starts none, and asks for a new connection.
 func (n *node) startBatchLocked() {
 	if len(n.waiting) == 0 || n.inFlight >= n.limitLocked() && !n.isOpen() {
 		return
@@ -296,12 +296,12 @@ func (n *node) refuseLocked(err *StoreError) {
 	n.waiting, n.charges = n.waiting[:0], 0
 }
 
-// errPanicked is of a call that a mistake of sluice's own ended.
+// errPanicked is the error of a call in which sluice panicked.
 var errPanicked = errors.New("a call panicked")
 
 // execute makes the call, and wakes all takes of the batch with the answer.
 func (n *node) execute(b batch, leader *pending) {
-	began, took, err := time.Now(), time.Duration(0), errPanicked // unless the call returns
+	began, took, err := time.Now(), time.Duration(0), errPanicked // it stays if n.call panics
 	defer func() {
 		if err != nil {
 			err = n.fail(b.takes, err, leader.deadline.Sub(began))

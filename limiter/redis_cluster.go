@@ -87,7 +87,7 @@ func (r *Redis) takeSlots(ctx context.Context, deadline time.Time, charges []Cha
 		s.verdicts = make([]Verdict, len(s.charges))
 		wg.Go(func() {
 			defer func() {
-				if recover() != nil { // the request's own goroutine is another, and must learn of it
+				if recover() != nil { // the panic does not reach the request's goroutine, so its verdicts tell it
 					failAll(s.verdicts, &StoreError{Kind: KindOther, Err: errPanicked})
 				}
 			}()
@@ -230,7 +230,9 @@ func (r *Redis) callSlots(ctx context.Context, on *connection, batch []*pending)
 		switch {
 		case err == nil:
 			err = deal(reply, takes)
-		case notExecuted(err): // the cluster's client goes where the slot is, and run where the script is not known
+		case notExecuted(err):
+			// Call again: the client follows the slot, and run sends the script
+			// if the node does not have it.
 			wg.Go(func() { _ = r.callSlot(ctx, takes) }) // each take has its own error then
 			continue
 		}

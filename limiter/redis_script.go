@@ -119,12 +119,12 @@ func (r *Redis) run(ctx context.Context, to processor, s *script, args ...any) (
 	return cmd.Val(), nil
 }
 
-// The values of hold in the script: when the other charges of a request are not
-// taken.
+// The values of hold in the script: it says when a charge holds back the other
+// charges of its request, which are then not taken.
 const (
 	holdAlways = iota // if this one is denied or fails
 	holdDenial        // only if it is denied: if it fails, the request passes or may pass
-	holdNever         // never: it is a shadow charge
+	holdNever         // never: a shadow charge
 )
 
 // lastOfRequest is added to the hold of the last charge of a request.
@@ -171,7 +171,7 @@ const (
 	flagFailed              // there is no verdict
 )
 
-var errReply = errors.New("invalid reply to the script: truncated or not its own")
+var errReply = errors.New("invalid reply from the script: truncated, or not from sluice's script")
 
 // read fills verdicts from the script's reply to charges at an instant.
 func (r *Redis) read(at int64, reply string, charges []Charge, verdicts []Verdict) error {

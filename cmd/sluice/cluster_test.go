@@ -35,13 +35,13 @@ func TestClusterSlotsAreTold(t *testing.T) {
 		args []string
 	}{
 		{
-			"allowed\n(limits with different keys are in different hash slots, and each of these takes a call of its own: " +
+			"allowed\n(limits with different keys are in different hash slots; each slot needs a call of its own: " +
 				"per-client, orders | all)\n",
 			[]string{"explain", "--config", apart},
 		},
 		{"allowed\n\n", []string{"explain", "--config", together}},
 		{
-			"ok    slots         limits with different keys are in different hash slots, and each of these takes a call of " +
+			"ok    slots         limits with different keys are in different hash slots; each slot needs a call of " +
 				"its own: per-client, orders, posts | all\n",
 			[]string{"doctor", "--config", apart},
 		},

@@ -16,12 +16,12 @@ import (
 )
 
 // stalled is how long a connection must have carried no byte before it may be
-// closed in favor of another one from the same address.
+// closed in favor of a new one.
 const stalled = time.Second
 
-// boundedListener limits the number of concurrent connections. For another one
-// it closes the connection that has been silent for longest, of the address that
-// has the most connections. So a client with thousands of idle connections does
+// boundedListener limits the number of concurrent connections. When it is full,
+// it makes room for a new connection by closing the one that has been silent for
+// longest, of the address that has the most connections. So a client with thousands of idle connections does
 // not keep others out. If that address has no more connections than the new
 // one's, and all of them are busy, the new connection is closed instead.
 type boundedListener struct {

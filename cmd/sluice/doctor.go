@@ -118,7 +118,7 @@ func slotsOf(byKey [][]string) string {
 	for i, names := range byKey {
 		groups[i] = shorten(names, ", ")
 	}
-	return "limits with different keys are in different hash slots, and each of these takes a call of its own: " +
+	return "limits with different keys are in different hash slots; each slot needs a call of its own: " +
 		shorten(groups, " | ")
 }
 

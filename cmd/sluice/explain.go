@@ -130,12 +130,10 @@ func (p *program) explain(
 	if err != nil {
 		return err
 	}
-	switch e.Outcome {
-	case limiter.Limited, limiter.Invalid, limiter.FailedClosed, limiter.Delegated:
+	if authz.IsDenial(e.Outcome) {
 		return errNo
-	default:
-		return nil
 	}
+	return nil
 }
 
 // printExplanation prints the result as text.

@@ -108,7 +108,7 @@ func (p pathPattern) matches(path string) bool {
 		}
 		path = rest
 		if more && rest == "" && !p.rest {
-			return false // only the reading without the slash matches
+			return false // the path ends with a slash; its reading without it matches instead
 		}
 	}
 	return p.rest || path == ""

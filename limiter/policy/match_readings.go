@@ -11,7 +11,8 @@ import (
 // described by its set of habits. Each path is read once for each server, and
 // the distinct results are the path's readings. A limit holds if any reading
 // matches, an exemption only if all do. To cover another framework, add its set
-// to servers, and a new habit if it needs one.
+// to servers. A new habit is also a step of readPath, and relevantHabits says
+// which characters it may change.
 
 // habits is a set of steps. They are applied in the order of declaration.
 type habits uint16
@@ -30,7 +31,7 @@ const (
 	// resolveRawDots resolves the segments . and .. before the path is decoded,
 	// by RFC 3986, section 5.2.4: a .. after an empty segment removes that one.
 	resolveRawDots
-	// backslash replaces \\ by /.
+	// backslash replaces \ by /, also one that is decoded.
 	backslash
 	// decode decodes %XX once, except for %2F and %5C.
 	decode

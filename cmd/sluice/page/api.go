@@ -120,12 +120,12 @@ func (p *Page) sample() sample {
 	totals, store := p.Server.Totals(), p.store()
 	s := sample{at: time.Now(), checks: histogramOf(totals.Seconds), calls: histogramOf(store.histogram)}
 	for outcome, n := range totals.Checks {
-		switch outcome {
-		case limiter.Limited:
+		switch {
+		case outcome == limiter.Limited:
 			s.limited += n
-		case limiter.FailedClosed, limiter.Delegated, limiter.Invalid:
+		case authz.IsDenial(outcome):
 			s.refused += n
-		case limiter.Canceled: // neither: nobody learned of the decision
+		case outcome == limiter.Canceled: // neither: nobody learned of the decision
 		default:
 			s.passed += n
 		}
