@@ -80,7 +80,10 @@ func benchScript(b *testing.B) string {
 }
 
 // plot is the file that BenchmarkServers draws its result into.
-var plot = flag.String("plot", "", "an SVG `file` for BenchmarkServers")
+var (
+	plot    = flag.String("plot", "", "an SVG `file` for BenchmarkServers")
+	earlier = flag.String("earlier", "", "a sluice `program`, built from an earlier commit, for BenchmarkServers to compare with")
+)
 
 // BenchmarkServers prints, from one run on one machine, what a check costs the
 // server's processor and Redis's, beside servers that do less: by 1, 16 and 64
@@ -112,6 +115,21 @@ func BenchmarkServers(b *testing.B) {
 			flood:   true,
 		},
 	}...)
+	if *earlier != "" {
+		executable = *earlier
+		servers = append(servers,
+			&measured{name: "earlier, in process", process: startSluice(b, "--config", file(b, "d.yaml", open))},
+			&measured{
+				name:    "earlier, on Redis",
+				process: startSluice(b, "--config", file(b, "e.yaml", patient+open), "--domain", "earlier"),
+			},
+			&measured{
+				name:    "earlier, flooded",
+				process: startSluice(b, "--config", file(b, "f.yaml", patient+slow), "--domain", "earlier-flood"),
+				flood:   true,
+			},
+		)
+	}
 	many := make([]*authv3.CheckRequest, keys)
 	for i := range many {
 		many[i] = from(fmt.Sprintf("10.1.%d.%d", i/250, i%250), "/v1/orders?page=2")
@@ -150,6 +168,10 @@ func BenchmarkServers(b *testing.B) {
 			for _, s := range servers {
 				s.print(servers[0])
 			}
+			if *earlier != "" {
+				fmt.Printf("\nover the earlier program: in process %.3f, on Redis %.3f, flooded %.3f\n",
+					servers[3].server()/servers[6].server(), servers[4].both()/servers[7].both(), servers[5].server()/servers[8].server())
+			}
 			switch load.callers {
 			case 64:
 				sluice := servers[4]
@@ -169,7 +191,7 @@ func BenchmarkServers(b *testing.B) {
 					rss(b, sluice.process.cmd.Process.Pid)>>20,
 				)
 				if *plot != "" {
-					draw(b, *plot, servers)
+					draw(b, *plot, servers[:6])
 				}
 			case 1:
 				slices.Sort(bare)
