@@ -143,12 +143,15 @@ func TestChartValuesAreUsed(t *testing.T) {
 
 // A user ID stays the number that it is, and is that of all pods.
 func TestChartUser(t *testing.T) {
-	for set, want := range map[string]string{"runAsUser=1000680000": "1000680000", "runAsUser=platform": ""} {
+	for set, want := range map[string]string{"runAsUser=1000680000": "1000680000", "runAsUser=platform": "", "runAsUser=null": "65532"} {
 		text, err := rendered(t, "--set", set, "--set", "gateway.enabled=true,trialRedis.enabled=true")
 		if err != nil {
 			t.Fatal(err)
 		}
-		_, user, _ := strings.Cut(set, "=")
+		user := want
+		if user == "" {
+			user = PlatformUser
+		}
 		if !strings.Contains(text, "--run-as-user="+user+"\n") {
 			t.Errorf("%s: sidecars have another user", set)
 		}

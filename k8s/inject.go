@@ -156,7 +156,7 @@ func Inject(pod map[string]any, o Options) (injected map[string]any, skipped str
 	out, metadata, spec := maps.Clone(pod), maps.Clone(metadata), maps.Clone(spec)
 	out["metadata"], out["spec"] = metadata, spec
 	container := sidecarContainer(o, a, tcp)
-	made := hash(container)
+	made := hash(container, object{"config": a.config}) // the name is in a volume only
 	// API servers call a webhook again after others have changed the pod, for
 	// example sluice's image to that of a mirror. What they have changed stays.
 	merge, put := mergeContainer, upsert

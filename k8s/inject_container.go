@@ -137,7 +137,7 @@ func completeContainer(existing, ours object) object {
 			out[name] = list
 		case "resources":
 			out[name] = mergeResources(v.(object), objectField(existing, name))
-		case "startupProbe", "securityContext":
+		case "securityContext":
 			out[name] = merged(v.(object), objectField(existing, name))
 		default:
 			if _, ok := existing[name]; !ok {

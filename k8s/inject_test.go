@@ -452,7 +452,19 @@ func TestInjectAgain(t *testing.T) {
 		c["image"] != container["image"] {
 		t.Errorf("%v", c)
 	}
+	// A probe is another's or ours, but no mixture.
+	container["startupProbe"] = object{"httpGet": object{"path": "/", "port": 1}}
+	if out := inject(t, p, options); !equalJSON(at(listField(objectField(out, "spec"), "initContainers")[0],
+		"startupProbe"), container["startupProbe"]) {
+		t.Errorf("%v", out)
+	}
 	// A template that was injected for other annotations is brought up to date.
+	objectField(objectField(p, "metadata"), "annotations")[annotationConfig] = "other-limits"
+	out = inject(t, p, options)
+	volumes = listField(objectField(out, "spec"), "volumes")
+	if v := volumes[indexByName(volumes, configVolume)]; at(v, "configMap", "name") != "other-limits" {
+		t.Errorf("%v", v)
+	}
 	objectField(objectField(p, "metadata"), "annotations")[annotationDomain] = "shop/third"
 	out = inject(t, p, options)
 	c = listField(objectField(out, "spec"), "initContainers")[0].(object)

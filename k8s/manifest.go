@@ -113,7 +113,8 @@ func (m *injector) injectObject(v any, prefix string) any {
 		name = strings.TrimRight(generateName, "-")
 	}
 	if items, ok := o["items"].([]any); ok && strings.HasSuffix(kind, "List") {
-		return withField(o, "items", m.injectItems(items, strings.TrimSuffix(kind, "List")))
+		apiVersion, _ := o["apiVersion"].(string)
+		return withField(o, "items", m.injectItems(items, strings.TrimSuffix(kind, "List"), apiVersion))
 	}
 	apiVersion, _ := o["apiVersion"].(string)
 	path, ok := podTemplatePath(kind, apiVersion)
@@ -155,25 +156,29 @@ func (m *injector) injectObject(v any, prefix string) any {
 	return withFieldAt(o, path, injected)
 }
 
-// injectItems returns the items of a List of objects of this kind after
-// injection. Items of a DeploymentList, for example, need not say their kind.
-func (m *injector) injectItems(items []any, kind string) []any {
+// injectItems returns the items of a List of objects of this kind and API
+// version after injection. Items of a DeploymentList, for example, need not say
+// theirs.
+func (m *injector) injectItems(items []any, kind, apiVersion string) []any {
 	items = slices.Clone(items)
 	for i, item := range items {
-		items[i] = m.injectItem(item, kind, i)
+		items[i] = m.injectItem(item, kind, apiVersion, i)
 	}
 	return items
 }
 
 // injectItem is injectItems for the i-th item.
-func (m *injector) injectItem(v any, kind string, i int) any {
+func (m *injector) injectItem(v any, kind, apiVersion string, i int) any {
 	prefix := fmt.Sprintf("item %d: ", i+1)
 	item, _ := v.(object)
 	if _, typed := item["kind"]; item == nil || typed {
 		return m.injectObject(v, prefix)
 	}
-	injected := m.injectObject(merged(object{"kind": kind}, item), prefix).(object)
+	injected := m.injectObject(merged(object{"kind": kind, "apiVersion": apiVersion}, item), prefix).(object)
 	delete(injected, "kind")
+	if _, versioned := item["apiVersion"]; !versioned {
+		delete(injected, "apiVersion")
+	}
 	return injected
 }
 

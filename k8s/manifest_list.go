@@ -2,8 +2,8 @@ package k8s
 
 import (
 	"bytes"
-	"fmt"
 	"regexp"
+	"slices"
 	"strings"
 
 	"go.yaml.in/yaml/v3"
@@ -13,10 +13,12 @@ import (
 // be injected by itself: a List of thousands of Deployments then takes no more
 // than a few of them do at a time.
 type yamlList struct {
-	kind   string // of the items; empty if each has to say its own
-	indent int    // of the items' dashes
-	before []byte
-	items  []yamlItem
+	// kind and apiVersion are the List's, without the ending List: the items of a
+	// DeploymentList need not say theirs.
+	kind, apiVersion string
+	indent           int // of the items' dashes
+	before           []byte
+	items            []yamlItem
 }
 
 // yamlItem is an item of a yamlList, from its dash on, and the blank lines,
@@ -24,11 +26,18 @@ type yamlList struct {
 type yamlItem struct {
 	line        int // of the dash in the document, from 0
 	text, after []byte
+	// unindented is text with its dash in the first column, and node its root.
+	unindented []byte
+	node       *yaml.Node
 }
 
 // keptNewlines matches the header of a block scalar to which the blank lines
 // after it belong.
 var keptNewlines = regexp.MustCompile(`[|>][0-9]?\+`)
+
+// otherBreaks matches what YAML 1.1 takes for the end of a line besides \n and
+// \r\n.
+var otherBreaks = regexp.MustCompile("\r[^\n]|\r$|\u0085|\u2028|\u2029")
 
 // splitList cuts a document, which node is the root of, around the items of the
 // List that it is. It returns false if the document is no List, or one that has
@@ -36,7 +45,8 @@ var keptNewlines = regexp.MustCompile(`[|>][0-9]?\+`)
 func splitList(node *yaml.Node, body []byte) (yamlList, bool) {
 	var l yamlList
 	root := node.Content[0]
-	if root.Kind != yaml.MappingNode || root.Style&yaml.FlowStyle != 0 || keptNewlines.Match(body) {
+	if root.Kind != yaml.MappingNode || root.Style&yaml.FlowStyle != 0 || keptNewlines.Match(body) ||
+		otherBreaks.Match(body) {
 		return l, false
 	}
 	var items *yaml.Node
@@ -51,6 +61,8 @@ func splitList(node *yaml.Node, body []byte) (yamlList, bool) {
 		switch key.Value {
 		case "kind":
 			l.kind, isList = strings.CutSuffix(value.Value, "List")
+		case "apiVersion":
+			l.apiVersion = value.Value
 		case "items":
 			items = value
 		}
@@ -67,7 +79,7 @@ func splitList(node *yaml.Node, body []byte) (yamlList, bool) {
 		if i+1 < len(items.Content) {
 			stop = items.Content[i+1].Line - 1
 		}
-		if start <= at || start >= stop || !isDash(lines[start], l.indent) {
+		if start <= at || start >= stop || stop > len(lines) || !isDash(lines[start], l.indent) {
 			return l, false
 		}
 		at = start
@@ -75,14 +87,40 @@ func splitList(node *yaml.Node, body []byte) (yamlList, bool) {
 		for last > start+1 && separates(lines[last-1], l.indent) {
 			last--
 		}
-		l.items = append(l.items, yamlItem{
+		item := yamlItem{
 			line: start, text: bytes.Join(lines[start:last], nil), after: bytes.Join(lines[last:stop], nil),
-		})
+		}
+		if !item.parse(l.indent, n) {
+			return l, false
+		}
+		l.items = append(l.items, item)
 	}
 	l.before = bytes.Join(lines[:l.items[0].line], nil)
 	rest := bytes.Join(lines[end:], nil)
 	l.items[len(l.items)-1].after = append(l.items[len(l.items)-1].after, rest...)
 	return l, true
+}
+
+// parse parses the item by itself. It returns false if that is not what it is in
+// the document, which is in: a part of it may have been taken for a comment.
+func (item *yamlItem) parse(indent int, in *yaml.Node) bool {
+	text, ok := unindent(item.text, indent)
+	if !ok {
+		return false
+	}
+	node, err := parseYAML(text)
+	if err != nil || node == nil {
+		return false
+	}
+	list := node.Content[0]
+	item.unindented, item.node = text, node
+	return list.Kind == yaml.SequenceNode && len(list.Content) == 1 && equalNodes(list.Content[0], in)
+}
+
+// equalNodes reports whether two nodes have the same value.
+func equalNodes(a, b *yaml.Node) bool {
+	return a.Kind == b.Kind && a.Tag == b.Tag && a.Value == b.Value &&
+		slices.EqualFunc(a.Content, b.Content, equalNodes)
 }
 
 // splitLines cuts a text into its lines, each with the newline that ends it.
@@ -118,22 +156,14 @@ func hasAnchors(node *yaml.Node) (found bool) {
 func (l yamlList) inject(m *injector) ([]byte, error) {
 	out := bytes.NewBuffer(bytes.Clone(l.before))
 	for i, item := range l.items {
-		text, ok := unindent(item.text, l.indent)
-		if !ok {
-			return nil, fmt.Errorf("line %d: item %d has lines that are indented less than it", item.line+1, i+1)
-		}
-		node, err := parseYAML(text)
-		if err != nil {
-			return nil, fmt.Errorf("item %d: %w", i+1, err)
-		}
-		walkNodes(node, func(n *yaml.Node) { n.Line += item.line }) // for errors
-		written, err := rewriteYAML(node, text, func(v any) any {
-			return []any{m.injectItem(v.([]any)[0], l.kind, i)}
+		walkNodes(item.node, func(n *yaml.Node) { n.Line += item.line }) // for errors
+		written, err := rewriteYAML(item.node, item.unindented, func(v any) any {
+			return []any{m.injectItem(v.([]any)[0], l.kind, l.apiVersion, i)}
 		})
 		if err != nil {
 			return nil, err
 		}
-		if &written[0] == &text[0] {
+		if l.items[i].node = nil; &written[0] == &item.unindented[0] {
 			written = item.text
 		} else if l.indent > 0 {
 			written = indentLines(written, l.indent)

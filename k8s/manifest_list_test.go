@@ -83,6 +83,47 @@ func TestManifestListWithAnchor(t *testing.T) {
 	}
 }
 
+// Items that cannot be cut out of the text by its lines are read in the whole
+// document.
+func TestManifestListAsAWhole(t *testing.T) {
+	const deployment = "kind: Deployment\nmetadata: {name: web}\nspec: {template: {metadata: {annotations: " +
+		"{sluice.dev/in-process: \"true\"}}, spec: {containers: [{name: envoy}]}}}\n"
+	item := func(indent int) string {
+		text := string(indentLines([]byte(deployment), indent+2))
+		return text[:indent] + "-" + text[indent+1:]
+	}
+	for name, in := range map[string]string{
+		"other line breaks":     "- kind: ConfigMap\n  data: {a: \"x" + strings.Repeat("\u2028", 60) + "y\"}\n" + item(0),
+		"a comment further out": "  - kind: ConfigMap\n# old\n    data: {a: b}\n" + item(2),
+		"text further out":      "  - kind: ConfigMap\n    data: {a: \"x\n y\"}\n" + item(2),
+		"a brace further out":   "  - kind: ConfigMap\n    data: {a: x\n}\n" + item(2),
+		"text like a comment":   "- kind: ConfigMap\n  data: {a: \"x\n# y\"}\n" + item(0),
+		"text like a separator": "  - kind: ConfigMap\n    data: {a: \"x\n  --- y\"}\n" + item(2),
+		"text like an item":     "- kind: ConfigMap\n  data: {a: \"x\n- y\"}\n" + item(0),
+		"items that are none":   "- null\n-\n- 1\n- [a]\n" + item(0),
+	} {
+		out, skipped, err := Manifest([]byte("kind: List\nitems:\n"+in), options)
+		if err != nil || len(skipped) > 0 || !strings.Contains(string(out), "name: sluice") {
+			t.Errorf("%s: %v, skipped %q\n%s", name, err, skipped, out)
+		}
+	}
+}
+
+// The items of a typed List are of its kind and API version.
+func TestManifestTypedList(t *testing.T) {
+	const items = "items:\n- metadata: {name: r}\n  spec: {template: {metadata: {annotations: {sluice.dev/in-process: " +
+		"\"true\"}}, spec: {containers: [{name: envoy}]}}}\n"
+	for _, list := range []string{"apiVersion: argoproj.io/v1alpha1\nkind: RolloutList\n",
+		"apiVersion: apps.kruise.io/v1alpha1\nkind: CloneSetList\n"} {
+		for _, text := range []string{list + items, "---\n" + items + list} {
+			out, _, err := Manifest([]byte(text), options)
+			if err != nil || !strings.Contains(string(out), "name: sluice") || strings.Count(string(out), "apiVersion: a") != 1 {
+				t.Errorf("%v\n%s", err, out)
+			}
+		}
+	}
+}
+
 // Errors in a List name the item and the line in the document.
 func TestManifestListRefused(t *testing.T) {
 	anchored := "kind: List\nitems:\n- kind: ConfigMap\n- kind: Pod\n  metadata: {name: x, annotations: " +

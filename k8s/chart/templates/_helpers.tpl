@@ -40,7 +40,8 @@ app.kubernetes.io/version: {{ $.Chart.AppVersion | quote }}
 
 {{/* A user ID, or "platform". Helm reads large numbers as floats. */}}
 {{- define "sluice.user" -}}
-{{- kindIs "string" .Values.runAsUser | ternary .Values.runAsUser (.Values.runAsUser | int) -}}
+{{- $user := default 65532 .Values.runAsUser -}}
+{{- kindIs "string" $user | ternary $user ($user | int) -}}
 {{- end -}}
 
 {{- define "sluice.podSecurity" -}}
