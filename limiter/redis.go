@@ -20,7 +20,8 @@ import (
 func init() { logging.Disable() }
 
 // Redis is the Store that all sidecars share. It is safe for concurrent use.
-// For the failure mode Local it needs a Fallback over it.
+// The failure mode Local needs a Fallback over it; without one a limit of this
+// mode fails open.
 type Redis struct {
 	client       redis.UniversalClient
 	cluster      *redis.ClusterClient // client if mode is cluster, else nil

@@ -82,7 +82,7 @@ func benchScript(b *testing.B) string {
 // plot is the file that BenchmarkServers draws its result into.
 var (
 	plot    = flag.String("plot", "", "an SVG `file` for BenchmarkServers")
-	earlier = flag.String("earlier", "", "a sluice `program`, built from an earlier commit, for BenchmarkServers to compare with")
+	earlier = flag.String("earlier", "", "a sluice `program` of an earlier commit that BenchmarkServers compares with")
 )
 
 // BenchmarkServers prints, from one run on one machine, what a check costs the
@@ -170,7 +170,8 @@ func BenchmarkServers(b *testing.B) {
 			}
 			if *earlier != "" {
 				fmt.Printf("\nover the earlier program: in process %.3f, on Redis %.3f, flooded %.3f\n",
-					servers[3].server()/servers[6].server(), servers[4].both()/servers[7].both(), servers[5].server()/servers[8].server())
+					servers[3].server()/servers[6].server(), servers[4].both()/servers[7].both(),
+					servers[5].server()/servers[8].server())
 			}
 			switch load.callers {
 			case 64:
