@@ -51,7 +51,7 @@ func (f *Fallback) Take(ctx context.Context, charges []Charge, verdicts []Verdic
 	parts := f.redis.takeSlots(ctx, deadline, charges, verdicts)
 	f.decide(charges, verdicts)
 	if !outcomeOf(charges, verdicts).Spends() {
-		f.redis.refundAll(ctx, parts, verdicts)
+		f.redis.refundAll(ctx, parts, charges, verdicts)
 	}
 }
 

@@ -45,7 +45,7 @@ func (r *Redis) takeCluster(ctx context.Context, deadline time.Time, charges []C
 	}
 	parts := r.takeSlots(ctx, deadline, charges, verdicts)
 	if !outcomeOf(charges, verdicts).Spends() {
-		r.refundAll(ctx, parts, verdicts)
+		r.refundAll(ctx, parts, charges, verdicts)
 	}
 }
 
@@ -55,21 +55,16 @@ type slotTake struct {
 	indexes  []int // of the request's charges
 	charges  []Charge
 	verdicts []Verdict
-	// node had the slot before the take; nil if that is unknown. If the take has
-	// one slot only, refundAll looks it up.
+	// node had the slot before the take; nil if that is unknown.
 	node *redis.Client
 }
 
-// takeSlots takes slot by slot and returns the parts, which the caller refunds
-// if the request does not spend what it took.
+// takeSlots takes slot by slot and returns the parts, or nil if there is one
+// slot only. The caller refunds them if the request does not spend what it took.
 func (r *Redis) takeSlots(ctx context.Context, deadline time.Time, charges []Charge, verdicts []Verdict) []*slotTake {
 	if r.cluster == nil || oneSlot(charges) {
 		r.takeSlot(ctx, deadline, charges, verdicts)
-		only := &slotTake{charges: slices.Clone(charges), verdicts: slices.Clone(verdicts)}
-		for i := range charges {
-			only.indexes = append(only.indexes, i)
-		}
-		return []*slotTake{only}
+		return nil
 	}
 	bySlot := make(map[string]*slotTake)
 	var all []*slotTake
@@ -109,6 +104,31 @@ func (r *Redis) takeSlots(ctx context.Context, deadline time.Time, charges []Cha
 	return all
 }
 
+// onlySlot returns what Redis took of charges in one slot, or nil if it took
+// nothing or nobody knows the node. Another store may have decided about the
+// rest.
+func (r *Redis) onlySlot(ctx context.Context, charges []Charge, verdicts []Verdict) *slotTake {
+	var only slotTake
+	for i := range verdicts {
+		if verdicts[i].taken && verdicts[i].Source == RedisSource {
+			only.indexes = append(only.indexes, i)
+			only.charges = append(only.charges, charges[i])
+			only.verdicts = append(only.verdicts, verdicts[i])
+		}
+	}
+	if len(only.indexes) == 0 {
+		return nil
+	}
+	var ok bool
+	if only.node, ok = r.client.(*redis.Client); !ok {
+		var err error
+		if only.node, err = r.masterFor(ctx, only.charges[0].Key); err != nil {
+			return nil
+		}
+	}
+	return &only
+}
+
 // maxRefunds is how many requests may be refunded at once. Further refunds are
 // dropped, and their tokens are lost.
 const maxRefunds = 1024
@@ -117,20 +137,15 @@ const maxRefunds = 1024
 // those of a request that took nothing. It waits until ctx ends at most, as a
 // slot that did not answer may have used up the request's time. Refunds
 // continue after that, with their own timeout, so that one slow node does not
-// cost the other buckets their tokens.
-func (r *Redis) refundAll(ctx context.Context, parts []*slotTake, verdicts []Verdict) {
-	if len(parts) == 1 {
-		only := parts[0]
-		if !slices.ContainsFunc(only.verdicts, func(v Verdict) bool { return v.taken }) {
+// cost the other buckets their tokens. charges and verdicts are all of the take;
+// parts are nil if it had one slot only.
+func (r *Redis) refundAll(ctx context.Context, parts []*slotTake, charges []Charge, verdicts []Verdict) {
+	if parts == nil {
+		only := r.onlySlot(ctx, charges, verdicts)
+		if only == nil {
 			return
 		}
-		var ok bool
-		if only.node, ok = r.client.(*redis.Client); !ok {
-			var err error
-			if only.node, err = r.masterFor(ctx, only.charges[0].Key); err != nil {
-				return
-			}
-		}
+		parts = []*slotTake{only}
 	}
 	select {
 	case r.refunds <- struct{}{}:
