@@ -9,19 +9,63 @@ import (
 	"testing"
 )
 
-// rewriter registers a webhook that, on pods of namespaces with the label
-// NAME=enabled, takes all images from a mirror and lowers all requests of CPU.
-func rewriter(t *testing.T, a *API, name, reinvocation string) {
-	t.Helper()
-	handler := http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
+// patching returns the handler of a webhook that changes each pod by the JSON
+// patch which patch returns for its spec; a nil one changes nothing.
+func patching(patch func(spec object) []object) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
 		var in admissionReview
 		if err := json.NewDecoder(q.Body).Decode(&in); err != nil {
 			http.Error(w, err.Error(), http.StatusBadRequest)
 			return
 		}
-		var patch []object
+		answer := &admissionResponse{UID: in.Request.UID, Allowed: true}
+		if changes := patch(objectField(in.Request.Object, "spec")); changes != nil {
+			answer.PatchType = "JSONPatch"
+			answer.Patch, _ = json.Marshal(changes)
+		}
+		_ = json.NewEncoder(w).Encode(admissionReview{APIVersion: in.APIVersion, Kind: in.Kind, Response: answer})
+	})
+}
+
+// istiod registers a webhook that acts like Istio's with native sidecars on
+// pods of namespaces with the label NAME=enabled: it puts istio-init and
+// istio-proxy first.
+func istiod(t *testing.T, a *API, name string) {
+	t.Helper()
+	handler := patching(func(spec object) []object {
+		init := listField(spec, "initContainers")
+		if indexByName(init, istioProxy) >= 0 {
+			return nil
+		}
+		init = append([]any{
+			object{"name": "istio-init", "image": "proxyv2", "securityContext": object{
+				"capabilities": object{"add": []any{"NET_ADMIN", "NET_RAW"}}, "runAsUser": 0,
+			}},
+			object{
+				"name": istioProxy, "image": "proxyv2", "restartPolicy": "Always",
+				"ports":           []any{object{"containerPort": 15090, "name": "http-envoy-prom"}},
+				"startupProbe":    object{"httpGet": object{"path": "/healthz/ready", "port": 15021}},
+				"securityContext": object{"runAsUser": 1337},
+				"volumeMounts":    []any{object{"name": "istio-envoy", "mountPath": "/etc/istio/proxy"}},
+			},
+		}, init...)
+		volumes := append(listField(spec, "volumes"),
+			object{"name": "istio-envoy", "emptyDir": object{"medium": "Memory"}})
+		return []object{
+			{"op": "add", "path": "/spec/initContainers", "value": init},
+			{"op": "add", "path": "/spec/volumes", "value": volumes},
+		}
+	})
+	serveWebhook(t, a, name, handler, object{name: "enabled"}, "Never")
+}
+
+// rewriter registers a webhook that, on pods of namespaces with the label
+// NAME=enabled, takes all images from a mirror and lowers all requests of CPU.
+func rewriter(t *testing.T, a *API, name, reinvocation string) {
+	t.Helper()
+	handler := patching(func(spec object) (patch []object) {
 		for _, field := range []string{"initContainers", "containers"} {
-			list := listField(objectField(in.Request.Object, "spec"), field)
+			list := listField(spec, field)
 			for i, v := range list {
 				image, _ := v.(object)["image"].(string)
 				c := withField(v.(object), "image", "mirror.example.com/"+strings.TrimPrefix(image, "mirror.example.com/"))
@@ -32,9 +76,7 @@ func rewriter(t *testing.T, a *API, name, reinvocation string) {
 				patch = append(patch, object{"op": "add", "path": "/spec/" + field, "value": list})
 			}
 		}
-		answer := &admissionResponse{UID: in.Request.UID, Allowed: true, PatchType: "JSONPatch"}
-		answer.Patch, _ = json.Marshal(patch)
-		_ = json.NewEncoder(w).Encode(admissionReview{APIVersion: in.APIVersion, Kind: in.Kind, Response: answer})
+		return patch
 	})
 	serveWebhook(t, a, name, handler, object{name: "enabled"}, reinvocation)
 }
@@ -93,8 +135,9 @@ func drained(t *testing.T, c *controlPlane) {
 	if got := must(t, c.API, http.MethodPost, "/api/v1/namespaces/drained/pods", p); sidecarIndex(got) != 0 {
 		t.Fatalf("not injected: %v", got)
 	}
-	if out, err := c.kubectl(t, "", "drain", "upgraded", "--force", "--delete-emptydir-data", "--grace-period=0", "--timeout=20s"); err != nil ||
-		!strings.Contains(out, "evict") {
+	out, err := c.kubectl(t, "", "drain", "upgraded", "--force", "--delete-emptydir-data", "--grace-period=0",
+		"--timeout=20s")
+	if err != nil || !strings.Contains(out, "evict") {
 		t.Errorf("%v\n%s", err, out)
 	}
 }

@@ -5,7 +5,6 @@ package k8s
 import (
 	"crypto/tls"
 	"crypto/x509"
-	"encoding/json"
 	"encoding/pem"
 	"fmt"
 	"net"
@@ -290,45 +289,6 @@ func TestCluster(t *testing.T) {
 			t.Error("injected")
 		}
 	})
-}
-
-// istiod registers a webhook that acts like Istio's with native sidecars on
-// pods of namespaces with the label NAME=enabled: it puts istio-init and
-// istio-proxy first.
-func istiod(t *testing.T, a *API, name string) {
-	t.Helper()
-	handler := http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
-		var in admissionReview
-		if err := json.NewDecoder(q.Body).Decode(&in); err != nil {
-			http.Error(w, err.Error(), http.StatusBadRequest)
-			return
-		}
-		answer := &admissionResponse{UID: in.Request.UID, Allowed: true}
-		if init := listField(objectField(in.Request.Object, "spec"), "initContainers"); indexByName(init,
-			istioProxy) < 0 {
-			init = append([]any{
-				object{"name": "istio-init", "image": "proxyv2",
-					"securityContext": object{"capabilities": object{"add": []any{"NET_ADMIN", "NET_RAW"}},
-						"runAsUser": 0}},
-				object{
-					"name": istioProxy, "image": "proxyv2", "restartPolicy": "Always",
-					"ports":           []any{object{"containerPort": 15090, "name": "http-envoy-prom"}},
-					"startupProbe":    object{"httpGet": object{"path": "/healthz/ready", "port": 15021}},
-					"securityContext": object{"runAsUser": 1337},
-					"volumeMounts":    []any{object{"name": "istio-envoy", "mountPath": "/etc/istio/proxy"}},
-				},
-			}, init...)
-			volumes := append(listField(objectField(in.Request.Object, "spec"), "volumes"),
-				object{"name": "istio-envoy", "emptyDir": object{"medium": "Memory"}})
-			answer.PatchType = "JSONPatch"
-			answer.Patch, _ = json.Marshal([]object{
-				{"op": "add", "path": "/spec/initContainers", "value": init},
-				{"op": "add", "path": "/spec/volumes", "value": volumes},
-			})
-		}
-		_ = json.NewEncoder(w).Encode(admissionReview{APIVersion: in.APIVersion, Kind: in.Kind, Response: answer})
-	})
-	serveWebhook(t, a, name, handler, object{name: "enabled"}, "Never")
 }
 
 // serveWebhook has the API server call a handler in this process for pods in

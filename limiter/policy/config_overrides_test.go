@@ -405,3 +405,31 @@ func TestOverrideWarnings(t *testing.T) {
 		t.Errorf("%s\nwant\n%s", got, want)
 	}
 }
+
+// FuzzOverridesFile checks that a CSV file of any content is read or refused,
+// and allocates at most a multiple of its size.
+func FuzzOverridesFile(f *testing.F) {
+	for _, seed := range []string{
+		"", "\ufeffclient.ip,rate,burst\n203.0.113.7,5/s,10\n",
+		"client.ip,rate\n203.0.113.7,unlimited\n203.0.113.7,1/s\n",
+		"client.ip,rate\n\"203.0.113.7\",\"1/s\"\n", "client.ip\n\"a", "rate,client.ip\r\n1/s,::1\r\n", strings.Repeat(",", 1000),
+		"client.ip,rate\n" + strings.Repeat("x,1/s\n", 200), "client.ip,rate\n" + strings.Repeat("\n", 1000),
+	} {
+		f.Add([]byte(seed))
+	}
+	const config = "limits: [{name: a, rate: 1/s, key: client.ip, overrides_file: rows.csv}]"
+	name := filepath.Join(f.TempDir(), "test.yaml")
+	f.Fuzz(func(t *testing.T, rows []byte) {
+		if err := os.WriteFile(filepath.Join(filepath.Dir(name), "rows.csv"), rows, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		var c *Config
+		var err error
+		if cost := allocates(func() { c, err = Parse(name, []byte(config), env()) }); cost > 1<<20+512*len(rows) {
+			t.Errorf("%d bytes are allocated for %d", cost, len(rows))
+		}
+		if (c == nil) == (err == nil) {
+			t.Errorf("%v and %v", c, err)
+		}
+	})
+}
