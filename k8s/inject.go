@@ -57,7 +57,7 @@ type Options struct {
 	// Image is sluice's image. A pod's annotation takes precedence.
 	Image string
 	// User is the user ID of the sidecar, from 1 to 2147483647, or PlatformUser.
-	// The default, if it is empty, is 65532. A pod's annotation takes precedence.
+	// If it is empty, it is DefaultUser. A pod's annotation takes precedence.
 	User string
 	// Resources are the sidecar's resources, as ParseResources returns them. What
 	// they do not set has its default; so does everything if they are nil. A pod's
@@ -76,6 +76,9 @@ type Options struct {
 // PlatformUser leaves the sidecar's user ID to the platform, such as an OpenShift
 // cluster, which assigns one by its security context constraints.
 const PlatformUser = "platform"
+
+// DefaultUser is the user ID of sluice's image, and by default of the sidecar.
+const DefaultUser = "65532"
 
 // CheckUser returns an error if user is not one that Options can have.
 func CheckUser(user string) error {

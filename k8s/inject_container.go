@@ -72,7 +72,7 @@ func sidecarContainer(o Options, a annotations, tcp bool) object {
 		"runAsNonRoot": true, "readOnlyRootFilesystem": true, "allowPrivilegeEscalation": false, "privileged": false,
 		"capabilities": object{"drop": []any{"ALL"}}, "seccompProfile": object{"type": "RuntimeDefault"},
 	}
-	if user := cmp.Or(a.user, o.User, "65532"); user != PlatformUser {
+	if user := cmp.Or(a.user, o.User, DefaultUser); user != PlatformUser {
 		id, _ := strconv.Atoi(user) // CheckUser has accepted it
 		security["runAsUser"], security["runAsGroup"] = id, id
 	}

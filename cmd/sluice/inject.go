@@ -27,7 +27,7 @@ type sidecarFlags struct{ image, user, resources string }
 // register adds the flags to f.
 func (s *sidecarFlags) register(f *pflag.FlagSet) {
 	f.StringVar(&s.image, "image", defaultImage(), "sidecar's `image`")
-	f.StringVar(&s.user, "run-as-user", "65532",
+	f.StringVar(&s.user, "run-as-user", k8s.DefaultUser,
 		"sidecar's `user` ID, or platform to leave it to the platform, as on OpenShift")
 	f.StringVar(&s.resources, "resources", "",
 		"sidecar's `resources`, such as {requests: {cpu: 50m}, limits: {memory: 128Mi}}")

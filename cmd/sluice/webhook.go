@@ -71,7 +71,7 @@ it uses tls.crt and tls.key from a directory instead, such as cert-manager's, an
 		"`name` that a client's certificate must have as common name or DNS name; may be repeated (default: any)")
 	f.DurationVar(&w.linger, "linger", 5*time.Second,
 		"`duration` to keep answering on shutdown, until every API server has noticed")
-	f.DurationVar(&w.grace, "grace", 10*time.Second, "`duration` that reviews in flight have to finish after that")
+	f.DurationVar(&w.grace, "grace", 10*time.Second, "`duration` that reviews in flight have to finish after --linger")
 	f.StringVar(&w.logLevel, "log-level", "info", "`level`: debug, info, warn or error")
 	return c
 }
