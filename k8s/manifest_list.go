@@ -9,24 +9,25 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// yamlList is the text of a List in YAML, cut around its items, so that each can
-// be injected by itself: a List of thousands of Deployments then takes no more
-// than a few of them do at a time.
+// yamlList is the text of a List in YAML, cut around its items. Each is injected
+// by itself, so that a List of thousands takes time and memory in proportion.
 type yamlList struct {
-	// kind and apiVersion are the List's, without the ending List: the items of a
-	// DeploymentList need not say theirs.
+	// kind is the List's without the suffix List, and apiVersion the List's: the
+	// items of a DeploymentList, for example, need not have their own.
 	kind, apiVersion string
-	indent           int // of the items' dashes
+	indent           int // of the items' dashes, in spaces
 	before           []byte
 	items            []yamlItem
 }
 
-// yamlItem is an item of a yamlList, from its dash on, and the blank lines,
-// comments and other fields of the List that follow it.
+// yamlItem is an item of a yamlList.
 type yamlItem struct {
-	line        int // of the dash in the document, from 0
-	text, after []byte
-	// unindented is text with its dash in the first column, and node its root.
+	line int    // of the dash in the document, from 0
+	text []byte // from the dash on
+	// after has the blank lines, comments and other fields of the List that
+	// follow the item.
+	after []byte
+	// unindented is text without the indentation of the dash, and node its root.
 	unindented []byte
 	node       *yaml.Node
 }
@@ -39,9 +40,9 @@ var keptNewlines = regexp.MustCompile(`[|>][0-9]?\+`)
 // \r\n.
 var otherBreaks = regexp.MustCompile("\r[^\n]|\r$|\u0085|\u2028|\u2029")
 
-// splitList cuts a document, which node is the root of, around the items of the
-// List that it is. It returns false if the document is no List, or one that has
-// to be read as a whole, such as one with anchors or in flow style.
+// splitList cuts the text of a document, whose root is node, around its items.
+// It returns false if the document is not a List, or has to be injected as a
+// whole: if it has anchors or flow style, for example.
 func splitList(node *yaml.Node, body []byte) (yamlList, bool) {
 	var l yamlList
 	root := node.Content[0]
@@ -101,9 +102,10 @@ func splitList(node *yaml.Node, body []byte) (yamlList, bool) {
 	return l, true
 }
 
-// parse parses the item by itself. It returns false if that is not what it is in
-// the document, which is in: a part of it may have been taken for a comment.
-func (item *yamlItem) parse(indent int, in *yaml.Node) bool {
+// parse parses the item by itself. It returns false if the result differs from
+// want, the item's node in the document: then the cut has taken a part of the
+// item for a comment, for example.
+func (item *yamlItem) parse(indent int, want *yaml.Node) bool {
 	text, ok := unindent(item.text, indent)
 	if !ok {
 		return false
@@ -114,7 +116,7 @@ func (item *yamlItem) parse(indent int, in *yaml.Node) bool {
 	}
 	list := node.Content[0]
 	item.unindented, item.node = text, node
-	return list.Kind == yaml.SequenceNode && len(list.Content) == 1 && equalNodes(list.Content[0], in)
+	return list.Kind == yaml.SequenceNode && len(list.Content) == 1 && equalNodes(list.Content[0], want)
 }
 
 // equalNodes reports whether two nodes have the same value.
@@ -132,13 +134,13 @@ func splitLines(text []byte) [][]byte {
 	return lines
 }
 
-// isDash reports whether a line begins an item whose dash is indented so far.
+// isDash reports whether a line begins an item whose dash has this indentation.
 func isDash(line []byte, indent int) bool {
 	return len(line) > indent && line[indent] == '-' && len(bytes.TrimLeft(line[:indent], " ")) == 0
 }
 
-// separates reports whether a line after an item, whose dash is indented so far,
-// is not a part of it: a blank line, a comment or the end of the document.
+// separates reports whether a line is not part of the item above it, whose dash
+// has this indentation: a blank line, a comment or the end of the document.
 func separates(line []byte, indent int) bool {
 	text := bytes.TrimLeft(line, " ")
 	comment := len(text) > 0 && text[0] == '#' && len(line)-len(text) <= indent
@@ -163,19 +165,19 @@ func (l yamlList) inject(m *injector) ([]byte, error) {
 		if err != nil {
 			return nil, err
 		}
-		if l.items[i].node = nil; &written[0] == &item.unindented[0] {
-			written = item.text
-		} else if l.indent > 0 {
-			written = indentLines(written, l.indent)
+		l.items[i].node = nil // free its memory
+		if bytes.Equal(written, item.unindented) {
+			out.Write(item.text) // its blank lines may have spaces
+		} else {
+			out.Write(indentLines(written, l.indent))
 		}
-		out.Write(written)
 		out.Write(item.after)
 	}
 	return out.Bytes(), nil
 }
 
-// unindent removes so many spaces from the start of each line. It returns false
-// if one that is not blank has fewer.
+// unindent removes indent spaces from the start of each line. It returns false
+// if a line that is not blank has fewer.
 func unindent(text []byte, indent int) ([]byte, bool) {
 	prefix := bytes.Repeat([]byte(" "), indent)
 	out := make([]byte, 0, len(text))
@@ -191,7 +193,7 @@ func unindent(text []byte, indent int) ([]byte, bool) {
 	return out, true
 }
 
-// indentLines adds so many spaces to the start of each line that is not blank.
+// indentLines adds indent spaces to the start of each line that is not blank.
 func indentLines(text []byte, indent int) []byte {
 	prefix := bytes.Repeat([]byte(" "), indent)
 	var out []byte

@@ -6,7 +6,7 @@ import (
 	"testing"
 )
 
-// listOf returns a List of Deployments, whose dashes are indented so far.
+// listOf returns a List of n Deployments, whose dashes have this indentation.
 func listOf(n, indent int) string {
 	var b strings.Builder
 	b.WriteString("apiVersion: v1\nkind: List\nitems:\n")

@@ -117,12 +117,12 @@ func (p *Page) routes() *http.ServeMux {
 	return mux
 }
 
-// badRequestError marks an error that the client can correct; it is answered with
-// 400.
+// badRequestError marks an error that the client can correct; it is answered
+// with 400.
 type badRequestError struct{ error }
 
-// unsupportedMediaError marks a body of an unsupported type; it is answered with
-// 415.
+// unsupportedMediaError marks a body of an unsupported type; it is answered
+// with 415.
 type unsupportedMediaError struct{ error }
 
 // jsonHandler returns a handler that serves the result of find as JSON, or its
