@@ -260,6 +260,29 @@ func TestNode(t *testing.T) {
 			t.Errorf("helm test of the gateway's release:\n%s", said)
 		}
 	})
+	t.Run("the gateway is tested before its pods are ready", func(t *testing.T) {
+		scale := func(replicas string) {
+			n.do(t, "", "scale", "deployment", "edge-sluice-gateway", "--namespace", "edge", "--replicas", replicas)
+		}
+		scale("0")
+		n.do(t, "", "wait", "--for=delete", "pod", "--namespace", "edge", "--selector",
+			"app.kubernetes.io/component=gateway", "--timeout=60s")
+		test := exec.CommandContext(t.Context(), helmBinary(t), "test", "edge", "--namespace", "edge")
+		test.Env = append(os.Environ(), "KUBECONFIG="+n.kubeconfig)
+		var said strings.Builder
+		test.Stdout, test.Stderr = &said, &said
+		if err := test.Start(); err != nil {
+			t.Fatal(err)
+		}
+		await(t, "its first failure", func() bool {
+			return n.do(t, "", "get", "pod", "edge-sluice-test-gateway", "--namespace", "edge", "--ignore-not-found",
+				"--output", "jsonpath={.status.containerStatuses[0].restartCount}") == "1"
+		})
+		scale("2")
+		if err := test.Wait(); err != nil {
+			t.Errorf("%v\n%s", err, said.String())
+		}
+	})
 	if t.Failed() {
 		return
 	}
