@@ -188,6 +188,9 @@ func (o RedisOptions) universal() (*redis.UniversalOptions, error) {
 	// A take is some 200 bytes; the default of 32 kB each way would be 2 MiB a
 	// sidecar.
 	c.ReadBufferSize, c.WriteBufferSize = 4096, 4096
+	// With RESP3 the library asks the kernel for push messages before and after
+	// each command. Nothing here subscribes to any.
+	c.Protocol = 2
 	// Each of these is a round trip of a new connection.
 	c.DisableIdentity = true
 	c.MaintNotificationsConfig = &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
