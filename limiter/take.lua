@@ -190,7 +190,9 @@ local function store(key, tokens, frac, now, burst, n, p, obst, on, op)
   else
     value = struct.pack(STATE, MAGIC, 1, tokens, frac, now, burst, n, p)
   end
-  return redis.pcall('SET', key, value, 'PX', string.format('%.0f', full + SLACK))
+  local ttl = full + SLACK
+  -- '%d' is quicker than '%.0f', but holds only a C long, of 32 bits on some machines.
+  return redis.pcall('SET', key, value, 'PX', string.format(ttl < 2^31 and '%d' or '%.0f', ttl))
 end
 
 local function take(now)
