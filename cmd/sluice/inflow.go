@@ -5,6 +5,7 @@ import (
 	"math"
 	"net"
 	"runtime/debug"
+	"slices"
 	"sync"
 	"time"
 
@@ -83,17 +84,32 @@ type connCalls struct {
 	// the reader of the connection uses it.
 	unseen int64
 
-	mu   sync.Mutex
-	all  []call // in the order in which they began; some may have ended
-	tidy int    // the length of all at which every ended call is removed
+	mu sync.Mutex
+	// all has the calls in the order in which they began. Of those before
+	// oldest all have ended, of the others some.
+	all    []call
+	oldest int
 }
+
+// fewCalls is the least room for calls that a connection keeps.
+const fewCalls = 32
 
 // call is a gRPC call.
 type call struct {
-	ctx      context.Context // done when the call has ended
+	done     <-chan struct{} // closed when the call has ended
 	began    int64           // Unix nanoseconds
 	received int64           // bytes on the connection before the call
 	watches  bool            // a health watch, which lasts
+}
+
+// hasEnded reports whether the call has ended.
+func (k call) hasEnded() bool {
+	select {
+	case <-k.done:
+		return true
+	default:
+		return false
+	}
 }
 
 // begin records a call. gRPC calls it at the beginning of each, from the
@@ -110,9 +126,11 @@ func (f *inflow) begin(ctx context.Context, info *tap.Info) (context.Context, er
 	c := at.conn
 	calls := &c.calls
 	calls.mu.Lock()
-	calls.forgetLocked()
+	if len(calls.all) == cap(calls.all) {
+		calls.forgetLocked()
+	}
 	calls.all = append(calls.all, call{
-		ctx: ctx, began: c.active.Load(), received: c.received.Load(),
+		done: ctx.Done(), began: c.active.Load(), received: c.received.Load(),
 		watches: info.FullMethodName == grpc_health_v1.Health_Watch_FullMethodName,
 	})
 	calls.mu.Unlock()
@@ -120,35 +138,29 @@ func (f *inflow) begin(ctx context.Context, info *tap.Info) (context.Context, er
 	return ctx, nil
 }
 
-// forgetLocked removes the oldest calls up to the first that has not ended, and
-// from time to time all that have ended.
+// forgetLocked removes the calls that have ended. It then leaves room for at
+// least as many calls as there are, so that it is seldom called, and for at most
+// three times as many.
 func (c *connCalls) forgetLocked() {
-	n := 0
-	for n < len(c.all) && c.all[n].ctx.Err() != nil {
-		n++
+	c.all, c.oldest = slices.DeleteFunc(c.all, call.hasEnded), 0
+	if room := max(2*len(c.all), fewCalls); cap(c.all) < room || cap(c.all) > 2*room {
+		c.all = append(make([]call, 0, room), c.all...)
 	}
-	clear(c.all[:n])
-	if c.all = c.all[n:]; len(c.all) < max(c.tidy, 64) {
-		return
-	}
-	kept := make([]call, 0, 2*len(c.all))
-	for _, k := range c.all {
-		if k.ctx.Err() == nil {
-			kept = append(kept, k)
-		}
-	}
-	c.all, c.tidy = kept, 2*len(kept)
 }
 
 // heldBytes returns an upper bound on the memory of the calls in flight.
 func (c *boundedConn) heldBytes() int64 {
-	c.calls.mu.Lock()
-	defer c.calls.mu.Unlock()
-	c.calls.forgetLocked()
-	if len(c.calls.all) == 0 {
+	calls := &c.calls
+	calls.mu.Lock()
+	defer calls.mu.Unlock()
+	for calls.oldest < len(calls.all) && calls.all[calls.oldest].hasEnded() {
+		calls.oldest++
+	}
+	inFlight := calls.all[calls.oldest:]
+	if len(inFlight) == 0 {
 		return 0
 	}
-	return c.received.Load() - c.calls.all[0].received + callCost*int64(len(c.calls.all))
+	return c.received.Load() - inFlight[0].received + callCost*int64(len(inFlight))
 }
 
 // received records that c received n bytes.
@@ -219,7 +231,7 @@ func (c *boundedConn) hasCallBefore(instant time.Time) bool {
 	defer c.calls.mu.Unlock()
 	c.calls.forgetLocked()
 	for _, k := range c.calls.all {
-		if !k.watches && k.ctx.Err() == nil {
+		if !k.watches {
 			return k.began < instant.UnixNano()
 		}
 	}
