@@ -26,14 +26,38 @@ type grant struct {
 // record is what stores gave, by bucket.
 type record map[string][]grant
 
-// add adds what a decision gave, if anything.
+// add adds what a decision gave, if anything, but for what is held.
 func (r record) add(d *Decision) {
 	if d.Outcome != Allowed {
 		return
 	}
 	for i := range d.Charges {
-		r[d.Charges[i].Key] = append(r[d.Charges[i].Key], grant{d.Verdicts[i].at, d.Charges[i].Cost})
+		if d.Verdicts[i].Hold.IsZero() {
+			r[d.Charges[i].Key] = append(r[d.Charges[i].Key], grant{d.Verdicts[i].at, d.Charges[i].Cost})
+		}
 	}
+}
+
+// underWay is a request whose cost is held.
+type underWay struct {
+	charge Charge
+	hold   Hold
+	at     int64 // of the take, by the store's clock
+	began  time.Time
+	ends   time.Time
+	cost   int64 // when it has ended
+	isLost bool  // its end never comes
+}
+
+// spent adds what the request spent of what it held, at some time of its life
+// until now.
+func (r record) spent(u *underWay, random *rand.Rand) {
+	tokens := min(u.cost, u.hold.Tokens)
+	if u.isLost {
+		tokens = u.hold.Tokens
+	}
+	at := u.at + random.Int64N(min(time.Since(u.began), u.charge.HoldFor).Microseconds()+1)
+	r[u.charge.Key] = append(r[u.charge.Key], grant{at, tokens})
 }
 
 // excess returns by how many tokens the grants of a bucket exceed burst +
@@ -167,24 +191,51 @@ func TestChaosBound(t *testing.T) {
 				"fast": bucket(t, 200, time.Second, 50),
 				"slow": bucket(t, 7, time.Second, 20),
 				"all":  bucket(t, 500, time.Second, 300),
+				"held": bucket(t, 100, time.Second, 40),
 			}
 			var mu sync.Mutex
-			granted, outcomes := record{}, map[Outcome]int{}
+			granted, outcomes, settled := record{}, map[Outcome]int{}, map[string]int{}
 			stop := make(chan struct{})
 			var wg sync.WaitGroup
+			var stores []*Redis
+			for range 4 {
+				stores = append(stores, s.open(t, 50*time.Millisecond))
+			}
 			for sidecar := range uint64(4) {
-				store := NewCeiling(s.open(t, 50*time.Millisecond), prometheus.NewRegistry())
+				store := NewCeiling(stores[sidecar], prometheus.NewRegistry())
 				for caller := range uint64(4) {
 					wg.Go(func() {
 						random := rand.New(rand.NewPCG(seed, 4*sidecar+caller))
 						mine, saw := record{}, map[Outcome]int{}
+						var open []underWay
+						ended := map[string]int{}
+						settle := func(u *underWay) {
+							mine.spent(u, random)
+							if u.isLost {
+								return
+							}
+							// Ends may reach another sidecar, and come twice.
+							to := stores[random.IntN(len(stores))]
+							result := make([]Settled, 1)
+							for range 1 + random.IntN(2) {
+								to.Settle(context.Background(),
+									[]Settlement{{Limit: u.charge.Limit, Key: u.charge.Key, Hold: u.hold, Cost: u.cost}}, result)
+								ended[kindOfEnd(&result[0])]++
+							}
+						}
 						tick := time.NewTicker(4 * time.Millisecond)
 						defer tick.Stop()
 						for {
 							select {
 							case <-stop:
+								for i := range open {
+									mine.spent(&open[i], random)
+								}
 								mu.Lock()
 								defer mu.Unlock()
+								for kind, n := range ended {
+									settled[kind] += n
+								}
 								for key, grants := range mine {
 									granted[key] = append(granted[key], grants...)
 								}
@@ -194,12 +245,28 @@ func TestChaosBound(t *testing.T) {
 								return
 							case <-tick.C:
 							}
-							limit := []string{"fast", "slow"}[random.IntN(2)]
+							if len(open) > 0 && time.Now().After(open[0].ends) {
+								settle(&open[0])
+								open = open[1:]
+							}
+							limit := []string{"fast", "slow", "held"}[random.IntN(3)]
 							own := keyed(limits[limit], limit, fmt.Sprint("client ", random.IntN(3))).costs(1 + random.Int64N(3))
+							if limit == "held" {
+								own = own.costs(1 + random.Int64N(10)).holding(500 * time.Millisecond)
+							}
 							charges := []Charge{own, keyed(limits["all"], "all", "-").costs(1 + random.Int64N(2))}
 							d := Decide(context.Background(), store, charges[:1+random.IntN(2)])
 							mine.add(&d)
 							saw[d.Outcome]++
+							if hold := d.Verdicts[0].Hold; !hold.IsZero() {
+								now := time.Now()
+								open = append(open, underWay{
+									charge: charges[0], hold: hold, at: d.Verdicts[0].at, began: now,
+									ends:   now.Add(time.Duration(random.Int64N(int64(100 * time.Millisecond)))),
+									cost:   random.Int64N(2 * hold.Tokens),
+									isLost: random.IntN(10) == 0,
+								})
+							}
 						}
 					})
 				}
@@ -227,12 +294,28 @@ func TestChaosBound(t *testing.T) {
 					keys++ // it was held to it
 				}
 			}
-			t.Logf("%v; %v; %d of %d buckets gave all that they may", happened, outcomes, keys, len(granted))
-			if outcomes[Allowed] == 0 || outcomes[Limited] == 0 || outcomes[FailedClosed] == 0 || keys == 0 {
-				t.Errorf("%v, and %d buckets gave all that they may: this says little", outcomes, keys)
+			t.Logf("%v; %v; ends %v; %d of %d buckets gave all that they may", happened, outcomes, settled, keys, len(granted))
+			if outcomes[Allowed] == 0 || outcomes[Limited] == 0 || outcomes[FailedClosed] == 0 || keys == 0 ||
+				settled["settled"] == 0 || settled["repeated"] == 0 || settled["failed"] == 0 {
+				t.Errorf("%v, %v, and %d buckets gave all that they may: this says little", outcomes, settled, keys)
 			}
 		})
 	}
+}
+
+// kindOfEnd names what became of a settlement.
+func kindOfEnd(s *Settled) string {
+	switch {
+	case s.Err != nil:
+		return "failed"
+	case !s.Known:
+		return "unknown"
+	case s.Repeated:
+		return "repeated"
+	case s.Late:
+		return "late"
+	}
+	return "settled"
 }
 
 func rest(milliseconds int) {

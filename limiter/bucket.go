@@ -14,6 +14,10 @@ const (
 	maxFill   = 36525 * 24 * time.Hour // 100 years, from empty to full
 )
 
+// maxWait is how long a bucket takes at most from a debt of one burst until it is
+// full. Only a debt that a larger or faster shape has left could take longer.
+const maxWait = 2 * maxFill
+
 // Never is the wait for more tokens than a bucket can hold.
 const Never = time.Duration(1<<63 - 1)
 
@@ -99,8 +103,9 @@ func (b Bucket) Burst() int64 { return b.burst }
 // a microsecond.
 func (b Bucket) FillTime() time.Duration { return b.wait(level{}, b.burst) }
 
-// level is what a bucket holds: whole tokens, and frac p-ths of one more, with
-// 0 ≤ frac < p of its Bucket. A full bucket has tokens == burst and frac == 0.
+// level is what can be taken from a bucket: whole tokens, and frac p-ths of one
+// more, with 0 ≤ frac < p of its Bucket. A full bucket has tokens == burst and
+// frac == 0. A level below 0 is a debt (hold.go), of at most 1e9 tokens.
 type level struct {
 	tokens, frac int64
 }
@@ -114,18 +119,22 @@ func (b Bucket) fillFrom(tokens int64) float64 {
 	return min(float64(max(0, b.burst-tokens))*float64(b.p)/float64(b.n), float64(maxFill.Microseconds()))
 }
 
-// refill returns l after elapsed microseconds (at least 0).
+// refill returns l after elapsed microseconds (at least 0): refilled, but to at
+// most so many tokens. A level that is there already stays.
 //
 // It is exact: with elapsed = a·p + r (r < p), a·n + r·n/p tokens arrive. If a·n
-// reaches the room that is left, the bucket is full. Otherwise a·n < 1e9, and
+// reaches the room that is left, the level is the most. Otherwise a·n < 2^31, and
 // r·n < 2^45 · 1e15 < 2^95 is computed in 128 bits. The quotient is below
 // n ≤ 1e15 and the remainder below p, so all sums stay below 2^63 (in Lua below
 // 2^53; see take.lua).
-func (b Bucket) refill(l level, elapsed int64) level {
-	room := b.burst - l.tokens
+func (b Bucket) refill(l level, elapsed, most int64) level {
+	room := most - l.tokens
+	if room <= 0 {
+		return l
+	}
 	a, r := elapsed/b.p, elapsed%b.p
 	if hi, lo := bits.Mul64(uint64(a), uint64(b.n)); hi != 0 || lo >= uint64(room) {
-		return b.full()
+		return level{tokens: most}
 	}
 	hi, lo := bits.Mul64(uint64(r), uint64(b.n))
 	q, frac := bits.Div64(hi, lo, uint64(b.p)) // q < n, so hi < p
@@ -136,17 +145,17 @@ func (b Bucket) refill(l level, elapsed int64) level {
 		tokens++
 	}
 	if tokens >= room {
-		return b.full()
+		return level{tokens: most}
 	}
 	l.tokens += tokens
 	return l
 }
 
-// convert returns l, a level of the shape from, as a level of b: at most b's
-// burst, and rounded down.
-func (b Bucket) convert(l level, from Bucket) level {
-	if l.tokens >= b.burst {
-		return b.full()
+// convert returns l, a level of the shape from, as a level of b: at most so many
+// tokens, and rounded down. A debt stays.
+func (b Bucket) convert(l level, from Bucket, most int64) level {
+	if l.tokens >= most {
+		return level{tokens: most}
 	}
 	hi, lo := bits.Mul64(uint64(l.frac), uint64(b.p))
 	frac, _ := bits.Div64(hi, lo, uint64(from.p)) // frac < from.p, so the quotient is below b.p
@@ -155,7 +164,8 @@ func (b Bucket) convert(l level, from Bucket) level {
 }
 
 // wait returns how long a bucket at level l takes until it holds want tokens,
-// rounded up to a microsecond: 0 if it does already, Never if it cannot.
+// rounded up to a microsecond: 0 if it does already, Never if it cannot, and at
+// most maxWait.
 func (b Bucket) wait(l level, want int64) time.Duration {
 	switch {
 	case want <= l.tokens:
@@ -163,13 +173,16 @@ func (b Bucket) wait(l level, want int64) time.Duration {
 	case want > b.burst:
 		return Never
 	}
-	// ceil(((want − tokens)·p − frac) / n). At most maxFill, so the quotient fits.
+	// ceil(((want − tokens)·p − frac) / n)
 	hi, lo := bits.Mul64(uint64(want-l.tokens), uint64(b.p))
 	lo, borrow := bits.Sub64(lo, uint64(l.frac), 0)
 	hi -= borrow
+	if hi >= uint64(b.n) {
+		return maxWait
+	}
 	q, rem := bits.Div64(hi, lo, uint64(b.n))
 	if rem != 0 {
 		q++
 	}
-	return time.Duration(q) * time.Microsecond
+	return time.Duration(min(q, uint64(maxWait.Microseconds()))) * time.Microsecond
 }

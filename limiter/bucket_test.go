@@ -72,7 +72,7 @@ func TestRefillIsExact(t *testing.T) {
 
 			elapsed := rapid.OneOf(rapid.Int64Range(0, 5000), rapid.Int64Range(0, b.FillTime().Microseconds()+1),
 				rapid.Int64Range(0, 400*day.Microseconds())).Draw(t, "elapsed")
-			l = b.refill(l, elapsed)
+			l = b.refill(l, elapsed, b.burst)
 			arrived := new(big.Rat).Mul(big.NewRat(b.n, b.p), new(big.Rat).SetInt64(elapsed))
 			if want.Add(want, arrived); want.Cmp(new(big.Rat).SetInt64(b.burst)) > 0 {
 				want.SetInt64(b.burst)
@@ -93,10 +93,10 @@ func TestWaitIsTheLeast(t *testing.T) {
 		l := level{tokens: rapid.Int64Range(0, b.burst-1).Draw(t, "tokens"), frac: rapid.Int64Range(0, b.p-1).Draw(t, "frac")}
 		want := rapid.Int64Range(l.tokens+1, b.burst).Draw(t, "want")
 		wait := b.wait(l, want).Microseconds()
-		if got := b.refill(l, wait); got.tokens < want {
+		if got := b.refill(l, wait, b.burst); got.tokens < want {
 			t.Fatalf("%+v at %+v holds %d tokens after %dus, want %d", b, l, got.tokens, wait, want)
 		}
-		if got := b.refill(l, wait-1); got.tokens >= want {
+		if got := b.refill(l, wait-1, b.burst); got.tokens >= want {
 			t.Fatalf("%+v at %+v holds %d tokens a microsecond before %dus already", b, l, got.tokens, wait)
 		}
 	})
@@ -111,10 +111,11 @@ func TestDrawConvertsDown(t *testing.T) {
 			tokens: rapid.Int64Range(0, from.burst-1).Draw(t, "tokens"),
 			frac:   rapid.Int64Range(0, from.p-1).Draw(t, "frac"),
 		}
-		got, moved := levelAt(state{shape: from, level: l, at: 7}, to, 7)
+		next, moved, _ := state{shape: from, level: l, at: 7}.next(to, 7)
 		if moved != (from != to) {
 			t.Fatalf("moved: %v", moved)
 		}
+		got := next.level
 		had := from.exact(l)
 		if most := new(big.Rat).SetInt64(to.burst); had.Cmp(most) > 0 {
 			had = most

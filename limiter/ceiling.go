@@ -13,8 +13,7 @@ import (
 const (
 	// ceilingLife is how long an answer of the store is used, and so how long a
 	// denial may be wrong. It is wrong if the bucket was reset, if its rate was
-	// raised elsewhere, if Redis restarted, failed over or stepped its clock, or
-	// if the bucket was refunded.
+	// raised elsewhere, or if Redis restarted, failed over or stepped its clock.
 	ceilingLife   = time.Second
 	ceilingShards = 64
 )
@@ -49,6 +48,7 @@ var _ Store = (*Ceiling)(nil)
 type ceiling struct {
 	shape Bucket
 	left  level
+	held  int64 // tokens that settlements may return
 	at    int64 // the time of the answer, by the store's clock
 	sent  int64 // when the take began, by this process's clock
 }
@@ -100,27 +100,27 @@ func (c *Ceiling) deny(now int64, charges []Charge, verdicts []Verdict) (denied 
 	}
 	for i := range charges {
 		verdicts[i] = Verdict{}
-		if most, ok := c.most(now, &charges[i]); ok && most.tokens < charges[i].needs() {
-			verdicts[i] = charges[i].Bucket.verdict(most, charges[i].needs(), 0, CeilingSource)
+		if most, held, ok := c.most(now, &charges[i]); ok && most.tokens+held < charges[i].needs() {
+			verdicts[i] = charges[i].verdict(most, held, 0, CeilingSource)
 			denied = denied || !charges[i].Limit.Shadow
 		}
 	}
 	return denied
 }
 
-// most returns the most that the bucket of a charge can hold at the instant
-// now, if that is known.
-func (c *Ceiling) most(now int64, charge *Charge) (level, bool) {
+// most returns the most that can be taken from the bucket of a charge at the
+// instant now, if that is known, and how much more settlements may return.
+func (c *Ceiling) most(now int64, charge *Charge) (most level, held int64, ok bool) {
 	s := &c.shards[maphash.String(c.seed, charge.Key)%ceilingShards]
 	s.mu.RLock()
 	known, ok := s.known[charge.Key]
 	s.mu.RUnlock()
 	elapsed := max(0, now-known.sent) // the other take may have begun after this one
 	if !ok || elapsed > ceilingLife.Microseconds() || known.shape != charge.Bucket {
-		return level{}, false
+		return level{}, 0, false
 	}
 	// The clocks of two machines may differ in speed by a thousandth.
-	return known.shape.refill(known.left, elapsed+elapsed/1000+1), true
+	return known.shape.refill(known.left, elapsed+elapsed/1000+1, known.shape.burst), known.held, true
 }
 
 // takeShadows takes the shadow charges of a request that is denied without
@@ -150,7 +150,7 @@ func (c *Ceiling) takeShadows(ctx context.Context, now int64, charges []Charge, 
 // learn records the level of a bucket that cannot pay for the same charge
 // again, unless a newer answer is recorded.
 func (c *Ceiling) learn(sent int64, charge *Charge, v *Verdict) {
-	usedUp := v.left.tokens < charge.needs() // the same again would be denied
+	usedUp := v.left.tokens+v.held < charge.needs() // the same again would be denied
 	if !v.Known() || v.Source == LocalSource || !usedUp && c.entries.Load() == 0 {
 		return
 	}
@@ -172,7 +172,7 @@ func (c *Ceiling) learn(sent int64, charge *Charge, v *Verdict) {
 			c.entries.Add(1)
 			s.bytes += entrySize(charge.Key)
 		}
-		s.known[charge.Key] = ceiling{shape: charge.Bucket, left: v.left, at: v.at, sent: sent}
+		s.known[charge.Key] = ceiling{shape: charge.Bucket, left: v.left, held: v.held, at: v.at, sent: sent}
 	}
 }
 

@@ -126,7 +126,7 @@ func TestCeilingSparesTheStore(t *testing.T) {
 // left returns the verdict of a ceiling on an empty bucket, by the ceiling's
 // own arithmetic.
 func (c *testClock) left(charge Charge, of *Ceiling) string {
-	l, _ := of.most(c.at, &charge)
+	l, _, _ := of.most(c.at, &charge)
 	return fmt.Sprint(charge.Bucket.wait(l, 1))
 }
 
@@ -184,7 +184,7 @@ func TestCeilingOfANewerAnswer(t *testing.T) {
 	fast := charge(bucket(t, 10_000_000, time.Second, 1000), "fast").costs(1000)
 	taker{t, c}.want("ok 0", fast)
 	clock.at -= 100
-	if most, ok := c.most(clock.now(), &fast); !ok || most.tokens < 0 || most.tokens > 10 {
+	if most, _, ok := c.most(clock.now(), &fast); !ok || most.tokens < 0 || most.tokens > 10 {
 		t.Errorf("%+v, %v", most, ok)
 	}
 }

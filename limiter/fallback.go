@@ -3,6 +3,7 @@ package limiter
 import (
 	"context"
 	"errors"
+	"slices"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -48,10 +49,83 @@ func (f *Fallback) Take(ctx context.Context, charges []Charge, verdicts []Verdic
 	deadline := f.redis.deadline(ctx)
 	ctx, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
-	parts := f.redis.takeSlots(ctx, deadline, charges, verdicts)
-	f.decide(charges, verdicts)
-	if !outcomeOf(charges, verdicts).Spends() {
-		f.redis.refundAll(ctx, parts, charges, verdicts)
+	if f.redis.cluster == nil || oneSlot(charges) {
+		f.redis.takeSlot(ctx, deadline, charges, verdicts)
+	} else {
+		f.redis.takeSlots(ctx, deadline, charges, verdicts)
+	}
+	f.learn(charges, verdicts)
+	if failed := failedLocal(charges, verdicts); len(failed) > 0 {
+		if passesBeside(failed, charges, verdicts) {
+			f.takeRest(ctx, deadline, charges, verdicts)
+		}
+		f.decide(failed, charges, verdicts)
+	}
+	f.redis.settleOwn(ctx, charges, verdicts)
+}
+
+// failedLocal returns the indexes of the charges that this process has to decide
+// about.
+func failedLocal(charges []Charge, verdicts []Verdict) (failed []int) {
+	for i := range charges {
+		err := verdicts[i].Err
+		if isLocal(&charges[i]) && err != nil && !errors.Is(err, context.Canceled) { // if it is, nobody waits
+			failed = append(failed, i)
+		}
+	}
+	return failed
+}
+
+// passesBeside reports whether the request would pass if the charges with these
+// indexes were allowed.
+func passesBeside(failed []int, charges []Charge, verdicts []Verdict) bool {
+	others, said := slices.Clone(charges), slices.Clone(verdicts)
+	for _, i := range slices.Backward(failed) {
+		others, said = slices.Delete(others, i, i+1), slices.Delete(said, i, i+1)
+	}
+	return outcomeOf(others, said).Spends()
+}
+
+// takeRest takes from the buckets that answered in a slot where the bucket of a
+// Local charge failed: that slot took nothing. It holds what it takes, as this
+// process has yet to decide.
+func (f *Fallback) takeRest(ctx context.Context, deadline time.Time, charges []Charge, verdicts []Verdict) {
+	var indexes []int
+	var rest []Charge
+	for i := range charges {
+		if v := &verdicts[i]; v.Allowed && !v.taken {
+			indexes, rest = append(indexes, i), append(rest, charges[i])
+		}
+	}
+	if len(rest) == 0 {
+		return
+	}
+	taken := make([]Verdict, len(rest))
+	f.redis.takeSlots(ctx, deadline, rest, taken)
+	for i, at := range indexes {
+		verdicts[at] = taken[i]
+	}
+}
+
+// Settle settles holds, in Redis or in this process, as where they were taken.
+// See Redis.Settle.
+func (f *Fallback) Settle(ctx context.Context, settlements []Settlement, results []Settled) {
+	var indexes []int
+	var shared []Settlement
+	for i := range settlements {
+		if settlements[i].Hold.isLocal {
+			f.memory.Settle(settlements[i:i+1], results[i:i+1])
+		} else {
+			indexes, shared = append(indexes, i), append(shared, settlements[i])
+		}
+	}
+	if len(shared) == 0 {
+		return
+	}
+	settled := make([]Settled, len(shared))
+	f.redis.Settle(ctx, shared, settled)
+	for i, at := range indexes {
+		results[at] = settled[i]
 	}
 }
 
@@ -66,36 +140,33 @@ func anyLocal(charges []Charge) bool {
 
 func isLocal(c *Charge) bool { return c.Limit.OnFailure == Local && !c.Limit.Shadow }
 
-// decide decides about the charges for which Redis failed and whose limit says
-// Local. It takes nothing if the request is refused already.
-func (f *Fallback) decide(charges []Charge, verdicts []Verdict) {
-	var indexes []int
-	var failed []Charge
+// learn holds the buckets here to what Redis says is left.
+func (f *Fallback) learn(charges []Charge, verdicts []Verdict) {
 	for i := range charges {
 		c, v := &charges[i], &verdicts[i]
-		switch {
-		case !isLocal(c):
-		case errors.Is(v.Err, context.Canceled): // nobody waits for the verdict
-		case v.Err != nil:
-			local := *c
-			local.Bucket = c.Local
-			indexes, failed = append(indexes, i), append(failed, local)
-		case v.Source == RedisSource && v.Remaining < c.Local.burst:
+		if isLocal(c) && v.Source == RedisSource && v.Remaining < c.Local.burst {
 			f.memory.lower(c.Key, c.Local, v.Remaining)
 		}
 	}
-	if len(failed) == 0 {
-		return
-	}
-	if !outcomeOf(charges, verdicts).Spends() { // report what the buckets hold
-		for i := range failed {
-			failed[i].Cost, failed[i].Refused = 0, false
+}
+
+// decide decides about the charges with the indexes failed. It takes nothing if
+// the request is refused already.
+func (f *Fallback) decide(failed []int, charges []Charge, verdicts []Verdict) {
+	passes := passesBeside(failed, charges, verdicts)
+	local := make([]Charge, len(failed))
+	for i, at := range failed {
+		local[i] = charges[at]
+		local[i].Bucket = charges[at].Local
+		if !passes { // report what the buckets hold
+			local[i].Cost, local[i].Refused, local[i].HoldFor = 0, false, 0
 		}
 	}
 	decided := make([]Verdict, len(failed))
-	f.memory.Take(context.Background(), failed, decided)
-	for i, at := range indexes {
-		verdicts[at] = decided[i]
-		verdicts[at].Source = LocalSource
+	f.memory.Take(context.Background(), local, decided)
+	for i, at := range failed {
+		v := &verdicts[at]
+		*v = decided[i]
+		v.Source, v.Hold.isLocal = LocalSource, !v.Hold.IsZero()
 	}
 }

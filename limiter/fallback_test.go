@@ -93,13 +93,13 @@ func TestLocal(t *testing.T) {
 }
 
 // If one bucket fails in Redis and the local one denies, the request's other
-// buckets are refunded.
+// buckets keep their tokens.
 func TestLocalBesideRedis(t *testing.T) {
 	server := redistest.Start(t)
 	r := NewFallback(newTestRedis(t, server, serverClock), nil, prometheus.NewRegistry())
 	ctx := context.Background()
 	newer, good := charge(bucket(t, 1, day, 10), "newer").under(.1), charge(bucket(t, 1, day, 10), "good")
-	if err := server.Client().Set(ctx, newer.Key, stateMagic+"\x02", 0).Err(); err != nil {
+	if err := server.Client().Set(ctx, newer.Key, stateMagic+"\x04", 0).Err(); err != nil {
 		t.Fatal(err)
 	}
 	for i, want := range []Outcome{Allowed, Limited, Limited} { // a tenth of the burst is one token

@@ -54,6 +54,24 @@ type Charge struct {
 	Local Bucket
 	// Refused denies the charge for ever, whatever the bucket holds.
 	Refused bool
+	// HoldFor is for how long the cost is held, if it is taken: until then a
+	// settlement may return some of it. Values above 0 are cut to MinHold and
+	// MaxHold; 0 holds nothing.
+	HoldFor time.Duration
+
+	// ownHold is for how long the store itself holds the cost, if HoldFor is 0.
+	ownHold time.Duration
+}
+
+// life returns for how long the cost is held; 0 if the charge holds nothing.
+func (c *Charge) life() time.Duration {
+	switch {
+	case c.HoldFor > 0:
+		return min(max(c.HoldFor, MinHold), MaxHold)
+	case c.ownHold > 0:
+		return min(max(c.ownHold, MinHold), MaxHold)
+	}
+	return 0
 }
 
 // needs returns how many tokens the bucket must hold for the charge: at most
@@ -88,25 +106,39 @@ type Verdict struct {
 	// bucket denied the request, so that nothing was taken.
 	Allowed bool
 	Source  Source
-	// taken says that the store took the cost, and was not told to refund it.
+	// taken says that the store took the cost.
 	taken bool
-	// Remaining is how many whole tokens the bucket holds after the decision.
+	// Remaining is how many whole tokens can be taken after the decision, at least
+	// 0.
 	Remaining int64
-	// RetryAfter is the time until the bucket holds the cost: 0 if Allowed, Never
-	// if the cost is above the burst.
+	// Held is how many tokens are held after the decision; 0 if the charge has no
+	// HoldFor. Owed is how many are owed: nothing is granted until these have
+	// refilled.
+	Held, Owed int64
+	// RetryAfter is the time until the bucket has the cost if all that is held is
+	// spent: 0 if Allowed, Never if the cost is above the burst. It is at most a
+	// second if the cost would be there if what is held were returned now.
 	RetryAfter time.Duration
-	// FullAfter is the time until the bucket is full.
+	// FullAfter is the time until the bucket is full if all that is held is spent.
 	FullAfter time.Duration
-	// NextAfter is the time until the bucket holds one more whole token; 0 if it
-	// is full.
+	// NextAfter is the time until one more whole token can be taken; 0 if the
+	// bucket is full.
 	NextAfter time.Duration
+	// Hold names what the take holds of a charge with HoldFor. It is zero if
+	// nothing was taken, or if the bucket has too many holds: the cost then counts
+	// as spent.
+	Hold Hold
+	// Expired is how many holds of the bucket have ended without a settlement
+	// since a charge with HoldFor last used it.
+	Expired int
 	// Err is a *StoreError if the store has no verdict; the other fields are then
 	// zero. It wraps context.Canceled if the caller hung up, which is not a
 	// failure of the store.
 	Err error
 
-	left level // what the bucket holds after the decision
+	left level // what can be taken after the decision
 	at   int64 // the time of the decision by the store's clock, in microseconds
+	held int64 // what is held after the decision, whether or not the charge holds
 }
 
 // Known reports whether there is a verdict. There is none if the store failed
@@ -114,23 +146,31 @@ type Verdict struct {
 // denied for certain.
 func (v *Verdict) Known() bool { return v.Source != NoSource }
 
-// verdict returns the Verdict on a cost if the bucket held the level before and
-// taken tokens were then taken from it.
-func (b Bucket) verdict(before level, cost, taken int64, from Source) Verdict {
-	after := before
+// verdict returns the Verdict on c if its bucket had the level before, and taken
+// tokens were then taken from it. held is what is held after that.
+func (c *Charge) verdict(before level, held, taken int64, from Source) Verdict {
+	b, cost, after := c.Bucket, c.needs(), before
 	after.tokens -= taken
 	v := Verdict{
 		Allowed:   before.tokens >= cost,
 		Source:    from,
-		Remaining: after.tokens,
+		Remaining: max(0, after.tokens),
+		Owed:      max(0, -after.tokens),
 		FullAfter: b.wait(after, b.burst),
 		left:      after,
+		held:      held,
 	}
 	if !v.Allowed {
 		v.RetryAfter = b.wait(after, cost)
 	}
+	if c.HoldFor > 0 {
+		v.Held = held
+		if after.tokens+held >= cost {
+			v.RetryAfter = min(v.RetryAfter, time.Second)
+		}
+	}
 	if v.FullAfter > 0 {
-		v.NextAfter = b.wait(after, after.tokens+1)
+		v.NextAfter = b.wait(after, v.Remaining+1)
 	}
 	return v
 }
@@ -141,8 +181,10 @@ func (b Bucket) verdict(before level, cost, taken int64, from Source) Verdict {
 // length, at least 1, and no two charges have the same Key. Of the charges whose
 // Limit is not Shadow, Take takes all for which a bucket answered, or none of
 // them: none if one is denied, and none if one has an Err and its Limit's
-// OnFailure is Deny (Outcome.Spends). A Shadow charge is taken if and only if its
+// OnFailure is Deny or Local (Outcome.Spends). A Shadow charge is taken if and only if its
 // own bucket allows it. A bucket that fails MUST NOT make another one fail.
+//
+// A charge with HoldFor that is taken is held (Verdict.Hold).
 //
 // Take MUST return by the deadline of ctx, and MUST execute at most once however
 // it ends: if its answer is lost, tokens may have been taken, and none may be
@@ -150,6 +192,17 @@ func (b Bucket) verdict(before level, cost, taken int64, from Source) Verdict {
 // zero. Take MUST be safe for concurrent use, and MUST NOT keep either slice.
 type Store interface {
 	Take(ctx context.Context, charges []Charge, verdicts []Verdict)
+}
+
+// Settlement says what a request has cost of which a charge was held.
+type Settlement struct {
+	Limit *Limit
+	// Key is the charge's.
+	Key string
+	// Hold is the verdict's. It must not be zero.
+	Hold Hold
+	// Cost is in tokens, at least 0.
+	Cost int64
 }
 
 // Outcome is how a check ended.
@@ -273,6 +326,8 @@ func outcomeOf(charges []Charge, verdicts []Verdict) Outcome {
 		c, v := &charges[i], &verdicts[i]
 		switch {
 		case c.Limit.Shadow:
+		case v.Err != nil && c.Limit.OnFailure == Local: // and nobody decided in the store's place
+			failed, failure = true, Deny
 		case v.Err != nil:
 			failed, failure = true, max(failure, c.Limit.OnFailure)
 		case !v.Known(): // not asked, as another charge was denied; if none was, the store failed
@@ -286,7 +341,7 @@ func outcomeOf(charges []Charge, verdicts []Verdict) Outcome {
 		return FailedClosed
 	case failed && failure == Delegate:
 		return Delegated
-	case failed: // under Local if nobody has decided in the store's place
+	case failed:
 		return FailedOpen
 	}
 	return Allowed

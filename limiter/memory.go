@@ -157,33 +157,39 @@ func (m *Memory) Take(_ context.Context, charges []Charge, verdicts []Verdict) {
 			s.reserved = !ok
 		}
 		if ok {
-			s.before, s.moved = levelAt(stored, c.Bucket, now)
-			s.other = stored.otherFor(c.Bucket, now)
+			s.size = stored.holds.size()
+			s.next, s.moved, s.expired = stored.next(c.Bucket, now)
 		} else {
-			s.before = c.Bucket.full()
+			s.next = state{shape: c.Bucket, level: c.Bucket.full(), at: now}
 		}
-		verdicts[i] = Verdict{Allowed: s.before.tokens >= c.needs(), Source: MemorySource}
+		verdicts[i] = Verdict{Allowed: s.next.level.tokens >= c.needs(), Source: MemorySource}
 	}
 	spends := outcomeOf(charges, verdicts).Spends()
 	for i := range charges {
 		c, s := &charges[i], &slots[i]
 		isTaken := verdicts[i].Allowed && (spends || c.Limit.Shadow)
+		before, life, held := s.next.level, c.life(), Hold{}
 		var taken int64
 		if isTaken {
 			taken = c.Cost
+			if life > 0 && m.bytes.Load() <= m.budget {
+				held = s.next.hold(taken, life, newBirth())
+				s.moved = true
+			} else {
+				s.next.level.tokens -= taken
+			}
 		}
 		if taken > 0 || s.moved {
-			s.shard.buckets[s.key] = state{
-				shape: c.Bucket,
-				level: level{tokens: s.before.tokens - taken, frac: s.before.frac},
-				at:    now,
-				other: s.other,
-			}
+			s.shard.buckets[s.key] = s.next
+			m.bytes.Add(s.next.holds.size() - s.size)
 		} else if s.reserved {
 			m.release(1, entrySize(s.key)) // nothing was taken from the full bucket: it stays absent
 		}
-		verdicts[i] = c.Bucket.verdict(s.before, c.needs(), taken, MemorySource)
-		verdicts[i].at, verdicts[i].taken = now, isTaken
+		verdicts[i] = c.verdict(before, s.next.held(), taken, MemorySource)
+		verdicts[i].at, verdicts[i].taken, verdicts[i].Hold = now, isTaken, held
+		if life > 0 {
+			verdicts[i].Expired = s.expired
+		}
 	}
 	if shared {
 		m.overflow.mu.Unlock()
@@ -204,13 +210,12 @@ func (l readOnlyMemory) Take(_ context.Context, charges []Charge, verdicts []Ver
 		s := &l.memory.shards[l.memory.shardOf(c.Key)]
 		s.mu.Lock()
 		stored, ok := s.buckets[c.Key]
-		now := l.memory.now()
-		s.mu.Unlock()
-		at := c.Bucket.full()
+		at, held := c.Bucket.full(), int64(0)
 		if ok {
-			at, _ = levelAt(stored, c.Bucket, now)
+			at, held = levelAt(stored, c.Bucket, l.memory.now())
 		}
-		verdicts[i] = c.Bucket.verdict(at, c.needs(), 0, MemorySource)
+		s.mu.Unlock()
+		verdicts[i] = c.verdict(at, held, 0, MemorySource)
 	}
 }
 
@@ -224,16 +229,52 @@ func (m *Memory) lower(key string, b Bucket, most int64) {
 	if !ok && !m.reserve(key) {
 		return // other keys use the overflow bucket, too
 	}
-	at, now := b.full(), m.now()
-	var other *Bucket
+	next := state{shape: b, level: b.full(), at: m.now()}
 	if ok {
-		at, _ = levelAt(stored, b, now)
-		other = stored.otherFor(b, now)
+		size := stored.holds.size()
+		next, _, _ = stored.next(b, next.at)
+		m.bytes.Add(next.holds.size() - size)
 	}
-	if at.tokens >= most {
-		at = level{tokens: most}
+	if next.level.tokens >= most {
+		next.level = level{tokens: most}
 	}
-	s.buckets[key] = state{shape: b, level: at, at: now, other: other}
+	s.buckets[key] = next
+}
+
+// Settle settles holds, and fills results[i] with what became of settlements[i].
+// The slices have the same length. It waits only for locks.
+func (m *Memory) Settle(settlements []Settlement, results []Settled) {
+	for i := range settlements {
+		s := &settlements[i]
+		of := &m.shards[m.shardOf(s.Key)]
+		of.mu.Lock()
+		results[i] = m.settleLocked(of, s.Key, s)
+		of.mu.Unlock()
+		if results[i].Known {
+			continue
+		}
+		m.overflow.mu.Lock()
+		shared := m.settleLocked(&m.overflow, m.overflowKeyLocked(s.Limit), s)
+		m.overflow.mu.Unlock()
+		shared.Expired += results[i].Expired
+		results[i] = shared
+	}
+}
+
+func (m *Memory) settleLocked(of *shard, key string, s *Settlement) Settled {
+	stored, ok := of.buckets[key]
+	if !ok {
+		return Settled{}
+	}
+	size := stored.holds.size()
+	next, moved, expired := stored.next(stored.shape, m.now())
+	r := next.settle(s.Hold, s.Cost)
+	r.Expired = expired
+	if moved || r.Known && !r.Repeated {
+		of.buckets[key] = next
+		m.bytes.Add(next.holds.size() - size)
+	}
+	return r
 }
 
 // reserve counts one more bucket, unless there is no room for it.
@@ -269,10 +310,11 @@ type slot struct {
 	shard    *shard
 	index    int
 	key      string
-	before   level
-	other    *Bucket // of the state that follows
-	moved    bool    // the state has to be stored even if nothing is taken
-	reserved bool    // the key is new, and counted in entries already
+	next     state // what follows
+	moved    bool  // the state has to be stored even if nothing is taken
+	expired  int   // holds
+	size     int64 // of the holds that are stored
+	reserved bool  // the key is new, and counted in entries already
 }
 
 // lock locks the shards of slots, each once and in the order of their indexes,
@@ -316,11 +358,12 @@ func (m *Memory) Run(ctx context.Context) {
 func (m *Memory) sweep() {
 	var swept int
 	for i := range m.shards {
-		n, bytes := m.shards[i].sweep(m.now)
-		m.release(n, bytes)
+		n, keys, held := m.shards[i].sweep(m.now)
+		m.release(n, keys+held)
 		swept += n
 	}
-	m.overflow.sweep(m.now)
+	_, _, held := m.overflow.sweep(m.now) // only its holds are counted in bytes
+	m.release(0, held)
 	m.sweeps.Inc()
 	m.swept.Add(float64(swept))
 	if n := m.sharedBefore.Swap(0); n > 0 {
@@ -329,18 +372,20 @@ func (m *Memory) sweep() {
 	}
 }
 
-func (s *shard) sweep(now func() int64) (swept int, bytes int64) {
+// sweep returns how many buckets it dropped, and the bytes that these and their
+// holds took.
+func (s *shard) sweep(now func() int64) (swept int, keys, held int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	at := now()
 	for key, stored := range s.buckets {
-		if at-stored.at >= stored.fullAfter().Microseconds() {
+		if at-stored.at >= stored.keepFor().Microseconds() {
 			delete(s.buckets, key)
-			swept, bytes = swept+1, bytes+entrySize(key)
+			swept, keys, held = swept+1, keys+entrySize(key), held+stored.holds.size()
 		}
 	}
 	if swept > 0 && len(s.buckets) == 0 {
 		s.buckets = make(map[string]state) // a map that was large keeps its memory
 	}
-	return swept, bytes
+	return swept, keys, held
 }

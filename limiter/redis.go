@@ -21,27 +21,26 @@ func init() { logging.Disable() }
 
 // Redis is the Store that all sidecars share. It is safe for concurrent use.
 // The failure mode Local needs a Fallback over it; without one a limit of this
-// mode fails open.
+// mode fails closed.
 type Redis struct {
-	client       redis.UniversalClient
-	cluster      *redis.ClusterClient // client if mode is cluster, else nil
-	options      RedisOptions
-	login        atomic.Pointer[RedisOptions] // credentials of new connections
-	timeout      time.Duration
-	hurried      sync.Once // warns once of callers whose deadlines are before the timeout
-	takeScript   script
-	refundScript script
-	log          *zap.Logger
-	seconds      prometheus.Histogram
-	batches      prometheus.Histogram
-	errors       map[ErrorKind]prometheus.Counter
-	nodes        sync.Map // from address to *node, one for each master
-	breakers     prometheus.GaugeFunc
-	unknown      breaker // of asking which node has which of a cluster's slots
+	client   redis.UniversalClient
+	cluster  *redis.ClusterClient // client if mode is cluster, else nil
+	options  RedisOptions
+	login    atomic.Pointer[RedisOptions] // credentials of new connections
+	timeout  time.Duration
+	hurried  sync.Once // warns once of callers whose deadlines are before the timeout
+	script   script
+	log      *zap.Logger
+	seconds  prometheus.Histogram
+	batches  prometheus.Histogram
+	errors   map[ErrorKind]prometheus.Counter
+	nodes    sync.Map // from address to *node, one for each master
+	breakers prometheus.GaugeFunc
+	unknown  breaker // of asking which node has which of a cluster's slots
 	// slotsKnown is set once that was answered. The library then always has an
 	// answer, and refreshes it in the background.
 	slotsKnown atomic.Bool
-	refunds    chan struct{} // bounds the requests whose refunds are in progress
+	settling   chan struct{} // bounds the requests whose own holds are being settled
 }
 
 var _ Store = (*Redis)(nil)
@@ -63,12 +62,11 @@ func newRedis(o RedisOptions, clock string, log *zap.Logger, metrics prometheus.
 		log = zap.NewNop()
 	}
 	r := &Redis{
-		options:      o,
-		timeout:      o.Timeout,
-		refunds:      make(chan struct{}, maxRefunds),
-		takeScript:   newScript("take", clock),
-		refundScript: newScript("refund", clock),
-		log:          log,
+		options:  o,
+		timeout:  o.Timeout,
+		settling: make(chan struct{}, maxSettling),
+		script:   newScript(clock),
+		log:      log,
 		seconds: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name:    "sluice_store_seconds",
 			Help:    "Time that a take from Redis took in seconds, failed ones included.",
@@ -373,7 +371,7 @@ func (r *Redis) connect(ctx context.Context, client *redis.Client) (*connection,
 		began := time.Now()
 		// Without a key the script returns an error, but Redis then has it, so
 		// that the first take need not send its text.
-		if _, err = r.run(ctx, on, &r.takeScript, 0); on.isUsable(err) {
+		if _, err = r.run(ctx, on, 0); on.isUsable(err) {
 			err = nil
 		}
 		on.opened = time.Now()

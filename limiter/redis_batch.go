@@ -34,9 +34,12 @@ const (
 
 // pending is what a request takes in one slot, on its way to the node and back.
 type pending struct {
-	keys     []string
-	packed   []byte // the charges, as the script has them
-	deadline time.Time
+	keys   []string
+	packed []byte // the charges or settlements, as the script has them
+	holds  bool   // a charge holds
+	// replySize is how long the reply is, in bytes.
+	replySize int
+	deadline  time.Time
 	// wake receives, once, a batch that the caller is to execute, which
 	// includes this take; or an empty one when the take has been answered.
 	wake  chan batch
@@ -44,7 +47,7 @@ type pending struct {
 
 	// The outcome. It is written before wake receives an empty batch.
 	at    int64  // microseconds of the node's clock
-	reply string // the script's, to the charges
+	reply string // the script's, to the charges or settlements
 	err   error  // why there is no reply
 	batch int    // takes in the call, this one included
 }
@@ -68,16 +71,33 @@ func newBlank() *pending {
 func newPending(charges []Charge, deadline time.Time) *pending {
 	t := pendingPool.Get().(*pending)
 	t.deadline = deadline
+	t.replySize = verdictSize * len(charges)
 	for i := range charges {
 		t.keys = append(t.keys, charges[i].Key)
 		t.packed = appendCharge(t.packed, &charges[i], i == len(charges)-1)
+		if charges[i].life() > 0 {
+			t.holds = true
+			t.replySize += holdSize
+		}
+	}
+	return t
+}
+
+// newSettling packs settlements. The caller recycles it as newPending's.
+func newSettling(settlements []Settlement, deadline time.Time) *pending {
+	t := pendingPool.Get().(*pending)
+	t.deadline = deadline
+	t.replySize = verdictSize * len(settlements)
+	for i := range settlements {
+		t.keys = append(t.keys, settlements[i].Key)
+		t.packed = appendSettlement(t.packed, &settlements[i])
 	}
 	return t
 }
 
 func (t *pending) recycle() {
 	clear(t.keys)
-	t.keys, t.packed, t.at, t.reply, t.err, t.batch = t.keys[:0], t.packed[:0], 0, "", nil, 0
+	t.keys, t.packed, t.holds, t.at, t.reply, t.err, t.batch = t.keys[:0], t.packed[:0], false, 0, "", nil, 0
 	pendingPool.Put(t)
 }
 

@@ -2,9 +2,7 @@ package limiter
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
-	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -14,10 +12,10 @@ import (
 
 // A Redis Cluster runs a script on the keys of one hash slot only, even if one
 // node has several slots. So a request takes from its buckets slot by slot,
-// from all slots at once, and within a slot from all buckets or from none. If
-// one slot denies, the others are refunded (refund in take.lua says how much),
-// so that the request draws from all of its buckets or from none, except for
-// what refilled meanwhile.
+// from all slots at once, and within a slot from all buckets or from none. Each
+// slot holds what it took until all have answered. Then all holds are settled:
+// as spent, or, if one slot denies, as released. A hold that is not settled, as
+// after a crash, counts as spent in the end.
 
 // hashTag is what decides about a key's slot: its part in braces.
 func hashTag(key string) string {
@@ -37,45 +35,40 @@ func oneSlot(charges []Charge) bool {
 
 // takeCluster is Take on a cluster.
 func (r *Redis) takeCluster(ctx context.Context, deadline time.Time, charges []Charge, verdicts []Verdict) {
-	ctx, cancel := context.WithDeadline(ctx, deadline) // for the lookup of slots, and for refunds
+	ctx, cancel := context.WithDeadline(ctx, deadline) // for the lookup of slots, and for settlements
 	defer cancel()
 	if oneSlot(charges) {
 		r.takeSlot(ctx, deadline, charges, verdicts)
 		return
 	}
-	parts := r.takeSlots(ctx, deadline, charges, verdicts)
-	if !outcomeOf(charges, verdicts).Spends() {
-		r.refundAll(ctx, parts, charges, verdicts)
-	}
+	r.takeSlots(ctx, deadline, charges, verdicts)
+	r.settleOwn(ctx, charges, verdicts)
 }
 
-// slotTake is the part of a take that is in one slot: what a refund needs. It
-// shares no slice with the take's caller.
+// slotTake is the part of a take that is in one slot.
 type slotTake struct {
 	indexes  []int // of the request's charges
 	charges  []Charge
 	verdicts []Verdict
-	// node had the slot before the take; nil if that is unknown.
-	node *redis.Client
 }
 
-// takeSlots takes slot by slot and returns the parts, or nil if there is one
-// slot only. The caller refunds them if the request does not spend what it took.
-func (r *Redis) takeSlots(ctx context.Context, deadline time.Time, charges []Charge, verdicts []Verdict) []*slotTake {
-	if r.cluster == nil || oneSlot(charges) {
-		r.takeSlot(ctx, deadline, charges, verdicts)
-		return nil
-	}
+// takeSlots takes slot by slot, and holds what it takes until settleOwn.
+func (r *Redis) takeSlots(ctx context.Context, deadline time.Time, charges []Charge, verdicts []Verdict) {
 	bySlot := make(map[string]*slotTake)
 	var all []*slotTake
 	for i := range charges {
-		tag := hashTag(charges[i].Key)
+		tag := ""
+		if r.cluster != nil {
+			tag = hashTag(charges[i].Key)
+		}
 		s := bySlot[tag]
 		if s == nil {
 			s = &slotTake{}
 			bySlot[tag], all = s, append(all, s)
 		}
-		s.indexes, s.charges = append(s.indexes, i), append(s.charges, charges[i])
+		held := charges[i]
+		held.ownHold = 2 * r.timeout // a take, and a settlement
+		s.indexes, s.charges = append(s.indexes, i), append(s.charges, held)
 	}
 	var wg sync.WaitGroup
 	for _, s := range all {
@@ -86,12 +79,6 @@ func (r *Redis) takeSlots(ctx context.Context, deadline time.Time, charges []Cha
 					failAll(s.verdicts, &StoreError{Kind: KindOther, Err: errPanicked})
 				}
 			}()
-			// The refund must go to the node that took the tokens and to no
-			// other, and the cluster's client might choose another one.
-			var err error
-			if s.node, err = r.masterFor(ctx, s.charges[0].Key); err != nil {
-				s.node = nil
-			}
 			r.takeSlot(ctx, deadline, s.charges, s.verdicts)
 		})
 	}
@@ -101,118 +88,62 @@ func (r *Redis) takeSlots(ctx context.Context, deadline time.Time, charges []Cha
 			verdicts[at] = s.verdicts[i]
 		}
 	}
-	return all
 }
 
-// onlySlot returns what Redis took of charges in one slot, or nil if it took
-// nothing or nobody knows the node. Another store may have decided about the
-// rest.
-func (r *Redis) onlySlot(ctx context.Context, charges []Charge, verdicts []Verdict) *slotTake {
-	var only slotTake
-	for i := range verdicts {
-		if verdicts[i].taken && verdicts[i].Source == RedisSource {
-			only.indexes = append(only.indexes, i)
-			only.charges = append(only.charges, charges[i])
-			only.verdicts = append(only.verdicts, verdicts[i])
-		}
-	}
-	if len(only.indexes) == 0 {
-		return nil
-	}
-	var ok bool
-	if only.node, ok = r.client.(*redis.Client); !ok {
-		var err error
-		if only.node, err = r.masterFor(ctx, only.charges[0].Key); err != nil {
-			return nil
-		}
-	}
-	return &only
-}
+// maxSettling is the maximum number of requests whose own holds are being
+// settled. The holds of others end by themselves, and their tokens count as
+// spent.
+const maxSettling = 1024
 
-// maxRefunds is how many requests may be refunded at once. Further refunds are
-// dropped, and their tokens are lost.
-const maxRefunds = 1024
-
-// refundAll refunds what the parts of a take took, and makes their verdicts
-// those of a request that took nothing. It waits until ctx ends at most, as a
-// slot that did not answer may have used up the request's time. Refunds
-// continue after that, with their own timeout, so that one slow node does not
-// cost the other buckets their tokens. charges and verdicts are all of the take;
-// parts are nil if it had one slot only.
-func (r *Redis) refundAll(ctx context.Context, parts []*slotTake, charges []Charge, verdicts []Verdict) {
-	if parts == nil {
-		only := r.onlySlot(ctx, charges, verdicts)
-		if only == nil {
-			return
+// settleOwn settles what takeSlots held of a request. If the request does not
+// spend what it took, all is released, and the verdicts become those of a
+// request that took nothing; settleOwn then waits for that, until ctx ends at
+// most, as a slot that did not answer may have used up the request's time.
+// Otherwise what the charges themselves do not hold counts as spent, and nobody
+// waits. Settlements have a timeout of their own, so that one slow node does not
+// cost the other buckets their tokens.
+func (r *Redis) settleOwn(ctx context.Context, charges []Charge, verdicts []Verdict) {
+	spends := outcomeOf(charges, verdicts).Spends()
+	var settlements []Settlement
+	for i := range charges {
+		c, v := &charges[i], &verdicts[i]
+		isSpent := spends || c.Limit.Shadow
+		if v.Source != RedisSource || v.Hold.IsZero() || isSpent && c.HoldFor > 0 {
+			continue
 		}
-		parts = []*slotTake{only}
+		s := Settlement{Limit: c.Limit, Key: c.Key, Hold: v.Hold}
+		if isSpent {
+			s.Cost = c.Cost
+			v.Hold = Hold{}
+		} else {
+			before, at := v.left, v.at
+			before.tokens += c.Cost
+			*v = c.verdict(before, v.held-c.Cost, 0, RedisSource)
+			v.at = at
+		}
+		settlements = append(settlements, s)
+	}
+	if len(settlements) == 0 {
+		return
 	}
 	select {
-	case r.refunds <- struct{}{}:
-		done := make(chan struct{})
-		go func() {
-			defer func() { <-r.refunds }()
-			defer close(done)
-			own, cancel := context.WithTimeout(context.WithoutCancel(ctx), r.timeout)
-			defer cancel()
-			var wg sync.WaitGroup
-			for _, s := range parts {
-				wg.Go(func() { r.refund(own, s) })
-			}
-			wg.Wait()
-		}()
+	case r.settling <- struct{}{}:
+	default:
+		return
+	}
+	done := make(chan struct{})
+	go func() {
+		defer func() { <-r.settling }()
+		defer close(done)
+		own, cancel := context.WithTimeout(context.WithoutCancel(ctx), r.timeout)
+		defer cancel()
+		r.Settle(own, settlements, make([]Settled, len(settlements)))
+	}()
+	if !spends {
 		select {
 		case <-done:
 		case <-ctx.Done():
 		}
-	default:
-	}
-	for _, s := range parts {
-		for i, at := range s.indexes {
-			c, v := &s.charges[i], &s.verdicts[i]
-			if !v.taken || c.Limit.Shadow {
-				continue
-			}
-			before := v.left
-			before.tokens += c.Cost
-			verdicts[at] = c.Bucket.verdict(before, c.needs(), 0, RedisSource)
-			verdicts[at].at = v.at
-		}
-	}
-}
-
-// refundSize is the length of one packed argument of refund, REFUND_SIZE in the
-// script.
-const refundSize = 28
-
-// refund puts back what the charges of a slot took. It is sent once, to the
-// node that had the slot: if the slot has moved, or the node is no longer a
-// master, nothing is put back, and the tokens are lost.
-func (r *Redis) refund(ctx context.Context, s *slotTake) {
-	var charges []Charge
-	var packed []byte
-	for i := range s.charges {
-		c := &s.charges[i]
-		if !s.verdicts[i].taken || c.Limit.Shadow || c.Cost == 0 {
-			continue
-		}
-		packed = appendShape(packed, c.Bucket)
-		packed = binary.BigEndian.AppendUint32(packed, uint32(c.Cost))
-		packed = append56(packed, uint64(s.verdicts[i].at))
-		charges = append(charges, *c)
-	}
-	if len(charges) == 0 || s.node == nil {
-		return
-	}
-	args := []any{len(charges)}
-	for i := range charges {
-		args = append(args, charges[i].Key)
-	}
-	for one := range slices.Chunk(packed, refundSize) {
-		args = append(args, one)
-	}
-	if _, err := r.run(ctx, s.node, &r.refundScript, args...); err != nil {
-		r.errors[storeError(err).Kind].Inc()
 	}
 }
 
@@ -229,7 +160,7 @@ func (r *Redis) callSlots(ctx context.Context, on *connection, batch []*pending)
 	pipe := on.Pipeline()
 	for tag, takes := range bySlot {
 		r.batches.Observe(float64(len(takes)))
-		calls[tag] = once{redis.NewStringCmd(ctx, append([]any{"evalsha", r.takeScript.sha}, takeArgs(takes)...)...)}
+		calls[tag] = once{redis.NewStringCmd(ctx, append([]any{"evalsha", r.script.sha}, takeArgs(takes)...)...)}
 		_ = pipe.Process(ctx, calls[tag])
 	}
 	_, execErr := pipe.Exec(ctx)

@@ -161,7 +161,7 @@ func (r *Redis) checkShards(ctx context.Context, prefix string, say sayFinding) 
 		batch = append(batch, newPending([]Charge{c}, time.Time{}))
 		stored[i] = pipe.Get(ctx, c.Key)
 	}
-	if _, err := r.run(ctx, r.client, &r.takeScript, takeArgs(batch)...); err != nil {
+	if _, err := r.run(ctx, r.client, takeArgs(batch)...); err != nil {
 		say("one server", Fail, "", "%v", r.options.explain(err))
 		return false
 	}

@@ -74,7 +74,7 @@ func (o RedisOptions) Validate() error {
 }
 
 // poolSize is how many connections a sidecar has to a server at most:
-// maxConnections for takes, and the others for refunds, Get, Reset and the
+// maxConnections for takes, and the others for Get, Reset and the
 // like.
 const poolSize = 16
 

@@ -108,44 +108,44 @@ func (r *Redis) look(ctx context.Context, charges []Charge, verdicts []Verdict, 
 		return
 	}
 	for i := range charges {
-		b := charges[i].Bucket
 		exists[i] = !errors.Is(stored[i].Err(), redis.Nil)
-		at, err := levelOf(stored[i], b, now)
+		at, held, err := levelOf(stored[i], charges[i].Bucket, now)
 		if err != nil {
 			verdicts[i] = Verdict{Err: err}
 			continue
 		}
-		verdicts[i] = b.verdict(at, charges[i].needs(), 0, RedisSource)
+		verdicts[i] = charges[i].verdict(at, held, 0, RedisSource)
 	}
 }
 
-// levelOf returns what a bucket holds by the answer to its GET, as the script
-// would. Its error is a *StoreError.
-func levelOf(stored *redis.StringCmd, b Bucket, now time.Time) (level, error) {
+// levelOf returns what can be taken from a bucket and what is held, by the answer
+// to its GET, as the script would. Its error is a *StoreError.
+func levelOf(stored *redis.StringCmd, b Bucket, now time.Time) (at level, held int64, err error) {
 	raw, err := stored.Result()
 	switch {
 	case errors.Is(err, redis.Nil):
-		return b.full(), nil
+		return b.full(), 0, nil
 	case err != nil && strings.HasPrefix(err.Error(), "WRONGTYPE"):
-		return level{}, nil
+		return level{}, 0, nil
 	case err != nil:
-		return level{}, storeError(err)
+		return level{}, 0, storeError(err)
 	}
 	s, err := parseState(raw)
 	if errors.Is(err, errNewer) {
-		return level{}, &StoreError{Kind: KindState, Err: err}
+		return level{}, 0, &StoreError{Kind: KindState, Err: err}
 	}
 	if err == nil {
-		at, _ := levelAt(s, b, now.UnixMicro())
-		return at, nil
+		at, held = levelAt(s, b, now.UnixMicro())
 	}
-	return level{}, nil // an invalid state counts as an empty bucket
+	return at, held, nil // an invalid state counts as an empty bucket
 }
 
 const (
 	stateMagic = "\xb5\x08"
 	stateSize  = 37 // of version 1
 	mixedSize  = 54 // of version 2, which has another shape
+	heldSize   = 67 // of version 3 without its slices
+	sliceSize  = 25 // of a slice without its bits
 )
 
 var (
@@ -153,15 +153,16 @@ var (
 	errInvalid = errors.New("invalid bucket state")
 )
 
-// parseState decodes a state that the script has stored (STATE or MIXED there).
+// parseState decodes a state that the script has stored (STATE, MIXED or HELD
+// there).
 func parseState(raw string) (state, error) {
 	if len(raw) <= len(stateMagic) || !strings.HasPrefix(raw, stateMagic) {
 		return state{}, errInvalid
 	}
 	version := raw[len(stateMagic)]
 	switch {
-	case version == 1 && len(raw) == stateSize, version == 2 && len(raw) == mixedSize:
-	case version >= 2:
+	case version == 1 && len(raw) == stateSize, version == 2 && len(raw) == mixedSize, version == 3 && len(raw) >= heldSize:
+	case version >= 4:
 		return state{}, errNewer
 	default:
 		return state{}, errInvalid
@@ -175,18 +176,63 @@ func parseState(raw string) (state, error) {
 		at:    field(13, 20),
 		shape: shapeAt(20),
 	}
-	if version == 2 {
-		other := shapeAt(stateSize)
-		if !other.inRange() {
+	lowest := int64(0)
+	if version == 3 {
+		lowest, s.level.tokens = -MaxTokens, int64(int32(s.level.tokens))
+		var ok bool
+		if s.holds, ok = parseHolds(raw[mixedSize:]); !ok {
 			return state{}, errInvalid
 		}
-		s.other = &other
 	}
-	if !s.shape.inRange() || s.level.tokens > s.shape.burst || s.level.frac >= s.shape.p ||
+	if version >= 2 {
+		if other := shapeAt(stateSize); version == 2 || other.burst != 0 {
+			if !other.inRange() {
+				return state{}, errInvalid
+			}
+			s.other = &other
+		}
+	}
+	if !s.shape.inRange() || s.level.tokens > s.shape.burst || s.level.tokens < lowest || s.level.frac >= s.shape.p ||
 		s.level.tokens == s.shape.burst && s.level.frac > 0 || s.at >= 1<<53 {
 		return state{}, errInvalid
 	}
 	return s, nil
+}
+
+// parseHolds decodes the holds of a state of version 3, from their birth on; nil
+// if there are none.
+func parseHolds(raw string) (_ *holds, ok bool) {
+	h := &holds{next: uint32(bigEndian(raw[8:12]))}
+	copy(h.birth[:], raw)
+	count, rest := int(raw[12]), raw[heldSize-mixedSize:]
+	for range count {
+		if len(rest) < sliceSize {
+			return nil, false
+		}
+		e := slice{
+			number:  uint32(bigEndian(rest[:4])),
+			end:     int64(bigEndian(rest[4:11])),
+			life:    int64(bigEndian(rest[11:16])),
+			left:    int64(bigEndian(rest[16:20])),
+			count:   int(bigEndian(rest[20:22])),
+			open:    int(bigEndian(rest[22:24])),
+			expired: rest[24] == 1,
+		}
+		bits := (e.count + 7) / 8
+		if rest = rest[sliceSize:]; len(rest) < bits || e.open > e.count || e.expired && e.open > 0 || e.open == 0 && e.left > 0 {
+			return nil, false
+		}
+		e.settled, rest = []byte(rest[:bits]), rest[bits:]
+		h.slices = append(h.slices, e)
+		h.total += e.left
+	}
+	if rest != "" || h.total > MaxTokens {
+		return nil, false
+	}
+	if count == 0 {
+		return nil, true
+	}
+	return h, true
 }
 
 // inRange reports whether the numbers of a stored shape are valid for a Bucket.

@@ -17,18 +17,16 @@ import (
 //go:embed take.lua
 var takeLua string
 
-// serverClock is the last line of a script. The functions of take.lua depend on
-// the time only through their argument, and this line asks Redis for it, once.
-// %s is the function: take or refund.
-const serverClock = "local t = redis.call('TIME') return %s(t[1] * 1000000 + t[2])\n"
+// serverClock is the last line of the script. take.lua depends on the time only
+// through the argument of take, and this line asks Redis for it, once.
+const serverClock = "local t = redis.call('TIME') return take(t[1] * 1000000 + t[2])\n"
 
 // script is a Lua script, and the SHA-1 hash by which Redis knows it.
 type script struct{ text, sha string }
 
-// newScript returns take.lua with a last line, clock, that calls a function of
-// it.
-func newScript(function, clock string) script {
-	s := script{text: takeLua + fmt.Sprintf(clock, function)}
+// newScript returns take.lua with a last line, clock, that calls take.
+func newScript(clock string) script {
+	s := script{text: takeLua + clock}
 	sum := sha1.Sum([]byte(s.text))
 	s.sha = hex.EncodeToString(sum[:])
 	return s
@@ -45,7 +43,7 @@ func (once) NoRetry() bool { return true }
 // call calls the script for takes of one slot.
 func (r *Redis) call(ctx context.Context, on processor, batch []*pending) error {
 	r.batches.Observe(float64(len(batch)))
-	reply, err := r.run(ctx, on, &r.takeScript, takeArgs(batch)...)
+	reply, err := r.run(ctx, on, takeArgs(batch)...)
 	if err != nil {
 		return err
 	}
@@ -53,13 +51,15 @@ func (r *Redis) call(ctx context.Context, on processor, batch []*pending) error 
 }
 
 // takeArgs returns the arguments of the script: the number of keys, the keys,
-// and the packed charges.
+// the packed charges and settlements, and random bytes if a charge holds.
 func takeArgs(batch []*pending) []any {
 	var keys, size int
+	holds := false
 	for _, t := range batch {
 		keys, size = keys+len(t.keys), size+len(t.packed)
+		holds = holds || t.holds
 	}
-	args := make([]any, 0, keys+2)
+	args := make([]any, 0, keys+3)
 	packed := make([]byte, 0, size)
 	args = append(args, keys)
 	for _, t := range batch {
@@ -68,7 +68,12 @@ func takeArgs(batch []*pending) []any {
 		}
 		packed = append(packed, t.packed...)
 	}
-	return append(args, packed)
+	args = append(args, packed)
+	if holds {
+		birth := newBirth()
+		args = append(args, birth[:])
+	}
+	return args
 }
 
 // deal sets for each take its part of a reply.
@@ -78,11 +83,10 @@ func deal(reply string, batch []*pending) error {
 	}
 	at, rest := int64(bigEndian(reply[:instantSize])), reply[instantSize:]
 	for _, t := range batch {
-		size := verdictSize * len(t.keys)
-		if len(rest) < size {
+		if len(rest) < t.replySize {
 			return errReply
 		}
-		t.at, t.reply, rest = at, rest[:size], rest[size:]
+		t.at, t.reply, rest = at, rest[:t.replySize], rest[t.replySize:]
 	}
 	if rest != "" {
 		return errReply
@@ -93,7 +97,8 @@ func deal(reply string, batch []*pending) error {
 const (
 	chargeSize  = 22 // bytes of one packed charge, CHARGE_SIZE in the script
 	instantSize = 7  // of the reply's beginning
-	verdictSize = 11 // of the reply to one charge
+	verdictSize = 15 // of the reply to one charge or settlement
+	holdSize    = 18 // of what follows the reply to a charge that holds
 )
 
 // processor is a client of the library, or a connection.
@@ -101,16 +106,16 @@ type processor interface {
 	Process(ctx context.Context, cmd redis.Cmder) error
 }
 
-// run calls a script with its arguments, the number of keys first, and returns
+// run calls the script with its arguments, the number of keys first, and returns
 // the reply.
-func (r *Redis) run(ctx context.Context, to processor, s *script, args ...any) (string, error) {
-	cmd := once{redis.NewStringCmd(ctx, append([]any{"evalsha", s.sha}, args...)...)}
+func (r *Redis) run(ctx context.Context, to processor, args ...any) (string, error) {
+	cmd := once{redis.NewStringCmd(ctx, append([]any{"evalsha", r.script.sha}, args...)...)}
 	err := to.Process(ctx, cmd)
 	if redis.HasErrorPrefix(err, "NOSCRIPT") {
 		// The script was flushed, or Redis is a new one: nothing was executed.
 		// EVAL executes and loads it, so that this ends however often the
 		// scripts are flushed.
-		cmd = once{redis.NewStringCmd(ctx, append([]any{"eval", s.text}, args...)...)}
+		cmd = once{redis.NewStringCmd(ctx, append([]any{"eval", r.script.text}, args...)...)}
 		err = to.Process(ctx, cmd)
 	}
 	if err != nil {
@@ -119,32 +124,50 @@ func (r *Redis) run(ctx context.Context, to processor, s *script, args ...any) (
 	return cmd.Val(), nil
 }
 
-// The values of hold in the script: it says when a charge holds back the other
-// charges of its request, which are then not taken.
+// The options of a charge in the script. The first three say when it vetoes the
+// other charges of its request, which are then not taken.
 const (
-	holdAlways = iota // if this one is denied or fails
-	holdDenial        // only if it is denied: if it fails, the request passes or may pass
-	holdNever         // never: a shadow charge
+	vetoAlways    = iota // if this one is denied or fails
+	vetoDenial           // only if it is denied: if it fails, the request passes or may pass
+	vetoNever            // never: a shadow charge
+	lastOfRequest = 4    // added for the last charge of a request
+	holdsCost     = 8    // added if the cost is held; the life follows
+	isSettlement  = 16   // not a charge, but a settlement
 )
 
-// lastOfRequest is added to the hold of the last charge of a request.
-const lastOfRequest = 4
-
 func appendCharge(b []byte, c *Charge, isLast bool) []byte {
-	hold := byte(holdAlways)
+	options := byte(vetoAlways)
 	switch {
 	case c.Limit.Shadow:
-		hold = holdNever
-	case c.Limit.OnFailure != Deny:
-		hold = holdDenial
+		options = vetoNever
+	case c.Limit.OnFailure != Deny && c.Limit.OnFailure != Local:
+		options = vetoDenial
 	}
-	b = appendShape(b, c.Bucket)
+	if isLast {
+		options += lastOfRequest
+	}
+	life := c.life()
+	if life > 0 {
+		options += holdsCost
+	}
+	b = appendShape(append(b, options), c.Bucket)
 	// All costs above the burst are denied alike.
 	b = binary.BigEndian.AppendUint32(b, uint32(c.needs()))
-	if isLast {
-		hold += lastOfRequest
+	if life > 0 {
+		var eight [8]byte
+		binary.BigEndian.PutUint64(eight[:], uint64(life.Microseconds()))
+		b = append(b, eight[3:]...)
 	}
-	return append(b, hold)
+	return b
+}
+
+func appendSettlement(b []byte, s *Settlement) []byte {
+	b = binary.BigEndian.AppendUint32(append(b, isSettlement), uint32(s.Hold.Tokens))
+	// No level pays a surcharge of two bursts.
+	b = binary.BigEndian.AppendUint32(b, uint32(min(s.Cost, s.Hold.Tokens+2*MaxTokens)))
+	b = append(b, s.Hold.birth[:]...)
+	b = binary.BigEndian.AppendUint32(b, s.Hold.slice)
+	return binary.BigEndian.AppendUint16(b, s.Hold.index)
 }
 
 // appendShape appends the packed shape of a bucket: n, p and burst.
@@ -163,44 +186,101 @@ func append56(b []byte, v uint64) []byte {
 	return append(b, eight[1:]...)
 }
 
-// The flags of the reply.
+// The flags of the reply to a charge.
 const (
 	flagAllowed = 1 << iota // the bucket held the cost
 	flagTaken               // the cost was taken
 	flagInvalid             // the stored state was invalid, and counts as empty
-	flagFailed              // there is no verdict
+	flagFailed              // there is no verdict; in the reply to a settlement, too
+)
+
+// The flags of the reply to a settlement.
+const (
+	flagKnown    = 1 << iota // the bucket knew the hold
+	flagRepeated             // it had been settled before
+	flagLate                 // it had ended by itself
 )
 
 var errReply = errors.New("invalid reply from the script: truncated, or not from sluice's script")
 
 // read fills verdicts from the script's reply to charges at an instant.
 func (r *Redis) read(at int64, reply string, charges []Charge, verdicts []Verdict) error {
-	if len(reply) != verdictSize*len(charges) {
-		return errReply
-	}
 	for i := range charges {
-		flags, rest := reply[0], reply[1:verdictSize]
-		reply = reply[verdictSize:]
+		c := &charges[i]
+		size, holds := verdictSize, c.life() > 0
+		if holds {
+			size += holdSize
+		}
+		if len(reply) < size {
+			return errReply
+		}
+		flags, rest, more := reply[0], reply[1:verdictSize], reply[verdictSize:size]
+		reply = reply[size:]
 		if flags&flagFailed != 0 {
 			verdicts[i] = Verdict{Err: r.bucketError(strings.TrimRight(rest, " "))}
 			continue
 		}
-		before := level{tokens: int64(bigEndian(rest[:4])), frac: int64(bigEndian(rest[4:]))}
-		b := charges[i].Bucket
-		if before.tokens > b.burst || before.frac >= b.p {
+		before := level{tokens: int64(int32(bigEndian(rest[:4]))), frac: int64(bigEndian(rest[4:10]))}
+		if before.tokens > c.Bucket.burst || before.frac >= c.Bucket.p {
 			return errReply
 		}
 		var cost int64
 		if flags&flagTaken != 0 {
-			cost = charges[i].Cost
+			cost = c.Cost
 		}
 		if flags&flagInvalid != 0 {
 			r.errors[KindState].Inc()
 			r.log.Warn("invalid bucket state in Redis, treating the bucket as empty",
-				zap.String("limit", charges[i].Limit.Name), zap.String("domain", charges[i].Limit.Domain))
+				zap.String("limit", c.Limit.Name), zap.String("domain", c.Limit.Domain))
 		}
-		verdicts[i] = b.verdict(before, charges[i].needs(), cost, RedisSource)
-		verdicts[i].at, verdicts[i].taken = at, flags&flagTaken != 0
+		verdicts[i] = c.verdict(before, int64(bigEndian(rest[10:])), cost, RedisSource)
+		v := &verdicts[i]
+		v.at, v.taken = at, flags&flagTaken != 0
+		if holds {
+			v.Hold, v.Expired = readHold(more[:14], c.Cost), int(bigEndian(more[14:]))
+		}
+	}
+	if reply != "" {
+		return errReply
+	}
+	return nil
+}
+
+// readHold returns the hold of some tokens that the script's reply names; zero if
+// it names none.
+func readHold(name string, tokens int64) (h Hold) {
+	copy(h.birth[:], name)
+	if h.IsZero() {
+		return Hold{}
+	}
+	h.Tokens, h.slice, h.index = tokens, uint32(bigEndian(name[8:12])), uint16(bigEndian(name[12:]))
+	return h
+}
+
+// readSettled fills results from the script's reply to settlements.
+func (r *Redis) readSettled(reply string, settlements []Settlement, results []Settled) error {
+	if len(reply) != verdictSize*len(settlements) {
+		return errReply
+	}
+	for i := range settlements {
+		flags, rest := reply[0], reply[1:verdictSize]
+		reply = reply[verdictSize:]
+		if flags&flagFailed != 0 {
+			results[i] = Settled{Err: r.bucketError(strings.TrimRight(rest, " "))}
+			continue
+		}
+		s := Settled{
+			Known:      flags&flagKnown != 0,
+			Repeated:   flags&flagRepeated != 0,
+			Late:       flags&flagLate != 0,
+			Returned:   int64(bigEndian(rest[:4])),
+			Surcharged: int64(bigEndian(rest[4:8])),
+			Expired:    int(bigEndian(rest[8:])),
+		}
+		if s.Known && !s.Repeated {
+			s.Forgiven = max(0, settlements[i].Cost-settlements[i].Hold.Tokens) - s.Surcharged
+		}
+		results[i] = s
 	}
 	return nil
 }

@@ -18,7 +18,7 @@ import (
 
 // keyClock is a last line for the script that reads the time from a key, which
 // tests set.
-const keyClock = "return %s(tonumber(redis.call('GET', 'clock')))\n"
+const keyClock = "return take(tonumber(redis.call('GET', 'clock')))\n"
 
 // testClock is a clock in microseconds that tests set. A Redis store with
 // keyClock and a Memory whose now is set both follow it.
@@ -65,34 +65,94 @@ func decode(t interface{ Fatalf(string, ...any) }, raw string) state {
 	return s
 }
 
-// equal compares states by what they say.
-func (s state) equal(o state) bool {
-	if s.other != nil && o.other != nil && *s.other == *o.other {
-		s.other, o.other = nil, nil
+// describe returns what a state says, but for the random birth of its holds.
+func describe(s state) string {
+	text := fmt.Sprintf("%+v %+v at %d", s.shape, s.level, s.at)
+	if s.other != nil {
+		text += fmt.Sprintf(", other %+v", *s.other)
 	}
-	return s == o
+	if s.holds != nil {
+		text += fmt.Sprintf(", held %d, next %d", s.holds.total, s.holds.next)
+		for _, e := range s.holds.slices {
+			text += fmt.Sprintf(", %+v", e)
+		}
+	}
+	return text
 }
 
-// The script agrees with levelAt. On random sequences of takes, with costs,
-// limits that change and clocks that jump both ways, Redis and a Memory return
-// the same verdicts and store the same state, and every key in Redis expires.
-func TestScriptAgreesWithLevelAt(t *testing.T) {
+// bothHolds is what two stores hold of the same charge.
+type bothHolds struct {
+	charge         Charge
+	redis, inProcs Hold
+}
+
+// withoutBirth returns a hold without what is random in it.
+func withoutBirth(h Hold) Hold {
+	if !h.IsZero() {
+		h.birth = [8]byte{1}
+	}
+	return h
+}
+
+// The script agrees with state.next, hold and settle. On random sequences of
+// takes and settlements, with costs, holds, limits that change, buckets that are
+// lost and clocks that jump both ways, Redis and a Memory return the same
+// verdicts and store the same state, and every key in Redis expires, after its
+// last hold.
+func TestScriptAgreesWithGo(t *testing.T) {
 	setRapidChecks(t, 10_000)
 	server := redistest.Start(t)
 	client := server.Client()
 	clock := &testClock{t: t, client: client}
 	r := newTestRedis(t, server, keyClock)
 	ctx := context.Background()
-	var takes, sequences, mixed int
+	var takes, sequences, mixed, withHolds, debts, expired int
+	settlements := map[string]int{}
 	rapid.Check(t, func(t *rapid.T) {
 		sequences++
-		m := newMemory("buckets", 1<<20, clock.now, nil, prometheus.NewRegistry())
+		m := newMemory("buckets", 1<<24, clock.now, nil, prometheus.NewRegistry())
 		clock.set(begin)
 		began := time.Now()
 		shapes := rapid.SliceOfN(anyBucket(), 1, 3).Draw(t, "shapes")
+		life := rapid.Int64Range(int64(MinHold), int64(time.Hour)).Draw(t, "life")
+		holdsAtAll := rapid.IntRange(0, 3).Draw(t, "holds at all") > 0
+		var out []bothHolds
+		compare := func(key string, step any) {
+			kept, ok := m.shards[m.shardOf(key)].buckets[key]
+			raw, err := client.Get(ctx, key).Result()
+			if !ok {
+				if !errors.Is(err, redis.Nil) {
+					t.Fatalf("Redis has %q (%v) where nothing had to be stored", raw, err)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if kept.other != nil {
+				mixed++
+			}
+			if kept.holds != nil {
+				withHolds++
+			}
+			if kept.level.tokens < 0 {
+				debts++
+			}
+			if (kept.holds == nil && kept.level.tokens >= 0) != (raw[2] < 3) {
+				t.Fatalf("version %d of %s", raw[2], describe(kept))
+			}
+			if stored := decode(t, raw); describe(stored) != describe(kept) {
+				t.Fatalf("after %+v\nstored %s\n  want %s", step, describe(stored), describe(kept))
+			}
+			end := kept.keepFor()
+			ttl, err := client.PTTL(ctx, key).Result()
+			if err != nil || kept.at == clock.at && (ttl < end+time.Second || ttl > end+time.Minute) || ttl < 0 {
+				t.Fatalf("TTL %v (%v) of %s, which is kept for %v", ttl, err, describe(kept), end)
+			}
+		}
 		// Buckets that fill soon expire within seconds by Redis's own clock;
 		// stop long before that.
-		for range rapid.IntRange(1, 12).Draw(t, "steps") {
+		for range rapid.IntRange(1, 14).Draw(t, "steps") {
 			if time.Since(began) > 2*time.Second {
 				return
 			}
@@ -101,14 +161,73 @@ func TestScriptAgreesWithLevelAt(t *testing.T) {
 				rapid.Int64Range(0, 10),
 				rapid.Int64Range(0, 2*shape.wait(level{}, 1).Microseconds()),
 				rapid.Int64Range(0, shape.FillTime().Microseconds()),
+				rapid.Int64Range(0, 3*life/1000),
+				rapid.Int64Range(0, life/10_000),
 				rapid.Int64Range(-time.Hour.Microseconds(), 0),
 			).Draw(t, "jump")
-			clock.set(min(clock.at+jump, 1<<53-1))
+			clock.set(min(clock.at+jump, 1<<52))
+
+			what := rapid.IntRange(0, 9).Draw(t, "what")
+			if what < 4 && len(out) > 0 {
+				var mine, theirs []Settlement
+				for range rapid.IntRange(1, 4).Draw(t, "settlements") {
+					of := rapid.SampledFrom(out).Draw(t, "of")
+					cost := rapid.OneOf(rapid.Int64Range(0, 2*of.charge.Cost+1), rapid.Int64Range(0, 4*MaxTokens)).Draw(t, "cost")
+					a := Settlement{Limit: of.charge.Limit, Key: of.charge.Key, Hold: of.redis, Cost: cost}
+					b := a
+					b.Hold = of.inProcs
+					switch rapid.IntRange(0, 9).Draw(t, "forged") {
+					case 0:
+						a.Hold.birth[3]++
+						b.Hold.birth[3]++
+					case 1:
+						a.Hold.index++
+						b.Hold.index++
+					case 2:
+						a.Hold.slice++
+						b.Hold.slice++
+					}
+					theirs, mine = append(theirs, a), append(mine, b)
+				}
+				got, want := make([]Settled, len(theirs)), make([]Settled, len(mine))
+				r.Settle(ctx, theirs, got)
+				m.Settle(mine, want)
+				for i := range got {
+					if got[i] != want[i] {
+						t.Fatalf("%+v at %d\nthe script says %+v\n   the maths say %+v", mine[i], clock.at, got[i], want[i])
+					}
+					expired += got[i].Expired
+					switch s := got[i]; {
+					case !s.Known:
+						settlements["unknown"]++
+					case s.Repeated:
+						settlements["repeated"]++
+					case s.Late:
+						settlements["late"]++
+					default:
+						settlements["on time"]++
+					}
+					if got[i].Forgiven > 0 {
+						settlements["forgiven"]++
+					}
+				}
+				for i := range mine {
+					compare(mine[i].Key, mine)
+				}
+				continue
+			}
+			if what == 9 && rapid.IntRange(0, 3).Draw(t, "lost") == 0 {
+				key := fmt.Sprintf("a%d", sequences)
+				delete(m.shards[m.shardOf(key)].buckets, key)
+				if err := client.Del(ctx, key).Err(); err != nil {
+					t.Fatal(err)
+				}
+			}
 
 			var charges []Charge
 			for _, key := range []string{"a", "b", "c"}[:rapid.IntRange(1, 3).Draw(t, "charges")] {
 				b := rapid.SampledFrom(shapes).Draw(t, "of")
-				charges = append(charges, Charge{
+				c := Charge{
 					Limit: &Limit{
 						Domain:    "d",
 						Name:      key,
@@ -119,7 +238,11 @@ func TestScriptAgreesWithLevelAt(t *testing.T) {
 					Key:    fmt.Sprintf("%s%d", key, sequences),
 					Cost: rapid.OneOf(rapid.Just(int64(1)), rapid.Int64Range(0, 3), rapid.Int64Range(0, b.burst),
 						rapid.Just(b.burst), rapid.Just(int64(1)<<60)).Draw(t, "cost"),
-				})
+				}
+				if holdsAtAll && rapid.IntRange(0, 3).Draw(t, "held") > 0 {
+					c.HoldFor = rapid.SampledFrom([]time.Duration{time.Duration(life), time.Duration(life) * 3, 1}).Draw(t, "hold for")
+				}
+				charges = append(charges, c)
 			}
 			got, want := make([]Verdict, len(charges)), make([]Verdict, len(charges))
 			r.Take(ctx, charges, got)
@@ -127,31 +250,15 @@ func TestScriptAgreesWithLevelAt(t *testing.T) {
 			for i, c := range charges {
 				takes++
 				want[i].Source = RedisSource
+				if !got[i].Hold.IsZero() {
+					out = append(out, bothHolds{c, got[i].Hold, want[i].Hold})
+				}
+				expired += got[i].Expired
+				got[i].Hold, want[i].Hold = withoutBirth(got[i].Hold), withoutBirth(want[i].Hold)
 				if got[i] != want[i] {
 					t.Fatalf("%+v of %+v at %d\nthe script says %+v\n   the maths say %+v", c, c.Limit, clock.at, got[i], want[i])
 				}
-				kept, ok := m.shards[m.shardOf(c.Key)].buckets[c.Key]
-				raw, err := client.Get(ctx, c.Key).Result()
-				if !ok {
-					if !errors.Is(err, redis.Nil) {
-						t.Fatalf("Redis has %q (%v) where nothing had to be stored", raw, err)
-					}
-					continue
-				}
-				if err != nil {
-					t.Fatal(err)
-				}
-				if kept.other != nil {
-					mixed++
-				}
-				if stored := decode(t, raw); !stored.equal(kept) {
-					t.Fatalf("stored %+v, want %+v", stored, kept)
-				}
-				full := kept.fullAfter()
-				ttl, err := client.PTTL(ctx, c.Key).Result()
-				if err != nil || kept.at == clock.at && (ttl < full+time.Second || ttl > full+time.Minute) || ttl < 0 {
-					t.Fatalf("TTL %v (%v) of %+v, which is full in %v", ttl, err, kept, full)
-				}
+				compare(c.Key, charges)
 			}
 		}
 	})
@@ -163,10 +270,16 @@ func TestScriptAgreesWithLevelAt(t *testing.T) {
 	if keys != expires+1 { // the clock
 		t.Errorf("%d keys, of which %d have an end", keys, expires)
 	}
-	if mixed < takes/20 {
-		t.Errorf("%d of %d states had another shape: this says little", mixed, takes)
+	t.Logf("%d sequences, %d takes, %v settlements, %d holds expired; of the states %d had another shape, %d holds, %d a debt; "+
+		"0 mismatches; %s", sequences, takes, settlements, expired, mixed, withHolds, debts, info)
+	for _, kind := range []string{"on time", "late", "repeated", "unknown", "forgiven"} {
+		if settlements[kind] < sequences/100 {
+			t.Errorf("only %d settlements %s: this says little", settlements[kind], kind)
+		}
 	}
-	t.Logf("%d sequences, %d takes, %d states with another shape, 0 mismatches; %s", sequences, takes, mixed, info)
+	if mixed < takes/20 || withHolds < takes/5 || debts < takes/100 || expired < takes/100 {
+		t.Error("too few of some states: this says little")
+	}
 }
 
 func setRapidChecks(t *testing.T, n int) {

@@ -295,7 +295,7 @@ func TestStoredTrouble(t *testing.T) {
 			{Deny, false, 5}, {Delegate, false, 4}, {Allow, false, 4}, {Deny, true, 4},
 		} {
 			client.Del(ctx, good.Key)
-			newer := valid[:2] + "\x02 whatever it may look like"
+			newer := valid[:2] + "\x04 whatever it may look like"
 			set(newer)()
 			c := bad
 			c.Limit = &Limit{Domain: "test", Name: "bad", OnFailure: tt.mode, Shadow: tt.shadow}
@@ -407,25 +407,38 @@ func TestScriptArguments(t *testing.T) {
 	c := charge(bucket(t, 1, time.Second, 5), "a")
 	good := string(appendCharge(nil, &c, true))
 	patch := func(at int, bytes string) string { return good[:at] + bytes + good[at+len(bytes):] }
+	held := c.holding(time.Minute)
+	holds := string(appendCharge(nil, &held, true))
+	settles := string(appendSettlement(nil, &Settlement{Key: c.Key, Hold: Hold{Tokens: 1, birth: newBirth()}}))
 	for name, args := range map[string][]any{
-		"none":             {},
-		"too few":          {good},
-		"too many":         {good + good + good},
-		"one each":         {good, good},
-		"cut":              {good + good[:21]},
-		"empty":            {""},
-		"no rate":          {good + patch(0, "\x00\x00\x00\x00\x00\x00\x00")},
-		"rate too fast":    {good + patch(0, "\xff\xff\xff\xff\xff\xff\xff")},
-		"no period":        {good + patch(7, "\x00\x00\x00\x00\x00\x00")},
-		"period too long":  {good + patch(7, "\xff\xff\xff\xff\xff\xff")},
-		"no burst":         {good + patch(13, "\x00\x00\x00\x00")},
-		"burst too large":  {good + patch(13, "\xff\xff\xff\xff")},
-		"hold unheard of":  {good + patch(21, "\x03")},
-		"hold past 4":      {good + patch(21, "\x07")},
-		"hold far outside": {good + patch(21, "\xff")},
-		"no end":           {good + patch(21, "\x00")},
+		"none":            {},
+		"too few":         {good},
+		"too many":        {good + good + good},
+		"one each":        {good, good},
+		"cut":             {good + good[:21]},
+		"empty":           {""},
+		"no rate":         {good + patch(1, "\x00\x00\x00\x00\x00\x00\x00")},
+		"rate too fast":   {good + patch(1, "\xff\xff\xff\xff\xff\xff\xff")},
+		"no period":       {good + patch(8, "\x00\x00\x00\x00\x00\x00")},
+		"period too long": {good + patch(8, "\xff\xff\xff\xff\xff\xff")},
+		"no burst":        {good + patch(14, "\x00\x00\x00\x00")},
+		"burst too large": {good + patch(14, "\xff\xff\xff\xff")},
+		"veto unheard of": {good + patch(0, "\x03")},
+		"veto past 4":     {good + patch(0, "\x07")},
+		"option of 17":    {good + patch(0, "\x11")},
+		"option of 255":   {good + patch(0, "\xff")},
+		"no end":          {good + patch(0, "\x00")},
+		"no random bytes": {good + holds},
+		"too few of them": {good + holds, "1234567"},
+		"no randomness":   {good + holds, "\x00\x00\x00\x00\x00\x00\x00\x00"},
+		"life cut":        {good + holds[:len(holds)-1], "12345678"},
+		"life too short":  {good + holds[:len(holds)-5] + "\x00\x00\x00\x00\x01", "12345678"},
+		"life too long":   {good + holds[:len(holds)-5] + "\xff\xff\xff\xff\xff", "12345678"},
+		"settlement cut":  {good + settles[:22]},
+		"settlement amid": {patch(0, "\x00") + settles},
+		"more than that":  {settles + settles + settles},
 	} {
-		err := client.Eval(t.Context(), newScript("take", serverClock).text, []string{"a", "b"}, args...).Err()
+		err := client.Eval(t.Context(), newScript(serverClock).text, []string{"a", "b"}, args...).Err()
 		if err == nil || !strings.HasPrefix(err.Error(), "SLUICE ") {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -433,7 +446,7 @@ func TestScriptArguments(t *testing.T) {
 	if keys := client.Keys(t.Context(), "*").Val(); len(keys) != 0 {
 		t.Errorf("written: %q", keys)
 	}
-	if err := client.Eval(t.Context(), newScript("take", serverClock).text, []string{"a", "b"},
+	if err := client.Eval(t.Context(), newScript(serverClock).text, []string{"a", "b"},
 		good+good).Err(); err != nil {
 		t.Error(err)
 	}
@@ -453,12 +466,13 @@ func TestReplyOfAnother(t *testing.T) {
 		}
 		return r.read(a.at, a.reply, c, make([]Verdict, 1))
 	}
-	const at = "\x00\x00\x00\x00\x00\x00\x01"
-	good := at + "\x03\x00\x00\x00\x05\x00\x00\x00\x00\x00\x00"
+	const at, held = "\x00\x00\x00\x00\x00\x00\x01", "\x00\x00\x00\x00"
+	good := at + "\x03\x00\x00\x00\x05\x00\x00\x00\x00\x00\x00" + held
 	for _, reply := range []string{
-		"", at, at[:6], at + "\x03", good[:17], good + "\x00", good + good, at + "\x08",
-		at + "\x08NEWER    ", at + "\x08NEWER      ", "OK",
-		at + "\x03\x00\x00\x00\x06\x00\x00\x00\x00\x00\x00", at + "\x03\x00\x00\x00\x05\xff\xff\xff\xff\xff\xff",
+		"", at, at[:6], at + "\x03", good[:21], good + "\x00", good + good, at + "\x08",
+		at + "\x08NEWER        ", at + "\x08NEWER          ", "OK",
+		at + "\x03\x00\x00\x00\x06\x00\x00\x00\x00\x00\x00" + held,
+		at + "\x03\x00\x00\x00\x05\xff\xff\xff\xff\xff\xff" + held,
 	} {
 		if err := read(reply); !errors.Is(err, errReply) {
 			t.Errorf("%q: %v", reply, err)

@@ -133,7 +133,7 @@ func shapesRedis(t *testing.T, o RedisOptions) (s shapesStore) {
 	s.clock = func(at int64) {
 		now = at
 		for _, r := range stores {
-			r.takeScript = newScript("take", fmt.Sprintf("return %%s(%d)", at))
+			r.script = newScript(fmt.Sprintf("return take(%d)", at))
 		}
 	}
 	runs := 0

@@ -6,13 +6,14 @@ import (
 )
 
 // state is what a store keeps of a bucket: the level that it had at an instant,
-// in microseconds of the store's clock, and the shape that it had then.
+// in microseconds of the store's clock, the shape that it had then, and what is
+// held.
 //
 // An absent bucket is a full one, whatever the shape that asks next. So a store
 // drops a bucket only when it is full in every shape that has used it since it
-// was last absent (fullAfter). If one shape's end counted, the other's burst
-// would be granted again each time: with a burst of 1000 at 1000/d and one of 10
-// at 10/s, every six seconds.
+// was last absent, and its holds are forgotten (keepFor). If one shape's end
+// counted, the other's burst would be granted again each time: with a burst of
+// 1000 at 1000/d and one of 10 at 10/s, every six seconds.
 type state struct {
 	shape Bucket
 	level level
@@ -22,59 +23,96 @@ type state struct {
 	// all of them. It is nil where shape itself is such a one; that is so for all
 	// buckets whose shape never changed.
 	other *Bucket
+	// holds is nil where nothing is held or was held lately.
+	holds *holds
 }
 
-// fullAfter is how long after its instant the bucket is full in every shape
-// that has used it, if nothing is taken: the earliest that a store may drop it.
-func (s state) fullAfter() time.Duration {
-	own := s.shape.wait(s.level, s.shape.burst)
-	if s.other == nil {
-		return own
-	}
-	return max(own, time.Duration(math.Ceil(s.other.fillFrom(s.level.tokens)))*time.Microsecond)
-}
-
-// otherFor is the other of the state that follows s when the shape b uses the
-// bucket at an instant.
-func (s state) otherFor(b Bucket, now int64) *Bucket {
-	switch {
-	case s.shape == b && s.other == nil, max(0, now-s.at) >= s.fullAfter().Microseconds():
-		return nil
-	case s.shape == b:
-		return s.other
-	}
-	other := s.shape
+// keepFor is how long after its instant a store must keep the state, if nothing
+// is taken: until the bucket is full in every shape that has used it, and its
+// holds are forgotten.
+func (s state) keepFor() time.Duration {
+	keep := s.shape.wait(s.level, s.shape.burst)
 	if s.other != nil {
-		other = slower(s.shape, *s.other)
+		keep = max(keep, time.Duration(s.otherFullAfter())*time.Microsecond)
 	}
-	if b.covers(other) {
-		return nil
+	if s.holds == nil {
+		return keep
 	}
-	return &other
+	last, forgotten := s.holds.ends()
+	return max(keep+time.Duration(max(0, last-s.at))*time.Microsecond, time.Duration(forgotten-s.at)*time.Microsecond)
 }
 
-// levelAt returns what a bucket with the stored state s holds at the instant now,
-// as a level of the limit's shape b, before anything is taken. It does no I/O and
-// reads no clock; the Lua script computes exactly the same, and a test compares
-// the two.
+// otherFullAfter is how many microseconds after its instant the bucket is full in
+// its other shape, if nothing is held.
+func (s state) otherFullAfter() int64 { return int64(math.Ceil(s.other.fillFrom(s.level.tokens))) }
+
+// next returns the state that follows s when the shape b uses the bucket at the
+// instant now, before anything is taken. It does no I/O and reads no clock; the
+// Lua script computes exactly the same, and a test compares the two.
 //
 // The bucket refills in its stored shape up to now, so that a changed limit finds
 // the tokens that were there, at most its own burst; from then on the new shape
-// counts. If moved is true, the new state must be stored even if the take is
-// denied. It is true if the clock went back, as the bucket would otherwise not
-// refill until the clock has caught up; and if the shape changed, as a raised
-// rate counts from now on, not from the next grant.
-func levelAt(s state, b Bucket, now int64) (l level, moved bool) {
-	l = s.level
-	if now < s.at {
-		moved = true
-	} else {
-		l = s.shape.refill(l, now-s.at)
+// counts. Neither what is held nor a debt changes with the shape.
+//
+// If moved is true, the new state must be stored even if the take is denied. It
+// is true if the clock went back, as the bucket would otherwise not refill until
+// the clock has caught up; if the shape changed, as a raised rate counts from now
+// on, not from the next grant; and if holds ended or were forgotten. Only then
+// does next change the holds of s, which are those of the new state, too. expired
+// is how many holds ended without a settlement.
+func (s state) next(b Bucket, now int64) (n state, moved bool, expired int) {
+	n = s
+	elapsed := now - s.at
+	if moved = elapsed < 0; moved {
+		elapsed, n.at = 0, now
+	}
+	var held, fullAfter int64
+	if s.other != nil {
+		fullAfter = s.otherFullAfter()
+	}
+	if s.holds != nil {
+		last, _ := s.holds.ends()
+		fullAfter += max(0, last-s.at)
+		var changed bool
+		expired, changed = n.endHolds(now, moved)
+		moved = moved || changed
+		held = n.held()
+	}
+	n.level = s.shape.refill(n.level, now-n.at, s.shape.burst-held)
+	n.at = now
+	full := n.level.tokens == s.shape.burst
+	if full && n.other != nil && (elapsed >= fullAfter || n.other.burst <= s.shape.burst) {
+		n.other = nil
 	}
 	if s.shape != b {
-		l, moved = b.convert(l, s.shape), true
+		if !full || n.other != nil {
+			n.other = b.otherThan(s.shape, n.other)
+		}
+		n.level = b.convert(n.level, s.shape, max(0, b.burst-held))
+		n.shape, moved = b, true
 	}
-	return l, moved
+	return n, moved, expired
+}
+
+// levelAt returns what can be taken from a bucket with the stored state s at the
+// instant now, as a level of the limit's shape b, and what is held. It leaves s
+// as it is.
+func levelAt(s state, b Bucket, now int64) (l level, held int64) {
+	s.holds = s.holds.clone()
+	n, _, _ := s.next(b, now)
+	return n.level, n.held()
+}
+
+// otherThan returns the other shape to keep when the shape b uses a bucket that
+// is not full in shape, or not in other; other may be nil.
+func (b Bucket) otherThan(shape Bucket, other *Bucket) *Bucket {
+	if other != nil {
+		shape = slower(shape, *other)
+	}
+	if b.covers(shape) {
+		return nil
+	}
+	return &shape
 }
 
 // covers reports whether b, from every level, is full no earlier than o. The

@@ -1,32 +1,44 @@
 #!lua
--- This script has two functions, take and refund; a last line that calls one of
--- them is appended.
---
--- take draws the costs of each request from its buckets, from all of them or from
--- none. One call carries the takes of many requests, one after another: each sees
--- what those before it left, and a bucket that several draw from is read once and
--- written once.
+-- This script draws the costs of each request from its buckets, from all of them
+-- or from none, and settles what earlier takes hold. One call carries many
+-- requests and settlements, one after another: each sees what those before it
+-- left, and a bucket that several use is read once and written once. A last line
+-- that calls take is appended.
 --
 -- The shebang has no flags, so Redis refuses the whole script, before its first
 -- line, if it could not write: out of memory, a read-only replica, too few
 -- replicas, a failed save.
 --
--- KEYS are the buckets of the charges, request by request. Several requests may
--- name the same bucket; one request names each bucket once. ARGV[1] has one packed
--- charge after another: the limit's rate (n tokens each p microseconds) and burst,
--- the cost in tokens, and one byte, hold. It says when the other charges of the
--- request are not taken: 0 if this bucket denies or fails, 1 only if it denies, 2
--- never (a shadow limit, which is taken by itself). It is 4 more for the last
--- charge of a request.
+-- KEYS are the buckets of the charges and settlements, in their order. Several
+-- requests may name the same bucket; one request names each bucket once. ARGV[1]
+-- has one packed charge or settlement after another.
 --
--- The reply is one string: the instant (7 bytes), and for each charge in turn 11
+-- A charge is one byte of options, the limit's rate (n tokens each p microseconds)
+-- and burst, and the cost in tokens. The options say when the other charges of
+-- the request are not taken: 0 if this bucket denies or fails, 1 only if it
+-- denies, 2 never (a shadow limit, which is taken by itself). They are 4 more for
+-- the last charge of a request, and 8 more if the cost is to be held; its life in
+-- microseconds follows then. ARGV[2] has 8 random bytes if any cost is to be held.
+--
+-- A settlement is the option 16, how many tokens are held, what they have cost,
+-- and the name of the hold: the birth of the bucket's holds, the number of the
+-- slice, and the index in it.
+--
+-- The reply is one string: the instant (7 bytes), and for each charge in turn 15
 -- bytes: flags (1 allowed, 2 taken, 4 the stored state was invalid, 8 the bucket
--- failed), then the tokens before the take, whole (4 bytes) and p-ths of one (6
--- bytes), or the first ten bytes of the code of the failure.
+-- failed), then the tokens before the take, whole (4 bytes, a debt is negative)
+-- and p-ths of one (6 bytes), and how much is held after it (4 bytes); or the code
+-- of the failure. For a charge that holds 18 more: the name of the hold (14 bytes,
+-- zeros if there is none), and how many holds ended without a settlement since.
+-- For each settlement 15 bytes: flags (1 the hold was known, 2 it was settled
+-- before, 4 it came late, 8 the bucket failed), the tokens returned, those taken
+-- besides (4 bytes each), and how many holds ended without a settlement since; or
+-- the code of the failure.
 --
 -- All numbers are doubles, exact up to 2^53. Arguments and stored states are
 -- checked against these bounds: n <= 1e15 < 2^50, p < 2^45, tokens and burst
--- <= 1e9 < 2^30, now < 2^53. The arithmetic is that of bucket.go, line by line.
+-- <= 1e9 < 2^30, now < 2^53. The arithmetic is that of bucket.go, state.go and
+-- hold.go, line by line.
 
 local MAGIC = '\181\8'
 -- Version 1: magic, version, tokens, p-ths of a token, instant in microseconds,
@@ -34,13 +46,19 @@ local MAGIC = '\181\8'
 -- one allocation. Every later version must begin with magic and version, too.
 local STATE, STATE_SIZE = '>c2BI4I6I7I4I7I6', 37
 -- Version 2 is version 1 followed by another shape (burst, n, p); see state.other
--- in bucket.go. It is written only if there is such a shape.
+-- in state.go. It is written only if there is such a shape.
 local MIXED, MIXED_SIZE = '>c2BI4I6I7I4I7I6I4I7I6', 54
-local CHARGE, CHARGE_SIZE = '>I7I6I4I4B', 22
--- A refund is a charge with the instant of its take in the place of hold.
-local REFUND, REFUND_SIZE = '>I7I6I4I4I7', 28
+-- Version 3 is version 2 with a level that may be negative (its other shape is 0
+-- if there is none), followed by the holds: their birth, the number of the next
+-- slice, how many slices there are; and the slices, each with its bits. It is
+-- written only if there are slices or a debt.
+local HELD, HELD_SIZE = '>c2Bi4I6I7I4I7I6I4I7I6c8I4B', 67
+local CHARGE, CHARGE_SIZE = '>BI7I6I4I4', 22
+local SETTLEMENT, SETTLEMENT_SIZE = '>BI4I4c8I4I2', 23
 
 local MAX_N, MIN_P, MAX_P, MAX_TOKENS, MAX_TIME = 1e15, 1e6, 31622400000000, 1e9, 2^53
+local MIN_LIFE, MAX_LIFE = 1e4, 8.64e10 -- of a hold, in microseconds
+local NO_BIRTH, NO_NAME = '\0\0\0\0\0\0\0\0', '\0\0\0\0\0\0\0\0\0\0\0\0\0\0'
 -- SLACK is how many milliseconds a bucket is kept after it is full again. Neither
 -- rounding nor a lag between the clocks that Redis uses for TIME and for expiry
 -- may drop a bucket that is not full.
@@ -68,12 +86,16 @@ local function muldiv(x, y, d)
   return q, r
 end
 
--- refill returns the level (tokens, p-ths) after some microseconds.
-local function refill(tokens, frac, elapsed, burst, n, p)
-  local room = burst - tokens
+-- refill returns the level (tokens, p-ths) after some microseconds: refilled, but
+-- to at most so many tokens.
+local function refill(tokens, frac, elapsed, most, n, p)
+  local room = most - tokens
+  if room <= 0 then
+    return tokens, frac
+  end
   local a = math.floor(elapsed / p)
   if a * n >= room then -- inexact only from 2^53 on, far above any room
-    return burst, 0
+    return most, 0
   end
   local q, r = muldiv(elapsed - a * p, n, p)
   local arrived = a * n + q
@@ -82,7 +104,7 @@ local function refill(tokens, frac, elapsed, burst, n, p)
     frac, arrived = frac - p, arrived + 1
   end
   if arrived >= room then
-    return burst, 0
+    return most, 0
   end
   return tokens + arrived, frac
 end
@@ -105,65 +127,291 @@ local function covers(burst, n, p, obst, on, op)
   return obst <= burst and fill_from(0, obst, on, op) <= fill_from(0, burst, n, p)
 end
 
--- other_for returns the other shape (burst, n, p; or nil) to store when the shape
--- of burst, n and p uses a bucket that another shape used, and that is not full in
--- all of them. See otherFor in bucket.go.
-local function other_for(old_burst, old_n, old_p, obst, on, op, burst, n, p)
-  if old_burst ~= burst or old_n ~= n or old_p ~= p then
-    if not obst or covers(old_burst, old_n, old_p, obst, on, op) then
-      obst, on, op = old_burst, old_n, old_p
-    elseif not covers(obst, on, op, old_burst, old_n, old_p) then
-      if not (on / op < old_n / old_p) then
-        on, op = old_n, old_p
-      end
-      obst = math.max(obst, old_burst)
+-- other_than returns the other shape (burst, n, p; or nil) to store when the shape
+-- of burst, n and p uses a bucket that is not full in the old shape, or not in
+-- the other one, which may be nil. See otherThan in state.go.
+local function other_than(old_burst, old_n, old_p, obst, on, op, burst, n, p)
+  if not obst or covers(old_burst, old_n, old_p, obst, on, op) then
+    obst, on, op = old_burst, old_n, old_p
+  elseif not covers(obst, on, op, old_burst, old_n, old_p) then
+    if not (on / op < old_n / old_p) then
+      on, op = old_n, old_p
     end
+    obst = math.max(obst, old_burst)
   end
-  if not obst or covers(burst, n, p, obst, on, op) then
+  if covers(burst, n, p, obst, on, op) then
     return nil
   end
   return obst, on, op
 end
 
--- load decodes a stored state, and returns what the bucket holds now in the shape
+-- holding returns the functions for buckets with holds; see hold.go. Redis makes
+-- all functions of a script anew in each call, so these are made only if a bucket
+-- needs them.
+local function holding()
+  local lib = {}
+  -- A slice: number, end, life, left, count, open, expired (0 or 1).
+  local SLICE, SLICE_SIZE = '>I4I7I5I4I2I2B', 25
+  local SLICE_PARTS, MAX_SLICES, MAX_SLICE_HOLDS = 12, 64, 8192
+
+  -- load decodes the slices of a state of version 3. It returns nil if they
+  -- are invalid.
+  function lib.load(raw, birth, next, count)
+    local h = { birth = birth, next = next, total = 0 }
+    local pos = HELD_SIZE + 1
+    for i = 1, count do
+      if pos + SLICE_SIZE > #raw + 1 then
+        return nil
+      end
+      local e = {}
+      e.number, e.ends, e.life, e.left, e.count, e.open, e.expired, pos = struct.unpack(SLICE, raw, pos)
+      local size = math.ceil(e.count / 8)
+      e.settled = string.sub(raw, pos, pos + size - 1)
+      pos = pos + size
+      e.expired = e.expired == 1
+      if #e.settled < size or e.open > e.count or e.expired and e.open > 0 or e.open == 0 and e.left > 0 then
+        return nil
+      end
+      h[i], h.total = e, h.total + e.left
+    end
+    return pos == #raw + 1 and h or nil
+  end
+
+  -- ends returns when the last open hold ends, and when the last slice is forgotten.
+  function lib.ends(h)
+    local last, forgotten = 0, 0
+    for i = 1, #h do
+      if h[i].open > 0 then
+        last = math.max(last, h[i].ends)
+      end
+      forgotten = math.max(forgotten, h[i].ends + h[i].life)
+    end
+    return last, forgotten
+  end
+
+  -- keep drops the slices for which a function is false, and returns how many.
+  local function keep(h, wanted)
+    local kept, count = 0, #h
+    for i = 1, count do
+      local e = h[i]
+      h[i] = nil
+      if wanted(e) then
+        kept = kept + 1
+        h[kept] = e
+      end
+    end
+    return count - kept
+  end
+
+  local function by_end(a, b)
+    return a.ends < b.ends or a.ends == b.ends and a.number < b.number
+  end
+
+  -- finish ends the holds whose time has come, and forgets slices. It returns the
+  -- level and its instant then, how many holds ended, and whether anything changed.
+  function lib.finish(h, tokens, frac, at, burst, n, p, now, back)
+    if back then
+      for i = 1, #h do
+        h[i].ends = math.min(h[i].ends, now + h[i].life)
+      end
+      table.sort(h, by_end)
+    end
+    local expired, changed = 0, false
+    for i = 1, #h do
+      local e = h[i]
+      if e.open > 0 and e.ends <= now then
+        if e.ends > at then
+          tokens, frac = refill(tokens, frac, e.ends - at, burst - h.total, n, p)
+          at = e.ends
+        end
+        expired, h.total, changed = expired + e.open, h.total - e.left, true
+        e.open, e.left, e.expired = 0, 0, true
+      end
+    end
+    local dropped = keep(h, function(e)
+      return e.open > 0 or e.ends > now or e.expired and e.ends + e.life > now
+    end)
+    return tokens, frac, at, expired, changed or dropped > 0
+  end
+
+  -- insert adds an empty slice and returns its index, or nil if there is no room.
+  local function insert(h, ending)
+    if h.next == 2^32 - 1 then
+      return nil
+    end
+    keep(h, function(e) return e.open > 0 or e.expired end)
+    if #h == MAX_SLICES then
+      local oldest
+      for i = MAX_SLICES, 1, -1 do
+        oldest = h[i].expired and i or oldest
+      end
+      if not oldest then
+        return nil
+      end
+      table.remove(h, oldest)
+    end
+    local i = #h + 1
+    while i > 1 and h[i - 1].ends > ending do
+      i = i - 1
+    end
+    table.insert(h, i,
+      { number = h.next, ends = ending, life = 0, left = 0, count = 0, open = 0, expired = false, settled = '' })
+    h.next = h.next + 1
+    return i
+  end
+
+  -- hold holds some tokens, which the caller takes from the level, and returns the
+  -- number of the slice and the index in it; nil if there is no room.
+  function lib.hold(h, cost, life, now)
+    local part = math.floor(life / SLICE_PARTS)
+    local ending = math.floor((now + life + part - 1) / part) * part
+    local i = #h
+    while i > 0 and h[i].ends > ending do
+      i = i - 1
+    end
+    if i == 0 or h[i].ends ~= ending or h[i].expired or h[i].count == MAX_SLICE_HOLDS then
+      i = insert(h, ending)
+      if not i then
+        return nil
+      end
+    end
+    local e = h[i]
+    local index = e.count
+    e.life = math.max(e.life, life + part)
+    if index % 8 == 0 then
+      e.settled = e.settled .. '\0'
+    end
+    e.count, e.open, e.left, h.total = index + 1, e.open + 1, e.left + cost, h.total + cost
+    return e.number, index
+  end
+
+  -- settle ends a hold of so many tokens, which has cost some. It returns the new
+  -- level, and for the reply flags, the tokens returned, and those taken besides.
+  function lib.settle(h, tokens, frac, burst, held, cost, birth, number, index)
+    if not h or h.birth ~= birth then
+      return tokens, frac, 0, 0, 0
+    end
+    local e
+    for i = 1, #h do
+      if h[i].number == number then
+        e = h[i]
+      end
+    end
+    if not e then -- all of its holds have been settled, or its time is over
+      return tokens, frac, number < h.next and 3 or 0, 0, 0
+    elseif index >= e.count then
+      return tokens, frac, 0, 0, 0
+    end
+    local at, bit = math.floor(index / 8) + 1, 2 ^ (index % 8)
+    local byte = string.byte(e.settled, at)
+    if math.floor(byte / bit) % 2 == 1 then
+      return tokens, frac, 3, 0, 0
+    end
+    e.settled = string.sub(e.settled, 1, at - 1) .. string.char(byte + bit) .. string.sub(e.settled, at + 1)
+    local flags, freed = e.expired and 5 or 1, math.min(held, e.left)
+    if not e.expired then
+      e.open = e.open - 1
+      if e.open == 0 then
+        freed = e.left
+      end
+    end
+    e.left, h.total = e.left - freed, h.total - freed
+    local back, more, returned, surcharged = math.min(freed, held) - cost, cost - held, 0, 0
+    if back > 0 then
+      returned = math.max(0, math.min(back, burst - h.total - tokens))
+      tokens = tokens + returned
+      if tokens + h.total >= burst then
+        frac = 0
+      end
+    end
+    if more > 0 then
+      surcharged = math.max(0, math.min(more, tokens + burst))
+      tokens = tokens - surcharged
+    end
+    return tokens, frac, flags, returned, surcharged
+  end
+
+  -- pack returns the packed slices.
+  function lib.pack(h)
+    local slices = {}
+    for i = 1, #h do
+      local e = h[i]
+      slices[i] = struct.pack(SLICE, e.number, e.ends, e.life, e.left, e.count, e.open, e.expired and 1 or 0) .. e.settled
+    end
+    return table.concat(slices)
+  end
+
+  return lib
+end
+
+local lib -- what holding returned
+
+-- load decodes a stored state, and returns what the bucket has now in the shape
 -- that it was stored with: tokens, p-ths, burst, n, p; whether that must be stored
--- even if nothing is taken, because the clock went back; and the other shape, if
--- there is one and the bucket is not full in both. If it cannot decode the state
--- it returns nil, and whether that is because its version is newer. An invalid
--- state counts as an empty bucket from now on.
+-- even if nothing is taken; the other shape, or nil if there is none or the bucket
+-- is full in both; the holds, or nil if there are none; and how many of them ended
+-- without a settlement. If it cannot decode the state it returns nil, and whether
+-- that is because its version is newer. An invalid state counts as an empty bucket
+-- from now on. See next in state.go.
 local function load(raw, now)
   if #raw < 3 or string.sub(raw, 1, 2) ~= MAGIC then
     return nil, false
   end
   local version = string.byte(raw, 3)
-  local _, tokens, frac, at, burst, n, p, obst, on, op
+  local _, tokens, frac, at, burst, n, p, obst, on, op, h
+  local lowest = 0
   if version == 1 and #raw == STATE_SIZE then
     _, _, tokens, frac, at, burst, n, p = struct.unpack(STATE, raw)
   elseif version == 2 and #raw == MIXED_SIZE then
     _, _, tokens, frac, at, burst, n, p, obst, on, op = struct.unpack(MIXED, raw)
-    if not shape_ok(obst, on, op) then
+  elseif version == 3 and #raw >= HELD_SIZE then
+    local birth, next, count
+    _, _, tokens, frac, at, burst, n, p, obst, on, op, birth, next, count = struct.unpack(HELD, raw)
+    if obst == 0 then
+      obst = nil
+    end
+    lib = lib or holding()
+    lowest, h = -MAX_TOKENS, lib.load(raw, birth, next, count)
+    if not h or h.total > MAX_TOKENS then
       return nil, false
+    elseif #h == 0 then
+      h = nil
     end
   else
-    return nil, version >= 2
+    return nil, version >= 4
   end
-  if not (shape_ok(burst, n, p) and tokens <= burst and frac < p and at < MAX_TIME and (tokens < burst or frac == 0)) then
+  if not (shape_ok(burst, n, p) and (not obst or shape_ok(obst, on, op)) and tokens >= lowest and tokens <= burst and
+      frac < p and at < MAX_TIME and (tokens < burst or frac == 0)) then
     return nil, false
   end
-  local elapsed = math.max(0, now - at)
+  local elapsed, back = math.max(0, now - at), now < at
   local due = obst and math.ceil(fill_from(tokens, obst, on, op))
-  tokens, frac = refill(tokens, frac, elapsed, burst, n, p)
-  if due and tokens == burst and elapsed >= due then
+  if due and h then
+    due = due + math.max(0, lib.ends(h) - at)
+  end
+  if back then
+    at = now
+  end
+  local moved, held, expired = back, 0, 0
+  if h then
+    tokens, frac, at, expired, moved = lib.finish(h, tokens, frac, at, burst, n, p, now, back)
+    moved, held = moved or back, h.total
+    if #h == 0 then
+      h = nil
+    end
+  end
+  tokens, frac = refill(tokens, frac, now - at, burst - held, n, p)
+  if due and tokens == burst and (elapsed >= due or obst <= burst) then
     obst = nil
   end
-  return tokens, frac, burst, n, p, now < at, obst, on, op
+  return tokens, frac, burst, n, p, moved, obst, on, op, h, expired
 end
 
--- convert returns a level of the period old_p as one of another shape: at most its
--- burst, and rounded down.
-local function convert(tokens, frac, old_p, burst, p)
-  if tokens >= burst then
-    return burst, 0
+-- convert returns a level of the period old_p as one of another shape: at most so
+-- many tokens, and rounded down.
+local function convert(tokens, frac, old_p, most, p)
+  if tokens >= most then
+    return most, 0
   end
   frac = muldiv(frac, p, old_p)
   return tokens, frac
@@ -179,13 +427,24 @@ local function code(err)
 end
 
 -- store writes a bucket by one SET, with its value and its expiry, and returns the
--- answer. obst is nil if there is no other shape.
-local function store(key, tokens, frac, now, burst, n, p, obst, on, op)
+-- answer. obst is nil if there is no other shape, and h if there are no holds.
+local function store(key, tokens, frac, now, burst, n, p, obst, on, op, h)
   -- The rounding error of this double is far below SLACK.
-  local full = math.ceil(((burst - tokens) * p - frac) / n / 1000)
-  local value
+  local full = math.min(math.ceil(((burst - tokens) * p - frac) / n / 1000), MAX_FILL / 500)
   if obst then
     full = math.max(full, math.ceil(fill_from(tokens, obst, on, op) / 1000))
+  end
+  local value
+  if h or tokens < 0 then
+    local birth, next, count, slices = NO_BIRTH, 0, 0, ''
+    if h then
+      local last, forgotten = lib.ends(h)
+      full = math.max(full + math.ceil(math.max(0, last - now) / 1000), math.ceil((forgotten - now) / 1000))
+      birth, next, count, slices = h.birth, h.next, #h, lib.pack(h)
+    end
+    value = struct.pack(HELD, MAGIC, 3, tokens, frac, now, burst, n, p, obst or 0, on or 0, op or 0,
+      birth, next, count) .. slices
+  elseif obst then
     value = struct.pack(MIXED, MAGIC, 2, tokens, frac, now, burst, n, p, obst, on, op)
   else
     value = struct.pack(STATE, MAGIC, 1, tokens, frac, now, burst, n, p)
@@ -197,19 +456,43 @@ end
 
 local function take(now)
   -- Check every argument before anything is read.
-  local count, packed = #KEYS, ARGV[1]
-  if count < 1 or #ARGV ~= 1 or #packed ~= count * CHARGE_SIZE then
-    return redis.error_reply('SLUICE one argument of ' .. CHARGE_SIZE .. ' bytes for each key, and at least one key')
+  local count, packed, birth = #KEYS, ARGV[1], ARGV[2]
+  if count < 1 or #ARGV < 1 or #ARGV > 2 or birth and (#birth ~= 8 or birth == NO_BIRTH) then
+    return redis.error_reply('SLUICE at least one key, the packed charges, and 8 random bytes')
   end
-  local ns, ps, bursts, costs, holds = {}, {}, {}, {}, {}
+  local options, ns, ps, bursts, costs = {}, {}, {}, {}, {}
+  local lives, settlements -- tables, if any charge holds, and if there are any settlements
+  local pos, size, last = 1, #packed, true
   for i = 1, count do
-    local n, p, burst, cost, hold = struct.unpack(CHARGE, packed, (i - 1) * CHARGE_SIZE + 1)
-    if not shape_ok(burst, n, p) or hold % 4 > 2 or hold > 6 then
-      return redis.error_reply('SLUICE an argument is out of range')
+    if pos + CHARGE_SIZE > size + 1 then
+      return redis.error_reply('SLUICE a packed charge or settlement for each key')
     end
-    ns[i], ps[i], bursts[i], costs[i], holds[i] = n, p, burst, cost, hold
+    local option, n, p, burst, cost, next = struct.unpack(CHARGE, packed, pos)
+    if option == 16 then
+      if not last or pos + SETTLEMENT_SIZE > size + 1 then
+        return redis.error_reply('SLUICE a settlement amid a request, or cut off')
+      end
+      settlements = settlements or {}
+      settlements[i], next = pos, pos + SETTLEMENT_SIZE
+    elseif not shape_ok(burst, n, p) or option % 4 > 2 or option > 14 then
+      return redis.error_reply('SLUICE an argument is out of range')
+    else
+      if option >= 8 then
+        option = option - 8
+        if not birth or next + 5 > size + 1 then
+          return redis.error_reply('SLUICE a hold without a life, or without random bytes')
+        end
+        lives = lives or {}
+        lives[i], next = struct.unpack('>I5', packed, next)
+        if lives[i] < MIN_LIFE or lives[i] > MAX_LIFE then
+          return redis.error_reply('SLUICE an argument is out of range')
+        end
+      end
+      ns[i], ps[i], bursts[i], costs[i], last = n, p, burst, cost, option >= 4
+    end
+    options[i], pos = option, next
   end
-  if holds[count] < 4 then
+  if not last or pos ~= size + 1 then
     return redis.error_reply('SLUICE the last request has no end')
   end
 
@@ -218,6 +501,7 @@ local function take(now)
   local names, tokens, fracs, was_burst, was_n, was_p = {}, {}, {}, {}, {}, {}
   local absent, changed, failed, invalid = {}, {}, {}, {}
   local obst, on, op = {}, {}, {} -- the other shapes
+  local holds, expired -- tables, if any bucket has holds
   local buckets = 0
   for i = 1, count do
     local key = KEYS[i]
@@ -229,11 +513,15 @@ local function take(now)
       if not raw then
         absent[b] = true
       elseif type(raw) == 'string' then
-        local held, frac, burst, n, p, back, other, other_n, other_p = load(raw, now)
-        if held then
-          tokens[b], fracs[b], was_burst[b], was_n[b], was_p[b], changed[b] = held, frac, burst, n, p, back
+        local level, frac, burst, n, p, moved, other, other_n, other_p, h, ended = load(raw, now)
+        if level then
+          tokens[b], fracs[b], was_burst[b], was_n[b], was_p[b], changed[b] = level, frac, burst, n, p, moved
           if other then
             obst[b], on[b], op[b] = other, other_n, other_p
+          end
+          if h or ended > 0 then
+            holds, expired = holds or {}, expired or {}
+            holds[b], expired[b] = h, ended
           end
         elseif frac then
           failed[b] = 'NEWER'
@@ -245,62 +533,94 @@ local function take(now)
       else
         failed[b] = code(raw.err)
       end
-      if invalid[b] then
-        tokens[b], fracs[b], was_burst[b], was_n[b], was_p[b], changed[b] = 0, 0, bursts[i], ns[i], ps[i], true
-      end
     end
     of[i] = b
   end
 
   -- Decide, request by request. A denied take does not store the level that it
-  -- found, or the rounding would add up, unless the clock went back or the shape
-  -- changed: the bucket would then stand still, or refill at its old rate.
-  local flags, held, parts = {}, {}, {}
+  -- found, or the rounding would add up, unless the clock went back, the shape
+  -- changed or holds ended: the bucket would then stand still, or refill at its
+  -- old rate.
+  local flags, level, parts = {}, {}, {} -- of a settlement, level and parts are what was returned and surcharged
+  local names_of, held_after -- tables, if any bucket has holds
+  if lives or settlements or holds then
+    lib, lives, settlements, holds, expired = lib or holding(), lives or {}, settlements or {}, holds or {}, expired or {}
+    names_of, held_after = {}, {}
+  end
   local first, all = 1, true
   for i = 1, count do
-    local b, hold = of[i], holds[i] % 4
+    local b, option = of[i], options[i]
     local flag = 0
-    if failed[b] then
-      all = all and hold ~= 0
+    if holds and settlements[i] then
+      level[i], parts[i] = 0, 0
+      if not failed[b] and not absent[b] and not invalid[b] then
+        local _, held, cost, of_birth, number, index = struct.unpack(SETTLEMENT, packed, settlements[i])
+        tokens[b], fracs[b], flag, level[i], parts[i] =
+          lib.settle(holds[b], tokens[b], fracs[b], was_burst[b], held, cost, of_birth, number, index)
+        if flag == 1 or flag == 5 then
+          changed[b] = true
+          if obst[b] and level[i] > 0 and tokens[b] == was_burst[b] and obst[b] <= was_burst[b] then
+            obst[b] = nil -- as in load
+          end
+        end
+      end
+    elseif failed[b] then
+      all = all and option % 4 ~= 0
     else
       local n, p, burst = ns[i], ps[i], bursts[i]
-      if absent[b] then -- full, whatever its shape
+      if invalid[b] then
+        tokens[b], fracs[b], was_burst[b], was_n[b], was_p[b], changed[b] = 0, 0, burst, n, p, true
+        flag, invalid[b] = 4, nil
+      elseif absent[b] then -- full, whatever its shape
         tokens[b], fracs[b], was_burst[b], was_n[b], was_p[b] = burst, 0, burst, n, p
       elseif was_p[b] ~= p or was_n[b] ~= n or was_burst[b] ~= burst then
         if obst[b] or tokens[b] < was_burst[b] then
-          obst[b], on[b], op[b] = other_for(was_burst[b], was_n[b], was_p[b], obst[b], on[b], op[b], burst, n, p)
+          obst[b], on[b], op[b] = other_than(was_burst[b], was_n[b], was_p[b], obst[b], on[b], op[b], burst, n, p)
         end
-        tokens[b], fracs[b] = convert(tokens[b], fracs[b], was_p[b], burst, p)
+        local most = holds and holds[b] and math.max(0, burst - holds[b].total) or burst
+        tokens[b], fracs[b] = convert(tokens[b], fracs[b], was_p[b], most, p)
         was_burst[b], was_n[b], was_p[b], changed[b] = burst, n, p, true
       end
-      held[i], parts[i] = tokens[b], fracs[b]
-      if invalid[b] then
-        flag, invalid[b] = 4, nil
-      end
-      if held[i] >= costs[i] then
+      level[i], parts[i] = tokens[b], fracs[b]
+      if level[i] >= costs[i] then
         flag = flag + 1
-      elseif hold ~= 2 then
+      elseif option % 4 ~= 2 then
         all = false
       end
     end
     flags[i] = flag
-    if holds[i] >= 4 then -- the request's last: all of its verdicts are known
+    if option >= 4 and option < 16 then -- the request's last: all of its verdicts are known
       for j = first, i do
-        if flags[j] % 2 == 1 and (all or holds[j] % 4 == 2) then
+        if flags[j] % 2 == 1 and (all or options[j] % 4 == 2) then
           flags[j] = flags[j] + 2
-          if costs[j] > 0 then
-            b = of[j]
+          b = of[j]
+          if holds and lives[j] then
+            holds[b] = holds[b] or { birth = birth, next = 0, total = 0 }
+            local number, index = lib.hold(holds[b], costs[j], lives[j], now)
+            if number then
+              names_of[j] = struct.pack('>c8I4I2', holds[b].birth, number, index)
+            elseif #holds[b] == 0 then
+              holds[b] = nil
+            end
+          end
+          if costs[j] > 0 or holds and lives[j] then
             tokens[b], changed[b], absent[b] = tokens[b] - costs[j], true, nil
           end
         end
+        if holds then
+          held_after[j] = holds[of[j]] and holds[of[j]].total or 0
+        end
       end
       first, all = i + 1, true
+    elseif holds and settlements[i] then
+      first = i + 1
     end
   end
 
   for b = 1, buckets do
     if changed[b] then
-      local done = store(names[b], tokens[b], fracs[b], now, was_burst[b], was_n[b], was_p[b], obst[b], on[b], op[b])
+      local done = store(names[b], tokens[b], fracs[b], now, was_burst[b], was_n[b], was_p[b], obst[b], on[b], op[b],
+        holds and holds[b])
       if done.err then -- the buckets before it stay charged: tokens are lost, never granted twice
         failed[b] = code(done.err)
       end
@@ -309,61 +629,21 @@ local function take(now)
 
   local reply = {}
   for i = 1, count do
-    local why = failed[of[i]]
+    local b = of[i]
+    local why = failed[b]
     if why then
-      reply[i] = struct.pack('>Bc10', 8, string.sub(why .. '          ', 1, 10))
+      reply[i] = struct.pack('>Bc14', 8, string.sub(why .. '              ', 1, 14))
+    elseif holds and settlements[i] then
+      reply[i] = struct.pack('>BI4I4I6', flags[i], level[i], parts[i], expired[b] or 0)
+      expired[b] = 0
     else
-      reply[i] = struct.pack('>BI4I6', flags[i], held[i], parts[i])
+      reply[i] = struct.pack('>Bi4I6I4', flags[i], level[i], parts[i], holds and held_after[i] or 0)
+    end
+    if holds and lives[i] then
+      reply[i] = reply[i] .. (names_of[i] or NO_NAME) .. struct.pack('>I4', expired[b] or 0)
+      expired[b] = 0
     end
   end
   return struct.pack('>I7', now) .. table.concat(reply)
-end
-
--- refund puts back what a request took from these buckets, because another bucket
--- then denied the request. To put back the whole cost would break the bound: the
--- bucket has refilled since the take, and if it had been full those tokens would
--- have been lost. So it puts back the cost less what refilled since the take, and
--- nothing if the clock went back. An absent bucket is full and stays absent.
-local function refund(now)
-  if #ARGV ~= #KEYS then
-    return redis.error_reply('SLUICE one argument for each key')
-  end
-  for i = 1, #KEYS do
-    if #ARGV[i] ~= REFUND_SIZE then
-      return redis.error_reply('SLUICE an argument is not ' .. REFUND_SIZE .. ' bytes')
-    end
-    local n, p, burst, cost, at = struct.unpack(REFUND, ARGV[i])
-    if not shape_ok(burst, n, p) or cost > burst then
-      return redis.error_reply('SLUICE an argument is out of range')
-    end
-    if now >= at then
-      local tokens, frac = refill(0, 0, now - at, cost, n, p) -- of the cost, what refilled since
-      tokens, frac = cost - tokens, -frac
-      if frac < 0 then
-        tokens, frac = tokens - 1, frac + p
-      end
-      local raw = redis.pcall('GET', KEYS[i])
-      if (tokens > 0 or frac > 0) and type(raw) == 'string' then
-        local held, part, old_burst, old_n, old_p, _, obst, on, op = load(raw, now)
-        if held then
-          if old_p ~= p or old_n ~= n or old_burst ~= burst then
-            if obst or held < old_burst then
-              obst, on, op = other_for(old_burst, old_n, old_p, obst, on, op, burst, n, p)
-            end
-            held, part = convert(held, part, old_p, burst, p)
-          end
-          tokens, frac = held + tokens, part + frac
-          if frac >= p then
-            tokens, frac = tokens + 1, frac - p
-          end
-          if tokens >= burst then
-            tokens, frac = burst, 0
-          end
-          store(KEYS[i], tokens, frac, now, burst, n, p, obst, on, op)
-        end
-      end
-    end
-  end
-  return ''
 end
 

@@ -156,7 +156,7 @@ func everything(t *testing.T, config string, nodes []*redis.Client) (failed []st
 		}
 	}
 	take("203.0.113.1", limiter.Allowed)
-	take("203.0.113.1", limiter.Limited) // on a cluster the token of the other slot is refunded
+	take("203.0.113.1", limiter.Limited) // on a cluster the token of the other slot is returned
 	for _, n := range nodes {
 		if err := n.ScriptFlush(ctx).Err(); err != nil {
 			t.Fatal(err)
