@@ -153,3 +153,118 @@ func BenchmarkStorage(b *testing.B) {
 		})
 	}
 }
+
+// BenchmarkHolds shows why the holds of a bucket are kept as slices of time with
+// a bit for each. It compares that with a hash of numbered holds beside the
+// bucket, and with numbered holds in the bucket's string. An operation is one hold
+// and one settlement, with so many others open.
+//
+//	go test ./limiter -run '^$' -bench Holds -benchtime 3000x
+//
+// The scripts for the two others keep holds and do nothing else, so their figures
+// are the least that these could cost.
+func BenchmarkHolds(b *testing.B) {
+	const key = "sluice:default:limit:{-}"
+	hash := redis.NewScript(`#!lua
+		local raw = redis.call('GET', KEYS[1]) or string.rep('\0', 37)
+		local at = redis.call('TIME')[1]
+		if ARGV[1] == 'hold' then
+			redis.call('HSET', KEYS[2], ARGV[2], '1:' .. at)
+			redis.call('PEXPIRE', KEYS[2], 60000)
+		else
+			redis.call('HGET', KEYS[2], ARGV[2])
+			redis.call('HDEL', KEYS[2], ARGV[2])
+		end
+		redis.call('SET', KEYS[1], raw, 'PX', 60000)
+		return 1`)
+	numbered := redis.NewScript(`#!lua
+		local raw = redis.call('GET', KEYS[1]) or string.rep('\0', 37)
+		local at = redis.call('TIME')[1]
+		if ARGV[1] == 'hold' then
+			raw = raw .. struct.pack('>I4I4I5', ARGV[2], 1, at)
+		else
+			local want, low, high = tonumber(ARGV[2]), 0, (#raw - 37) / 13 - 1
+			while low < high do
+				local middle = math.floor((low + high) / 2)
+				if struct.unpack('>I4', raw, 37 + middle * 13 + 1) < want then
+					low = middle + 1
+				else
+					high = middle
+				end
+			end
+			raw = string.sub(raw, 1, 37 + low * 13) .. string.sub(raw, 37 + low * 13 + 14)
+		end
+		redis.call('SET', KEYS[1], raw, 'PX', 60000)
+		return 1`)
+	ctx := context.Background()
+	byScript := func(script *redis.Script) func(*testing.B, *redistest.Server) (hold func() int, settle func(int)) {
+		return func(b *testing.B, s *redistest.Server) (func() int, func(int)) {
+			client, next := s.Client(), 0
+			run := func(what string, id int) {
+				if err := script.Run(ctx, client, []string{key, key + "holds"}, what, id).Err(); err != nil {
+					b.Fatal(err)
+				}
+			}
+			hold := func() int {
+				next++
+				run("hold", next)
+				return next
+			}
+			return hold, func(id int) { run("settle", id) }
+		}
+	}
+	for _, tt := range []struct {
+		name string
+		open func(*testing.B, *redistest.Server) (hold func() int, settle func(int))
+	}{
+		{"slices", func(b *testing.B, s *redistest.Server) (func() int, func(int)) {
+			r := newTestRedis(b, s, serverClock)
+			c := charge(bucket(b, MaxTokens, time.Second, MaxTokens), "").holding(time.Minute)
+			c.Key = key
+			var all []Hold
+			hold := func() int {
+				var v [1]Verdict
+				if r.Take(ctx, []Charge{c}, v[:]); v[0].Hold.IsZero() {
+					b.Fatalf("%+v", v[0])
+				}
+				all = append(all, v[0].Hold)
+				return len(all) - 1
+			}
+			return hold, func(id int) {
+				var settled [1]Settled
+				r.Settle(ctx, []Settlement{{Limit: c.Limit, Key: key, Hold: all[id]}}, settled[:])
+				if settled[0].Returned != 1 {
+					b.Fatalf("%+v", settled[0])
+				}
+			}
+		}},
+		{"hash", byScript(hash)},
+		{"numbered", byScript(numbered)},
+	} {
+		for _, others := range []int{1, 100, 10_000} {
+			b.Run(fmt.Sprintf("%s/open=%d", tt.name, others), func(b *testing.B) {
+				server := redistest.Start(b)
+				hold, settle := tt.open(b, server)
+				var open []int
+				for range others {
+					open = append(open, hold())
+				}
+				var size int64
+				for _, k := range []string{key, key + "holds"} {
+					if n, err := server.Client().MemoryUsage(ctx, k, 0).Result(); err == nil {
+						size += n
+					}
+				}
+				before := server.CPU()
+				b.ResetTimer()
+				for range b.N {
+					settle(open[0])
+					open = append(open[1:], hold())
+				}
+				b.StopTimer()
+				b.ReportMetric(float64((server.CPU()-before).Microseconds())/float64(b.N), "redis-µs/op")
+				b.ReportMetric(float64(size), "B")
+			})
+		}
+	}
+}
