@@ -86,7 +86,10 @@ const (
 	// that of holds in a slice. Together they bound a state to some 67 kB.
 	maxSlices     = 64
 	maxSliceHolds = 8192
-	// MinHold and MaxHold are the range of a hold's life.
+)
+
+// The range of a hold's life.
+const (
 	MinHold = 10 * time.Millisecond
 	MaxHold = 24 * time.Hour
 )

@@ -83,9 +83,9 @@ func (b *breaker) failed(err *StoreError) *StoreError {
 	return b.refusalLocked()
 }
 
-// connected records that a connection could be made, which makes it worth while
-// to probe the node at once.
-func (b *breaker) connected() {
+// probeNext lets the next take probe the node: a connection could be made, or
+// there are new credentials.
+func (b *breaker) probeNext() {
 	if !b.isOpen() {
 		return
 	}

@@ -202,7 +202,7 @@ func (n *node) open() {
 	}
 	n.refused, n.retryAt = nil, time.Time{}
 	if n.held++; n.held == 1 {
-		n.connected()
+		n.probeNext()
 	}
 	if n.latency == 0 {
 		n.latency = on.latency
@@ -212,8 +212,10 @@ func (n *node) open() {
 	n.startBatchLocked()
 }
 
-// retry lets the next attempt to connect begin at once.
+// retry lets the next attempt to connect begin at once, and the next take cause
+// it, even if the breaker is open.
 func (n *node) retry() {
+	n.probeNext()
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.retryAt = time.Time{}

@@ -161,7 +161,9 @@ func parseState(raw string) (state, error) {
 	}
 	version := raw[len(stateMagic)]
 	switch {
-	case version == 1 && len(raw) == stateSize, version == 2 && len(raw) == mixedSize, version == 3 && len(raw) >= heldSize:
+	case version == 1 && len(raw) == stateSize:
+	case version == 2 && len(raw) == mixedSize:
+	case version == 3 && len(raw) >= heldSize:
 	case version >= 4:
 		return state{}, errNewer
 	default:
@@ -218,8 +220,9 @@ func parseHolds(raw string) (_ *holds, ok bool) {
 			open:    int(bigEndian(rest[22:24])),
 			expired: rest[24] == 1,
 		}
+		rest = rest[sliceSize:]
 		bits := (e.count + 7) / 8
-		if rest = rest[sliceSize:]; len(rest) < bits || e.open > e.count || e.expired && e.open > 0 || e.open == 0 && e.left > 0 {
+		if len(rest) < bits || e.open > e.count || e.expired && e.open > 0 || e.open == 0 && e.left > 0 {
 			return nil, false
 		}
 		e.settled, rest = []byte(rest[:bits]), rest[bits:]

@@ -152,6 +152,12 @@ func TestSetCredentials(t *testing.T) {
 			t.Fatal("a take with an old password")
 		}
 	}
+	r.nodes.Range(func(_, n any) bool { // as after an outage
+		for range tripsAfter {
+			_ = n.(*node).failed(&StoreError{Kind: KindConnection, Err: errNotSent})
+		}
+		return true
+	})
 	o.Password = "new"
 	if err := r.SetCredentials(o); err != nil {
 		t.Fatal(err)
