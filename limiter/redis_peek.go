@@ -164,7 +164,7 @@ func parseState(raw string) (state, error) {
 	case version == 1 && len(raw) == stateSize:
 	case version == 2 && len(raw) == mixedSize:
 	case version == 3 && len(raw) >= heldSize:
-	case version >= 4:
+	case version >= 2: // of another length than those known here
 		return state{}, errNewer
 	default:
 		return state{}, errInvalid

@@ -378,7 +378,7 @@ local function load(raw, now)
       h = nil
     end
   else
-    return nil, version >= 4
+    return nil, version >= 2
   end
   if not (shape_ok(burst, n, p) and (not obst or shape_ok(obst, on, op)) and tokens >= lowest and tokens <= burst and
       frac < p and at < MAX_TIME and (tokens < burst or frac == 0)) then
