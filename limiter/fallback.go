@@ -58,6 +58,7 @@ func (f *Fallback) Take(ctx context.Context, charges []Charge, verdicts []Verdic
 	if failed := failedLocal(charges, verdicts); len(failed) > 0 {
 		if passesBeside(failed, charges, verdicts) {
 			f.takeRest(ctx, deadline, charges, verdicts)
+			failed = failedLocal(charges, verdicts)
 		}
 		f.decide(failed, charges, verdicts)
 	}

@@ -45,7 +45,8 @@ func newBirth() (b [8]byte) {
 // holds are the holds of a bucket.
 type holds struct {
 	// birth is a random number. It tells these holds from those of a state that
-	// was lost, and from those of another bucket.
+	// was lost. Buckets whose first holds were made in one call share it, so a
+	// Hold names tokens only together with its bucket's key.
 	birth [8]byte
 	// next is the number of the next slice.
 	next uint32
@@ -123,15 +124,18 @@ func (h *holds) clone() *holds {
 	return &c
 }
 
-// ends returns when the last open hold ends, and when the last slice is
-// forgotten, in microseconds.
+// ends returns when the last open hold ends, and until when a late settlement may
+// still cost more, in microseconds; 0 if there is none. Slices whose holds have
+// all been settled keep no bucket.
 func (h *holds) ends() (last, forgotten int64) {
 	for i := range h.slices {
 		s := &h.slices[i]
 		if s.open > 0 {
 			last = max(last, s.end)
 		}
-		forgotten = max(forgotten, s.end+s.life)
+		if s.open > 0 || s.expired {
+			forgotten = max(forgotten, s.end+s.life)
+		}
 	}
 	return last, forgotten
 }

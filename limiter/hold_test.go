@@ -6,6 +6,8 @@ import (
 	"math/rand/v2"
 	"testing"
 	"time"
+
+	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
 // holding is a hold in a test, and what its request has spent.
@@ -316,5 +318,24 @@ func TestHolds(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			eachStore(t, func(t *testing.T, s Store, clock *testClock) { tt.test(t, taker{t, s}, clock) })
 		})
+	}
+}
+
+// A bucket that is full, and whose holds have all been settled, ends as any other
+// full bucket; and what a shape can never grant is not promised in a second.
+func TestSettledHoldsKeepNoBucket(t *testing.T) {
+	server := redistest.Start(t)
+	k := taker{t, newTestRedis(t, server, serverClock)}
+	a := charge(bucket(t, 1000, time.Second, 1000), "a").holding(24 * time.Hour)
+	if got := k.settled(k.take(a)[0], a, 0); got != "returned 1, surcharged 0, forgiven 0" {
+		t.Error(got)
+	}
+	if ttl := server.Client().PTTL(t.Context(), a.Key).Val(); ttl < time.Second || ttl > time.Minute {
+		t.Errorf("the key of a full bucket ends in %v", ttl)
+	}
+	large, small := charge(bucket(t, 1, time.Hour, 100), "b").holding(time.Minute), charge(bucket(t, 1, time.Hour, 10), "b")
+	k.take(large.costs(100))
+	if v := k.take(small.holding(time.Minute).costs(50))[0]; v.RetryAfter != Never {
+		t.Errorf("%+v", v)
 	}
 }

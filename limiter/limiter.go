@@ -165,7 +165,7 @@ func (c *Charge) verdict(before level, held, taken int64, from Source) Verdict {
 	}
 	if c.HoldFor > 0 {
 		v.Held = held
-		if after.tokens+held >= cost {
+		if cost <= b.burst && after.tokens+held >= cost {
 			v.RetryAfter = min(v.RetryAfter, time.Second)
 		}
 	}

@@ -67,7 +67,9 @@ func (r *Redis) takeSlots(ctx context.Context, deadline time.Time, charges []Cha
 			bySlot[tag], all = s, append(all, s)
 		}
 		held := charges[i]
-		held.ownHold = 2 * r.timeout // a take, and a settlement
+		if !held.Limit.Shadow && held.Cost > 0 { // what may be given back
+			held.ownHold = 2 * r.timeout // a take, and a settlement
+		}
 		s.indexes, s.charges = append(s.indexes, i), append(s.charges, held)
 	}
 	var wg sync.WaitGroup
@@ -135,7 +137,7 @@ func (r *Redis) settleOwn(ctx context.Context, charges []Charge, verdicts []Verd
 	go func() {
 		defer func() { <-r.settling }()
 		defer close(done)
-		own, cancel := context.WithTimeout(context.WithoutCancel(ctx), r.timeout)
+		own, cancel := context.WithTimeout(context.WithoutCancel(ctx), r.timeout+deadlineMargin)
 		defer cancel()
 		r.Settle(own, settlements, make([]Settled, len(settlements)))
 	}()

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zaptest/observer"
 
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
@@ -186,5 +188,26 @@ func TestDeniedRequestsCostOtherSlotsNothing(t *testing.T) {
 	// What is under way is held, and returns.
 	if denied < 500 || beside < alone-attackers-alone/20 {
 		t.Errorf("%d granted beside %d denied requests, and %d without them", beside, denied, alone)
+	}
+}
+
+// The settlements that a store sends by itself have its whole timeout, and no
+// caller with a deadline.
+func TestOwnSettlementsHaveTheirTime(t *testing.T) {
+	nodes := redistest.StartCluster(t, 3)
+	core, logged := observer.New(zap.WarnLevel)
+	r, err := NewRedis(RedisOptions{Mode: Cluster, Addresses: []string{nodes[0].Addr}, Timeout: 10 * time.Second},
+		zap.New(core), prometheus.NewRegistry())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = r.Close() }()
+	slow := bucket(t, 1, day, 10)
+	a, b, c := keyed(slow, "a", "one"), keyed(slow, "b", "two"), keyed(bucket(t, 1, day, 1), "c", "three")
+	k := taker{t, r}
+	k.want("ok 9, ok 9, ok 0", a, b, c)
+	k.want("ok 9, ok 9, no 0 retry 24h0m0s", a, b, c)
+	if n := logged.Len(); n > 0 {
+		t.Errorf("%d warnings: %+v", n, logged.All()[0])
 	}
 }

@@ -42,6 +42,13 @@ func (r *Redis) Settle(ctx context.Context, settlements []Settlement, results []
 	}
 	settle := func(p *part) {
 		settled := make([]Settled, len(p.settlements))
+		defer func() {
+			if recover() != nil { // the panic does not reach the caller's goroutine, so the results tell it
+				for _, at := range p.indexes {
+					results[at] = Settled{Err: &StoreError{Kind: KindOther, Err: errPanicked}}
+				}
+			}
+		}()
 		r.settleSlot(ctx, deadline, p.settlements, settled)
 		for i, at := range p.indexes {
 			results[at] = settled[i]

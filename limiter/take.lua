@@ -177,14 +177,17 @@ local function holding()
     return pos == #raw + 1 and h or nil
   end
 
-  -- ends returns when the last open hold ends, and when the last slice is forgotten.
+  -- ends returns when the last open hold ends, and until when a late settlement may
+  -- still cost more; 0 if there is none.
   function lib.ends(h)
     local last, forgotten = 0, 0
     for i = 1, #h do
       if h[i].open > 0 then
         last = math.max(last, h[i].ends)
       end
-      forgotten = math.max(forgotten, h[i].ends + h[i].life)
+      if h[i].open > 0 or h[i].expired then
+        forgotten = math.max(forgotten, h[i].ends + h[i].life)
+      end
     end
     return last, forgotten
   end
