@@ -49,11 +49,7 @@ func (f *Fallback) Take(ctx context.Context, charges []Charge, verdicts []Verdic
 	deadline := f.redis.deadline(ctx)
 	ctx, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
-	if f.redis.cluster == nil || oneSlot(charges) {
-		f.redis.takeSlot(ctx, deadline, charges, verdicts)
-	} else {
-		f.redis.takeSlots(ctx, deadline, charges, verdicts)
-	}
+	f.redis.takeUnsettled(ctx, deadline, charges, verdicts)
 	f.learn(charges, verdicts)
 	if failed := failedLocal(charges, verdicts); len(failed) > 0 {
 		if passesBeside(failed, charges, verdicts) {
@@ -104,6 +100,7 @@ func (f *Fallback) takeRest(ctx context.Context, deadline time.Time, charges []C
 	taken := make([]Verdict, len(rest))
 	f.redis.takeSlots(ctx, deadline, rest, taken)
 	for i, at := range indexes {
+		taken[i].Expired += verdicts[at].Expired
 		verdicts[at] = taken[i]
 	}
 }

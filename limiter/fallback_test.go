@@ -137,3 +137,15 @@ func anyBucketOf(t *testing.T, random *rand.Rand) Bucket {
 		}
 	}
 }
+
+// A limit under Local fails closed where nobody decides in the store's place.
+func TestLocalWithoutFallback(t *testing.T) {
+	server := redistest.Start(t)
+	r := newTestRedis(t, server, serverClock)
+	server.Kill()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	if d := Decide(ctx, r, []Charge{charge(bucket(t, 1, day, 10), "a").under(.5)}); d.Outcome != FailedClosed {
+		t.Errorf("%+v", d)
+	}
+}

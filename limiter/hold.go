@@ -124,20 +124,20 @@ func (h *holds) clone() *holds {
 	return &c
 }
 
-// ends returns when the last open hold ends, and until when a late settlement may
-// still cost more, in microseconds; 0 if there is none. Slices whose holds have
-// all been settled keep no bucket.
-func (h *holds) ends() (last, forgotten int64) {
+// ends returns when the last open hold ends, and until when a settlement may still
+// change the bucket; 0 if no hold is open, or none can be settled. Both are
+// instants of the store's clock, in microseconds.
+func (h *holds) ends() (ended, settleable int64) {
 	for i := range h.slices {
 		s := &h.slices[i]
 		if s.open > 0 {
-			last = max(last, s.end)
+			ended = max(ended, s.end)
 		}
 		if s.open > 0 || s.expired {
-			forgotten = max(forgotten, s.end+s.life)
+			settleable = max(settleable, s.end+s.life)
 		}
 	}
-	return last, forgotten
+	return ended, settleable
 }
 
 // held returns how many tokens are held.
@@ -222,7 +222,8 @@ func (s *state) hold(cost int64, life time.Duration, birth [8]byte) Hold {
 
 // insert adds an empty slice and returns its index, or -1 if there is no room.
 // It forgets the slices whose holds have all been settled. If there are too many
-// nevertheless, it forgets the first one that has expired.
+// nevertheless, it forgets the first one that has expired: what its holds still
+// cost, if they are settled late, is not taken then.
 func (h *holds) insert(end int64) int {
 	if h.next == math.MaxUint32 {
 		return -1

@@ -47,7 +47,8 @@ type Charge struct {
 	// Key is the whole key of the bucket in the store.
 	Key string
 	// Cost is in tokens, at least 0. A charge of 0 reads the bucket and takes
-	// nothing; a charge above the burst is always denied.
+	// nothing, but holds if it has HoldFor; a charge above the burst is always
+	// denied.
 	Cost int64
 	// Local is the shape of the bucket that this process keeps for the key while
 	// the store fails. It is used only if the limit's OnFailure is Local.
@@ -65,13 +66,14 @@ type Charge struct {
 
 // life returns for how long the cost is held; 0 if the charge holds nothing.
 func (c *Charge) life() time.Duration {
-	switch {
-	case c.HoldFor > 0:
-		return min(max(c.HoldFor, MinHold), MaxHold)
-	case c.ownHold > 0:
-		return min(max(c.ownHold, MinHold), MaxHold)
+	life := c.HoldFor
+	if life <= 0 {
+		life = c.ownHold
 	}
-	return 0
+	if life <= 0 {
+		return 0
+	}
+	return min(max(life, MinHold), MaxHold)
 }
 
 // needs returns how many tokens the bucket must hold for the charge: at most
@@ -129,7 +131,8 @@ type Verdict struct {
 	// as spent.
 	Hold Hold
 	// Expired is how many holds of the bucket have ended without a settlement
-	// since a charge with HoldFor last used it.
+	// since a charge with HoldFor, or a settlement, last used it. It is 0 if the
+	// charge has no HoldFor.
 	Expired int
 	// Err is a *StoreError if the store has no verdict; the other fields are then
 	// zero. It wraps context.Canceled if the caller hung up, which is not a
@@ -181,8 +184,9 @@ func (c *Charge) verdict(before level, held, taken int64, from Source) Verdict {
 // length, at least 1, and no two charges have the same Key. Of the charges whose
 // Limit is not Shadow, Take takes all for which a bucket answered, or none of
 // them: none if one is denied, and none if one has an Err and its Limit's
-// OnFailure is Deny or Local (Outcome.Spends). A Shadow charge is taken if and only if its
-// own bucket allows it. A bucket that fails MUST NOT make another one fail.
+// OnFailure is Deny or Local (Outcome.Spends). A Shadow charge is taken if and
+// only if its own bucket allows it. A bucket that fails MUST NOT make another one
+// fail.
 //
 // A charge with HoldFor that is taken is held (Verdict.Hold).
 //

@@ -172,7 +172,9 @@ func (m *Memory) Take(_ context.Context, charges []Charge, verdicts []Verdict) {
 		var taken int64
 		if isTaken {
 			taken = c.Cost
-			if life > 0 && m.bytes.Load() <= m.budget {
+			// Two charges may be in the bucket of all further limits, whose key is
+			// empty, so it has no holds.
+			if life > 0 && s.key != "" && m.bytes.Load() <= m.budget {
 				held = s.next.hold(taken, life, newBirth())
 				s.moved = true
 			} else {
@@ -187,7 +189,7 @@ func (m *Memory) Take(_ context.Context, charges []Charge, verdicts []Verdict) {
 		}
 		verdicts[i] = c.verdict(before, s.next.held(), taken, MemorySource)
 		verdicts[i].at, verdicts[i].taken, verdicts[i].Hold = now, isTaken, held
-		if life > 0 {
+		if c.HoldFor > 0 {
 			verdicts[i].Expired = s.expired
 		}
 	}

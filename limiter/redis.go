@@ -74,7 +74,7 @@ func newRedis(o RedisOptions, clock string, log *zap.Logger, metrics prometheus.
 		}),
 		batches: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name:    "sluice_store_batch_size",
-			Help:    "Number of takes that one call of the script carried.",
+			Help:    "Number of takes that one call of the script carried; the settlements of one slot count as one.",
 			Buckets: []float64{1, 2, 4, 8, 16, 32, 64, 128},
 		}),
 		errors: make(map[ErrorKind]prometheus.Counter, len(errorKinds)),
@@ -102,7 +102,7 @@ func newRedis(o RedisOptions, clock string, log *zap.Logger, metrics prometheus.
 	r.cluster, _ = r.client.(*redis.ClusterClient)
 	vec := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "sluice_store_errors_total",
-		Help: "Total number of takes that Redis failed and of invalid bucket states, by kind. " +
+		Help: "Total number of takes and settlements that Redis failed and of invalid bucket states, by kind. " +
 			"Takes whose callers hung up are not counted.",
 	}, []string{"kind"})
 	for _, k := range errorKinds {
@@ -256,12 +256,18 @@ func (r *Redis) takeSlot(ctx context.Context, deadline time.Time, charges []Char
 		}
 	}
 	if err != nil {
-		failed := r.options.explain(err)
-		if !errors.Is(failed, context.Canceled) { // the caller hung up: nothing is known of Redis
-			r.errors[failed.Kind].Inc()
-		}
-		failAll(verdicts, failed)
+		failAll(verdicts, r.failed(err))
 	}
+}
+
+// failed returns an error of a take or a settlement as a StoreError, and counts
+// it.
+func (r *Redis) failed(err error) *StoreError {
+	failed := r.options.explain(err)
+	if !errors.Is(failed, context.Canceled) { // the caller hung up: nothing is known of Redis
+		r.errors[failed.Kind].Inc()
+	}
+	return failed
 }
 
 // batchSize is the context key of WithBatchSize.

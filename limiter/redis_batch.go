@@ -66,12 +66,17 @@ func newBlank() *pending {
 	return t
 }
 
+// pendingFor returns a blank for so many charges or settlements.
+func pendingFor(n int, deadline time.Time) *pending {
+	t := pendingPool.Get().(*pending)
+	t.deadline, t.replySize = deadline, verdictSize*n
+	return t
+}
+
 // newPending packs charges. The caller recycles it once it has read the answer,
 // unless it has abandoned the take.
 func newPending(charges []Charge, deadline time.Time) *pending {
-	t := pendingPool.Get().(*pending)
-	t.deadline = deadline
-	t.replySize = verdictSize * len(charges)
+	t := pendingFor(len(charges), deadline)
 	for i := range charges {
 		t.keys = append(t.keys, charges[i].Key)
 		t.packed = appendCharge(t.packed, &charges[i], i == len(charges)-1)
@@ -85,9 +90,7 @@ func newPending(charges []Charge, deadline time.Time) *pending {
 
 // newSettling packs settlements. The caller recycles it as newPending's.
 func newSettling(settlements []Settlement, deadline time.Time) *pending {
-	t := pendingPool.Get().(*pending)
-	t.deadline = deadline
-	t.replySize = verdictSize * len(settlements)
+	t := pendingFor(len(settlements), deadline)
 	for i := range settlements {
 		t.keys = append(t.keys, settlements[i].Key)
 		t.packed = appendSettlement(t.packed, &settlements[i])

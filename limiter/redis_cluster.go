@@ -33,63 +33,67 @@ func oneSlot(charges []Charge) bool {
 	return true
 }
 
+// bySlot returns the indexes below n by the slots of their keys. Outside a cluster
+// all are in one slot.
+func (r *Redis) bySlot(n int, key func(int) string) (slots [][]int) {
+	known := make(map[string]int)
+	for i := range n {
+		tag := ""
+		if r.cluster != nil {
+			tag = hashTag(key(i))
+		}
+		at, ok := known[tag]
+		if !ok {
+			at = len(slots)
+			known[tag], slots = at, append(slots, nil)
+		}
+		slots[at] = append(slots[at], i)
+	}
+	return slots
+}
+
 // takeCluster is Take on a cluster.
 func (r *Redis) takeCluster(ctx context.Context, deadline time.Time, charges []Charge, verdicts []Verdict) {
 	ctx, cancel := context.WithDeadline(ctx, deadline) // for the lookup of slots, and for settlements
 	defer cancel()
-	if oneSlot(charges) {
+	r.takeUnsettled(ctx, deadline, charges, verdicts)
+	r.settleOwn(ctx, charges, verdicts)
+}
+
+// takeUnsettled takes from the buckets of a request. What it takes from several
+// slots is held until settleOwn.
+func (r *Redis) takeUnsettled(ctx context.Context, deadline time.Time, charges []Charge, verdicts []Verdict) {
+	if r.cluster == nil || oneSlot(charges) {
 		r.takeSlot(ctx, deadline, charges, verdicts)
 		return
 	}
 	r.takeSlots(ctx, deadline, charges, verdicts)
-	r.settleOwn(ctx, charges, verdicts)
-}
-
-// slotTake is the part of a take that is in one slot.
-type slotTake struct {
-	indexes  []int // of the request's charges
-	charges  []Charge
-	verdicts []Verdict
 }
 
 // takeSlots takes slot by slot, and holds what it takes until settleOwn.
 func (r *Redis) takeSlots(ctx context.Context, deadline time.Time, charges []Charge, verdicts []Verdict) {
-	bySlot := make(map[string]*slotTake)
-	var all []*slotTake
-	for i := range charges {
-		tag := ""
-		if r.cluster != nil {
-			tag = hashTag(charges[i].Key)
-		}
-		s := bySlot[tag]
-		if s == nil {
-			s = &slotTake{}
-			bySlot[tag], all = s, append(all, s)
-		}
-		held := charges[i]
-		if !held.Limit.Shadow && held.Cost > 0 { // what may be given back
-			held.ownHold = 2 * r.timeout // a take, and a settlement
-		}
-		s.indexes, s.charges = append(s.indexes, i), append(s.charges, held)
-	}
 	var wg sync.WaitGroup
-	for _, s := range all {
-		s.verdicts = make([]Verdict, len(s.charges))
+	for _, indexes := range r.bySlot(len(charges), func(i int) string { return charges[i].Key }) {
 		wg.Go(func() {
+			part, said := make([]Charge, len(indexes)), make([]Verdict, len(indexes))
 			defer func() {
 				if recover() != nil { // the panic does not reach the request's goroutine, so its verdicts tell it
-					failAll(s.verdicts, &StoreError{Kind: KindOther, Err: errPanicked})
+					failAll(said, &StoreError{Kind: KindOther, Err: errPanicked})
+				}
+				for i, at := range indexes {
+					verdicts[at] = said[i]
 				}
 			}()
-			r.takeSlot(ctx, deadline, s.charges, s.verdicts)
+			for i, at := range indexes {
+				part[i] = charges[at]
+				if !part[i].Limit.Shadow && part[i].Cost > 0 { // what may be given back
+					part[i].ownHold = 2 * r.timeout // a take, and a settlement
+				}
+			}
+			r.takeSlot(ctx, deadline, part, said)
 		})
 	}
 	wg.Wait()
-	for _, s := range all {
-		for i, at := range s.indexes {
-			verdicts[at] = s.verdicts[i]
-		}
-	}
 }
 
 // maxSettling is the maximum number of requests whose own holds are being
@@ -118,10 +122,10 @@ func (r *Redis) settleOwn(ctx context.Context, charges []Charge, verdicts []Verd
 			s.Cost = c.Cost
 			v.Hold = Hold{}
 		} else {
-			before, at := v.left, v.at
+			before, at, expired := v.left, v.at, v.Expired
 			before.tokens += c.Cost
 			*v = c.verdict(before, v.held-c.Cost, 0, RedisSource)
-			v.at = at
+			v.at, v.Expired = at, expired
 		}
 		settlements = append(settlements, s)
 	}
@@ -131,6 +135,7 @@ func (r *Redis) settleOwn(ctx context.Context, charges []Charge, verdicts []Verd
 	select {
 	case r.settling <- struct{}{}:
 	default:
+		r.errors[KindOverload].Add(float64(len(settlements)))
 		return
 	}
 	done := make(chan struct{})

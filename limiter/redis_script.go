@@ -237,7 +237,10 @@ func (r *Redis) read(at int64, reply string, charges []Charge, verdicts []Verdic
 		v := &verdicts[i]
 		v.at, v.taken = at, flags&flagTaken != 0
 		if holds {
-			v.Hold, v.Expired = readHold(more[:14], c.Cost), int(bigEndian(more[14:]))
+			v.Hold = readHold(more[:14], c.Cost)
+		}
+		if c.HoldFor > 0 {
+			v.Expired = int(bigEndian(more[14:]))
 		}
 	}
 	if reply != "" {

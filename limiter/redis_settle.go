@@ -2,7 +2,7 @@ package limiter
 
 import (
 	"context"
-	"errors"
+	"slices"
 	"sync"
 	"time"
 )
@@ -21,51 +21,37 @@ func (r *Redis) Settle(ctx context.Context, settlements []Settlement, results []
 	deadline := r.deadline(ctx)
 	ctx, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
-	// The settlements of one call must be of one slot on a cluster.
-	type part struct {
-		indexes     []int
-		settlements []Settlement
-	}
-	var all []*part
-	bySlot := make(map[string]*part)
-	for i := range settlements {
-		tag := ""
-		if r.cluster != nil {
-			tag = hashTag(settlements[i].Key)
-		}
-		p := bySlot[tag]
-		if p == nil || len(p.indexes) == maxSettlements {
-			p = &part{}
-			bySlot[tag], all = p, append(all, p)
-		}
-		p.indexes, p.settlements = append(p.indexes, i), append(p.settlements, settlements[i])
-	}
-	settle := func(p *part) {
-		settled := make([]Settled, len(p.settlements))
-		defer func() {
-			if recover() != nil { // the panic does not reach the caller's goroutine, so the results tell it
-				for _, at := range p.indexes {
-					results[at] = Settled{Err: &StoreError{Kind: KindOther, Err: errPanicked}}
-				}
-			}
-		}()
-		r.settleSlot(ctx, deadline, p.settlements, settled)
-		for i, at := range p.indexes {
-			results[at] = settled[i]
-		}
-	}
 	var wg sync.WaitGroup
-	for _, p := range all[min(1, len(all)):] {
-		wg.Go(func() { settle(p) })
-	}
-	if len(all) > 0 {
-		settle(all[0])
+	for _, slot := range r.bySlot(len(settlements), func(i int) string { return settlements[i].Key }) {
+		for indexes := range slices.Chunk(slot, maxSettlements) {
+			wg.Go(func() {
+				part, settled := make([]Settlement, len(indexes)), make([]Settled, len(indexes))
+				for i, at := range indexes {
+					part[i] = settlements[at]
+				}
+				r.settleSlot(ctx, deadline, part, settled)
+				for i, at := range indexes {
+					results[at] = settled[i]
+				}
+			})
+		}
 	}
 	wg.Wait()
 }
 
-// settleSlot settles holds of buckets that are all in one hash slot.
+// settleSlot settles holds of buckets that are all in one hash slot. It does not
+// panic, as it has a goroutine of its own.
 func (r *Redis) settleSlot(ctx context.Context, deadline time.Time, settlements []Settlement, results []Settled) {
+	fail := func(err *StoreError) {
+		for i := range results {
+			results[i] = Settled{Err: err}
+		}
+	}
+	defer func() {
+		if recover() != nil {
+			fail(&StoreError{Kind: KindOther, Err: errPanicked})
+		}
+	}()
 	n, err := r.nodeOf(ctx, settlements[0].Key)
 	if err == nil {
 		t := newSettling(settlements, deadline)
@@ -77,14 +63,7 @@ func (r *Redis) settleSlot(ctx context.Context, deadline time.Time, settlements 
 			t.recycle()
 		}
 	}
-	if err == nil {
-		return
-	}
-	failed := r.options.explain(err)
-	if !errors.Is(failed, context.Canceled) {
-		r.errors[failed.Kind].Inc()
-	}
-	for i := range results {
-		results[i] = Settled{Err: failed}
+	if err != nil {
+		fail(r.failed(err))
 	}
 }

@@ -11,9 +11,9 @@ import (
 //
 // An absent bucket is a full one, whatever the shape that asks next. So a store
 // drops a bucket only when it is full in every shape that has used it since it
-// was last absent, and its holds are forgotten (keepFor). If one shape's end
-// counted, the other's burst would be granted again each time: with a burst of
-// 1000 at 1000/d and one of 10 at 10/s, every six seconds.
+// was last absent, and no settlement can change it any more (keepFor). If one
+// shape's end counted, the other's burst would be granted again each time: with a
+// burst of 1000 at 1000/d and one of 10 at 10/s, every six seconds.
 type state struct {
 	shape Bucket
 	level level
@@ -28,8 +28,8 @@ type state struct {
 }
 
 // keepFor is how long after its instant a store must keep the state, if nothing
-// is taken: until the bucket is full in every shape that has used it, and its
-// holds are forgotten.
+// is taken: until the bucket is full in every shape that has used it, and no
+// settlement can change it any more.
 func (s state) keepFor() time.Duration {
 	keep := s.shape.wait(s.level, s.shape.burst)
 	if s.other != nil {
@@ -38,8 +38,8 @@ func (s state) keepFor() time.Duration {
 	if s.holds == nil {
 		return keep
 	}
-	last, forgotten := s.holds.ends()
-	return max(keep+time.Duration(max(0, last-s.at))*time.Microsecond, time.Duration(forgotten-s.at)*time.Microsecond)
+	ended, settleable := s.holds.ends()
+	return max(keep+time.Duration(max(0, ended-s.at))*time.Microsecond, time.Duration(settleable-s.at)*time.Microsecond)
 }
 
 // otherFullAfter is how many microseconds after its instant the bucket is full in
@@ -71,8 +71,8 @@ func (s state) next(b Bucket, now int64) (n state, moved bool, expired int) {
 		fullAfter = s.otherFullAfter()
 	}
 	if s.holds != nil {
-		last, _ := s.holds.ends()
-		fullAfter += max(0, last-s.at)
+		ended, _ := s.holds.ends()
+		fullAfter += max(0, ended-s.at)
 		var changed bool
 		expired, changed = n.endHolds(now, moved)
 		moved = moved || changed
@@ -115,9 +115,9 @@ func (b Bucket) otherThan(shape Bucket, other *Bucket) *Bucket {
 	return &shape
 }
 
-// covers reports whether b, from every level, is full no earlier than o. The
-// time to fill is linear in the tokens, so it is enough to compare the two
-// ends.
+// covers reports whether b, from every level that is no debt, is full no earlier
+// than o. The time to fill is linear in the tokens, so it is enough to compare
+// the two ends.
 func (b Bucket) covers(o Bucket) bool {
 	return o.burst <= b.burst && o.fillFrom(0) <= b.fillFrom(0)
 }

@@ -121,8 +121,8 @@ local function fill_from(tokens, burst, n, p)
   return math.min(math.max(0, burst - tokens) * p / n, MAX_FILL)
 end
 
--- covers reports whether the first shape, from every level, is full no earlier
--- than the second.
+-- covers reports whether the first shape, from every level that is no debt, is full
+-- no earlier than the second.
 local function covers(burst, n, p, obst, on, op)
   return obst <= burst and fill_from(0, obst, on, op) <= fill_from(0, burst, n, p)
 end
@@ -177,19 +177,19 @@ local function holding()
     return pos == #raw + 1 and h or nil
   end
 
-  -- ends returns when the last open hold ends, and until when a late settlement may
-  -- still cost more; 0 if there is none.
+  -- ends returns when the last open hold ends, and until when a settlement may still
+  -- change the bucket; 0 if no hold is open, or none can be settled.
   function lib.ends(h)
-    local last, forgotten = 0, 0
+    local ended, settleable = 0, 0
     for i = 1, #h do
       if h[i].open > 0 then
-        last = math.max(last, h[i].ends)
+        ended = math.max(ended, h[i].ends)
       end
       if h[i].open > 0 or h[i].expired then
-        forgotten = math.max(forgotten, h[i].ends + h[i].life)
+        settleable = math.max(settleable, h[i].ends + h[i].life)
       end
     end
-    return last, forgotten
+    return ended, settleable
   end
 
   -- keep drops the slices for which a function is false, and returns how many.
@@ -441,8 +441,8 @@ local function store(key, tokens, frac, now, burst, n, p, obst, on, op, h)
   if h or tokens < 0 then
     local birth, next, count, slices = NO_BIRTH, 0, 0, ''
     if h then
-      local last, forgotten = lib.ends(h)
-      full = math.max(full + math.ceil(math.max(0, last - now) / 1000), math.ceil((forgotten - now) / 1000))
+      local ended, settleable = lib.ends(h)
+      full = math.max(full + math.ceil(math.max(0, ended - now) / 1000), math.ceil((settleable - now) / 1000))
       birth, next, count, slices = h.birth, h.next, #h, lib.pack(h)
     end
     value = struct.pack(HELD, MAGIC, 3, tokens, frac, now, burst, n, p, obst or 0, on or 0, op or 0,
@@ -544,25 +544,25 @@ local function take(now)
   -- found, or the rounding would add up, unless the clock went back, the shape
   -- changed or holds ended: the bucket would then stand still, or refill at its
   -- old rate.
-  local flags, level, parts = {}, {}, {} -- of a settlement, level and parts are what was returned and surcharged
-  local names_of, held_after -- tables, if any bucket has holds
+  local flags, level, parts = {}, {}, {}
+  local names_of, held_after, returned, surcharged -- tables, if any bucket has holds
   if lives or settlements or holds then
     lib, lives, settlements, holds, expired = lib or holding(), lives or {}, settlements or {}, holds or {}, expired or {}
-    names_of, held_after = {}, {}
+    names_of, held_after, returned, surcharged = {}, {}, {}, {}
   end
   local first, all = 1, true
   for i = 1, count do
     local b, option = of[i], options[i]
     local flag = 0
     if holds and settlements[i] then
-      level[i], parts[i] = 0, 0
+      returned[i], surcharged[i] = 0, 0
       if not failed[b] and not absent[b] and not invalid[b] then
         local _, held, cost, of_birth, number, index = struct.unpack(SETTLEMENT, packed, settlements[i])
-        tokens[b], fracs[b], flag, level[i], parts[i] =
+        tokens[b], fracs[b], flag, returned[i], surcharged[i] =
           lib.settle(holds[b], tokens[b], fracs[b], was_burst[b], held, cost, of_birth, number, index)
         if flag == 1 or flag == 5 then
           changed[b] = true
-          if obst[b] and level[i] > 0 and tokens[b] == was_burst[b] and obst[b] <= was_burst[b] then
+          if obst[b] and returned[i] > 0 and tokens[b] == was_burst[b] and obst[b] <= was_burst[b] then
             obst[b] = nil -- as in load
           end
         end
@@ -637,7 +637,7 @@ local function take(now)
     if why then
       reply[i] = struct.pack('>Bc14', 8, string.sub(why .. '              ', 1, 14))
     elseif holds and settlements[i] then
-      reply[i] = struct.pack('>BI4I4I6', flags[i], level[i], parts[i], expired[b] or 0)
+      reply[i] = struct.pack('>BI4I4I6', flags[i], returned[i], surcharged[i], expired[b] or 0)
       expired[b] = 0
     else
       reply[i] = struct.pack('>Bi4I6I4', flags[i], level[i], parts[i], holds and held_after[i] or 0)
