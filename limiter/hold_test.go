@@ -2,8 +2,10 @@ package limiter
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
+	"strings"
 	"testing"
 	"time"
 
@@ -35,7 +37,9 @@ func holdsRun(t *testing.T, random *rand.Rand, broken func(*state)) float64 {
 		}
 		larger.burst = max(larger.burst, shapes[i].burst)
 	}
-	lives := []time.Duration{time.Duration(1+random.IntN(60)) * time.Second, time.Duration(1+random.IntN(5000)) * time.Millisecond}
+	lives := []time.Duration{
+		time.Duration(1+random.IntN(60)) * time.Second, time.Duration(1+random.IntN(5000)) * time.Millisecond,
+	}
 	now := int64(begin)
 	s := state{shape: shapes[0], level: shapes[0].full(), at: now}
 	var grants []grant
@@ -275,7 +279,8 @@ func TestHolds(t *testing.T) {
 			}
 		}},
 		{"a smaller burst keeps what is held", func(t *testing.T, k taker, clock *testClock) {
-			large, small := charge(bucket(t, 1, time.Hour, 100), "a").holding(time.Minute), charge(bucket(t, 1, time.Hour, 10), "a").holding(time.Minute)
+			large := charge(bucket(t, 1, time.Hour, 100), "a").holding(time.Minute)
+			small := charge(bucket(t, 1, time.Hour, 10), "a").holding(time.Minute)
 			v := k.take(large.costs(100))[0]
 			k.want("no 0 retry 1s", small)
 			k.want("ok 0", large.costs(0))
@@ -333,9 +338,69 @@ func TestSettledHoldsKeepNoBucket(t *testing.T) {
 	if ttl := server.Client().PTTL(t.Context(), a.Key).Val(); ttl < time.Second || ttl > time.Minute {
 		t.Errorf("the key of a full bucket ends in %v", ttl)
 	}
-	large, small := charge(bucket(t, 1, time.Hour, 100), "b").holding(time.Minute), charge(bucket(t, 1, time.Hour, 10), "b")
+	large, small := charge(bucket(t, 1, time.Hour, 100), "b"), charge(bucket(t, 1, time.Hour, 10), "b")
+	large = large.holding(time.Minute)
 	k.take(large.costs(100))
 	if v := k.take(small.holding(time.Minute).costs(50))[0]; v.RetryAfter != Never {
 		t.Errorf("%+v", v)
+	}
+}
+
+// What somebody else has stored as holds is no state: the bucket counts as empty.
+func TestStoredHoldsAreChecked(t *testing.T) {
+	server := redistest.Start(t)
+	client := server.Client()
+	r := newTestRedis(t, server, serverClock)
+	a := charge(bucket(t, 1, day, 10), "a").holding(time.Minute)
+	taker{t, r}.want("ok 9", a)
+	good := client.Get(t.Context(), a.Key).Val()
+	if len(good) != heldSize+sliceSize+1 {
+		t.Fatalf("%q", good)
+	}
+	patch := func(at int, bytes string) string { return good[:at] + bytes + good[at+len(bytes):] }
+	for name, raw := range map[string]string{
+		"more slices than there are": patch(heldSize-1, "\x02"),
+		"fewer":                      patch(heldSize-1, "\x00"),
+		"too many slices": patch(heldSize-1, "\x41")[:heldSize] +
+			strings.Repeat(good[heldSize:], maxSlices+1),
+		"a number to come": patch(heldSize, "\x00\x00\x00\x01"),
+		"an end too late":  patch(heldSize+4, "\x20"),
+		"a life too long":  patch(heldSize+11, "\xff"),
+		"too many tokens":  patch(heldSize+16, "\xff"),
+		"too many holds": patch(heldSize+20, "\x20\x08")[:heldSize+sliceSize] +
+			strings.Repeat("\x00", maxSliceHolds/8+1),
+		"more open than made": patch(heldSize+22, "\x00\x02"),
+		"expired and open":    patch(heldSize+24, "\x01"),
+		"tokens of nobody":    patch(heldSize+22, "\x00\x00"),
+		"a debt too large":    patch(3, "\xc0\x00\x00\x00"),
+		"cut":                 good[:len(good)-1],
+		"more":                good + "\x00",
+	} {
+		if s, err := parseState(raw); err == nil {
+			t.Errorf("%s: read as %s", name, describe(s))
+		}
+		if err := client.Set(t.Context(), a.Key, raw, 0).Err(); err != nil {
+			t.Fatal(err)
+		}
+		if v := (taker{t, r}).take(a)[0]; v.Allowed || v.Held != 0 {
+			t.Errorf("%s: %+v", name, v)
+		}
+	}
+}
+
+// A settlement in which sluice panics fails, and ends nothing else.
+func TestSettlementThatPanics(t *testing.T) {
+	r := newTestRedis(t, redistest.Start(t), serverClock)
+	a := charge(bucket(t, 1, day, 10), "a").holding(time.Minute)
+	v := taker{t, r}.take(a)[0]
+	n, err := r.nodeOf(t.Context(), a.Key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.call = func(context.Context, *connection, []*pending) error { panic("planted") }
+	results := make([]Settled, 1)
+	r.Settle(t.Context(), []Settlement{{Limit: a.Limit, Key: a.Key, Hold: v.Hold}}, results)
+	if !errors.Is(results[0].Err, errPanicked) {
+		t.Errorf("%+v", results[0])
 	}
 }

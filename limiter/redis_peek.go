@@ -207,6 +207,9 @@ func parseHolds(raw string) (_ *holds, ok bool) {
 	h := &holds{next: uint32(bigEndian(raw[8:12]))}
 	copy(h.birth[:], raw)
 	count, rest := int(raw[12]), raw[heldSize-mixedSize:]
+	if count > maxSlices {
+		return nil, false
+	}
 	for range count {
 		if len(rest) < sliceSize {
 			return nil, false
@@ -222,7 +225,9 @@ func parseHolds(raw string) (_ *holds, ok bool) {
 		}
 		rest = rest[sliceSize:]
 		bits := (e.count + 7) / 8
-		if len(rest) < bits || e.open > e.count || e.expired && e.open > 0 || e.open == 0 && e.left > 0 {
+		if len(rest) < bits || e.number >= h.next || e.end >= 1<<53 ||
+			e.life > (MaxHold+MaxHold/sliceParts).Microseconds() || e.count > maxSliceHolds ||
+			e.open > e.count || e.expired && e.open > 0 || e.open == 0 && e.left > 0 {
 			return nil, false
 		}
 		e.settled, rest = []byte(rest[:bits]), rest[bits:]

@@ -159,6 +159,9 @@ local function holding()
   function lib.load(raw, birth, next, count)
     local h = { birth = birth, next = next, total = 0 }
     local pos = HELD_SIZE + 1
+    if count > MAX_SLICES then
+      return nil
+    end
     for i = 1, count do
       if pos + SLICE_SIZE > #raw + 1 then
         return nil
@@ -169,7 +172,8 @@ local function holding()
       e.settled = string.sub(raw, pos, pos + size - 1)
       pos = pos + size
       e.expired = e.expired == 1
-      if #e.settled < size or e.open > e.count or e.expired and e.open > 0 or e.open == 0 and e.left > 0 then
+      if #e.settled < size or e.number >= next or e.ends >= MAX_TIME or e.life > MAX_LIFE + MAX_LIFE / SLICE_PARTS or
+          e.count > MAX_SLICE_HOLDS or e.open > e.count or e.expired and e.open > 0 or e.open == 0 and e.left > 0 then
         return nil
       end
       h[i], h.total = e, h.total + e.left
