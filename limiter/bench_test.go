@@ -3,6 +3,7 @@ package limiter
 import (
 	"context"
 	"fmt"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -264,6 +265,66 @@ func BenchmarkHolds(b *testing.B) {
 				b.StopTimer()
 				b.ReportMetric(float64((server.CPU()-before).Microseconds())/float64(b.N), "redis-µs/op")
 				b.ReportMetric(float64(size), "B")
+			})
+		}
+	}
+}
+
+// BenchmarkSlots times requests with two limits on a Redis Cluster: with the same
+// key, so that their buckets are in one slot, and with a key and without. In the
+// second case what is taken is held, and settled afterwards.
+//
+//	go test ./limiter -run '^$' -bench Slots -benchtime 5000x
+func BenchmarkSlots(b *testing.B) {
+	nodes := redistest.StartCluster(b, 3)
+	r, err := NewRedis(RedisOptions{Mode: Cluster, Addresses: []string{nodes[0].Addr}, Timeout: 300 * time.Millisecond},
+		nil, prometheus.NewRegistry())
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer func() { _ = r.Close() }()
+	shape := bucket(b, MaxTokens, time.Second, MaxTokens)
+	for _, slots := range []string{"one", "two"} {
+		for _, callers := range []int{1, 16} {
+			b.Run(fmt.Sprintf("slots=%s/callers=%d", slots, callers), func(b *testing.B) {
+				var next atomic.Int64
+				take := func(client int64, verdicts []Verdict) bool {
+					own := keyed(shape, "own", fmt.Sprint("client ", client))
+					all := keyed(shape, "all", "-")
+					if slots == "one" {
+						all = keyed(shape, "all", fmt.Sprint("client ", client))
+					}
+					r.Take(context.Background(), []Charge{own, all}, verdicts)
+					return verdicts[0].Allowed && verdicts[1].Allowed
+				}
+				if verdicts := make([]Verdict, 2); !take(0, verdicts) || verdicts[1].Remaining >= MaxTokens {
+					b.Fatalf("%+v", verdicts)
+				}
+				var before time.Duration
+				for _, n := range nodes {
+					before -= n.CPU()
+				}
+				calledBefore := calls(b, r)
+				b.ResetTimer()
+				var wg sync.WaitGroup
+				for caller := range int64(callers) {
+					wg.Go(func() {
+						verdicts := make([]Verdict, 2)
+						for next.Add(1) <= int64(b.N) {
+							if !take(caller, verdicts) {
+								b.Errorf("%+v", verdicts)
+								return
+							}
+						}
+					})
+				}
+				wg.Wait()
+				b.StopTimer()
+				for _, n := range nodes {
+					before += n.CPU()
+				}
+				b.ReportMetric(float64(before.Microseconds())/float64(b.N), "redis-µs/op")
+				b.ReportMetric(float64(calls(b, r)-calledBefore)/float64(b.N), "calls/op")
 			})
 		}
 	}
