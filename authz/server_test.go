@@ -13,6 +13,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
@@ -60,6 +61,11 @@ func TestOverTheWire(t *testing.T) {
 		t.Run(network, func(t *testing.T) {
 			s, _, logs := newServer(t, "limits: [{name: a, rate: 1/h, burst: 2, key: client.ip}]",
 				limiter.NewMemory(1<<20, nil, prometheus.NewRegistry()))
+			warned := make(chan struct{}, 10)
+			s.report.throttled = s.report.throttled.WithOptions(zap.Hooks(func(zapcore.Entry) error {
+				warned <- struct{}{}
+				return nil
+			}))
 			conn := serve(t, s, network, addr)
 			client := authv3.NewAuthorizationClient(conn)
 			for i, want := range []codes.Code{codes.OK, codes.OK, codes.ResourceExhausted} {
@@ -97,6 +103,13 @@ func TestOverTheWire(t *testing.T) {
 			large := checkOf("x-large", strings.Repeat("x", maxMessage))
 			if _, err := client.Check(t.Context(), large); status.Code(err) != codes.ResourceExhausted {
 				t.Errorf("a check of more than %d bytes: %v", maxMessage, err)
+			}
+			// gRPC answers before it returns the error, which is then counted and
+			// logged.
+			select {
+			case <-warned:
+			case <-time.After(30 * time.Second):
+				t.Fatal("no warning")
 			}
 			if n := testutil.ToFloat64(s.report.tooLarge); n != 1 || logs.FilterLevelExact(zap.WarnLevel).Len() != 1 {
 				t.Errorf("%v counted; logged %v", n, logs.All())
