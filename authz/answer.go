@@ -119,14 +119,21 @@ func (s *Server) refuse(e *encoder, check *checkState) {
 	})
 }
 
-// denied writes a DeniedHttpResponse for an HTTP or a gRPC client.
+// denied writes a DeniedHttpResponse in the form that the client reads.
 func (s *Server) denied(e *encoder, check *checkState, code codes.Code, p problem) {
+	call := callTypeOf(check.request)
+	httpStatus := p.status
+	if call == translatedCall {
+		// Envoy makes the HTTP status of a gRPC call 200, but not of this one.
+		// Clients read grpc-status only if it is 200.
+		httpStatus = 200
+	}
 	at := e.open(responseStatus)
 	e.integer(statusCode, uint64(code))
 	e.close(at)
 	denied := e.open(responseDenied)
 	at = e.open(deniedStatus)
-	e.integer(statusCode, uint64(p.status))
+	e.integer(statusCode, uint64(httpStatus))
 	e.close(at)
 	if code == codes.ResourceExhausted {
 		e.header(deniedHeaders, "x-envoy-ratelimited", "true")
@@ -135,21 +142,31 @@ func (s *Server) denied(e *encoder, check *checkState, code codes.Code, p proble
 	if p.retryAfter > 0 && check.config.Headers.RetryAfter {
 		e.header(deniedHeaders, "retry-after", strconv.FormatInt(p.retryAfter, 10))
 	}
-	if check.request != nil && isGRPC(check.request) {
-		// Without grpc-status Envoy turns every denial into UNAVAILABLE, which
-		// clients and proxies retry. The body becomes grpc-message.
+	if call != httpCall {
+		// Without grpc-status Envoy turns every denial of a gRPC call into
+		// UNAVAILABLE, which clients and proxies retry.
 		e.header(deniedHeaders, "grpc-status", strconv.Itoa(int(code)))
-		e.text(deniedBody, p.detail)
-	} else {
+	}
+	if call == grpcWebCall || call == translatedCall {
+		e.header(deniedHeaders, "grpc-message", p.detail)
+	}
+	switch call {
+	case httpCall, grpcWebCall:
 		e.header(deniedHeaders, "content-type", "application/problem+json")
 		e.text(deniedBody, p.json())
+	case grpcCall:
+		e.text(deniedBody, p.detail) // Envoy makes it grpc-message
+	case translatedCall:
+		// If there is a body, Envoy's grpc_web filter makes grpc-status
+		// UNAVAILABLE.
 	}
 	e.close(denied)
 	s.metadata(e, check, denyingShadows(&check.decision))
 }
 
 // problem is a body in the format of RFC 9457. Its texts contain names from the
-// config and nothing that a client sent.
+// config and nothing that a client sent. They are printable ASCII without a
+// percent sign, so that they are a valid grpc-message as they are.
 type problem struct {
 	status     int
 	title      string

@@ -169,6 +169,18 @@ body {"title":"Too Many Requests","status":429,"detail":"Rate limit \"orders\" e
 }
 
 func TestCheck(t *testing.T) {
+	const limited = `metadata cost=1 decision="limited" limit="orders" remaining=0 retry_after=1 shadow=[] source="redis"
+`
+	limitedHTTP := `status 8
+deny 429
+client x-envoy-ratelimited: true
+` + exceeded(1) + limited
+	limitedWeb := `status 8
+deny 429
+client x-envoy-ratelimited: true
+client grpc-status: 8
+client grpc-message: Rate limit "orders" exceeded. Retry in 1 s.
+` + exceeded(1) + limited
 	const (
 		one    = "limits: [{name: orders, rate: 100/m, burst: 100}]"
 		two    = "limits: [{name: orders, rate: 100/m}, {name: per-client, rate: 1/s, burst: 10, key: client.ip}]"
@@ -241,12 +253,26 @@ client grpc-status: 8
 body Rate limit "orders" exceeded. Retry in 1 s.
 metadata cost=1 decision="limited" limit="orders" remaining=0 retry_after=1 shadow=[] source="redis"
 `},
-		{"gRPC-Web is HTTP", "headers: []\n" + one, said{no(0, time.Second, time.Minute, 1)},
-			checkOf("content-type", "application/grpc-web+proto"), `status 8
-deny 429
+		{"a gRPC-Web call is limited", "headers: []\n" + one, said{no(0, time.Second, time.Minute, 1)},
+			checkOf("content-type", "application/grpc-web+proto"), limitedWeb},
+		{"a gRPC-Web call in text is limited", "headers: []\n" + one, said{no(0, time.Second, time.Minute, 1)},
+			checkOf("content-type", "application/grpc-web-text", "x-grpc-web", "1"), limitedWeb},
+		{"a gRPC-Web call is limited after the grpc_web filter", one, said{no(0, time.Second, time.Minute, 1)},
+			checkOf("content-type", "application/grpc", "x-grpc-web", "1"), `status 8
+deny 200
 client x-envoy-ratelimited: true
-` + exceeded(1) + `metadata cost=1 decision="limited" limit="orders" remaining=0 retry_after=1 shadow=[] source="redis"
-`},
+client x-ratelimit-limit: 100
+client x-ratelimit-remaining: 0
+client x-ratelimit-reset: 60
+client retry-after: 1
+client grpc-status: 8
+client grpc-message: Rate limit "orders" exceeded. Retry in 1 s.
+body 
+` + limited},
+		{"x-grpc-web without gRPC is HTTP", "headers: []\n" + one, said{no(0, time.Second, time.Minute, 1)},
+			checkOf("content-type", "application/json", "x-grpc-web", "1"), limitedHTTP},
+		{"application/grpc-website is HTTP", "headers: []\n" + one, said{no(0, time.Second, time.Minute, 1)},
+			checkOf("content-type", "application/grpc-website"), limitedHTTP},
 		{"of two that allow, the one with less left", two,
 			said{ok(50, time.Second, 1), ok(4, 6*time.Second, 1)}, checkOf(), `status 0
 allow
@@ -306,6 +332,22 @@ deny 503
 client retry-after: 7
 client grpc-status: 14
 body The rate limiter is temporarily unavailable.
+metadata cost=null decision="failed_closed" limit=null remaining=null shadow=[] source="none"
+`},
+		{"failed closed, for a gRPC-Web call", one, said{failed}, checkOf("content-type", "application/grpc-web"),
+			`status 14
+deny 503
+` + strings.Replace(unavailable, "client content-type", `client grpc-status: 14
+client grpc-message: The rate limiter is temporarily unavailable.
+client content-type`, 1) + `metadata cost=null decision="failed_closed" limit=null remaining=null shadow=[] source="none"
+`},
+		{"failed closed, for a gRPC-Web call after the grpc_web filter", one, said{failed},
+			checkOf("content-type", "application/grpc", "x-grpc-web", "1"), `status 14
+deny 200
+client retry-after: 7
+client grpc-status: 14
+client grpc-message: The rate limiter is temporarily unavailable.
+body 
 metadata cost=null decision="failed_closed" limit=null remaining=null shadow=[] source="none"
 `},
 		{"failed closed beside a limit that allows: no x-ratelimit", two,

@@ -143,11 +143,39 @@ func peerOf(p *authv3.AttributeContext_Peer) policy.Peer {
 	return out
 }
 
-// isGRPC reports whether a request is a gRPC call. Envoy answers gRPC-Web as
-// plain HTTP.
-func isGRPC(r *policy.Request) bool {
+// callType is the protocol that a request is in when Envoy asks about it.
+type callType uint8
+
+const (
+	httpCall callType = iota
+	grpcCall
+	grpcWebCall
+	// translatedCall is a gRPC-Web call that Envoy's grpc_web filter, standing
+	// before ext_authz, has made a gRPC call. Its content-type is
+	// application/grpc. It is recognized by x-grpc-web, which the clients send.
+	translatedCall
+)
+
+// callTypeOf returns the type of a request. It is httpCall if r is nil.
+func callTypeOf(r *policy.Request) callType {
+	if r == nil {
+		return httpCall
+	}
 	rest, ok := strings.CutPrefix(r.Headers["content-type"], "application/grpc")
-	return ok && (rest == "" || rest[0] == '+' || rest[0] == ';')
+	rest, isWeb := strings.CutPrefix(rest, "-web")
+	if isWeb {
+		rest = strings.TrimPrefix(rest, "-text")
+	}
+	if !ok || rest != "" && rest[0] != '+' && rest[0] != ';' {
+		return httpCall
+	}
+	if isWeb {
+		return grpcWebCall
+	}
+	if _, isTranslated := r.Headers["x-grpc-web"]; isTranslated {
+		return translatedCall
+	}
+	return grpcCall
 }
 
 // maxRequestID is the maximum length of a request ID in a log line, in bytes.

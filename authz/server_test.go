@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"net"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -148,7 +149,10 @@ func FuzzCheck(f *testing.F) {
 	}}
 	grpcCall := checkOf("content-type", "application/grpc", "x-sluice-shadow", "x", "x-forwarded-for", "1.2.3.4, ::1")
 	grpcCall.Attributes.Source = address("2001:db8::1%eth0", 1)
-	for _, seed := range []*authv3.CheckRequest{{}, checkOf(), raw, grpcCall} {
+	// This one is denied, and was a gRPC-Web call before Envoy's grpc_web filter.
+	translated := checkOf("content-type", "application/grpc", "x-grpc-web", "1")
+	translated.Attributes.Request.Http.Path = "/grpc.health.v1.Health/Check"
+	for _, seed := range []*authv3.CheckRequest{{}, checkOf(), raw, grpcCall, translated} {
 		b, err := proto.Marshal(seed)
 		if err != nil {
 			f.Fatal(err)
@@ -188,8 +192,18 @@ limits:
 		if allowed != (r.GetOkResponse() != nil) || allowed == (r.GetDeniedResponse() != nil) {
 			t.Fatalf("of two minds: %v", r)
 		}
-		if d := r.GetDeniedResponse(); d != nil && d.GetStatus().GetCode() != 429 && d.GetStatus().GetCode() != 503 {
-			t.Fatalf("%v", r)
+		if d := r.GetDeniedResponse(); d != nil {
+			isGRPCStatus := func(h *corev3.HeaderValueOption) bool { return h.GetHeader().GetKey() == "grpc-status" }
+			switch d.GetStatus().GetCode() {
+			case 429, 503:
+			case 200:
+				// Only grpc-status says that it is a denial.
+				if d.GetBody() != "" || !slices.ContainsFunc(d.GetHeaders(), isGRPCStatus) {
+					t.Fatalf("%v", r)
+				}
+			default:
+				t.Fatalf("%v", r)
+			}
 		}
 		all := append(r.GetOkResponse().GetResponseHeadersToAdd(), r.GetOkResponse().GetHeaders()...)
 		for _, h := range append(all, r.GetDeniedResponse().GetHeaders()...) {
