@@ -243,8 +243,11 @@ func startVariants(t *testing.T, sluice, upstream string, hosts []string) []stri
 		filter := listener["filter_chains"].([]any)[0].(map[string]any)["filters"].([]any)[0].(map[string]any)
 		manager := filter["typed_config"].(map[string]any)
 		v.change(manager, hosts)
-		authz := manager["http_filters"].([]any)[1].(map[string]any)["typed_config"].(map[string]any)
-		authz["grpc_service"].(map[string]any)["timeout"] = timeout
+		for _, f := range manager["http_filters"].([]any) {
+			if f := f.(map[string]any); f["name"] == "envoy.filters.http.ext_authz" {
+				f["typed_config"].(map[string]any)["grpc_service"].(map[string]any)["timeout"] = timeout
+			}
+		}
 		routes(manager)["response_headers_to_add"] = []any{map[string]any{
 			"header": map[string]any{"key": "x-decision", "value": "%DYNAMIC_METADATA(envoy.filters.http.ext_authz:decision)%"},
 		}}
