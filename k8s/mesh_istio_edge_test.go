@@ -51,7 +51,12 @@ spec: {gatewayClassName: istio, listeners: [{name: http, port: 80, protocol: HTT
 apiVersion: gateway.networking.k8s.io/v1
 kind: HTTPRoute
 metadata: {name: web, namespace: shop}
-spec: {parentRefs: [{name: edge}], hostnames: [shop.example.com], rules: [{backendRefs: [{name: web, port: 80}]}]}
+spec:
+  parentRefs: [{name: edge}]
+  hostnames: [shop.example.com]
+  rules:
+  - backendRefs: [{name: web, port: 80}]
+    filters: [{type: CORS, cors: {allowOrigins: ["` + pageOrigin + `"], allowMethods: [GET]}}]
 ---
 apiVersion: gateway.networking.k8s.io/v1
 kind: Gateway
@@ -248,7 +253,7 @@ type edge struct {
 	pod  istioPodOf
 	// ask sends a request through the proxy to the app. The client's address is
 	// edgeClient.
-	ask func(t *testing.T, method, path string) answer
+	ask asker
 }
 
 // startEdges runs istiod on a real API server, with sluice's chart installed
@@ -301,14 +306,17 @@ func (e *edges) printed(t *testing.T, kind string) string {
 // ztunnel does.
 func (e *edges) all(t *testing.T) []edge {
 	t.Helper()
-	asking := func(client *http.Client, url string) func(*testing.T, string, string) answer {
-		return func(t *testing.T, method, path string) answer {
+	asking := func(client *http.Client, url string) asker {
+		return func(t *testing.T, method, path string, headers ...string) answer {
 			q, err := http.NewRequestWithContext(t.Context(), method, url+path, nil)
 			if err != nil {
 				return answer{err: err}
 			}
 			q.Host = "shop.example.com"
 			q.Header.Set("X-Ratelimit-Remaining", "99")
+			for i := 0; i < len(headers); i += 2 {
+				q.Header.Set(headers[i], headers[i+1])
+			}
 			return send(client, q)
 		}
 	}
@@ -345,6 +353,8 @@ func (e *edges) run(t *testing.T) *process {
 const istioEdgeLimits = `
 limits:
 - {name: few, match: {paths: [/few]}, when: 'client.ip == "` + edgeClient + `"', rate: 3/h}
+- {name: page, match: {paths: [/page]}, rate: 1/h}
+- {name: call, match: {paths: [/shop.Web/Call]}, rate: 1/h}
 - {name: certified, match: {principals: ["spiffe://*"]}, rate: 1/h}
 - {name: probe, match: {paths: [/probe]}, rate: 1000000/s}
 `
@@ -392,7 +402,9 @@ func TestMeshIstioEdge(t *testing.T) {
 				t.Errorf("the app receives rate limit headers of the client: %v", mesh.seen())
 			}
 			took(t)
+			e.ask.byGRPCWeb(t, http.StatusTooManyRequests)
 			if e.kind == "istio-gateway" { // the waypoint's file has no example
+				e.ask.fromPage(t)
 				mesh.c.do(t, example(t, file), "apply", "-f", "-")
 				await(t, "the host's own limit", func() bool { return e.ask(t, http.MethodPost, "/").remaining == "4" })
 			}

@@ -74,6 +74,8 @@ type answer struct {
 	status           int
 	pod              string // as the app's response names it
 	limit, remaining string
+	origin           string // access-control-allow-origin
+	grpcStatus       string // in its headers
 	said             string // the start of the body, unless the app answered
 	err              error
 }
@@ -99,7 +101,8 @@ func send(client *http.Client, request *http.Request) answer {
 	h := response.Header
 	a := answer{
 		status: response.StatusCode, pod: h.Get("X-Pod"),
-		limit: h.Get("X-Ratelimit-Limit"), remaining: h.Get("X-Ratelimit-Remaining"), err: err,
+		limit: h.Get("X-Ratelimit-Limit"), remaining: h.Get("X-Ratelimit-Remaining"),
+		origin: h.Get("Access-Control-Allow-Origin"), grpcStatus: h.Get("Grpc-Status"), err: err,
 	}
 	if a.pod == "" {
 		a.said = string(body[:min(len(body), 200)])
