@@ -84,7 +84,8 @@ func TestMeshContour(t *testing.T) {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	config := write("sluice.yaml", "limits: [{name: few, match: {paths: [/few]}, rate: 3/h}, {name: probe, match: "+
-		"{paths: [/probe]}, rate: 1000000/s}]\n")
+		"{paths: [/probe]}, rate: 1000000/s}, {name: page, match: {paths: [/page]}, rate: 1/h}, {name: call, match: "+
+		"{paths: [/shop.Web/Call]}, rate: 1/h}]\n")
 	sluice := program(t)
 	run := func(t *testing.T, address string) *process {
 		t.Helper()
@@ -104,7 +105,7 @@ func TestMeshContour(t *testing.T) {
 
 	roots := x509.NewCertPool()
 	roots.AddCert(certificate.Leaf)
-	ask := func(method, url string) answer {
+	ask := func(method, url string, headers ...string) answer {
 		t.Helper()
 		q, err := http.NewRequestWithContext(t.Context(), method, url, nil)
 		if err != nil {
@@ -113,6 +114,9 @@ func TestMeshContour(t *testing.T) {
 		port := map[string]string{"http": "8080", "https": "8443"}[q.URL.Scheme]
 		q.Host, q.URL.Host = q.URL.Host, "127.0.0.1:"+port
 		q.Header.Set("X-Ratelimit-Remaining", "99")
+		for i := 0; i < len(headers); i += 2 {
+			q.Header.Set(headers[i], headers[i+1])
+		}
 		return send(&http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots,
 			ServerName: q.Host}}}, q)
 	}
@@ -154,6 +158,12 @@ func TestMeshContour(t *testing.T) {
 			t.Fatal("no authPolicy")
 		}
 		with := before + "    authPolicy:\n" + strings.ReplaceAll(example, "    # ", "    ")
+		before, policy, ok := strings.Cut(with, "    # corsPolicy:\n")
+		policy, after, isFollowed := strings.Cut(policy, "  routes:\n")
+		if !ok || !isFollowed {
+			t.Fatal("no corsPolicy")
+		}
+		with = before + "    corsPolicy:\n" + strings.ReplaceAll(policy, "    # ", "    ") + "  routes:\n" + after
 		with = strings.Replace(with, "  - conditions: ", "  - permitInsecure: true\n    conditions: ", 1)
 		do(with, "apply", "-f", "-")
 		limiter := run(t, addresses[0])
@@ -174,6 +184,11 @@ func TestMeshContour(t *testing.T) {
 		if a := ask(http.MethodPost, "https://shop.example.com/"); a.remaining != "4" { // the route's own limit
 			t.Errorf("%+v", a)
 		}
+		page := asker(func(_ *testing.T, method, path string, headers ...string) answer {
+			return ask(method, "https://shop.example.com"+path, headers...)
+		})
+		page.fromPage(t)
+		page.byGRPCWeb(t, http.StatusOK)
 		await(t, "the plain port, which is not limited", func() bool { // the known pitfall of permitInsecure
 			a := ask(http.MethodGet, "http://shop.example.com/few")
 			return a.status == http.StatusOK && a.remaining == ""
