@@ -10,6 +10,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -232,9 +234,9 @@ func TestMeshEnvoyGateway(t *testing.T) {
 	example = strings.NewReplacer("    # - name: sluice.limit.login", "    - name: sluice.limit.login",
 		"    #   type: Value", "      type: Value", "    #   value: ", "      value: ").Replace(example)
 	example = strings.Replace(example, "rate: 5/m", "rate: 1/m", 1)
-	startGateway(t, gateway, proxy, before+"    contextExtensions:\n"+example, upstream)
+	startGateway(t, gateway, proxy, before+"    contextExtensions:\n"+uncommented(t, example, "cors:"), upstream)
 
-	ask := func(method string) (*http.Response, string) {
+	ask := func(method string, headers ...string) (*http.Response, string) {
 		r, err := http.NewRequestWithContext(t.Context(), method, "http://"+gatewayAddress, nil)
 		if err != nil {
 			t.Fatal(err)
@@ -242,6 +244,9 @@ func TestMeshEnvoyGateway(t *testing.T) {
 		r.Close = true // config that comes later closes connections
 		r.Header.Set("x-sluice-shadow", "a lie")
 		r.Header.Set("x-ratelimit-limit", "a lie")
+		for i := 0; i < len(headers); i += 2 {
+			r.Header.Set(headers[i], headers[i+1])
+		}
 		response, err := http.DefaultClient.Do(r)
 		if err != nil {
 			return nil, ""
@@ -268,6 +273,20 @@ func TestMeshEnvoyGateway(t *testing.T) {
 		!strings.Contains(body, `"limit":"per-client"`) {
 		t.Errorf("%+v %s", response, body)
 	}
+	// A page on another origin can read this, and its preflight is not charged:
+	// a charged one would be denied, too.
+	const origin = "https://app.example.com"
+	for method, want := range map[string]int{http.MethodOptions: http.StatusOK, http.MethodGet: http.StatusTooManyRequests} {
+		response, body := ask(method, "origin", origin, "access-control-request-method", http.MethodGet)
+		if response == nil || response.StatusCode != want || response.Header.Get("access-control-allow-origin") != origin {
+			t.Errorf("%s: %+v %s", method, response, body)
+		}
+	}
+	response, _ = ask(http.MethodGet, "content-type", "application/grpc-web+proto")
+	// This Gateway has no GRPCRoute, and so no grpc_web filter.
+	if response == nil || response.StatusCode != http.StatusTooManyRequests || response.Header.Get("grpc-status") != "8" {
+		t.Errorf("by gRPC-Web: %+v", response)
+	}
 }
 
 // gatewayInShop is a Gateway before an app in one namespace, and the Service of
@@ -290,6 +309,11 @@ apiVersion: gateway.networking.k8s.io/v1
 kind: HTTPRoute
 metadata: {name: app, namespace: shop}
 spec: {parentRefs: [{name: edge}], rules: [{backendRefs: [{name: web, port: 80}]}]}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: GRPCRoute
+metadata: {name: calls, namespace: shop}
+spec: {parentRefs: [{name: edge}], hostnames: [calls.example.com], rules: [{backendRefs: [{name: web, port: 80}]}]}
 ---
 apiVersion: v1
 kind: Service
@@ -339,6 +363,17 @@ func TestMeshEnvoyGatewayService(t *testing.T) {
 	if xds := translated(t, printed, cleartext, "xds"); !strings.Contains(xds, "address: 192.0.2.9") ||
 		!strings.Contains(xds, "extensions.filters.http.ext_authz.v3.ExtAuthz") {
 		t.Errorf("sluice is not asked:\n%s", xds)
+	}
+	// The filters stand in the order in which a page on another origin can read
+	// a denial, and a client of gRPC-Web reads RESOURCE_EXHAUSTED.
+	filters := regexp.MustCompile(`name: envoy\.filters\.http\.(cors|grpc_web|ext_authz)\b`).FindAllStringSubmatch(
+		translated(t, uncommented(t, printed, "cors:"), cleartext, "xds"), -1)
+	var order []string
+	for _, f := range filters {
+		order = append(order, f[1])
+	}
+	if want := []string{"cors", "grpc_web", "ext_authz"}; !slices.Equal(order, want) {
+		t.Errorf("the order of filters is %v, want %v", order, want)
 	}
 	before, grant, _ := strings.Cut(printed, "# This lets the Gateway's policy")
 	_, after, ok := strings.Cut(grant, "\n---\n")
@@ -455,7 +490,8 @@ func TestMeshEnvoyGatewayClaims(t *testing.T) {
 	if status != 0 {
 		t.Fatal(stderr)
 	}
-	printed = uncommented(t, uncommented(t, printed, "jwt:"), "filterOrder:")
+	printed = uncommented(t, uncommented(t, printed, "jwt:"),
+		"- { name: envoy.filters.http.jwt_authn, before: envoy.filters.http.ext_authz }")
 	for old, with := range map[string]string{
 		"remoteJWKS: { uri: https://issuer.example.com/jwks.json }": "localJWKS: { type: Inline, inline: '" + i.keys() + "' }",
 		"  jwt:\n": "  jwt:\n    optional: true\n",
