@@ -196,7 +196,7 @@ func switchProtocols(w http.ResponseWriter) {
 // and new, to replace in the bootstrap.
 func startEnvoy(t *testing.T, o Options, routes string, replace ...string) (*Process, string) {
 	t.Helper()
-	o.Listener, o.Admin = "127.0.0.1:0", "127.0.0.1:0"
+	o.Listener, o.Admin, o.Envoy = "127.0.0.1:0", "127.0.0.1:0", release(t)
 	bootstrap, err := Plain(o)
 	if err != nil {
 		t.Fatal(err)
@@ -437,7 +437,7 @@ func TestChainRestart(t *testing.T) {
 	// The timeouts are longer than the shipped ones, since this test is about
 	// what is retried: on a busy machine a restart may take longer than 0.2 s.
 	envoy, addr := startEnvoy(t, Options{Sluice: "unix://" + socket, Upstream: up.Listener.Addr().String()}, "",
-		"timeout: 0.2s", "timeout: 15s", "num_retries: 50", "num_retries: 5000")
+		"timeout: 0.2s", "timeout: 15s", "max_interval: 0.2s", "max_interval: 15s", "num_retries: 50", "num_retries: 5000")
 	transport := &http.Transport{MaxIdleConnsPerHost: clients}
 	defer transport.CloseIdleConnections()
 	client := &http.Client{Transport: transport, Timeout: within}

@@ -21,6 +21,17 @@ func binary(t *testing.T) string {
 	return path
 }
 
+// release returns the release of binary: another than that of Version if an
+// Envoy is on PATH.
+func release(t *testing.T) Release {
+	t.Helper()
+	r, err := ReleaseOf(t.Context(), binary(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
 // Every failure is reported in one line and leaves nothing in the cache.
 func TestInstallErrors(t *testing.T) {
 	for name, tt := range map[string]struct {

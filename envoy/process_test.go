@@ -33,6 +33,10 @@ func TestMain(m *testing.M) {
 // begin starts an Envoy on free ports.
 func begin(ctx context.Context, binary string, o Options) (*Process, error) {
 	o.Listener, o.Admin = "127.0.0.1:0", "127.0.0.1:0"
+	var err error
+	if o.Envoy, err = ReleaseOf(ctx, binary); err != nil {
+		return nil, err
+	}
 	bootstrap, err := Plain(o)
 	if err != nil {
 		return nil, err
@@ -102,7 +106,7 @@ func TestStartErrors(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = taken.Close() }()
-	bootstrap, err := Plain(Options{Listener: taken.Addr().String()})
+	bootstrap, err := Plain(Options{Listener: taken.Addr().String(), Envoy: release(t)})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -44,7 +44,11 @@ type fields map[string]string
 
 // fields returns the fields that all templates have.
 func (o Options) fields() fields {
-	f := fields{"Limit": "", "Limits": "", "Metadata": "", "Waypoint": "", "TLS": "", "TLSName": "", "ClientCert": ""}
+	f := fields{"Limit": "", "Limits": "", "Metadata": "", "Waypoint": "", "TLS": "", "TLSName": "", "ClientCert": "",
+		"FilterRetries": ""}
+	if o.Envoy != (Release{}) && o.Envoy.before(clusterRetries) {
+		f["FilterRetries"] = "true"
+	}
 	if some := o.Limits[:min(len(o.Limits), 8)]; len(some) > 0 { // enough for an example
 		f["Limit"], f["Limits"] = some[0], strings.Join(some, ",")
 	}

@@ -30,6 +30,9 @@ type Options struct {
 	// Admin is where Envoy's admin interface listens, IP:port. By default there
 	// is none, since the interface has no access control.
 	Admin string
+	// Envoy is the release of Envoy that the file is for. The default is that of
+	// Version. For 1.36 the retries are in the filter and not at the cluster.
+	Envoy Release
 	// Limits has the names of the config's limits. A commented example in the
 	// file shows how a route chooses from them.
 	Limits []string
@@ -59,8 +62,8 @@ type endpoint struct {
 	Name       bool // Host is a DNS name
 }
 
-// Plain returns a complete bootstrap, in YAML with comments, for Envoy 1.40 or
-// newer. It returns an error if Envoy could not use an address.
+// Plain returns a complete bootstrap, in YAML with comments. It returns an error
+// if Envoy could not use an address.
 func Plain(o Options) ([]byte, error) {
 	f := o.fields()
 	for _, a := range []struct {

@@ -59,9 +59,13 @@ func TestPlainIsAccepted(t *testing.T) {
 		"IPv6":         {Listener: "[::]:8443", Upstream: "[::1]:1", Sluice: "[::1]:9001", Admin: "[::1]:0"},
 		"longest path": {Sluice: "unix://" + socket(107)},
 		"odd but good": {Sluice: `unix:///run/a "quoted": {path}#x`},
+		"1.36":         {Envoy: Release{1, 36}},
 		"limits":       {Limits: []string{"per-client", "orders"}},
 		"many limits":  {Limits: strings.Split(strings.Repeat("l,", 99)+"l", ",")},
 	} {
+		if o.Envoy == (Release{}) {
+			o.Envoy = release(t)
+		}
 		bootstrap, err := Plain(o)
 		if err != nil {
 			t.Fatal(err)

