@@ -68,8 +68,12 @@ func TestClockSteps(t *testing.T) {
 		now += by
 		stepped := time.Now()
 		server.step(now)
-		if off := client.Time(context.Background()).Val().Sub(stepped) - now; off < -time.Second || off > time.Second {
-			t.Fatalf("the clock is %v from where it should be", off)
+		// Valkey 9.1 reads the machine's clock at most once a millisecond.
+		off := func() time.Duration { return client.Time(context.Background()).Val().Sub(time.Now()) - now }
+		for late := stepped.Add(time.Second); off().Abs() > time.Second; {
+			if time.Now().After(late) {
+				t.Fatalf("the clock is %v from where it should be", off())
+			}
 		}
 		granted, first := 0, time.Duration(0)
 		tick := time.NewTicker(2 * time.Millisecond)
