@@ -63,7 +63,8 @@ func (r *Redis) Diagnose(ctx context.Context, prefix string, callerTimeout time.
 		return all
 	}
 	say("reachable", OK, "", "Redis answers")
-	if !r.checkMode(ctx, say) {
+	hello := r.hello(ctx)
+	if !r.checkMode(hello, say) || !r.checkVersion(ctx, hello, say, unknown) {
 		return all
 	}
 	slowest := time.Duration(0)
@@ -71,7 +72,11 @@ func (r *Redis) Diagnose(ctx context.Context, prefix string, callerTimeout time.
 	for range 20 {
 		began := time.Now()
 		if err := r.client.Time(ctx).Err(); err != nil {
-			say("rights", Fail, "ACL SETUSER: +time", "TIME: %v", storeError(err))
+			fix := "ACL SETUSER: +time"
+			if KindOf(storeError(err)) != KindAuth {
+				fix = notAProxy
+			}
+			say("rights", Fail, fix, "TIME: %v", storeError(err))
 			return all
 		}
 		times = append(times, time.Since(began))
@@ -110,24 +115,35 @@ func (r *Redis) Diagnose(ctx context.Context, prefix string, callerTimeout time.
 
 type sayFinding func(name string, status FindingStatus, fix, format string, args ...any)
 
-// checkMode asks by HELLO, which every user may call, whether this is a
-// cluster's node, and reports whether that agrees with the config.
-func (r *Redis) checkMode(ctx context.Context, say sayFinding) bool {
+// hello returns what a server says of itself in HELLO, which every user may
+// call; nothing where it does not answer that.
+func (r *Redis) hello(ctx context.Context) map[string]string {
+	says := map[string]string{}
+	add := func(name, value any) {
+		if name, ok := name.(string); ok {
+			says[name], _ = value.(string)
+		}
+	}
+	switch hello := r.client.Do(ctx, "HELLO").Val().(type) {
+	case map[any]any:
+		for name, value := range hello {
+			add(name, value)
+		}
+	case []any: // of an older protocol
+		for i := 0; i+1 < len(hello); i += 2 {
+			add(hello[i], hello[i+1])
+		}
+	}
+	return says
+}
+
+// checkMode looks whether this is a cluster's node, and reports whether that
+// agrees with the config.
+func (r *Redis) checkMode(hello map[string]string, say sayFinding) bool {
 	if r.cluster != nil { // it has answered which slots it has
 		return true
 	}
-	var is string
-	switch hello := r.client.Do(ctx, "HELLO").Val().(type) {
-	case map[any]any:
-		is, _ = hello["mode"].(string)
-	case []any: // of an older protocol
-		for i := 0; i+1 < len(hello); i += 2 {
-			if hello[i] == "mode" {
-				is, _ = hello[i+1].(string)
-			}
-		}
-	}
-	if is == "cluster" {
+	if hello["mode"] == "cluster" {
 		say("mode", Fail, "set store.redis.mode: cluster, with addresses of some of its nodes",
 			"this Redis is a node of a cluster, and store.redis.mode is not cluster")
 		return false
@@ -168,7 +184,7 @@ func (r *Redis) checkShards(ctx context.Context, prefix string, say sayFinding) 
 	_, _ = pipe.Exec(ctx)
 	for _, s := range stored {
 		if errors.Is(s.Err(), redis.Nil) {
-			say("one server", Fail, "connect to Redis itself, or to a cluster's nodes with store.redis.mode: cluster",
+			say("one server", Fail, notAProxy,
 				"a proxy at this address spreads keys over several servers, as Envoy's redis_proxy and twemproxy do: "+
 					"takes do not find each other's buckets, and more is granted than the limits allow")
 			return false
@@ -217,18 +233,58 @@ func (r *Redis) checkClock(ctx context.Context, say sayFinding) {
 	say("clock", OK, "", "Redis's clock differs from this machine's by %v", distance)
 }
 
-// checkServer looks at the version and the settings of Redis. Many users have
-// no right to ask for them.
-func (r *Redis) checkServer(ctx context.Context, say sayFinding, unknown func(name, fix string, err error)) {
-	if info, err := r.client.Info(ctx, "server").Result(); err != nil {
+// notAProxy says what to do about a proxy that does not pass on what a take
+// needs.
+const notAProxy = "connect to Redis itself, or to a cluster's nodes with store.redis.mode: cluster"
+
+// checkVersion looks which product and version the server is, and reports
+// whether that can run the script as far as is known. Many users have no right
+// to ask for INFO.
+func (r *Redis) checkVersion(
+	ctx context.Context, hello map[string]string, say sayFinding, unknown func(name, fix string, err error),
+) bool {
+	const other = "use Redis 7.0 or newer, or Valkey"
+	info, err := r.client.Info(ctx, "server").Result()
+	switch version := hello["version"]; {
+	case err != nil && version != "" && !newEnough(version):
+		say("version", Fail, other, "Redis %s: it refuses the script", version)
+		return false
+	case err != nil:
 		unknown("version", "connect as a user with +info", err)
-	} else if version := field(info, "redis_version"); version == "" {
+		return true
+	case field(info, "redis_version") == "":
 		unknown("version", "make sure that Redis is 7.0 or newer", errors.New("INFO has no redis_version"))
-	} else if !newEnough(version) {
-		say("version", Fail, "upgrade to Redis 7.0 or newer", "Redis %s", version)
-	} else {
-		say("version", OK, "", "Redis %s", version)
+		return true
 	}
+	keyDB, _ := r.client.Info(ctx, "keydb").Result() // empty where there is no such section
+	name, version := productOf(info + keyDB)
+	if name == "KeyDB" || name == "Dragonfly" || name == "Redis" && !newEnough(version) {
+		say("version", Fail, other, "%s %s: it refuses the script", name, version)
+		return false
+	}
+	say("version", OK, "", "%s %s", name, version)
+	return true
+}
+
+// productOf returns the name and the version of the product that an INFO is of.
+// Every product has a redis_version, which says with what it is compatible.
+func productOf(info string) (name, version string) {
+	for _, p := range []struct{ name, field string }{
+		{"Valkey", "valkey_version"}, {"Redict", "redict_version"}, {"Dragonfly", "dragonfly_version"},
+	} {
+		if version := field(info, p.field); version != "" {
+			return p.name, version
+		}
+	}
+	if field(info, "mvcc_depth") != "" || strings.Contains(field(info, "executable"), "keydb") {
+		return "KeyDB", field(info, "redis_version")
+	}
+	return "Redis", field(info, "redis_version")
+}
+
+// checkServer looks at the settings of Redis. Many users have no right to ask
+// for them.
+func (r *Redis) checkServer(ctx context.Context, say sayFinding, unknown func(name, fix string, err error)) {
 	settings := map[string]string{}
 	for _, name := range []string{
 		"maxmemory", "maxmemory-policy", "appendonly", "appendfsync", "save", "min-replicas-to-write",
@@ -290,6 +346,8 @@ func field(info, name string) string {
 	return ""
 }
 
+// newEnough reports whether a version of Redis can run a script that begins
+// with #!lua.
 func newEnough(version string) bool {
 	major, _, _ := strings.Cut(version, ".")
 	n, err := strconv.Atoi(major)
