@@ -52,7 +52,8 @@ func serveRecipe(t *testing.T, config string, args []string, change ...func(stri
 	}
 	s := &served{t: t, c: client(t), up: startUpstream(t)}
 	s.p = startSluice(t, args...)
-	patient := func(b string) string { return strings.Replace(b, "timeout: 0.2s", "timeout: 20s", 1) }
+	// For Envoy 1.36 the interval bounds each try.
+	patient := strings.NewReplacer("timeout: 0.2s", "timeout: 20s", "max_interval: 0.2s", "max_interval: 20s").Replace
 	s.addr = startEnvoy(t, s.p.grpc, s.up.Listener.Addr().String(), append(change, patient)...)
 	return s
 }
