@@ -17,7 +17,7 @@ func TestParseRelease(t *testing.T) {
 	}
 	const form, age = "must be MAJOR.MINOR, such as 1.36", "must be 1.36 or newer"
 	for text, want := range map[string]string{
-		"": form, "1": form, "v1.40": form, "1.40.0.0": form, "1.40-dev": form, "1.99999": form, " 1.40": form,
+		"": form, "1": form, "v1.40": form, "1.40.0.0": form, "1.40-dev": form, "1.99999": form, "1,40": form,
 		"1.35": age, "1.35.9": age, "0.99": age,
 	} {
 		if got, err := ParseRelease(text); err == nil || err.Error() != want || got != (Release{}) {

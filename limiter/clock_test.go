@@ -69,7 +69,7 @@ func TestClockSteps(t *testing.T) {
 		stepped := time.Now()
 		server.step(now)
 		// Valkey 9.1 reads the machine's clock at most once a millisecond.
-		off := func() time.Duration { return client.Time(context.Background()).Val().Sub(time.Now()) - now }
+		off := func() time.Duration { return time.Until(client.Time(context.Background()).Val()) - now }
 		for late := stepped.Add(time.Second); off().Abs() > time.Second; {
 			if time.Now().After(late) {
 				t.Fatalf("the clock is %v from where it should be", off())

@@ -39,12 +39,13 @@ var envoyTests = map[string][]string{
 // Go does, what it refuses, what persists and expires, clusters and sentinels,
 // rights, and memory.
 var redisTests = map[string][]string{
-	"limiter": {"TestBatchAgreesWithLevelAt", "TestChaosSlotMoves", "TestClockSteps", "TestCluster", "TestPing",
-		"TestREADMEWalk", "TestReadOnly", "TestRedisMemory", "TestRedisRefuses", "TestRedisSurvivesFlushedScripts",
-		"TestRestartedRedis", "TestScriptAgreesWithLevelAt", "TestScriptAgreesWithRefund", "TestScriptArguments",
-		"TestSentinel", "TestSetCredentials", "TestStoredTrouble", "TestStores", "TestTLS", "TestUserWithoutPassword"},
+	"limiter": {"TestBatchAgreesWithLevelAt", "TestChaosSlotMoves", "TestClockSteps", "TestCluster", "TestHolds",
+		"TestPing", "TestREADMEWalk", "TestReadOnly", "TestRedisMemory", "TestRedisRefuses",
+		"TestRedisSurvivesFlushedScripts", "TestRestartedRedis", "TestScriptAgreesWithGo", "TestScriptArguments",
+		"TestSentinel", "TestStoredHoldsAreChecked", "TestStoredTrouble", "TestStores", "TestTLS",
+		"TestUserWithoutPassword"},
 	"cmd/sluice": {"TestBucket", "TestChaosManyClients", "TestClusterSlotsAreTold", "TestDoctor", "TestREADMEACL",
-		"TestReadyWithRedis", "TestThreeSidecarsShareABucket"},
+		"TestReadyWithRedis"},
 }
 
 var neighbours = []neighbour{
