@@ -351,4 +351,8 @@ func TestVersion(t *testing.T) {
 	if status != 0 || !regexp.MustCompile(`^sluice \S+ \(go\S+, \w+/\w+\)\n$`).MatchString(stdout) || stderr != "" {
 		t.Errorf("%d %s%s", status, stdout, stderr)
 	}
+	status, flag, stderr := sluice(t, nil, "--version")
+	if status != 0 || flag != stdout || stderr != "" {
+		t.Errorf("--version: %d %s%s, want %s", status, flag, stderr, stdout)
+	}
 }

@@ -166,8 +166,8 @@ func TestREADMEReference(t *testing.T) {
 // TestREADMECommands checks that the commands and flags of the documents exist.
 func TestREADMECommands(t *testing.T) {
 	text := document(t, programReadme)
-	_, help, _ := sluice(t, nil, "--help")
-	commands := unique(help, `(?m)^  ([a-z]+) +[A-Z]`)
+	_, rootHelp, _ := sluice(t, nil, "--help")
+	commands := unique(rootHelp, `(?m)^  ([a-z]+) +[A-Z]`)
 	named := unique(text, "(?m)^\\| `sluice ([a-z]+)")
 	for _, c := range commands {
 		if c != "help" && c != "completion" && !slices.Contains(named, c) {
@@ -182,8 +182,8 @@ func TestREADMECommands(t *testing.T) {
 		}
 		all += help
 	}
-	_, help, _ = sluice(t, nil, "bucket", "get", "--help")
-	flags := unique(all+help, ` --([a-z-]+) `)
+	_, help, _ := sluice(t, nil, "bucket", "get", "--help")
+	flags := unique(rootHelp+all+help, ` --([a-z-]+) `)
 	for _, name := range []string{topReadme, policyReadme, limiterReadme, authzReadme, envoyReadme, programReadme} {
 		for _, f := range unique(document(t, name), "`(?:[^`\n|]* )?--([a-z][a-z-]+)") {
 			if !slices.Contains(flags, f) {

@@ -38,6 +38,7 @@ type usageError struct{ error }
 func run(ctx context.Context, args []string, getenv func(string) (string, bool), stdout, stderr io.Writer) int {
 	p := &program{getenv: getenv, environ: os.Environ, stdout: stdout, stderr: stderr}
 	started := false // before it is set, an error is wrong usage
+	showVersion := false
 	root := &cobra.Command{
 		Use:   "sluice",
 		Short: "A token-bucket rate limiter for Envoy's ext_authz",
@@ -60,9 +61,14 @@ denied, a failed check); 2 wrong usage.`,
 			return nil
 		},
 		RunE: func(*cobra.Command, []string) error {
+			if showVersion {
+				return p.printVersion()
+			}
 			return usageError{errors.New("missing command")}
 		},
 	}
+	// Cobra's own flag for this would link text/template.
+	root.Flags().BoolVar(&showVersion, "version", false, "print the version")
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)

@@ -16,12 +16,16 @@ func (p *program) versionCommand() *cobra.Command {
 		Use:   "version",
 		Short: "Print the version",
 		Args:  cobra.NoArgs,
-		RunE: func(*cobra.Command, []string) error {
-			_, err := fmt.Fprintf(p.stdout, "sluice %s (%s, %s/%s)\n",
-				buildVersion(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
-			return err
-		},
+		RunE:  func(*cobra.Command, []string) error { return p.printVersion() },
 	}
+}
+
+// printVersion prints the version of the program, and what built it for which
+// platform.
+func (p *program) printVersion() error {
+	_, err := fmt.Fprintf(p.stdout, "sluice %s (%s, %s/%s)\n",
+		buildVersion(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
+	return err
 }
 
 // buildVersion returns the version that the linker set, else the module's
