@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
@@ -13,10 +14,13 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
-// TestREADMEUnit checks that the systemd unit uses existing flags and that
-// systemd knows all its settings.
-func TestREADMEUnit(t *testing.T) {
-	unit := block(t, section(t, programReadme, "## A systemd unit"), "ini")
+// TestUnit checks that the systemd unit uses existing flags, that systemd knows
+// all its settings, and that the config beside it is valid.
+func TestUnit(t *testing.T) {
+	if status, stdout, stderr := sluice(t, nil, "validate", "systemd/sluice.yaml"); status != 0 || stderr != "" {
+		t.Errorf("%s%s", stdout, stderr)
+	}
+	unit := document(t, "cmd/sluice/systemd/sluice.service")
 	commands := unique(unit, `(?m)^ExecStart=/usr/local/bin/sluice (.*)$`)
 	if len(commands) != 1 {
 		t.Fatalf("the unit's commands are %q", commands)
@@ -41,44 +45,33 @@ func TestREADMEUnit(t *testing.T) {
 	}
 }
 
-// TestREADMECompose checks that the commands of the compose file exist, that
-// its config is valid for the shared socket, and that its Redis is set up as
-// limiter/README.md says.
-func TestREADMECompose(t *testing.T) {
-	text := section(t, programReadme, "## A compose file")
-	files := blocks(text, "yaml")
-	if len(files) != 2 {
-		t.Fatalf("there are %d files", len(files))
-	}
+// TestComposeFiles checks that the commands of the compose file exist, that its
+// config is valid for the shared socket, that its Envoy has what sluice prints,
+// and that its Redis is set up as limiter/README.md says. TestCompose runs it.
+func TestComposeFiles(t *testing.T) {
 	var compose struct {
 		Services map[string]struct {
 			Image       string
 			Command     []string
-			Ports       []string
-			NetworkMode string `yaml:"network_mode"`
 			Volumes     []string
-			Environment map[string]string
-			MemLimit    string `yaml:"mem_limit"`
-			Restart     string
-			HealthCheck struct {
-				Test     []string
-				Interval string
-			}
-			DependsOn any `yaml:"depends_on"`
+			HealthCheck struct{ Test []string }
 		}
 		Volumes map[string]struct {
 			DriverOpts map[string]string `yaml:"driver_opts"`
 		}
 	}
-	if err := yaml.UnmarshalWithOptions([]byte(files[0]), &compose, yaml.Strict()); err != nil {
+	if err := yaml.Unmarshal([]byte(document(t, "cmd/sluice/compose/compose.yaml")), &compose); err != nil {
 		t.Fatal(err)
 	}
 	for name, s := range compose.Services {
 		for _, v := range s.Volumes {
-			if from, _, _ := strings.Cut(v, ":"); !strings.HasPrefix(from, "./") {
-				if _, ok := compose.Volumes[from]; !ok {
+			from, _, _ := strings.Cut(v, ":")
+			if _, ok := compose.Volumes[from]; !strings.HasPrefix(from, ".") {
+				if !ok {
 					t.Errorf("%s: there is no volume %s", name, from)
 				}
+			} else if _, err := os.Stat(filepath.Join("compose", from)); err != nil {
+				t.Errorf("%s: %v", name, err)
 			}
 		}
 	}
@@ -94,7 +87,7 @@ func TestREADMECompose(t *testing.T) {
 	if len(user) != 1 || !strings.HasPrefix(compose.Volumes["socket"].DriverOpts["o"], "uid="+user[0]+",") {
 		t.Errorf("the socket's volume is %v, and the image's user %v", compose.Volumes["socket"], user)
 	}
-	config := file(t, "sluice.yaml", files[1])
+	config := filepath.Join("compose", "sluice", "sluice.yaml")
 	if status, stdout, stderr := sluice(t, nil, "validate", config); status != 0 || stderr != "" {
 		t.Errorf("%s%s", stdout, stderr)
 	}
@@ -102,6 +95,13 @@ func TestREADMECompose(t *testing.T) {
 	if path := strings.TrimPrefix(socket, "unix://"); status != 0 ||
 		!strings.Contains(bootstrap, fmt.Sprintf("pipe: { path: %q }", path)) {
 		t.Errorf("Envoy does not ask at %s: %s", path, stderr)
+	}
+	if bootstrap != document(t, "cmd/sluice/compose/envoy.yaml") {
+		t.Errorf("compose/envoy.yaml is not what `sluice envoy plain --config %s` prints", config)
+	}
+	version := unique(document(t, "k8s/chart/Chart.yaml"), `(?m)^appVersion: (\S+)$`)
+	if len(version) != 1 || !strings.HasSuffix(compose.Services["sluice"].Image, ":"+version[0]+"}") {
+		t.Errorf("the image is %s, and the chart's version %v", compose.Services["sluice"].Image, version)
 	}
 	// The commands are run without the paths that exist only in the container.
 	s := compose.Services["sluice"]
