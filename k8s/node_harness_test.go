@@ -340,7 +340,8 @@ func (n *node) state(t *testing.T) string {
 }
 
 // readme runs all commands of a section of k8s/README.md, and returns what they
-// print.
+// print. They install the chart's package, as .ci/release makes it, in the place
+// of its directory.
 func (n *node) readme(t *testing.T, section string) string {
 	t.Helper()
 	text, err := os.ReadFile("README.md")
@@ -358,9 +359,18 @@ func (n *node) readme(t *testing.T, section string) string {
 	if commands == "" {
 		t.Fatalf("README has no commands under %q", section)
 	}
+	tools := t.TempDir()
+	version := sluiceImage[strings.LastIndex(sluiceImage, ":v")+2:]
+	if out, err := helm(t, "package", "chart", "--version", version, "--app-version", "v"+version,
+		"--destination", tools); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	commands = strings.ReplaceAll(commands, " k8s/chart ", " "+filepath.Join(tools, "sluice-"+version+".tgz")+" ")
+	if strings.Contains(commands, "k8s/chart") {
+		t.Fatalf("README names the chart in another way:\n%s", commands)
+	}
 	c := exec.CommandContext(t.Context(), "bash", "-euxc", commands)
 	c.Dir = ".."
-	tools := t.TempDir()
 	for _, tool := range []string{helmBinary(t), filepath.Join(n.bin, "kubectl")} {
 		if err := os.Symlink(tool, filepath.Join(tools, filepath.Base(tool))); err != nil {
 			t.Fatal(err)
