@@ -142,7 +142,6 @@ func TestCompose(t *testing.T) {
 		t.Fatal(err)
 	}
 	changed := strings.Replace(string(text), "burst: 20", "burst: 7", 1)
-	//nolint:gosec // the user of the image reads it
 	if err := os.WriteFile(config+"~", []byte(changed), 0o644); err != nil {
 		t.Fatal(err)
 	}
@@ -377,8 +376,10 @@ func checkGrafana(t *testing.T, dir string, project composeProject) {
 		t.Fatal(err)
 	}
 	if s := sources.Datasources; sources.APIVersion != 1 || len(s) != 1 || s[0].Type != "prometheus" || !s[0].IsDefault ||
-		s[0].Access != "proxy" || s[0].URL != "http://prometheus:9090" || s[0].JSONData.TimeInterval != scraping.Global.Interval {
-		t.Errorf("data sources %+v, want one at the service prometheus, which scrapes each %s", sources, scraping.Global.Interval)
+		s[0].Access != "proxy" || s[0].URL != "http://prometheus:9090" ||
+		s[0].JSONData.TimeInterval != scraping.Global.Interval {
+		t.Errorf("data sources %+v, want one at the service prometheus, which scrapes each %s", sources,
+			scraping.Global.Interval)
 	}
 	home := grafana.Environment["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
 	if p := providers.Providers; providers.APIVersion != 1 || len(p) != 1 || p[0].Type != "file" ||
