@@ -78,7 +78,7 @@ func (c *Config) Bucket(name BucketName) (Bucket, error) {
 	return Bucket{
 		Key:    string(key),
 		Rate:   tier.rate,
-		Charge: limiter.Charge{Limit: r.limit, Bucket: tier.bucket, Key: r.prefix + string(key) + "}"},
+		Charge: limiter.Charge{Limit: r.limit, Bucket: tier.bucket, Key: r.prefix + string(key) + "}", HoldFor: r.within},
 	}, nil
 }
 

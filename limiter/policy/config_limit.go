@@ -7,6 +7,7 @@ import (
 	"math"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/goccy/go-yaml/ast"
 
@@ -29,9 +30,15 @@ type limitReader struct {
 	// Defaults for limits that do not set these.
 	domain, keyPrefix, mode, onFailure string
 	localShare                         float64 // 0: not given
-	expressions                        map[[2]string]*expression
+	expressions                        map[expressionID]*expression
 	tiers                              map[[2]string]*tier
 	warnings                           Mistakes
+}
+
+// expressionID identifies an expression: equal ones are compiled once.
+type expressionID struct {
+	text    string
+	purpose purpose
 }
 
 func newLimitReader(r reader) limitReader {
@@ -41,7 +48,7 @@ func newLimitReader(r reader) limitReader {
 		keyPrefix:   "sluice",
 		mode:        "enforce",
 		onFailure:   "deny",
-		expressions: make(map[[2]string]*expression),
+		expressions: make(map[expressionID]*expression),
 		tiers:       make(map[[2]string]*tier),
 	}
 }
@@ -57,6 +64,10 @@ type draft struct {
 	absent          absence
 	cost            cost
 	costAt          node
+	settle          *cost
+	settleAt        node
+	within          time.Duration
+	withinAt        node
 	group           string
 	rate, burst     node
 	tier            *tier
@@ -71,7 +82,7 @@ type draft struct {
 // field name. It reports whether there was no mistake; d then holds all that
 // could be read.
 func (lr *limitReader) readLimit(n node, d *draft) bool {
-	d.cost.constant = 1
+	d.cost.constant, d.within = 1, defaultSettleWithin
 	bad := len(lr.mistakes)
 	fields := map[string]func(node){
 		"match": func(n node) { lr.readMatch(n, &d.match) },
@@ -84,7 +95,7 @@ func (lr *limitReader) readLimit(n node, d *draft) bool {
 		},
 		"rate":       func(n node) { d.rate = n },
 		"burst":      func(n node) { d.burst = n },
-		"cost":       func(n node) { d.costAt = n; lr.readCost(n, &d.cost) },
+		"cost":       func(n node) { d.costAt = n; lr.readCost(n, &d.cost, forCost) },
 		"group":      lr.checked(&d.group, checkName),
 		"domain":     lr.checked(&d.domain, checkDomain),
 		"mode":       func(n node) { lr.oneOf(n, &d.mode, "enforce", "shadow") },
@@ -95,6 +106,8 @@ func (lr *limitReader) readLimit(n node, d *draft) bool {
 		fields["name"] = func(n node) { d.nameAt = n; lr.checked(&d.name, checkName)(n) }
 	}
 	if lr.inputs != nil {
+		fields["settle"] = func(n node) { d.settleAt, d.settle = n, new(cost); lr.readCost(n, d.settle, forSettle) }
+		fields["settle_within"] = func(n node) { d.withinAt = n; lr.duration(n, &d.within, minSettleWithin, maxSettleWithin) }
 		fields["overrides_file"] = func(n node) { lr.each(n, func(n node) { d.files = append(d.files, n) }) }
 	}
 	if !lr.mapping(n, fields) {
@@ -115,6 +128,12 @@ func (lr *limitReader) readLimit(n node, d *draft) bool {
 	} else if t != nil && !t.unlimited && d.cost.expression == nil && d.cost.constant > t.bucket.Burst() {
 		lr.wrong(d.costAt, "%d exceeds the burst of %d, so every request would be denied", d.cost.constant,
 			t.bucket.Burst())
+	}
+	if d.settle != nil && d.tier != nil && d.tier.unlimited {
+		lr.wrong(d.settleAt, "settle needs a bucket, but the rate is unlimited; give a rate that is never reached")
+	}
+	if d.settle == nil && d.withinAt.Node != nil {
+		lr.wrong(d.withinAt, "has no effect without settle")
 	}
 	return len(lr.mistakes) == bad
 }
@@ -187,7 +206,7 @@ func (lr *limitReader) expression(n node, p purpose) *expression {
 	} else {
 		return nil
 	}
-	id := [2]string{text, p.wanted()}
+	id := expressionID{text, p}
 	e, known := lr.expressions[id]
 	if !known {
 		if len(lr.mistakes) >= maxMistakes {
@@ -226,8 +245,8 @@ func (lr *limitReader) compile(n node, text string, p purpose) *expression {
 		}
 	case forWhen:
 		_, _, err = e.condition(empty)
-	case forCost:
-		_, err = e.tokens(empty)
+	case forCost, forSettle:
+		_, err = e.tokens(empty, 1, maxCost)
 	}
 	if err != nil {
 		lr.wrong(n, "%v", err)
@@ -255,7 +274,7 @@ func (lr *limitReader) wrongExpression(n node, e expressionError) {
 
 // readCost reads a cost: a number or an expression. A constant expression
 // becomes a number.
-func (lr *limitReader) readCost(n node, into *cost) {
+func (lr *limitReader) readCost(n node, into *cost, p purpose) {
 	switch n.Node.(type) {
 	case *ast.IntegerNode, *ast.FloatNode:
 		s, _ := lr.scalar(n)
@@ -264,12 +283,12 @@ func (lr *limitReader) readCost(n node, into *cost) {
 			lr.wrong(n, "must be a number >= 0 or a CEL expression, not %s", displayText(n, s))
 			return
 		}
-		if into.constant, err = wholeCost(v); err != nil {
+		if into.constant, err = wholeCost(v, maxCost); err != nil {
 			lr.wrong(n, "%v", err)
 		}
 		return
 	}
-	e := lr.expression(n, forCost)
+	e := lr.expression(n, p)
 	if e == nil {
 		return
 	}
@@ -277,7 +296,7 @@ func (lr *limitReader) readCost(n node, into *cost) {
 		into.expression = e
 		return
 	}
-	into.constant, _ = e.tokens(&subject{Request: &Request{}}) // compile has evaluated it before
+	into.constant, _ = e.tokens(&subject{Request: &Request{}}, 1, maxCost) // compile has evaluated it before
 }
 
 const noShare = "local requires local_share: this sidecar's fraction of each limit, such as 0.1 for ten sidecars"
@@ -304,6 +323,11 @@ func (lr *limitReader) rule(d *draft) *rule {
 			`request.size is absent if a body has no content-length, as with chunked encoding, and the cost is then 1; `+
 				`state the cost, as in "content-length" in request.headers ? request.size : 1000`)
 	}
+	var within time.Duration
+	if d.settle != nil {
+		within = d.within
+		lr.warnOfSettle(d)
+	}
 	prefix := lr.keyPrefix + ":" + l.Domain + ":" + l.Name + ":{"
 	share := 0.0
 	if l.OnFailure == limiter.Local {
@@ -322,9 +346,20 @@ func (lr *limitReader) rule(d *draft) *rule {
 		absent:    d.absent,
 		cost:      d.cost,
 		group:     d.group,
+		settle:    d.settle,
+		within:    within,
 		overrides: o,
 		prefix:    prefix,
 		singleKey: prefix + noKey + "}",
+	}
+}
+
+// warnOfSettle warns of a limit that settles and lets only one request pass at a
+// time, as what is under way is held.
+func (lr *limitReader) warnOfSettle(d *draft) {
+	if cost := d.cost.constant; d.cost.expression == nil && d.tier.bucket.Burst() < 2*cost {
+		lr.warn(d.settleAt, "the burst of %d is below twice the cost of %d, so only one request can be under way at a time; "+
+			"raise burst, or lower cost", d.tier.bucket.Burst(), cost)
 	}
 }
 

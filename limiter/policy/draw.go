@@ -124,6 +124,9 @@ func (d *drawing) consider(r *rule) finding {
 		if r.share > 0 {
 			c.Local = c.Bucket.Share(r.share)
 		}
+		if r.settle != nil {
+			c.HoldFor = r.within
+		}
 		d.Charges = append(d.Charges, c)
 	}
 	if f.applies && r.group != "" {
@@ -164,7 +167,7 @@ func (d *drawing) judge(r *rule) finding {
 	}
 	if r.cost.expression != nil {
 		var err error
-		if f.cost, err = r.cost.expression.tokens(d.subject); err != nil {
+		if f.cost, err = r.cost.expression.tokens(d.subject, 1, maxCost); err != nil {
 			return mistake("cost", err)
 		}
 	}

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -24,15 +25,21 @@ const maxExpression = 4096 // bytes
 type purpose uint8
 
 const (
-	forKey  purpose = iota // a string, a number or a boolean
-	forWhen                // a boolean
-	forCost                // a number
+	forKey    purpose = iota // a string, a number or a boolean
+	forWhen                  // a boolean
+	forCost                  // a number
+	forSettle                // a number, once the response has ended
 )
 
 // wanted describes the values that the purpose accepts.
 func (p purpose) wanted() string {
-	return [...]string{"must be a string, a number or a boolean", "must be a boolean", "must be a number"}[p]
+	return [...]string{
+		"must be a string, a number or a boolean", "must be a boolean", "must be a number", "must be a number",
+	}[p]
 }
+
+// isNumber reports whether the purpose accepts numbers alone.
+func (p purpose) isNumber() bool { return p == forCost || p == forSettle }
 
 // accepts reports whether the purpose accepts values of a type. A value whose
 // type is known only at run time is checked then.
@@ -45,24 +52,38 @@ func (p purpose) accepts(out *cel.Type) bool {
 	case types.StringKind:
 		return p == forKey
 	case types.BoolKind:
-		return p != forCost
+		return !p.isNumber()
 	case types.IntKind, types.UintKind, types.DoubleKind:
 		return p != forWhen
 	}
 	return false
 }
 
-// environment is the CEL environment of all expressions. It is made once,
-// because that takes milliseconds.
-var environment = sync.OnceValues(func() (*cel.Env, error) {
+// checkEnvironment is the CEL environment of the expressions about a request, and
+// endEnvironment that of those about its end. Each is made once, because that
+// takes milliseconds.
+var (
+	checkEnvironment = sync.OnceValues(func() (*cel.Env, error) { return newEnvironment(kindsOf(attributes)) })
+	endEnvironment   = sync.OnceValues(func() (*cel.Env, error) { return newEnvironment(kindsOf(endAttributes)) })
+)
+
+func newEnvironment(kinds map[string]*cel.Type) (*cel.Env, error) {
 	options := []cel.EnvOption{
 		ext.Strings(), cel.OptionalTypes(), cel.ParserExpressionSizeLimit(maxExpression), cel.ParserRecursionLimit(64),
 	}
-	for name, a := range attributes {
-		options = append(options, cel.Variable(name, a.kind))
+	for name, kind := range kinds {
+		options = append(options, cel.Variable(name, kind))
 	}
 	return cel.NewEnv(options...)
-})
+}
+
+// environment returns the CEL environment of the purpose's expressions.
+func (p purpose) environment() (*cel.Env, error) {
+	if p == forSettle {
+		return endEnvironment()
+	}
+	return checkEnvironment()
+}
 
 // expression is a compiled CEL expression. It is safe for concurrent use.
 type expression struct {
@@ -89,6 +110,9 @@ type expression struct {
 	// header is the header's name if the expression is a header and nothing
 	// else; otherwise it is empty.
 	header string
+	// responseHeaders and responseTrailers are the names of those that it reads,
+	// in ascending order.
+	responseHeaders, responseTrailers []string
 }
 
 // expressionError is an error in an expression. Its line and column begin at 1,
@@ -106,7 +130,7 @@ func compile(text string, p purpose) (*expression, []expressionError) {
 	if len(text) > maxExpression {
 		return wrong("expression of %d bytes; the maximum is %d", len(text), maxExpression)
 	}
-	env, err := environment()
+	env, err := p.environment()
 	if err != nil {
 		return wrong("%v", err)
 	}
@@ -114,12 +138,16 @@ func compile(text string, p purpose) (*expression, []expressionError) {
 	if issues.Err() != nil {
 		var found []expressionError
 		for _, e := range issues.Errors() {
-			found = append(found, expressionError{e.Location.Line(), e.Location.Column() + 1, e.Message})
+			found = append(found, expressionError{e.Location.Line(), e.Location.Column() + 1, p.explain(e.Message)})
 		}
 		return nil, found
 	}
 	native := checked.NativeRep()
 	if found := checkHeaderNames(native); found != nil {
+		return nil, found
+	}
+	headers, trailers, found := responseFields(native)
+	if found != nil {
 		return nil, found
 	}
 	if out := checked.OutputType(); !p.accepts(out) {
@@ -139,7 +167,10 @@ func compile(text string, p purpose) (*expression, []expressionError) {
 	if err != nil {
 		return wrong("%v", err)
 	}
-	e := &expression{text: text, program: program, instructions: instructions, open: true, constant: true}
+	e := &expression{
+		text: text, program: program, instructions: instructions, open: true, constant: true,
+		responseHeaders: headers, responseTrailers: trailers,
+	}
 	if p == forKey {
 		e.direct, e.header = directRead(native)
 		if r := native.ReferenceMap()[native.Expr().ID()]; r != nil && attributes[r.Name].kind != nil {
@@ -147,6 +178,9 @@ func compile(text string, p purpose) (*expression, []expressionError) {
 		}
 	}
 	for _, r := range native.ReferenceMap() {
+		if _, ok := endAttributes[r.Name]; ok {
+			e.constant = false
+		}
 		if a, ok := attributes[r.Name]; ok {
 			e.constant = false
 			e.metadata = e.metadata || r.Name == filterMetadata
@@ -170,17 +204,71 @@ func planOptions(asks map[int64]bool, instructions *int) []cel.ProgramOption {
 	}
 }
 
+// textMaps are the attributes that are maps by names in lower case.
+var textMaps = []string{"request.headers", "response.headers", "response.trailers"}
+
 // checkHeaderNames reports header names that are not in lower case: no request
 // has such a header, because Envoy lowers their names.
 func checkHeaderNames(tree *ast.AST) (found []expressionError) {
 	ast.PreOrderVisit(tree.Expr(), ast.NewExprVisitor(func(e ast.Expr) {
-		if name, ok := headerName(tree, e); ok && name != strings.ToLower(name) {
-			at := tree.SourceInfo().GetStartLocation(e.ID())
-			found = append(found, expressionError{at.Line(), at.Column() + 1,
-				fmt.Sprintf("the header %q is not in lower case; write %q", name, strings.ToLower(name))})
+		for _, of := range textMaps {
+			if name, ok := nameIn(tree, e, of); ok && name != strings.ToLower(name) {
+				at := tree.SourceInfo().GetStartLocation(e.ID())
+				found = append(found, expressionError{at.Line(), at.Column() + 1,
+					fmt.Sprintf("the header %q is not in lower case; write %q", name, strings.ToLower(name))})
+			}
 		}
 	}))
 	return found
+}
+
+// responseFields returns the names of the headers and trailers of the response
+// that an expression reads, in ascending order. A use that does not name one is
+// an error: Envoy sends only those that it was told to.
+func responseFields(tree *ast.AST) (headers, trailers []string, found []expressionError) {
+	named := make(map[int64]bool) // the uses that name one, by the ID of the map's expression
+	ast.PreOrderVisit(tree.Expr(), ast.NewExprVisitor(func(e ast.Expr) {
+		for _, of := range textMaps[1:] {
+			name, ok := nameIn(tree, e, of)
+			if !ok {
+				continue
+			}
+			for _, part := range append(partsOf(e), e) {
+				named[part.ID()] = true
+			}
+			if of == textMaps[1] {
+				headers = append(headers, name)
+			} else {
+				trailers = append(trailers, name)
+			}
+		}
+	}))
+	ast.PreOrderVisit(tree.Expr(), ast.NewExprVisitor(func(e ast.Expr) {
+		r := tree.ReferenceMap()[e.ID()]
+		if r == nil || named[e.ID()] || !slices.Contains(textMaps[1:], r.Name) {
+			return
+		}
+		at := tree.SourceInfo().GetStartLocation(e.ID())
+		found = append(found, expressionError{at.Line(), at.Column() + 1,
+			fmt.Sprintf(`%s must be used with a constant name, as in %[1]s["x-name"], so that Envoy can be told to send it`,
+				r.Name)})
+	}))
+	for _, names := range []*[]string{&headers, &trailers} {
+		slices.Sort(*names)
+		*names = slices.Compact(*names)
+	}
+	return headers, trailers, found
+}
+
+// partsOf returns the operands of a selection or a call.
+func partsOf(e ast.Expr) []ast.Expr {
+	switch e.Kind() {
+	case ast.SelectKind:
+		return []ast.Expr{e.AsSelect().Operand()}
+	case ast.CallKind:
+		return e.AsCall().Args()
+	}
+	return nil
 }
 
 // readsHeader reports whether an expression reads a header, or tests for it.
@@ -195,11 +283,14 @@ func readsHeader(tree *ast.AST, header string) (reads bool) {
 
 // headerName returns the name in request.headers["name"], request.headers.name,
 // and "name" in request.headers.
-func headerName(tree *ast.AST, e ast.Expr) (string, bool) {
+func headerName(tree *ast.AST, e ast.Expr) (string, bool) { return nameIn(tree, e, "request.headers") }
+
+// nameIn is headerName for any map of strings.
+func nameIn(tree *ast.AST, e ast.Expr, of string) (string, bool) {
 	headers, name := e, e
 	switch e.Kind() {
 	case ast.SelectKind:
-		return e.AsSelect().FieldName(), isHeaders(tree, e.AsSelect().Operand())
+		return e.AsSelect().FieldName(), isAttribute(tree, e.AsSelect().Operand(), of)
 	case ast.CallKind:
 		call := e.AsCall()
 		if len(call.Args()) != 2 {
@@ -212,16 +303,16 @@ func headerName(tree *ast.AST, e ast.Expr) (string, bool) {
 			name, headers = call.Args()[0], call.Args()[1]
 		}
 	}
-	if name.Kind() != ast.LiteralKind || !isHeaders(tree, headers) {
+	if name.Kind() != ast.LiteralKind || !isAttribute(tree, headers, of) {
 		return "", false
 	}
 	text, ok := name.AsLiteral().Value().(string)
 	return text, ok
 }
 
-func isHeaders(tree *ast.AST, e ast.Expr) bool {
+func isAttribute(tree *ast.AST, e ast.Expr, name string) bool {
 	r := tree.ReferenceMap()[e.ID()]
-	return r != nil && r.Name == "request.headers"
+	return r != nil && r.Name == name
 }
 
 // directRead returns a function that reads an expression without CEL, if it is
@@ -343,28 +434,31 @@ func (e *expression) condition(s *subject) (holds, known bool, err error) {
 	return bool(b), true, nil
 }
 
-// tokens returns the value as a cost. It is 1 if the value is absent, and at
-// most limiter.MaxTokens+1, which exceeds every burst.
-func (e *expression) tokens(s *subject) (int64, error) {
+// tokens returns the value as a cost: otherwise if it is absent, and at most
+// most.
+func (e *expression) tokens(s cel.Activation, otherwise, most int64) (int64, error) {
 	v, err := e.eval(s)
 	if err != nil || v == nil {
-		return 1, err
+		return otherwise, err
 	}
 	switch v := v.(type) {
 	case types.Int:
-		return wholeCost(float64(v)) // inexact only for values that exceed every burst
+		return wholeCost(float64(v), most) // inexact only for values that exceed every burst
 	case types.Uint:
-		return wholeCost(float64(v))
+		return wholeCost(float64(v), most)
 	case types.Double:
-		return wholeCost(float64(v))
+		return wholeCost(float64(v), most)
 	}
 	return 0, fmt.Errorf("%s, not %v", forCost.wanted(), v.Type())
 }
 
-// wholeCost returns a cost in whole tokens, rounded up.
-func wholeCost(f float64) (int64, error) {
+// maxCost exceeds every burst, and maxSettled every burst and debt.
+const maxCost, maxSettled = limiter.MaxTokens + 1, 3*limiter.MaxTokens + 1
+
+// wholeCost returns a cost in whole tokens, rounded up, and at most most.
+func wholeCost(f float64, most int64) (int64, error) {
 	if math.IsNaN(f) || f < 0 {
 		return 0, errors.New("must be a number >= 0")
 	}
-	return int64(min(math.Ceil(f), limiter.MaxTokens+1)), nil
+	return int64(min(math.Ceil(f), float64(most))), nil
 }

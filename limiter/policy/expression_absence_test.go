@@ -373,7 +373,7 @@ func (s source) checkAbsence(t *testing.T, condition string) (shows bool) {
 }
 
 func TestAbsence(t *testing.T) {
-	e, err := environment()
+	e, err := checkEnvironment()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -58,6 +58,17 @@ const filterMetadata = "metadata.filter_metadata"
 // equals null.
 var textMap = cel.MapType(cel.StringType, cel.NullableType(cel.StringType))
 
+// kindsOf returns the types of attributes by their names.
+func kindsOf[A interface{ celType() *cel.Type }](attributes map[string]A) map[string]*cel.Type {
+	kinds := make(map[string]*cel.Type, len(attributes))
+	for name, a := range attributes {
+		kinds[name] = a.celType()
+	}
+	return kinds
+}
+
+func (a attribute) celType() *cel.Type { return a.kind }
+
 // ResolveName implements cel.Activation.
 func (s *subject) ResolveName(name string) (any, bool) {
 	a, ok := attributes[name]
@@ -283,8 +294,9 @@ func (l lookup) readsAbsent(vars interpreter.Activation) bool {
 		}
 	}
 	return len(a.Qualifiers()) > 0 || slices.ContainsFunc(a.CandidateVariableNames(), func(name string) bool {
-		_, ok := attributes[name]
-		return ok
+		_, ofRequest := attributes[name]
+		_, ofEnd := endAttributes[name]
+		return ofRequest || ofEnd
 	})
 }
 

@@ -99,7 +99,7 @@ func isConstant(args []interpreter.InterpretableV2) bool {
 
 // builtins returns CEL's implementations of its functions, by name.
 var builtins = sync.OnceValues(func() (map[string]*functions.Overload, error) {
-	env, err := environment()
+	env, err := checkEnvironment()
 	if err != nil {
 		return nil, err
 	}

@@ -81,7 +81,7 @@ func FuzzExpression(f *testing.F) {
 				_, _, err = e.condition(s)
 			case forCost:
 				var tokens int64
-				if tokens, err = e.tokens(s); err == nil && tokens < 0 {
+				if tokens, err = e.tokens(s, 1, maxCost); err == nil && tokens < 0 {
 					t.Fatalf("%q costs %d", text, tokens)
 				}
 			}

@@ -148,7 +148,7 @@ const (
 
 // readRoute parses an entry of context_extensions, and estimates its memory.
 func (c *Config) readRoute(text routeText) *routeEntry {
-	expressions := make(map[[2]string]*expression)
+	expressions := make(map[expressionID]*expression)
 	e := c.readRouteText(text, expressions)
 	e.memory = entryMemory + textFactor*(len(text.key)+len(text.value))
 	for _, x := range expressions {
@@ -168,7 +168,7 @@ func (c *Config) readRoute(text routeText) *routeEntry {
 
 // readRouteText parses an entry of context_extensions. It adds the expressions
 // that it compiles to expressions.
-func (c *Config) readRouteText(text routeText, expressions map[[2]string]*expression) *routeEntry {
+func (c *Config) readRouteText(text routeText, expressions map[expressionID]*expression) *routeEntry {
 	wrong := func(limit string, err error) *routeEntry {
 		return &routeEntry{mistake: &RuleError{Limit: limit, Field: "context_extensions", Err: err,
 			Shadow: c.inherited.mode == "shadow"}}

@@ -1,6 +1,8 @@
 package policy
 
 import (
+	"time"
+
 	"github.com/sluiceproxy/sluice/limiter"
 )
 
@@ -13,7 +15,9 @@ type rule struct {
 	key       []*expression
 	absent    absence
 	cost      cost
-	group     string // empty: in no group
+	settle    *cost         // what a request has cost once it has ended; nil: what was taken
+	within    time.Duration // by when it must have ended, if settle is not nil
+	group     string        // empty: in no group
 	overrides *overrides
 	// share is local_share if the limit's failure mode is local, else 0.
 	share     float64
@@ -29,7 +33,7 @@ type tier struct {
 	unlimited bool
 }
 
-// cost is what one request takes from the limit's bucket, in tokens.
+// cost is what one request takes from the limit's bucket, or has cost, in tokens.
 type cost struct {
 	constant   int64 // used if expression is nil
 	expression *expression
