@@ -5,6 +5,7 @@ import (
 	"strings"
 	"time"
 
+	"go.uber.org/zap"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protowire"
@@ -61,7 +62,12 @@ func (s *Server) allow(e *encoder, check *checkState) {
 	}
 	limitHeaders(e, okResponseHeaders, check)
 	e.close(ok)
-	s.metadata(e, check, shadows)
+	text, left := s.settling.sealer.seal(check.config, &check.decision)
+	if left > 0 {
+		s.report.throttled.Warn("holds of a request do not fit into its metadata, and are spent",
+			zap.Int("holds", left), zap.Int("max_bytes", maxSealed))
+	}
+	s.metadata(e, check, shadows, text)
 }
 
 // shadowHeader tells the upstream which shadow limits would have denied the
@@ -161,7 +167,7 @@ func (s *Server) denied(e *encoder, check *checkState, code codes.Code, p proble
 		// UNAVAILABLE.
 	}
 	e.close(denied)
-	s.metadata(e, check, denyingShadows(&check.decision))
+	s.metadata(e, check, denyingShadows(&check.decision), "")
 }
 
 // problem is a body in the format of RFC 9457. Its texts contain names from the
@@ -265,8 +271,8 @@ var sourceNames = [...]string{
 }
 
 // metadata writes the dynamic metadata, which Envoy's access log and later
-// filters can read.
-func (s *Server) metadata(e *encoder, check *checkState, shadows []string) {
+// filters can read. settle is what the access log brings back; nothing if empty.
+func (s *Server) metadata(e *encoder, check *checkState, shadows []string, settle string) {
 	d := &check.decision
 	at := e.open(responseMetadata)
 	e.textEntry("decision", d.Outcome.String())
@@ -287,5 +293,8 @@ func (s *Server) metadata(e *encoder, check *checkState, shadows []string) {
 		e.textEntry("source", sourceNames[limiter.NoSource])
 	}
 	e.listEntry("shadow", shadows)
+	if settle != "" {
+		e.textEntry(settleField, settle)
+	}
 	e.close(at)
 }

@@ -12,6 +12,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	logv3 "github.com/envoyproxy/go-control-plane/envoy/service/accesslog/v3"
 	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
 	"github.com/prometheus/client_golang/prometheus"
 	"go.opentelemetry.io/otel/trace"
@@ -56,6 +57,7 @@ const streamWorkers = 8
 type Options struct {
 	Config  *policy.Config
 	Store   limiter.Store
+	Settler Settler     // of Store; nil if no limit ever settles
 	Log     *zap.Logger // nil disables logging
 	Metrics prometheus.Registerer
 	Tracer  trace.Tracer // nil disables tracing
@@ -69,6 +71,8 @@ type Server struct {
 	metrics *grpcMetrics
 	tracer  trace.Tracer // nil disables tracing
 	health  *health.Server
+	// settling settles the ends of requests.
+	settling *settling
 	// elements counts the elements of the checks in flight that have more than
 	// fewElements.
 	elements atomic.Int64
@@ -85,11 +89,12 @@ func New(o Options) *Server {
 		log = zap.NewNop()
 	}
 	s := &Server{
-		store:   o.Store,
-		report:  newReport(log, o.Metrics),
-		metrics: newGRPCMetrics(o.Metrics),
-		tracer:  o.Tracer,
-		health:  health.NewServer(),
+		store:    o.Store,
+		report:   newReport(log, o.Metrics),
+		metrics:  newGRPCMetrics(o.Metrics),
+		tracer:   o.Tracer,
+		health:   health.NewServer(),
+		settling: newSettling(o.Settler, o.Metrics),
 		// At random, so that clients do not all retry at once.
 		jitter: func() int { return 1 + rand.IntN(10) },
 	}
@@ -111,6 +116,7 @@ func (s *Server) GRPC(options ...grpc.ServerOption) *grpc.Server {
 	own := append(serverOptions(), grpc.UnaryInterceptor(s.metrics.unary), grpc.StreamInterceptor(s.metrics.stream))
 	g := grpc.NewServer(append(own, options...)...)
 	g.RegisterService(&service, s)
+	logv3.RegisterAccessLogServiceServer(g, accessLog{server: s})
 	healthv1.RegisterHealthServer(g, s.health)
 	reflection.Register(g)
 	for _, service := range []string{"", authv3.Authorization_ServiceDesc.ServiceName} {
@@ -138,8 +144,16 @@ func serverOptions() []grpc.ServerOption {
 	}
 }
 
-// Drain sets the health to NOT_SERVING for good. Checks are still answered.
-func (s *Server) Drain() { s.health.Shutdown() }
+// Run settles requests that have ended until ctx ends, and then those whose ends
+// have arrived.
+func (s *Server) Run(ctx context.Context) { s.settling.run(ctx) }
+
+// Drain sets the health to NOT_SERVING for good, and ends the streams of Envoy's
+// access log. Checks are still answered. It must be called once.
+func (s *Server) Drain() {
+	s.health.Shutdown()
+	close(s.settling.drained)
+}
 
 // service is the generated description of the service, except that Check gets
 // and returns encoded messages.
@@ -236,6 +250,7 @@ func (s *Server) decide(ctx context.Context, began time.Time, check *checkState)
 		check.unlimited = draw.Unlimited
 	}
 	check.decision = decideDraw(ctx, s.store, &draw)
+	s.settling.sawExpired(&check.decision)
 	return nil
 }
 

@@ -112,7 +112,7 @@ func (f *Fallback) Settle(ctx context.Context, settlements []Settlement, results
 	var shared []Settlement
 	for i := range settlements {
 		if settlements[i].Hold.isLocal {
-			f.memory.Settle(settlements[i:i+1], results[i:i+1])
+			f.memory.Settle(ctx, settlements[i:i+1], results[i:i+1])
 		} else {
 			indexes, shared = append(indexes, i), append(shared, settlements[i])
 		}

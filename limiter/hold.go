@@ -3,6 +3,7 @@ package limiter
 import (
 	"cmp"
 	"encoding/binary"
+	"errors"
 	"math"
 	"math/rand/v2"
 	"slices"
@@ -35,6 +36,40 @@ type Hold struct {
 
 // IsZero reports whether h names nothing.
 func (h Hold) IsZero() bool { return h.birth == [8]byte{} }
+
+// HoldBytes is the length of an encoded Hold.
+const HoldBytes = 4 + 8 + 4 + 2 + 1
+
+// AppendBinary implements encoding.BinaryAppender. Its error is nil.
+func (h Hold) AppendBinary(b []byte) ([]byte, error) {
+	b = binary.BigEndian.AppendUint32(b, uint32(h.Tokens))
+	b = append(b, h.birth[:]...)
+	b = binary.BigEndian.AppendUint32(b, h.slice)
+	b = binary.BigEndian.AppendUint16(b, h.index)
+	if h.isLocal {
+		return append(b, 1), nil
+	}
+	return append(b, 0), nil
+}
+
+// UnmarshalBinary implements encoding.BinaryUnmarshaler. It refuses what
+// AppendBinary did not return, as far as that can be told.
+func (h *Hold) UnmarshalBinary(b []byte) error {
+	if len(b) != HoldBytes || b[HoldBytes-1] > 1 {
+		return errors.New("not an encoded hold")
+	}
+	*h = Hold{
+		Tokens:  int64(binary.BigEndian.Uint32(b)),
+		birth:   [8]byte(b[4:]),
+		slice:   binary.BigEndian.Uint32(b[12:]),
+		index:   binary.BigEndian.Uint16(b[16:]),
+		isLocal: b[18] == 1,
+	}
+	if h.Tokens > MaxTokens || h.IsZero() {
+		return errors.New("not an encoded hold")
+	}
+	return nil
+}
 
 // newBirth returns a random number for the holds of a bucket.
 func newBirth() (b [8]byte) {

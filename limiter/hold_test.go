@@ -160,7 +160,7 @@ func (k taker) settled(v Verdict, c Charge, cost int64) string {
 	case *Redis:
 		s.Settle(context.Background(), settlements, results)
 	case *Memory:
-		s.Settle(settlements, results)
+		s.Settle(context.Background(), settlements, results)
 	}
 	r := results[0]
 	text := ""

@@ -244,8 +244,9 @@ func (m *Memory) lower(key string, b Bucket, most int64) {
 }
 
 // Settle settles holds, and fills results[i] with what became of settlements[i].
-// The slices have the same length. It waits only for locks.
-func (m *Memory) Settle(settlements []Settlement, results []Settled) {
+// The slices have the same length. It waits only for locks, and ignores the
+// deadline of ctx.
+func (m *Memory) Settle(_ context.Context, settlements []Settlement, results []Settled) {
 	for i := range settlements {
 		s := &settlements[i]
 		of := &m.shards[m.shardOf(s.Key)]

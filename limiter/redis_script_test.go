@@ -192,7 +192,7 @@ func TestScriptAgreesWithGo(t *testing.T) {
 				}
 				got, want := make([]Settled, len(theirs)), make([]Settled, len(mine))
 				r.Settle(ctx, theirs, got)
-				m.Settle(mine, want)
+				m.Settle(ctx, mine, want)
 				for i := range got {
 					if got[i] != want[i] {
 						t.Fatalf("%+v at %d\nthe script says %+v\n   the maths say %+v", mine[i], clock.at, got[i], want[i])

@@ -83,6 +83,7 @@ func newSidecar(source configSource, stderr io.Writer) (*sidecar, error) {
 		traced = func(store limiter.Store, name string) limiter.Store { return tracedStore{store, tracer, name} }
 	}
 	var store limiter.Store
+	var settler authz.Settler
 	if cfg.Redis != nil {
 		redis, err := limiter.NewRedis(*cfg.Redis, log, s.stores)
 		if err != nil {
@@ -90,13 +91,15 @@ func newSidecar(source configSource, stderr io.Writer) (*sidecar, error) {
 		}
 		s.redis, s.fallback = redis, limiter.NewFallback(redis, log, s.stores)
 		s.ceiling = limiter.NewCeiling(traced(s.fallback, "redis"), s.registry)
-		store = s.ceiling
+		store, settler = s.ceiling, s.fallback
 	} else {
 		s.memory = limiter.NewMemory(limiter.MemoryBudget(), log, s.stores)
-		store = traced(s.memory, "memory")
+		store, settler = traced(s.memory, "memory"), s.memory
 	}
 	s.answered.Store(s.redis == nil || !cfg.FailsClosed())
-	s.checks = authz.New(authz.Options{Config: cfg, Store: store, Log: log, Metrics: s.registry, Tracer: tracer})
+	s.checks = authz.New(authz.Options{
+		Config: cfg, Store: store, Settler: settler, Log: log, Metrics: s.registry, Tracer: tracer,
+	})
 
 	for _, l := range []struct {
 		field, addr string
@@ -217,6 +220,8 @@ func (s *sidecar) serve(ctx context.Context) error {
 		s.checks.Drain()
 		s.stopGracefully(server)
 	})
+	settling, settled := context.WithCancel(context.Background()) // after the last end has arrived
+	all.Add(func() error { s.checks.Run(settling); return nil }, func(error) { settled() })
 	s.addHTTP(&all, s.metrics, s.metricsHandler())
 	operators := s.page()
 	s.addHTTP(&all, s.admin, operators)

@@ -128,6 +128,11 @@ func (s *endSubject) ResolveName(name string) (any, bool) {
 // Parent implements cel.Activation.
 func (*endSubject) Parent() cel.Activation { return nil }
 
+// SettleSecret returns the key_secret, with which texts for the end of a request
+// can be sealed so that another sidecar with the same secret opens them; nil if
+// the config has none.
+func (c *Config) SettleSecret() []byte { return c.hasher.secret }
+
 // Settles reports whether a limit of the file settles.
 func (c *Config) Settles() bool {
 	return slices.ContainsFunc(c.rules, func(r *rule) bool { return r.settle != nil })

@@ -1,0 +1,221 @@
+package authz
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	logdatav3 "github.com/envoyproxy/go-control-plane/envoy/data/accesslog/v3"
+	logv3 "github.com/envoyproxy/go-control-plane/envoy/service/accesslog/v3"
+	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
+	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/protobuf/types/known/structpb"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	"github.com/sluiceproxy/sluice/limiter"
+	"github.com/sluiceproxy/sluice/limiter/policy"
+)
+
+const settlingLimits = `
+limits:
+  - name: logins
+    rate: 5/h
+    settle: 'response.code >= 200 && response.code < 400 ? 0 : 1'
+  - name: usage
+    rate: 1000/h
+    cost: 100
+    settle: int(response.headers["x-usage"])
+`
+
+// settlingServer is a server in whose store nothing refills.
+type settlingServer struct {
+	*Server
+	t       *testing.T
+	metrics *prometheus.Registry
+	checks  authv3.AuthorizationClient
+	log     logv3.AccessLogService_StreamAccessLogsClient
+	store   *limiter.Memory
+}
+
+func newSettlingServer(t *testing.T, config string) *settlingServer {
+	s := &settlingServer{t: t, metrics: prometheus.NewRegistry()}
+	s.store = limiter.NewMemory(1<<20, nil, prometheus.NewRegistry())
+	s.Server = New(Options{Config: configOf(t, config), Store: s.store, Settler: s.store, Metrics: s.metrics})
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() { s.Run(ctx); close(done) }()
+	conn := serve(t, s.Server, "tcp", "127.0.0.1:0")
+	t.Cleanup(func() { cancel(); <-done })
+	s.checks = authv3.NewAuthorizationClient(conn)
+	var err error
+	if s.log, err = logv3.NewAccessLogServiceClient(conn).StreamAccessLogs(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// check returns the sealed text of an allowed check; empty if it is denied.
+func (s *settlingServer) check() string {
+	s.t.Helper()
+	r, err := s.checks.Check(s.t.Context(), checkOf())
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return r.GetDynamicMetadata().GetFields()["settle"].GetStringValue()
+}
+
+// end sends the end of a request.
+func (s *settlingServer) end(text string, code uint32, headers map[string]string) {
+	s.t.Helper()
+	metadata, err := structpb.NewStruct(map[string]any{"settle": text})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.send("sluice", &logdatav3.HTTPAccessLogEntry{
+		CommonProperties: &logdatav3.AccessLogCommon{
+			AccessLogType: logdatav3.AccessLogType_DownstreamEnd,
+			Metadata: &corev3.Metadata{
+				FilterMetadata: map[string]*structpb.Struct{"envoy.filters.http.ext_authz": metadata},
+			},
+		},
+		Response: &logdatav3.HTTPResponseProperties{
+			ResponseCode: wrapperspb.UInt32(code), ResponseHeaders: headers,
+		},
+	})
+}
+
+func (s *settlingServer) send(name string, entry *logdatav3.HTTPAccessLogEntry) {
+	s.t.Helper()
+	if err := s.log.Send(&logv3.StreamAccessLogsMessage{
+		Identifier: &logv3.StreamAccessLogsMessage_Identifier{LogName: name},
+		LogEntries: &logv3.StreamAccessLogsMessage_HttpLogs{HttpLogs: &logv3.StreamAccessLogsMessage_HTTPAccessLogEntries{
+			LogEntry: []*logdatav3.HTTPAccessLogEntry{entry},
+		}},
+	}); err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+// counts waits until a metric has a value.
+func (s *settlingServer) counts(name, labels string, want float64) {
+	s.t.Helper()
+	var got float64
+	for until := time.Now().Add(10 * time.Second); time.Now().Before(until); time.Sleep(time.Millisecond) {
+		families, err := s.metrics.Gather()
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		for _, f := range families {
+			for _, m := range f.GetMetric() {
+				var all []string
+				for _, l := range m.GetLabel() {
+					all = append(all, l.GetValue())
+				}
+				if f.GetName() == name && strings.Join(all, " ") == labels {
+					got = m.GetCounter().GetValue()
+				}
+			}
+		}
+		if got == want {
+			return
+		}
+	}
+	s.t.Fatalf("%s of %s is %v, want %v", name, labels, got, want)
+}
+
+// left returns how many tokens two limits have.
+func (s *settlingServer) left() string {
+	s.t.Helper()
+	draw := s.config.Load().Draw(&policy.Request{Method: "GET", Path: "/"})
+	verdicts := make([]limiter.Verdict, len(draw.Charges))
+	for i := range draw.Charges {
+		draw.Charges[i].Cost = 0
+	}
+	s.store.ReadOnly().Take(s.t.Context(), draw.Charges, verdicts)
+	return fmt.Sprint(verdicts[0].Remaining, " ", verdicts[0].Held, ", ", verdicts[1].Remaining, " ", verdicts[1].Held)
+}
+
+func (s *settlingServer) want(want string) {
+	s.t.Helper()
+	if got := s.left(); got != want {
+		s.t.Errorf("left and held: %s; want %s", got, want)
+	}
+}
+
+func TestSettlements(t *testing.T) {
+	s := newSettlingServer(t, settlingLimits)
+	first := s.check()
+	s.want("4 1, 900 100")
+	s.end(first, 200, map[string]string{"x-usage": "30"})
+	s.counts("sluice_tokens_returned_total", "logins", 1)
+	s.counts("sluice_tokens_returned_total", "usage", 70)
+	s.want("5 0, 970 0")
+
+	s.end(first, 200, nil) // again
+	s.counts("sluice_settlements_total", "logins repeated", 1)
+	s.end(s.check(), 401, map[string]string{"x-usage": "250"})
+	s.counts("sluice_settlements_total", "logins unchanged", 1)
+	s.counts("sluice_tokens_surcharged_total", "usage", 150)
+	s.want("4 0, 720 0")
+
+	s.end(s.check(), 0, nil) // the client hung up, and the header is absent
+	s.counts("sluice_settlements_total", "usage unchanged", 1)
+	s.want("3 0, 620 0")
+
+	s.end(s.check(), 200, map[string]string{"x-usage": "many"})
+	s.counts("sluice_settlements_total", "usage mistake", 1)
+	s.want("3 0, 520 0")
+
+	text := s.check()
+	for i, forged := range []string{"x", text[:len(text)-1], text[:30] + "~" + text[31:], strings.Repeat("A", 5000), text + "AA"} {
+		s.end(forged, 200, nil)
+		s.counts("sluice_settlements_total", " forged", float64(i+1))
+	}
+	another := newSettlingServer(t, settlingLimits)
+	another.end(text, 200, nil)
+	another.counts("sluice_settlements_total", " forged", 1)
+	s.want("2 1, 420 100")
+
+	// What is not an end, and what another log says, settles nothing.
+	s.send("another", endEntry(t, text, logdatav3.AccessLogType_DownstreamEnd))
+	s.send("sluice", endEntry(t, text, logdatav3.AccessLogType_DownstreamStart))
+	s.send("sluice", endEntry(t, text, logdatav3.AccessLogType_DownstreamPeriodic))
+	s.send("sluice", endEntry(t, text, logdatav3.AccessLogType_DownstreamEnd))
+	s.counts("sluice_settlements_total", "logins unchanged", 3)
+	s.want("2 0, 420 0")
+}
+
+// endEntry is an entry of a type with a sealed text.
+func endEntry(t *testing.T, text string, of logdatav3.AccessLogType) *logdatav3.HTTPAccessLogEntry {
+	t.Helper()
+	metadata, err := structpb.NewStruct(map[string]any{"settle": text})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &logdatav3.HTTPAccessLogEntry{CommonProperties: &logdatav3.AccessLogCommon{
+		AccessLogType: of,
+		Metadata:      &corev3.Metadata{FilterMetadata: map[string]*structpb.Struct{"a-name-of-its-own": metadata}},
+	}}
+}
+
+// A denied request has nothing to settle, and the text of many limits is bounded.
+func TestSettleText(t *testing.T) {
+	s := newSettlingServer(t, "limits: [{name: a, rate: 1/h, settle: 0}, {name: b, rate: 1/h}]")
+	if s.check() == "" || s.check() != "" {
+		t.Error("want a text for the first check alone")
+	}
+	var many strings.Builder
+	many.WriteString("limits:\n")
+	for i := range 200 {
+		fmt.Fprintf(&many, "  - {name: limit-%d, rate: 10/h, settle: 0}\n", i)
+	}
+	if text := newSettlingServer(t, many.String()).check(); len(text) > maxSealed || len(text) < maxSealed/2 {
+		t.Errorf("a text of %d bytes", len(text))
+	}
+	if text := newSettlingServer(t, "limits: [{name: a, rate: 1/h}]").check(); text != "" {
+		t.Errorf("%q, and nothing settles", text)
+	}
+}
