@@ -443,12 +443,28 @@ func (cr *configReader) compile() *Config {
 		matches = append(matches, &r.match)
 	}
 	cr.warnOfGroups(cr.drafts)
+	cr.warnOfSecret(cr.drafts)
 	c.index, c.exempt = newIndex(matches), newIndex(cr.exempt)
 	c.Warnings, cr.warnings = cr.warnings, nil
 	c.inherited = cr.limitReader
 	c.inherited.inputs, c.inherited.expressions, c.inherited.tiers, c.inherited.mistakes = nil, nil, nil, nil
 	c.Hash = hex.EncodeToString(cr.inputs.public.Sum(nil)[:8])
 	return c
+}
+
+// warnOfSecret warns of limits that settle without a key_secret, where another
+// process than the one that was asked may be told of the end.
+func (cr *configReader) warnOfSecret(drafts []*draft) {
+	if cr.config.Redis == nil || cr.config.hasher.secret != nil {
+		return
+	}
+	for _, d := range drafts {
+		if d.settle != nil {
+			cr.warn(d.settleAt, "without key_secret only the process that was asked can settle a request: set it if one Envoy "+
+				"reaches several replicas, and so that a restart of sluice loses no ends")
+			return
+		}
+	}
 }
 
 // readRoutes reads what Envoy's routes are allowed to set.

@@ -28,8 +28,9 @@ type Explained struct {
 	// Rate is the rate as the config writes it: that of the key's override if
 	// there is one, else the limit's.
 	Rate   string
-	Burst  int64 // tokens; 0 if the rate is unlimited
-	Charge int   // index in Draw.Charges; -1 if there is none
+	Burst  int64  // tokens; 0 if the rate is unlimited
+	Settle string // what a request has cost once it has ended, as the config writes it; empty: what was taken
+	Charge int    // index in Draw.Charges; -1 if there is none
 	// Key is the bucket's key as in Redis, between the braces. It is empty if
 	// there is no charge.
 	Key string
@@ -63,6 +64,9 @@ func (c *Config) Explain(req *Request) Explanation {
 		}
 		e := Explained{Limit: r.limit, Applies: f.applies, Reason: c.reason(s, r, f), Rate: tier.rate,
 			Burst: tier.bucket.Burst(), Charge: -1}
+		if r.settle != nil {
+			e.Settle = r.settle.text()
+		}
 		if f.applies && !tier.unlimited {
 			e.Charge = len(d.Charges) - 1
 			e.Key = strings.TrimSuffix(strings.TrimPrefix(f.key, r.prefix), "}")

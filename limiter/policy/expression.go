@@ -224,7 +224,8 @@ func checkHeaderNames(tree *ast.AST) (found []expressionError) {
 
 // responseFields returns the names of the headers and trailers of the response
 // that an expression reads, in ascending order. A use that does not name one is
-// an error: Envoy sends only those that it was told to.
+// an error: Envoy sends only those that it was told to. response.grpc_status is
+// a trailer, or a header if the response has trailers only.
 func responseFields(tree *ast.AST) (headers, trailers []string, found []expressionError) {
 	named := make(map[int64]bool) // the uses that name one, by the ID of the map's expression
 	ast.PreOrderVisit(tree.Expr(), ast.NewExprVisitor(func(e ast.Expr) {
@@ -245,6 +246,9 @@ func responseFields(tree *ast.AST) (headers, trailers []string, found []expressi
 	}))
 	ast.PreOrderVisit(tree.Expr(), ast.NewExprVisitor(func(e ast.Expr) {
 		r := tree.ReferenceMap()[e.ID()]
+		if r != nil && r.Name == responseGRPCStatus {
+			headers, trailers = append(headers, grpcStatus), append(trailers, grpcStatus)
+		}
 		if r == nil || named[e.ID()] || !slices.Contains(textMaps[1:], r.Name) {
 			return
 		}

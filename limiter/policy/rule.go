@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"strconv"
 	"time"
 
 	"github.com/sluiceproxy/sluice/limiter"
@@ -37,6 +38,14 @@ type tier struct {
 type cost struct {
 	constant   int64 // used if expression is nil
 	expression *expression
+}
+
+// text returns the cost as the config writes it.
+func (c *cost) text() string {
+	if c.expression != nil {
+		return c.expression.text
+	}
+	return strconv.FormatInt(c.constant, 10)
 }
 
 // absence says what happens if a part of the limit's key is absent. It is the

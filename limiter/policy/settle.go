@@ -87,7 +87,7 @@ var endAttributes = map[string]endAttribute{
 	"response.code":         {cel.IntType, func(s *endSubject) any { return s.Code }},
 	"response.code_details": {cel.StringType, func(s *endSubject) any { return s.CodeDetails }},
 	"response.flags":        {cel.ListType(cel.StringType), func(s *endSubject) any { return s.Flags }},
-	"response.grpc_status":  {cel.IntType, (*endSubject).grpcStatus},
+	responseGRPCStatus:      {cel.IntType, (*endSubject).grpcStatus},
 	responseHeaders:         {textMap, func(s *endSubject) any { return present(s.Headers) }},
 	responseTrailers:        {textMap, func(s *endSubject) any { return present(s.Trailers) }},
 	"response.size":         {cel.IntType, func(s *endSubject) any { return s.Size }},
@@ -96,10 +96,13 @@ var endAttributes = map[string]endAttribute{
 		func(s *endSubject) any { return present(s.Metadata) }},
 }
 
-// The maps of the response whose names Envoy must be told.
+// The attributes for which Envoy must be told what to send: the maps of the
+// response, and the status that is in one of them.
 const (
-	responseHeaders  = "response.headers"
-	responseTrailers = "response.trailers"
+	responseHeaders    = "response.headers"
+	responseTrailers   = "response.trailers"
+	responseGRPCStatus = "response.grpc_status"
+	grpcStatus         = "grpc-status"
 )
 
 func (s *endSubject) host() any {
@@ -136,6 +139,17 @@ func (c *Config) SettleSecret() []byte { return c.hasher.secret }
 // Settles reports whether a limit of the file settles.
 func (c *Config) Settles() bool {
 	return slices.ContainsFunc(c.rules, func(r *rule) bool { return r.settle != nil })
+}
+
+// SettlingLimits returns the limits of the file that settle. They must not be
+// changed.
+func (c *Config) SettlingLimits() (all []*limiter.Limit) {
+	for _, r := range c.rules {
+		if r.settle != nil {
+			all = append(all, r.limit)
+		}
+	}
+	return all
 }
 
 // SettleReads returns the names of the headers and trailers of responses that

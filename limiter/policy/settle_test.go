@@ -84,20 +84,32 @@ func TestSettleReads(t *testing.T) {
 		t.Fatal(err)
 	}
 	headers, trailers := c.SettleReads()
-	if !c.Settles() || !slices.Equal(headers, []string{"simple", "x-other", "x-usage-tokens"}) ||
-		!slices.Equal(trailers, []string{"x-usage"}) {
+	if !c.Settles() || !slices.Equal(headers, []string{"grpc-status", "simple", "x-other", "x-usage-tokens"}) ||
+		!slices.Equal(trailers, []string{"grpc-status", "x-usage"}) {
 		t.Errorf("%v, %q, %q", c.Settles(), headers, trailers)
 	}
 	if parse(t, "limits: [{name: l, rate: 1/s}]").Settles() {
 		t.Error("a config without settle settles")
 	}
-	// The bursts of two limits allow one request at a time.
-	var warned []string
-	for _, w := range parse(t, "limits: [{name: a, rate: 10/s, cost: 6, settle: 1}, {name: b, rate: 10/s, cost: 5, settle: 1}]").Warnings {
-		warned = append(warned, w.Message)
-	}
-	if len(warned) != 1 || !strings.Contains(warned[0], "only one request can be under way") {
-		t.Errorf("%q", warned)
+}
+
+func TestSettleWarnings(t *testing.T) {
+	const redis, secret = "store: {redis: {url: 'redis://r'}}\n", "key_secret: a-secret-of-at-least-thirty-two-bytes\n"
+	for text, want := range map[string]string{
+		"limits: [{name: a, rate: 10/s, cost: 6, settle: 1}]":                                "only one request can be under way",
+		"limits: [{name: a, rate: 10/s, cost: 5, settle: 1}]":                                "",
+		redis + "limits: [{name: a, rate: 10/s, settle: 1}]":                                 "without key_secret",
+		redis + "limits: [{name: a, rate: 10/s}]":                                            "",
+		redis + secret + "limits: [{name: a, rate: 10/s, cost: 1, settle: 1}]":               "",
+		redis + "limits: [{name: a, rate: 9/s, settle: 1}, {name: b, rate: 9/s, settle: 1}]": "without key_secret", // once
+	} {
+		var warned []string
+		for _, w := range parse(t, text).Warnings {
+			warned = append(warned, w.Message)
+		}
+		if want == "" && warned != nil || want != "" && (len(warned) != 1 || !strings.Contains(warned[0], want)) {
+			t.Errorf("%s: %q; want %q", text, warned, want)
+		}
 	}
 }
 
