@@ -62,7 +62,7 @@ func (s *Server) allow(e *encoder, check *checkState) {
 	}
 	limitHeaders(e, okResponseHeaders, check)
 	e.close(ok)
-	text, left := s.settling.sealer.seal(check.config, &check.decision)
+	text, left := s.sealer.seal(check)
 	if left > 0 {
 		s.report.throttled.Warn("holds of a request do not fit into its metadata, and are spent",
 			zap.Int("holds", left), zap.Int("max_bytes", maxSealed))

@@ -19,7 +19,7 @@ type rawRequest struct{ wire string }
 // rawResponse is an encoded CheckResponse.
 type rawResponse struct{ wire []byte }
 
-// codec passes rawRequests and rawResponses through and leaves all other
+// codec passes rawRequests, rawResponses and rawLogs through and leaves all other
 // messages to gRPC's codec for protobuf.
 type codec struct{ encoding.CodecV2 }
 
@@ -35,21 +35,32 @@ func (c codec) Marshal(v any) (mem.BufferSlice, error) {
 
 // Unmarshal implements encoding.CodecV2.
 func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
-	r, ok := v.(*rawRequest)
-	if !ok {
+	switch r := v.(type) {
+	case *rawRequest:
+		if data.Len() > maxWithBody {
+			r.wire = withoutBody(data)
+		} else {
+			r.wire = copied(data)
+		}
+	case *rawLog:
+		r.isTooLarge = data.Len() > maxLogMessage
+		if !r.isTooLarge {
+			r.wire = copied(data)
+		}
+	default:
 		return c.CodecV2.Unmarshal(data, v)
 	}
-	if data.Len() > maxWithBody {
-		r.wire = withoutBody(data)
-		return nil
-	}
-	var wire strings.Builder // a copy, since gRPC reuses the buffers
+	return nil
+}
+
+// copied returns a copy of data, since gRPC reuses the buffers.
+func copied(data mem.BufferSlice) string {
+	var wire strings.Builder
 	wire.Grow(data.Len())
 	for _, b := range data {
 		wire.Write(b.ReadOnlyData())
 	}
-	r.wire = wire.String()
-	return nil
+	return wire.String()
 }
 
 // maxWithBody is the size of a check in bytes up to which it is kept whole. The

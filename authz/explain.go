@@ -52,6 +52,14 @@ type ExplainedLimit struct {
 	// RetryAfter is the number of seconds until the limit allows the request.
 	// It is nil if the limit allows it now or never.
 	RetryAfter *int64 `json:"retry_after"`
+	// Settle is what a request has cost once its response has ended, as the
+	// config writes it. It is nil if that is what was taken.
+	Settle *string `json:"settle"`
+	// Held is how many tokens of the bucket are held until it is known what
+	// requests under way have cost, and Owed how many requests have used more
+	// than there were. Both are nil if they are unknown.
+	Held *int64 `json:"held"`
+	Owed *int64 `json:"owed"`
 
 	// Never is true if the limit never allows the request.
 	Never bool `json:"-"`
@@ -116,6 +124,9 @@ func explainLimit(l *policy.Explained, d *limiter.Decision, full bool) Explained
 	if l.Burst > 0 {
 		out.Burst = &l.Burst
 	}
+	if l.Settle != "" {
+		out.Settle = &l.Settle
+	}
 	if l.Charge < 0 {
 		return out
 	}
@@ -126,7 +137,7 @@ func explainLimit(l *policy.Explained, d *limiter.Decision, full bool) Explained
 		return out
 	}
 	if !full {
-		out.Remaining = &verdict.Remaining
+		out.Remaining, out.Held, out.Owed = &verdict.Remaining, &verdict.Held, &verdict.Owed
 	}
 	out.Never = verdict.RetryAfter == limiter.Never
 	if !verdict.Allowed && !out.Never {

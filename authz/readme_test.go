@@ -64,6 +64,9 @@ func TestREADMEMetadata(t *testing.T) {
 			fields[name] = true
 		}
 	}
+	if newSettlingServer(t, settlingLimits).check() != "" { // whose store holds what it takes
+		fields[settleField] = true
+	}
 	rows := readmeRows(t, "Dynamic metadata")
 	if got, want := slices.Sorted(maps.Keys(rows)), slices.Sorted(maps.Keys(fields)); !slices.Equal(got, want) {
 		t.Errorf("README has the fields %v, want %v", got, want)

@@ -12,7 +12,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	logv3 "github.com/envoyproxy/go-control-plane/envoy/service/accesslog/v3"
 	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
 	"github.com/prometheus/client_golang/prometheus"
 	"go.opentelemetry.io/otel/trace"
@@ -50,8 +49,8 @@ const (
 
 // streamWorkers is the number of goroutines that gRPC keeps for calls. A new
 // goroutine would first have to grow its stack. gRPC starts more if all are
-// busy.
-const streamWorkers = 8
+// busy. Each worker of an Envoy keeps one busy with its access log.
+const streamWorkers = 16
 
 // Options configures a Server. Config, Store and Metrics are required.
 type Options struct {
@@ -71,7 +70,8 @@ type Server struct {
 	metrics *grpcMetrics
 	tracer  trace.Tracer // nil disables tracing
 	health  *health.Server
-	// settling settles the ends of requests.
+	sealer  *sealer
+	// settling settles requests whose responses have ended.
 	settling *settling
 	// elements counts the elements of the checks in flight that have more than
 	// fewElements.
@@ -89,15 +89,16 @@ func New(o Options) *Server {
 		log = zap.NewNop()
 	}
 	s := &Server{
-		store:    o.Store,
-		report:   newReport(log, o.Metrics),
-		metrics:  newGRPCMetrics(o.Metrics),
-		tracer:   o.Tracer,
-		health:   health.NewServer(),
-		settling: newSettling(o.Settler, o.Metrics),
+		store:   o.Store,
+		report:  newReport(log, o.Metrics),
+		metrics: newGRPCMetrics(o.Metrics),
+		tracer:  o.Tracer,
+		health:  health.NewServer(),
+		sealer:  newSealer(),
 		// At random, so that clients do not all retry at once.
 		jitter: func() int { return 1 + rand.IntN(10) },
 	}
+	s.settling = newSettling(o.Settler, s.report, o.Tracer)
 	s.SetConfig(o.Config)
 	return s
 }
@@ -116,7 +117,7 @@ func (s *Server) GRPC(options ...grpc.ServerOption) *grpc.Server {
 	own := append(serverOptions(), grpc.UnaryInterceptor(s.metrics.unary), grpc.StreamInterceptor(s.metrics.stream))
 	g := grpc.NewServer(append(own, options...)...)
 	g.RegisterService(&service, s)
-	logv3.RegisterAccessLogServiceServer(g, accessLog{server: s})
+	g.RegisterService(&logService, s)
 	healthv1.RegisterHealthServer(g, s.health)
 	reflection.Register(g)
 	for _, service := range []string{"", authv3.Authorization_ServiceDesc.ServiceName} {
@@ -149,10 +150,11 @@ func serverOptions() []grpc.ServerOption {
 func (s *Server) Run(ctx context.Context) { s.settling.run(ctx) }
 
 // Drain sets the health to NOT_SERVING for good, and ends the streams of Envoy's
-// access log. Checks are still answered. It must be called once.
+// access log as soon as they are quiet, or within a second. Checks are still
+// answered. It must be called once.
 func (s *Server) Drain() {
 	s.health.Shutdown()
-	close(s.settling.drained)
+	close(s.settling.draining)
 }
 
 // service is the generated description of the service, except that Check gets
@@ -250,7 +252,6 @@ func (s *Server) decide(ctx context.Context, began time.Time, check *checkState)
 		check.unlimited = draw.Unlimited
 	}
 	check.decision = decideDraw(ctx, s.store, &draw)
-	s.settling.sawExpired(&check.decision)
 	return nil
 }
 

@@ -12,6 +12,11 @@ import (
 	logv3 "github.com/envoyproxy/go-control-plane/envoy/service/accesslog/v3"
 	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
 	"github.com/prometheus/client_golang/prometheus"
+	sdktrace "go.opentelemetry.io/otel/sdk/trace"
+	"go.opentelemetry.io/otel/trace"
+	"go.uber.org/zap"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/structpb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
@@ -41,9 +46,13 @@ type settlingServer struct {
 }
 
 func newSettlingServer(t *testing.T, config string) *settlingServer {
+	return newTracedServer(t, config, nil)
+}
+
+func newTracedServer(t *testing.T, config string, tracer trace.Tracer) *settlingServer {
 	s := &settlingServer{t: t, metrics: prometheus.NewRegistry()}
 	s.store = limiter.NewMemory(1<<20, nil, prometheus.NewRegistry())
-	s.Server = New(Options{Config: configOf(t, config), Store: s.store, Settler: s.store, Metrics: s.metrics})
+	s.Server = New(Options{Config: configOf(t, config), Store: s.store, Settler: s.store, Metrics: s.metrics, Tracer: tracer})
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	go func() { s.Run(ctx); close(done) }()
@@ -201,6 +210,101 @@ func endEntry(t *testing.T, text string, of logdatav3.AccessLogType) *logdatav3.
 	}}
 }
 
+// spans collects ended spans.
+type spans chan sdktrace.ReadOnlySpan
+
+func (s spans) OnEnd(span sdktrace.ReadOnlySpan)              { s <- span }
+func (spans) OnStart(context.Context, sdktrace.ReadWriteSpan) {}
+func (spans) Shutdown(context.Context) error                  { return nil }
+func (spans) ForceFlush(context.Context) error                { return nil }
+
+// A settlement is a span with a link to that of the check.
+func TestSettleSpan(t *testing.T) {
+	ended := make(spans, 10)
+	provider := sdktrace.NewTracerProvider(sdktrace.WithSpanProcessor(ended))
+	s := newTracedServer(t, settlingLimits, provider.Tracer("test"))
+	s.end(s.check(), 200, map[string]string{"x-usage": "30"})
+	check, first, second := <-ended, <-ended, <-ended
+	if check.Name() != "sluice check" {
+		t.Fatalf("the first span is %s", check.Name())
+	}
+	for _, span := range []sdktrace.ReadOnlySpan{first, second} {
+		links := span.Links()
+		if span.Name() != "sluice settle" || len(links) != 1 || links[0].SpanContext.SpanID() != check.SpanContext().SpanID() ||
+			span.SpanContext().TraceID() != check.SpanContext().TraceID() || span.Parent().SpanID() != check.SpanContext().SpanID() {
+			t.Errorf("%s with the links %v; the check is %v", span.Name(), links, check.SpanContext())
+		}
+	}
+	if text := fmt.Sprint(second.Attributes()); !strings.Contains(text, "returned") {
+		t.Error(text)
+	}
+
+	// Without a sampled check there is none, whatever the sampler of new traces
+	// says.
+	unsampled := metadata.NewOutgoingContext(t.Context(), metadata.Pairs("traceparent",
+		"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-00"))
+	r, err := s.checks.Check(unsampled, checkOf())
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.end(r.GetDynamicMetadata().GetFields()["settle"].GetStringValue(), 200, nil)
+	s.counts("sluice_tokens_returned_total", "logins", 2)
+	select {
+	case span := <-ended:
+		t.Errorf("%s", span.Name())
+	default:
+	}
+}
+
+// A limit that is gone when its request ends shares its series with others like
+// it, and those of limits that settle exist from the start.
+func TestSettleSeries(t *testing.T) {
+	s := newSettlingServer(t, settlingLimits)
+	series := func() (n int) {
+		families, err := s.metrics.Gather()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range families {
+			for _, m := range f.GetMetric() {
+				if l := m.GetLabel(); strings.Contains(f.GetName(), "settle") && l[0].GetValue() == "logins" {
+					n++
+				}
+			}
+		}
+		return n
+	}
+	if n := series(); n != int(settleResults) {
+		t.Errorf("%d series, want one for each result", n)
+	}
+	text := s.check()
+	s.SetConfig(configOf(t, "limits: [{name: other, rate: 1/s, settle: 0}]"))
+	s.end(text, 200, nil)
+	s.counts("sluice_settlements_total", "_other unchanged", 2)
+	if n := series(); n != 0 {
+		t.Errorf("%d series of a limit that is gone", n)
+	}
+}
+
+// What waits for the store is bounded by bytes and number.
+func TestSettleQueue(t *testing.T) {
+	s := newSettling(nil, newReport(zap.NewNop(), prometheus.NewRegistry()), nil)
+	add := func(n, key int) {
+		for range n {
+			s.add(&ending{Settlement: limiter.Settlement{Limit: &limiter.Limit{Name: "a"}, Key: strings.Repeat("k", key)}})
+		}
+	}
+	add(3, maxQueuedBytes/2-endingBytes)
+	if len(s.queue) != 2 || s.queuedBytes.Load() != maxQueuedBytes {
+		t.Errorf("%d queued, with %d bytes", len(s.queue), s.queuedBytes.Load())
+	}
+	s = newSettling(nil, s.report, nil)
+	add(maxQueued+5, 10)
+	if len(s.queue) != maxQueued || s.queuedBytes.Load() != (10+endingBytes)*maxQueued {
+		t.Errorf("%d queued, with %d bytes", len(s.queue), s.queuedBytes.Load())
+	}
+}
+
 // A denied request has nothing to settle, and the text of many limits is bounded.
 func TestSettleText(t *testing.T) {
 	s := newSettlingServer(t, "limits: [{name: a, rate: 1/h, settle: 0}, {name: b, rate: 1/h}]")
@@ -218,4 +322,43 @@ func TestSettleText(t *testing.T) {
 	if text := newSettlingServer(t, "limits: [{name: a, rate: 1/h}]").check(); text != "" {
 		t.Errorf("%q, and nothing settles", text)
 	}
+}
+
+// FuzzAccessLog checks that no message of an access log panics, allocates much,
+// or settles what nobody sealed.
+func FuzzAccessLog(f *testing.F) {
+	metadata, err := structpb.NewStruct(map[string]any{"settle": "AYIIvyqvTXl9rFPwJTw26J09t6nTLga5FpS8"})
+	if err != nil {
+		f.Fatal(err)
+	}
+	entry := &logdatav3.HTTPAccessLogEntry{
+		CommonProperties: &logdatav3.AccessLogCommon{
+			AccessLogType: logdatav3.AccessLogType_DownstreamEnd,
+			Metadata:      &corev3.Metadata{FilterMetadata: map[string]*structpb.Struct{"f": metadata}},
+		},
+		Response: &logdatav3.HTTPResponseProperties{ResponseHeaders: map[string]string{"x-usage": "5", "grpc-status": "-1"}},
+	}
+	wire, err := proto.Marshal(&logv3.StreamAccessLogsMessage{
+		Identifier: &logv3.StreamAccessLogsMessage_Identifier{LogName: logName},
+		LogEntries: &logv3.StreamAccessLogsMessage_HttpLogs{HttpLogs: &logv3.StreamAccessLogsMessage_HTTPAccessLogEntries{
+			LogEntry: []*logdatav3.HTTPAccessLogEntry{entry, entry},
+		}},
+	})
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(wire)
+	f.Add([]byte("\x0a\x08\x12\x06sluice\x12\x0a\x0a\x08\x0a\x06settle"))
+	s, _, _ := newServer(f, settlingLimits, limiter.NewMemory(1<<20, nil, prometheus.NewRegistry()))
+	s.report.log, s.report.throttled = zap.NewNop(), zap.NewNop()
+	f.Fuzz(func(t *testing.T, wire []byte) {
+		text := string(wire)
+		log := accessLog{isOurs: true}
+		if cost := allocates(func() { log.read(s, text) }); cost > 64<<10+300*len(wire) {
+			t.Errorf("%d bytes are allocated for %d", cost, len(wire))
+		}
+		if len(s.settling.queue) > 0 {
+			t.Errorf("%q settles something", wire)
+		}
+	})
 }

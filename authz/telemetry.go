@@ -100,7 +100,7 @@ func newReport(log *zap.Logger, metrics prometheus.Registerer) *report {
 		}),
 		mistakes: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "sluice_config_mistakes_total",
-			Help: "Total number of checks that revealed an error in the config, by limit and field.",
+			Help: "Total number of requests that revealed an error in the config, by limit and field.",
 		}, []string{"limit", "field"}),
 		denials:        newDenials(),
 		loggedMistakes: make(map[mistake]bool),
@@ -116,6 +116,9 @@ func newReport(log *zap.Logger, metrics prometheus.Registerer) *report {
 // the series of the limits that are gone.
 func (r *report) setConfig(config *policy.Config) {
 	r.limits.setLimits(config.Limits())
+	for _, l := range config.SettlingLimits() {
+		r.limits.settleOf(l.Name) // its series are there from the start
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	clear(r.loggedMistakes)
@@ -148,6 +151,9 @@ func (r *report) checked(check *checkState, began time.Time) {
 		}
 		l := r.limits.forLimit(check.config, c.Limit)
 		r.charged(l, c, v, d.Outcome.Spends(), now)
+		if v.Expired > 0 {
+			r.limits.settleOf(c.Limit.Name).expired.Add(float64(v.Expired))
+		}
 		if d.Outcome == limiter.Limited && i == d.Strictest {
 			r.denied(l, c, check, now)
 		}
@@ -235,7 +241,10 @@ func (r *report) mistaken(err error) {
 	effect := "requests are refused"
 	if rule, ok := errors.AsType[*policy.RuleError](err); ok {
 		m = mistake{rule.Limit, rule.Field}
-		if rule.Shadow {
+		switch {
+		case rule.Field == "settle":
+			effect = "what was taken stands"
+		case rule.Shadow:
 			effect = "the shadow limit is skipped"
 		}
 	}

@@ -81,9 +81,12 @@ func (g *grpcMetrics) unary(
 func (g *grpcMetrics) stream(
 	server any, s grpc.ServerStream, info *grpc.StreamServerInfo, handle grpc.StreamHandler,
 ) error {
-	kind := "server_stream"
-	if info.IsClientStream {
-		kind = "bidi_stream"
+	kind := "bidi_stream"
+	switch {
+	case !info.IsClientStream:
+		kind = "server_stream"
+	case !info.IsServerStream:
+		kind = "client_stream"
 	}
 	m := g.forMethod(kind, info.FullMethod)
 	m.started.Inc()

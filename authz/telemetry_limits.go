@@ -38,6 +38,7 @@ const (
 type limitTable struct {
 	decisions, rejections, taken *prometheus.CounterVec
 	ratio                        *prometheus.HistogramVec
+	settle                       settleVecs
 	now                          func() time.Time
 
 	// config holds the limits of the config in force. The map is replaced, never
@@ -75,6 +76,8 @@ type limitReport struct {
 	// topKeys is nil before the first check, and if too many limits have their
 	// keys counted.
 	topKeys atomic.Pointer[topKeys]
+	// settle is nil until the limit settles.
+	settle atomic.Pointer[settleReport]
 	// used is when a check last named a route's limit, in Unix seconds, rounded
 	// down to a minute.
 	used atomic.Int64
@@ -95,7 +98,8 @@ func newLimitTable(metrics prometheus.Registerer) *limitTable {
 			Name: "sluice_tokens_remaining_ratio", Help: "Fraction of the burst remaining after a check.",
 			Buckets: []float64{0, .05, .1, .25, .5, .75, .9, 1},
 		}, []string{"limit"}),
-		now: time.Now,
+		settle: newSettleVecs(metrics),
+		now:    time.Now,
 		gone: &limitReport{
 			isShared:   true,
 			allowed:    prometheus.NewCounter(prometheus.CounterOpts{}),
@@ -221,6 +225,7 @@ func (t *limitTable) removeLocked(name limitName, l *limitReport) {
 		t.decisions.DeleteLabelValues(name.name, "allowed")
 		t.taken.DeleteLabelValues(name.name)
 		t.ratio.DeleteLabelValues(name.name)
+		t.settle.remove(name.name)
 	}
 }
 

@@ -58,7 +58,7 @@ sluice_tokens_taken_total{limit="b"} 2
 # HELP sluice_panics_total Total number of checks that panicked and were refused.
 # TYPE sluice_panics_total counter
 sluice_panics_total 1
-# HELP sluice_config_mistakes_total Total number of checks that revealed an error in the config, by limit and field.
+# HELP sluice_config_mistakes_total Total number of requests that revealed an error in the config, by limit and field.
 # TYPE sluice_config_mistakes_total counter
 sluice_config_mistakes_total{field="",limit=""} 2
 `

@@ -120,12 +120,11 @@ func (d *drawing) consider(r *rule) finding {
 		if d.Charges == nil {
 			d.Charges = make([]limiter.Charge, 0, 4) // most requests have at most four charges
 		}
-		c := limiter.Charge{Limit: r.limit, Bucket: f.tier.bucket, Key: f.key, Cost: f.cost, Refused: f.refused}
+		c := limiter.Charge{
+			Limit: r.limit, Bucket: f.tier.bucket, Key: f.key, Cost: f.cost, Refused: f.refused, HoldFor: r.within,
+		}
 		if r.share > 0 {
 			c.Local = c.Bucket.Share(r.share)
-		}
-		if r.settle != nil {
-			c.HoldFor = r.within
 		}
 		d.Charges = append(d.Charges, c)
 	}

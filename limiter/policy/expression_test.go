@@ -60,7 +60,8 @@ func FuzzExpression(f *testing.F) {
 		}
 		req := request(t,
 			"POST h.example.com/a/b?q="+secret+" with a="+secret+" context x="+secret+` claim n="`+secret+`"`)
-		for _, p := range []purpose{forKey, forWhen, forCost} {
+		end := &End{Path: "/a/b?q=" + secret, Headers: map[string]string{"a": secret}, Trailers: map[string]string{"a": secret}}
+		for _, p := range []purpose{forKey, forWhen, forCost, forSettle} {
 			var e *expression
 			var mistakes []expressionError
 			if cost := allocates(func() { e, mistakes = compile(text, p) }); cost > 32<<20 {
@@ -83,6 +84,11 @@ func FuzzExpression(f *testing.F) {
 				var tokens int64
 				if tokens, err = e.tokens(s, 1, maxCost); err == nil && tokens < 0 {
 					t.Fatalf("%q costs %d", text, tokens)
+				}
+			case forSettle:
+				var tokens int64
+				if tokens, err = e.tokens(&endSubject{end, 1}, 1, maxSettled); err == nil && tokens < 0 {
+					t.Fatalf("%q settles %d", text, tokens)
 				}
 			}
 			if err != nil && strings.Contains(err.Error(), secret) {

@@ -31,7 +31,7 @@ type End struct {
 	Protocol string // HTTP/1.1, HTTP/2, ...
 	ID       string // x-request-id
 	Time     time.Time
-	Duration time.Duration // until the last byte of the response
+	Duration *time.Duration // until its end; nil if unknown
 
 	// RequestSize is the length of the request's body in bytes, and
 	// RequestTotalSize that of its headers, too.
@@ -48,7 +48,7 @@ type End struct {
 	// send. Names are in lower case.
 	Headers, Trailers map[string]string
 	// Size is the length of the response's body in bytes, and TotalSize that of
-	// its headers and trailers, too.
+	// its headers, too.
 	Size, TotalSize int64
 
 	// Metadata is Envoy's dynamic metadata at the end, by the filter's name. It
@@ -73,8 +73,8 @@ func (a endAttribute) celType() *cel.Type { return a.kind }
 var endAttributes = map[string]endAttribute{
 	"cost":                  {cel.IntType, func(s *endSubject) any { return s.cost }},
 	"request.path":          {cel.StringType, func(s *endSubject) any { return s.Path }},
-	"request.url_path":      {cel.StringType, func(s *endSubject) any { path, _, _ := strings.Cut(s.Path, "?"); return path }},
-	"request.query":         {cel.StringType, func(s *endSubject) any { _, query, _ := strings.Cut(s.Path, "?"); return query }},
+	"request.url_path":      {cel.StringType, (*endSubject).urlPath},
+	"request.query":         {cel.StringType, (*endSubject).query},
 	"request.host":          {cel.StringType, (*endSubject).host},
 	"request.scheme":        {cel.StringType, func(s *endSubject) any { return s.Scheme }},
 	"request.method":        {cel.StringType, func(s *endSubject) any { return s.Method }},
@@ -82,7 +82,7 @@ var endAttributes = map[string]endAttribute{
 	"request.id":            {cel.StringType, func(s *endSubject) any { return s.ID }},
 	"request.size":          {cel.IntType, func(s *endSubject) any { return s.RequestSize }},
 	"request.total_size":    {cel.IntType, func(s *endSubject) any { return s.RequestTotalSize }},
-	"request.duration":      {cel.DurationType, func(s *endSubject) any { return s.Duration }},
+	"request.duration":      {cel.DurationType, (*endSubject).duration},
 	"request.time":          {cel.TimestampType, func(s *endSubject) any { return s.Time }},
 	"response.code":         {cel.IntType, func(s *endSubject) any { return s.Code }},
 	"response.code_details": {cel.StringType, func(s *endSubject) any { return s.CodeDetails }},
@@ -105,11 +105,28 @@ const (
 	grpcStatus         = "grpc-status"
 )
 
+func (s *endSubject) urlPath() any {
+	path, _, _ := strings.Cut(s.Path, "?")
+	return path
+}
+
+func (s *endSubject) query() any {
+	_, query, _ := strings.Cut(s.Path, "?")
+	return query
+}
+
 func (s *endSubject) host() any {
 	if hosts := appendHosts(nil, s.Host); len(hosts) > 0 {
 		return hosts[0]
 	}
 	return ""
+}
+
+func (s *endSubject) duration() any {
+	if s.Duration == nil {
+		return absent
+	}
+	return types.Duration{Duration: *s.Duration}
 }
 
 func (s *endSubject) grpcStatus() any {

@@ -17,7 +17,7 @@ func TestSettle(t *testing.T) {
 	status := func(n int64) *int64 { return &n }
 	end := End{
 		Method: "POST", Scheme: "https", Host: "API.example.com:443", Path: "/v1/chat?stream=1", Protocol: "HTTP/2",
-		ID: "one", Time: time.Unix(1_700_000_000, 0), Duration: 1500 * time.Millisecond,
+		ID: "one", Time: time.Unix(1_700_000_000, 0), Duration: new(1500 * time.Millisecond),
 		RequestSize: 100, RequestTotalSize: 300,
 		Code: 200, CodeDetails: "via_upstream", Flags: []string{"UH", "DC"}, GRPCStatus: status(8),
 		Headers: map[string]string{"x-usage": "17", "x-empty": ""}, Trailers: map[string]string{"x-late": "3"},
@@ -48,6 +48,7 @@ func TestSettle(t *testing.T) {
 		{`request.path == "/v1/chat?stream=1" && request.url_path == "/v1/chat" && request.query == "stream=1" ? 1 : 2`, 1},
 		{`request.host == "api.example.com" ? 1 : 2`, 1},
 		{`request.duration > duration("1s") ? 1 : 2`, 1},
+		{`request.duration.getMilliseconds() + 1`, 1501},
 		{`request.time == timestamp("2023-11-14T22:13:20Z") ? 1 : 2`, 1},
 		{`cost`, 5},
 		{`double(cost) * 2.0 + 0.1`, 11},
@@ -70,7 +71,11 @@ func TestSettle(t *testing.T) {
 		}
 	}
 	c := parse(t, "limits: [{name: l, rate: 100/s, settle: response.grpc_status}, {name: m, rate: 1/s, domain: shop}]")
-	end.GRPCStatus = nil
+	end.GRPCStatus, end.Duration = nil, nil
+	if got, err := parse(t, "limits: [{name: l, rate: 100/s, settle: request.duration.getSeconds()}]").Settle(
+		"default", "l", &end, 7); got != 7 || err != nil {
+		t.Errorf("without a duration: %d, %v; want what was taken", got, err)
+	}
 	for _, limit := range [][2]string{{"default", "l"}, {"default", "m"}, {"shop", "m"}, {"shop", "l"}, {"default", "gone"}} {
 		if got, err := c.Settle(limit[0], limit[1], &end, 7); got != 7 || err != nil {
 			t.Errorf("%v: %d, %v; want what was taken", limit, got, err)
