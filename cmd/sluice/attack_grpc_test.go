@@ -83,10 +83,15 @@ func (c *http2Client) send(stream uint32, data []byte) error {
 
 // check begins a check and returns its stream. The caller writes the message.
 func (c *http2Client) check() (uint32, error) {
+	return c.call("/envoy.service.auth.v3.Authorization/Check")
+}
+
+// call begins a call of a method and returns its stream.
+func (c *http2Client) call(method string) (uint32, error) {
 	var block bytes.Buffer
 	e := hpack.NewEncoder(&block)
 	for _, f := range [][2]string{
-		{":method", "POST"}, {":scheme", "http"}, {":path", "/envoy.service.auth.v3.Authorization/Check"},
+		{":method", "POST"}, {":scheme", "http"}, {":path", method},
 		{":authority", "sluice"},
 		{"content-type", "application/grpc"}, {"te", "trailers"},
 	} {

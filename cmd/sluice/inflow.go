@@ -7,13 +7,19 @@ import (
 	"runtime/debug"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/tap"
+
+	"github.com/sluiceproxy/sluice/authz"
 )
 
 // inflow bounds the memory of all gRPC calls in flight. gRPC itself bounds the
@@ -25,6 +31,11 @@ import (
 // kept of them. When the sum over the connections exceeds the budget, the one
 // that holds most is closed. A connection is also closed if a call on it takes
 // longer than any check, because its message does not arrive.
+//
+// A stream of Envoy's access log lasts for days. It counts with what was received
+// since its last message was read, which may all belong to checks on the same
+// connection. So a stream that counts too much is ended, and the connection stays:
+// Envoy opens another stream for its next entry.
 type inflow struct {
 	listener *boundedListener
 	budget   int64         // bytes
@@ -85,6 +96,8 @@ type connCalls struct {
 	unseen int64
 
 	mu sync.Mutex
+	// streams has the streams of access logs in flight.
+	streams []*logStream
 	// all has the calls in the order in which they began. Of those before
 	// oldest all have ended, of the others some.
 	all    []call
@@ -102,10 +115,26 @@ type call struct {
 	watches  bool            // a health watch, which lasts
 }
 
+// logStream is a stream of Envoy's access log. It keeps at most what the
+// connection has received since the server began to wait for the stream's next
+// message, and what gRPC had received in advance then.
+type logStream struct {
+	done     <-chan struct{} // closed when the stream has ended
+	received atomic.Int64    // bytes on the connection when the server began to wait
+	end      chan struct{}   // closed to end the stream
+	ending   sync.Once
+}
+
+// streamCost is the memory of a logStream in bytes besides what the connection
+// has received since its last message: that of a call, and a flow-control window.
+const streamCost = callCost + 64<<10
+
 // hasEnded reports whether the call has ended.
-func (k call) hasEnded() bool {
+func (k call) hasEnded() bool { return isClosed(k.done) }
+
+func isClosed(c <-chan struct{}) bool {
 	select {
-	case <-k.done:
+	case <-c:
 		return true
 	default:
 		return false
@@ -125,6 +154,11 @@ func (f *inflow) begin(ctx context.Context, info *tap.Info) (context.Context, er
 	}
 	c := at.conn
 	calls := &c.calls
+	if info.FullMethodName == authz.AccessLogMethod {
+		calls.addStream(ctx, c.received.Load())
+		f.received(c, streamCost)
+		return ctx, nil
+	}
 	calls.mu.Lock()
 	if len(calls.all) == cap(calls.all) {
 		calls.forgetLocked()
@@ -138,6 +172,75 @@ func (f *inflow) begin(ctx context.Context, info *tap.Info) (context.Context, er
 	return ctx, nil
 }
 
+// addStream records a stream of an access log.
+func (c *connCalls) addStream(ctx context.Context, received int64) {
+	s := &logStream{done: ctx.Done(), end: make(chan struct{})}
+	s.received.Store(received)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.streams = append(slices.DeleteFunc(c.streams, (*logStream).hasEnded), s)
+}
+
+// hasEnded reports whether the stream has ended, or soon will.
+func (s *logStream) hasEnded() bool { return isClosed(s.done) || isClosed(s.end) }
+
+// endStreams ends the streams of access logs.
+func (c *connCalls) endStreams() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, s := range c.streams {
+		s.ending.Do(func() { close(s.end) })
+	}
+}
+
+// stream returns the stream of an access log whose context is done when done is
+// closed, or nil.
+func (c *connCalls) stream(done <-chan struct{}) *logStream {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, s := range c.streams {
+		if s.done == done {
+			return s
+		}
+	}
+	return nil
+}
+
+// readingLog is the server's side of a stream of an access log.
+type readingLog struct {
+	grpc.ServerStream
+	conn   *boundedConn
+	stream *logStream
+}
+
+// RecvMsg implements grpc.ServerStream. The server must be done with the message
+// before.
+func (r readingLog) RecvMsg(message any) error {
+	r.stream.received.Store(r.conn.received.Load())
+	return r.ServerStream.RecvMsg(message)
+}
+
+// readLogs is an interceptor that sees how far access logs have been read, and
+// ends them.
+func readLogs(server any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, handle grpc.StreamHandler) error {
+	ctx := stream.Context()
+	if from, ok := peer.FromContext(ctx); ok {
+		if at, ok := from.Addr.(remoteAddr); ok {
+			if s := at.conn.calls.stream(ctx.Done()); s != nil {
+				handled := make(chan error, 1)
+				go func() { handled <- handle(server, readingLog{stream, at.conn, s}) }()
+				select {
+				case err := <-handled:
+					return err
+				case <-s.end: // what the stream holds is then freed
+					return status.Error(codes.Unavailable, "too much was received since the last entry; open another stream")
+				}
+			}
+		}
+	}
+	return handle(server, stream)
+}
+
 // forgetLocked removes the calls that have ended. It then leaves room for at
 // least as many calls as there are, so that it is seldom called, and for at most
 // three times as many.
@@ -148,8 +251,9 @@ func (c *connCalls) forgetLocked() {
 	}
 }
 
-// heldBytes returns an upper bound on the memory of the calls in flight.
-func (c *boundedConn) heldBytes() int64 {
+// heldBytes returns upper bounds on the memory of the calls in flight, and on that
+// of the streams of access logs.
+func (c *boundedConn) heldBytes() (ofCalls, ofStreams int64) {
 	calls := &c.calls
 	calls.mu.Lock()
 	defer calls.mu.Unlock()
@@ -157,10 +261,18 @@ func (c *boundedConn) heldBytes() int64 {
 		calls.oldest++
 	}
 	inFlight := calls.all[calls.oldest:]
-	if len(inFlight) == 0 {
-		return 0
+	received := c.received.Load()
+	if len(inFlight) > 0 {
+		ofCalls = received - inFlight[0].received + callCost*int64(len(inFlight))
 	}
-	return c.received.Load() - inFlight[0].received + callCost*int64(len(inFlight))
+	since := received
+	for _, s := range calls.streams {
+		if !s.hasEnded() {
+			since = min(since, s.received.Load())
+			ofStreams += streamCost
+		}
+	}
+	return ofCalls, ofStreams + received - since
 }
 
 // received records that c received n bytes.
@@ -169,29 +281,35 @@ func (f *inflow) received(c *boundedConn, n int64) {
 		return
 	}
 	c.calls.unseen = 0
-	if c.heldBytes() >= f.step { // otherwise c is not the cause
+	if ofCalls, ofStreams := c.heldBytes(); ofCalls+ofStreams >= f.step { // otherwise c is not the cause
 		f.relieve()
 	}
 }
 
-// relieve closes connections until the others are within the budget.
+// relieve ends streams of access logs and closes connections until what is left
+// is within the budget.
 func (f *inflow) relieve() {
 	type holder struct {
-		conn *boundedConn
-		n    int64
+		conn      *boundedConn
+		n         int64
+		ofStreams bool
 	}
 	for {
 		var sum int64
 		var most holder
 		for _, c := range f.listener.all() {
-			n := c.heldBytes()
-			sum += n
-			if n > most.n {
-				most = holder{c, n}
+			ofCalls, ofStreams := c.heldBytes()
+			sum += ofCalls + ofStreams
+			if n := max(ofCalls, ofStreams); n > most.n {
+				most = holder{c, n, ofStreams > ofCalls}
 			}
 		}
 		if sum <= f.budget {
 			return
+		}
+		if most.ofStreams {
+			most.conn.calls.endStreams()
+			continue
 		}
 		f.close(most.conn, "memory", "gRPC connection closed: its unanswered calls take too much memory",
 			zap.Int64("bytes", most.n))

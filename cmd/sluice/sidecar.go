@@ -210,7 +210,7 @@ func (s *sidecar) serve(ctx context.Context) error {
 	grpcListener := bounded(s.grpc, grpcConnections())
 	calls := newInflow(grpcListener, s.storeTimeout(), s.log, s.registry)
 	lowerMemoryLimit() // everything that is sized by GOMEMLIMIT exists now
-	options := []grpc.ServerOption{grpc.InTapHandle(calls.begin)}
+	options := []grpc.ServerOption{grpc.InTapHandle(calls.begin), grpc.ChainStreamInterceptor(readLogs)}
 	if s.cfg.Load().ListenTLS != nil {
 		options = append(options, grpc.Creds(newLoggedTLS(serverTLS(s.cfg.Load), s.log)))
 	}
