@@ -80,7 +80,7 @@ type bucketFlags struct {
 const noAddress = "-"
 
 // bucketState is the result, as -o json prints it. Reset is the number of seconds
-// until the bucket is full.
+// until the bucket is full, if all that is held is spent.
 type bucketState struct {
 	Limit  string `json:"limit"`
 	Key    string `json:"key"`
@@ -89,6 +89,8 @@ type bucketState struct {
 	Burst  int64  `json:"burst"`
 	Rate   string `json:"rate"`
 	Reset  int64  `json:"reset"`
+	Held   int64  `json:"held"`
+	Owed   int64  `json:"owed"`
 }
 
 // bucket prints the state of a bucket. If reset is true it refills it first.
@@ -141,6 +143,7 @@ func (p *program) bucket(ctx context.Context, a *bucketFlags, reset bool) error 
 		Limit: name.Limit, Key: b.Key, Exists: exists,
 		Tokens: v.Remaining, Burst: b.Charge.Bucket.Burst(), Rate: b.Rate,
 		Reset: int64((v.FullAfter + time.Second - 1) / time.Second),
+		Held:  v.Held, Owed: v.Owed,
 	}
 	if asJSON {
 		return p.printJSON(s)
@@ -152,7 +155,7 @@ func (p *program) bucket(ctx context.Context, a *bucketFlags, reset bool) error 
 	case !s.Exists && !existed:
 		full = "full: the bucket does not exist, because it was not used or has refilled"
 	}
-	_, err = fmt.Fprintf(p.stdout, "%s {%s}: %d of %d tokens, refilled at %s, %s\n",
-		s.Limit, s.Key, s.Tokens, s.Burst, s.Rate, full)
+	_, err = fmt.Fprintf(p.stdout, "%s {%s}: %d of %d tokens%s, refilled at %s, %s\n",
+		s.Limit, s.Key, s.Tokens, s.Burst, heldAndOwed(s.Held, s.Owed), s.Rate, full)
 	return err
 }

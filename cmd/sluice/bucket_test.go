@@ -37,7 +37,9 @@ func TestBucket(t *testing.T) {
   "tokens": 2,
   "burst": 7,
   "rate": "60/d",
-  "reset": 7200
+  "reset": 7200,
+  "held": 0,
+  "owed": 0
 }
 `, append(get, "-o", "json")...)
 	if got := check(t, conn, request); got != "429" {
@@ -54,7 +56,9 @@ func TestBucket(t *testing.T) {
   "tokens": 7,
   "burst": 7,
   "rate": "60/d",
-  "reset": 0
+  "reset": 0,
+  "held": 0,
+  "owed": 0
 }
 `, append(reset, "-o", "json")...)
 	// The sidecar still knows from Redis that the bucket is empty. It asks

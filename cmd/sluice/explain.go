@@ -176,9 +176,27 @@ func amount(l *authz.ExplainedLimit) string {
 	if l.Remaining != nil {
 		remaining = fmt.Sprint(*l.Remaining)
 	}
-	s := fmt.Sprintf("cost %d, remaining %s; burst %d, rate %s", *l.Cost, remaining, *l.Burst, l.Rate)
+	s := fmt.Sprintf("cost %d, remaining %s", *l.Cost, remaining)
+	if l.Held != nil {
+		s += heldAndOwed(*l.Held, *l.Owed)
+	}
+	s += fmt.Sprintf("; burst %d, rate %s", *l.Burst, l.Rate)
+	if l.Settle != nil {
+		s += "; settles"
+	}
 	if l.Mode == "shadow" {
 		s += "; shadow, never denies"
+	}
+	return s
+}
+
+// heldAndOwed describes what is held and owed of a bucket, if anything is.
+func heldAndOwed(held, owed int64) (s string) {
+	if held > 0 {
+		s += fmt.Sprintf(", held %d", held)
+	}
+	if owed > 0 {
+		s += fmt.Sprintf(", owed %d", owed)
 	}
 	return s
 }

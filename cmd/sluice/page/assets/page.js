@@ -483,7 +483,9 @@ function showExplanation(e, denial) {
             ? make(
                 "span",
                 { class: "what" },
-                `cost ${l.cost}, remaining ${remaining} of ${whole.format(l.burst)} tokens`,
+                `cost ${l.cost}, remaining ${remaining} of ${whole.format(l.burst)} tokens` +
+                  (l.held ? `, held ${whole.format(l.held)}` : "") +
+                  (l.owed ? `, owed ${whole.format(l.owed)}` : ""),
               )
             : "",
         ),
@@ -497,7 +499,12 @@ function showExplanation(e, denial) {
         make(
           "small",
           {},
-          [l.reason, l.applies ? "rate " + l.rate : "", l.retry_after !== null ? `retry in ${l.retry_after} s` : ""]
+          [
+            l.reason,
+            l.applies ? "rate " + l.rate : "",
+            l.settle !== null ? "settle " + l.settle : "",
+            l.retry_after !== null ? `retry in ${l.retry_after} s` : "",
+          ]
             .filter(Boolean)
             .join("; "),
         ),
