@@ -152,7 +152,7 @@ func testDistance(t *testing.T, away time.Duration, perSecond int) {
 	var next atomic.Int64
 	for round := 1; ; round++ {
 		took, failed, excused := takesBy(machine, away, disturbed, left, func(decided func(began time.Time, d *Decision)) {
-			pace(perSecond, lasts, func() {
+			redistest.Pace(perSecond, lasts, func() {
 				began := time.Now()
 				d := Decide(context.Background(), r, []Charge{charge(shape, fmt.Sprint(next.Add(1)))})
 				decided(began, &d)
@@ -244,13 +244,13 @@ func TestChaosBurstOfKeys(t *testing.T) {
 		disturbed,
 		func(decided func(began time.Time, d *Decision)) {
 			meanwhile(func() {
-				pace(perSecond, lasts, func() {
+				redistest.Pace(perSecond, lasts, func() {
 					began := time.Now()
 					d := Decide(context.Background(), r, []Charge{charge(shape, fmt.Sprint("other-", next.Add(1)))})
 					decided(began, &d)
 				})
 			}, func() {
-				pace(2, lasts, func() {
+				redistest.Pace(2, lasts, func() {
 					bursts.Add(1)
 					var wg sync.WaitGroup
 					for range burst {

@@ -98,7 +98,7 @@ func TestChaosKilledRedis(t *testing.T) {
 			b := bucket(t, 100, time.Second, 500)
 			a := charge(b, "a")
 			var back time.Time
-			meanwhile(func() { pace(perSecond, lasts, func() { w.decide(a) }) }, func() {
+			meanwhile(func() { redistest.Pace(perSecond, lasts, func() { w.decide(a) }) }, func() {
 				<-time.After(lasts / 2)
 				server.Kill()
 				server.Restart()
@@ -146,7 +146,7 @@ func TestFrozenRedisUnderLoad(t *testing.T) {
 	}
 	opened := connections()
 	var thawed time.Time
-	meanwhile(func() { pace(perSecond, 4*time.Second, func() { w.decide(a) }) }, func() {
+	meanwhile(func() { redistest.Pace(perSecond, 4*time.Second, func() { w.decide(a) }) }, func() {
 		<-time.After(time.Second)
 		server.Freeze()
 		<-time.After(2 * time.Second)
@@ -183,7 +183,7 @@ func TestFarRedis(t *testing.T) {
 	const works = 2 * time.Second
 	var mu sync.Mutex
 	var failed []time.Duration // after the start
-	pace(perSecond, works+time.Second, func() {
+	redistest.Pace(perSecond, works+time.Second, func() {
 		ctx, cancel := context.WithTimeout(context.Background(), callerWaits)
 		defer cancel()
 		if d := Decide(ctx, r, []Charge{a}); d.Outcome == FailedClosed {
@@ -226,7 +226,7 @@ func TestOverload(t *testing.T) {
 	var shed []time.Duration
 	slow := bucket(t, 1, day, 30_000)
 	const lasts = 3 * time.Second
-	pace(perSecond, lasts, func() {
+	redistest.Pace(perSecond, lasts, func() {
 		n := running.Add(1)
 		for old := most.Load(); n > old && !most.CompareAndSwap(old, n); old = most.Load() {
 		}
@@ -295,7 +295,7 @@ func TestFailoverWithFrozenReplication(t *testing.T) {
 	a := charge(b, "a")
 	link.Hold()
 	var switched, old time.Time // when the replica became the master, and when the old one last ran a script
-	meanwhile(func() { pace(200, 6*time.Second, func() { w.decide(a) }) }, func() {
+	meanwhile(func() { redistest.Pace(200, 6*time.Second, func() { w.decide(a) }) }, func() {
 		<-time.After(1500 * time.Millisecond) // the bucket is empty by then
 		if err := sentinel.Failover(ctx, "mymaster").Err(); err != nil {
 			t.Error(err)
@@ -356,7 +356,7 @@ func TestChaosSlotMoves(t *testing.T) {
 	}
 	lasts, moves := redistest.Scaled(6*time.Second, time.Minute), 0
 	meanwhile(func() {
-		pace(perSecond, lasts, func() {
+		redistest.Pace(perSecond, lasts, func() {
 			i := next.Add(1) % clients
 			sent[i].Add(1)
 			w.decide(client(i))

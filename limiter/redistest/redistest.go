@@ -385,3 +385,19 @@ func await(t testing.TB, what string, is func() bool) {
 		}
 	}
 }
+
+// Pace calls do so many times a second for a while, each time in a goroutine of
+// its own, and waits for all of them.
+func Pace(perSecond int, lasts time.Duration, do func()) {
+	tick := time.NewTicker(time.Second / time.Duration(perSecond))
+	defer tick.Stop()
+	var wg sync.WaitGroup
+	began := time.Now()
+	for done := 0; done < int(float64(perSecond)*lasts.Seconds()); {
+		<-tick.C // one that was late stands for several
+		for ; done < int(float64(perSecond)*min(time.Since(began), lasts).Seconds()); done++ {
+			wg.Go(do)
+		}
+	}
+	wg.Wait()
+}
