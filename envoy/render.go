@@ -45,7 +45,7 @@ type fields map[string]string
 // fields returns the fields that all templates have.
 func (o Options) fields() fields {
 	f := fields{"Limit": "", "Limits": "", "Metadata": "", "Waypoint": "", "TLS": "", "TLSName": "", "ClientCert": "",
-		"FilterRetries": ""}
+		"FilterRetries": "", "Settle": "", "SettleHeaders": "", "SettleTrailers": "", "SettleReads": "", "Cluster": "sluice"}
 	if o.Envoy != (Release{}) && o.Envoy.before(clusterRetries) {
 		f["FilterRetries"] = "true"
 	}
@@ -54,6 +54,11 @@ func (o Options) fields() fields {
 	}
 	if o.Metadata {
 		f["Metadata"] = "true"
+	}
+	if o.Settle != nil {
+		f["Settle"] = "true"
+		f["SettleHeaders"], f["SettleTrailers"] = quoted(o.Settle.Headers), quoted(o.Settle.Trailers)
+		f["SettleReads"] = f["SettleHeaders"] + f["SettleTrailers"]
 	}
 	if o.TLS != nil {
 		f["TLS"] = "true"
@@ -65,6 +70,15 @@ func (o Options) fields() fields {
 		}
 	}
 	return f
+}
+
+// quoted returns names as the elements of a list in YAML.
+func quoted(names []string) string {
+	all := make([]string, len(names))
+	for i, name := range names {
+		all[i] = strconv.Quote(name)
+	}
+	return strings.Join(all, ", ")
 }
 
 // put sets the fields of an endpoint.

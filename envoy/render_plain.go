@@ -39,9 +39,16 @@ type Options struct {
 	// Metadata says that the config reads the metadata of other filters, such
 	// as the claims of a JWT.
 	Metadata bool
+	// Settle says that limits of the config settle, for which Envoy has to
+	// report the ends of requests; nil if none does.
+	Settle *Settle
 	// TLS configures TLS to sluice's gRPC address; nil is cleartext.
 	TLS *TLS
 }
+
+// Settle has the names of the headers and trailers of responses that the config
+// reads when it settles.
+type Settle struct{ Headers, Trailers []string }
 
 // TLS has what Envoy needs to connect to a sluice whose config has listen.tls.
 type TLS struct {

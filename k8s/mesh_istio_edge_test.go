@@ -357,7 +357,7 @@ limits:
 - {name: call, match: {paths: [/shop.Web/Call]}, rate: 1/h}
 - {name: certified, match: {principals: ["spiffe://*"]}, rate: 1/h}
 - {name: probe, match: {paths: [/probe]}, rate: 1000000/s}
-`
+- ` + settledLimit + "\n"
 
 // fewLimited sends requests until the limit few denies one.
 func (e edge) fewLimited(t *testing.T) {
@@ -402,6 +402,7 @@ func TestMeshIstioEdge(t *testing.T) {
 				t.Errorf("the app receives rate limit headers of the client: %v", mesh.seen())
 			}
 			took(t)
+			settles(t, addresses[0]+":9003", func() int { return e.ask(t, http.MethodGet, "/settled").status })
 			e.ask.byGRPCWeb(t, http.StatusTooManyRequests)
 			if e.kind == "istio-gateway" { // the waypoint's file has no example
 				e.ask.fromPage(t)

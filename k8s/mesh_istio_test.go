@@ -255,7 +255,7 @@ func TestMeshIstio(t *testing.T) {
 		return string(out)
 	}
 
-	const probe = "{name: probe, match: {paths: [/probe]}, rate: 1000000/s}"
+	const probe = "{name: probe, match: {paths: [/probe]}, rate: 1000000/s}, " + settledLimit
 	const byAddress = "limits: [{name: few, match: {paths: [/few]}, rate: 3/h}, " + probe + "]\n"
 	istio.startIstiod(t, c, printed(t, byAddress))
 	for i := range r.running {
@@ -415,6 +415,9 @@ spec:
 				t.Errorf("the app receives rate limit headers of the client: %v", seen())
 			}
 			took(t)
+			if !row.example { // whose port has limits of its own only
+				settles(t, "127.0.0.1:9003", func() int { status, _ := ask(t, http.MethodGet, "/settled", ""); return status })
+			}
 			// No request is lost while sluice restarts.
 			restarted := newTally()
 			stop := clients(t, 3, asking(t, "http://"+address+":8080/probe"), func(a answer) {
@@ -494,6 +497,31 @@ limits: [{name: few, match: {paths: [/few]}, when: 'client.ip == "203.0.113.9"',
 			}
 		}
 	})
+}
+
+// settledLimit is a limit of one request at a time, each of which is free once it
+// has ended.
+const settledLimit = "{name: settled, match: {paths: [/settled]}, rate: 1/h, settle: 0}"
+
+// settles checks that requests which ask sends one after the other are settled,
+// by sluice's metrics.
+func settles(t *testing.T, metrics string, ask func() int) {
+	t.Helper()
+	for n := 1; n <= 3; n++ {
+		if status := ask(); status != http.StatusOK {
+			t.Errorf("request %d of those that are settled: %d", n, status)
+			return
+		}
+		await(t, "a settlement", func() bool {
+			response, err := http.Get("http://" + metrics + "/metrics")
+			if err != nil {
+				return false
+			}
+			defer func() { _ = response.Body.Close() }()
+			text, err := io.ReadAll(response.Body)
+			return err == nil && strings.Contains(string(text), fmt.Sprintf("sluice_tokens_returned_total{limit=\"settled\"} %d\n", n))
+		})
+	}
 }
 
 // took checks in the proxy's config dump what it has accepted of a printed

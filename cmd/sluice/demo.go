@@ -109,7 +109,7 @@ func (p *program) demo(ctx context.Context, port int, config, redis string) erro
 		address = "unix://" + address
 	}
 	bootstrap, err := envoy.Plain(envoy.Options{
-		Listener: listener, Upstream: echo.addr, Sluice: address, Envoy: release,
+		Listener: listener, Upstream: echo.addr, Sluice: address, Envoy: release, Settle: settleOf(cfg),
 	})
 	if err != nil {
 		s.close()

@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/sluiceproxy/sluice/envoy"
+	"github.com/sluiceproxy/sluice/limiter/policy"
 )
 
 // reachable returns the address at which an Envoy on the same machine reaches a
@@ -75,6 +76,7 @@ envoy-gateway   for a Gateway of Envoy Gateway, likewise`,
 					o.Limits = append(o.Limits, l.Name)
 				}
 				o.Metadata = cfg.ReadsMetadata()
+				o.Settle = settleOf(cfg)
 				if t := cfg.ListenTLS; t != nil {
 					o.TLS = &envoy.TLS{Name: t.DNSName(), ClientCert: t.ClientCAs != nil}
 				}
@@ -98,6 +100,16 @@ envoy-gateway   for a Gateway of Envoy Gateway, likewise`,
 	c.Flags().StringVar(&version, "envoy-version", envoy.Version,
 		"version of the Envoy that reads the configuration, `MAJOR.MINOR`, 1.36 or newer")
 	return c
+}
+
+// settleOf returns what Envoy has to report of the ends of requests; nil if no
+// limit of the config settles.
+func settleOf(cfg *policy.Config) *envoy.Settle {
+	if !cfg.Settles() {
+		return nil
+	}
+	headers, trailers := cfg.SettleReads()
+	return &envoy.Settle{Headers: headers, Trailers: trailers}
 }
 
 // chainWarnings returns what does not work as the config says in the

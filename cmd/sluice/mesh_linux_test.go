@@ -210,9 +210,10 @@ func TestMeshEnvoyGateway(t *testing.T) {
 	socket := "unix://" + t.TempDir() + "/s"
 	config := file(
 		t, "sluice.yaml",
-		"listen: {grpc: \""+socket+"\"}\nlimits: [{name: per-client, key: client.network, rate: 1/m, burst: 3}]\n",
+		"listen: {grpc: \""+socket+"\"}\nlimits: [{name: per-client, key: client.network, rate: 1/m, burst: 3, "+
+			"match: {paths: [/]}}, {name: settled, match: {paths: [/settled]}, rate: 1/h, settle: 0}]\n",
 	)
-	startSluice(t, "--config", config, "--grpc", socket)
+	p := startSluice(t, "--config", config, "--grpc", socket)
 	var seen http.Header // by the upstream; read after the answer
 	upstream := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		seen = r.Header
@@ -236,8 +237,8 @@ func TestMeshEnvoyGateway(t *testing.T) {
 	example = strings.Replace(example, "rate: 5/m", "rate: 1/m", 1)
 	startGateway(t, gateway, proxy, before+"    contextExtensions:\n"+uncommented(t, example, "cors:"), upstream)
 
-	ask := func(method string, headers ...string) (*http.Response, string) {
-		r, err := http.NewRequestWithContext(t.Context(), method, "http://"+gatewayAddress, nil)
+	askFor := func(method, path string, headers ...string) (*http.Response, string) {
+		r, err := http.NewRequestWithContext(t.Context(), method, "http://"+gatewayAddress+path, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -254,6 +255,9 @@ func TestMeshEnvoyGateway(t *testing.T) {
 		body, _ := io.ReadAll(response.Body)
 		_ = response.Body.Close()
 		return response, string(body)
+	}
+	ask := func(method string, headers ...string) (*http.Response, string) {
+		return askFor(method, "/", headers...)
 	}
 	for _, want := range []struct{ method, limit, remaining string }{
 		{http.MethodPost, "1", "0"}, {http.MethodGet, "3", "1"}, {http.MethodGet, "3", "0"},
@@ -286,6 +290,16 @@ func TestMeshEnvoyGateway(t *testing.T) {
 	// This Gateway has no GRPCRoute, and so no grpc_web filter.
 	if response == nil || response.StatusCode != http.StatusTooManyRequests || response.Header.Get("grpc-status") != "8" {
 		t.Errorf("by gRPC-Web: %+v", response)
+	}
+	// One request at a time passes, and is free once it has ended.
+	for n := 1; n <= 3; n++ {
+		if response, body := askFor(http.MethodGet, "/settled"); response == nil || response.StatusCode != http.StatusOK {
+			t.Fatalf("request %d of those that are settled: %+v %s", n, response, body)
+		}
+		eventually(t, "a settlement", func() bool {
+			_, metrics := get(t, "http://"+p.metrics+"/metrics")
+			return strings.Contains(metrics, fmt.Sprintf("sluice_tokens_returned_total{limit=\"settled\"} %d\n", n))
+		})
 	}
 }
 
