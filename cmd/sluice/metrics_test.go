@@ -12,6 +12,7 @@ import (
 	"syscall"
 	"testing"
 
+	logdatav3 "github.com/envoyproxy/go-control-plane/envoy/data/accesslog/v3"
 	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -58,6 +59,13 @@ limits:
   - {name: open, rate: 1/s, match: {paths: [/open]}, on_failure: allow}
   - {name: asked, rate: 1/s, match: {paths: [/asked]}, on_failure: delegate}
   - {name: bad, rate: 1/s, match: {paths: [/bad]}, key: 'request.path.split("?")[1]'}
+  - name: settled
+    match: {paths: [/settled]}
+    rate: 1/d
+    burst: 10
+    cost: 2
+    settle: int(response.headers["x"])
+    settle_within: 1s
 `
 	config := file(t, "sluice.yaml", limits)
 	redis := redistest.Start(t)
@@ -84,6 +92,36 @@ limits:
 			send(p, "203.0.113.1", path)
 		}
 	}
+	// A request to /settled uses less than it took, another more than the largest
+	// debt, and the end of a third does not come.
+	log := openLog(t, conns[inProcess], "sluice")
+	end := func(text, used string) {
+		t.Helper()
+		entry := endWith(text)
+		entry.Response = &logdatav3.HTTPResponseProperties{ResponseHeaders: map[string]string{"x": used}}
+		if err := log.Send(logOf(entry)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	settled := func() string {
+		t.Helper()
+		r, err := authv3.NewAuthorizationClient(conns[inProcess]).Check(t.Context(), from("203.0.113.1", "/settled"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r.GetDynamicMetadata().GetFields()["settle"].GetStringValue()
+	}
+	end(hostile, "1")
+	little, much, lost := settled(), settled(), settled()
+	if little == "" || much == "" || lost == "" {
+		t.Fatal("nothing is held")
+	}
+	end(little, "1")
+	end(much, "100")
+	eventually(t, "an expired hold", func() bool {
+		settled()
+		return series(t, inProcess.metrics)[`sluice_holds_expired_total{limit="settled"}`] != "0"
+	})
 	var many sync.WaitGroup
 	for i := range 10 {
 		many.Go(func() {
@@ -161,11 +199,13 @@ limits:
 		}
 	}
 
-	named := regexp.MustCompile(`^(?:strict|shadow|swept|open|asked|bad` + // limits
+	named := regexp.MustCompile(`^(?:|strict|shadow|swept|open|asked|bad|settled` + // limits
 		`|allowed|limited|shadow_limited|unmatched|exempt|failed_open|failed_closed|failed_local|delegated|invalid|canceled` + // decisions
 		`|timeout|connection|auth|readonly|oom|loading|script|state|overload|other` + // kinds of a store's errors
+		`|unchanged|returned|surcharged|late|repeated|forged|unknown|mistake|failed` + // settlements
 		`|memory|time` + // why a gRPC connection was closed
-		`|success|failure|buckets|ceilings|local|key|[0-9a-f]{16}|unary|[A-Z][A-Za-z]+|envoy\.service\.auth\.v3\.Authorization)$`)
+		`|success|failure|buckets|ceilings|local|key|[0-9a-f]{16}|unary|client_stream|[A-Z][A-Za-z]+` +
+		`|envoy\.service\.auth\.v3\.Authorization|envoy\.service\.accesslog\.v3\.AccessLogService)$`)
 	label := regexp.MustCompile(`([a-z_]+)=("(?:[^"\\]|\\.)*")`)
 	looked := 0
 	for _, p := range both {
@@ -173,7 +213,7 @@ limits:
 			if strings.HasPrefix(s, "go_") || strings.HasPrefix(s, "process_") || strings.HasPrefix(s, "promhttp_") {
 				continue
 			}
-			if !strings.HasPrefix(s, "sluice_") && !strings.HasPrefix(s, "grpc_") || strings.Contains(s, "forged") ||
+			if !strings.HasPrefix(s, "sluice_") && !strings.HasPrefix(s, "grpc_") || strings.Contains(s, "sluice_forged") ||
 				strings.Contains(s, "c4n4ry") {
 				t.Errorf("what is %s?", s)
 			}

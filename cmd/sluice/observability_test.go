@@ -98,6 +98,7 @@ func TestPrometheus(t *testing.T) {
 limits:
   - {name: per-client, key: client.ip, rate: 20/s, match: {paths: [/]}}
   - {name: shadow, mode: shadow, rate: 1/s}
+  - {name: settling, rate: 1000/s, cost: 2, settle: 'response.code == 200 ? 1 : 3'}
   - {name: bad, match: {paths: [/bad]}, rate: 1/s, key: 'request.path.split("?")[1]'}
 `)
 	d := startDemo(t, "--config", config, "--redis", redistest.Start(t).URL())
