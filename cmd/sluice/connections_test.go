@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"strings"
 	"syscall"
 	"testing"
@@ -186,10 +187,12 @@ func TestServerTimes(t *testing.T) {
 		t.Fatal(err)
 	}
 	const short = 200 * time.Millisecond
+	answering := make(chan bool, 1)
 	s := newServer(raw, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if _, err := io.Copy(io.Discard, r.Body); err != nil {
 			return
 		}
+		answering <- true
 		for range 64 {
 			if _, err := w.Write(make([]byte, 1<<20)); err != nil {
 				return
@@ -213,15 +216,25 @@ func TestServerTimes(t *testing.T) {
 		c := dialFrom(t, "127.0.0.1", raw.Addr())
 		_, _ = io.WriteString(c, text)
 		l := s.listener.(*boundedListener)
-		eventually(t, "removal from the listener", func() bool {
+		isRemoved := func() bool {
 			l.mu.Lock()
 			defer l.mu.Unlock()
 			return len(l.conns) == 0
-		})
+		}
 		if name == "unread" {
+			<-answering
+			eventually(t, "removal from the listener", isRemoved)
 			if n, err := io.Copy(io.Discard, bufio.NewReader(c)); err == nil && n >= 64<<20 {
 				t.Error("all of an answer that nobody read was kept")
 			}
+			continue
 		}
+		if err := c.SetReadDeadline(time.Now().Add(within)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.Copy(io.Discard, c); errors.Is(err, os.ErrDeadlineExceeded) { // the server closes it
+			t.Errorf("%s: the connection stays", name)
+		}
+		eventually(t, "removal from the listener", isRemoved)
 	}
 }
