@@ -2,11 +2,9 @@ package authz
 
 import (
 	"errors"
-	"fmt"
 	"io"
 	"maps"
 	"runtime"
-	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -177,7 +175,7 @@ func (s *Server) readEntry(wire string) {
 	defer func() { <-decoding }()
 	defer func() {
 		if p := recover(); p != nil {
-			s.report.panicked(fmt.Sprintf("%T", p), debug.Stack())
+			s.report.panicked("settlement", p)
 			s.report.notSettled()
 		}
 	}()

@@ -6,9 +6,7 @@ package authz
 import (
 	"context"
 	"errors"
-	"fmt"
 	"math/rand/v2"
-	"runtime/debug"
 	"sync/atomic"
 	"time"
 
@@ -196,7 +194,7 @@ func (s *Server) check(ctx context.Context, raw *rawRequest) (response *rawRespo
 				config: check.config, request: check.request, wire: check.wire, span: check.span,
 				decision: limiter.Decision{Outcome: limiter.FailedClosed, Strictest: -1},
 			}
-			s.report.panicked(fmt.Sprintf("%T", p), debug.Stack())
+			s.report.panicked("check", p)
 			response, err = s.answer(&check)
 		}
 		s.report.checked(&check, began)

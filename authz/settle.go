@@ -3,8 +3,6 @@ package authz
 import (
 	"context"
 	"errors"
-	"fmt"
-	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -93,36 +91,37 @@ func (s *settling) run(ctx context.Context) {
 	var workers sync.WaitGroup
 	for range settleWorkers {
 		workers.Go(func() {
-			for {
+			for ctx.Err() == nil {
 				select {
 				case first := <-s.queue:
 					s.settle(first)
 				case <-ctx.Done():
-					for {
-						select {
-						case first := <-s.queue:
-							s.settle(first)
-						default:
-							return
-						}
-					}
 				}
+			}
+			for first := s.queued(); first != nil; first = s.queued() {
+				s.settle(first)
 			}
 		})
 	}
 	workers.Wait()
 }
 
+// queued returns a settlement from the queue, or nil if it is empty.
+func (s *settling) queued() *ending {
+	select {
+	case e := <-s.queue:
+		return e
+	default:
+		return nil
+	}
+}
+
 // settle settles first and what else is queued, in one call.
 func (s *settling) settle(first *ending) {
-	batch := []*ending{first}
-gather:
-	for len(batch) < settleBatch {
-		select {
-		case next := <-s.queue:
-			batch = append(batch, next)
-		default:
-			break gather
+	var batch []*ending
+	for e := first; e != nil; e = s.queued() {
+		if batch = append(batch, e); len(batch) == settleBatch {
+			break
 		}
 	}
 	settlements := make([]limiter.Settlement, len(batch))
@@ -146,7 +145,7 @@ func (s *settling) execute(settlements []limiter.Settlement) (results []limiter.
 	results = make([]limiter.Settled, len(settlements))
 	defer func() {
 		if p := recover(); p != nil {
-			s.report.panicked(fmt.Sprintf("%T", p), debug.Stack())
+			s.report.panicked("settlement", p)
 			for i := range results {
 				results[i] = limiter.Settled{Err: errPanicked}
 			}

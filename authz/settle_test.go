@@ -11,13 +11,19 @@ import (
 	logdatav3 "github.com/envoyproxy/go-control-plane/envoy/data/accesslog/v3"
 	logv3 "github.com/envoyproxy/go-control-plane/envoy/service/accesslog/v3"
 	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
+	"github.com/google/go-cmp/cmp"
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
 	sdktrace "go.opentelemetry.io/otel/sdk/trace"
 	"go.opentelemetry.io/otel/trace"
 	"go.uber.org/zap"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/structpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/sluiceproxy/sluice/limiter"
@@ -52,7 +58,9 @@ func newSettlingServer(t *testing.T, config string) *settlingServer {
 func newTracedServer(t *testing.T, config string, tracer trace.Tracer) *settlingServer {
 	s := &settlingServer{t: t, metrics: prometheus.NewRegistry()}
 	s.store = limiter.NewMemory(1<<20, nil, prometheus.NewRegistry())
-	s.Server = New(Options{Config: configOf(t, config), Store: s.store, Settler: s.store, Metrics: s.metrics, Tracer: tracer})
+	s.Server = New(Options{
+		Config: configOf(t, config), Store: s.store, Settler: s.store, Metrics: s.metrics, Tracer: tracer,
+	})
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	go func() { s.Run(ctx); close(done) }()
@@ -112,7 +120,9 @@ func (s *settlingServer) send(name string, entry *logdatav3.HTTPAccessLogEntry) 
 func (s *settlingServer) counts(name, labels string, want float64) {
 	s.t.Helper()
 	var got float64
-	for until := time.Now().Add(10 * time.Second); time.Now().Before(until); time.Sleep(time.Millisecond) {
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for late := time.Now().Add(10 * time.Second); time.Now().Before(late); <-tick.C {
 		families, err := s.metrics.Gather()
 		if err != nil {
 			s.t.Fatal(err)
@@ -179,7 +189,9 @@ func TestSettlements(t *testing.T) {
 	s.want("3 0, 520 0")
 
 	text := s.check()
-	for i, forged := range []string{"x", text[:len(text)-1], text[:30] + "~" + text[31:], strings.Repeat("A", 5000), text + "AA"} {
+	for i, forged := range []string{
+		"x", text[:len(text)-1], text[:30] + "~" + text[31:], strings.Repeat("A", 5000), text + "AA",
+	} {
 		s.end(forged, 200, nil)
 		s.counts("sluice_settlements_total", " forged", float64(i+1))
 	}
@@ -195,6 +207,96 @@ func TestSettlements(t *testing.T) {
 	s.send("sluice", endEntry(t, text, logdatav3.AccessLogType_DownstreamEnd))
 	s.counts("sluice_settlements_total", "logins unchanged", 3)
 	s.want("2 0, 420 0")
+}
+
+// Another filter may put something else into metadata under the same key.
+func TestSettleBesideOtherMetadata(t *testing.T) {
+	s := newSettlingServer(t, settlingLimits)
+	for _, name := range []string{"a", "z"} { // before and after the other in the order of names
+		entry := endEntry(t, s.check(), logdatav3.AccessLogType_DownstreamEnd)
+		entry.CommonProperties.Metadata.FilterMetadata[name] = &structpb.Struct{
+			Fields: map[string]*structpb.Value{"settle": structpb.NewStringValue("later")},
+		}
+		s.send("sluice", entry)
+	}
+	s.counts("sluice_settlements_total", "logins unchanged", 2)
+	s.counts("sluice_settlements_total", " forged", 0)
+}
+
+// What was sent before the server began to drain is settled, and then the stream
+// is ended.
+func TestSettleWhileDraining(t *testing.T) {
+	const ends = 300
+	s := newSettlingServer(t, "limits: [{name: a, rate: 1000/h, settle: 0}]")
+	for range ends {
+		s.end(s.check(), 200, nil)
+	}
+	s.Drain()
+	if err := s.log.RecvMsg(new(logv3.StreamAccessLogsResponse)); status.Code(err) != codes.Unavailable {
+		t.Errorf("the stream ended with %v", err)
+	}
+	s.counts("sluice_tokens_returned_total", "a", ends)
+}
+
+// panickingSettler is a store whose settlements panic.
+type panickingSettler struct{}
+
+func (panickingSettler) Settle(context.Context, []limiter.Settlement, []limiter.Settled) {
+	panic("secret")
+}
+
+// A panic of a settlement, or while an entry is read, ends neither the process nor
+// the stream.
+func TestSettlementPanics(t *testing.T) {
+	s := newSettlingServer(t, settlingLimits)
+	s.settling.store = panickingSettler{}
+	s.end(s.check(), 200, nil)
+	s.counts("sluice_settlements_total", "logins failed", 1)
+	s.counts("sluice_panics_total", "", 1)
+	sealer := s.sealer
+	wire, err := proto.Marshal(endEntry(t, s.check(), logdatav3.AccessLogType_DownstreamEnd))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.sealer = nil
+	s.readEntry(string(wire))
+	s.sealer = sealer
+	s.counts("sluice_settlements_total", " failed", 1)
+	s.counts("sluice_panics_total", "", 2)
+}
+
+func TestEndOf(t *testing.T) {
+	end := endOf(&logdatav3.HTTPAccessLogEntry{
+		ProtocolVersion: logdatav3.HTTPAccessLogEntry_HTTP2,
+		CommonProperties: &logdatav3.AccessLogCommon{
+			StartTime: timestamppb.New(time.Unix(5, 0)), Duration: durationpb.New(time.Second),
+			ResponseFlags: &logdatav3.ResponseFlags{NoHealthyUpstream: true, DownstreamConnectionTermination: true},
+		},
+		Request: &logdatav3.HTTPRequestProperties{
+			RequestMethod: corev3.RequestMethod_POST, Scheme: "https", Authority: "h",
+			Path: "/rewritten", OriginalPath: "/sent?q",
+			RequestId: "id", RequestHeadersBytes: 30, RequestBodyBytes: 4,
+		},
+		Response: &logdatav3.HTTPResponseProperties{
+			ResponseCode: wrapperspb.UInt32(200), ResponseCodeDetails: "via_upstream", ResponseHeadersBytes: 20,
+			ResponseBodyBytes: 7, ResponseHeaders: map[string]string{"grpc-status": "3"},
+		},
+	})
+	want := &policy.End{
+		Method: "POST", Scheme: "https", Host: "h", Path: "/sent?q", Protocol: "HTTP/2", ID: "id",
+		Time: time.Unix(5, 0).UTC(), Duration: new(time.Second), RequestSize: 4, RequestTotalSize: 34,
+		Code: 200, CodeDetails: "via_upstream", Flags: []string{"UH", "DC"}, GRPCStatus: new(int64(3)),
+		Headers: map[string]string{"grpc-status": "3"}, Size: 7, TotalSize: 27,
+	}
+	if diff := cmp.Diff(want, end); diff != "" {
+		t.Errorf("-want +got:\n%s", diff)
+	}
+	end = endOf(&logdatav3.HTTPAccessLogEntry{Response: &logdatav3.HTTPResponseProperties{
+		ResponseHeaders: map[string]string{"grpc-status": "3"}, ResponseTrailers: map[string]string{"grpc-status": "5"},
+	}})
+	if end.Method != "" || end.Duration != nil || *end.GRPCStatus != 5 {
+		t.Errorf("%q, %v, %d", end.Method, end.Duration, *end.GRPCStatus)
+	}
 }
 
 // endEntry is an entry of a type with a sealed text.
@@ -230,8 +332,9 @@ func TestSettleSpan(t *testing.T) {
 	}
 	for _, span := range []sdktrace.ReadOnlySpan{first, second} {
 		links := span.Links()
-		if span.Name() != "sluice settle" || len(links) != 1 || links[0].SpanContext.SpanID() != check.SpanContext().SpanID() ||
-			span.SpanContext().TraceID() != check.SpanContext().TraceID() || span.Parent().SpanID() != check.SpanContext().SpanID() {
+		trace, id := check.SpanContext().TraceID(), check.SpanContext().SpanID()
+		if span.Name() != "sluice settle" || len(links) != 1 || links[0].SpanContext.SpanID() != id ||
+			span.SpanContext().TraceID() != trace || span.Parent().SpanID() != id {
 			t.Errorf("%s with the links %v; the check is %v", span.Name(), links, check.SpanContext())
 		}
 	}
@@ -359,6 +462,9 @@ func FuzzAccessLog(f *testing.F) {
 		}
 		if len(s.settling.queue) > 0 {
 			t.Errorf("%q settles something", wire)
+		}
+		if n := testutil.ToFloat64(s.report.panics); n != 0 {
+			t.Fatal("it panicked")
 		}
 	})
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -92,7 +93,8 @@ func newReport(log *zap.Logger, metrics prometheus.Registerer) *report {
 			Buckets: []float64{.00005, .0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1},
 		}),
 		panics: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "sluice_panics_total", Help: "Total number of checks that panicked and were refused.",
+			Name: "sluice_panics_total",
+			Help: "Total number of checks that panicked and were refused, and of settlements that panicked.",
 		}),
 		tooLarge: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "sluice_checks_too_large_total",
@@ -277,9 +279,11 @@ func (r *report) notRead(err error) {
 		"since sluice reads no bodies, or lower its max_request_bytes", maxMessage>>20))
 }
 
-// panicked counts and logs a panic. It logs the type of the panic's value and
-// the stack, but not the value, which may contain what a client sent.
-func (r *report) panicked(kind string, stack []byte) {
+// panicked counts and logs a panic of a check or of a settlement, by the value
+// that was recovered. It logs the type of the value and the stack, but not the
+// value itself, which may contain what a client sent.
+func (r *report) panicked(what string, value any) {
 	r.panics.Inc()
-	r.throttled.Error("check panicked", zap.String("panic", kind), zap.ByteString("stack", stack))
+	r.throttled.Error(what+" panicked",
+		zap.String("panic", fmt.Sprintf("%T", value)), zap.ByteString("stack", debug.Stack()))
 }

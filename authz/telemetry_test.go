@@ -55,7 +55,7 @@ sluice_rejections_total{limit="a"} 2
 # TYPE sluice_tokens_taken_total counter
 sluice_tokens_taken_total{limit="a"} 2
 sluice_tokens_taken_total{limit="b"} 2
-# HELP sluice_panics_total Total number of checks that panicked and were refused.
+# HELP sluice_panics_total Total number of checks that panicked and were refused, and of settlements that panicked.
 # TYPE sluice_panics_total counter
 sluice_panics_total 1
 # HELP sluice_config_mistakes_total Total number of requests that revealed an error in the config, by limit and field.
