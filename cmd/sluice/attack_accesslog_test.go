@@ -42,13 +42,25 @@ func openLog(t *testing.T, conn *grpc.ClientConn, name string) logv3.AccessLogSe
 // endWith is the end of a request with a sealed text; without metadata if it is
 // empty.
 func endWith(text string) *logdatav3.HTTPAccessLogEntry {
-	common := &logdatav3.AccessLogCommon{AccessLogType: logdatav3.AccessLogType_DownstreamEnd, RouteName: strings.Repeat("r", 200)}
+	common := &logdatav3.AccessLogCommon{
+		AccessLogType: logdatav3.AccessLogType_DownstreamEnd, RouteName: strings.Repeat("r", 200),
+	}
 	if text != "" {
 		common.Metadata = &corev3.Metadata{FilterMetadata: map[string]*structpb.Struct{"envoy.filters.http.ext_authz": {
 			Fields: map[string]*structpb.Value{"settle": structpb.NewStringValue(text)},
 		}}}
 	}
 	return &logdatav3.HTTPAccessLogEntry{CommonProperties: common}
+}
+
+// sealedBy returns the sealed text of a check; empty if it holds nothing.
+func sealedBy(t *testing.T, conn *grpc.ClientConn) string {
+	t.Helper()
+	answer, err := authv3.NewAuthorizationClient(conn).Check(t.Context(), checkRequest("203.0.113.1", "GET", "/", nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return answer.GetDynamicMetadata().GetFields()["settle"].GetStringValue()
 }
 
 func logOf(entries ...*logdatav3.HTTPAccessLogEntry) *logv3.StreamAccessLogsMessage {
@@ -65,40 +77,19 @@ func TestAttackAccessLog(t *testing.T) {
 	if os.Getenv("SLUICE_LONG") != "" {
 		part = 1
 	}
-	p := startShipped(t, "--config", file(t, "sluice.yaml",
-		"limits: [{name: settling, rate: 1000/d, cost: 10, settle: 4, match: {paths: [/]}}]\n"))
-	counted := func(metric string) (sum int) {
-		_, metrics := get(t, "http://"+p.metrics+"/metrics")
-		for line := range strings.Lines(metrics) {
-			if value, ok := strings.CutPrefix(strings.TrimSpace(line), metric+" "); ok {
-				n, err := strconv.Atoi(value)
-				if err != nil {
-					t.Fatal(err)
-				}
-				sum += n
-			}
-		}
-		return sum
-	}
+	const config = "limits: [{name: settling, rate: 1000/d, cost: 10, settle: 4, match: {paths: [/]}}]\n"
+	p := startShipped(t, "--config", file(t, "sluice.yaml", config))
 	result := func(limit, result string) int {
-		return counted(`sluice_settlements_total{limit="` + limit + `",result="` + result + `"}`)
+		return p.counted(`sluice_settlements_total\{limit="` + limit + `",result="` + result + `"\}`)
 	}
 	honest := dialGRPC(t, p.grpc, "127.0.0.2")
-	checked := func() string {
-		t.Helper()
-		answer, err := authv3.NewAuthorizationClient(honest).Check(t.Context(), checkRequest("203.0.113.1", "GET", "/", nil))
-		if err != nil {
-			t.Fatal(err)
-		}
-		return answer.GetDynamicMetadata().GetFields()["settle"].GetStringValue()
-	}
 	log := openLog(t, honest, "sluice")
 	settled := 0
 	// works checks that the honest log settles.
 	works := func(after string) {
 		t.Helper()
 		settled++
-		if err := log.Send(logOf(endWith(checked()))); err != nil {
+		if err := log.Send(logOf(endWith(sealedBy(t, honest)))); err != nil {
 			t.Fatalf("after %s: %v", after, err)
 		}
 		eventually(t, "a settlement after "+after, func() bool { return result("settling", "returned") == settled })
@@ -126,20 +117,15 @@ func TestAttackAccessLog(t *testing.T) {
 			t.Fatal(got)
 		}
 	}
-	if n := counted(`sluice_grpc_connections_closed_total{reason="memory"}`); n != 0 {
+	if n := p.counted(`sluice_grpc_connections_closed_total\{reason="memory"\}`); n != 0 {
 		t.Errorf("%d connections closed, and nobody attacked", n)
 	}
 	log = openLog(t, honest, "sluice") // as Envoy does when a stream has ended
 	works("checks beside a quiet log")
 
 	// The texts of others, of another process, and again.
-	text := checked()
-	other := startSluice(t, "--config", file(t, "sluice.yaml", "limits: [{name: settling, rate: 1000/d, cost: 10, settle: 4, match: {paths: [/]}}]\n"))
-	answer, err := authv3.NewAuthorizationClient(dial(t, other.grpc)).Check(t.Context(), checkRequest("203.0.113.1", "GET", "/", nil))
-	if err != nil {
-		t.Fatal(err)
-	}
-	foreign := answer.GetDynamicMetadata().GetFields()["settle"].GetStringValue()
+	text := sealedBy(t, honest)
+	foreign := sealedBy(t, dial(t, startSluice(t, "--config", file(t, "sluice.yaml", config)).grpc))
 	if foreign == "" {
 		t.Fatal("the other sluice seals nothing")
 	}
@@ -170,7 +156,9 @@ func TestAttackAccessLog(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	eventually(t, "999 replays", func() bool { return result("settling", "repeated") == 999 && result("settling", "returned") == settled })
+	eventually(t, "999 replays", func() bool {
+		return result("settling", "repeated") == 999 && result("settling", "returned") == settled
+	})
 	works("replays")
 
 	// Entries and messages that are too large, and of many small parts.
@@ -189,7 +177,8 @@ func TestAttackAccessLog(t *testing.T) {
 	message := protowire.AppendBytes(protowire.AppendTag(nil, 2, protowire.BytesType), bytes.Repeat(entries, 7))
 	for range 20 {
 		many := dialGRPC(t, p.grpc, "127.0.0.4")
-		stream, err := many.NewStream(t.Context(), &grpc.StreamDesc{ClientStreams: true}, authz.AccessLogMethod, grpc.ForceCodecV2(rawCodec{}))
+		stream, err := many.NewStream(t.Context(), &grpc.StreamDesc{ClientStreams: true}, authz.AccessLogMethod,
+			grpc.ForceCodecV2(rawCodec{}))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -225,7 +214,7 @@ func TestAttackAccessLog(t *testing.T) {
 	}
 	log = openLog(t, honest, "sluice") // the stream from before may have been ended
 	works("half messages")
-	if n := counted(`sluice_tokens_returned_total{limit="settling"}`); n != 6*settled {
+	if n := p.counted(`sluice_tokens_returned_total\{limit="settling"\}`); n != 6*settled {
 		t.Errorf("%d tokens returned by %d settlements", n, settled)
 	}
 	p.wantWithin(t, shipped)

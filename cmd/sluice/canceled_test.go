@@ -3,8 +3,6 @@ package main
 import (
 	"fmt"
 	"net"
-	"regexp"
-	"strconv"
 	"testing"
 	"time"
 
@@ -22,17 +20,7 @@ limits:
   - {name: per-key, key: 'request.headers["x-api-key"]', rate: 1/d}
 `, redis.Addr), nil)
 	s.want(1, 1, "GET /", "x-api-key", "first")
-	counted := func(pattern string) (sum int) {
-		_, metrics := get(t, "http://"+s.p.metrics+"/metrics")
-		for _, m := range regexp.MustCompile(`(?m)^`+pattern+` (\d+)$`).FindAllStringSubmatch(metrics, -1) {
-			n, err := strconv.Atoi(m[1])
-			if err != nil {
-				t.Fatal(err)
-			}
-			sum += n
-		}
-		return sum
-	}
+	counted := s.p.counted
 	began := func() int { return counted(`grpc_server_started_total\{.*method="Check".*\}`) }
 	ended := func() int { return counted(`sluice_checks_total\{decision="[a-z_]+"\}`) }
 

@@ -8,6 +8,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -133,6 +135,20 @@ func (p *process) logged() string {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return strings.Join(p.log, "\n")
+}
+
+// counted returns the sum of the metrics that a pattern matches.
+func (p *process) counted(pattern string) (sum int) {
+	p.t.Helper()
+	_, metrics := get(p.t, "http://"+p.metrics+"/metrics")
+	for _, m := range regexp.MustCompile(`(?m)^`+pattern+` (\d+)$`).FindAllStringSubmatch(metrics, -1) {
+		n, err := strconv.Atoi(m[1])
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		sum += n
+	}
+	return sum
 }
 
 // stop sends SIGTERM to the process and returns its exit status. The process

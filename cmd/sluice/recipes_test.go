@@ -52,9 +52,7 @@ func serveRecipe(t *testing.T, config string, args []string, change ...func(stri
 	}
 	s := &served{t: t, c: client(t), up: startUpstream(t)}
 	s.p = startSluice(t, args...)
-	// For Envoy 1.36 the interval bounds each try.
-	patient := strings.NewReplacer("timeout: 0.2s", "timeout: 20s", "max_interval: 0.2s", "max_interval: 20s").Replace
-	s.addr = startEnvoy(t, s.p.grpc, s.up.Listener.Addr().String(), append(change, patient)...)
+	s.addr = startEnvoy(t, s.p.grpc, s.up.Listener.Addr().String(), append(change, patiently(t))...)
 	return s
 }
 
@@ -65,18 +63,7 @@ func (s *served) asks(n int, what string, headers ...string) (passed int) {
 	s.t.Helper()
 	method, path, _ := strings.Cut(what, " ")
 	for range n {
-		r, err := http.NewRequestWithContext(s.t.Context(), method, "http://"+s.addr+path, nil)
-		if err != nil {
-			s.t.Fatal(err)
-		}
-		for i := 0; i < len(headers); i += 2 {
-			r.Header.Add(headers[i], headers[i+1])
-		}
-		answer, err := s.c.Do(r)
-		if err != nil {
-			s.t.Fatal(err)
-		}
-		_ = answer.Body.Close()
+		answer, _ := send(s.t, s.c, method, "http://"+s.addr+path, headers...)
 		switch answer.StatusCode {
 		case http.StatusOK:
 			passed++

@@ -48,12 +48,7 @@ func BenchmarkSettle(b *testing.B) {
 		for range clients {
 			wg.Go(func() {
 				for i := next.Add(1); i <= int64(n); i = next.Add(1) {
-					r, err := http.NewRequestWithContext(b.Context(), http.MethodGet, fmt.Sprint("http://", w.s.addr, "/", i%keys), nil)
-					if err != nil {
-						b.Error(err)
-						return
-					}
-					answer, err := w.s.c.Do(r)
+					answer, err := w.s.c.Get(fmt.Sprint("http://", w.s.addr, "/", i%keys))
 					if err != nil {
 						b.Error(err)
 						return
@@ -77,7 +72,7 @@ func BenchmarkSettle(b *testing.B) {
 				load(w, each)
 				if i == 1 { // every request is settled, and all that it did not use is back
 					eventually(b, "all settlements", func() bool {
-						return w.s.counted(`sluice_tokens_returned_total\{limit="per-client"\}`) == 6*each*(round+1)
+						return w.s.p.counted(`sluice_tokens_returned_total\{limit="per-client"\}`) == 6*each*(round+1)
 					})
 				}
 				if round > 0 {
@@ -104,7 +99,7 @@ func BenchmarkSettle(b *testing.B) {
 func settleTimes(b *testing.B, s *settling, config string, store *redistest.Server) string {
 	b.Helper()
 	const perSecond, lasts, sample = 500, 5 * time.Second, 10
-	cfg, err := policy.Parse("sluice.yaml", []byte("domain: d1\n"+config), func(string) (string, bool) { return "", false })
+	cfg, err := policy.Parse("sluice.yaml", []byte("domain: d1\n"+config), noVariables)
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -145,7 +140,8 @@ func settleTimes(b *testing.B, s *settling, config string, store *redistest.Serv
 		b.Fatalf("only %d of the sample", len(took))
 	}
 	slices.Sort(took)
-	return fmt.Sprintf("p50 %v, p99 %v, at most %v, of %d", took[len(took)/2], took[len(took)*99/100], took[len(took)-1], len(took))
+	return fmt.Sprintf("p50 %v, p99 %v, at most %v, of %d",
+		took[len(took)/2], took[len(took)*99/100], took[len(took)-1], len(took))
 }
 
 // children returns the processes of a name that this process has started, in
@@ -163,7 +159,8 @@ func children(b *testing.B, name string) (pids []int) {
 		}
 		var pid, parent int
 		var comm, state string
-		if _, err := fmt.Sscan(string(stat), &pid, &comm, &state, &parent); err == nil && comm == "("+name+")" && parent == os.Getpid() {
+		_, err = fmt.Sscan(string(stat), &pid, &comm, &state, &parent)
+		if err == nil && comm == "("+name+")" && parent == os.Getpid() {
 			pids = append(pids, pid)
 		}
 	}

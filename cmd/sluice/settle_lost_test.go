@@ -62,7 +62,8 @@ func (l *lossyLog) StreamAccessLogs(from logv3.AccessLogService_StreamAccessLogs
 func TestLostEnds(t *testing.T) {
 	perSecond, lasts := redistest.Scaled(200, 500), redistest.Scaled(3*time.Second, time.Minute)
 	const within = 2 * time.Second
-	config := fmt.Sprintf("limits: [{name: lossy, rate: 1000/d, burst: 1000000, cost: 10, settle: 4, settle_within: %v}]", within)
+	config := fmt.Sprintf(
+		"limits: [{name: lossy, rate: 1000/d, burst: 1000000, cost: 10, settle: 4, settle_within: %v}]", within)
 	lossy := &lossyLog{}
 	server := grpc.NewServer()
 	logv3.RegisterAccessLogServiceServer(server, lossy)
@@ -75,10 +76,11 @@ func TestLostEnds(t *testing.T) {
 		t.Fatal(err)
 	}
 	redis := "redis://" + redistest.StartNode(t).Addr
-	s := startSettling(t, config, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}), []string{"--redis", redis},
+	const cluster, before = "envoy_grpc: { cluster_name: sluice }", "\n                # Tell each end"
+	up := http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})
+	s := startSettling(t, config, up, []string{"--redis", redis},
+		replaced(t, cluster+before, strings.Replace(cluster, "sluice", "ends", 1)+before),
 		func(bootstrap string) string {
-			bootstrap = strings.Replace(bootstrap, "envoy_grpc: { cluster_name: sluice }\n                # Tell each end",
-				"envoy_grpc: { cluster_name: ends }\n                # Tell each end", 1)
 			return bootstrap + `
   - name: ends
     typed_extension_protocol_options:
@@ -87,7 +89,9 @@ func TestLostEnds(t *testing.T) {
         explicit_http_config: { http2_protocol_options: {} }
     load_assignment:
       cluster_name: ends
-      endpoints: [{ lb_endpoints: [{ endpoint: { address: { socket_address: { address: 127.0.0.1, port_value: ` + port + ` } } } }] }]
+      endpoints:
+      - lb_endpoints:
+        - endpoint: { address: { socket_address: { address: 127.0.0.1, port_value: ` + port + ` } } }
 `
 		})
 	lossy.to = logv3.NewAccessLogServiceClient(dial(t, s.p.grpc))
@@ -133,12 +137,12 @@ func TestLostEnds(t *testing.T) {
 	eventually(t, "all ends", func() bool { return lossy.entries.Load() == asked.Load() })
 	kept := int(asked.Load() - lossy.drops.Load())
 	eventually(t, "all settlements", func() bool {
-		return s.counted(`sluice_tokens_returned_total\{limit="lossy"\}`) == 6*kept
+		return s.p.counted(`sluice_tokens_returned_total\{limit="lossy"\}`) == 6*kept
 	})
 	lost := int(lossy.drops.Load())
-	if n := s.counted(`sluice_holds_expired_total\{limit="lossy"\}`); n != lost && n != lost-1 { // the last may be held
+	if n := s.p.counted(`sluice_holds_expired_total\{limit="lossy"\}`); n != lost && n != lost-1 { // the last may be held
 		t.Errorf("%d holds expired, and %d ends were lost", n, lost)
 	}
 	t.Logf("%d requests, of which %d ends were lost: %d expired", asked.Load(), lossy.drops.Load(),
-		s.counted(`sluice_holds_expired_total\{limit="lossy"\}`))
+		s.p.counted(`sluice_holds_expired_total\{limit="lossy"\}`))
 }

@@ -13,9 +13,9 @@ import (
 // spent returns how many tokens of a limit are spent or held.
 func (s *settling) spent(limit string) int {
 	s.t.Helper()
-	return s.counted(`sluice_tokens_taken_total\{limit="`+limit+`"\}`) -
-		s.counted(`sluice_tokens_returned_total\{limit="`+limit+`"\}`) +
-		s.counted(`sluice_tokens_surcharged_total\{limit="`+limit+`"\}`)
+	return s.p.counted(`sluice_tokens_taken_total\{limit="`+limit+`"\}`) -
+		s.p.counted(`sluice_tokens_returned_total\{limit="`+limit+`"\}`) +
+		s.p.counted(`sluice_tokens_surcharged_total\{limit="`+limit+`"\}`)
 }
 
 // costs asks for a path, with headers given as name, value, name, value, and
@@ -23,19 +23,7 @@ func (s *settling) spent(limit string) int {
 func (s *settling) costs(limit string, want int, method, path string, headers ...string) {
 	s.t.Helper()
 	settled, spent := s.settlements(limit), s.spent(limit)
-	r, err := http.NewRequestWithContext(s.t.Context(), method, "http://"+s.addr+path, nil)
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	for i := 0; i < len(headers); i += 2 {
-		r.Header.Add(headers[i], headers[i+1])
-	}
-	answer, err := s.c.Do(r)
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	_, _ = io.Copy(io.Discard, answer.Body)
-	_ = answer.Body.Close()
+	send(s.t, s.c, method, "http://"+s.addr+path, headers...)
 	eventually(s.t, "the end", func() bool { return s.settlements(limit) > settled })
 	if got := s.spent(limit) - spent; got != want {
 		s.t.Errorf("%s %s %v: %d tokens of %s, want %d", method, path, headers, got, limit, want)
@@ -55,25 +43,27 @@ func llm(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", "application/json")
 		_, _ = io.WriteString(w, body)
 	}
+	const chunk, part = `data: {"id":"1","object":"chat.completion.chunk",`, "event: content_block_delta\n"
 	switch r.URL.String() {
 	case "/v1/chat/completions":
 		answer(`{"id":"1","object":"chat.completion","choices":[{"index":0,"message":{"role":"assistant","content":"Hi"}}],` +
 			`"usage":{"prompt_tokens":19,"completion_tokens":10,"total_tokens":29,"prompt_tokens_details":{"cached_tokens":0}}}`)
 	case "/v1/chat/completions?stream":
-		stream(`data: {"id":"1","object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":"H"}}],"usage":null}`,
-			`data: {"id":"1","object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":"i"}}],"usage":null}`,
-			`data: {"id":"1","object":"chat.completion.chunk","choices":[],`+
-				`"usage":{"prompt_tokens":19,"completion_tokens":21,"total_tokens":40}}`,
+		stream(chunk+`"choices":[{"index":0,"delta":{"content":"H"}}],"usage":null}`,
+			chunk+`"choices":[{"index":0,"delta":{"content":"i"}}],"usage":null}`,
+			chunk+`"choices":[],"usage":{"prompt_tokens":19,"completion_tokens":21,"total_tokens":40}}`,
 			`data: [DONE]`)
 	case "/v1/chat/completions?stream&without-usage":
-		stream(`data: {"id":"1","object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":"Hi"}}]}`, `data: [DONE]`)
+		stream(chunk+`"choices":[{"index":0,"delta":{"content":"Hi"}}]}`, `data: [DONE]`)
 	case "/v1/messages":
 		answer(`{"id":"msg_1","type":"message","content":[{"type":"text","text":"Hi"}],` +
 			`"usage":{"input_tokens":2095,"output_tokens":503}}`)
 	case "/v1/messages?stream":
-		stream("event: message_start\n"+`data: {"type":"message_start","message":{"id":"msg_1","usage":{"input_tokens":25,"output_tokens":1}}}`,
-			"event: content_block_delta\n"+`data: {"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"Hi"}}`,
-			"event: message_delta\n"+`data: {"type":"message_delta","delta":{"stop_reason":"end_turn"},"usage":{"output_tokens":15}}`,
+		stream("event: message_start\n"+
+			`data: {"type":"message_start","message":{"id":"msg_1","usage":{"input_tokens":25,"output_tokens":1}}}`,
+			part+`data: {"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"Hi"}}`,
+			"event: message_delta\n"+
+				`data: {"type":"message_delta","delta":{"stop_reason":"end_turn"},"usage":{"output_tokens":15}}`,
 			"event: message_stop\n"+`data: {"type":"message_stop"}`)
 	case "/header":
 		w.Header().Set("X-Usage-Tokens", "150")
@@ -109,19 +99,17 @@ func TestSettleRecipes(t *testing.T) {
 		}
 	})
 	t.Run("LLM tokens, from a header or a trailer", func(t *testing.T) {
-		s := startSettling(t, recipe(t, "LLM tokens, from a header or a trailer"), http.HandlerFunc(llm), nil, trailersOfHTTP1)
+		s := startSettling(
+			t, recipe(t, "LLM tokens, from a header or a trailer"), http.HandlerFunc(llm), nil, trailersOfHTTP1(t))
 		s.costs("llm-tokens", 150, "GET", "/header", "x-api-key", "k")
 		s.costs("llm-tokens", 2500, "GET", "/trailer", "x-api-key", "k", "te", "trailers")
 		s.costs("llm-tokens", 2000, "GET", "/neither", "x-api-key", "k")
 	})
 	t.Run("LLM tokens, from the answer's body", func(t *testing.T) {
+		const router = "          - name: envoy.filters.http.router\n"
 		filters := block(t, section(t, "envoy/README.md", "#### Usage in bodies"), "yaml")
 		s := startSettling(t, recipe(t, "LLM tokens, from the answer's body"), http.HandlerFunc(llm), nil,
-			func(bootstrap string) string {
-				const router = "          - name: envoy.filters.http.router\n"
-				return strings.Replace(bootstrap, router, "          "+
-					strings.ReplaceAll(strings.TrimSpace(filters), "\n", "\n          ")+"\n"+router, 1)
-			})
+			replaced(t, router, "          "+strings.ReplaceAll(strings.TrimSpace(filters), "\n", "\n          ")+"\n"+router))
 		s.costs("openai", 29, "POST", "/v1/chat/completions", "authorization", "Bearer k")
 		s.costs("openai", 40, "POST", "/v1/chat/completions?stream", "authorization", "Bearer k")
 		s.costs("openai", 2000, "POST", "/v1/chat/completions?stream&without-usage", "authorization", "Bearer k")
@@ -188,11 +176,10 @@ func TestSettleRecipes(t *testing.T) {
 }
 
 // trailersOfHTTP1 makes Envoy pass on trailers of HTTP/1.1.
-func trailersOfHTTP1(bootstrap string) string {
-	bootstrap = strings.Replace(bootstrap, "          stat_prefix: ingress\n",
-		"          stat_prefix: ingress\n          http_protocol_options: { enable_trailers: true }\n", 1)
-	return strings.Replace(bootstrap, "use_downstream_protocol_config: { http2_protocol_options: {} }",
-		"use_downstream_protocol_config: { http_protocol_options: { enable_trailers: true }, http2_protocol_options: {} }", 1)
+func trailersOfHTTP1(t *testing.T) func(string) string {
+	const options, upstream = "http_protocol_options: { enable_trailers: true }", "use_downstream_protocol_config: { "
+	return replaced(t, "          stat_prefix: ingress\n", "          stat_prefix: ingress\n          "+options+"\n",
+		upstream, upstream+options+", ")
 }
 
 // endless is a reader without an end.

@@ -2,7 +2,6 @@ package main
 
 import (
 	"bufio"
-	"context"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -10,7 +9,6 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
-	"regexp"
 	"strconv"
 	"strings"
 	"sync"
@@ -36,6 +34,9 @@ type settling struct {
 	c     *http.Client
 }
 
+// noVariables is an environment without variables.
+func noVariables(string) (string, bool) { return "", false }
+
 // startSettling runs sluice with a config and args, and Envoy with what
 // `sluice envoy` prints for that config, changed by change.
 func startSettling(
@@ -50,7 +51,7 @@ func startSettling(
 	t.Cleanup(server.Close)
 	s := &settling{t: t, c: client(t)}
 	s.p = startSluice(t, append(args, "--config", file(t, "sluice.yaml", config))...)
-	cfg, err := policy.Parse("sluice.yaml", []byte(config), func(string) (string, bool) { return "", false })
+	cfg, err := policy.Parse("sluice.yaml", []byte(config), noVariables)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -62,23 +63,15 @@ func startSettling(
 	if err != nil {
 		t.Fatal(err)
 	}
-	text := strings.NewReplacer(
-		"timeout: 0.2s", "timeout: 20s", // on a busy machine Envoy must not answer by itself
-		"max_interval: 0.2s", "max_interval: 20s", // for Envoy 1.36 it bounds each try
-		"route: { cluster: upstream }", "route: { cluster: upstream, timeout: 60s }",
-		// As many requests at once as there are.
-		"  - name: upstream\n", "  - name: upstream\n    circuit_breakers: "+
-			"{ thresholds: [{ max_connections: 5000, max_pending_requests: 5000, max_requests: 5000 }] }\n").Replace(string(bootstrap))
-	for _, c := range change {
-		text = c(text)
-	}
-	if s.envoy, err = envoy.Start(context.WithoutCancel(t.Context()), binary, []byte(text), io.Discard); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(s.envoy.Stop)
-	if s.addr, err = s.envoy.Listener(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	// As many requests at once as there are.
+	const many = "    circuit_breakers: { thresholds: " +
+		"[{ max_connections: 5000, max_pending_requests: 5000, max_requests: 5000 }] }\n"
+	all := append([]func(string) string{
+		patiently(t),
+		replaced(t, "route: { cluster: upstream }", "route: { cluster: upstream, timeout: 60s }"),
+		replaced(t, "  - name: upstream\n", "  - name: upstream\n"+many),
+	}, change...)
+	s.envoy, s.addr = runEnvoy(t, binary, bootstrap, all...)
 	return s
 }
 
@@ -89,23 +82,9 @@ func healthHandler() http.Handler {
 	return calls
 }
 
-// counted returns the sum of the metrics that a pattern matches.
-func (s *settling) counted(pattern string) (sum int) {
-	s.t.Helper()
-	_, metrics := get(s.t, "http://"+s.p.metrics+"/metrics")
-	for _, m := range regexp.MustCompile(`(?m)^`+pattern+` (\d+)$`).FindAllStringSubmatch(metrics, -1) {
-		n, err := strconv.Atoi(m[1])
-		if err != nil {
-			s.t.Fatal(err)
-		}
-		sum += n
-	}
-	return sum
-}
-
 // settlements returns how many settlements of a limit there were.
 func (s *settling) settlements(limit string) int {
-	return s.counted(`sluice_settlements_total\{limit="` + limit + `",result="[a-z]+"\}`)
+	return s.p.counted(`sluice_settlements_total\{limit="` + limit + `",result="[a-z]+"\}`)
 }
 
 // postLogin answers a login with the status that it asks for, and counts it.
@@ -169,13 +148,13 @@ func TestGuesses(t *testing.T) {
 			}
 		}
 		eventually(t, "all decisions", func() bool {
-			return s.counted(`sluice_checks_total\{decision="[a-z]+"\}`) == guesses && served.Load() == 5
+			return s.p.counted(`sluice_checks_total\{decision="[a-z]+"\}`) == guesses && served.Load() == 5
 		})
 		for _, conn := range conns {
 			_ = conn.Close()
 		}
 		eventually(t, "all ends", func() bool { return s.settlements("failed-logins") == 5 })
-		if n := s.counted(`sluice_tokens_returned_total\{limit="failed-logins"\}`); n != 0 {
+		if n := s.p.counted(`sluice_tokens_returned_total\{limit="failed-logins"\}`); n != 0 {
 			t.Errorf("%d guesses were free", n)
 		}
 		r, err := s.c.Post("http://"+s.addr+"/login?200", "", nil)
@@ -231,7 +210,7 @@ func TestGoodLogins(t *testing.T) {
 				t.Fatalf("%d good logins were refused", n)
 			}
 			eventually(t, "all ends", func() bool {
-				return s.counted(`sluice_tokens_returned_total\{limit="failed-logins"\}`) == logins
+				return s.p.counted(`sluice_tokens_returned_total\{limit="failed-logins"\}`) == logins
 			})
 		})
 	}
@@ -247,8 +226,8 @@ limits:
     rate: 1000/d
     burst: 1000000
     cost: 1000
-    settle: 'size(response.flags) == 0 ? 0 : "DC" in response.flags ? 1 : "UR" in response.flags || "UC" in response.flags ? 2 :
-      "UT" in response.flags ? 3 : "DR" in response.flags ? 4 : 9'
+    settle: 'size(response.flags) == 0 ? 0 : "DC" in response.flags ? 1 :
+      "UR" in response.flags || "UC" in response.flags ? 2 : "UT" in response.flags ? 3 : 9'
   - {name: grpc, rate: 1000/d, burst: 1000000, cost: 1000, settle: response.grpc_status}
   - {name: bytes, rate: 1000/d, burst: 1000000, cost: 1000, settle: response.size}
   - {name: timed, rate: 1000/d, burst: 1000000, cost: 1000, settle: 'request.duration > duration("0s") ? 7 : 900'}
@@ -274,19 +253,7 @@ limits:
 		_, _ = io.WriteString(w, "hello")
 	})
 	mux.HandleFunc("/reset", func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) })
-	mux.HandleFunc("/socket", func(w http.ResponseWriter, _ *http.Request) {
-		w.Header().Set("Connection", "Upgrade")
-		w.Header().Set("Upgrade", "websocket")
-		w.WriteHeader(http.StatusSwitchingProtocols)
-		conn, both, err := http.NewResponseController(w).Hijack()
-		if err != nil {
-			return
-		}
-		defer func() { _ = conn.Close() }()
-		_, _ = both.WriteString("hello\n")
-		_ = both.Flush()
-		_, _ = both.ReadByte() // until the client closes
-	})
+	mux.HandleFunc("/socket", echoSocket)
 	up := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if strings.HasPrefix(r.Header.Get("Content-Type"), "application/grpc") {
 			calls.ServeHTTP(w, r)
@@ -296,9 +263,8 @@ limits:
 	})
 	redis := "redis://" + redistest.StartNode(t).Addr
 	port := fmt.Sprintf("127.0.0.1:%d", freePort(t))
-	s := startSettling(t, config, up, []string{"--redis", redis, "--grpc", port}, func(bootstrap string) string {
-		return strings.Replace(bootstrap, "timeout: 60s }", "timeout: 2s }", 1)
-	})
+	s := startSettling(t, config, up, []string{"--redis", redis, "--grpc", port},
+		replaced(t, "timeout: 60s }", "timeout: 2s }"))
 
 	// raw sends a request on a connection of its own.
 	raw := func(t *testing.T, path, more string) (net.Conn, *bufio.Reader) {
@@ -316,12 +282,12 @@ limits:
 	const local = 1 // byte at least, of a page of Envoy's own
 	limits := []string{"code", "flags", "grpc", "bytes"}
 	timed := func() int {
-		return s.counted(`sluice_tokens_returned_total\{limit="timed"\}`) - 993*s.settlements("timed")
+		return s.p.counted(`sluice_tokens_returned_total\{limit="timed"\}`) - 993*s.settlements("timed")
 	}
 	spent := func() (all [4]int) {
 		for i, limit := range limits {
-			all[i] = 1000*s.counted(`sluice_limit_decisions_total\{decision="allowed",limit="`+limit+`"\}`) -
-				s.counted(`sluice_tokens_returned_total\{limit="`+limit+`"\}`)
+			all[i] = 1000*s.p.counted(`sluice_limit_decisions_total\{decision="allowed",limit="`+limit+`"\}`) -
+				s.p.counted(`sluice_tokens_returned_total\{limit="`+limit+`"\}`)
 		}
 		return all
 	}
@@ -367,11 +333,14 @@ limits:
 			if r, err := http.ReadResponse(in, nil); err != nil || r.StatusCode != 101 {
 				t.Fatalf("%v", err)
 			}
-			if line, err := in.ReadString('\n'); err != nil || line != "hello\n" {
+			if _, err := fmt.Fprint(conn, "hello\n"); err != nil {
+				t.Fatal(err)
+			}
+			if line, err := in.ReadString('\n'); err != nil || line != "you said hello\n" {
 				t.Errorf("%q, %v", line, err)
 			}
 			_ = conn.Close()
-		}, [4]int{101, 1, 1000, 6}},
+		}, [4]int{101, 1, 1000, 15}},
 		{"a gRPC call", func(t *testing.T) {
 			_, err := grpc_health_v1.NewHealthClient(dial(t, s.addr)).Check(t.Context(), &grpc_health_v1.HealthCheckRequest{})
 			if err != nil {

@@ -84,8 +84,8 @@ func (u *upstream) forget() {
 	u.last = http.Header{}
 }
 
-// echoSocket hijacks the connection, as for a websocket, and sends one line
-// back.
+// echoSocket hijacks the connection, as for a websocket, sends one line back, and
+// waits until the client closes.
 func echoSocket(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Connection", "Upgrade")
 	w.Header().Set("Upgrade", "websocket")
@@ -98,6 +98,7 @@ func echoSocket(w http.ResponseWriter, r *http.Request) {
 	if line, err := both.ReadString('\n'); err == nil {
 		_, _ = both.WriteString("you said " + line)
 		_ = both.Flush()
+		_, _ = both.ReadByte()
 	}
 }
 
@@ -132,6 +133,15 @@ func startEnvoy(t testing.TB, sluice, upstream string, change ...func(string) st
 // startEnvoyOn is startEnvoy for any bootstrap.
 func startEnvoyOn(t testing.TB, binary string, bootstrap []byte, change ...func(string) string) string {
 	t.Helper()
+	_, addr := runEnvoy(t, binary, bootstrap, change...)
+	return addr
+}
+
+// runEnvoy starts a real Envoy with a bootstrap, and returns it and its address.
+func runEnvoy(
+	t testing.TB, binary string, bootstrap []byte, change ...func(string) string,
+) (*envoy.Process, string) {
+	t.Helper()
 	for _, c := range change {
 		changed := c(string(bootstrap))
 		if changed == string(bootstrap) {
@@ -148,7 +158,7 @@ func startEnvoyOn(t testing.TB, binary string, bootstrap []byte, change ...func(
 	if err != nil {
 		t.Fatal(err)
 	}
-	return addr
+	return p, addr
 }
 
 // client is an HTTP client with connections of its own that follows no
@@ -168,7 +178,13 @@ func client(t testing.TB) *http.Client {
 // body is read.
 func fetch(t testing.TB, c *http.Client, url string, headers ...string) (*http.Response, string) {
 	t.Helper()
-	r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, nil)
+	return send(t, c, http.MethodGet, url, headers...)
+}
+
+// send is fetch with any method.
+func send(t testing.TB, c *http.Client, method, url string, headers ...string) (*http.Response, string) {
+	t.Helper()
+	r, err := http.NewRequestWithContext(t.Context(), method, url, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

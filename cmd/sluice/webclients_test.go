@@ -73,7 +73,11 @@ func grpcWebLast(t testing.TB) func(string) string {
 // patiently returns a change of a bootstrap that lets Envoy wait for sluice
 // even on a busy machine.
 func patiently(t testing.TB) func(string) string {
-	return replaced(t, "timeout: 0.2s", "timeout: 15s")
+	return func(bootstrap string) string {
+		// For Envoy 1.36 the interval bounds each try.
+		bootstrap = strings.ReplaceAll(bootstrap, "max_interval: 0.2s", "max_interval: 20s")
+		return replaced(t, "timeout: 0.2s", "timeout: 20s")(bootstrap)
+	}
 }
 
 // aDay reports whether text is a wait in seconds for a token of a limit of 1/d
