@@ -3,8 +3,10 @@ package authz
 import (
 	"context"
 	"fmt"
+	"io"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
@@ -17,6 +19,7 @@ import (
 	sdktrace "go.opentelemetry.io/otel/sdk/trace"
 	"go.opentelemetry.io/otel/trace"
 	"go.uber.org/zap"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
@@ -106,13 +109,18 @@ func (s *settlingServer) end(text string, code uint32, headers map[string]string
 
 func (s *settlingServer) send(name string, entry *logdatav3.HTTPAccessLogEntry) {
 	s.t.Helper()
-	if err := s.log.Send(&logv3.StreamAccessLogsMessage{
-		Identifier: &logv3.StreamAccessLogsMessage_Identifier{LogName: name},
-		LogEntries: &logv3.StreamAccessLogsMessage_HttpLogs{HttpLogs: &logv3.StreamAccessLogsMessage_HTTPAccessLogEntries{
-			LogEntry: []*logdatav3.HTTPAccessLogEntry{entry},
-		}},
-	}); err != nil {
+	if err := s.log.Send(logOf(name, entry)); err != nil {
 		s.t.Fatal(err)
+	}
+}
+
+// logOf is a message of an access log of a name.
+func logOf(name string, entries ...*logdatav3.HTTPAccessLogEntry) *logv3.StreamAccessLogsMessage {
+	return &logv3.StreamAccessLogsMessage{
+		Identifier: &logv3.StreamAccessLogsMessage_Identifier{LogName: name},
+		LogEntries: &logv3.StreamAccessLogsMessage_HttpLogs{
+			HttpLogs: &logv3.StreamAccessLogsMessage_HTTPAccessLogEntries{LogEntry: entries},
+		},
 	}
 }
 
@@ -223,19 +231,74 @@ func TestSettleBesideOtherMetadata(t *testing.T) {
 	s.counts("sluice_settlements_total", " forged", 0)
 }
 
-// What was sent before the server began to drain is settled, and then the stream
-// is ended.
+// scriptedLog is a stream of an access log that gives the messages of a channel.
+type scriptedLog struct {
+	grpc.ServerStream
+	messages chan string
+}
+
+func (scriptedLog) SendHeader(metadata.MD) error { return nil }
+
+func (l scriptedLog) RecvMsg(message any) error {
+	wire, ok := <-l.messages
+	if !ok {
+		return io.EOF
+	}
+	message.(*rawLog).wire = wire
+	return nil
+}
+
+// While the server drains, a log is read until it is quiet, or for a second.
 func TestSettleWhileDraining(t *testing.T) {
-	const ends = 300
-	s := newSettlingServer(t, "limits: [{name: a, rate: 1000/h, settle: 0}]")
-	for range ends {
-		s.end(s.check(), 200, nil)
+	for _, tt := range []struct{ sends, ends time.Duration }{
+		{500 * time.Millisecond, 500*time.Millisecond + 3*logQuiet}, {10 * time.Second, logDrain},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			s, _, _ := newServer(t, "limits: [{name: a, rate: 10000/h, settle: 0}]",
+				limiter.NewMemory(1<<20, nil, prometheus.NewRegistry()))
+			s.Drain()
+			log, ended := scriptedLog{messages: make(chan string)}, make(chan struct{})
+			sent := make(chan int)
+			go func() {
+				n := 0
+				defer func() { close(log.messages); sent <- n }()
+				for end := time.Now().Add(tt.sends); time.Now().Before(end); time.Sleep(logQuiet / 2) {
+					select {
+					case log.messages <- anEnd(t, s):
+						n++
+					case <-ended:
+						return
+					}
+				}
+				<-ended
+			}()
+			began := time.Now()
+			err := s.readLog(log)
+			took := time.Since(began)
+			close(ended)
+			n := <-sent
+			synctest.Wait() // until the last message has been read
+			if len(s.settling.queue) != n || took < min(tt.sends, logDrain) || took > tt.ends ||
+				status.Code(err) != codes.Unavailable {
+				t.Errorf("%d of %d ends are settled, and the log ended after %v with %v", len(s.settling.queue), n, took, err)
+			}
+		})
 	}
-	s.Drain()
-	if err := s.log.RecvMsg(new(logv3.StreamAccessLogsResponse)); status.Code(err) != codes.Unavailable {
-		t.Errorf("the stream ended with %v", err)
+}
+
+// anEnd is a message with the end of a request, whose check it makes.
+func anEnd(t *testing.T, s *Server) string {
+	t.Helper()
+	answer, err := s.Check(t.Context(), checkOf())
+	if err != nil {
+		t.Error(err)
 	}
-	s.counts("sluice_tokens_returned_total", "a", ends)
+	text := answer.GetDynamicMetadata().GetFields()[settleField].GetStringValue()
+	wire, err := proto.Marshal(logOf(logName, endEntry(t, text, logdatav3.AccessLogType_DownstreamEnd)))
+	if err != nil {
+		t.Error(err)
+	}
+	return string(wire)
 }
 
 // panickingSettler is a store whose settlements panic.
@@ -441,12 +504,7 @@ func FuzzAccessLog(f *testing.F) {
 		},
 		Response: &logdatav3.HTTPResponseProperties{ResponseHeaders: map[string]string{"x-usage": "5", "grpc-status": "-1"}},
 	}
-	wire, err := proto.Marshal(&logv3.StreamAccessLogsMessage{
-		Identifier: &logv3.StreamAccessLogsMessage_Identifier{LogName: logName},
-		LogEntries: &logv3.StreamAccessLogsMessage_HttpLogs{HttpLogs: &logv3.StreamAccessLogsMessage_HTTPAccessLogEntries{
-			LogEntry: []*logdatav3.HTTPAccessLogEntry{entry, entry},
-		}},
-	})
+	wire, err := proto.Marshal(logOf(logName, entry, entry))
 	if err != nil {
 		f.Fatal(err)
 	}
