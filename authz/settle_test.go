@@ -217,6 +217,14 @@ func TestSettlements(t *testing.T) {
 	s.want("2 0, 420 0")
 }
 
+// A shadow limit settles, too.
+func TestSettleShadow(t *testing.T) {
+	s := newSettlingServer(t, "limits: [{name: shadow, rate: 5/h, cost: 3, mode: shadow, settle: 1}]")
+	s.end(s.check(), 200, nil)
+	s.counts("sluice_tokens_returned_total", "shadow", 2)
+	s.counts("sluice_settlements_total", "shadow returned", 1)
+}
+
 // Another filter may put something else into metadata under the same key.
 func TestSettleBesideOtherMetadata(t *testing.T) {
 	s := newSettlingServer(t, settlingLimits)
