@@ -62,12 +62,16 @@ type plainSidecar struct {
 // oneCharge returns the script's argument for one token from a bucket of 1e9
 // that refills at 1e9/s.
 func oneCharge() string {
-	b := binary.BigEndian.AppendUint64(nil, 1_000_000_000)[1:]          // n tokens
-	b = append(b, binary.BigEndian.AppendUint64(nil, 1_000_000)[2:]...) // each p microseconds
+	b := []byte{4}                                                          // the last of its request
+	b = append(b, binary.BigEndian.AppendUint64(nil, 1_000_000_000)[1:]...) // n tokens
+	b = append(b, binary.BigEndian.AppendUint64(nil, 1_000_000)[2:]...)     // each p microseconds
 	b = binary.BigEndian.AppendUint32(b, 1_000_000_000)
-	b = binary.BigEndian.AppendUint32(b, 1)
-	return string(append(b, 4))
+	return string(binary.BigEndian.AppendUint32(b, 1))
 }
+
+// tookOne reports whether the script's reply to oneCharge says that the token was
+// taken.
+func tookOne(reply string) bool { return len(reply) == 7+15 && reply[7] == 1+2 }
 
 func (p plainSidecar) Check(ctx context.Context, check *authv3.CheckRequest) (*authv3.CheckResponse, error) {
 	ip := check.GetAttributes().GetSource().GetAddress().GetSocketAddress().GetAddress()
@@ -75,7 +79,7 @@ func (p plainSidecar) Check(ctx context.Context, check *authv3.CheckRequest) (*a
 	if err != nil {
 		return nil, err
 	}
-	if len(reply) != 18 || reply[7] != 3 {
+	if !tookOne(reply) {
 		return nil, fmt.Errorf("the script said %q", reply)
 	}
 	return constant{}.Check(ctx, check)

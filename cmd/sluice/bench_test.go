@@ -70,13 +70,24 @@ func cpu(b *testing.B, pid int) time.Duration {
 }
 
 // benchScript returns the script as sluice sends it.
-func benchScript(b *testing.B) string {
+func benchScript(b testing.TB) string {
 	b.Helper()
 	text, err := os.ReadFile(filepath.Join("..", "..", "limiter", "take.lua"))
 	if err != nil {
 		b.Fatal(err)
 	}
 	return string(text) + "local t = redis.call('TIME') return take(t[1] * 1000000 + t[2])\n"
+}
+
+// The servers that sluice is compared with answer as they should.
+func TestBaselines(t *testing.T) {
+	url := redistest.Start(t).URL()
+	for _, s := range []*measured{
+		{name: "constant answer", process: startBaseline(t, "constant", nil)},
+		{name: "plain sidecar", process: startBaseline(t, "plain", []string{"SLUICE_TEST_SCRIPT=" + benchScript(t)}, url)},
+	} {
+		s.start(t)
+	}
 }
 
 // plot is the file that BenchmarkServers draws its result into.
@@ -243,15 +254,15 @@ func bareEVALSHA(b *testing.B, store *redistest.Server, text string, before func
 		before(i)
 		began := time.Now()
 		reply, err := script.Run(b.Context(), client, []string{fmt.Sprintf("sluice:bare:{%d}", i%1000)}, oneCharge()).Text()
-		if took = append(took, time.Since(began)); err != nil || len(reply) != 18 {
-			b.Fatal(reply, err)
+		if took = append(took, time.Since(began)); err != nil || !tookOne(reply) {
+			b.Fatalf("%q %v", reply, err)
 		}
 	}
 	return took
 }
 
 // startBaseline starts one of the servers above as a process.
-func startBaseline(b *testing.B, mode string, env []string, args ...string) *process {
+func startBaseline(b testing.TB, mode string, env []string, args ...string) *process {
 	b.Helper()
 	p := start(b, mode, env, args...)
 	p.cmd.Stderr = os.Stderr
@@ -287,7 +298,7 @@ type measured struct {
 
 // start connects to the server and checks its answer, because a server with a
 // wrong answer is not worth measuring.
-func (m *measured) start(b *testing.B) {
+func (m *measured) start(b testing.TB) {
 	b.Helper()
 	for range 2 {
 		m.conns = append(m.conns, dial(b, m.process.grpc))
