@@ -268,6 +268,7 @@ var sourceNames = [...]string{
 	limiter.MemorySource:  "memory",
 	limiter.LocalSource:   "local",
 	limiter.CeilingSource: "ceiling",
+	limiter.LeaseSource:   "lease",
 }
 
 // metadata writes the dynamic metadata, which Envoy's access log and later

@@ -55,6 +55,9 @@ type ExplainedLimit struct {
 	// Settle is what a request has cost once its response has ended, as the
 	// config writes it. It is nil if that is what was taken.
 	Settle *string `json:"settle"`
+	// Lease is for how long a sidecar may hold tokens of a busy key, such as
+	// 200ms. It is nil if it may not.
+	Lease *string `json:"lease"`
 	// Held is how many tokens of the bucket are held until it is known what
 	// requests under way have cost, and Owed how many requests have used more
 	// than there were. Both are nil if they are unknown.
@@ -126,6 +129,10 @@ func explainLimit(l *policy.Explained, d *limiter.Decision, full bool) Explained
 	}
 	if l.Settle != "" {
 		out.Settle = &l.Settle
+	}
+	if lease := l.Limit.Lease; lease > 0 {
+		text := lease.String()
+		out.Lease = &text
 	}
 	if l.Charge < 0 {
 		return out

@@ -36,6 +36,10 @@ type Limit struct {
 	Name      string      // unique in a config
 	Shadow    bool        // decide and count, but never deny
 	OnFailure FailureMode // ignored if Shadow
+	// Lease is for how long a Leases may hold tokens of a busy key ahead: MinLease
+	// to MaxLease, to which other values are cut; 0 if it may not. Charges with
+	// HoldFor are never granted from a lease.
+	Lease time.Duration
 }
 
 // Charge is what a request owes one bucket. It must not change once it is in
@@ -99,6 +103,10 @@ const (
 	// CeilingSource means that this process denied the charge by the most that
 	// the bucket can hold (Ceiling). The numbers of the Verdict are then bounds.
 	CeilingSource
+	// LeaseSource means that this process allowed the charge from tokens that it
+	// holds (Leases). The numbers of the Verdict are then what the bucket had when
+	// it was last asked, less what was granted here since.
+	LeaseSource
 )
 
 // Verdict is what a store decided about one Charge. Its durations count from
@@ -113,13 +121,14 @@ type Verdict struct {
 	// Remaining is how many whole tokens can be taken after the decision, at least
 	// 0.
 	Remaining int64
-	// Held is how many tokens are held after the decision; 0 if the charge has no
-	// HoldFor. Owed is how many are owed: nothing is granted until these have
-	// refilled.
+	// Held is how many tokens are held after the decision. It is 0 if the charge
+	// has no HoldFor and its limit no Lease, and if Source is LeaseSource. Owed is
+	// how many tokens are owed: nothing is granted until these have refilled.
 	Held, Owed int64
 	// RetryAfter is the time until the bucket has the cost if all that is held is
 	// spent: 0 if Allowed, Never if the cost is above the burst. It is at most a
-	// second if the cost would be there if what is held were returned now.
+	// second, or a lease, if the cost would be there if what is held were returned
+	// now.
 	RetryAfter time.Duration
 	// FullAfter is the time until the bucket is full if all that is held is spent.
 	FullAfter time.Duration
@@ -140,7 +149,7 @@ type Verdict struct {
 	Err error
 
 	left level // what can be taken after the decision
-	at   int64 // the time of the decision by the store's clock, in microseconds
+	at   int64 // the time of the decision in microseconds, by the clock of the Source
 	held int64 // what is held after the decision, whether or not the charge holds
 }
 
@@ -166,16 +175,25 @@ func (c *Charge) verdict(before level, held, taken int64, from Source) Verdict {
 	if !v.Allowed {
 		v.RetryAfter = b.wait(after, cost)
 	}
-	if c.HoldFor > 0 {
+	if within := c.holdsWithin(); within > 0 {
 		v.Held = held
 		if cost <= b.burst && after.tokens+held >= cost {
-			v.RetryAfter = min(v.RetryAfter, time.Second)
+			v.RetryAfter = min(v.RetryAfter, within)
 		}
 	}
 	if v.FullAfter > 0 {
 		v.NextAfter = b.wait(after, v.Remaining+1)
 	}
 	return v
+}
+
+// holdsWithin returns within what time it pays to ask again where what is held
+// may be returned; 0 if the bucket has no holds.
+func (c *Charge) holdsWithin() time.Duration {
+	if c.HoldFor > 0 {
+		return time.Second
+	}
+	return c.Limit.Lease
 }
 
 // Store keeps buckets.

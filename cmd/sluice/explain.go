@@ -184,6 +184,9 @@ func amount(l *authz.ExplainedLimit) string {
 	if l.Settle != nil {
 		s += "; settles"
 	}
+	if l.Lease != nil {
+		s += "; leased for up to " + *l.Lease
+	}
 	if l.Mode == "shadow" {
 		s += "; shadow, never denies"
 	}

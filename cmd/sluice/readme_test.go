@@ -213,7 +213,7 @@ func TestREADMECommands(t *testing.T) {
 func TestREADMEMetrics(t *testing.T) {
 	config := file(
 		t, "sluice.yaml",
-		"limits: [{name: a, rate: 1/s, settle: 1}, {name: b, rate: 1/s, key: 'request.path.split(\"?\")[1]', match: {paths: [/bad]}}]\n",
+		"limits: [{name: a, rate: 1/s, settle: 1}, {name: c, rate: 1/s, lease: 1s}, {name: b, rate: 1/s, key: 'request.path.split(\"?\")[1]', match: {paths: [/bad]}}]\n",
 	)
 	var exported []string
 	for _, args := range [][]string{nil, {"--redis", redistest.Start(t).URL()}} {

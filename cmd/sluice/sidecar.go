@@ -39,6 +39,7 @@ type sidecar struct {
 	redis    *limiter.Redis    // nil if the buckets are in this process
 	fallback *limiter.Fallback // wraps redis; nil without it
 	ceiling  *limiter.Ceiling  // wraps fallback; nil without it
+	leases   *limiter.Leases   // wraps ceiling; nil without it
 	traces   *traces           // nil disables tracing
 
 	grpc, metrics, admin net.Listener
@@ -91,7 +92,9 @@ func newSidecar(source configSource, stderr io.Writer) (*sidecar, error) {
 		}
 		s.redis, s.fallback = redis, limiter.NewFallback(redis, log, s.stores)
 		s.ceiling = limiter.NewCeiling(traced(s.fallback, "redis"), s.registry)
-		store, settler = s.ceiling, s.fallback
+		s.leases = limiter.NewLeases(s.ceiling, redis, s.registry)
+		s.leases.SetLimits(cfg.Limits())
+		store, settler = s.leases, s.fallback
 	} else {
 		s.memory = limiter.NewMemory(limiter.MemoryBudget(), log, s.stores)
 		store, settler = traced(s.memory, "memory"), s.memory
@@ -167,6 +170,9 @@ func (s *sidecar) apply(cfg *policy.Config) error {
 		s.answered.Store(true) // readiness no longer needs Redis
 	}
 	s.cfg.Store(cfg)
+	if s.leases != nil {
+		s.leases.SetLimits(cfg.Limits())
+	}
 	s.checks.SetConfig(cfg)
 	return nil
 }
@@ -218,6 +224,7 @@ func (s *sidecar) serve(ctx context.Context) error {
 	all.Add(func() error { return server.Serve(grpcListener) }, func(error) {
 		s.draining.Store(true)
 		s.checks.Drain()
+		s.returnLeases()
 		s.stopGracefully(server)
 	})
 	settling, settled := context.WithCancel(context.Background()) // after the last end has arrived
@@ -257,6 +264,16 @@ func (s *sidecar) storeTimeout() time.Duration {
 		return redis.Timeout
 	}
 	return 0
+}
+
+// returnLeases gives back what is leased, so that others find it at once.
+func (s *sidecar) returnLeases() {
+	if s.leases == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), s.storeTimeout())
+	defer cancel()
+	s.leases.Close(ctx)
 }
 
 // stopper is the part of a gRPC server that stopGracefully uses.

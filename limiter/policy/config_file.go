@@ -444,6 +444,7 @@ func (cr *configReader) compile() *Config {
 	}
 	cr.warnOfGroups(cr.drafts)
 	cr.warnOfSecret(cr.drafts)
+	cr.warnOfLeases(cr.drafts)
 	c.index, c.exempt = newIndex(matches), newIndex(cr.exempt)
 	c.Warnings, cr.warnings = cr.warnings, nil
 	c.inherited = cr.limitReader
@@ -463,6 +464,18 @@ func (cr *configReader) warnOfSecret(drafts []*draft) {
 			cr.warn(d.settleAt, "without key_secret only the process that was asked can settle a request: set it if one Envoy "+
 				"reaches several replicas, and so that a restart of sluice loses no ends")
 			return
+		}
+	}
+}
+
+// warnOfLeases warns of leases from a store that is this process anyway.
+func (cr *configReader) warnOfLeases(drafts []*draft) {
+	if cr.config.Redis != nil {
+		return
+	}
+	for _, d := range drafts {
+		if d.lease > 0 {
+			cr.warn(d.leaseAt, "has no effect without store.redis, as the buckets are in this process")
 		}
 	}
 }

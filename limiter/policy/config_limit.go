@@ -68,6 +68,8 @@ type draft struct {
 	settleAt        node
 	within          time.Duration
 	withinAt        node
+	lease           time.Duration
+	leaseAt         node
 	group           string
 	rate, burst     node
 	tier            *tier
@@ -108,6 +110,7 @@ func (lr *limitReader) readLimit(n node, d *draft) bool {
 	if lr.inputs != nil {
 		fields["settle"] = func(n node) { d.settleAt, d.settle = n, new(cost); lr.readCost(n, d.settle, forSettle) }
 		fields["settle_within"] = func(n node) { d.withinAt = n; lr.duration(n, &d.within, minSettleWithin, maxSettleWithin) }
+		fields["lease"] = func(n node) { d.leaseAt = n; lr.duration(n, &d.lease, limiter.MinLease, limiter.MaxLease) }
 		fields["overrides_file"] = func(n node) { lr.each(n, func(n node) { d.files = append(d.files, n) }) }
 	}
 	if !lr.mapping(n, fields) {
@@ -134,6 +137,14 @@ func (lr *limitReader) readLimit(n node, d *draft) bool {
 	}
 	if d.settle == nil && d.withinAt.Node != nil {
 		lr.wrong(d.withinAt, "has no effect without settle")
+	}
+	if d.leaseAt.Node != nil {
+		switch {
+		case d.settle != nil:
+			lr.wrong(d.leaseAt, "cannot be used with settle, which holds each request's tokens in the store; remove one of them")
+		case d.tier != nil && d.tier.unlimited:
+			lr.wrong(d.leaseAt, "lease needs a bucket, but the rate is unlimited; remove it")
+		}
 	}
 	return len(lr.mistakes) == bad
 }
@@ -317,6 +328,7 @@ func (lr *limitReader) rule(d *draft) *rule {
 		Name:      d.name,
 		Shadow:    lr.mode == "shadow" || d.mode == "shadow",
 		OnFailure: failureModes[cmp.Or(d.onFailure, lr.onFailure)],
+		Lease:     d.lease,
 	}
 	if e := d.cost.expression; e != nil && e.uncheckedSize {
 		lr.warn(d.costAt,

@@ -153,6 +153,7 @@ type limitReport struct {
 	From      string   `json:"from"` // config, or route: Envoy's filter chain
 	Rate      string   `json:"rate,omitempty"`
 	Burst     int64    `json:"burst,omitempty"`
+	Lease     string   `json:"lease,omitempty"` // such as 200ms
 	Key       []string `json:"key"`
 	Group     string   `json:"group,omitempty"`
 	Overrides int      `json:"overrides"`
@@ -205,8 +206,12 @@ func (p *Page) allLimits() []limitReport {
 	for _, d := range p.Config().Describe() {
 		l := id{d.Limit.Name, d.Limit.Shadow}
 		inConfig[l] = true
+		lease := ""
+		if d.Limit.Lease > 0 {
+			lease = d.Limit.Lease.String()
+		}
 		all = append(all, limitReport{
-			Name: l.name, Mode: modes[l.shadow], From: "config", Rate: d.Rate, Burst: d.Burst,
+			Name: l.name, Mode: modes[l.shadow], From: "config", Lease: lease, Rate: d.Rate, Burst: d.Burst,
 			Key: append([]string{}, d.Key...), Group: d.Group, Overrides: d.Overrides,
 			Allowed: totals[l].Allowed, Limited: totals[l].Limited, Tokens: totals[l].Taken,
 		})

@@ -288,6 +288,7 @@ function showLimits({ total: count, limits }) {
           { class: "rate" },
           l.rate || "–",
           l.burst ? make("small", {}, "burst " + whole.format(l.burst)) : "",
+          l.lease ? make("small", {}, "lease " + l.lease) : "",
         ),
         make(
           "td",
@@ -503,6 +504,7 @@ function showExplanation(e, denial) {
             l.reason,
             l.applies ? "rate " + l.rate : "",
             l.settle !== null ? "settle " + l.settle : "",
+            l.lease !== null ? "lease " + l.lease : "",
             l.retry_after !== null ? `retry in ${l.retry_after} s` : "",
           ]
             .filter(Boolean)
