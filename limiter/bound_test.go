@@ -188,13 +188,15 @@ func TestChaosBound(t *testing.T) {
 			t.Logf("the seed is %d", seed)
 
 			limits := map[string]Bucket{
-				"fast": bucket(t, 200, time.Second, 50),
-				"slow": bucket(t, 7, time.Second, 20),
-				"all":  bucket(t, 500, time.Second, 300),
-				"held": bucket(t, 100, time.Second, 40),
+				"fast":   bucket(t, 200, time.Second, 50),
+				"slow":   bucket(t, 7, time.Second, 20),
+				"all":    bucket(t, 500, time.Second, 300),
+				"held":   bucket(t, 100, time.Second, 40),
+				"leased": bucket(t, 1000, time.Second, 500),
 			}
+			const lease = 100 * time.Millisecond
 			var mu sync.Mutex
-			granted, outcomes, settled := record{}, map[Outcome]int{}, map[string]int{}
+			granted, outcomes, settled, leased := record{}, map[Outcome]int{}, map[string]int{}, 0
 			stop := make(chan struct{})
 			var wg sync.WaitGroup
 			var stores []*Redis
@@ -202,11 +204,13 @@ func TestChaosBound(t *testing.T) {
 				stores = append(stores, s.open(t, 50*time.Millisecond))
 			}
 			for sidecar := range uint64(4) {
-				store := NewCeiling(stores[sidecar], prometheus.NewRegistry())
+				// A lease's grants are recorded by the clock that Redis has, too.
+				store := newLeases(NewCeiling(stores[sidecar], prometheus.NewRegistry()), stores[sidecar],
+					func() int64 { return time.Now().UnixMicro() }, prometheus.NewRegistry())
 				for caller := range uint64(4) {
 					wg.Go(func() {
 						random := rand.New(rand.NewPCG(seed, 4*sidecar+caller))
-						mine, saw := record{}, map[Outcome]int{}
+						mine, saw, ofLeases := record{}, map[Outcome]int{}, 0
 						var open []underWay
 						ended := map[string]int{}
 						settle := func(u *underWay) {
@@ -242,6 +246,7 @@ func TestChaosBound(t *testing.T) {
 								for o, n := range saw {
 									outcomes[o] += n
 								}
+								leased += ofLeases
 								return
 							case <-tick.C:
 							}
@@ -254,10 +259,16 @@ func TestChaosBound(t *testing.T) {
 							if limit == "held" {
 								own = own.costs(1 + random.Int64N(10)).holding(500 * time.Millisecond)
 							}
+							if random.IntN(4) == 0 {
+								own = keyed(limits["leased"], "leased", "-").costs(1 + random.Int64N(3)).leased(lease)
+							}
 							charges := []Charge{own, keyed(limits["all"], "all", "-").costs(1 + random.Int64N(2))}
 							d := Decide(context.Background(), store, charges[:1+random.IntN(2)])
 							mine.add(&d)
 							saw[d.Outcome]++
+							if d.Verdicts[0].Source == LeaseSource {
+								ofLeases++
+							}
 							if hold := d.Verdicts[0].Hold; !hold.IsZero() {
 								now := time.Now()
 								open = append(open, underWay{
@@ -294,8 +305,9 @@ func TestChaosBound(t *testing.T) {
 					keys++ // it was held to it
 				}
 			}
-			t.Logf("%v; %v; ends %v; %d of %d buckets gave all that they may", happened, outcomes, settled, keys, len(granted))
-			if outcomes[Allowed] == 0 || outcomes[Limited] == 0 || outcomes[FailedClosed] == 0 || keys == 0 ||
+			t.Logf("%v; %v; ends %v; %d checks from leases; %d of %d buckets gave all that they may",
+				happened, outcomes, settled, leased, keys, len(granted))
+			if leased == 0 || outcomes[Allowed] == 0 || outcomes[Limited] == 0 || outcomes[FailedClosed] == 0 || keys == 0 ||
 				settled["settled"] == 0 || settled["repeated"] == 0 || settled["failed"] == 0 {
 				t.Errorf("%v, %v, and %d buckets gave all that they may: this says little", outcomes, settled, keys)
 			}

@@ -91,9 +91,11 @@ type lease struct {
 
 	mu sync.Mutex
 	term
-	// room is how many tokens the bucket had left when it was last asked, by a
-	// check or for this lease.
-	room int64
+	// rest is what the bucket has besides the term's tokens, by the answer of the
+	// instant restAt of the store's clock: the newest one, to a check or for this
+	// lease.
+	rest   level
+	restAt int64
 	// checks is how many checks there have been since the instant since, and
 	// asked what they cost, whoever granted them.
 	checks, asked, since int64
@@ -109,10 +111,7 @@ type term struct {
 	// left is how many of its tokens can be granted until the instant end, and
 	// granted how many have been.
 	left, granted, end int64
-	// level is what the bucket had when the term was taken, with the tokens of this
-	// term and what was left of the one before, less what was granted since.
-	level level
-	took  int64 // how long the call took, in microseconds
+	took               int64 // how long the call took, in microseconds
 }
 
 // NewLeases returns a Leases over a store that takes from a lender, which keeps
@@ -236,9 +235,10 @@ func (l *Leases) grant(now int64, c *Charge, v *Verdict) source {
 	e.asked += c.Cost
 	var s source
 	if e.left >= c.Cost && now < e.end {
-		*v = c.verdict(e.level, 0, c.Cost, LeaseSource)
+		before := e.rest
+		before.tokens += e.left
+		*v = c.verdict(before, 0, c.Cost, LeaseSource)
 		v.at, v.taken = now, true
-		e.level.tokens -= c.Cost
 		e.left -= c.Cost
 		e.granted += c.Cost
 		s = source{e, e.hold}
@@ -258,7 +258,6 @@ func (s source) putBack(c *Charge, v *Verdict) {
 	s.lease.mu.Lock()
 	defer s.lease.mu.Unlock()
 	if s.lease.hold == s.hold {
-		s.lease.level.tokens += c.Cost
 		s.lease.left += c.Cost
 		s.lease.granted -= c.Cost
 	}
@@ -269,9 +268,9 @@ func (s source) putBack(c *Charge, v *Verdict) {
 func (l *Leases) learn(now int64, c *Charge, v *Verdict) {
 	isAnswer := v.Source == RedisSource || v.Source == MemorySource
 	if e := l.find(c.Key); e != nil {
-		if isAnswer {
+		if isAnswer && e.shape == c.Bucket {
 			e.mu.Lock()
-			e.room = v.left.tokens
+			e.learnLocked(v)
 			e.mu.Unlock()
 		}
 		return
@@ -283,13 +282,20 @@ func (l *Leases) learn(now int64, c *Charge, v *Verdict) {
 	}
 	e := &lease{
 		key: c.Key, shape: c.Bucket, limit: c.Limit, lasts: lasts, metrics: (*l.limits.Load())[c.Limit.Name],
-		room: v.left.tokens,
+		rest: v.left, restAt: v.at,
 		// Nobody knows the pace yet: twice as many checks as there were must do.
 		checks: hotChecks, asked: hotChecks * c.Cost, since: now - lasts.Microseconds()/2,
 		isQueued: true,
 	}
 	if e.sizeLocked(now) > 0 && l.add(e) {
 		l.enqueue(e)
+	}
+}
+
+// learnLocked notes what the bucket had left after an answer of the store.
+func (e *lease) learnLocked(v *Verdict) {
+	if v.Known() && v.at >= e.restAt {
+		e.rest, e.restAt = v.left, v.at
 	}
 }
 
@@ -329,7 +335,7 @@ func (e *lease) sizeLocked(now int64) int64 {
 		return 0
 	}
 	asked := min(e.asked, math.MaxInt64/lasts)
-	size := min(asked*lasts/elapsed, e.room/leasePart)
+	size := min(asked*lasts/elapsed, e.rest.tokens/leasePart)
 	if size*e.checks < busyChecks*e.asked {
 		return 0
 	}
@@ -384,20 +390,21 @@ func (l *Leases) renew(e *lease) {
 	}
 	e.mu.Unlock()
 	var next term
-	var room int64
+	var answer Verdict
 	if size > 0 {
-		next, room = l.take(e, sent, size)
+		next, answer = l.take(e, sent, size)
 	}
 
 	now := l.now()
 	e.mu.Lock()
+	e.learnLocked(&answer)
 	old, lasts := e.term, e.lasts.Microseconds()
 	// How long before its end a term is closed, so that what is left arrives in
 	// time.
 	margin := max(lasts/16, 2*old.took)
 	e.isQueued = false
 	if size > 0 && next.hold.IsZero() && now < old.end-margin {
-		e.room, e.low = room, -1
+		e.low = -1
 		l.wakeLocked(e, now, old.end-margin)
 		e.mu.Unlock()
 		return
@@ -405,8 +412,8 @@ func (l *Leases) renew(e *lease) {
 	e.term = next
 	isOver := next.hold.IsZero()
 	if !isOver {
-		e.level.tokens = min(e.level.tokens+old.left, e.shape.burst) // which is about to come back
-		e.room, e.low = room, size/8
+		e.rest.tokens = min(e.rest.tokens+old.left, e.shape.burst-e.left) // which is about to come back
+		e.low = size / 8
 		e.since, e.checks, e.asked = sent, e.checks-checks, e.asked-asked
 		l.wakeLocked(e, now, next.end-max(lasts/4, 4*next.took))
 		if l.isClosed.Load() {
@@ -449,23 +456,21 @@ func (l *Leases) wakeLocked(e *lease, now, at int64) {
 }
 
 // take takes a term of so many tokens. It returns a zero term if the bucket has
-// fewer, if the store fails, or if the term ended before the answer came. room is
-// how many tokens the bucket has left then; 0 if that is unknown.
-func (l *Leases) take(e *lease, sent, size int64) (t term, room int64) {
+// fewer, or if the store fails.
+func (l *Leases) take(e *lease, sent, size int64) (t term, answer Verdict) {
 	ctx, cancel := context.WithTimeout(context.Background(), e.lasts)
 	defer cancel()
 	charges := []Charge{{Limit: e.limit, Bucket: e.shape, Key: e.key, Cost: size, HoldFor: e.lasts}}
 	verdicts := make([]Verdict, 1)
 	l.lender.Take(ctx, charges, verdicts)
-	v := &verdicts[0]
-	if v.Hold.IsZero() { // without a hold, tokens that were taken count as spent already
-		return term{}, v.left.tokens
+	answer = verdicts[0]
+	if answer.Hold.IsZero() { // without a hold, tokens that were taken count as spent already
+		return term{}, answer
 	}
 	lasts := e.lasts.Microseconds()
-	t = term{hold: v.Hold, left: size, level: v.left, took: l.now() - sent}
+	t = term{hold: answer.Hold, left: size, took: l.now() - sent}
 	t.end = sent + lasts - lasts/1000 // two clocks may differ in speed by a thousandth
-	t.level.tokens += size
-	return t, v.left.tokens
+	return t, answer
 }
 
 // giveBack settles a closed term.

@@ -141,7 +141,7 @@ func TestLeases(t *testing.T) {
 				synctest.Wait()
 				if e := l.find(tenant.Key); e != nil {
 					e.mu.Lock()
-					most = max(most, e.hold.Tokens*100/(e.hold.Tokens+e.room+1))
+					most = max(most, e.hold.Tokens*100/(e.hold.Tokens+e.rest.tokens+1))
 					e.mu.Unlock()
 				}
 			}

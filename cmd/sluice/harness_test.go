@@ -64,6 +64,8 @@ type process struct {
 
 	grpc, metrics, admin string // its addresses, as its log says
 
+	isKilled bool // by kill
+
 	mu  sync.Mutex
 	log []string // its lines on stderr
 }
@@ -117,7 +119,7 @@ func startSluice(t testing.TB, args ...string) *process {
 		_ = p.cmd.Wait()
 	}()
 	t.Cleanup(func() {
-		if p.stop() != 0 {
+		if p.stop() != 0 && !p.isKilled {
 			t.Errorf("sluice ended with status %d:\n%s", p.cmd.ProcessState.ExitCode(), p.logged())
 		}
 	})
@@ -164,6 +166,13 @@ func (p *process) stop() int {
 		p.t.Errorf("sluice did not end within %v of SIGTERM:\n%s", within, p.logged())
 	}
 	return p.cmd.ProcessState.ExitCode()
+}
+
+// kill ends the process by SIGKILL, and waits for its end.
+func (p *process) kill() {
+	p.isKilled = true
+	_ = p.cmd.Process.Kill()
+	<-p.done
 }
 
 // sluice runs a command to its end and returns its exit status and what it
