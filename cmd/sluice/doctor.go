@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/sluiceproxy/sluice/limiter"
+	"github.com/sluiceproxy/sluice/limiter/policy"
 )
 
 func (p *program) doctorCommand() *cobra.Command {
@@ -86,6 +87,7 @@ func (p *program) doctor(ctx context.Context, config string, envoyTimeout time.D
 		if cfg.Redis.Mode == limiter.Cluster {
 			d.Checks = append(d.Checks, diagnosed{"slots", limiter.OK, slotsOf(cfg.ByKey()), ""})
 		}
+		d.Checks = append(d.Checks, longLeases(cfg.Describe())...)
 	}
 	failed := false
 	for _, c := range d.Checks {
@@ -100,6 +102,21 @@ func (p *program) doctor(ctx context.Context, config string, envoyTimeout time.D
 		err = errNo
 	}
 	return err
+}
+
+// longLeases warns of leases that may hold more than a bucket has. While a lease
+// is renewed, its sidecar holds up to twice what it uses in one, so at the full
+// rate all of them hold up to 2·lease·rate.
+func longLeases(limits []policy.Described) (warnings []diagnosed) {
+	for _, l := range limits {
+		if lease := l.Limit.Lease; lease > l.FillTime/2 {
+			warnings = append(warnings, diagnosed{"lease", limiter.Warn,
+				fmt.Sprintf("%s: a lease of %v is long for a burst that the rate brings in %v: what some sidecars hold, others lack",
+					l.Limit.Name, lease, l.FillTime),
+				fmt.Sprintf("set lease to %v at most, or raise burst", l.FillTime/2)})
+		}
+	}
+	return warnings
 }
 
 // slotsOf describes which limits share a hash slot of a cluster.

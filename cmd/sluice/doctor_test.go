@@ -178,3 +178,21 @@ func TestDoctorNamesAProxy(t *testing.T) {
 		t.Errorf("%d\n%s", status, stdout)
 	}
 }
+
+// doctor warns of a lease that is too long for its burst.
+func TestDoctorOfLeases(t *testing.T) {
+	redis := redistest.Start(t, "--appendonly", "yes")
+	_, stdout, _ := sluice(t, nil, "doctor", "--config", file(t, "sluice.yaml", `
+store: {redis: {url: '`+redis.URL()+`', timeout: 5s}}
+limits:
+  - {name: right, rate: 1000/s, burst: 1000, lease: 500ms}
+  - {name: none, rate: 1000/s, burst: 10}
+  - {name: free, rate: unlimited}
+  - {name: long, rate: 1000/s, burst: 1000, lease: 501ms}
+`))
+	const want = "warn  lease         long: a lease of 501ms is long for a burst that the rate brings in 1s: " +
+		"what some sidecars hold, others lack\n                    → set lease to 500ms at most, or raise burst\n"
+	if strings.Count(stdout, "  lease  ") != 1 || !strings.Contains(stdout, want) {
+		t.Errorf("%s\nwant\n%s", stdout, want)
+	}
+}

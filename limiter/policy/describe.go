@@ -3,15 +3,19 @@ package policy
 import (
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/sluiceproxy/sluice/limiter"
 )
 
 // Described is a limit as the config writes it, for display.
 type Described struct {
-	Limit     *limiter.Limit
-	Rate      string
-	Burst     int64    // tokens; 0 if the rate is unlimited
+	Limit *limiter.Limit
+	Rate  string
+	Burst int64 // tokens; 0 if the rate is unlimited
+	// FillTime is how long an empty bucket takes to be full; 0 if the rate is
+	// unlimited.
+	FillTime  time.Duration
 	Key       []string // expressions of the key's parts; empty: no key
 	Group     string   // empty: in no group
 	Overrides int      // number of overrides
@@ -22,6 +26,9 @@ func (c *Config) Describe() []Described {
 	all := make([]Described, len(c.rules))
 	for i, r := range c.rules {
 		d := Described{Limit: r.limit, Rate: r.tier.rate, Burst: r.tier.bucket.Burst(), Group: r.group}
+		if !r.tier.unlimited {
+			d.FillTime = r.tier.bucket.FillTime()
+		}
 		for _, e := range r.key {
 			d.Key = append(d.Key, e.text)
 		}
