@@ -98,6 +98,8 @@ type expression struct {
 	constant bool
 	// metadata reports that it reads the dynamic metadata of Envoy's filters.
 	metadata bool
+	// reads has the names that it reads, for Config.Needs.
+	reads reads
 	// uncheckedSize reports that it reads request.size without a look at
 	// content-length, on which request.size depends.
 	uncheckedSize bool
@@ -169,7 +171,7 @@ func compile(text string, p purpose) (*expression, []expressionError) {
 	}
 	e := &expression{
 		text: text, program: program, instructions: instructions, open: true, constant: true,
-		responseHeaders: headers, responseTrailers: trailers,
+		responseHeaders: headers, responseTrailers: trailers, reads: readsOf(native),
 	}
 	if p == forKey {
 		e.direct, e.header = directRead(native)
