@@ -25,7 +25,8 @@ var arrows = map[string][]string{
 	"k8s":               {},
 	"k8s/testenv":       {},
 	"cmd/sluice/page":   {"authz", "limiter", "limiter/policy"},
-	"cmd/sluice":        {"authz", "cmd/sluice/page", "envoy", "k8s", "limiter", "limiter/policy"},
+	"cmd/sluice/doctor": {"limiter", "limiter/policy"},
+	"cmd/sluice":        {"authz", "cmd/sluice/doctor", "cmd/sluice/page", "envoy", "k8s", "limiter", "limiter/policy"},
 }
 
 // testArrows lists what the tests of every package may import besides, and

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"slices"
 	"strings"
 	"time"
@@ -17,16 +18,34 @@ import (
 
 func (p *program) doctorCommand() *cobra.Command {
 	var config, output string
+	var of envoyFlags
 	var envoyTimeout time.Duration
 	c := &cobra.Command{
 		Use:   "doctor",
-		Short: "Diagnose the Redis store and how it is run",
-		Long: `Diagnose the Redis store and how it is run.
+		Short: "Diagnose the Redis store, and how Envoy asks sluice",
+		Long: `Diagnose the Redis store and how it is run, and with --envoy-admin or --envoy-config how Envoy asks sluice.
 
 doctor checks reachability, round-trip time, permissions, the Lua script, the clock, eviction, persistence, replication,
 a cluster's slots, and the timeout compared with Envoy's. It takes one token, from a bucket of its own.
 
+--envoy-config FILE reads a bootstrap of Envoy's, in YAML or JSON, or a saved /config_dump. --envoy-admin URL asks a
+running Envoy for that and for its counters, without changing anything; its admin interface is, for example,
+
+  http://127.0.0.1:9901    a plain Envoy (admin in its bootstrap)
+  http://127.0.0.1:15000   Istio: kubectl port-forward POD 15000
+  http://127.0.0.1:19000   Envoy Gateway: kubectl port-forward POD 19000
+  unix:///admin/admin.sock Contour, in Envoy's pod
+
+Then doctor looks at the ext_authz filter and its place beside cors, grpc_web, jwt_authn and router; routes that disable
+it; the cluster (HTTP/2, TLS, address); timeout, retries, and what happens while sluice does not answer; bodies; headers
+about limits that others send; metadata, principals and headers that the config reads; the access log for settle; and,
+with --envoy-admin, whether sluice is asked, whether checks fail, and why. Each finding has the line that mends it.
+With --config it compares Envoy's config with sluice's own; without, only that of Envoy is looked at.
+
 Exit status 1: a check failed. Warnings do not change it.`,
+		Example: `  sluice doctor --config sluice.yaml
+  sluice doctor --config sluice.yaml --envoy-admin http://127.0.0.1:9901
+  curl -s http://127.0.0.1:9901/config_dump >dump.json && sluice doctor --config sluice.yaml --envoy-config dump.json`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			asJSON, err := isJSON(output)
@@ -36,12 +55,20 @@ Exit status 1: a check failed. Warnings do not change it.`,
 			if envoyTimeout <= 0 {
 				return usageError{fmt.Errorf("--envoy-timeout %v: must be above 0", envoyTimeout)}
 			}
-			return p.doctor(c.Context(), config, envoyTimeout, asJSON)
+			if err := of.check(); err != nil {
+				return err
+			}
+			if of.given() && !c.Flags().Changed("envoy-timeout") {
+				envoyTimeout = 0 // the filter's own is looked at
+			}
+			return p.doctor(c.Context(), config, &of, c.InOrStdin(), envoyTimeout, asJSON)
 		},
 	}
 	c.Flags().StringVar(&config, "config", "", "`file` with the store (default $SLUICE_CONFIG)")
 	c.Flags().DurationVar(&envoyTimeout, "envoy-timeout", 200*time.Millisecond,
-		"timeout of Envoy's ext_authz filter, a `duration`")
+		"timeout of Envoy's ext_authz filter, a `duration`; not needed with the flags below")
+	c.Flags().StringVar(&of.admin, "envoy-admin", "", "`URL` of Envoy's admin interface")
+	c.Flags().StringVar(&of.file, "envoy-config", "", "`file` with Envoy's config, or - for stdin")
 	outputFlag(c, &output)
 	return c
 }
@@ -58,41 +85,33 @@ type diagnosed struct {
 	Fix    string                `json:"fix"`
 }
 
-func (p *program) doctor(ctx context.Context, config string, envoyTimeout time.Duration, asJSON bool) error {
+func (p *program) doctor(
+	ctx context.Context, config string, of *envoyFlags, stdin io.Reader, envoyTimeout time.Duration, asJSON bool,
+) error {
 	if config == "" {
 		config, _ = p.getenv("SLUICE_CONFIG")
 	}
-	cfg, err := p.load(config, p.settings(nil)...)
-	if err != nil {
-		return err
-	}
-	limits := "1 limit"
-	if n := len(cfg.Limits()); n != 1 {
-		limits = fmt.Sprintf("%d limits", n)
-	}
-	d := diagnosis{Checks: []diagnosed{{"config", limiter.OK, limits, ""}}}
-	if cfg.Redis == nil {
-		d.Checks = append(d.Checks, diagnosed{"store", limiter.Warn,
-			"in process: each sidecar has its own buckets, and they are full after a restart",
-			"set store.redis, if several sidecars have to share their limits"})
+	var d diagnosis
+	var cfg *policy.Config
+	if config == "" && of.given() {
+		d.add(limiter.Finding{Name: "config", Status: limiter.OK,
+			Detail: "none: give --config to compare Envoy's config with sluice's, and to check the store"})
 	} else {
-		redis, err := limiter.NewRedis(*cfg.Redis, nil, prometheus.NewRegistry())
-		if err != nil {
-			return fmt.Errorf("store.redis: %w", err)
+		var err error
+		if cfg, err = p.load(config, p.settings(nil)...); err != nil {
+			return err
 		}
-		defer func() { _ = redis.Close() }()
-		for _, f := range redis.Diagnose(ctx, cfg.KeyPrefix()+":"+cfg.Domain, envoyTimeout) {
-			d.Checks = append(d.Checks, diagnosed{f.Name, f.Status, f.Detail, f.Fix})
+		if err := d.addStore(ctx, cfg, envoyTimeout); err != nil {
+			return err
 		}
-		if cfg.Redis.Mode == limiter.Cluster {
-			d.Checks = append(d.Checks, diagnosed{"slots", limiter.OK, slotsOf(cfg.ByKey()), ""})
-		}
-		d.Checks = append(d.Checks, longLeases(cfg.Describe())...)
 	}
-	failed := false
-	for _, c := range d.Checks {
-		failed = failed || c.Status == limiter.Fail
+	if of.given() {
+		if err := d.addEnvoy(ctx, of, stdin, cfg); err != nil {
+			return err
+		}
 	}
+	failed := slices.ContainsFunc(d.Checks, func(c diagnosed) bool { return c.Status == limiter.Fail })
+	var err error
 	if asJSON {
 		err = p.printJSON(d)
 	} else {
@@ -102,6 +121,38 @@ func (p *program) doctor(ctx context.Context, config string, envoyTimeout time.D
 		err = errNo
 	}
 	return err
+}
+
+func (d *diagnosis) add(f limiter.Finding) {
+	d.Checks = append(d.Checks, diagnosed{f.Name, f.Status, f.Detail, f.Fix})
+}
+
+// addStore adds what is found about a config and its store.
+func (d *diagnosis) addStore(ctx context.Context, cfg *policy.Config, envoyTimeout time.Duration) error {
+	limits := "1 limit"
+	if n := len(cfg.Limits()); n != 1 {
+		limits = fmt.Sprintf("%d limits", n)
+	}
+	d.add(limiter.Finding{Name: "config", Status: limiter.OK, Detail: limits})
+	if cfg.Redis == nil {
+		d.add(limiter.Finding{Name: "store", Status: limiter.Warn,
+			Detail: "in process: each sidecar has its own buckets, and they are full after a restart",
+			Fix:    "set store.redis, if several sidecars have to share their limits"})
+		return nil
+	}
+	redis, err := limiter.NewRedis(*cfg.Redis, nil, prometheus.NewRegistry())
+	if err != nil {
+		return fmt.Errorf("store.redis: %w", err)
+	}
+	defer func() { _ = redis.Close() }()
+	for _, f := range redis.Diagnose(ctx, cfg.KeyPrefix()+":"+cfg.Domain, envoyTimeout) {
+		d.add(f)
+	}
+	if cfg.Redis.Mode == limiter.Cluster {
+		d.add(limiter.Finding{Name: "slots", Status: limiter.OK, Detail: slotsOf(cfg.ByKey())})
+	}
+	d.Checks = append(d.Checks, longLeases(cfg.Describe())...)
+	return nil
 }
 
 // longLeases warns of leases that may hold more than a bucket has. While a lease

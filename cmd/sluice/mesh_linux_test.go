@@ -2,8 +2,10 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -87,8 +89,9 @@ spec: {endpoints: [{ip: {address: 127.0.0.1, port: UPSTREAM}}]}
 const gatewayAddress = "127.0.0.1:8888"
 
 // startGateway runs an Envoy Gateway with what sluice printed for it, in front
-// of an upstream, and waits until its Envoy listens.
-func startGateway(t *testing.T, program, proxy, printed string, upstream *httptest.Server) {
+// of an upstream, and waits until its Envoy listens. It returns the address of
+// Envoy's admin interface.
+func startGateway(t *testing.T, program, proxy, printed string, upstream *httptest.Server) (admin string) {
 	t.Helper()
 	dir := t.TempDir()
 	_, removal, _ := strings.Cut(printed, "#   - type: ResponseHeaderModifier\n")
@@ -158,6 +161,17 @@ func startGateway(t *testing.T, program, proxy, printed string, upstream *httpte
 		}
 		return err == nil
 	})
+	err = filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
+		if filepath.Base(path) == "admin-address.txt" {
+			address, readErr := os.ReadFile(path)
+			admin, err = strings.TrimSpace(string(address)), errors.Join(err, readErr)
+		}
+		return err
+	})
+	if err != nil || admin == "" {
+		t.Fatalf("no address of Envoy's admin interface: %v", err)
+	}
+	return admin
 }
 
 // gatewayPrograms returns Envoy Gateway, which it builds if necessary, and the
@@ -173,31 +187,6 @@ func gatewayPrograms(t *testing.T) (gateway, proxy string) {
 		t.Fatal(err)
 	}
 	return gateway, proxy
-}
-
-// uncommented returns a printed file in which a line and the rest of its block
-// are no longer comments.
-func uncommented(t *testing.T, printed, line string) string {
-	t.Helper()
-	var out []string
-	found, margin := false, ""
-	for text := range strings.Lines(printed) {
-		before, after, is := strings.Cut(text, "# ")
-		switch {
-		case is && after == line+"\n":
-			found, margin = true, before
-			text = before + after
-		case found && is && before == margin && (strings.HasPrefix(after, " ") || strings.HasPrefix(after, "- ")):
-			text = before + after
-		default:
-			margin = "none"
-		}
-		out = append(out, text)
-	}
-	if !found {
-		t.Fatalf("no %q", line)
-	}
-	return strings.Join(out, "")
 }
 
 // TestMeshEnvoyGateway checks that a real Envoy Gateway limits by the printed
@@ -235,7 +224,7 @@ func TestMeshEnvoyGateway(t *testing.T) {
 	example = strings.NewReplacer("    # - name: sluice.limit.login", "    - name: sluice.limit.login",
 		"    #   type: Value", "      type: Value", "    #   value: ", "      value: ").Replace(example)
 	example = strings.Replace(example, "rate: 5/m", "rate: 1/m", 1)
-	startGateway(t, gateway, proxy, before+"    contextExtensions:\n"+uncommented(t, example, "cors:"), upstream)
+	admin := startGateway(t, gateway, proxy, before+"    contextExtensions:\n"+uncommented(t, example, "cors:"), upstream)
 
 	askFor := func(method, path string, headers ...string) (*http.Response, string) {
 		r, err := http.NewRequestWithContext(t.Context(), method, "http://"+gatewayAddress+path, nil)
@@ -290,6 +279,10 @@ func TestMeshEnvoyGateway(t *testing.T) {
 	// This Gateway has no GRPCRoute, and so no grpc_web filter.
 	if response == nil || response.StatusCode != http.StatusTooManyRequests || response.Header.Get("grpc-status") != "8" {
 		t.Errorf("by gRPC-Web: %+v", response)
+	}
+	if status, found := diagnoseEnvoy(t, "--config", config, "--envoy-admin", "http://"+admin); status != 0 ||
+		found != nil {
+		t.Errorf("doctor: %d %+v", status, found)
 	}
 	// One request at a time passes, and is free once it has ended.
 	for n := 1; n <= 3; n++ {
