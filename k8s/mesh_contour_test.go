@@ -189,6 +189,7 @@ func TestMeshContour(t *testing.T) {
 		})
 		page.fromPage(t)
 		page.byGRPCWeb(t, http.StatusOK)
+		isWell(t, sluice, config, "unix://"+admin)
 		await(t, "the plain port, which is not limited", func() bool { // the known pitfall of permitInsecure
 			a := ask(http.MethodGet, "http://shop.example.com/few")
 			return a.status == http.StatusOK && a.remaining == ""
@@ -244,5 +245,7 @@ func TestMeshContour(t *testing.T) {
 		if diff := cmp.Diff([]string{"200 2", "200 1", "200 0", "429 0"}, got); diff != "" {
 			t.Errorf("-want +got:\n%s", diff)
 		}
+		// This virtual host's route does not remove what others send as limits.
+		isWell(t, sluice, config, "unix://"+admin, "headers")
 	})
 }

@@ -404,6 +404,8 @@ func TestMeshIstioEdge(t *testing.T) {
 			took(t)
 			settles(t, addresses[0]+":9003", func() int { return e.ask(t, http.MethodGet, "/settled").status })
 			e.ask.byGRPCWeb(t, http.StatusTooManyRequests)
+			// The limit certified never matches, as the proxies verify no certificate.
+			isWell(t, mesh.sluice, mesh.config, istioAdmin, "identity")
 			if e.kind == "istio-gateway" { // the waypoint's file has no example
 				e.ask.fromPage(t)
 				mesh.c.do(t, example(t, file), "apply", "-f", "-")

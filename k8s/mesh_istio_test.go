@@ -114,6 +114,9 @@ static_resources:
       endpoints: [{lb_endpoints: [{endpoint: {address: {socket_address: {address: 127.0.0.1, port_value: 15999}}}}]}]
 `
 
+// istioAdmin is the admin interface of such a proxy.
+const istioAdmin = "http://127.0.0.1:15000"
+
 // istioPodOf is a pod in namespace shop for which an Istio proxy runs.
 type istioPodOf struct{ kind, name, account, labels, address string }
 
@@ -418,6 +421,7 @@ spec:
 			if !row.example { // whose port has limits of its own only
 				settles(t, "127.0.0.1:9003", func() int { status, _ := ask(t, http.MethodGet, "/settled", ""); return status })
 			}
+			isWell(t, r.binary, filepath.Join(dir, "sluice.yaml"), istioAdmin)
 			// No request is lost while sluice restarts.
 			restarted := newTally()
 			stop := clients(t, 3, asking(t, "http://"+address+":8080/probe"), func(a answer) {

@@ -164,6 +164,7 @@ func TestMeshIstioEdgeTLS(t *testing.T) {
 					istio.startProxy(t, mesh.c, e.pod)
 					e.fewLimited(t)
 					took(t)
+					isWell(t, mesh.sluice, mesh.config, istioAdmin, "identity")
 				})
 			}
 		})
