@@ -19,13 +19,24 @@ type Described struct {
 	Key       []string // expressions of the key's parts; empty: no key
 	Group     string   // empty: in no group
 	Overrides int      // number of overrides
+	// Bucket is the shape of the buckets of keys without an override, and Tokens
+	// and Period are its rate. They are zero if the rate is unlimited.
+	Bucket limiter.Bucket
+	Tokens int64
+	Period time.Duration
+	Absent string // what an absent part of the key does: client, share, skip or deny
+	// Reads names what the limit reads of a request, in ascending order, as the
+	// config writes it: request.method, request.headers["x-api-key"].
+	Reads []string
 }
 
 // Describe returns the file's limits, in its order.
 func (c *Config) Describe() []Described {
 	all := make([]Described, len(c.rules))
 	for i, r := range c.rules {
-		d := Described{Limit: r.limit, Rate: r.tier.rate, Burst: r.tier.bucket.Burst(), Group: r.group}
+		d := Described{Limit: r.limit, Rate: r.tier.rate, Burst: r.tier.bucket.Burst(), Group: r.group,
+			Bucket: r.tier.bucket, Absent: r.absent.String(), Reads: c.reads(r)}
+		d.Tokens, d.Period, _ = parseRate(r.tier.rate) // it was parsed before
 		if !r.tier.unlimited {
 			d.FillTime = r.tier.bucket.FillTime()
 		}

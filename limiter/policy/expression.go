@@ -98,8 +98,6 @@ type expression struct {
 	constant bool
 	// metadata reports that it reads the dynamic metadata of Envoy's filters.
 	metadata bool
-	// reads has the names that it reads, for Config.Needs.
-	reads reads
 	// uncheckedSize reports that it reads request.size without a look at
 	// content-length, on which request.size depends.
 	uncheckedSize bool
@@ -112,6 +110,8 @@ type expression struct {
 	// header is the header's name if the expression is a header and nothing
 	// else; otherwise it is empty.
 	header string
+	// reads is what it reads of a request: see readsOf.
+	reads []read
 	// responseHeaders and responseTrailers are the names of those that it reads,
 	// in ascending order.
 	responseHeaders, responseTrailers []string
@@ -171,7 +171,7 @@ func compile(text string, p purpose) (*expression, []expressionError) {
 	}
 	e := &expression{
 		text: text, program: program, instructions: instructions, open: true, constant: true,
-		responseHeaders: headers, responseTrailers: trailers, reads: readsOf(native),
+		reads: readsOf(native), responseHeaders: headers, responseTrailers: trailers,
 	}
 	if p == forKey {
 		e.direct, e.header = directRead(native)

@@ -3,8 +3,6 @@ package policy
 import (
 	"maps"
 	"slices"
-
-	"cel.dev/cel-go/common/ast"
 )
 
 // Needs says what a config needs of the Envoy in front of it, so that its
@@ -41,12 +39,16 @@ func (c *Config) Needs() Needs {
 			if e == nil {
 				continue
 			}
-			n.Principals = n.Principals || e.reads.principal
-			for _, name := range e.reads.metadata {
-				metadata[name] = true
-			}
-			for _, name := range e.reads.headers {
-				headers[name] = true
+			for _, read := range e.reads {
+				switch {
+				case read.attribute == "source.principal":
+					n.Principals = true
+				case read.entry == "": // all of them, or a computed one
+				case read.attribute == filterMetadata:
+					metadata[read.entry] = true
+				case read.attribute == "request.headers":
+					headers[read.entry] = true
+				}
 			}
 		}
 	}
@@ -55,24 +57,4 @@ func (c *Config) Needs() Needs {
 	}
 	n.Metadata, n.Headers = slices.Sorted(maps.Keys(metadata)), slices.Sorted(maps.Keys(headers))
 	return n
-}
-
-// reads has the names in an expression for which Needs asks.
-type reads struct {
-	metadata, headers []string // constant names
-	principal         bool
-}
-
-// readsOf returns what a checked expression reads.
-func readsOf(tree *ast.AST) (found reads) {
-	ast.PreOrderVisit(tree.Expr(), ast.NewExprVisitor(func(e ast.Expr) {
-		if name, ok := nameIn(tree, e, filterMetadata); ok {
-			found.metadata = append(found.metadata, name)
-		}
-		if name, ok := headerName(tree, e); ok {
-			found.headers = append(found.headers, name)
-		}
-		found.principal = found.principal || isAttribute(tree, e, "source.principal")
-	}))
-	return found
 }

@@ -67,6 +67,16 @@ var absences = map[string]absence{
 	"deny":   absentDeny,
 }
 
+// String returns the value of the field absent.
+func (a absence) String() string {
+	for name, value := range absences {
+		if value == a {
+			return name
+		}
+	}
+	return ""
+}
+
 // appliesIfAbsent reports whether the limit applies to a request for which its
 // when is absent. It normally does, so that no client avoids a limit by
 // omitting a header.
