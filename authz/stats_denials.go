@@ -191,7 +191,7 @@ func (d *denials) list() []Denial {
 	for e := d.newest.Front(); e != nil; e = e.Next() {
 		one := *e.Value.(*Denial)
 		if one.Outcome != limiter.Invalid {
-			one.Key = inBraces(one.group.key)
+			one.Key = ShownKey(one.group.key)
 		}
 		if one.err != nil {
 			one.Failure = limiter.KindOf(one.err)
@@ -207,11 +207,13 @@ func (d *denials) list() []Denial {
 	return all
 }
 
-// keyOf returns the part of a charge's key between its braces. Secrets in it are
-// hashed; addresses, methods, hosts and paths are escaped.
-func keyOf(c *limiter.Charge) string { return inBraces(c.Key) }
+// keyOf returns the key of a charge as it is shown.
+func keyOf(c *limiter.Charge) string { return ShownKey(c.Key) }
 
-func inBraces(key string) string {
+// ShownKey returns the part of a bucket's key between its braces, as logs,
+// metadata and the page show it. Secrets in it are hashed; addresses, methods,
+// hosts and paths are escaped.
+func ShownKey(key string) string {
 	_, key, _ = strings.Cut(key, "{")
 	return strings.TrimSuffix(key, "}")
 }

@@ -17,16 +17,19 @@ const module = "github.com/sluiceproxy/sluice"
 // arrows lists what each package may import of the others. A request goes from
 // authz to policy to limiter, and no import goes back.
 var arrows = map[string][]string{
-	"limiter":           {},
-	"limiter/redistest": {},
-	"limiter/policy":    {"limiter"},
-	"authz":             {"limiter", "limiter/policy"},
-	"envoy":             {"limiter/policy"},
-	"k8s":               {},
-	"k8s/testenv":       {},
-	"cmd/sluice/page":   {"authz", "limiter", "limiter/policy"},
-	"cmd/sluice/doctor": {"limiter", "limiter/policy"},
-	"cmd/sluice":        {"authz", "cmd/sluice/doctor", "cmd/sluice/page", "envoy", "k8s", "limiter", "limiter/policy"},
+	"limiter":              {},
+	"limiter/redistest":    {},
+	"limiter/policy":       {"limiter"},
+	"authz":                {"limiter", "limiter/policy"},
+	"envoy":                {"limiter/policy"},
+	"k8s":                  {},
+	"k8s/testenv":          {},
+	"cmd/sluice/page":      {"authz", "limiter", "limiter/policy"},
+	"cmd/sluice/accesslog": {"limiter/policy"},
+	"cmd/sluice/doctor":    {"limiter", "limiter/policy"},
+	"cmd/sluice": {
+		"authz", "cmd/sluice/accesslog", "cmd/sluice/doctor", "cmd/sluice/page", "envoy", "k8s", "limiter", "limiter/policy",
+	},
 }
 
 // testArrows lists what the tests of every package may import besides, and
