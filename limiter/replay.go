@@ -40,9 +40,10 @@ func (r *Replay) Take(at []int64, charges []Charge, verdicts []Verdict) Outcome 
 	return outcomeOf(charges, verdicts)
 }
 
-// Settle settles a hold at an instant in microseconds since 1970.
+// Settle settles a hold at an instant in microseconds since 1970, or at the
+// latest instant of the bucket if that is later.
 func (r *Replay) Settle(at int64, s Settlement) Settled {
-	r.now = at
+	r.now = max(at, r.memory.shards[r.memory.shardOf(s.Key)].buckets[s.Key].at)
 	var result [1]Settled
 	r.memory.Settle(context.Background(), []Settlement{s}, result[:])
 	return result[0]

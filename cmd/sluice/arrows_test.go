@@ -26,9 +26,11 @@ var arrows = map[string][]string{
 	"k8s/testenv":          {},
 	"cmd/sluice/page":      {"authz", "limiter", "limiter/policy"},
 	"cmd/sluice/accesslog": {"limiter/policy"},
+	"cmd/sluice/backtest":  {"authz", "cmd/sluice/accesslog", "limiter", "limiter/policy"},
 	"cmd/sluice/doctor":    {"limiter", "limiter/policy"},
 	"cmd/sluice": {
-		"authz", "cmd/sluice/accesslog", "cmd/sluice/doctor", "cmd/sluice/page", "envoy", "k8s", "limiter", "limiter/policy",
+		"authz", "cmd/sluice/accesslog", "cmd/sluice/backtest", "cmd/sluice/doctor", "cmd/sluice/page", "envoy", "k8s",
+		"limiter", "limiter/policy",
 	},
 }
 

@@ -113,7 +113,7 @@ func TestFormats(t *testing.T) {
 				`10.44.1.27:80 10.44.1.23:37652 outbound_.8000_._.httpbin.foo.svc.cluster.local default`,
 			want: `2020-11-25T21:26:18.409 10.44.1.23 GET httpbin:8000/status/418 user-agent="curl/7.73.0" 418 135B 3ms`},
 		{name: "sluice", format: "sluice", grain: time.Millisecond,
-			log: `[2026-11-29T01:02:03.456Z] "GET HTTP/1.1" 200 - 12ms sluice=allowed limit=demo remaining=4 took=310us id=abc`,
+			log:  `[2026-11-29T01:02:03.456Z] "GET HTTP/1.1" 200 - 12ms sluice=allowed limit=demo remaining=4 took=310us id=abc`,
 			want: `2026-11-29T01:02:03.456  GET / 200 0B 12ms`},
 		{name: "sluice with a client", format: "sluice", grain: time.Millisecond,
 			log: `[2026-11-29T01:02:03.456Z] "GET /a HTTP/1.1" 429 - 1ms sluice=limited limit=demo remaining=0 took=310us ` +

@@ -162,7 +162,8 @@ func bindNamed(sample []object, fields []Field, wanted func(string) bool) (bindi
 // isBase reports whether an attribute is read whatever the config reads.
 func isBase(attribute string) bool {
 	switch attribute {
-	case "request.time", requestLine, "request.method", "request.path", "request.host", "source.address", peerInXFF:
+	case "request.time", requestLine, "request.method", "request.path", "request.url_path", "request.query", "request.host",
+		"source.address", peerInXFF:
 		return true
 	}
 	return false

@@ -32,8 +32,8 @@ type Options struct {
 // ErrEmpty reports a log without a line.
 var ErrEmpty = errors.New("empty")
 
-// Source is one log whose format is known. It is immutable; of a Source that is
-// standard input there is only one Reader.
+// Source is one log whose format is known. Of one that can be read only once, as
+// standard input, there is only one Reader, unless Last was called.
 type Source struct {
 	Name   string // of the file, or "stdin"
 	Format string // for display: combined, JSON lines, ...
@@ -49,8 +49,11 @@ type Source struct {
 
 	holds  map[string]bool // attributes
 	parser func() lineParser
-	header bool      // the first line has the names of the columns
-	stdin  io.Reader // or a pipe, with the sample that was taken from it; nil: a file
+	header bool     // the first line has the names of the columns
+	spool  *os.File // a copy of stdin; nil: none
+	// isCompressed says that a file is.
+	isCompressed bool
+	stdin        io.Reader // or a pipe, with the sample that was taken from it; nil: a file
 }
 
 // lineParser parses lines. It is not safe for concurrent use.
@@ -104,6 +107,8 @@ func Open(name string, stdin io.Reader, o Options) (*Source, error) {
 		if from, err = decompress(f); err != nil {
 			return nil, fmt.Errorf("%s: %w", name, err)
 		}
+		_, isPlain := from.(*bufio.Reader)
+		s.isCompressed = !isPlain
 	}
 	sample := make([]byte, sampleSize)
 	n, err := io.ReadFull(from, sample)
@@ -435,6 +440,54 @@ func (s *Source) Holds(attribute string) bool {
 	return false
 }
 
+// tail is how much of the end of a file is read to find the time of its end.
+const tail = 1 << 20
+
+// Last returns the time of the latest request of the log, in microseconds since
+// 1970; 0 if there is none. A log that can be read only once is kept in a
+// temporary file.
+func (s *Source) Last() (last int64, err error) {
+	if s.stdin != nil && s.spool == nil {
+		if err := s.keep(); err != nil {
+			return 0, fmt.Errorf("%s: %w", s.Name, err)
+		}
+	}
+	r, err := s.Start()
+	if err != nil {
+		return 0, err
+	}
+	defer r.Close()
+	if f, ok := r.file.(*os.File); ok && !s.isCompressed && s.Size > tail {
+		if _, err := f.Seek(-tail, io.SeekEnd); err != nil {
+			return 0, fmt.Errorf("%s: %w", s.Name, withoutPath(err))
+		}
+		r.from, r.line = f, 2 // the first line is cut, and cannot be read
+	}
+	p := s.NewParser()
+	for {
+		c, err := r.Next()
+		if errors.Is(err, io.EOF) {
+			return last, nil
+		}
+		if err != nil {
+			return last, err
+		}
+		p.Parse(c, func(e *Entry) { last = max(last, e.At) })
+	}
+}
+
+// keep copies a log that can be read only once to a temporary file.
+func (s *Source) keep() error {
+	f, err := os.CreateTemp("", "sluice-backtest-")
+	if err != nil {
+		return withoutPath(err)
+	}
+	_ = os.Remove(f.Name()) // the open file is enough
+	s.spool = f
+	s.Size, err = io.Copy(f, s.stdin)
+	return err //nolint:wrapcheck // Last says of which log
+}
+
 // Chunk is a number of whole lines of a Source.
 type Chunk struct {
 	Text string
@@ -456,7 +509,11 @@ type Reader struct {
 // Start begins to read the log. The caller must call Close.
 func (s *Source) Start() (*Reader, error) {
 	r := &Reader{source: s, line: 1, read: new(atomic.Int64)}
-	if s.stdin != nil {
+	switch {
+	case s.spool != nil:
+		r.from = &counter{io.NewSectionReader(s.spool, 0, s.Size), r.read}
+		return r, nil
+	case s.stdin != nil:
 		r.from = &counter{s.stdin, r.read}
 		return r, nil
 	}

@@ -1,0 +1,230 @@
+package backtest
+
+import (
+	"container/heap"
+	"math"
+	"time"
+
+	"github.com/sluiceproxy/sluice/limiter"
+)
+
+// player plays requests through a world in one reading. One goroutine uses it.
+type player struct {
+	world   *world
+	reading reading
+	work    chan []*request
+	table   *table
+
+	limited  int64 // requests that an enforced limit denied
+	limits   map[*limitState]*limitResult
+	timeline timeline // of all requests
+}
+
+// limitResult is what became of a limit's requests in one reading.
+type limitResult struct {
+	limited, limitedKeys int64
+	timeline             timeline
+}
+
+func newPlayer(w *world, r reading, grain time.Duration) *player {
+	return &player{
+		world: w, reading: r, work: make(chan []*request, 8), table: newTable(grain),
+		limits: make(map[*limitState]*limitResult),
+	}
+}
+
+// result returns the result of a limit.
+func (p *player) result(s *limitState) *limitResult {
+	r := p.limits[s]
+	if r == nil {
+		r = &limitResult{}
+		p.limits[s] = r
+	}
+	return r
+}
+
+func (p *player) play(q *request) {
+	d := &q.draws[p.world.index]
+	if d.exempt {
+		p.timeline.add(q.at, false)
+		return
+	}
+	for _, s := range d.unlimited {
+		p.result(s).timeline.add(q.at, false)
+	}
+	if d.mistake != "" || len(d.charges) == 0 {
+		p.timeline.add(q.at, false)
+		return
+	}
+	outcome, verdicts := p.table.take(q, d.charges, p.reading, nil)
+	for i := range d.charges {
+		c := &d.charges[i]
+		r := p.result(c.key.limit)
+		isLimited := !verdicts[i].Allowed
+		if isLimited {
+			r.limited++
+			if c.key.limited[p.reading]++; c.key.limited[p.reading] == 1 {
+				r.limitedKeys++
+			}
+		}
+		r.timeline.add(q.at, isLimited)
+	}
+	isLimited := outcome == limiter.Limited
+	if isLimited {
+		p.limited++
+	}
+	p.timeline.add(q.at, isLimited)
+}
+
+// table is the buckets of a world in one reading, with the settlements that are
+// to come.
+type table struct {
+	replay   *limiter.Replay
+	charges  []limiter.Charge
+	verdicts []limiter.Verdict
+	at       []int64
+	pending  settlements
+}
+
+func newTable(grain time.Duration) *table { return &table{replay: limiter.NewReplay(grain)} }
+
+// take takes the charges of a request, but those of the limit without, if it is
+// not nil. The verdicts are valid until the next call, and are those of the
+// charges that are left.
+func (t *table) take(
+	q *request, charges []charge, r reading, without *limitState,
+) (limiter.Outcome, []limiter.Verdict) {
+	t.charges, t.at = t.charges[:0], t.at[:0]
+	earliest := int64(math.MaxInt64)
+	for i := range charges {
+		c := &charges[i]
+		if c.key.limit == without {
+			continue
+		}
+		t.charges = append(t.charges, limiter.Charge{
+			Limit: c.key.limit.limit, Bucket: c.bucket, Key: c.key.key, Cost: c.cost, Refused: c.refused,
+			HoldFor: time.Duration(c.life),
+		})
+		t.at = append(t.at, c.when(q, r))
+		earliest = min(earliest, c.when(q, r))
+	}
+	if len(t.charges) == 0 {
+		return limiter.Allowed, nil
+	}
+	t.settle(earliest)
+	if len(t.verdicts) < len(t.charges) {
+		t.verdicts = make([]limiter.Verdict, len(t.charges))
+	}
+	verdicts := t.verdicts[:len(t.charges)]
+	outcome := t.replay.Take(t.at, t.charges, verdicts)
+	for i, j := 0, 0; i < len(charges); i++ {
+		c := &charges[i]
+		if c.key.limit == without {
+			continue
+		}
+		if v := &verdicts[j]; c.hold && !v.Hold.IsZero() {
+			heap.Push(&t.pending, settlement{t.at[j] + q.duration, limiter.Settlement{
+				Limit: c.key.limit.limit, Key: c.key.key, Hold: v.Hold, Cost: c.settled,
+			}})
+		}
+		j++
+	}
+	return outcome, verdicts
+}
+
+// when returns when a charge is taken.
+func (c *charge) when(q *request, r reading) int64 {
+	if r == spread {
+		return c.at
+	}
+	return q.at
+}
+
+// settle settles what has ended by an instant.
+func (t *table) settle(now int64) {
+	for len(t.pending) > 0 && t.pending[0].at <= now {
+		s := heap.Pop(&t.pending).(settlement)
+		t.replay.Settle(s.at, s.Settlement)
+	}
+}
+
+// settlement is a settlement that is to come at an instant.
+type settlement struct {
+	at int64
+	limiter.Settlement
+}
+
+// settlements is a heap by instants.
+type settlements []settlement
+
+func (s settlements) Len() int           { return len(s) }
+func (s settlements) Less(i, j int) bool { return s[i].at < s[j].at }
+func (s settlements) Swap(i, j int)      { s[i], s[j] = s[j], s[i] }
+
+// Push implements heap.Interface.
+func (s *settlements) Push(x any) { *s = append(*s, x.(settlement)) }
+
+// Pop implements heap.Interface.
+func (s *settlements) Pop() any {
+	last := (*s)[len(*s)-1]
+	*s = (*s)[:len(*s)-1]
+	return last
+}
+
+// maxSlots is how many slots a timeline has at most.
+const maxSlots = 200
+
+// widths are the lengths of a timeline's slots in seconds, each a multiple of the
+// one before. Longer ones double.
+var widths = []int64{1, 5, 15, 60, 300, 900, 3600, 3 * 3600, 12 * 3600, 24 * 3600, 48 * 3600}
+
+// timeline counts requests in slots of equal length, which grow with the time
+// that it covers. Its zero value is empty.
+type timeline struct {
+	start, width int64 // microseconds; start is a multiple of width
+	slots        []slot
+}
+
+type slot struct{ requests, limited int64 }
+
+// add counts a request. Instants do not go back.
+func (t *timeline) add(at int64, limited bool) {
+	const second = 1_000_000
+	if t.width == 0 {
+		t.start, t.width = at/second*second, second
+	}
+	for (at-t.start)/t.width >= maxSlots {
+		t.widen()
+	}
+	i := int((at - t.start) / t.width)
+	for len(t.slots) <= i {
+		t.slots = append(t.slots, slot{})
+	}
+	t.slots[i].requests++
+	if limited {
+		t.slots[i].limited++
+	}
+}
+
+// widen makes the slots as long as the next width.
+func (t *timeline) widen() {
+	const second = 1_000_000
+	width := 2 * t.width
+	for _, w := range widths {
+		if w*second > t.width {
+			width = w * second
+			break
+		}
+	}
+	start := t.start / width * width
+	var wide []slot
+	for i, s := range t.slots {
+		at := int((t.start + int64(i)*t.width - start) / width)
+		for len(wide) <= at {
+			wide = append(wide, slot{})
+		}
+		wide[at].requests += s.requests
+		wide[at].limited += s.limited
+	}
+	t.start, t.width, t.slots = start, width, wide
+}

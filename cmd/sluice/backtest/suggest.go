@@ -1,0 +1,234 @@
+package backtest
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/sluiceproxy/sluice/limiter"
+)
+
+// suggester measures in one reading what the keys of each limit ask for. One
+// goroutine uses it.
+//
+// It takes that the limit itself denies nothing, and that the other limits are
+// as they are. For that each enforced limit has buckets of all others, in which
+// a request is played without it.
+type suggester struct {
+	world   *world
+	reading reading
+	work    chan []*request
+	without map[*limitState]*table
+	grids   map[*limitState]*grid
+}
+
+// grid is the rates for which a limit's keys are measured.
+type grid struct {
+	burst  int64
+	period time.Duration
+	text   string // of the period
+	rates  []gridRate
+	own    int // index of the limit's own rate
+}
+
+type gridRate struct {
+	tokens int64
+	bucket limiter.Bucket
+}
+
+// demand is what one key asks for.
+type demand struct {
+	depths []limiter.Depth // by grid.rates
+	least  leastRate
+}
+
+func newSuggester(w *world, r reading, grain time.Duration) *suggester {
+	s := &suggester{
+		world: w, reading: r, work: make(chan []*request, 8),
+		without: make(map[*limitState]*table), grids: make(map[*limitState]*grid),
+	}
+	enforced := 0
+	for _, l := range w.limits {
+		if !l.limit.Shadow {
+			enforced++
+		}
+		if g := newGrid(l); g != nil {
+			s.grids[l] = g
+		}
+	}
+	for l := range s.grids {
+		if enforced > 1 && !l.limit.Shadow {
+			s.without[l] = newTable(grain)
+		}
+	}
+	return s
+}
+
+// newGrid returns the rates to measure for a limit; nil if it has no rate.
+func newGrid(l *limitState) *grid {
+	d := l.described
+	if d == nil || d.Tokens == 0 {
+		return nil
+	}
+	_, text, _ := strings.Cut(d.Rate, "/")
+	g := &grid{burst: d.Burst, period: d.Period, text: text}
+	for _, part := range []struct{ times, of int64 }{{1, 4}, {1, 2}, {1, 1}, {2, 1}, {4, 1}, {8, 1}} {
+		tokens := max(1, d.Tokens*part.times/part.of)
+		b, err := limiter.NewBucket(tokens, d.Period, 1)
+		if err != nil || slices.ContainsFunc(g.rates, func(r gridRate) bool { return r.tokens == tokens }) {
+			continue
+		}
+		if tokens == d.Tokens {
+			g.own = len(g.rates)
+		}
+		g.rates = append(g.rates, gridRate{tokens, b})
+	}
+	return g
+}
+
+// rate returns a rate of the grid's period as the config would write it.
+func (g *grid) rate(tokens int64) string { return fmt.Sprintf("%d/%s", tokens, g.text) }
+
+func (s *suggester) play(q *request) {
+	d := &q.draws[s.world.index]
+	if d.exempt || d.mistake != "" || len(d.charges) == 0 {
+		return
+	}
+	isAllowed := make(map[*limitState]bool, 8)
+	for l, t := range s.without {
+		outcome, _ := t.take(q, d.charges, s.reading, l)
+		isAllowed[l] = outcome == limiter.Allowed
+	}
+	for i := range d.charges {
+		c := &d.charges[i]
+		l := c.key.limit
+		g := s.grids[l]
+		if g == nil || c.refused || !l.isOwn(c.bucket) || s.without[l] != nil && !isAllowed[l] {
+			continue
+		}
+		m := c.key.demand[s.reading]
+		if m == nil {
+			m = &demand{depths: make([]limiter.Depth, len(g.rates))}
+			c.key.demand[s.reading] = m
+		}
+		at := c.when(q, s.reading)
+		for j := range g.rates {
+			m.depths[j].Take(g.rates[j].bucket, at, c.cost)
+		}
+		m.least.take(g.burst, g.period.Microseconds(), at, c.cost)
+	}
+}
+
+// quantiles are the parts of keys that a suggestion may limit, as one in so many;
+// 0: none.
+var quantiles = []struct {
+	text  string
+	oneIn int
+}{{"0%", 0}, {"0.1%", 1000}, {"1%", 100}}
+
+// suggest returns the suggestions for a limit, and how many keys need which
+// burst at its own rate; nil if there are none. Of two readings it takes the
+// larger.
+func suggest(all []*suggester, l *limitState) (*Suggestions, []Need) {
+	if len(all) == 0 || all[0].grids[l] == nil {
+		return nil, nil
+	}
+	g := all[0].grids[l]
+	bursts := make([][]int64, len(g.rates)) // by rate and quantile
+	rates := make([]int64, len(quantiles))
+	var needs []int64 // of each key at the limit's own rate
+	for i := range bursts {
+		bursts[i] = make([]int64, len(quantiles))
+	}
+	for _, s := range all {
+		least := make([]int64, 0, len(l.keys))
+		deepest := make([][]int64, len(g.rates))
+		for _, k := range l.keys {
+			m := k.demand[s.reading]
+			if m == nil {
+				continue
+			}
+			least = append(least, m.least.tokens)
+			for i := range m.depths {
+				deepest[i] = append(deepest[i], m.depths[i].Deepest())
+			}
+		}
+		if len(least) == 0 {
+			continue
+		}
+		raise(rates, least)
+		for i := range deepest {
+			raise(bursts[i], deepest[i])
+		}
+		needs = deepest[g.own] // of the last reading, which is the larger
+	}
+	if needs == nil {
+		return nil, nil
+	}
+	out := &Suggestions{}
+	for i, q := range quantiles {
+		out.Burst = append(out.Burst, SuggestedBurst{q.text, suggested(bursts[g.own][i])})
+		var rate *string
+		if rates[i] < noRate {
+			rate = new(g.rate(max(1, rates[i])))
+		}
+		out.Rate = append(out.Rate, SuggestedRate{q.text, rate})
+	}
+	for i := range g.rates {
+		p := Pair{Rate: g.rate(g.rates[i].tokens)}
+		for j, q := range quantiles {
+			p.Burst = append(p.Burst, SuggestedBurst{q.text, suggested(bursts[i][j])})
+		}
+		out.Pairs = append(out.Pairs, p)
+	}
+	return out, needsOf(needs)
+}
+
+// raise sets each quantile of the values, if it is larger.
+func raise(to, values []int64) {
+	slices.SortFunc(values, func(a, b int64) int { return int(max(-1, min(1, b-a))) }) // the largest first
+	for i, q := range quantiles {
+		limited := 0
+		if q.oneIn > 0 {
+			limited = len(values) / q.oneIn
+		}
+		to[i] = max(to[i], values[min(limited, len(values)-1)])
+	}
+}
+
+// suggested returns a burst; nil if no bucket would do.
+func suggested(burst int64) *int64 {
+	if burst >= limiter.MaxTokens {
+		return nil
+	}
+	return new(max(1, burst))
+}
+
+// Need says how many keys need at most a burst so that they are never limited.
+type Need struct {
+	Burst int64
+	Keys  int
+}
+
+// needsOf returns how many keys need which burst, in at most 64 steps. values are
+// in descending order.
+func needsOf(values []int64) (all []Need) {
+	for i := len(values) - 1; i >= 0; i-- {
+		if n := len(all); n > 0 && all[n-1].Burst == values[i] {
+			all[n-1].Keys++
+			continue
+		}
+		all = append(all, Need{values[i], len(values) - i})
+	}
+	for len(all) > 64 {
+		var half []Need
+		for i := range all {
+			if i%2 == 1 || i == 0 || i == len(all)-1 {
+				half = append(half, all[i])
+			}
+		}
+		all = half
+	}
+	return all
+}
