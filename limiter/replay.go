@@ -76,6 +76,13 @@ type Depth struct {
 // that does not go back, from a bucket with the rate of b. The burst of b has no
 // meaning. Beyond MaxTokens the measure is MaxTokens.
 func (d *Depth) Take(b Bucket, at, cost int64) {
+	d.Look(b, at, cost)
+	d.left.tokens = max(0, d.left.tokens-cost)
+}
+
+// Look is Take for a request that another bucket denies: the bucket must hold the
+// cost, too, but keeps it.
+func (d *Depth) Look(b Bucket, at, cost int64) {
 	b.burst = MaxTokens
 	switch {
 	case !d.isUsed:
@@ -84,10 +91,9 @@ func (d *Depth) Take(b Bucket, at, cost int64) {
 		d.left = b.refill(d.left, at-d.at, MaxTokens)
 	}
 	d.at = max(d.at, at)
-	d.left.tokens = max(0, d.left.tokens-cost)
-	d.deepest = max(d.deepest, MaxTokens-d.left.tokens)
+	d.deepest = max(d.deepest, min(MaxTokens, MaxTokens-d.left.tokens+cost))
 }
 
 // Deepest returns the least burst with which a bucket of the rate would have
-// allowed all that was taken: at least 0 and at most MaxTokens.
+// allowed all requests: at least 0 and at most MaxTokens.
 func (d *Depth) Deepest() int64 { return d.deepest }

@@ -33,6 +33,13 @@ type line struct{ at, sum int64 }
 // take notes a request: at an instant in microseconds that does not go back,
 // with a cost. The period is in microseconds.
 func (r *leastRate) take(burst, period, at, cost int64) {
+	r.look(burst, period, at, cost)
+	r.sum += cost
+}
+
+// look is take for a request that another limit denies: this one must not deny
+// it, either, but keeps the cost.
+func (r *leastRate) look(burst, period, at, cost int64) {
 	if r.tokens == noRate {
 		return
 	}
@@ -42,10 +49,9 @@ func (r *leastRate) take(burst, period, at, cost int64) {
 	}
 	r.tokens = max(r.tokens, 1)
 	r.add(line{at, r.sum}, period)
-	r.sum += cost
 	for {
 		first := r.lines[0]
-		needed := r.sum - burst - first.sum
+		needed := r.sum + cost - burst - first.sum
 		if needed <= 0 || !more(needed, period, r.tokens, at-first.at) {
 			return
 		}

@@ -104,7 +104,7 @@ func (s *suggester) play(q *request) {
 		c := &d.charges[i]
 		l := c.key.limit
 		g := s.grids[l]
-		if g == nil || c.refused || !l.isOwn(c.bucket) || s.without[l] != nil && !isAllowed[l] {
+		if g == nil || c.refused || !l.isOwn(c.bucket) {
 			continue
 		}
 		m := c.key.demand[s.reading]
@@ -113,6 +113,14 @@ func (s *suggester) play(q *request) {
 			c.key.demand[s.reading] = m
 		}
 		at := c.when(q, s.reading)
+		if s.without[l] != nil && !isAllowed[l] {
+			// The limit counts its own verdict even where another one denies.
+			for j := range g.rates {
+				m.depths[j].Look(g.rates[j].bucket, at, c.cost)
+			}
+			m.least.look(g.burst, g.period.Microseconds(), at, c.cost)
+			continue
+		}
 		for j := range g.rates {
 			m.depths[j].Take(g.rates[j].bucket, at, c.cost)
 		}
