@@ -224,6 +224,8 @@ func (p *program) printBacktest(r *backtest.Report, f *backtestFlags) error {
 	switch f.output {
 	case "json":
 		return p.printJSON(r)
+	case "html":
+		return r.HTML(p.stdout) //nolint:wrapcheck // an error of stdout
 	default:
 		return r.Text(p.stdout) //nolint:wrapcheck // an error of stdout
 	}

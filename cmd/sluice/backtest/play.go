@@ -3,6 +3,7 @@ package backtest
 import (
 	"container/heap"
 	"math"
+	"slices"
 	"time"
 
 	"github.com/sluiceproxy/sluice/limiter"
@@ -18,6 +19,38 @@ type player struct {
 	limited  int64 // requests that an enforced limit denied
 	limits   map[*limitState]*limitResult
 	timeline timeline // of all requests
+
+	// timed are the keys with a timeline: those that were limited at least least
+	// times.
+	timed []*keyState
+	least int64
+}
+
+// maxTimed is how many keys have a timeline at a time.
+const maxTimed = 2000
+
+// time adds a request to the timeline of a key that was limited.
+func (p *player) time(k *keyState, at int64, limited bool) {
+	n := k.limited[p.reading]
+	if k.timeline == nil && n >= max(1, p.least) {
+		if len(p.timed) == maxTimed {
+			p.least = 2 * max(1, p.least)
+			p.timed = slices.DeleteFunc(p.timed, func(k *keyState) bool {
+				if k.limited[p.reading] >= p.least {
+					return false
+				}
+				k.timeline = nil
+				return true
+			})
+		}
+		if n >= p.least && len(p.timed) < maxTimed {
+			k.timeline = &timeline{}
+			p.timed = append(p.timed, k)
+		}
+	}
+	if k.timeline != nil {
+		k.timeline.add(at, limited)
+	}
 }
 
 // limitResult is what became of a limit's requests in one reading.
@@ -68,6 +101,9 @@ func (p *player) play(q *request) {
 			}
 		}
 		r.timeline.add(q.at, isLimited)
+		if p.reading == spread {
+			p.time(c.key, q.at, isLimited)
+		}
 	}
 	isLimited := outcome == limiter.Limited
 	if isLimited {
