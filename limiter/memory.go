@@ -131,12 +131,6 @@ func newEntries(table prometheus.Labels, entries *atomic.Int64) prometheus.Gauge
 
 // Take is Store's. It waits only for locks, and ignores the deadline of ctx.
 func (m *Memory) Take(_ context.Context, charges []Charge, verdicts []Verdict) {
-	m.take(nil, charges, verdicts)
-}
-
-// take is Take. If at is not nil, charges[i] is taken at the instant at[i]
-// instead of now.
-func (m *Memory) take(at []int64, charges []Charge, verdicts []Verdict) {
 	var few [8]slot
 	slots := few[:0]
 	for i := range charges {
@@ -149,9 +143,6 @@ func (m *Memory) take(at []int64, charges []Charge, verdicts []Verdict) {
 	shared := false
 	for i := range charges {
 		c, s := &charges[i], &slots[i]
-		if at != nil {
-			now = at[i]
-		}
 		stored, ok := s.shard.buckets[s.key]
 		if !ok && !m.reserve(s.key) {
 			if !shared {
@@ -197,7 +188,7 @@ func (m *Memory) take(at []int64, charges []Charge, verdicts []Verdict) {
 			m.release(1, entrySize(s.key)) // nothing was taken from the full bucket: it stays absent
 		}
 		verdicts[i] = c.verdict(before, s.next.held(), taken, MemorySource)
-		verdicts[i].at, verdicts[i].taken, verdicts[i].Hold = s.next.at, isTaken, held
+		verdicts[i].at, verdicts[i].taken, verdicts[i].Hold = now, isTaken, held
 		if c.HoldFor > 0 {
 			verdicts[i].Expired = s.expired
 		}

@@ -1,65 +1,82 @@
 package limiter
 
-import (
-	"context"
-	"math"
-	"time"
-
-	"github.com/prometheus/client_golang/prometheus"
-)
-
-// Replay decides about requests of the past: it is a Memory whose clock the
-// caller sets, without a bound on its size. It drops buckets that are full
-// again, so that it grows with the buckets that are in use at a time. It is not
-// safe for concurrent use.
+// Replay decides about requests of the past, as a Store in this process would,
+// at instants that the caller sets. The buckets are the caller's. It is not safe
+// for concurrent use; its zero value is ready.
 type Replay struct {
-	memory *Memory
-	now    int64 // of settlements and sweeps, in microseconds since 1970
-	swept  int64 // when it last swept
-	kept   int64 // buckets that the last sweep left
-	slack  int64 // how far instants may be apart, in microseconds
+	next []replayed
 }
 
-// NewReplay returns a Replay without buckets: all are full. No instant that it
-// is given may be earlier than another one before by more than the slack, which
-// is at least 0.
-func NewReplay(slack time.Duration) *Replay {
-	r := &Replay{swept: math.MinInt64 / 2, slack: slack.Microseconds()}
-	r.memory = newMemory("replay", math.MaxInt64, func() int64 { return r.now }, nil, prometheus.NewRegistry())
+// replayed is the state that follows in a bucket.
+type replayed struct {
+	state
+	moved bool // it has to be stored even if nothing is taken
+}
+
+// ReplayBucket is a bucket of a Replay. Its zero value is full.
+type ReplayBucket struct {
+	state  state
+	isUsed bool // the state is valid
+}
+
+// Take takes the charges from the buckets as Store's Take does, charges[i] from
+// buckets[i] at the instant at[i], and returns the outcome: Allowed or Limited. The
+// slices have the same length, and no bucket is in them twice. Of the verdicts it
+// sets Allowed, Source and Hold.
+//
+// Instants are in microseconds since 1970; those of one bucket should not go
+// back. Usually all are the same. They differ if requests of which only the
+// second is known are spread over it, for each bucket by itself.
+func (r *Replay) Take(at []int64, buckets []*ReplayBucket, charges []Charge, verdicts []Verdict) Outcome {
+	r.next = r.next[:0]
+	for i := range charges {
+		c, b := &charges[i], buckets[i]
+		next := replayed{state: state{shape: c.Bucket, level: c.Bucket.full(), at: at[i]}}
+		if b.isUsed {
+			next.state, next.moved, _ = b.state.next(c.Bucket, at[i])
+		}
+		r.next = append(r.next, next)
+		verdicts[i] = Verdict{Allowed: next.level.tokens >= c.needs(), Source: MemorySource}
+	}
+	outcome := outcomeOf(charges, verdicts)
+	for i := range charges {
+		c, b, next := &charges[i], buckets[i], &r.next[i]
+		if verdicts[i].Allowed && (outcome.Spends() || c.Limit.Shadow) {
+			life := c.life()
+			if life > 0 {
+				verdicts[i].Hold = next.hold(c.Cost, life, newBirth())
+			} else {
+				next.level.tokens -= c.Cost
+			}
+			next.moved = next.moved || life > 0 || c.Cost > 0
+		}
+		// A full bucket of which nothing was taken stays full in every shape.
+		if next.moved {
+			b.state, b.isUsed = next.state, true
+		}
+	}
+	return outcome
+}
+
+// Settle settles a hold of the bucket at an instant in microseconds since 1970,
+// or at the bucket's latest instant if that is later. cost is in tokens, at least
+// 0.
+func (b *ReplayBucket) Settle(at int64, hold Hold, cost int64) Settled {
+	if !b.isUsed {
+		return Settled{}
+	}
+	next, _, expired := b.state.next(b.state.shape, max(at, b.state.at))
+	r := next.settle(hold, cost)
+	r.Expired = expired
+	b.state = next
 	return r
 }
 
-// Take takes the charges as Store's Take does, charges[i] at the instant at[i],
-// and returns the outcome: Allowed or Limited. The slices have the same length,
-// at least 1. Instants are in microseconds since 1970; those of one bucket
-// should not go back. Usually all are the same. They differ if requests of
-// which only the second is known are spread over it, for each bucket by itself.
-func (r *Replay) Take(at []int64, charges []Charge, verdicts []Verdict) Outcome {
-	r.sweep(at[0])
-	r.memory.take(at, charges, verdicts)
-	return outcomeOf(charges, verdicts)
-}
-
-// Settle settles a hold at an instant in microseconds since 1970, or at the
-// latest instant of the bucket if that is later.
-func (r *Replay) Settle(at int64, s Settlement) Settled {
-	r.now = max(at, r.memory.shards[r.memory.shardOf(s.Key)].buckets[s.Key].at)
-	var result [1]Settled
-	r.memory.Settle(context.Background(), []Settlement{s}, result[:])
-	return result[0]
-}
-
-// sweep drops full buckets, at most once in five seconds of the clock, and only
-// when there are twice as many as the last sweep has left: a sweep looks at all
-// of them.
-func (r *Replay) sweep(now int64) {
-	const few = 10_000
-	if n := r.memory.entries.Load(); n < max(few, 2*r.kept) || now-r.swept < sweepEvery.Microseconds() {
-		return
-	}
-	r.now, r.swept = now-r.slack, now
-	r.memory.sweep()
-	r.kept = r.memory.entries.Load()
+// IsFull reports whether the bucket is full at an instant in microseconds since
+// 1970, in every shape that has used it, and no settlement can change it any more:
+// it then equals the zero value.
+func (b *ReplayBucket) IsFull(now int64) bool {
+	return !b.isUsed || now-b.state.at >= b.state.keepFor().Microseconds()
 }
 
 // Depth measures how many tokens a bucket of some rate must hold so that it

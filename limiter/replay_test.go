@@ -4,11 +4,14 @@ import (
 	"math/rand/v2"
 	"testing"
 	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
 )
 
-// replayTake takes one charge of a key from r at an instant.
-func replayTake(r *Replay, l *Limit, b Bucket, key string, at, cost int64) Outcome {
-	return r.Take([]int64{at}, []Charge{{Limit: l, Bucket: b, Key: key, Cost: cost}}, make([]Verdict, 1))
+// replayTake takes one charge from a bucket at an instant.
+func replayTake(r *Replay, from *ReplayBucket, b Bucket, at, cost int64) Outcome {
+	charges := []Charge{{Limit: &Limit{Name: "a"}, Bucket: b, Cost: cost}}
+	return r.Take([]int64{at}, []*ReplayBucket{from}, charges, make([]Verdict, 1))
 }
 
 // TestReplay walks one bucket through a clock that the caller sets.
@@ -17,7 +20,8 @@ func TestReplay(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r, l := NewReplay(0), &Limit{Name: "a"}
+	var r Replay
+	var bucket ReplayBucket
 	start := time.Date(2015, 5, 17, 10, 5, 3, 0, time.UTC).UnixMicro()
 	for i, step := range []struct {
 		after time.Duration
@@ -32,26 +36,90 @@ func TestReplay(t *testing.T) {
 		{24 * time.Hour, Allowed},
 		{24 * time.Hour, Limited},
 	} {
-		if got := replayTake(r, l, b, "k", start+step.after.Microseconds(), 1); got != step.want {
+		if got := replayTake(&r, &bucket, b, start+step.after.Microseconds(), 1); got != step.want {
 			t.Errorf("step %d: %v, want %v", i, got, step.want)
 		}
 	}
 }
 
-// TestReplayDropsFullBuckets checks that only the buckets in use are kept.
-func TestReplayDropsFullBuckets(t *testing.T) {
-	b, err := NewBucket(10, time.Second, 10)
-	if err != nil {
-		t.Fatal(err)
-	}
-	r, l := NewReplay(time.Second), &Limit{Name: "a"}
-	most := int64(0)
-	for i := range int64(200_000) {
-		replayTake(r, l, b, string([]byte{byte(i), byte(i >> 8), byte(i >> 16)}), i*1_000, 1)
-		most = max(most, r.memory.entries.Load())
-	}
-	if most > 20_000 {
-		t.Errorf("%d buckets were kept; a key is in use for 0.1 s, and 1000 keys come in a second", most)
+// TestReplayIsMemory compares Replay with Memory on random charges of several
+// shapes and limits, with holds and settlements.
+func TestReplayIsMemory(t *testing.T) {
+	random := rand.New(rand.NewPCG(3, 4))
+	for range 50 {
+		now := int64(1_700_000_000_000_000)
+		memory := newMemory("a", 1<<30, func() int64 { return now }, nil, prometheus.NewRegistry())
+		var replay Replay
+		limits := []*Limit{{Name: "a"}, {Name: "b", Shadow: true}, {Name: "c"}}
+		buckets := make([]ReplayBucket, 6)
+		type held struct {
+			bucket    int
+			key       string
+			ofMemory  Hold
+			ofReplay  Hold
+			limit     *Limit
+			ofRequest int64
+		}
+		var holds []held
+		for step := range 500 {
+			now += random.Int64N(400_000)
+			if len(holds) > 0 && random.IntN(3) == 0 {
+				h := holds[0]
+				holds = holds[1:]
+				cost := random.Int64N(2*h.ofRequest + 1)
+				var settled [1]Settled
+				memory.Settle(t.Context(), []Settlement{{Limit: h.limit, Key: h.key, Hold: h.ofMemory, Cost: cost}}, settled[:])
+				if got := buckets[h.bucket].Settle(now, h.ofReplay, cost); got != settled[0] {
+					t.Fatalf("step %d: %+v, want %+v", step, got, settled[0])
+				}
+				continue
+			}
+			var charges []Charge
+			var at []int64
+			var from []*ReplayBucket
+			var numbers []int
+			for i, l := range limits {
+				if random.IntN(3) == 0 {
+					continue
+				}
+				n := 2*i + random.IntN(2)
+				b, err := NewBucket(1+random.Int64N(5), time.Second, 1+random.Int64N(6))
+				if err != nil {
+					t.Fatal(err)
+				}
+				c := Charge{Limit: l, Bucket: b, Key: string(rune('a' + n)), Cost: random.Int64N(4)}
+				if i == 0 {
+					c.HoldFor = time.Duration(random.Int64N(3)) * time.Second
+				}
+				charges, at = append(charges, c), append(at, now)
+				from, numbers = append(from, &buckets[n]), append(numbers, n)
+			}
+			if len(charges) == 0 {
+				continue
+			}
+			want, got := make([]Verdict, len(charges)), make([]Verdict, len(charges))
+			memory.Take(t.Context(), charges, want)
+			if outcome := replay.Take(at, from, charges, got); outcome != outcomeOf(charges, want) {
+				t.Fatalf("step %d: %v, want %v", step, outcome, outcomeOf(charges, want))
+			}
+			for i := range charges {
+				if got[i].Allowed != want[i].Allowed || got[i].Hold.Tokens != want[i].Hold.Tokens ||
+					got[i].Hold.IsZero() != want[i].Hold.IsZero() {
+					t.Fatalf("step %d: %+v, want %+v", step, got[i], want[i])
+				}
+				if !got[i].Hold.IsZero() {
+					holds = append(holds, held{numbers[i], charges[i].Key, want[i].Hold, got[i].Hold, charges[i].Limit, charges[i].Cost})
+				}
+			}
+			if random.IntN(10) == 0 {
+				memory.sweep()
+				for i := range buckets {
+					if buckets[i].IsFull(now) {
+						buckets[i] = ReplayBucket{}
+					}
+				}
+			}
+		}
 	}
 }
 
@@ -82,9 +150,10 @@ func TestDepth(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			r, l := NewReplay(0), &Limit{Name: "a"}
+			var r Replay
+			var bucket ReplayBucket
 			for j := range at {
-				if replayTake(r, l, b, "k", at[j], cost[j]) == Limited {
+				if replayTake(&r, &bucket, b, at[j], cost[j]) == Limited {
 					n++
 				}
 			}

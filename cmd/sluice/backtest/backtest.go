@@ -69,10 +69,10 @@ func Run(ctx context.Context, o Options) (*Report, error) {
 	}
 	for i := range readings(r.grain) {
 		for _, w := range r.worlds {
-			r.players = append(r.players, newPlayer(w, reading(i), r.grain))
+			r.players = append(r.players, newPlayer(w, reading(i)))
 		}
 		if o.Suggest {
-			r.suggesters = append(r.suggesters, newSuggester(r.worlds[0], reading(i), r.grain))
+			r.suggesters = append(r.suggesters, newSuggester(r.worlds[0], reading(i)))
 		}
 	}
 	stop := r.startPlayers()

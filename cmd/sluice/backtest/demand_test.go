@@ -34,10 +34,11 @@ func TestLeastRate(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			replay, l := limiter.NewReplay(0), &limiter.Limit{Name: "a"}
+			var replay limiter.Replay
+			bucket, l := []*limiter.ReplayBucket{{}}, &limiter.Limit{Name: "a"}
 			for j := range at {
 				charges := []limiter.Charge{{Limit: l, Bucket: b, Key: "k", Cost: cost[j]}}
-				if replay.Take(at[j:], charges, make([]limiter.Verdict, 1)) == limiter.Limited {
+				if replay.Take(at[j:], bucket, charges, make([]limiter.Verdict, 1)) == limiter.Limited {
 					return true
 				}
 			}

@@ -4,7 +4,6 @@ import (
 	"container/heap"
 	"math"
 	"slices"
-	"time"
 
 	"github.com/sluiceproxy/sluice/limiter"
 )
@@ -14,7 +13,7 @@ type player struct {
 	world   *world
 	reading reading
 	work    chan []*request
-	table   *table
+	table   table
 
 	limited  int64 // requests that an enforced limit denied
 	limits   map[*limitState]*limitResult
@@ -59,9 +58,9 @@ type limitResult struct {
 	timeline             timeline
 }
 
-func newPlayer(w *world, r reading, grain time.Duration) *player {
+func newPlayer(w *world, r reading) *player {
 	return &player{
-		world: w, reading: r, work: make(chan []*request, 8), table: newTable(grain),
+		world: w, reading: r, work: make(chan []*request, 8), table: table{reading: r},
 		limits: make(map[*limitState]*limitResult),
 	}
 }
@@ -89,7 +88,7 @@ func (p *player) play(q *request) {
 		p.timeline.add(q.at, false)
 		return
 	}
-	outcome, verdicts := p.table.take(q, d.charges, p.reading, nil)
+	outcome, verdicts := p.table.take(q, d.charges, nil)
 	for i := range d.charges {
 		c := &d.charges[i]
 		r := p.result(c.key.limit)
@@ -112,60 +111,88 @@ func (p *player) play(q *request) {
 	p.timeline.add(q.at, isLimited)
 }
 
-// table is the buckets of a world in one reading, with the settlements that are
-// to come.
+// table takes charges from the buckets of a world in one reading, and settles
+// what has ended meanwhile.
 type table struct {
-	replay   *limiter.Replay
+	reading reading
+	// buckets are those of a suggester; nil: those of the keys themselves.
+	buckets map[*keyState]*limiter.ReplayBucket
+	kept    int // buckets that the last sweep left
+
+	replay   limiter.Replay
 	charges  []limiter.Charge
 	verdicts []limiter.Verdict
 	at       []int64
+	from     []*limiter.ReplayBucket
 	pending  settlements
 }
-
-func newTable(grain time.Duration) *table { return &table{replay: limiter.NewReplay(grain)} }
 
 // take takes the charges of a request, but those of the limit without, if it is
 // not nil. The verdicts are valid until the next call, and are those of the
 // charges that are left.
-func (t *table) take(
-	q *request, charges []charge, r reading, without *limitState,
-) (limiter.Outcome, []limiter.Verdict) {
-	t.charges, t.at = t.charges[:0], t.at[:0]
+func (t *table) take(q *request, charges []charge, without *limitState) (limiter.Outcome, []limiter.Verdict) {
+	t.charges, t.at, t.from = t.charges[:0], t.at[:0], t.from[:0]
 	earliest := int64(math.MaxInt64)
 	for i := range charges {
 		c := &charges[i]
 		if c.key.limit == without {
 			continue
 		}
+		at := c.when(q, t.reading)
 		t.charges = append(t.charges, limiter.Charge{
-			Limit: c.key.limit.limit, Bucket: c.bucket, Key: c.key.key, Cost: c.cost, Refused: c.refused,
-			HoldFor: time.Duration(c.life),
+			Limit: c.key.limit.limit, Bucket: c.bucket, Cost: c.cost, Refused: c.refused, HoldFor: c.life,
 		})
-		t.at = append(t.at, c.when(q, r))
-		earliest = min(earliest, c.when(q, r))
+		t.at, t.from = append(t.at, at), append(t.from, t.bucket(c.key, at))
+		earliest = min(earliest, at)
 	}
 	if len(t.charges) == 0 {
 		return limiter.Allowed, nil
 	}
 	t.settle(earliest)
-	if len(t.verdicts) < len(t.charges) {
-		t.verdicts = make([]limiter.Verdict, len(t.charges))
+	for len(t.verdicts) < len(t.charges) {
+		t.verdicts = append(t.verdicts, limiter.Verdict{})
 	}
 	verdicts := t.verdicts[:len(t.charges)]
-	outcome := t.replay.Take(t.at, t.charges, verdicts)
-	for i, j := 0, 0; i < len(charges); i++ {
+	outcome := t.replay.Take(t.at, t.from, t.charges, verdicts)
+	j := 0
+	for i := range charges {
 		c := &charges[i]
 		if c.key.limit == without {
 			continue
 		}
-		if v := &verdicts[j]; c.hold && !v.Hold.IsZero() {
-			heap.Push(&t.pending, settlement{t.at[j] + q.duration, limiter.Settlement{
-				Limit: c.key.limit.limit, Key: c.key.key, Hold: v.Hold, Cost: c.settled,
-			}})
+		if v := &verdicts[j]; c.life > 0 && !v.Hold.IsZero() {
+			heap.Push(&t.pending, settlement{t.at[j] + q.duration, t.from[j], v.Hold, c.settled})
 		}
 		j++
 	}
 	return outcome, verdicts
+}
+
+// bucket returns the bucket of a key.
+func (t *table) bucket(k *keyState, now int64) *limiter.ReplayBucket {
+	if t.buckets == nil {
+		return &k.buckets[t.reading]
+	}
+	b := t.buckets[k]
+	if b == nil {
+		if n := len(t.buckets); n > 2*t.kept+10_000 {
+			t.sweep(now)
+		}
+		b = &limiter.ReplayBucket{}
+		t.buckets[k] = b
+	}
+	return b
+}
+
+// sweep drops the buckets that are full. Those of other keys may be a grain
+// ahead or behind; no grain is longer than a second.
+func (t *table) sweep(now int64) {
+	for k, b := range t.buckets {
+		if b.IsFull(now - 1_000_000) {
+			delete(t.buckets, k)
+		}
+	}
+	t.kept = len(t.buckets)
 }
 
 // when returns when a charge is taken.
@@ -180,14 +207,16 @@ func (c *charge) when(q *request, r reading) int64 {
 func (t *table) settle(now int64) {
 	for len(t.pending) > 0 && t.pending[0].at <= now {
 		s := heap.Pop(&t.pending).(settlement)
-		t.replay.Settle(s.at, s.Settlement)
+		s.bucket.Settle(s.at, s.hold, s.cost)
 	}
 }
 
 // settlement is a settlement that is to come at an instant.
 type settlement struct {
-	at int64
-	limiter.Settlement
+	at     int64
+	bucket *limiter.ReplayBucket
+	hold   limiter.Hold
+	cost   int64
 }
 
 // settlements is a heap by instants.

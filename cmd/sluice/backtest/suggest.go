@@ -43,7 +43,7 @@ type demand struct {
 	least  leastRate
 }
 
-func newSuggester(w *world, r reading, grain time.Duration) *suggester {
+func newSuggester(w *world, r reading) *suggester {
 	s := &suggester{
 		world: w, reading: r, work: make(chan []*request, 8),
 		without: make(map[*limitState]*table), grids: make(map[*limitState]*grid),
@@ -59,7 +59,7 @@ func newSuggester(w *world, r reading, grain time.Duration) *suggester {
 	}
 	for l := range s.grids {
 		if enforced > 1 && !l.limit.Shadow {
-			s.without[l] = newTable(grain)
+			s.without[l] = &table{reading: r, buckets: make(map[*keyState]*limiter.ReplayBucket)}
 		}
 	}
 	return s
@@ -97,7 +97,7 @@ func (s *suggester) play(q *request) {
 	}
 	isAllowed := make(map[*limitState]bool, 8)
 	for l, t := range s.without {
-		outcome, _ := t.take(q, d.charges, s.reading, l)
+		outcome, _ := t.take(q, d.charges, l)
 		isAllowed[l] = outcome == limiter.Allowed
 	}
 	for i := range d.charges {

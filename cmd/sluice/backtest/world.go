@@ -3,6 +3,7 @@ package backtest
 import (
 	"errors"
 	"io"
+	"time"
 
 	"github.com/sluiceproxy/sluice/authz"
 	"github.com/sluiceproxy/sluice/limiter"
@@ -30,7 +31,6 @@ type limitState struct {
 	limit     *limiter.Limit
 	described *policy.Described // nil: none of the file
 	keys      map[string]*keyState
-	holdFor   charge // of which only the life of holds counts
 	requests  int64
 }
 
@@ -40,9 +40,10 @@ type keyState struct {
 	limit    *limitState
 	key      string
 	requests int64
-	limited  [2]int64 // by reading
+	buckets  [2]limiter.ReplayBucket // by reading
+	limited  [2]int64
 	timeline *timeline
-	demand   [2]*demand // by reading
+	demand   [2]*demand
 
 	// While a group is spread over its grain:
 	inGroup, spread int64
@@ -54,11 +55,10 @@ type charge struct {
 	key     *keyState
 	bucket  limiter.Bucket
 	cost    int64
-	settled int64 // what the request has cost at its end
-	at      int64 // when it is taken, evenly spread
+	settled int64         // what the request has cost at its end
+	at      int64         // when it is taken, evenly spread
+	life    time.Duration // of the hold; 0: nothing is held
 	refused bool
-	hold    bool
-	life    int64 // of a hold, in nanoseconds
 }
 
 func newWorld(config *policy.Config, index int) *world {
@@ -136,9 +136,7 @@ func (w *world) intern(d *policy.Draw, settled []int64) drawn {
 		}
 		s.requests++
 		k.requests++
-		out.charges[i] = charge{
-			key: k, bucket: c.Bucket, cost: c.Cost, refused: c.Refused, hold: c.HoldFor > 0, life: int64(c.HoldFor),
-		}
+		out.charges[i] = charge{key: k, bucket: c.Bucket, cost: c.Cost, refused: c.Refused, life: c.HoldFor}
 		if c.HoldFor > 0 {
 			out.charges[i].settled = settled[i]
 		}
