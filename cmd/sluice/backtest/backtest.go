@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"sync/atomic"
 	"time"
@@ -75,6 +76,13 @@ func Run(ctx context.Context, o Options) (*Report, error) {
 			r.suggesters = append(r.suggesters, newSuggester(r.worlds[0], reading(i)))
 		}
 	}
+	// With few keys hardly anything is kept, and the collector would run after
+	// every few thousand lines.
+	if before := debug.SetGCPercent(fewKeysGC); before != defaultGC {
+		debug.SetGCPercent(before) // GOGC says otherwise
+	} else {
+		defer debug.SetGCPercent(before)
+	}
 	stop := r.startPlayers()
 	err := r.read(ctx)
 	r.flush()
@@ -82,6 +90,14 @@ func Run(ctx context.Context, o Options) (*Report, error) {
 	stop()
 	return r.report(ctx.Err() != nil), err
 }
+
+// The percentage of the garbage collector while there are at most fewKeys keys, and
+// what it is by default.
+const (
+	fewKeysGC = 400
+	fewKeys   = 20_000
+	defaultGC = 100
+)
 
 // reading is how the requests of one grain are played.
 type reading int
@@ -116,6 +132,8 @@ type run struct {
 	outside  int64 // requests outside of Since and Until
 	from, to int64
 	requests int64
+
+	hasManyKeys bool // more than fewKeys
 }
 
 // request is a request with what it draws, by world.
@@ -364,6 +382,16 @@ func (r *run) add(s *stream, j *job) {
 		s.pending = slices.Insert(s.pending, at, q)
 	}
 	j.found = nil
+	keys := 0
+	for _, w := range r.worlds {
+		keys += w.keys
+	}
+	if keys > fewKeys && !r.hasManyKeys {
+		r.hasManyKeys = true
+		if before := debug.SetGCPercent(defaultGC); before != fewKeysGC {
+			debug.SetGCPercent(before)
+		}
+	}
 }
 
 // play adds the next request to its group, and plays the group before if it

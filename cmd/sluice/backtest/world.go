@@ -21,6 +21,7 @@ type world struct {
 	index  int // in request.draws
 	limits []*limitState
 	states map[*limiter.Limit]*limitState
+	keys   int // of all limits
 	// mistakes counts requests by the mistake of the config that refuses them.
 	exempt, unmatched, invalid int64
 	mistake                    string // the first
@@ -133,6 +134,7 @@ func (w *world) intern(d *policy.Draw, settled []int64) drawn {
 		if k == nil {
 			k = &keyState{limit: s, key: c.Key}
 			s.keys[c.Key] = k
+			w.keys++
 		}
 		s.requests++
 		k.requests++
