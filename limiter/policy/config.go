@@ -29,6 +29,8 @@ type Config struct {
 	// Warnings are valid settings that are unlikely to be intended, in the
 	// order of the file. There are at most 200.
 	Warnings Mistakes
+	// timeoutAt is where store.redis.timeout is, or store.redis.
+	timeoutAt Mistake
 
 	rules  []*rule
 	index  *index         // of the rules' matches

@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -48,6 +49,25 @@ func load(
 		return c, in.done(), err
 	}
 	text, err := in.config(file, before)
+	r := reader{file: file, dir: filepath.Dir(file), getenv: getenv}
+	if in.Piped {
+		r.dir = "." // file names are relative to the working directory then
+	}
+	c, err := readText(r, text, err, settings, in)
+	return c, in.done(), err
+}
+
+// Read is Load for a config that comes from a stream. name is its name in
+// mistakes; files that it names are relative to the working directory.
+func Read(
+	name string, from io.Reader, getenv func(string) (string, bool), settings ...Setting,
+) (*Config, error) {
+	text, err := io.ReadAll(io.LimitReader(from, maxFile+1))
+	return readText(reader{file: name, dir: ".", getenv: getenv}, text, err, settings, newInputs())
+}
+
+// readText is readConfig for a text that may be empty, or could not be read.
+func readText(r reader, text []byte, err error, settings []Setting, in *inputs) (*Config, error) {
 	if err == nil && len(bytes.TrimSpace(withoutBOM(text))) == 0 {
 		err = errors.New("the file is empty (perhaps it is still being written); for a config without limits " +
 			"write limits: []")
@@ -56,14 +76,9 @@ func load(
 		if path, ok := errors.AsType[*os.PathError](err); ok {
 			err = path.Err
 		}
-		return nil, in.done(), Mistakes{{File: file, Message: err.Error()}}
+		return nil, Mistakes{{File: r.file, Message: err.Error()}}
 	}
-	r := reader{file: file, dir: filepath.Dir(file), getenv: getenv}
-	if in.Piped {
-		r.dir = "." // file names are relative to the working directory then
-	}
-	c, err := readConfig(r, text, settings, in)
-	return c, in.done(), err
+	return readConfig(r, text, settings, in)
 }
 
 // Parse is Load for text in memory. name is the file name in mistakes; files
@@ -91,7 +106,7 @@ func readConfig(r reader, text []byte, settings []Setting, in *inputs) (*Config,
 		},
 	}
 	cr.inputs = in
-	cr.hidden = make(map[[2]int]string)
+	cr.hidden, cr.listenAt = make(map[[2]int]string), make(map[string]node)
 	cr.applySettings(true)
 	text = withoutBOM(text)
 	if root := cr.document(text); root != nil {
@@ -103,24 +118,7 @@ func readConfig(r reader, text []byte, settings []Setting, in *inputs) (*Config,
 	}
 	c := cr.compile()
 	if len(cr.mistakes) > 0 {
-		// Mistakes without a line come first, then those of the config file,
-		// then those of the files that it names.
-		part := func(m Mistake) int {
-			switch {
-			case m.Line == 0:
-				return 0
-			case m.File == r.file:
-				return 1
-			}
-			return 2
-		}
-		slices.SortStableFunc(cr.mistakes, func(a, b Mistake) int {
-			file := 0
-			if part(a) == 2 && part(b) == 2 {
-				file = cmp.Compare(a.File, b.File)
-			}
-			return cmp.Or(part(a)-part(b), file, a.Line-b.Line, a.Column-b.Column)
-		})
+		sortMistakes(cr.mistakes, r.file)
 		return nil, cr.mistakes
 	}
 	return c, nil
@@ -131,6 +129,7 @@ func readConfig(r reader, text []byte, settings []Setting, in *inputs) (*Config,
 type configReader struct {
 	limitReader
 	onFailureAt node
+	listenAt    map[string]node // the listeners that the file gives, by field
 	listenTLSAt node
 	clientIPAt  node
 	hidden      map[[2]int]string // text in place of secrets for Hash, by line and column
@@ -142,9 +141,11 @@ type configReader struct {
 	redis     bool
 	redisAt   node // its url, or redisNode
 	redisNode node
+	timeoutAt node
 	store     limiter.RedisOptions
 	drafts    []*draft
 	exempt    []*match
+	exemptAt  []node
 }
 
 var (
@@ -195,12 +196,9 @@ func (cr *configReader) readFile(root node) {
 		"domain": cr.checked(&cr.domain, checkDomain),
 		"listen": func(n node) {
 			cr.mapping(n, map[string]func(node){
-				"grpc": cr.checked(&c.Listen.GRPC, checkListen),
-				"admin": func(n node) {
-					cr.checked(&c.Listen.Admin, checkHostPort)(n)
-					cr.warnOfAdmin(n, c.Listen.Admin)
-				},
-				"metrics": cr.checked(&c.Listen.Metrics, checkHostPort),
+				"grpc":    cr.listener(&c.Listen.GRPC, checkListen),
+				"admin":   cr.listener(&c.Listen.Admin, checkHostPort),
+				"metrics": cr.listener(&c.Listen.Metrics, checkHostPort),
 				"tls":     cr.readListenTLS,
 			})
 		},
@@ -231,6 +229,14 @@ func (cr *configReader) readFile(root node) {
 		"exempt": cr.readExempt,
 		"limits": cr.readLimits,
 	})
+}
+
+// listener is checked for the address of a listener.
+func (cr *configReader) listener(into *string, check func(string) error) func(node) {
+	return func(n node) {
+		cr.listenAt[n.field] = n
+		cr.checked(into, check)(n)
+	}
 }
 
 func (cr *configReader) readLimits(n node) {
@@ -273,7 +279,7 @@ func (cr *configReader) readExempt(n node) {
 			cr.wrong(n, "missing match; without it every request would be exempt")
 			return
 		}
-		cr.exempt = append(cr.exempt, m)
+		cr.exempt, cr.exemptAt = append(cr.exempt, m), append(cr.exemptAt, n)
 	})
 }
 
@@ -445,6 +451,14 @@ func (cr *configReader) compile() *Config {
 	cr.warnOfGroups(cr.drafts)
 	cr.warnOfSecret(cr.drafts)
 	cr.warnOfLeases(cr.drafts)
+	if len(cr.mistakes) == 0 {
+		cr.lint()
+	}
+	c.timeoutAt = Mistake{File: cr.file, Field: "store.redis.timeout"}
+	if at := cmp.Or(cr.timeoutAt.Node, cr.redisNode.Node); at != nil {
+		position := start(at).Position
+		c.timeoutAt.Line, c.timeoutAt.Column = position.Line, position.Column
+	}
 	c.index, c.exempt = newIndex(matches), newIndex(cr.exempt)
 	c.Warnings, cr.warnings = cr.warnings, nil
 	c.inherited = cr.limitReader

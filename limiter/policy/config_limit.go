@@ -55,12 +55,14 @@ func newLimitReader(r reader) limitReader {
 
 // draft is a limit as read, before the settings that it inherits are known.
 type draft struct {
+	at              node
 	name            string
 	nameAt          node
 	match           match
 	when            *expression
 	whenAt          node
 	key             []*expression
+	keyAt           []node // of the parts of key
 	absent          absence
 	cost            cost
 	costAt          node
@@ -78,18 +80,22 @@ type draft struct {
 	onFailureAt     node
 	overrides       node
 	files           []node
+	// doubtful counts the overrides that are warned of, and doubtfulAt is where
+	// the last one is.
+	doubtful   int
+	doubtfulAt node
 }
 
 // readLimit reads a limit into d. If d has a name already, the limit has no
 // field name. It reports whether there was no mistake; d then holds all that
 // could be read.
 func (lr *limitReader) readLimit(n node, d *draft) bool {
-	d.cost.constant, d.within = 1, defaultSettleWithin
+	d.at, d.cost.constant, d.within = n, 1, defaultSettleWithin
 	bad := len(lr.mistakes)
 	fields := map[string]func(node){
 		"match": func(n node) { lr.readMatch(n, &d.match) },
 		"when":  func(n node) { d.whenAt = n; d.when = lr.expression(n, forWhen) },
-		"key":   func(n node) { lr.readKey(n, &d.key) },
+		"key":   func(n node) { lr.readKey(n, d) },
 		"absent": func(n node) {
 			var s string
 			lr.oneOf(n, &s, "client", "share", "skip", "deny")
@@ -193,10 +199,10 @@ func (lr *limitReader) readMatch(n node, m *match) {
 	}
 }
 
-func (lr *limitReader) readKey(n node, into *[]*expression) {
+func (lr *limitReader) readKey(n node, d *draft) {
 	lr.each(n, func(n node) {
 		if e := lr.expression(n, forKey); e != nil {
-			*into = append(*into, e)
+			d.key, d.keyAt = append(d.key, e), append(d.keyAt, n)
 		}
 	})
 	if v, ok := n.Node.(*ast.SequenceNode); ok && len(v.Values) == 0 {
@@ -241,6 +247,9 @@ func (lr *limitReader) compile(n node, text string, p purpose) *expression {
 	if e == nil {
 		return nil
 	}
+	if lr.inputs == nil { // a route's limit is not warned of
+		e.facts = nil
+	}
 	if text := sourceText(n.Node); text != "" {
 		e.text = text // with the names of variables, not their values
 	}
@@ -266,9 +275,13 @@ func (lr *limitReader) compile(n node, text string, p purpose) *expression {
 	return e
 }
 
-// wrongExpression reports an error in an expression. The position is exact if
-// the expression is written on one line, and that of the value otherwise.
-func (lr *limitReader) wrongExpression(n node, e expressionError) {
+// wrongExpression reports an error in an expression.
+func (lr *limitReader) wrongExpression(n node, e expressionError) { lr.add(lr.inExpression(n, e)) }
+
+// inExpression returns an error in an expression as a mistake. The position is
+// exact if the expression is written on one line, and that of the value
+// otherwise.
+func (lr *limitReader) inExpression(n node, e expressionError) Mistake {
 	t := n.GetToken()
 	m := Mistake{File: lr.file, Field: n.field, Message: e.message, Line: t.Position.Line, Column: t.Position.Column}
 	if takesVariables(n) { // CEL's message may quote a variable's value
@@ -280,7 +293,7 @@ func (lr *limitReader) wrongExpression(n node, e expressionError) {
 			m.Column++
 		}
 	}
-	lr.add(m)
+	return m
 }
 
 // readCost reads a cost: a number or an expression. A constant expression

@@ -5,8 +5,6 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"net"
-	"net/netip"
 	"regexp"
 	"strings"
 	"time"
@@ -145,17 +143,4 @@ func (cr *configReader) readListenTLS(n node) {
 		}
 	}
 	cr.config.ListenTLS = t
-}
-
-// warnOfAdmin warns of an admin address that is open to everyone: the page and
-// its profiles show what clients request.
-func (cr *configReader) warnOfAdmin(n node, addr string) {
-	host, _, err := net.SplitHostPort(addr)
-	if err != nil {
-		return // reported already
-	}
-	if ip, err := netip.ParseAddr(host); host == "" || err == nil && ip.IsUnspecified() {
-		cr.warn(n, "%s is open to everyone who can reach this machine; listen on 127.0.0.1 and "+
-			"use kubectl port-forward", addr)
-	}
 }

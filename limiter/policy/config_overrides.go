@@ -181,8 +181,8 @@ func (lr *limitReader) readInline(d *draft, o *overrides) {
 			func(_ int, format string, args ...any) {
 				lr.wrong(key, format, args...)
 			})
-		if spacedPart(d.key, parts) >= 0 {
-			lr.warn(key, spacedWarning)
+		if _, message := doubtfulPart(d, key, parts); message != "" {
+			lr.warn(key, "%s", message)
 		}
 	})
 }
@@ -234,7 +234,7 @@ func (lr *limitReader) glob(n node, pattern string) []string {
 		lr.wrongFile(n, err)
 	}
 	if len(names) == 0 {
-		lr.warn(n, "no file matches this pattern yet")
+		lr.warn(n, "no file matches this pattern yet; until one does, every key has the limit's own rate")
 	}
 	slices.Sort(names)
 	return names
@@ -345,10 +345,10 @@ func (lr *limitReader) readOverridesFile(n node, d *draft, o *overrides, name st
 				_, column := rows.FieldPos(part)
 				wrong(line, column, format, args...)
 			})
-		if part := spacedPart(d.key, row[:parts]); part >= 0 && len(lr.warnings) < maxMistakes {
+		if part, message := doubtfulPart(d, n, row[:parts]); message != "" && len(lr.warnings) < maxMistakes {
 			_, column := rows.FieldPos(part)
 			lr.warnings = append(lr.warnings,
-				Mistake{File: name, Line: line, Column: column, Field: n.field, Message: spacedWarning})
+				Mistake{File: name, Line: line, Column: column, Field: n.field, Message: message})
 		}
 	}
 }

@@ -326,7 +326,7 @@ func TestPartsOfAttributes(t *testing.T) {
 		{"request.method", "GET POST", "", "invalid method; want an upper-case name such as GET or POST"},
 		{"request.host", "Shop.Example.COM", "GET shop.example.com/", ""},
 		{"request.host", "shop.example.com.", "GET shop.example.com/", ""},
-		{"request.host", "shop.example.com:443", "", "keys hold no port; write the host without it"},
+		{"request.host", "shop.example.com:443", "", "a host has no port here; write it without one"},
 		{"request.host", "*.example.com", "", "patterns are not allowed; want one host"},
 		{"request.host", "https://shop.example.com", "",
 			"invalid host; want a name such as api.example.com, or an address, without a port"},
@@ -392,15 +392,16 @@ func TestByteOrderMarks(t *testing.T) {
 func TestOverrideWarnings(t *testing.T) {
 	config := directory(t, "sluice.yaml",
 		"limits: [{name: a, rate: 1/s, key: request.headers.k, overrides: [{key: ' x', rate: 1/s}], overrides_file: "+
-			"[o.csv, 'none/*.csv']}]\n",
+			"[o.csv, 'none/*.csv']}, {name: b, rate: 1/s}]\n",
 		"o.csv", "key,rate,burst\ngold ,7/s,\nsilver,7/s,\n")
 	c, _, err := Load(config, env())
 	if err != nil {
 		t.Fatal(err)
 	}
 	want := "DIR/sluice.yaml:1:73: limits[0].overrides[0].key: " + spacedWarning + "\n" +
-		"DIR/o.csv:2:1: limits[0].overrides_file[0]: " + spacedWarning + "\n" +
-		"DIR/sluice.yaml:1:116: limits[0].overrides_file[1]: no file matches this pattern yet"
+		"DIR/sluice.yaml:1:116: limits[0].overrides_file[1]: no file matches this pattern yet; until one does, every key " +
+		"has the limit's own rate\n" +
+		"DIR/o.csv:2:1: limits[0].overrides_file[0]: " + spacedWarning
 	if got := strings.ReplaceAll(c.Warnings.Error(), filepath.Dir(config), "DIR"); got != want {
 		t.Errorf("%s\nwant\n%s", got, want)
 	}

@@ -34,7 +34,10 @@ func (cr *configReader) readRedis(n node) {
 			cr.store.Sentinel = s
 		},
 		"key_prefix": cr.checked(&cr.keyPrefix, checkDomain),
-		"timeout":    func(n node) { cr.duration(n, &cr.store.Timeout, time.Millisecond, time.Minute) },
+		"timeout": func(n node) {
+			cr.timeoutAt = n
+			cr.duration(n, &cr.store.Timeout, time.Millisecond, time.Minute)
+		},
 	})
 	cr.redis = cr.mapping(n, fields)
 }

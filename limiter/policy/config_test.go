@@ -378,6 +378,7 @@ func TestConfigDoesNotKeepItsFile(t *testing.T) {
 func TestWarningsOfAbsence(t *testing.T) {
 	const (
 		when  = `when: 'request.headers["a"] == "x"'`
+		other = `when: 'request.headers["a"] == "y"'`
 		group = "every limit of the group g has a when: a request for which each is false or absent is not limited " +
 			"by the group; end the group with a limit without when"
 		size = `request.size is absent if a body has no content-length, as with chunked encoding, and the cost is then 1; ` +
@@ -386,22 +387,20 @@ func TestWarningsOfAbsence(t *testing.T) {
 	for text, want := range map[string]string{
 		"- {name: a, rate: 1/s, group: g, " + when +
 			"}": "test.yaml:2:40: limits[0].when: " + group,
-		"- {name: a, rate: 1/s, group: g, " + when + "}\n- {name: b, rate: unlimited, group: g, " + when +
+		"- {name: a, rate: 1/s, group: g, " + when + "}\n- {name: b, rate: unlimited, group: g, " + other +
 			"}": "test.yaml:3:46: limits[1].when: " + group,
 		"- {name: a, rate: 1/s, group: g, " + when +
 			"}\n- {name: b, rate: 2/s, group: g}": "",
 		"- {name: a, rate: 1/s, group: g, " + when +
-			"}\n- {name: b, rate: 2/s, group: g, when: true}": "",
-		"- {name: b, rate: 2/s, group: g}\n- {name: a, rate: 1/s, group: g, " + when +
-			"}": "",
+			"}\n- {name: b, rate: 2/s, group: g, when: true}": "test.yaml:3:40: limits[1].when: is always true; omit when",
 		"- {name: a, rate: 1/s, " + when +
 			"}": "",
 		"- {name: a, rate: 1/s, group: h}\n- {name: b, rate: 1/s, group: g, " + when +
-			"}\n- {name: c, rate: 1/s, group: h}": "test.yaml:3:40: limits[1].when: " + group,
-		`- {name: a, rate: 9/s, cost: request.size / 100}`:                                          "test.yaml:2:30: limits[0].cost: " + size,
-		`- {name: a, rate: 9/s, cost: 'request.method == "POST" ? request.size : 1'}`:               "test.yaml:2:30: limits[0].cost: " + size,
-		`- {name: a, rate: 9/s, cost: '"content-length" in request.headers ? request.size : 1000'}`: "",
-		`- {name: a, rate: 9/s, when: request.size > 100, key: request.size}`:                       "",
+			"}\n- {name: c, rate: 1/s, group: i}": "test.yaml:3:40: limits[1].when: " + group,
+		`- {name: a, rate: 9/s, cost: request.size / 100}`:                                                       "test.yaml:2:30: limits[0].cost: " + size,
+		`- {name: a, rate: 9/s, cost: 'request.method == "POST" ? request.size : 1'}`:                            "test.yaml:2:30: limits[0].cost: " + size,
+		`- {name: a, rate: 9/s, burst: 1000, cost: '"content-length" in request.headers ? request.size : 1000'}`: "",
+		`- {name: a, rate: 9/s, when: request.size > 100, key: request.size}`:                                    "",
 	} {
 		if got := parse(t, "limits:\n"+text+"\n").Warnings.Error(); got != want {
 			t.Errorf("%s\n%s\nwant\n%s", text, got, want)

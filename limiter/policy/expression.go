@@ -115,6 +115,8 @@ type expression struct {
 	// responseHeaders and responseTrailers are the names of those that it reads,
 	// in ascending order.
 	responseHeaders, responseTrailers []string
+	// facts serve warnings. They are nil once the config was read.
+	facts *facts
 }
 
 // expressionError is an error in an expression. Its line and column begin at 1,
@@ -171,7 +173,8 @@ func compile(text string, p purpose) (*expression, []expressionError) {
 	}
 	e := &expression{
 		text: text, program: program, instructions: instructions, open: true, constant: true,
-		reads: readsOf(native), responseHeaders: headers, responseTrailers: trailers,
+		reads: readsOf(native), facts: factsOf(native, checked.OutputType()),
+		responseHeaders: headers, responseTrailers: trailers,
 	}
 	if p == forKey {
 		e.direct, e.header = directRead(native)

@@ -99,7 +99,7 @@ func canonicalHost(s string) (string, error) {
 	case strings.HasPrefix(host, "*"):
 		return "", errors.New("patterns are not allowed; want one host")
 	case strings.TrimSuffix(lowerASCII(s), ".") != parsed && strings.Trim(lowerASCII(s), "[]") != parsed:
-		return "", errors.New("keys hold no port; write the host without it")
+		return "", errors.New("a host has no port here; write it without one")
 	default:
 		return parsed, nil
 	}
