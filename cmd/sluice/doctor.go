@@ -16,6 +16,10 @@ import (
 	"github.com/sluiceproxy/sluice/limiter/policy"
 )
 
+// defaultEnvoyTimeout is the timeout of Envoy's ext_authz filter where its
+// config says none, and in the chains that sluice envoy prints.
+const defaultEnvoyTimeout = 200 * time.Millisecond
+
 func (p *program) doctorCommand() *cobra.Command {
 	var config, output string
 	var of envoyFlags
@@ -65,7 +69,7 @@ Exit status 1: a check failed. Warnings do not change it.`,
 		},
 	}
 	c.Flags().StringVar(&config, "config", "", "`file` with the store (default $SLUICE_CONFIG)")
-	c.Flags().DurationVar(&envoyTimeout, "envoy-timeout", 200*time.Millisecond,
+	c.Flags().DurationVar(&envoyTimeout, "envoy-timeout", defaultEnvoyTimeout,
 		"timeout of Envoy's ext_authz filter, a `duration`; not needed with the flags below")
 	c.Flags().StringVar(&of.admin, "envoy-admin", "", "`URL` of Envoy's admin interface")
 	c.Flags().StringVar(&of.file, "envoy-config", "", "`file` with Envoy's config, or - for stdin")

@@ -179,9 +179,15 @@ func (p *process) kill() {
 // printed.
 func sluice(t testing.TB, env []string, args ...string) (status int, stdout, stderr string) {
 	t.Helper()
+	return sluiceWith(t, "", env, args...)
+}
+
+// sluiceWith is sluice with a text on stdin.
+func sluiceWith(t testing.TB, stdin string, env []string, args ...string) (status int, stdout, stderr string) {
+	t.Helper()
 	p := start(t, "sluice", env, args...)
 	var out, errs bytes.Buffer
-	p.cmd.Stdout, p.cmd.Stderr = &out, &errs
+	p.cmd.Stdin, p.cmd.Stdout, p.cmd.Stderr = strings.NewReader(stdin), &out, &errs
 	if err := p.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}

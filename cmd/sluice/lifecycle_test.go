@@ -294,7 +294,7 @@ func TestStartErrors(t *testing.T) {
 		{"run --colour red", "", 2, `sluice: unknown flag: --colour\nSee 'sluice run --help'\.`},
 		{"walk", "", 2, `(?s)sluice: unknown command "walk" for "sluice".*See 'sluice --help'\.`},
 		{"", "", 2, `sluice: missing command\nSee 'sluice --help'\.`},
-		{"validate", "", 2, `(?s)sluice: requires at least 1 arg.*`},
+		{"validate", "", 2, `sluice: missing file; want the config files to validate, such as sluice\.yaml, or - for stdin\n.*`},
 		{"validate -o xml f", "", 2, `sluice: -o "xml": must be text or json\n.*`},
 		{"healthcheck --grpc " + addr, "", 1, `sluice: ` + addr + ` does not answer: .*`},
 		{"healthcheck --grpc nowhere", "", 2, `sluice: "nowhere": must be .*\n.*`},
@@ -310,39 +310,6 @@ func TestStartErrors(t *testing.T) {
 		if strings.Contains(stderr, "hunter2") || strings.Contains(stderr, "goroutine") {
 			t.Errorf("sluice %s says too much:\n%s", tt.args, stderr)
 		}
-	}
-}
-
-func TestValidate(t *testing.T) {
-	good, bad := file(t, "good.yaml", perClient), file(t, "bad.yaml", "limits:\n  - name: orders\n    rate: fast\n")
-	if status, stdout, stderr := sluice(t, nil, "validate", good); status != 0 || stdout != good+": ok\n" || stderr != "" {
-		t.Errorf("%d %s%s", status, stdout, stderr)
-	}
-	status, stdout, _ := sluice(t, nil, "validate", good, bad)
-	if status != 1 || !strings.Contains(stdout, good+": ok\n") || !strings.Contains(stdout, bad+":3:11: ") {
-		t.Errorf("%d %s", status, stdout)
-	}
-	status, stdout, _ = sluice(t, nil, "validate", "-o", "json", good, bad)
-	want := regexp.MustCompile(`^\[\s+\{\s+"file": ".*bad.yaml",\s+"line": 3,\s+"column": 11,` +
-		`\s+"field": "limits\[0\]\.rate",\s+"message": ".+"\s+\}\s+\]\n$`)
-	if status != 1 ||
-		!want.MatchString(stdout) {
-		t.Errorf("%d %s", status, stdout)
-	}
-	if status, stdout, _ := sluice(t, nil, "validate", "-o", "json", good); status != 0 || stdout != "[]\n" {
-		t.Errorf("%d %s", status, stdout)
-	}
-	// A warning is not part of the result.
-	odd := file(t, "odd.yaml", "on_failure: local\nlocal_share: 0.1\nlimits: [{name: a, rate: 20/s, cost: 3}]\n")
-	warning := "warning: " + odd + ":3:38: limits[0].cost: 3 exceeds the local burst of 2 (local_share of 20): every " +
-		"request is denied while the store fails\n"
-	if status, stdout, stderr := sluice(t, nil, "validate", odd); status != 0 || stdout != odd+": ok\n" ||
-		stderr != warning {
-		t.Errorf("%d %s%s", status, stdout, stderr)
-	}
-	if status, stdout, stderr := sluice(t, nil, "validate", "-o", "json", odd); status != 0 || stdout != "[]\n" ||
-		stderr != warning {
-		t.Errorf("%d %s%s", status, stdout, stderr)
 	}
 }
 
