@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/url"
+	"regexp"
 	"strconv"
 	"strings"
 
@@ -54,9 +55,13 @@ func readURL(text string) (*redis.Options, error) {
 		err = readServer(u, c)
 		c.TLSConfig = &tls.Config{MinVersion: tls.VersionTLS12}
 	default:
-		err = errors.New("URL without a host")
-		if rest != "" && u.Scheme != "" {
+		switch {
+		case rest != "" && u.Scheme != "":
 			err = errors.New("invalid URL scheme")
+		case hostAndPort.MatchString(text):
+			err = errors.New("URL without a scheme: write redis:// before it")
+		default:
+			err = errors.New("URL without a host")
 		}
 	}
 	if err != nil {
@@ -95,6 +100,9 @@ func readServer(u *url.URL, c *redis.Options) error {
 	c.Addr = net.JoinHostPort(host, port)
 	return readDatabase(strings.Trim(u.Path, "/"), c)
 }
+
+// hostAndPort matches what is often written instead of a URL.
+var hostAndPort = regexp.MustCompile(`^[A-Za-z0-9.-]+:[0-9]+(/[0-9]*)?$`)
 
 // isNoHost reports whether a rune is in no name or address of a host.
 func isNoHost(r rune) bool {

@@ -138,14 +138,15 @@ type configReader struct {
 	// and the nodes that were read.
 	config *Config
 
-	redis     bool
-	redisAt   node // its url, or redisNode
-	redisNode node
-	timeoutAt node
-	store     limiter.RedisOptions
-	drafts    []*draft
-	exempt    []*match
-	exemptAt  []node
+	redis        bool
+	redisInvalid bool // its url or addresses are wrong, which is reported
+	redisAt      node // its url, or redisNode
+	redisNode    node
+	timeoutAt    node
+	store        limiter.RedisOptions
+	drafts       []*draft
+	exempt       []*match
+	exemptAt     []node
 }
 
 var (
@@ -192,6 +193,17 @@ func checkHostPort(s string) error { return checkTCP(s, "") }
 
 func (cr *configReader) readFile(root node) {
 	c := cr.config
+	fields, isMapping := entries(root.Node)
+	if kind := describe(root.Node); !isMapping {
+		cr.wrong(root, "a config is a mapping, not %s; write the limits under limits:", kind)
+		return
+	}
+	for _, f := range fields {
+		if f.Key.GetToken().Value == "apiVersion" { // of its many unknown fields one is enough
+			cr.at(f.Key.GetToken(), "", "%s", misplaced[""]["apiVersion"])
+			return
+		}
+	}
 	cr.mapping(root, map[string]func(node){
 		"domain": cr.checked(&cr.domain, checkDomain),
 		"listen": func(n node) {
@@ -235,12 +247,16 @@ func (cr *configReader) readFile(root node) {
 func (cr *configReader) listener(into *string, check func(string) error) func(node) {
 	return func(n node) {
 		cr.listenAt[n.field] = n
+		if port, ok := n.Node.(*ast.IntegerNode); ok {
+			cr.wrong(n, "must be host:port, not a number; write 127.0.0.1:%s", port.GetToken().Value)
+			return
+		}
 		cr.checked(into, check)(n)
 	}
 }
 
 func (cr *configReader) readLimits(n node) {
-	if !cr.checkList(n, "limits", maxLimits) {
+	if !cr.checkList(n, "limits such as {name: per-client, key: client.network, rate: 10/m}", maxLimits) {
 		return
 	}
 	cr.each(n, func(n node) {
@@ -305,7 +321,12 @@ func (cr *configReader) readLocalShare(n node) {
 	}
 	v, err := strconv.ParseFloat(s, 64)
 	if err != nil || !(v >= 1e-6 && v <= 1) { // this form rejects NaN
-		cr.wrong(n, "must be a number from 0.000001 to 1, not %s", displayText(n, s))
+		mend := ""
+		percent, err := strconv.ParseFloat(strings.TrimSuffix(s, "%"), 64)
+		if err == nil && percent >= 2 && percent <= 100 && !takesVariables(n) {
+			mend = fmt.Sprintf("; write %v for %v %%", percent/100, percent)
+		}
+		cr.wrong(n, "must be a number from 0.000001 to 1, not %s%s", displayText(n, s), mend)
 		return
 	}
 	cr.localShare = v
@@ -313,7 +334,7 @@ func (cr *configReader) readLocalShare(n node) {
 
 func (cr *configReader) readHeaders(n node) {
 	if _, ok := n.Node.(*ast.SequenceNode); !ok {
-		cr.wrong(n, "must be a list of x-ratelimit, retry-after and ratelimit, not %s", describe(n.Node))
+		cr.wrong(n, "must be a list of x-ratelimit, retry-after and ratelimit, not %s%s", describe(n.Node), mendList(n))
 		return
 	}
 	cr.config.Headers = Headers{} // an empty list means no headers
@@ -394,11 +415,13 @@ func (cr *configReader) applySettings(weak bool) {
 		case "grace":
 			c.Grace, err = time.ParseDuration(o.Value)
 			if err != nil || c.Grace < 0 || c.Grace > time.Hour {
-				err = fmt.Errorf("invalid duration %q; want one from 0s to 1h0m0s, such as 500ms or 10s", o.Value)
+				err = &advice{fmt.Sprintf("invalid duration %q", o.Value), mendDuration(o.Value, 0, time.Hour),
+					"want one from 0s to 1h, such as 500ms or 10s"}
 			}
 		case "log_level":
-			if c.LogLevel = o.Value; !slices.Contains([]string{"debug", "info", "warn", "error"}, o.Value) {
-				err = fmt.Errorf("unknown value %q; want one of debug, info, warn, error", o.Value)
+			levels := []string{"debug", "info", "warn", "error"}
+			if c.LogLevel = o.Value; !slices.Contains(levels, o.Value) {
+				err = unknownValue(o.Value, levels)
 			}
 		default:
 			err = errors.New("unknown setting")
@@ -415,7 +438,7 @@ func (cr *configReader) compile() *Config {
 	c.Domain = cr.domain
 	if cr.redis {
 		o := cr.store
-		if err := o.Validate(); err != nil && cr.redisAt.Node != nil {
+		if err := o.Validate(); err != nil && cr.redisAt.Node != nil && !cr.redisInvalid {
 			cr.wrong(cr.redisAt, "%s", cr.hideStoreVariables(err.Error()))
 		}
 		c.Redis = &o

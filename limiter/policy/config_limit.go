@@ -218,6 +218,13 @@ func (lr *limitReader) expression(n node, p purpose) *expression {
 	var text string
 	if b, isBool := n.Node.(*ast.BoolNode); isBool && p == forWhen {
 		text = strconv.FormatBool(b.Value)
+	} else if sourceText(n.Node) == "" && describe(n.Node) != "a string" {
+		quotes := ""
+		if kind := describe(n.Node); kind == "a mapping" || kind == "a list" {
+			quotes = "; one that begins with { or [ needs quotes"
+		}
+		lr.wrong(n, "must be an expression such as %s, not %s%s", p.example(), describe(n.Node), quotes)
+		return nil
 	} else if s, ok := lr.text(n); ok {
 		text = s
 	} else {

@@ -320,8 +320,7 @@ func (lr *limitReader) readOverridesFile(n node, d *draft, o *overrides, name st
 			header = false
 			is := func(i int, name string) bool { return strings.EqualFold(strings.TrimSpace(row[i]), name) }
 			if len(row) != parts+2 || !is(parts, "rate") || !is(parts+1, "burst") {
-				wrong(line, 1, "header row of %d columns; want %d for the key's parts, then rate and burst", len(row),
-					parts)
+				wrong(line, 1, "%s", mendHeader(row, parts))
 				return
 			}
 			continue

@@ -120,9 +120,9 @@ DIR/o.csv:9:1: limits[0].overrides_file: the limit's cost of 3 exceeds the burst
 DIR/o.csv:11:1: limits[0].overrides_file: duplicate key; want one override for each key
 DIR/o.csv:12:1: limits[0].overrides_file: duplicate key; want one override for each key`},
 		{"key: request.method, rate: 9/s", "GET,10/s,\n",
-			`DIR/o.csv:1:1: limits[0].overrides_file: header row of 3 columns; want 1 for the key's parts, then rate and burst`},
+			`DIR/o.csv:1:1: limits[0].overrides_file: no header row; add one as the first line: key,rate,burst`},
 		{"key: [request.method, request.host], rate: 9/s", "key,rate,burst\n",
-			`DIR/o.csv:1:1: limits[0].overrides_file: header row of 3 columns; want 2 for the key's parts, then rate and burst`},
+			`DIR/o.csv:1:1: limits[0].overrides_file: header row of 3 columns; want 2 for the key's parts, then rate and burst, as in part1,part2,rate,burst`},
 		{"key: request.method, rate: 9/s", "",
 			`DIR/o.csv:1:1: limits[0].overrides_file: empty file; want a header row such as key,rate,burst`},
 		{"key: request.method, rate: 9/s", "key,rate,burst\nGET,1/s,\nPU\"T,1/s,\n",
@@ -143,7 +143,7 @@ DIR/o.csv:12:1: limits[0].overrides_file: duplicate key; want one override for e
 		"limits: [{name: a, key: request.method, rate: 9/s, overrides_file: none.csv}, {name: b, key: "+
 			"request.method, rate: 9/s, overrides_file: '[.csv'}]\n")
 	_, _, err := Load(file, env())
-	want := file + ":1:68: limits[0].overrides_file: open " + filepath.Dir(file) +
+	want := file + ":1:68: limits[0].overrides_file: " + filepath.Dir(file) +
 		"/none.csv: no such file or directory\n" +
 		file + ":1:137: limits[1].overrides_file: invalid file name pattern \"[.csv\": syntax error in pattern"
 	if err == nil || err.Error() != want {

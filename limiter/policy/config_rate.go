@@ -11,6 +11,10 @@ import (
 
 // readTier reads a rate and a burst. The burst's node may be nil.
 func (lr *limitReader) readTier(rate, burst node) *tier {
+	if kind := describe(rate.Node); kind != "a string" && kind != "a number" {
+		lr.wrong(rate, "must be tokens/period such as 10/m, not %s", kind)
+		return nil
+	}
 	text, ok := lr.scalar(rate) // a number is reported as a rate without a period
 	if !ok {
 		return nil
@@ -20,6 +24,7 @@ func (lr *limitReader) readTier(rate, burst node) *tier {
 		var v int64
 		before := len(lr.mistakes)
 		if lr.integer(burst, &v, 1, limiter.MaxTokens); len(lr.mistakes) > before {
+			lr.mistakes[before].Message += "; omit burst for as many tokens as the rate has"
 			return nil
 		}
 		burstText, at = strconv.FormatInt(v, 10), burst
@@ -29,7 +34,7 @@ func (lr *limitReader) readTier(rate, burst node) *tier {
 	}
 	t, err := lr.tierOf(text, burstText)
 	if err != nil {
-		lr.wrong(at, "%v", err)
+		lr.wrongError(at, err)
 		return nil
 	}
 	return t
@@ -73,18 +78,20 @@ func (lr *limitReader) tierOf(rate, burst string) (*tier, error) {
 // parseRate parses tokens/period, such as 10/s, 10/7d, 5000/24h or 3/250ms. For
 // "unlimited" the period is 0.
 func parseRate(s string) (tokens int64, period time.Duration, err error) {
-	const want = "want tokens/period such as 10/s, 100/m, 5000/24h, 10/7d or 3/250ms (units: us, ms, s, m, h, d), " +
-		"or unlimited"
+	invalid := func() error {
+		return &advice{fmt.Sprintf("invalid rate %q", s), mendRate(s), "want tokens/period such as 10/s, 100/m, 5000/24h, " +
+			"10/7d or 3/250ms (units: us, ms, s, m, h, d), or unlimited"}
+	}
 	if s == unlimitedRate {
 		return 0, 0, nil
 	}
 	count, every, ok := strings.Cut(s, "/")
 	tokens, err = strconv.ParseInt(count, 10, 64)
 	if !ok || err != nil || strings.HasPrefix(count, "+") {
-		return 0, 0, fmt.Errorf("invalid rate %q; %s", s, want)
+		return 0, 0, invalid()
 	}
 	if period, err = parsePeriod(every); err != nil {
-		return 0, 0, fmt.Errorf("invalid rate %q; %s", s, want)
+		return 0, 0, invalid()
 	}
 	if _, err := limiter.NewBucket(tokens, period, 1); err != nil {
 		return 0, 0, fmt.Errorf("invalid rate %q: %w", s, err)

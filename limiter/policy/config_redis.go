@@ -3,20 +3,35 @@ package policy
 import (
 	"maps"
 	"net/url"
+	"regexp"
 	"strings"
 	"time"
 	"unicode"
 
+	"github.com/goccy/go-yaml/ast"
+
 	"github.com/sluiceproxy/sluice/limiter"
 )
 
+// shellVariable matches how shells and Kubernetes write variables.
+var shellVariable = regexp.MustCompile(`^\$\(?([A-Za-z_][A-Za-z0-9_]*)\)?$`)
+
 func (cr *configReader) readRedis(n node) {
 	cr.redisAt, cr.redisNode = n, n
+	if _, isText := n.Node.(*ast.StringNode); isText {
+		cr.wrong(n, "must be a mapping, not a string; write redis: {url: ...}")
+		return
+	}
 	fields := cr.accessFields(&cr.store.Username, &cr.store.Password, &cr.config.passwordFile, &cr.store.TLS)
 	maps.Copy(fields, map[string]func(node){
 		"url": func(n node) {
 			cr.redisAt = n
-			cr.store.URL, _ = cr.text(n)
+			var ok bool
+			if cr.store.URL, ok = cr.text(n); ok && shellVariable.MatchString(cr.store.URL) && !takesVariables(n) {
+				cr.wrong(n, "an environment variable is written ${%s}", shellVariable.FindStringSubmatch(cr.store.URL)[1])
+				ok = false
+			}
+			cr.redisInvalid = cr.redisInvalid || !ok
 			cr.hideFromHash(n, withoutUser(cr.store.URL))
 		},
 		"mode": func(n node) {
@@ -25,7 +40,9 @@ func (cr *configReader) readRedis(n node) {
 			cr.store.Mode = limiter.RedisMode(s)
 		},
 		"addresses": func(n node) {
+			before := len(cr.mistakes)
 			readStrings(&cr.reader, n, &cr.store.Addresses, func(s string) (string, error) { return s, checkHostPort(s) })
+			cr.redisInvalid = cr.redisInvalid || len(cr.mistakes) > before
 		},
 		"master": func(n node) { cr.store.Master, _ = cr.text(n) },
 		"sentinel": func(n node) {

@@ -180,7 +180,7 @@ func TestSettings(t *testing.T) {
 		Setting{Field: "colour", Value: "red", From: "--colour"},
 	)
 	want := `--grpc: listen.grpc: invalid address "nowhere"; want host:port or unix:///absolute/path
-SLUICE_GRACE: grace: invalid duration "soon"; want one from 0s to 1h0m0s, such as 500ms or 10s
+SLUICE_GRACE: grace: invalid duration "soon"; want one from 0s to 1h, such as 500ms or 10s
 --log-level: log_level: unknown value "loud"; want one of debug, info, warn, error
 --domain: domain: invalid value "a b"; want 1 to 253 letters, digits and . _ / -
 --redis: store.redis.url: invalid URL scheme; want redis://[user:password@]host:port[/database], the same with rediss://, or unix:///path/to/socket[?db=database]

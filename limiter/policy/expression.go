@@ -142,9 +142,9 @@ func compile(text string, p purpose) (*expression, []expressionError) {
 	if issues.Err() != nil {
 		var found []expressionError
 		for _, e := range issues.Errors() {
-			found = append(found, expressionError{e.Location.Line(), e.Location.Column() + 1, p.explain(e.Message)})
+			found = append(found, expressionError{e.Location.Line(), e.Location.Column() + 1, e.Message})
 		}
-		return nil, found
+		return nil, p.mend(text, found)
 	}
 	native := checked.NativeRep()
 	if found := checkHeaderNames(native); found != nil {
@@ -155,7 +155,7 @@ func compile(text string, p purpose) (*expression, []expressionError) {
 		return nil, found
 	}
 	if out := checked.OutputType(); !p.accepts(out) {
-		return wrong("%s, not %v", p.wanted(), out)
+		return wrong("%s, not %s%s", p.wanted(), wrapped.ReplaceAllString(out.String(), "$1"), p.convert(text))
 	}
 	if found := checkConstants(env, native); found != nil {
 		return nil, found

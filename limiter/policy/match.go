@@ -157,8 +157,12 @@ func methodMatches(pattern, method string) bool {
 func parseMethod(s string) (string, error) {
 	for i := 0; i < len(s); i++ {
 		if c := s[i]; (c < 'A' || c > 'Z') && c != '-' && c != '_' {
-			return "", fmt.Errorf("invalid method %q; want an upper-case name such as GET, which includes HEAD, "+
-				"or POST", s)
+			a := &advice{what: fmt.Sprintf("invalid method %q", s),
+				want: "want an upper-case name such as GET, which includes HEAD, or POST"}
+			if upper := strings.ToUpper(s); methodPattern.MatchString(upper) {
+				a.mend = "write " + upper
+			}
+			return "", a
 		}
 	}
 	if s == "" {

@@ -162,8 +162,8 @@ func parseHost(s string) (string, error) {
 		return canonical(a), nil
 	}
 	if !hostPattern.MatchString(name) || strings.Contains(name, "..") {
-		return "", fmt.Errorf("invalid host %q; want a name such as api.example.com or *.example.com, or an address, "+
-			"without a port", s)
+		return "", &advice{fmt.Sprintf("invalid host %q", s), mendHost(s),
+			"want a name such as api.example.com or *.example.com, or an address, without a port"}
 	}
 	if isWild {
 		return "*." + lowerASCII(name), nil

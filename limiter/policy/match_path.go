@@ -16,12 +16,11 @@ type pathPattern struct {
 }
 
 func parsePath(s string) (pathPattern, error) {
-	const want = "want one such as /v1/orders, /v1/orders/{id}/pay or /v2/**"
 	if !strings.HasPrefix(s, "/") {
-		return pathPattern{}, fmt.Errorf("path %q does not begin with /; %s", s, want)
+		return pathPattern{}, wrongPath(s, fmt.Sprintf("path %q does not begin with /", s))
 	}
 	if strings.ContainsAny(s, "?#") {
-		return pathPattern{}, fmt.Errorf("path %q has a query or fragment, which is never matched; %s", s, want)
+		return pathPattern{}, wrongPath(s, fmt.Sprintf("path %q has a query or fragment, which is never matched", s))
 	}
 	var p pathPattern
 	body := strings.TrimPrefix(s, "/")
@@ -37,8 +36,8 @@ func parsePath(s string) (pathPattern, error) {
 			!strings.ContainsAny(segment[1:len(segment)-1], "{}*"):
 			p.segments = append(p.segments, "")
 		case strings.ContainsAny(segment, "{}*"):
-			return pathPattern{}, fmt.Errorf("path %q: segment %q is not a literal, {x}, or ** at the end; %s", s,
-				segment, want)
+			return pathPattern{}, wrongPath(s, fmt.Sprintf("path %q: segment %q is not a literal, {x}, or ** at the end", s,
+				segment))
 		case segment == "" || "/"+segment != normalizePath("/"+segment):
 			return pathPattern{}, fmt.Errorf("path %q is not in normal form, in which requests are matched; write %q",
 				s, normalizePath(s))

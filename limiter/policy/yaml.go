@@ -3,6 +3,7 @@ package policy
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -96,7 +97,9 @@ func (r *reader) document(text []byte) *node {
 	file, err := parser.Parse(r.tokens, 0, parser.AllowDuplicateMapKey())
 	if err != nil {
 		if syntax, ok := errors.AsType[yaml.Error](err); ok {
-			r.at(syntax.GetToken(), "", "%s", syntax.GetMessage())
+			r.at(syntax.GetToken(), "", "%s", "")
+			last := &r.mistakes[len(r.mistakes)-1]
+			last.Message = mendSyntax(text, last.Line, syntax.GetMessage())
 		} else {
 			r.at(nil, "", "%v", err)
 		}
@@ -137,9 +140,9 @@ func (r *reader) mapping(n node, fields map[string]func(node)) bool {
 		read, known := fields[key.Value]
 		switch {
 		case !known:
-			r.at(key.GetToken(), value.field, "unknown field; want one of %s", fieldNames(fields))
+			r.at(key.GetToken(), value.field, "%s", unknownField(n.field, key.Value, slices.Sorted(maps.Keys(fields))))
 		case seen[key.Value]:
-			r.at(key.GetToken(), value.field, "duplicate field")
+			r.at(key.GetToken(), value.field, "duplicate field; remove one")
 		default:
 			seen[key.Value] = true
 			if r.checkValue(value) {
@@ -158,12 +161,7 @@ func join(field, name string) string {
 }
 
 func fieldNames(fields map[string]func(node)) string {
-	names := make([]string, 0, len(fields))
-	for name := range fields {
-		names = append(names, name)
-	}
-	slices.Sort(names)
-	return strings.Join(names, ", ")
+	return strings.Join(slices.Sorted(maps.Keys(fields)), ", ")
 }
 
 // entries returns the entries of a mapping. goccy/go-yaml has a separate type
@@ -241,7 +239,7 @@ func (r *reader) each(n node, read func(node)) {
 func readStrings[T any](r *reader, n node, into *[]T, parse func(string) (T, error)) {
 	values, ok := n.Node.(*ast.SequenceNode)
 	if !ok {
-		r.wrong(n, "must be a list, not %s", describe(n.Node))
+		r.wrong(n, "must be a list, not %s%s", describe(n.Node), mendList(n))
 		return
 	}
 	if len(values.Values) == 0 {
@@ -251,7 +249,7 @@ func readStrings[T any](r *reader, n node, into *[]T, parse func(string) (T, err
 	r.each(n, func(n node) {
 		if s, ok := r.text(n); ok {
 			if v, err := parse(s); err != nil {
-				r.wrong(n, "%v", err)
+				r.wrongError(n, err)
 			} else {
 				*into = append(*into, v)
 			}
@@ -303,7 +301,7 @@ func (r *reader) checked(into *string, check func(string) error) func(node) {
 			return
 		}
 		if err := check(s); err != nil {
-			r.wrong(n, "%v", err)
+			r.wrongError(n, err)
 			return
 		}
 		*into = s
@@ -317,7 +315,7 @@ func (r *reader) oneOf(n node, into *string, allowed ...string) {
 		return
 	}
 	if !slices.Contains(allowed, s) {
-		r.wrong(n, "unknown value %q; want one of %s", s, strings.Join(allowed, ", "))
+		r.wrongError(n, unknownValue(s, allowed))
 		return
 	}
 	*into = s
@@ -361,7 +359,12 @@ func (r *reader) duration(n node, into *time.Duration, from, to time.Duration) {
 	}
 	d, err := time.ParseDuration(s)
 	if err != nil || d < from || d > to {
-		r.wrong(n, "invalid duration %q; want one from %v to %v, such as 100ms, 1.5s or 2m", s, from, to)
+		a := &advice{what: fmt.Sprintf("invalid duration %q", s),
+			want: fmt.Sprintf("want one from %s to %s, such as 100ms, 1.5s or 2m", brief(from), brief(to))}
+		if err != nil {
+			a.mend = mendDuration(s, from, to)
+		}
+		r.wrongError(n, a)
 		return
 	}
 	*into = d

@@ -2,6 +2,7 @@ package policy
 
 import (
 	"errors"
+	"fmt"
 	"maps"
 	"os"
 	"regexp"
@@ -114,6 +115,9 @@ func (r *reader) wrongFile(n node, err error) {
 	if takesVariables(n) && errors.As(err, &path) {
 		r.wrong(n, "%s: %v", sourceText(n.Node), path.Err)
 		return
+	}
+	if errors.As(err, &path) {
+		err = fmt.Errorf("%s: %w", path.Path, path.Err)
 	}
 	r.wrong(n, "%v", err)
 }
