@@ -109,8 +109,8 @@ func (p *program) bucket(ctx context.Context, a *bucketFlags, reset bool) error 
 	if name.Absent = a.absent != ""; a.absent != noAddress {
 		name.Client = a.absent
 	}
-	if a.config == "" {
-		a.config, _ = p.getenv("SLUICE_CONFIG")
+	if a.config, err = p.configOrVariable(a.config); err != nil {
+		return err
 	}
 	cfg, err := p.load(a.config, p.settings(nil)...)
 	if err != nil {

@@ -50,7 +50,7 @@ Exit status 1: a check failed. Warnings do not change it.`,
 		Example: `  sluice doctor --config sluice.yaml
   sluice doctor --config sluice.yaml --envoy-admin http://127.0.0.1:9901
   curl -s http://127.0.0.1:9901/config_dump >dump.json && sluice doctor --config sluice.yaml --envoy-config dump.json`,
-		Args: cobra.NoArgs,
+		Args: noFiles,
 		RunE: func(c *cobra.Command, _ []string) error {
 			asJSON, err := isJSON(output)
 			if err != nil {
@@ -92,8 +92,9 @@ type diagnosed struct {
 func (p *program) doctor(
 	ctx context.Context, config string, of *envoyFlags, stdin io.Reader, envoyTimeout time.Duration, asJSON bool,
 ) error {
-	if config == "" {
-		config, _ = p.getenv("SLUICE_CONFIG")
+	config, err := p.configOrVariable(config)
+	if err != nil && !of.given() {
+		return err
 	}
 	var d diagnosis
 	var cfg *policy.Config
@@ -101,7 +102,6 @@ func (p *program) doctor(
 		d.add(limiter.Finding{Name: "config", Status: limiter.OK,
 			Detail: "none: give --config to compare Envoy's config with sluice's, and to check the store"})
 	} else {
-		var err error
 		if cfg, err = p.load(config, p.settings(nil)...); err != nil {
 			return err
 		}
@@ -115,7 +115,6 @@ func (p *program) doctor(
 		}
 	}
 	failed := slices.ContainsFunc(d.Checks, func(c diagnosed) bool { return c.Status == limiter.Fail })
-	var err error
 	if asJSON {
 		err = p.printJSON(d)
 	} else {

@@ -34,14 +34,14 @@ no tokens.
 
 The environment variables of run (SLUICE_REDIS, SLUICE_DOMAIN, ...) have their effect here, too. Exit status 1: the
 request would be denied or refused.`,
-		Args: cobra.NoArgs,
+		Args: noFiles,
 		RunE: func(c *cobra.Command, _ []string) error {
 			asJSON, err := isJSON(output)
 			if err != nil {
 				return err
 			}
-			if config == "" {
-				config, _ = p.getenv("SLUICE_CONFIG")
+			if config, err = p.configOrVariable(config); err != nil && len(r.context) == 0 && r.file == "" {
+				return err // a request from a route may bring its limits
 			}
 			request, err := r.request(c.Flags())
 			if err != nil {

@@ -156,7 +156,7 @@ func TestExplainWithoutRedis(t *testing.T) {
 		{
 			"--context sluice.limit.big={rate: 5}", 1,
 			"\ninvalid\n(the request reveals an error in the config; limit big: context_extensions: sluice.limit.big:1:8: " +
-				"rate: invalid rate \"5\"; want",
+				"rate: invalid rate \"5\"; a rate needs a period",
 		},
 		{
 			"--context sluice.limits=none -o json", 1,

@@ -49,13 +49,14 @@ that apply, in one atomic Redis call. It answers with a 429, or allows the reque
 
 Exit status: 0 success; 1 the command failed or its result is negative (an invalid config, a request that would be
 denied, a failed check); 2 wrong usage.`,
-		Args:          cobra.NoArgs,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		PersistentPreRunE: func(c *cobra.Command, _ []string) error {
 			// --config "$FILE" with FILE unset would run without limits.
 			if f := c.Flags().Lookup("config"); f != nil && f.Changed && f.Value.String() == "" {
 				return errors.New("--config: empty; want the name of a file, or omit the flag")
+			} else if f != nil && f.Value.String() == "-" {
+				return errors.New("--config -: want the name of a file; write /dev/stdin for stdin")
 			}
 			started = true
 			return nil
@@ -69,6 +70,8 @@ denied, a failed check); 2 wrong usage.`,
 	}
 	// Cobra's own flag for this would link text/template.
 	root.Flags().BoolVar(&showVersion, "version", false, "print the version")
+	root.Args = func(_ *cobra.Command, args []string) error { return unknownCommand(root, args) }
+	root.SetFlagErrorFunc(flagError)
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)

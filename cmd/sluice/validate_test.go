@@ -101,7 +101,7 @@ func TestValidateStdin(t *testing.T) {
 		{perClient, 0, "<stdin>: ok\n", ""},
 		{odd, 0, "<stdin>: ok\n", "warning: <stdin>" + oddWarning},
 		{"domain: a b\n", 1, "<stdin>:1:9: domain: invalid value \"a b\"; want 1 to 253 letters, digits and . _ / -\n", ""},
-		{"key_secret_file: none\n", 1, "<stdin>:1:18: key_secret_file: open none: no such file or directory\n", ""},
+		{"key_secret_file: none\n", 1, "<stdin>:1:18: key_secret_file: none: no such file or directory\n", ""},
 		{"", 1, "<stdin>: the file is empty (perhaps it is still being written); for a config without limits write limits: []\n", ""},
 	} {
 		status, stdout, stderr := sluiceWith(t, tt.text, nil, "validate", "-")
