@@ -81,15 +81,7 @@ func newRedis(o RedisOptions, clock string, log *zap.Logger, metrics prometheus.
 	}
 	r.breakers = prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "sluice_store_breaker_open", Help: "Number of Redis nodes whose circuit breaker is open.",
-	}, func() (open float64) {
-		r.nodes.Range(func(_, n any) bool {
-			if n.(*node).isOpen() {
-				open++
-			}
-			return true
-		})
-		return open
-	})
+	}, func() float64 { return float64(r.Unreachable()) })
 	if err := r.SetCredentials(o); err != nil {
 		return nil, err
 	}
@@ -188,6 +180,19 @@ func (r *Redis) Ping(ctx context.Context) error {
 		return r.options.explain(r.located(err))
 	}
 	return nil
+}
+
+// Unreachable returns the number of nodes that left several calls in a row
+// unanswered, and have not answered since (those with an open circuit breaker).
+// It asks no node.
+func (r *Redis) Unreachable() (nodes int) {
+	r.nodes.Range(func(_, n any) bool {
+		if n.(*node).isOpen() {
+			nodes++
+		}
+		return true
+	})
+	return nodes
 }
 
 // refreshesEvery is how often connections are checked and renewed.

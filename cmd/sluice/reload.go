@@ -68,6 +68,7 @@ const (
 type reloader struct {
 	source configSource
 	apply  func(*policy.Config) error // fails if the change needs a restart
+	config *policy.Config             // in force
 	log    *zap.Logger
 
 	inputs policy.Inputs // of the last attempt, whether it succeeded or not
@@ -79,6 +80,7 @@ type reloader struct {
 	last    atomic.Pointer[reloadResult] // nil: there was no attempt
 	reloads *prometheus.CounterVec
 	info    *prometheus.GaugeVec
+	limits  *prometheus.GaugeVec
 }
 
 // reloadResult is the result of an attempt to reload the config.
@@ -96,6 +98,7 @@ func newReloader(
 	r := &reloader{
 		source: source,
 		apply:  apply,
+		config: cfg,
 		log:    log,
 		inputs: inputs,
 		reloads: prometheus.NewCounterVec(prometheus.CounterOpts{
@@ -104,11 +107,14 @@ func newReloader(
 		info: prometheus.NewGaugeVec(prometheus.GaugeOpts{
 			Name: "sluice_config_info", Help: "Always 1, with the hash of the config in force.",
 		}, []string{"hash"}),
+		limits: prometheus.NewGaugeVec(prometheus.GaugeOpts{
+			Name: "sluice_config_limits", Help: "Number of limits of the config in force, by mode.",
+		}, []string{"mode"}),
 	}
 	r.reloads.WithLabelValues("success")
 	r.reloads.WithLabelValues("failure")
-	r.info.WithLabelValues(cfg.Hash).Set(1)
-	metrics.MustRegister(r.reloads, r.info)
+	metrics.MustRegister(r.reloads, r.info, r.limits)
+	r.show(cfg)
 	return r
 }
 
@@ -216,10 +222,65 @@ func (r *reloader) reload(force bool) bool {
 	}
 	r.last.Store(&reloadResult{at: time.Now()})
 	r.reloads.WithLabelValues("success").Inc()
+	r.log.Info("config reloaded", append(describeConfig(cfg), changed(cfg.Since(r.config))...)...)
+	r.config = cfg
+	r.show(cfg)
+	return true
+}
+
+// show makes the metrics those of a config that came into force.
+func (r *reloader) show(cfg *policy.Config) {
 	r.info.Reset()
 	r.info.WithLabelValues(cfg.Hash).Set(1)
-	r.log.Info("config reloaded", zap.String("hash", cfg.Hash), zap.Int("limits", len(cfg.Limits())))
-	return true
+	enforced, shadow := countModes(cfg)
+	r.limits.WithLabelValues("enforce").Set(float64(enforced))
+	r.limits.WithLabelValues("shadow").Set(float64(shadow))
+}
+
+// countModes returns how many limits a config has in each mode.
+func countModes(cfg *policy.Config) (enforced, shadow int) {
+	for _, l := range cfg.Limits() {
+		if l.Shadow {
+			shadow++
+		} else {
+			enforced++
+		}
+	}
+	return enforced, shadow
+}
+
+// describeConfig returns the log fields of a config that comes into force.
+func describeConfig(cfg *policy.Config) []zap.Field {
+	_, shadow := countModes(cfg)
+	fields := []zap.Field{
+		zap.String("hash", cfg.Hash), zap.String("mode", cfg.Mode()), zap.Int("limits", len(cfg.Limits())),
+	}
+	if shadow > 0 {
+		fields = append(fields, zap.Int("shadow_limits", shadow))
+	}
+	if n := len(cfg.Warnings); n > 0 { // sluice validate says which
+		fields = append(fields, zap.Int("warnings", n))
+	}
+	return fields
+}
+
+// changed returns the log fields of the changes to a config, with at most 20
+// names of limits in each.
+func changed(c policy.Changes) (fields []zap.Field) {
+	const most = 20
+	for _, list := range []struct {
+		field string
+		names []string
+	}{{"added", c.Added}, {"removed", c.Removed}, {"changed", c.Changed}, {"settings", c.Settings}} {
+		names := list.names
+		if len(names) > most {
+			names = append(slices.Clone(names[:most]), fmt.Sprintf("and %d more", len(names)-most))
+		}
+		if len(names) > 0 {
+			fields = append(fields, zap.Strings(list.field, names))
+		}
+	}
+	return fields
 }
 
 // messagesOf returns the errors of a config, at most 20 of them, or err itself.

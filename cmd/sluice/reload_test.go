@@ -263,7 +263,7 @@ limits:
 	r.do(os.Remove(filepath.Join(dir, "tenants/one.csv")))
 	r.want("in force: a")
 	r.do(os.Remove(filepath.Join(dir, "secret")))
-	r.want("refused: [DIR/sluice.yaml:2:18: key_secret_file: open DIR/secret: no such file or directory]")
+	r.want("refused: [DIR/sluice.yaml:2:18: key_secret_file: DIR/secret: no such file or directory]")
 }
 
 // TestReloadUnderLoad checks that under load each answer is from one whole
@@ -429,7 +429,7 @@ limits:
 	r.do(os.Symlink("../elsewhere/c", at("gold/c.csv")))
 	r.want(inForce)
 	r.do(os.Remove(at("elsewhere/c")))
-	r.want("refused: [DIR/sluice.yaml:3:66: limits[0].overrides_file: open DIR/gold/c.csv: no such file or directory]")
+	r.want("refused: [DIR/sluice.yaml:3:66: limits[0].overrides_file: DIR/gold/c.csv: no such file or directory]")
 	r.write("elsewhere/c", "key,rate,burst\nGET,7/s,\n")
 	r.want(inForce)
 

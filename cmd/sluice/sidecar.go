@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -73,6 +74,12 @@ func newSidecar(source configSource, stderr io.Writer) (*sidecar, error) {
 	s.cfg.Store(cfg)
 	s.registry.MustRegister(
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	build := prometheus.NewGauge(prometheus.GaugeOpts{
+		Name: "sluice_build_info", Help: "Always 1, with the version of sluice.",
+		ConstLabels: prometheus.Labels{"version": buildVersion()},
+	})
+	build.Set(1)
+	s.registry.MustRegister(build)
 	s.reload = newReloader(source, cfg, inputs, s.apply, log, s.registry)
 	if s.traces, err = newTraces(log); err != nil {
 		return nil, err
@@ -240,6 +247,10 @@ func (s *sidecar) serve(ctx context.Context) error {
 		all.Add(func() error { s.redis.Run(background); return nil }, func(error) { cancel() })
 		all.Add(func() error { s.fallback.Run(background); return nil }, func(error) { cancel() })
 		all.Add(func() error { s.ceiling.Run(background); return nil }, func(error) { cancel() })
+		o := outages{log: s.log, unreachable: s.redis.Unreachable, checks: func() map[limiter.Outcome]uint64 {
+			return s.checks.Totals().Checks
+		}}
+		all.Add(func() error { o.run(background); return nil }, func(error) { cancel() })
 	}
 	all.Add(func() error { s.reload.run(background, s.hangup); return nil }, func(error) { cancel() })
 	if s.redis != nil {
@@ -249,10 +260,11 @@ func (s *sidecar) serve(ctx context.Context) error {
 	if s.redis != nil {
 		store = "redis"
 	}
-	s.log.Info("serving",
+	s.log.Info("serving", append([]zap.Field{
 		zap.String("version", buildVersion()), zap.String("domain", s.cfg.Load().Domain), zap.String("store", store),
 		zap.Stringer("grpc", s.grpc.Addr()), zap.Stringer("metrics", s.metrics.Addr()),
-		zap.Stringer("admin", s.admin.Addr()))
+		zap.Stringer("admin", s.admin.Addr()), zap.String("config", cmp.Or(s.reload.source.file, "none")),
+	}, describeConfig(s.cfg.Load())...)...)
 	err := all.Run()
 	s.log.Info("stopped", zap.Error(err))
 	return err

@@ -85,6 +85,9 @@ func (c *Config) Has(l *limiter.Limit) bool {
 // The domain follows it.
 func (c *Config) KeyPrefix() string { return c.inherited.keyPrefix }
 
+// Mode returns the file's mode: enforce, or shadow if nothing in it denies.
+func (c *Config) Mode() string { return c.inherited.mode }
+
 // FailsClosed reports whether the file has an enforced limit with on_failure:
 // deny, which refuses requests while the store fails.
 func (c *Config) FailsClosed() bool {

@@ -29,7 +29,7 @@ var otherNames = map[string]string{
 	"http.headers": headerMend,
 	"principal":    "write source.principal",
 	"user":         "write source.principal, or a claim: " + claimName,
-	"jwt": claimMend, "claims": claimMend, "claim": claimMend, "token": claimMend, "auth.claims": claimMend,
+	"jwt":          claimMend, "claims": claimMend, "claim": claimMend, "token": claimMend, "auth.claims": claimMend,
 	"metadata": "write metadata.filter_metadata[\"name of the filter\"]; for a claim " + claimName,
 }
 
