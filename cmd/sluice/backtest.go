@@ -67,9 +67,11 @@ are no requests, or the run was interrupted.`,
 	flags.StringVar(&f.against, "against", "", "`file` with the limits before, to show what changes")
 	flags.StringVar(&f.format, "format", "auto", "`format` of the logs: "+strings.Join(accesslog.Formats, ", "))
 	flags.StringArrayVar(&f.fields, "field", nil,
-		"a field of the log and what it is, `ATTRIBUTE=NAME`, such as 'request.headers[\"x-api-key\"]=api_key'; may be repeated")
-	flags.StringVar(&f.since, "since", "", "play requests from this `time` on: RFC 3339, or a duration back from the logs' end, "+
-		"such as 24h or 7d")
+		"a field of the log and what it is, `ATTRIBUTE=NAME`, such as "+
+			"'request.headers[\"x-api-key\"]=api_key'; may be repeated")
+	flags.StringVar(&f.since, "since", "",
+		"play requests from this `time` on: RFC 3339, or a duration back from the logs' end, "+
+			"such as 24h or 7d")
 	flags.StringVar(&f.until, "until", "", "play requests before this `time`, likewise")
 	flags.StringVar(&f.maxLimited, "max-limited", "",
 		"exit with status 1 if more than this `share` of all requests would be denied, such as 0.1%")

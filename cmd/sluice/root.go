@@ -76,7 +76,8 @@ denied, a failed check); 2 wrong usage.`,
 	root.SetOut(stdout)
 	root.SetErr(stderr)
 	root.AddCommand(
-		p.runCommand(), p.demoCommand(), p.validateCommand(), p.explainCommand(), p.backtestCommand(), p.schemaCommand(), p.bucketCommand(),
+		p.runCommand(), p.demoCommand(), p.validateCommand(), p.explainCommand(), p.backtestCommand(),
+		p.schemaCommand(), p.bucketCommand(),
 		p.doctorCommand(), p.envoyCommand(), p.injectCommand(), p.webhookCommand(), p.healthcheckCommand(),
 		p.versionCommand(),
 	)

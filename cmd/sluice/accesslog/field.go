@@ -62,8 +62,5 @@ func canonical(attribute string) string {
 		name = strings.ToLower(name)
 	}
 	text := fmt.Sprintf("%s[%q]", of, name)
-	for _, more := range path[entry+1:] {
-		text += "." + more
-	}
-	return text
+	return strings.Join(append([]string{text}, path[entry+1:]...), ".")
 }

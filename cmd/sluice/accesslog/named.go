@@ -45,7 +45,8 @@ var known = []struct {
 	{attribute: "request.duration", names: []string{"Duration"}, unit: 0},
 	{attribute: "request.duration", names: []string{"request_time", "response_time", "elapsed"}, unit: 0},
 	{attribute: "source.address", names: []string{
-		"downstream_remote_address", "downstream_direct_remote_address", "ClientHost", "ClientAddr", "ClientIP", "remote_addr",
+		"downstream_remote_address", "downstream_direct_remote_address", "ClientHost", "ClientAddr", "ClientIP",
+		"remote_addr",
 		"request.remote_ip", "remote_ip", "client_ip", "client_address", "source_address", "ip", "client",
 	}},
 	{attribute: xff, names: []string{"x_forwarded_for", "x-forwarded-for", "http_x_forwarded_for"}},
@@ -162,8 +163,8 @@ func bindNamed(sample []object, fields []Field, wanted func(string) bool) (bindi
 // isBase reports whether an attribute is read whatever the config reads.
 func isBase(attribute string) bool {
 	switch attribute {
-	case "request.time", requestLine, "request.method", "request.path", "request.url_path", "request.query", "request.host",
-		"source.address", peerInXFF:
+	case "request.time", requestLine, "request.method", "request.path", "request.url_path", "request.query",
+		"request.host", "source.address", peerInXFF:
 		return true
 	}
 	return false

@@ -130,8 +130,7 @@ func Open(name string, stdin io.Reader, o Options) (*Source, error) {
 
 // withoutPath removes the name of the call and of the file from an error.
 func withoutPath(err error) error {
-	var p *os.PathError
-	if errors.As(err, &p) {
+	if p, ok := errors.AsType[*os.PathError](err); ok {
 		return p.Err
 	}
 	return err
@@ -214,8 +213,8 @@ func unknownFormat(line string, failed error, o *Options) error {
 	if o.Format != "auto" && o.Format != "" {
 		return fmt.Errorf("not of the format %s; line 1 is %s; omit --format to have it recognised", o.Format, quote(line))
 	}
-	return fmt.Errorf("unknown format; line 1 is %s; want common, combined, Envoy's, sluice's or an ALB's text, JSON lines, or CSV "+
-		"with a header row; or say which field of a line is what, from 1, as in "+
+	return fmt.Errorf("unknown format; line 1 is %s; want common, combined, Envoy's, sluice's or an ALB's text, "+
+		"JSON lines, or CSV with a header row; or say which field of a line is what, from 1, as in "+
 		"--field source.address=1 --field request.time=4 --field 'request line=5'", quote(line))
 }
 
@@ -338,8 +337,8 @@ func csvCandidate(lines []string, o *Options) (*candidate, error) {
 			comma = other
 		}
 	}
-	columns, err := splitCSV(lines[0], comma)
-	if err != nil || len(columns) < 2 && o.Format != "csv" {
+	columns, _ := splitCSV(lines[0], comma) // a line that is no CSV has no columns
+	if len(columns) < 2 && o.Format != "csv" {
 		return nil, nil
 	}
 	for i := range columns {

@@ -38,7 +38,9 @@ const (
 var layouts = []layout{
 	{
 		name: "sluice", flag: "envoy", fewest: 5, check: isSluice,
-		at: map[int]string{0: "request.time", 1: requestLine, 2: "response.code", 3: "response.flags", 4: "request.duration"},
+		at: map[int]string{
+			0: "request.time", 1: requestLine, 2: "response.code", 3: "response.flags", 4: "request.duration",
+		},
 		named: map[string]string{
 			"id": "request.id", "path": "request.url_path", "client": "source.address", "source": "source.address",
 			"address": "source.address", "host": "request.host", "authority": "request.host",
@@ -71,7 +73,8 @@ var layouts = []layout{
 	{
 		name: "combined", flag: "combined", fewest: 9, check: isCommon(0),
 		at: map[int]string{
-			0: "source.address", 3: "request.time", 4: requestLine, 5: "response.code", 6: "response.size", 7: referer, 8: userAgent,
+			0: "source.address", 3: "request.time", 4: requestLine, 5: "response.code", 6: "response.size",
+			7: referer, 8: userAgent,
 		},
 	},
 	{

@@ -6,6 +6,7 @@ import (
 	"html"
 	"io"
 	"math"
+	"slices"
 	"strings"
 	"time"
 )
@@ -23,7 +24,7 @@ func (p *page) put(markup string, values ...any) {
 	for i, v := range values {
 		values[i] = html.EscapeString(fmt.Sprint(v))
 	}
-	fmt.Fprintf(p, markup, values...)
+	_, _ = fmt.Fprintf(p, markup, values...)
 }
 
 // HTML writes the report as one file for a browser.
@@ -49,7 +50,8 @@ func (r *Report) HTML(w io.Writer) error {
 		p.put("<p>No requests in %v.</p>\n</header>\n<main>\n", plural(r.Lines, "line"))
 		r.htmlRemarks(p)
 	} else {
-		p.put(`<p class="soft">%v to %v UTC, over %v</p>`+"\n</header>\n<main>\n", clock(*r.From), clock(*r.To), length(r.span))
+		p.put(`<p class="soft">%v to %v UTC, over %v</p>`+"\n</header>\n<main>\n",
+			clock(*r.From), clock(*r.To), length(r.span))
 		r.htmlTotals(p)
 		r.htmlTable(p)
 		for i := range r.Limits {
@@ -113,7 +115,8 @@ func (r *Report) htmlTable(p *page) {
 	}
 	p.put(`<th scope="col" class="n">Keys limited</th>`)
 	if r.Before != nil {
-		p.put(`<th scope="col" class="n">Before</th><th scope="col" class="n">Newly limited</th><th scope="col" class="n">No longer</th>`)
+		p.put(`<th scope="col" class="n">Before</th><th scope="col" class="n">Newly limited</th>` +
+			`<th scope="col" class="n">No longer</th>`)
 	}
 	p.put("</tr></thead>\n<tbody>\n")
 	cell := func(text string) { p.put(`<td class="n">%v</td>`, text) }
@@ -153,7 +156,8 @@ func (r *Report) htmlTable(p *page) {
 
 func (r *Report) htmlLimit(p *page, i int) {
 	l := &r.Limits[i]
-	p.put(`<section class="card" id="limit-%v">`+"\n"+`<div class="head"><h2>%v</h2><span class="soft">rate %v, burst %v`, i, l.Name,
+	p.put(`<section class="card" id="limit-%v">`+"\n"+
+		`<div class="head"><h2>%v</h2><span class="soft">rate %v, burst %v`, i, l.Name,
 		l.Rate, number(l.Burst))
 	if l.Mode != "enforce" {
 		p.put(", mode %v", l.Mode)
@@ -199,10 +203,12 @@ func (r *Report) htmlBars(p *page, t *timeline, name string) {
 		}
 		height := 100 * float64(s.requests) / float64(most)
 		limited := 100 * float64(s.limited) / float64(most)
-		p.put(`<rect class="bar-passed" x="%v.06" width=".88" y="%v" height="%v"/>`, i, decimal(100-height), decimal(height-limited))
+		p.put(`<rect class="bar-passed" x="%v.06" width=".88" y="%v" height="%v"/>`, i,
+			decimal(100-height), decimal(height-limited))
 		if s.limited > 0 {
 			limited = max(limited, 1.5) // a few are seen, too
-			p.put(`<rect class="bar-limited" x="%v.06" width=".88" y="%v" height="%v"/>`, i, decimal(100-limited), decimal(limited))
+			p.put(`<rect class="bar-limited" x="%v.06" width=".88" y="%v" height="%v"/>`, i,
+				decimal(100-limited), decimal(limited))
 		}
 		p.put(`<rect class="hit" x="%v" width="1" y="0" height="100"><title>%v: %v, %v limited</title></rect>`+"\n", i,
 			clock(rfc3339(t.start+int64(i)*t.width)), plural(s.requests, "request"), number(s.limited))
@@ -251,7 +257,8 @@ func (c *curve) begin(name, xName string, yTicks []float64, tick func(float64) s
 	c.p.put(`<svg class="curve" viewBox="0 0 480 220" role="img" aria-label="%v">`+"\n", name)
 	for _, v := range yTicks {
 		y := decimal(c.y(v))
-		c.p.put(`<line class="grid" x1="52" x2="464" y1="%v" y2="%v"/><text x="46" y="%v" text-anchor="end" dy="4">%v</text>`+"\n",
+		c.p.put(`<line class="grid" x1="52" x2="464" y1="%v" y2="%v"/>`+
+			`<text x="46" y="%v" text-anchor="end" dy="4">%v</text>`+"\n",
 			y, y, y, tick(v))
 	}
 	for _, v := range ticks(c.minX, c.maxX) {
@@ -309,7 +316,8 @@ func (l *LimitReport) htmlNeeds(p *page) {
 	x := decimal(c.x(float64(l.Burst)))
 	p.put(`<line class="mark" x1="%v" x2="%v" y1="10" y2="186"><title>the limit's burst, %v</title></line>`+"\n", x, x,
 		number(l.Burst))
-	p.put("</svg>\n" + `<ul class="legend"><li class="t0">keys never limited</li><li class="th">the burst now</li></ul>` + "\n</div>\n")
+	p.put("</svg>\n" + `<ul class="legend"><li class="t0">keys never limited</li>` +
+		`<li class="th">the burst now</li></ul>` + "\n</div>\n")
 }
 
 // htmlPairs draws which burst each rate needs.
@@ -331,25 +339,26 @@ func (l *LimitReport) htmlPairs(p *page) {
 	_, period, _ := strings.Cut(l.Rate, "/")
 	p.put("<div>\n<h3>Bursts that rates need</h3>\n")
 	c.begin("Burst that each rate needs", "rate, tokens each "+period, ticks(1, c.maxY), short)
-	for j := len(quantiles) - 1; j >= 0; j-- { // the strictest is drawn last
-		points := ""
+	for j, q := range slices.Backward(quantiles) { // the strictest is drawn last
+		var points strings.Builder
 		for i, pair := range l.Suggest.Pairs {
 			if b := pair.Burst[j].Burst; b != nil {
-				points += fmt.Sprintf("%v,%v ", decimal(c.x(tokens[i])), decimal(c.y(float64(*b))))
+				_, _ = fmt.Fprintf(&points, "%v,%v ", decimal(c.x(tokens[i])), decimal(c.y(float64(*b))))
 			}
 		}
-		p.put(`<polyline class="trace t%v" points="%v"/>`+"\n", j, points)
+		p.put(`<polyline class="trace t%v" points="%v"/>`+"\n", j, points.String())
 		for i, pair := range l.Suggest.Pairs {
 			if b := pair.Burst[j].Burst; b != nil {
-				p.put(`<circle class="dot t%v" r="3.5" cx="%v" cy="%v"><title>%v, burst %v: %v of keys limited</title></circle>`+"\n", j,
-					decimal(c.x(tokens[i])), decimal(c.y(float64(*b))), pair.Rate, number(*b), quantiles[j].text)
+				p.put(`<circle class="dot t%v" r="3.5" cx="%v" cy="%v">`+
+					`<title>%v, burst %v: %v of keys limited</title></circle>`+"\n", j,
+					decimal(c.x(tokens[i])), decimal(c.y(float64(*b))), pair.Rate, number(*b), q.text)
 			}
 		}
 	}
 	var own float64
 	_, _ = fmt.Sscanf(l.Rate, "%g/", &own)
-	p.put(`<circle class="here" r="4.5" cx="%v" cy="%v"><title>the limit: %v, burst %v</title></circle>`+"\n", decimal(c.x(own)),
-		decimal(c.y(float64(l.Burst))), l.Rate, number(l.Burst))
+	p.put(`<circle class="here" r="4.5" cx="%v" cy="%v"><title>the limit: %v, burst %v</title></circle>`+"\n",
+		decimal(c.x(own)), decimal(c.y(float64(l.Burst))), l.Rate, number(l.Burst))
 	p.put("</svg>\n" + `<ul class="legend"><li class="t0">no key limited</li><li class="t1">0.1%% of keys</li>` +
 		`<li class="t2">1%% of keys</li><li class="th">the limit now</li></ul>` + "\n</div>\n")
 }
@@ -357,7 +366,8 @@ func (l *LimitReport) htmlPairs(p *page) {
 func (l *LimitReport) htmlSuggestions(p *page) {
 	p.put("<h3>Suggestions</h3>\n" + `<div class="scroll" tabindex="0" role="region" aria-label="Suggestions">` +
 		"\n<table>\n<thead><tr><th scope=\"col\">To limit</th>")
-	p.put(`<th scope="col" class="n">Burst at %v</th><th scope="col" class="n">Rate with burst %v</th>`, l.Rate, number(l.Burst))
+	p.put(`<th scope="col" class="n">Burst at %v</th><th scope="col" class="n">Rate with burst %v</th>`,
+		l.Rate, number(l.Burst))
 	for _, pair := range l.Suggest.Pairs {
 		if pair.Rate != l.Rate {
 			p.put(`<th scope="col" class="n">Burst at %v</th>`, pair.Rate)
@@ -398,7 +408,8 @@ func (r *Report) htmlKeys(p *page, title string, keys []Key) {
 	if len(keys) == 0 {
 		return
 	}
-	p.put(`<h3>%v</h3>`+"\n"+`<div class="scroll" tabindex="0" role="region" aria-label="%v">`+"\n<table>\n<thead><tr>", title, title)
+	p.put(`<h3>%v</h3>`+"\n"+`<div class="scroll" tabindex="0" role="region" aria-label="%v">`+
+		"\n<table>\n<thead><tr>", title, title)
 	p.put(`<th scope="col">Key</th><th scope="col" class="n">Requests</th><th scope="col" class="n">Limited</th>`)
 	hasTime := false
 	for i := range keys {
@@ -451,9 +462,11 @@ func (r *Report) htmlSpark(p *page, t *timeline) {
 		}
 		height := max(4, 100*float64(s.requests)/float64(most))
 		limited := height * float64(s.limited) / float64(s.requests)
-		p.put(`<rect class="bar-passed" x="%v" width="1" y="%v" height="%v"/>`, i, decimal(100-height), decimal(height-limited))
+		p.put(`<rect class="bar-passed" x="%v" width="1" y="%v" height="%v"/>`, i,
+			decimal(100-height), decimal(height-limited))
 		if s.limited > 0 {
-			p.put(`<rect class="bar-limited" x="%v" width="1" y="%v" height="%v"/>`, i, decimal(100-limited), decimal(limited))
+			p.put(`<rect class="bar-limited" x="%v" width="1" y="%v" height="%v"/>`, i,
+				decimal(100-limited), decimal(limited))
 		}
 	}
 	p.put("</svg>")

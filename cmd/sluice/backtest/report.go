@@ -16,7 +16,7 @@ type Report struct {
 	Skipped   int64   `json:"skipped"`    // lines that cannot be read
 	NoRequest int64   `json:"no_request"` // lines on which the client sent no request
 	Outside   int64   `json:"outside"`    // requests before since or from until on
-	Late      int64   `json:"late"`       // requests that were played later than their time, as they were too far out of order
+	Late      int64   `json:"late"`       // requests too far out of order, played later than their time
 	From      *string `json:"from"`       // of the first request, RFC 3339; null without requests
 	To        *string `json:"to"`
 	Totals

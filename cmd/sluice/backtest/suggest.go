@@ -222,12 +222,12 @@ type Need struct {
 // needsOf returns how many keys need which burst, in at most 64 steps. values are
 // in descending order.
 func needsOf(values []int64) (all []Need) {
-	for i := len(values) - 1; i >= 0; i-- {
-		if n := len(all); n > 0 && all[n-1].Burst == values[i] {
+	for i, burst := range slices.Backward(values) {
+		if n := len(all); n > 0 && all[n-1].Burst == burst {
 			all[n-1].Keys++
 			continue
 		}
-		all = append(all, Need{values[i], len(values) - i})
+		all = append(all, Need{burst, len(values) - i})
 	}
 	for len(all) > 64 {
 		var half []Need

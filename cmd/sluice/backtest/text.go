@@ -58,11 +58,8 @@ func (r *Report) reading(t *Totals) string {
 
 // unit names a grain.
 func unit(grain time.Duration) string {
-	switch grain {
-	case time.Second:
+	if grain == time.Second {
 		return "the second"
-	case time.Millisecond:
-		return "the millisecond"
 	}
 	return grain.String()
 }
@@ -124,8 +121,8 @@ func (r *Report) limit(b *strings.Builder, l *LimitReport) {
 	fmt.Fprintf(b, "\n%s\n", l.Name)
 	if p := l.Peak; p != nil {
 		fmt.Fprintf(b, "  limited over time  %s\n", sparkline(&l.timeline))
-		fmt.Fprintf(b, "  most at %s UTC: %s of %s within %s\n", clock(p.From), number(p.Limited), plural(p.Requests, "request"),
-			length(time.Duration(p.Seconds*float64(time.Second))))
+		fmt.Fprintf(b, "  most at %s UTC: %s of %s within %s\n", clock(p.From), number(p.Limited),
+			plural(p.Requests, "request"), length(time.Duration(p.Seconds*float64(time.Second))))
 	}
 	r.keyTable(b, "worst keys", l.Worst)
 	r.keyTable(b, "newly limited", l.Newly)
@@ -291,10 +288,9 @@ func sparkline(t *timeline) string {
 	}
 	var b strings.Builder
 	for _, s := range sums {
-		switch {
-		case s == 0:
+		if s == 0 {
 			b.WriteRune('·')
-		default:
+		} else {
 			b.WriteRune(bars[min(int64(len(bars)-1), s*int64(len(bars))/most)])
 		}
 	}
