@@ -287,7 +287,7 @@ func TestLeases(t *testing.T) {
 			want := func(leases, takes string) {
 				t.Helper()
 				got := []string{}
-				for _, line := range strings.Split(metricsOf(t, l), "\n") {
+				for line := range strings.SplitSeq(metricsOf(t, l), "\n") {
 					if !strings.HasPrefix(line, "#") && line != "" {
 						got = append(got, line)
 					}
