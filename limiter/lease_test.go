@@ -30,15 +30,19 @@ func (c Charge) leased(lasts time.Duration) Charge {
 type lender struct {
 	*Memory
 	calls  atomic.Int64
-	before func() error // nil: no call fails
+	fails  atomic.Bool
+	before func() error // nil: no call fails by it
 	after  func() error
 }
+
+// refuses reports whether a call is not executed.
+func (l *lender) refuses() bool { return l.fails.Load() || l.before != nil && l.before() != nil }
 
 var errLost = &StoreError{Kind: KindTimeout, Err: errors.New("lost")}
 
 func (l *lender) Take(ctx context.Context, charges []Charge, verdicts []Verdict) {
 	l.calls.Add(1)
-	if l.before != nil && l.before() != nil {
+	if l.refuses() {
 		failAll(verdicts, errLost)
 		return
 	}
@@ -50,7 +54,7 @@ func (l *lender) Take(ctx context.Context, charges []Charge, verdicts []Verdict)
 
 func (l *lender) Settle(ctx context.Context, settlements []Settlement, results []Settled) {
 	l.calls.Add(1)
-	if l.before != nil && l.before() != nil {
+	if l.refuses() {
 		return
 	}
 	l.Memory.Settle(ctx, settlements, results)
@@ -229,7 +233,7 @@ func TestLeases(t *testing.T) {
 			}
 			synctest.Wait()
 			e := l.find(tenant.Key)
-			from.before = func() error { return errLost }
+			from.fails.Store(true)
 			e.mu.Lock()
 			end, left := e.end, e.left
 			e.mu.Unlock()
@@ -239,6 +243,7 @@ func TestLeases(t *testing.T) {
 			if at := time.UnixMicro(end - 1); time.Until(at) > lasts {
 				t.Fatalf("the lease ends in %v", time.Until(at))
 			} else {
+				synctest.Wait()
 				l.now = func() int64 { return end } // the sidecar was frozen
 			}
 			if d := Decide(t.Context(), l, []Charge{tenant}); d.Outcome != FailedClosed {
@@ -269,7 +274,7 @@ func TestLeases(t *testing.T) {
 				time.Sleep(time.Millisecond)
 				k.take(tenant)
 			}
-			from.before = func() error { return errLost }
+			from.fails.Store(true)
 			began := time.Now()
 			for Decide(t.Context(), l, []Charge{tenant}).Outcome == Allowed {
 				time.Sleep(time.Millisecond)
