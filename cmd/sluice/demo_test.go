@@ -176,8 +176,7 @@ func TestDemoErrors(t *testing.T) {
 			"sluice: no cache directory for Envoy: neither $XDG_CACHE_HOME nor $HOME are defined; put envoy on PATH\n"},
 		{
 			[]string{"--port", "99999"}, nil, 2,
-			"sluice: invalid argument \"99999\" for \"--port\" flag: strconv.ParseUint: parsing \"99999\": value out of " +
-				"range\nSee 'sluice demo --help'.\n",
+			"sluice: --port \"99999\": want a port from 1 to 65535\nSee 'sluice demo --help'.\n",
 		},
 		{[]string{"--port", "0"}, nil, 2, "sluice: --port 0: must be 1 to 65535\nSee 'sluice demo --help'.\n"},
 		{[]string{"--config", "/no/such.yaml"}, nil, 1, "/no/such.yaml: no such file or directory\n"},

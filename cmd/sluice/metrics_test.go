@@ -150,7 +150,7 @@ limits:
 		}
 	}
 	for _, p := range both {
-		for i, text := range []string{limits + "failure_status: 502\n", "bad"} {
+		for i, text := range []string{limits + "  - {name: more, rate: 1/d}\nfailure_status: 502\n", "bad"} {
 			if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 				t.Fatal(err)
 			}
@@ -180,6 +180,7 @@ limits:
 		delete(all, "sluice_panics_total")
 		// Only an attack changes this metric. TestAttackGRPC makes some.
 		delete(all, "sluice_grpc_connections_closed_total")
+		delete(all, "sluice_build_info") // another version has another
 		return slices.DeleteFunc(slices.Sorted(maps.Keys(all)), func(name string) bool { return moved[name] })
 	}
 	var unmoved []string
@@ -199,11 +200,12 @@ limits:
 		}
 	}
 
-	named := regexp.MustCompile(`^(?:|strict|shadow|swept|open|asked|bad|settled` + // limits
+	named := regexp.MustCompile(`^(?:|strict|shadow|swept|open|asked|bad|settled|more` + // limits
 		`|allowed|limited|shadow_limited|unmatched|exempt|failed_open|failed_closed|failed_local|delegated|invalid|canceled` + // decisions
 		`|timeout|connection|auth|readonly|oom|loading|script|state|overload|other` + // kinds of a store's errors
 		`|unchanged|returned|surcharged|late|repeated|forged|unknown|mistake|failed` + // settlements
 		`|memory|time` + // why a gRPC connection was closed
+		`|enforce|shadow|devel` + // modes, and the version
 		`|success|failure|buckets|ceilings|local|key|[0-9a-f]{16}|unary|client_stream|[A-Z][A-Za-z]+` +
 		`|envoy\.service\.auth\.v3\.Authorization|envoy\.service\.accesslog\.v3\.AccessLogService)$`)
 	label := regexp.MustCompile(`([a-z_]+)=("(?:[^"\\]|\\.)*")`)

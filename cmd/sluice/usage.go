@@ -56,7 +56,7 @@ func isConfig(name string) bool {
 // wantedValues are the values of flags, by their types.
 var wantedValues = map[string]string{
 	"bool":     "want true or false",
-	"uint16":   "want a number from 0 to 65535",
+	"uint16":   "want a port from 1 to 65535",
 	"duration": "want a duration such as 500ms or 10s",
 }
 
