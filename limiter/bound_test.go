@@ -192,9 +192,9 @@ func TestChaosBound(t *testing.T) {
 				"slow":   bucket(t, 7, time.Second, 20),
 				"all":    bucket(t, 500, time.Second, 300),
 				"held":   bucket(t, 100, time.Second, 40),
-				"leased": bucket(t, 1000, time.Second, 500),
+				"leased": bucket(t, 4000, time.Second, 2000),
 			}
-			const lease = 100 * time.Millisecond
+			const lease = 200 * time.Millisecond
 			var mu sync.Mutex
 			granted, outcomes, settled, leased := record{}, map[Outcome]int{}, map[string]int{}, 0
 			stop := make(chan struct{})
@@ -207,10 +207,34 @@ func TestChaosBound(t *testing.T) {
 				// A lease's grants are recorded by the clock that Redis has, too.
 				store := newLeases(NewCeiling(stores[sidecar], prometheus.NewRegistry()), stores[sidecar],
 					func() int64 { return time.Now().UnixMicro() }, prometheus.NewRegistry())
+				wg.Go(func() {
+					mine, ofLeases := record{}, 0
+					random := rand.New(rand.NewPCG(seed, 100+sidecar))
+					tick := time.NewTicker(2 * time.Millisecond)
+					defer tick.Stop()
+					for {
+						select {
+						case <-stop:
+							mu.Lock()
+							defer mu.Unlock()
+							leased += ofLeases
+							for key, grants := range mine {
+								granted[key] = append(granted[key], grants...)
+							}
+							return
+						case <-tick.C:
+						}
+						c := keyed(limits["leased"], "leased", "-").costs(1 + random.Int64N(3)).leased(lease)
+						d := Decide(context.Background(), store, []Charge{c})
+						if mine.add(&d); d.Verdicts[0].Source == LeaseSource {
+							ofLeases++
+						}
+					}
+				})
 				for caller := range uint64(4) {
 					wg.Go(func() {
 						random := rand.New(rand.NewPCG(seed, 4*sidecar+caller))
-						mine, saw, ofLeases := record{}, map[Outcome]int{}, 0
+						mine, saw := record{}, map[Outcome]int{}
 						var open []underWay
 						ended := map[string]int{}
 						settle := func(u *underWay) {
@@ -246,7 +270,6 @@ func TestChaosBound(t *testing.T) {
 								for o, n := range saw {
 									outcomes[o] += n
 								}
-								leased += ofLeases
 								return
 							case <-tick.C:
 							}
@@ -259,16 +282,10 @@ func TestChaosBound(t *testing.T) {
 							if limit == "held" {
 								own = own.costs(1 + random.Int64N(10)).holding(500 * time.Millisecond)
 							}
-							if random.IntN(4) == 0 {
-								own = keyed(limits["leased"], "leased", "-").costs(1 + random.Int64N(3)).leased(lease)
-							}
 							charges := []Charge{own, keyed(limits["all"], "all", "-").costs(1 + random.Int64N(2))}
 							d := Decide(context.Background(), store, charges[:1+random.IntN(2)])
 							mine.add(&d)
 							saw[d.Outcome]++
-							if d.Verdicts[0].Source == LeaseSource {
-								ofLeases++
-							}
 							if hold := d.Verdicts[0].Hold; !hold.IsZero() {
 								now := time.Now()
 								open = append(open, underWay{
