@@ -254,11 +254,17 @@ func seconds(d time.Duration) int64 {
 // the request.
 func denyingShadows(d *limiter.Decision) (names []string) {
 	for i := range d.Charges {
-		if v := &d.Verdicts[i]; d.Charges[i].Limit.Shadow && !v.Allowed && v.Known() {
-			names = append(names, d.Charges[i].Limit.Name)
+		if c := &d.Charges[i]; wouldDeny(c, &d.Verdicts[i]) {
+			names = append(names, c.Limit.Name)
 		}
 	}
 	return names
+}
+
+// wouldDeny reports whether a charge is that of a limit in shadow mode, and its
+// verdict a denial.
+func wouldDeny(c *limiter.Charge, v *limiter.Verdict) bool {
+	return c.Limit.Shadow && !v.Allowed && v.Known()
 }
 
 // sourceNames has the names of sources in metadata and spans.

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"math/rand/v2"
+	"net/netip"
 	"sync/atomic"
 	"time"
 
@@ -211,6 +212,7 @@ type checkState struct {
 	request   *policy.Request // nil if the check has no HTTP request
 	wire      string          // the encoded check, of which request's texts are parts
 	elements  int             // of request
+	client    netip.Addr      // that the config takes for the client's; invalid if unknown
 	decision  limiter.Decision
 	unlimited []*limiter.Limit // limits that apply and have no bucket
 	mistakes  []error          // errors in the config that the check revealed
@@ -243,6 +245,7 @@ func (s *Server) decide(ctx context.Context, began time.Time, check *checkState)
 		ctx, check.span = startSpan(ctx, s.tracer, request, began)
 	}
 	draw := check.config.Draw(request)
+	check.client = draw.Client
 	for _, m := range draw.Mistakes {
 		check.mistakes = append(check.mistakes, m)
 	}

@@ -82,19 +82,32 @@ func (s *Server) Top(limit string, n int) (requests, denials []TopKey) {
 	return nil, nil
 }
 
-// Denials returns the last denials, the newest first, at most a hundred.
-func (s *Server) Denials() []Denial { return s.report.denials.list() }
+// Denials returns the last denials, the newest first: at most a hundred, and as
+// many of limits in shadow mode.
+func (s *Server) Denials() []Denial {
+	all := append(s.report.denials.list(), s.report.shadowDenials.list()...)
+	slices.SortStableFunc(all, func(a, b Denial) int { return b.Last.Compare(a.Last) })
+	return all
+}
 
 // Denied returns the latest request of the denial with an ID, so that it can be
 // explained. The request has all that the client sent, including secrets. Denied
 // returns nil if the denial is no longer kept or its request was too large.
 func (s *Server) Denied(id uint64) *policy.Request {
-	for _, d := range s.report.denials.list() {
+	for _, d := range s.Denials() {
 		if d.ID == id {
 			return d.request
 		}
 	}
 	return nil
+}
+
+// Decision returns what was decided, as logs show it.
+func (d *Denial) Decision() string {
+	if d.Shadow {
+		return limitName{shadow: true}.limitedLabel()
+	}
+	return d.Outcome.String()
 }
 
 // Explainable reports whether Server.Denied returns a request for d.

@@ -3,8 +3,10 @@ package authz
 import (
 	"container/list"
 	"errors"
+	"net/netip"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/sluiceproxy/sluice/limiter"
@@ -29,10 +31,13 @@ type Denial struct {
 	Count   uint64 // of requests
 	Last    time.Time
 	Outcome limiter.Outcome // Limited, FailedClosed, Delegated or Invalid
-	Local   bool            // whether this process decided in the store's place
-	Limit   string          // empty if no limit refused the request
-	Domain  string
-	// Key is the part of the Redis key between its braces; empty if unknown.
+	// Shadow says that a limit in shadow mode would have denied the request.
+	// Outcome is then Limited, whatever became of the request.
+	Shadow bool
+	Local  bool   // whether this process decided in the store's place
+	Limit  string // empty if no limit refused the request
+	Domain string
+	// Key is the key of the bucket as logs and metadata show it; empty if unknown.
 	Key        string
 	Cost       int64             // tokens
 	Remaining  int64             // tokens
@@ -42,7 +47,8 @@ type Denial struct {
 	summary
 
 	group   denialKey
-	at      int             // the position in denials.all
+	at      int // the position in denials.all
+	client  netip.Addr
 	err     error           // of the store
 	request *policy.Request // nil if the check was too large or had too many elements
 	large   *summary        // of such a check
@@ -55,17 +61,22 @@ type summary struct {
 	Host      string
 	Path      string
 	Source    string // the address of the connection's peer
+	Client    string // the address that the config takes for the client's; empty if unknown
 	RequestID string
 }
 
 // denials keeps the latest denials, one for each limit, key and outcome. It is
 // safe for concurrent use.
 type denials struct {
+	// isShadow says that these are the denials of limits in shadow mode. They are
+	// kept apart, so that they replace none of requests that were refused.
+	isShadow bool
+	ids      *atomic.Uint64 // the last ID, of all denials of the Server
+
 	mu     sync.Mutex
 	newest *list.List // of *Denial, the newest first
 	all    [maxDenials]*list.Element
 	index  hashIndex // from a denialKey to its position in all
-	lastID uint64
 }
 
 // denialKey identifies the group of a denial.
@@ -79,14 +90,21 @@ type denialKey struct {
 
 func (k denialKey) hash() uint32 { return hashOf(k.key) + uint32(k.outcome) }
 
-func newDenials() *denials { return &denials{newest: list.New()} }
+// newDenials returns the denials of a Server, by limits that are enforced and by
+// those in shadow mode.
+func newDenials() (enforced, shadow *denials) {
+	ids := new(atomic.Uint64)
+	return &denials{newest: list.New(), ids: ids}, &denials{newest: list.New(), ids: ids, isShadow: true}
+}
 
-// add records a denial. It is called for each request of a flood, so what only
-// a reader needs is left to list.
-func (d *denials) add(check *checkState, now time.Time) {
-	group := denialKey{outcome: check.decision.Outcome}
+// add records a denial with an outcome, by a charge with its verdict. Both are
+// nil if no charge was denied. It is called for each request of a flood, so what
+// only a reader needs is left to list.
+func (d *denials) add(
+	check *checkState, outcome limiter.Outcome, charge *limiter.Charge, verdict *limiter.Verdict, now time.Time,
+) {
+	group := denialKey{outcome: outcome}
 	var limit, field string
-	charge, verdict := deniedBy(&check.decision)
 	if charge != nil {
 		limit, group.key = charge.Limit.Name, charge.Key
 	} else if group.outcome == limiter.Invalid {
@@ -95,7 +113,7 @@ func (d *denials) add(check *checkState, now time.Time) {
 	}
 	request, large := check.request, (*summary)(nil)
 	if request != nil && (len(check.wire) > maxExplainable || check.elements > fewElements) {
-		request, large = nil, summaryOf(request).clone()
+		request, large = nil, summaryOf(request, check.client).clone()
 	}
 	hash := group.hash()
 
@@ -111,9 +129,9 @@ func (d *denials) add(check *checkState, now time.Time) {
 	last.Count++
 	last.Limit, last.Field = limit, field
 	last.Last, last.Local = now, check.decision.Local
-	last.request, last.large = request, large
+	last.request, last.large, last.client = request, large, check.client
 	if charge != nil {
-		last.Domain, last.Cost = charge.Limit.Domain, charge.Cost
+		last.Domain, last.Cost, last.Key = charge.Limit.Domain, charge.Cost, charge.ShownKey()
 		last.Remaining, last.RetryAfter, last.err = verdict.Remaining, verdict.RetryAfter, verdict.Err
 	}
 }
@@ -129,28 +147,34 @@ func (d *denials) addGroupLocked(group denialKey, hash uint32) (at int) {
 		d.index.remove(oldest.group.hash(), at)
 		d.newest.MoveToFront(d.all[at])
 	}
-	d.lastID++
-	*d.all[at].Value.(*Denial) = Denial{ID: d.lastID, Outcome: group.outcome, group: group, at: at}
+	*d.all[at].Value.(*Denial) = Denial{
+		ID: d.ids.Add(1), Outcome: group.outcome, Shadow: d.isShadow, group: group, at: at,
+	}
 	d.index.insert(hash, at)
 	return at
 }
 
-// summaryOf returns the summary of a request.
-func summaryOf(r *policy.Request) summary {
+// summaryOf returns the summary of a request of a client, whose address is
+// invalid if it is unknown.
+func summaryOf(r *policy.Request, client netip.Addr) summary {
 	path, _, _ := strings.Cut(r.Path, "?")
-	return summary{
+	s := summary{
 		Method:    truncate(r.Method),
 		Host:      truncate(r.Host),
 		Path:      truncate(path),
 		Source:    truncate(r.Source.Address),
 		RequestID: requestID(r),
 	}
+	if client.IsValid() {
+		s.Client = client.String()
+	}
+	return s
 }
 
 // clone returns a copy of s. Its texts are not parts of the check, which they
 // would keep in memory.
 func (s summary) clone() *summary {
-	for _, text := range []*string{&s.Method, &s.Host, &s.Path, &s.Source, &s.RequestID} {
+	for _, text := range []*string{&s.Method, &s.Host, &s.Path, &s.Source, &s.RequestID} { // Client is no part
 		*text = strings.Clone(*text)
 	}
 	return &s
@@ -190,32 +214,18 @@ func (d *denials) list() []Denial {
 	all := make([]Denial, 0, d.newest.Len())
 	for e := d.newest.Front(); e != nil; e = e.Next() {
 		one := *e.Value.(*Denial)
-		if one.Outcome != limiter.Invalid {
-			one.Key = ShownKey(one.group.key)
-		}
 		if one.err != nil {
 			one.Failure = limiter.KindOf(one.err)
 		}
 		switch {
 		case one.request != nil:
-			one.summary = summaryOf(one.request)
+			one.summary = summaryOf(one.request, one.client)
 		case one.large != nil:
 			one.summary = *one.large
 		}
 		all = append(all, one)
 	}
 	return all
-}
-
-// keyOf returns the key of a charge as it is shown.
-func keyOf(c *limiter.Charge) string { return ShownKey(c.Key) }
-
-// ShownKey returns the part of a bucket's key between its braces, as logs,
-// metadata and the page show it. Secrets in it are hashed; addresses, methods,
-// hosts and paths are escaped.
-func ShownKey(key string) string {
-	_, key, _ = strings.Cut(key, "{")
-	return strings.TrimSuffix(key, "}")
 }
 
 // truncate returns the first maxShown bytes of s.

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -124,7 +125,7 @@ func TestStatsAreBounded(t *testing.T) {
 		charge := &v.decision.Charges[0]
 		*charge = limiter.Charge{Limit: limit, Bucket: bucket, Key: "sluice:default:a:{" + key + "}", Cost: 1}
 		s.report.charged(s.report.limits.forLimit(v.config, limit), charge, &v.decision.Verdicts[0], false, now)
-		s.report.denials.add(&v, now)
+		s.report.denials.add(&v, limiter.Limited, &v.decision.Charges[0], &deny, now)
 	}
 	const clients = 1_000_000
 	before := heap()
@@ -227,6 +228,48 @@ limits:
 	ask(deny, "/"+strings.Repeat("x", maxExplainable))
 	if d := s.Denials()[0]; s.Denied(d.ID) != nil || len(d.Path) != maxShown {
 		t.Errorf("%d bytes of the path are kept, and %v", len(d.Path), s.Denied(d.ID))
+	}
+}
+
+// What limits in shadow mode would have denied is listed like denials, and
+// replaces none of them. The client is the one that client_ip names.
+func TestShadowDenials(t *testing.T) {
+	s, _, _ := newServer(t, `
+client_ip: {xff_from_right: 1}
+limits:
+  - {name: a, rate: 1/s, key: client.ip}
+  - {name: b, rate: 1/s, key: 'request.headers["x-tenant"]', mode: shadow}
+  - {name: c, rate: 1/s, mode: shadow}
+`, nil)
+	allow, deny := ok(1, 1, 1), no(0, time.Second, time.Second, 1)
+	ask := func(store limiter.Store, tenant string) {
+		s.store = store
+		_, _ = s.Check(t.Context(), checkOf("x-forwarded-for", "2001:db8::7", "x-tenant", tenant))
+	}
+	ask(said{deny, allow, allow}, "t")
+	for i := range maxDenials {
+		ask(said{allow, deny, allow}, fmt.Sprint(i))
+	}
+	ask(said{allow, deny, deny}, "0")
+	ask(said{deny, deny, {}}, "0") // c has no verdict
+	count := make(map[string]int)
+	var got []string
+	for i, d := range s.Denials() {
+		count[d.Decision()]++
+		if i < 3 {
+			got = append(got, fmt.Sprintf("%s %s %s %v %d", d.Decision(), d.Limit, d.Client, d.Shadow, d.Count))
+		}
+		if r := s.Denied(d.ID); r == nil || !d.Explainable() {
+			t.Errorf("%+v cannot be explained", d)
+		}
+	}
+	slices.Sort(got)
+	want := "limited a 2001:db8::7 false 2, shadow_limited b 2001:db8::7 true 2, shadow_limited c 2001:db8::7 true 1"
+	if g := strings.Join(got, ", "); g != want {
+		t.Errorf("%s\nwant %s", g, want)
+	}
+	if count["limited"] != 1 || count["shadow_limited"] != maxDenials {
+		t.Error(count)
 	}
 }
 

@@ -36,6 +36,8 @@ type report struct {
 
 	limits  *limitTable
 	denials *denials
+	// shadowDenials has the requests that limits in shadow mode would have denied.
+	shadowDenials *denials
 
 	mu sync.Mutex // guards loggedMistakes
 	// loggedMistakes has the errors of the config in force that were logged.
@@ -104,9 +106,9 @@ func newReport(log *zap.Logger, metrics prometheus.Registerer) *report {
 			Name: "sluice_config_mistakes_total",
 			Help: "Total number of requests that revealed an error in the config, by limit and field.",
 		}, []string{"limit", "field"}),
-		denials:        newDenials(),
 		loggedMistakes: make(map[mistake]bool),
 	}
+	r.denials, r.shadowDenials = newDenials()
 	for _, o := range limiter.Outcomes {
 		r.checks = append(r.checks, checks.WithLabelValues(o.String()))
 	}
@@ -159,6 +161,9 @@ func (r *report) checked(check *checkState, began time.Time) {
 		if d.Outcome == limiter.Limited && i == d.Strictest {
 			r.denied(l, c, check, now)
 		}
+		if wouldDeny(c, v) && d.Outcome != limiter.Canceled {
+			r.shadowDenials.add(check, limiter.Limited, c, v, now)
+		}
 	}
 	for _, l := range check.unlimited {
 		r.limits.forLimit(check.config, l).allowed.Inc()
@@ -167,7 +172,8 @@ func (r *report) checked(check *checkState, began time.Time) {
 		r.mistaken(m)
 	}
 	if IsDenial(d.Outcome) {
-		r.denials.add(check, now)
+		charge, verdict := deniedBy(d)
+		r.denials.add(check, d.Outcome, charge, verdict, now)
 	}
 }
 
@@ -205,7 +211,7 @@ func (r *report) failed(c *limiter.Charge, v *limiter.Verdict) {
 func (r *report) charged(l *limitReport, c *limiter.Charge, v *limiter.Verdict, spends bool, now time.Time) {
 	l.ratio.Observe(float64(v.Remaining) / float64(c.Bucket.Burst()))
 	if k := r.limits.topKeysOf(l); k != nil {
-		k.add(keyOf(c), !v.Allowed, now)
+		k.add(c.ShownKey(), !v.Allowed, now)
 	}
 	if !v.Allowed {
 		l.limited.Inc()
@@ -226,7 +232,7 @@ func fields(c *limiter.Charge, check *checkState) []zap.Field {
 		zap.Stringer("decision", check.decision.Outcome),
 		zap.String("limit", c.Limit.Name),
 		zap.String("domain", c.Limit.Domain),
-		zap.String("key", keyOf(c)),
+		zap.String("key", c.ShownKey()),
 		zap.Int64("cost", c.Cost),
 	}
 	if id := requestID(check.request); id != "" {

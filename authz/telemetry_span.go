@@ -52,7 +52,7 @@ func endSpan(check *checkState, outcome limiter.Outcome, at time.Time) {
 			span.SetAttributes(
 				attribute.String("sluice.limit", c.Limit.Name),
 				attribute.String("sluice.domain", c.Limit.Domain),
-				attribute.String("sluice.key", keyOf(c)),
+				attribute.String("sluice.key", c.ShownKey()),
 				attribute.Int64("sluice.cost", c.Cost),
 				attribute.Int64("sluice.remaining", v.Remaining),
 				attribute.String("sluice.source", sourceNames[v.Source]),

@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -50,6 +51,9 @@ type Charge struct {
 	Bucket Bucket
 	// Key is the whole key of the bucket in the store.
 	Key string
+	// Shown is what people see of Key. If it is empty, ShownKey returns the part
+	// of Key between its braces.
+	Shown string
 	// Cost is in tokens, at least 0. A charge of 0 reads the bucket and takes
 	// nothing, but holds if it has HoldFor; a charge above the burst is always
 	// denied.
@@ -66,6 +70,17 @@ type Charge struct {
 
 	// ownHold is for how long the store itself holds the cost, if HoldFor is 0.
 	ownHold time.Duration
+}
+
+// ShownKey returns the key of the bucket as logs, metadata, pages and commands
+// show it. It is the same text everywhere, so that one search finds them all.
+// Secrets in it are hashed; what a client sent is escaped.
+func (c *Charge) ShownKey() string {
+	if c.Shown != "" {
+		return c.Shown
+	}
+	_, key, _ := strings.Cut(c.Key, "{")
+	return strings.TrimSuffix(key, "}")
 }
 
 // life returns for how long the cost is held; 0 if the charge holds nothing.

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -478,16 +479,27 @@ limits:
 				ID                                    uint64
 				Count                                 int
 				Limit, Decision, Reason, Path, Source string
+				Key, Host, Client                     string
+				Shadow                                bool
 				RetryAfter                            *int `json:"retry_after"`
 				Explainable                           bool
 				Parts                                 []policy.KeyPart
 			}
 			ask("/api/denials", &denials)
-			if len(denials) != 1 {
+			if len(denials) != 2 {
 				t.Fatalf("%+v", denials)
+			}
+			if denials[0].Shadow { // both are of the same check
+				slices.Reverse(denials)
+			}
+			if d := denials[1]; !d.Shadow || d.Limit != "b" || d.Decision != "shadow_limited" || d.Key != "-" ||
+				d.Client != "203.0.113.7" || !d.Explainable {
+				t.Errorf("%+v", d)
 			}
 			if d := denials[0]; d.Count != 2 || d.Limit != "a" || d.Decision != "limited" ||
 				d.Reason != "cost 2, remaining 0" || d.Path != "/a" || d.Source != "203.0.113.7" ||
+				d.Shadow || d.Client != "203.0.113.7" ||
+				d.Key != "#43.pJsSh4cMEKdvH0ZVKspEMYQs7V3t8O4_KP-hKFWk6Go=11.203.0.113.7" ||
 				*d.RetryAfter < 172_000 || *d.RetryAfter > 172_800 || !d.Explainable ||
 				fmt.Sprint(d.Parts) != key {
 				t.Errorf("%+v", d)

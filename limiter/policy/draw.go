@@ -2,6 +2,7 @@ package policy
 
 import (
 	"crypto/sha256"
+	"net/netip"
 
 	"github.com/sluiceproxy/sluice/limiter"
 )
@@ -11,6 +12,9 @@ type Draw struct {
 	// Exempt reports that an exemption of the config matches the request. The
 	// other fields are then empty.
 	Exempt bool
+	// Client is the address that the config takes for the request's client. It
+	// is invalid if that is unknown.
+	Client netip.Addr
 	// Charges has one entry for each limit that applies and has a bucket: the
 	// limits of the file in its order, then those of the route.
 	Charges []limiter.Charge
@@ -33,7 +37,7 @@ func (c *Config) Draw(req *Request) Draw {
 	for range c.exempt.find(s, allReadings) {
 		return Draw{Exempt: true}
 	}
-	d := drawing{subject: s, hasher: &c.hasher}
+	d := drawing{Draw: Draw{Client: s.client}, subject: s, hasher: &c.hasher}
 	route := c.route(s.Context)
 	d.addMistakes(route.mistakes...)
 	for i := range c.index.find(s, anyReading) {

@@ -45,7 +45,7 @@ func (c *Config) Explain(req *Request) Explanation {
 		x.Draw.Exempt = true
 		break
 	}
-	d := drawing{subject: s, hasher: &c.hasher}
+	d := drawing{Draw: Draw{Client: s.client}, subject: s, hasher: &c.hasher}
 	route := c.route(s.Context)
 	d.addMistakes(route.mistakes...)
 	look := func(r *rule) finding {

@@ -223,7 +223,7 @@ func (r *run) keys(s *limitState, wanted func(*keyState) bool) []Key {
 	}
 	out := []Key{}
 	for _, k := range worst {
-		one := Key{Key: k.shown(), Totals: Totals{Requests: k.requests, Limited: k.limited[spread]}, timeline: k.timeline}
+		one := Key{Key: k.key, Totals: Totals{Requests: k.requests, Limited: k.limited[spread]}, timeline: k.timeline}
 		if readings(r.grain) > 1 {
 			one.AtOnce = new(k.limited[atOnce])
 		}
@@ -286,10 +286,10 @@ func (r *run) compareKeys(l *LimitReport, now, before *limitState) {
 		has := make(map[string]bool)
 		for _, k := range not.keys {
 			if k.limited[spread] > 0 {
-				has[k.shown()] = true
+				has[k.key] = true
 			}
 		}
-		wanted := func(k *keyState) bool { return k.limited[spread] > 0 && !has[k.shown()] }
+		wanted := func(k *keyState) bool { return k.limited[spread] > 0 && !has[k.key] }
 		n := int64(0)
 		for _, k := range in.keys {
 			if wanted(k) {

@@ -5,7 +5,6 @@ import (
 	"io"
 	"time"
 
-	"github.com/sluiceproxy/sluice/authz"
 	"github.com/sluiceproxy/sluice/limiter"
 	"github.com/sluiceproxy/sluice/limiter/policy"
 )
@@ -39,7 +38,7 @@ type limitState struct {
 // player alone.
 type keyState struct {
 	limit    *limitState
-	key      string
+	key      string // as logs show it
 	requests int64
 	buckets  [2]limiter.ReplayBucket // by reading
 	limited  [2]int64
@@ -132,7 +131,7 @@ func (w *world) intern(d *policy.Draw, settled []int64) drawn {
 		s := w.state(c.Limit)
 		k := s.keys[c.Key]
 		if k == nil {
-			k = &keyState{limit: s, key: c.Key}
+			k = &keyState{limit: s, key: c.ShownKey()}
 			s.keys[c.Key] = k
 			w.keys++
 		}
@@ -145,9 +144,6 @@ func (w *world) intern(d *policy.Draw, settled []int64) drawn {
 	}
 	return out
 }
-
-// shown returns the key as logs show it.
-func (k *keyState) shown() string { return authz.ShownKey(k.key) }
 
 // isOwn reports whether a bucket has the shape that its limit says, and not that
 // of an override.

@@ -258,12 +258,15 @@ func (p *Page) top(r *http.Request) (any, error) {
 }
 
 // denialReport is one entry of GET /api/denials: the latest of Count denied
-// requests with the same limit, key and outcome. Its texts are escaped.
+// requests with the same limit, key and outcome. Its texts are escaped. Shadow
+// says that a limit in shadow mode would have denied them; Decision is then
+// shadow_limited.
 type denialReport struct {
 	ID          uint64           `json:"id"`
 	Count       uint64           `json:"count"`
 	Last        time.Time        `json:"last"`
 	Decision    string           `json:"decision"`
+	Shadow      bool             `json:"shadow"`
 	Reason      string           `json:"reason"`
 	Limit       string           `json:"limit"`
 	Domain      string           `json:"domain"`
@@ -275,7 +278,8 @@ type denialReport struct {
 	Method      string           `json:"method"`
 	Host        string           `json:"host"`
 	Path        string           `json:"path"`
-	Source      string           `json:"source"`
+	Source      string           `json:"source"` // the peer's address
+	Client      string           `json:"client"` // the client's by client_ip; empty if unknown
 	RequestID   string           `json:"request_id"`
 	Explainable bool             `json:"explainable"`
 }
@@ -284,11 +288,11 @@ func (p *Page) denials() []denialReport {
 	all := []denialReport{}
 	for _, d := range p.Server.Denials() {
 		r := denialReport{
-			ID: d.ID, Count: d.Count, Last: d.Last.UTC(), Decision: d.Outcome.String(), Reason: reasonOf(&d),
+			ID: d.ID, Count: d.Count, Last: d.Last.UTC(), Decision: d.Decision(), Shadow: d.Shadow, Reason: reasonOf(&d),
 			Limit: d.Limit, Domain: d.Domain, Key: d.Key, Parts: policy.KeyParts(d.Key),
 			Cost: d.Cost, Remaining: d.Remaining,
 			Method: authz.Escape(d.Method), Host: authz.Escape(d.Host), Path: authz.Escape(d.Path),
-			Source: authz.Escape(d.Source), RequestID: d.RequestID, Explainable: d.Explainable(),
+			Source: authz.Escape(d.Source), Client: d.Client, RequestID: d.RequestID, Explainable: d.Explainable(),
 		}
 		if d.Outcome == limiter.Limited && d.RetryAfter != limiter.Never {
 			r.RetryAfter = new(int64((d.RetryAfter + time.Second - 1) / time.Second))

@@ -79,7 +79,8 @@ var paths = map[string]string{
 	"/api/limits?filter=&n=": "limits and their decisions; filter is a part of their names; " +
 		"of more than n limits, those that denied most",
 	"/api/top?limit=": "the keys of a limit with the most requests and the most denials in the last five to ten minutes",
-	"/api/denials":    "the latest denied requests, grouped by limit, key and outcome",
+	"/api/denials": "the latest denied requests, and those that limits in shadow mode would have denied (shadow), " +
+		"grouped by limit, key and outcome",
 	"/api/explain": "which limits apply to a request and what the decision would be, without taking tokens; " +
 		"a query or a form with method, host, path, source, principal, header=name=value and context=key=value, " +
 		"or denial=ID with an id of /api/denials",
