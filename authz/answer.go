@@ -38,11 +38,11 @@ func (s *Server) answer(check *checkState) (*rawResponse, error) {
 // allow writes an OkHttpResponse.
 func (s *Server) allow(e *encoder, check *checkState) {
 	e.close(e.open(responseStatus)) // the code is 0, OK
-	shadows := denyingShadows(&check.decision)
+	would := denyingShadows(&check.decision)
 	ok := e.open(responseOK)
 	isSet := false
-	if len(shadows) > 0 {
-		names := strings.Join(shadows, ",")
+	if len(would.names) > 0 {
+		names := strings.Join(would.names, ",")
 		if isSet = hasRoom(check.wire, shadowHeader, names); isSet {
 			e.header(okHeaders, shadowHeader, names)
 		}
@@ -67,7 +67,7 @@ func (s *Server) allow(e *encoder, check *checkState) {
 		s.report.throttled.Warn("holds of a request do not fit into its metadata, and are spent",
 			zap.Int("holds", left), zap.Int("max_bytes", maxSealed))
 	}
-	s.metadata(e, check, shadows, text)
+	s.metadata(e, check, would, text)
 }
 
 // shadowHeader tells the upstream which shadow limits would have denied the
@@ -250,15 +250,17 @@ func seconds(d time.Duration) int64 {
 	return s
 }
 
-// denyingShadows returns the names of the shadow limits that would have denied
-// the request.
-func denyingShadows(d *limiter.Decision) (names []string) {
+// shadows has the names of the shadow limits that would have denied a request,
+// and the keys of their buckets.
+type shadows struct{ names, keys []string }
+
+func denyingShadows(d *limiter.Decision) (s shadows) {
 	for i := range d.Charges {
 		if c := &d.Charges[i]; wouldDeny(c, &d.Verdicts[i]) {
-			names = append(names, c.Limit.Name)
+			s.names, s.keys = append(s.names, c.Limit.Name), append(s.keys, c.ShownKey())
 		}
 	}
-	return names
+	return s
 }
 
 // wouldDeny reports whether a charge is that of a limit in shadow mode, and its
@@ -279,13 +281,14 @@ var sourceNames = [...]string{
 
 // metadata writes the dynamic metadata, which Envoy's access log and later
 // filters can read. settle is what the access log brings back; nothing if empty.
-func (s *Server) metadata(e *encoder, check *checkState, shadows []string, settle string) {
+func (s *Server) metadata(e *encoder, check *checkState, would shadows, settle string) {
 	d := &check.decision
 	at := e.open(responseMetadata)
 	e.textEntry("decision", d.Outcome.String())
 	if d.Strictest >= 0 {
 		c, v := &d.Charges[d.Strictest], &d.Verdicts[d.Strictest]
 		e.textEntry("limit", c.Limit.Name)
+		e.textEntry("key", c.ShownKey())
 		e.numberEntry("remaining", float64(v.Remaining))
 		e.numberEntry("cost", float64(c.Cost))
 		e.textEntry("source", sourceNames[v.Source])
@@ -295,11 +298,15 @@ func (s *Server) metadata(e *encoder, check *checkState, shadows []string, settl
 	} else {
 		// Envoy's access log writes null as "-".
 		e.nullEntry("limit")
+		e.nullEntry("key")
 		e.nullEntry("remaining")
 		e.nullEntry("cost")
 		e.textEntry("source", sourceNames[limiter.NoSource])
 	}
-	e.listEntry("shadow", shadows)
+	e.listEntry("shadow", would.names)
+	if len(would.keys) > 0 {
+		e.listEntry("shadow_keys", would.keys)
+	}
 	if settle != "" {
 		e.textEntry(settleField, settle)
 	}

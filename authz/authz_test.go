@@ -169,7 +169,7 @@ body {"title":"Too Many Requests","status":429,"detail":"Rate limit \"orders\" e
 }
 
 func TestCheck(t *testing.T) {
-	const limited = `metadata cost=1 decision="limited" limit="orders" remaining=0 retry_after=1 shadow=[] source="redis"
+	const limited = `metadata cost=1 decision="limited" key="-" limit="orders" remaining=0 retry_after=1 shadow=[] source="redis"
 `
 	limitedHTTP := `status 8
 deny 429
@@ -196,21 +196,21 @@ client grpc-message: Rate limit "orders" exceeded. Retry in 1 s.
 	}{
 		{"no limit applies", "", said{}, checkOf(), `status 0
 allow
-metadata cost=null decision="unmatched" limit=null remaining=null shadow=[] source="none"
+metadata cost=null decision="unmatched" key=null limit=null remaining=null shadow=[] source="none"
 `},
 		{"allowed", one, said{ok(50, 30*time.Second, 600*time.Millisecond)}, checkOf(), `status 0
 allow
 client x-ratelimit-limit: 100
 client x-ratelimit-remaining: 50
 client x-ratelimit-reset: 30
-metadata cost=1 decision="allowed" limit="orders" remaining=50 shadow=[] source="redis"
+metadata cost=1 decision="allowed" key="-" limit="orders" remaining=50 shadow=[] source="redis"
 `},
 		{"the reset is rounded up", one, said{ok(50, 29*time.Second+time.Microsecond, 0)}, checkOf(), `status 0
 allow
 client x-ratelimit-limit: 100
 client x-ratelimit-remaining: 50
 client x-ratelimit-reset: 30
-metadata cost=1 decision="allowed" limit="orders" remaining=50 shadow=[] source="redis"
+metadata cost=1 decision="allowed" key="-" limit="orders" remaining=50 shadow=[] source="redis"
 `},
 		{"limited", one, said{no(0, 2*time.Second+1, time.Minute, 1)}, checkOf(), `status 8
 deny 429
@@ -219,7 +219,7 @@ client x-ratelimit-limit: 100
 client x-ratelimit-remaining: 0
 client x-ratelimit-reset: 60
 client retry-after: 3
-` + exceeded(3) + `metadata cost=1 decision="limited" limit="orders" remaining=0 retry_after=3 shadow=[] source="redis"
+` + exceeded(3) + `metadata cost=1 decision="limited" key="-" limit="orders" remaining=0 retry_after=3 shadow=[] source="redis"
 `},
 		{"limited for a moment", one, said{no(0, time.Microsecond, time.Minute, 1)}, checkOf(), `status 8
 deny 429
@@ -228,7 +228,7 @@ client x-ratelimit-limit: 100
 client x-ratelimit-remaining: 0
 client x-ratelimit-reset: 60
 client retry-after: 1
-` + exceeded(1) + `metadata cost=1 decision="limited" limit="orders" remaining=0 retry_after=1 shadow=[] source="redis"
+` + exceeded(1) + `metadata cost=1 decision="limited" key="-" limit="orders" remaining=0 retry_after=1 shadow=[] source="redis"
 `},
 		{"limited for ever", one, said{no(100, limiter.Never, 0, 0)}, checkOf(), `status 8
 deny 429
@@ -239,7 +239,7 @@ client x-ratelimit-reset: 0
 client content-type: application/problem+json
 body {"title":"Too Many Requests","status":429,"detail":` +
 			`"Rate limit \"orders\" does not allow this request.","limit":"orders"}
-metadata cost=1 decision="limited" limit="orders" remaining=100 shadow=[] source="redis"
+metadata cost=1 decision="limited" key="-" limit="orders" remaining=100 shadow=[] source="redis"
 `},
 		{"a gRPC call is limited", one, said{no(0, time.Second, time.Minute, 1)},
 			checkOf("content-type", "application/grpc+proto"), `status 8
@@ -251,7 +251,7 @@ client x-ratelimit-reset: 60
 client retry-after: 1
 client grpc-status: 8
 body Rate limit "orders" exceeded. Retry in 1 s.
-metadata cost=1 decision="limited" limit="orders" remaining=0 retry_after=1 shadow=[] source="redis"
+metadata cost=1 decision="limited" key="-" limit="orders" remaining=0 retry_after=1 shadow=[] source="redis"
 `},
 		{"a gRPC-Web call is limited", "headers: []\n" + one, said{no(0, time.Second, time.Minute, 1)},
 			checkOf("content-type", "application/grpc-web+proto"), limitedWeb},
@@ -279,21 +279,21 @@ allow
 client x-ratelimit-limit: 10
 client x-ratelimit-remaining: 4
 client x-ratelimit-reset: 6
-metadata cost=1 decision="allowed" limit="per-client" remaining=4 shadow=[] source="redis"
+metadata cost=1 decision="allowed" key="=11.203.0.113.7" limit="per-client" remaining=4 shadow=[] source="redis"
 `},
 		{"of two that deny, the one that denies for longer", "headers: [retry-after]\n" + two,
 			said{no(0, 9*time.Second, 60*time.Second, 1), no(0, time.Second, 10*time.Second, 1)}, checkOf(), `status 8
 deny 429
 client x-envoy-ratelimited: true
 client retry-after: 9
-` + exceeded(9) + `metadata cost=1 decision="limited" limit="orders" remaining=0 retry_after=9 shadow=[] source="redis"
+` + exceeded(9) + `metadata cost=1 decision="limited" key="-" limit="orders" remaining=0 retry_after=9 shadow=[] source="redis"
 `},
 		{"the IETF's fields speak of all", "headers: [ratelimit]\n" + two,
 			said{ok(100, 0, 0), ok(4, 6*time.Second, time.Second)}, checkOf(), `status 0
 allow
 client ratelimit-policy: "orders";q=100;w=60, "per-client";q=10;w=10
 client ratelimit: "orders";r=100, "per-client";r=4;t=1
-metadata cost=1 decision="allowed" limit="per-client" remaining=4 shadow=[] source="redis"
+metadata cost=1 decision="allowed" key="=11.203.0.113.7" limit="per-client" remaining=4 shadow=[] source="redis"
 `},
 		{"shadow limits that would have denied", "headers: [ratelimit]\n" + shadow,
 			said{
@@ -306,40 +306,40 @@ upstream x-sluice-shadow: a,b
 remove x-sluice-other
 client ratelimit-policy: "orders";q=100;w=60
 client ratelimit: "orders";r=99;t=1
-metadata cost=1 decision="allowed" limit="orders" remaining=99 shadow=[a b] source="redis"
+metadata cost=1 decision="allowed" key="-" limit="orders" remaining=99 shadow=[a b] shadow_keys=[- -] source="redis"
 `},
 		{"what a client says to sluice", "headers: []\n" + shadow,
 			said{ok(0, 1, 1), ok(0, 1, 1), ok(99, 1, 1)}, checkOf("x-sluice-shadow", "forged"), `status 0
 allow
 remove x-sluice-shadow
-metadata cost=1 decision="allowed" limit="orders" remaining=99 shadow=[] source="redis"
+metadata cost=1 decision="allowed" key="-" limit="orders" remaining=99 shadow=[] source="redis"
 `},
 		{"nothing but shadow, and the store does not answer", "mode: shadow\n" + one, said{failed}, checkOf(), `status 0
 allow
-metadata cost=null decision="allowed" limit=null remaining=null shadow=[] source="none"
+metadata cost=null decision="allowed" key=null limit=null remaining=null shadow=[] source="none"
 `},
 		{"failed closed", one, said{failed}, checkOf(), `status 14
 deny 503
-` + unavailable + `metadata cost=null decision="failed_closed" limit=null remaining=null shadow=[] source="none"
+` + unavailable + `metadata cost=null decision="failed_closed" key=null limit=null remaining=null shadow=[] source="none"
 `},
 		{"failed closed, by another status", "failure_status: 502\n" + one, said{failed}, checkOf(), `status 14
 deny 502
 ` + strings.Replace(unavailable, "503", "502", 1) +
-			`metadata cost=null decision="failed_closed" limit=null remaining=null shadow=[] source="none"
+			`metadata cost=null decision="failed_closed" key=null limit=null remaining=null shadow=[] source="none"
 `},
 		{"failed closed, for a gRPC call", one, said{failed}, checkOf("content-type", "application/grpc"), `status 14
 deny 503
 client retry-after: 7
 client grpc-status: 14
 body The rate limiter is temporarily unavailable.
-metadata cost=null decision="failed_closed" limit=null remaining=null shadow=[] source="none"
+metadata cost=null decision="failed_closed" key=null limit=null remaining=null shadow=[] source="none"
 `},
 		{"failed closed, for a gRPC-Web call", one, said{failed}, checkOf("content-type", "application/grpc-web"),
 			`status 14
 deny 503
 ` + strings.Replace(unavailable, "client content-type", `client grpc-status: 14
 client grpc-message: The rate limiter is temporarily unavailable.
-client content-type`, 1) + `metadata cost=null decision="failed_closed" limit=null remaining=null shadow=[] source="none"
+client content-type`, 1) + `metadata cost=null decision="failed_closed" key=null limit=null remaining=null shadow=[] source="none"
 `},
 		{"failed closed, for a gRPC-Web call after the grpc_web filter", one, said{failed},
 			checkOf("content-type", "application/grpc", "x-grpc-web", "1"), `status 14
@@ -348,34 +348,34 @@ client retry-after: 7
 client grpc-status: 14
 client grpc-message: The rate limiter is temporarily unavailable.
 body 
-metadata cost=null decision="failed_closed" limit=null remaining=null shadow=[] source="none"
+metadata cost=null decision="failed_closed" key=null limit=null remaining=null shadow=[] source="none"
 `},
 		{"failed closed beside a limit that allows: no x-ratelimit", two,
 			said{ok(3, 1, 1), failed}, checkOf(), `status 14
 deny 503
-` + unavailable + `metadata cost=1 decision="failed_closed" limit="orders" remaining=3 shadow=[] source="redis"
+` + unavailable + `metadata cost=1 decision="failed_closed" key="-" limit="orders" remaining=3 shadow=[] source="redis"
 `},
 		{"failed open", "on_failure: allow\n" + one, said{failed}, checkOf(), `status 0
 allow
-metadata cost=null decision="failed_open" limit=null remaining=null shadow=[] source="none"
+metadata cost=null decision="failed_open" key=null limit=null remaining=null shadow=[] source="none"
 `},
 		{"left to Envoy", "on_failure: delegate\n" + one, said{failed}, checkOf(), "error Unavailable\n"},
 		{"a panic", one, panics{}, checkOf(), `status 14
 deny 503
-` + unavailable + `metadata cost=null decision="failed_closed" limit=null remaining=null shadow=[] source="none"
+` + unavailable + `metadata cost=null decision="failed_closed" key=null limit=null remaining=null shadow=[] source="none"
 `},
 		{"an error in the config", `limits: [{name: a, rate: 1/s, key: 'request.path.split("?")[1]'}]`,
 			said{}, checkOf(), `status 14
 deny 503
-` + unavailable + `metadata cost=null decision="invalid" limit=null remaining=null shadow=[] source="none"
+` + unavailable + `metadata cost=null decision="invalid" key=null limit=null remaining=null shadow=[] source="none"
 `},
 		{"no HTTP in it", one, said{}, &authv3.CheckRequest{}, `status 14
 deny 503
-` + unavailable + `metadata cost=null decision="invalid" limit=null remaining=null shadow=[] source="none"
+` + unavailable + `metadata cost=null decision="invalid" key=null limit=null remaining=null shadow=[] source="none"
 `},
 		{"nothing at all", one, said{}, nil, `status 14
 deny 503
-` + unavailable + `metadata cost=null decision="invalid" limit=null remaining=null shadow=[] source="none"
+` + unavailable + `metadata cost=null decision="invalid" key=null limit=null remaining=null shadow=[] source="none"
 `},
 	} {
 		s, _, logs := newServer(t, tt.config, tt.store)

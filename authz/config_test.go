@@ -20,7 +20,7 @@ import (
 func TestCheckByConfig(t *testing.T) {
 	const refused = `status 14
 deny 503
-` + unavailable + `metadata cost=null decision="invalid" limit=null remaining=null shadow=[] source="none"
+` + unavailable + `metadata cost=null decision="invalid" key=null limit=null remaining=null shadow=[] source="none"
 `
 	const (
 		isRefused = "config error: requests are refused (logged once)"
@@ -31,11 +31,11 @@ allow
 client x-ratelimit-limit: 9
 client x-ratelimit-remaining: 5
 client x-ratelimit-reset: 1
-metadata cost=1 decision="allowed" limit="b" remaining=5 shadow=[] source="redis"
+metadata cost=1 decision="allowed" key="-" limit="b" remaining=5 shadow=[] source="redis"
 `
 	nothing := func(decision string) string {
 		return "status 0\nallow\nmetadata cost=null decision=\"" + decision +
-			"\" limit=null remaining=null shadow=[] source=\"none\"\n"
+			"\" key=null limit=null remaining=null shadow=[] source=\"none\"\n"
 	}
 	five := said{ok(5, time.Second, 1)}
 	for _, tt := range []struct {

@@ -51,6 +51,7 @@ func TestREADMEMetadata(t *testing.T) {
 		{"exempt: [{match: {methods: [GET]}}]\nlimits: [{name: a, rate: 1/s}]", ok(1, 0, 0)},
 		{"on_failure: allow\nlimits: [{name: a, rate: 1/s}]", failed},
 		{"limits: [{name: a, rate: 1/s}]", failed},
+		{"limits: [{name: a, rate: 1/s, mode: shadow}]", no(0, time.Second, time.Second, time.Second)},
 		{"limits: [{name: a, rate: 1/s, cost: 'int(request.method)'}]", ok(1, 0, 0)},
 	} {
 		s, _, _ := newServer(t, c.config, said{c.verdict})

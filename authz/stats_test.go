@@ -264,7 +264,7 @@ limits:
 		}
 	}
 	slices.Sort(got)
-	want := "limited a 2001:db8::7 false 2, shadow_limited b 2001:db8::7 true 2, shadow_limited c 2001:db8::7 true 1"
+	want := "limited a 2001:db8::7 false 2, shadow_limited b 2001:db8::7 true 3, shadow_limited c 2001:db8::7 true 1"
 	if g := strings.Join(got, ", "); g != want {
 		t.Errorf("%s\nwant %s", g, want)
 	}
