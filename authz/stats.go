@@ -105,7 +105,7 @@ func (s *Server) Denied(id uint64) *policy.Request {
 // Decision returns what was decided, as logs show it.
 func (d *Denial) Decision() string {
 	if d.Shadow {
-		return limitName{shadow: true}.limitedLabel()
+		return shadowLimited
 	}
 	return d.Outcome.String()
 }

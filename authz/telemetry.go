@@ -20,8 +20,9 @@ import (
 )
 
 // report turns checks into metrics, log lines and statistics. Metric labels are
-// names from the config only. Of what a client sent, only a well-formed request
-// ID is logged. It is safe for concurrent use.
+// names from the config only. Of what a client sent, method, host, path without
+// its query and request ID are logged, truncated and escaped. It is safe for
+// concurrent use.
 type report struct {
 	log *zap.Logger
 	// throttled logs at most one line a second of each message. It is for
@@ -35,6 +36,7 @@ type report struct {
 	mistakes *prometheus.CounterVec
 
 	limits  *limitTable
+	sampler denialSampler
 	denials *denials
 	// shadowDenials has the requests that limits in shadow mode would have denied.
 	shadowDenials *denials
@@ -51,15 +53,9 @@ type mistake struct{ limit, field string }
 // Envoy's routes can have any number of names.
 const maxLoggedMistakes = 10_000
 
-// Of the denials of a limit the first is logged, and then one of every logEvery
-// or the first after logAtMost, whichever comes first.
-const (
-	logEvery  = 1000
-	logAtMost = time.Minute
-)
-
-// sampler selects the events that are logged. The zero value logs the first
-// event. It is safe for concurrent use.
+// sampler selects the events that are logged: the first, and then one of every
+// logEvery or the first after logAtMost, whichever comes first. The zero value is
+// ready. It is safe for concurrent use.
 type sampler struct {
 	events   atomic.Uint64 // how many there were
 	logged   atomic.Uint64 // the number of the event that was logged last, from 1
@@ -159,9 +155,10 @@ func (r *report) checked(check *checkState, began time.Time) {
 			r.limits.settleOf(c.Limit.Name).expired.Add(float64(v.Expired))
 		}
 		if d.Outcome == limiter.Limited && i == d.Strictest {
-			r.denied(l, c, check, now)
+			r.denied(l, c, v, check, now)
 		}
 		if wouldDeny(c, v) && d.Outcome != limiter.Canceled {
+			r.denied(l, c, v, check, now)
 			r.shadowDenials.add(check, limiter.Limited, c, v, now)
 		}
 	}
@@ -175,29 +172,6 @@ func (r *report) checked(check *checkState, began time.Time) {
 		charge, verdict := deniedBy(d)
 		r.denials.add(check, d.Outcome, charge, verdict, now)
 	}
-}
-
-// denied logs a denial by a limit: at the debug level all of them, at info a
-// sample.
-func (r *report) denied(l *limitReport, c *limiter.Charge, check *checkState, now time.Time) {
-	v := &check.decision.Verdicts[check.decision.Strictest]
-	suppressed, sampled := l.denials.next(now)
-	level := zap.DebugLevel
-	if sampled {
-		level = zap.InfoLevel
-	}
-	e := r.log.Check(level, "request limited")
-	if e == nil {
-		return
-	}
-	all := append(fields(c, check), zap.Int64("remaining", v.Remaining))
-	if v.RetryAfter != limiter.Never {
-		all = append(all, zap.Float64("retry_after", v.RetryAfter.Seconds()))
-	}
-	if sampled {
-		all = append(all, zap.Uint64("suppressed", suppressed))
-	}
-	e.Write(all...)
 }
 
 // failed logs a store error. The store counts it.
@@ -224,21 +198,6 @@ func (r *report) charged(l *limitReport, c *limiter.Charge, v *limiter.Verdict, 
 	if spends || c.Limit.Shadow {
 		l.taken.Add(float64(c.Cost))
 	}
-}
-
-// fields returns the fields of a log line about a charge.
-func fields(c *limiter.Charge, check *checkState) []zap.Field {
-	all := []zap.Field{
-		zap.Stringer("decision", check.decision.Outcome),
-		zap.String("limit", c.Limit.Name),
-		zap.String("domain", c.Limit.Domain),
-		zap.String("key", c.ShownKey()),
-		zap.Int64("cost", c.Cost),
-	}
-	if id := requestID(check.request); id != "" {
-		all = append(all, zap.String("request_id", id))
-	}
-	return all
 }
 
 // mistaken counts a check that revealed an error in the config, and logs each

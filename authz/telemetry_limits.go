@@ -72,7 +72,7 @@ type limitReport struct {
 	rejections       prometheus.Counter // nil for a shadow limit
 	taken            prometheus.Counter
 	ratio            prometheus.Observer
-	denials          sampler // selects the denials that are logged
+	denials          sampler // selects the denials that are logged past maxKeyLines
 	// topKeys is nil before the first check, and if too many limits have their
 	// keys counted.
 	topKeys atomic.Pointer[topKeys]
@@ -115,10 +115,14 @@ func newLimitTable(metrics prometheus.Registerer) *limitTable {
 	return t
 }
 
+// shadowLimited is what metrics, logs and the list of denials call what a limit in
+// shadow mode would have denied.
+const shadowLimited = "shadow_limited"
+
 // limitedLabel is what sluice_limit_decisions_total calls a denial.
 func (n limitName) limitedLabel() string {
 	if n.shadow {
-		return "shadow_limited"
+		return shadowLimited
 	}
 	return "limited"
 }

@@ -78,15 +78,22 @@ sluice_config_mistakes_total{field="",limit=""} 2
 		lines = append(lines, l.Level.String()+" "+l.Message)
 	}
 	if got, want := strings.Join(lines, "\n"), `info request limited
+info request would be limited
 debug request limited
+debug request would be limited
 warn store error: timeout
 error check panicked
 error config error: requests are refused (logged once)`; got != want {
 		t.Errorf("logged\n%s\nwant\n%s", got, want)
 	}
 	got := fmt.Sprint(logs.All()[0].ContextMap())
-	if got != "map[cost:1 decision:limited domain:default key:- limit:a remaining:0 "+
-		"request_id:id-1 retry_after:1 suppressed:0]" {
+	if got != "map[client:203.0.113.7 cost:1 decision:limited domain:default host:shop.example.com key:- limit:a "+
+		"method:GET path:/ remaining:0 request_id:id-1 retry_after:1 suppressed:0]" {
+		t.Error(got)
+	}
+	got = fmt.Sprint(logs.All()[1].ContextMap())
+	if got != "map[client:203.0.113.7 cost:1 decision:shadow_limited domain:default host:shop.example.com key:- limit:b "+
+		"method:GET path:/ remaining:0 request_id:id-1 retry_after:1 shadow:true suppressed:0]" {
 		t.Error(got)
 	}
 }
@@ -151,10 +158,90 @@ func TestDenialsInTheLog(t *testing.T) {
 		}
 		if want == 3 {
 			got := fmt.Sprint(logs.All()[2].ContextMap())
-			if got != "map[cost:1 decision:limited domain:default key:- limit:a remaining:0 suppressed:999]" {
+			if got != "map[client:203.0.113.7 cost:1 decision:limited domain:default host:shop.example.com key:- "+
+				"limit:a method:GET path:/ remaining:0 suppressed:999]" {
 				t.Error(got)
 			}
 		}
+	}
+}
+
+// Each key is logged when a limit first denies it, then one of every thousand
+// denials, and the first after a minute.
+func TestDenialsAreSampledByKey(t *testing.T) {
+	var s denialSampler
+	var l limitReport
+	at := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
+	var got []string
+	deny := func(n int, key string, shadow bool) {
+		for range n {
+			if suppressed, ok := s.next(&l, key, shadow, at); ok {
+				got = append(got, fmt.Sprintf("%s%v %d", key, shadow, suppressed))
+			}
+		}
+	}
+	deny(1001, "a", false)
+	deny(3, "b", false)
+	deny(2, "a", true)
+	at = at.Add(logAtMost - 1)
+	deny(1, "a", false)
+	at = at.Add(1)
+	deny(2, "b", false)
+	deny(1, "a", false)
+	want := "afalse 0, afalse 999, bfalse 0, atrue 0, bfalse 2, afalse 1"
+	if got := strings.Join(got, ", "); got != want {
+		t.Errorf("%s\nwant %s", got, want)
+	}
+}
+
+// A flood of keys writes a bounded number of lines, and no limit is kept out of
+// the log by another's flood. A key that was not logged is when there is room.
+func TestDenialLinesAreBounded(t *testing.T) {
+	var s denialSampler
+	var flooded, quiet limitReport
+	at := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
+	lines := 0
+	for i := range 100_000 {
+		if _, ok := s.next(&flooded, fmt.Sprint("key ", i), false, at); ok {
+			lines++
+		}
+	}
+	if want := maxKeyLines + (100_000-maxKeyLines+logEvery-1)/logEvery; lines != want {
+		t.Errorf("%d lines, want %d", lines, want)
+	}
+	for _, want := range []bool{true, false, false} {
+		if _, ok := s.next(&quiet, fmt.Sprint("another ", want), false, at); ok != want {
+			t.Errorf("%v, want %v", ok, want)
+		}
+	}
+	at = at.Add(time.Minute)
+	if n, ok := s.next(&quiet, "another false", false, at); !ok || n != 2 {
+		t.Errorf("%v, %d suppressed, want 2", ok, n)
+	}
+}
+
+// What a client sent is escaped and truncated in the log, and its query and
+// secrets are not there.
+func TestDenialsInTheLogAreEscaped(t *testing.T) {
+	s, _, logs := newServer(t, `
+client_ip: {header: x-real-ip}
+limits: [{name: a, rate: 1/s, key: 'request.headers["x-api-key"]'}]`, said{no(0, limiter.Never, 0, 0)})
+	check := checkOf("x-api-key", "s3cr3t", "x-real-ip", "2001:DB8::1", "x-request-id", "a\nb")
+	http := check.Attributes.Request.Http
+	http.Method, http.Host = "GET\x1b[2J", "h\u202e\n.example"
+	http.Path = "/\"\u00e9" + strings.Repeat("x", 1000) + "?token=s3cr3t"
+	_, _ = s.Check(t.Context(), check)
+	fields := logs.All()[0].ContextMap()
+	for name, want := range map[string]any{
+		"method": `GET\x1b[2J`, "host": `h\u202e\n.example`, "path": `/\"\u00e9` + strings.Repeat("x", maxShown-4),
+		"client": "2001:db8::1", "request_id": nil,
+	} {
+		if got := fields[name]; got != want {
+			t.Errorf("%s: %v, want %v", name, got, want)
+		}
+	}
+	if text := fmt.Sprint(fields); strings.Contains(text, "s3cr3t") || !strings.Contains(text, "key:#43.") {
+		t.Error(text)
 	}
 }
 

@@ -112,7 +112,7 @@ func TestDemo(t *testing.T) {
 				t.Errorf("%v\n%s", err, stderr.String())
 			}
 			logged := regexp.MustCompile(
-				`"GET / HTTP/1.1" 429 UAEX \d+ms sluice=limited limit=demo remaining=0 took=\d+us `+
+				`"GET / HTTP/1.1" 429 UAEX \d+ms sluice=limited limit=demo remaining=0 took=\d+us ` +
 					`client=127.0.0.1 key==9.127.0.0.1 shadow=\[\] shadow_keys=- id=[0-9a-f-]{36}\n`,
 			)
 			if !strings.Contains(output, "curl -i "+url+"\n") || !logged.MatchString(output) {
