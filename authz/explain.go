@@ -108,7 +108,7 @@ func Explain(
 		e.Limits = append(e.Limits, explainLimit(&l, &d, full))
 	}
 	if config.Redis != nil && config.Redis.Mode == limiter.Cluster {
-		notes = append(notes, slotsNote(e.Limits)...)
+		notes = append(notes, slotsNote(d.Charges)...)
 	}
 	e.Note = strings.Join(notes, "; ")
 	return e
@@ -155,17 +155,15 @@ func explainLimit(l *policy.Explained, d *limiter.Decision, full bool) Explained
 
 // slotsNote returns a note on the limits of a request whose buckets are in
 // different hash slots of a cluster, or nothing if all are in one.
-func slotsNote(limits []ExplainedLimit) []string {
+func slotsNote(charges []limiter.Charge) []string {
 	var keys []string
 	names := make(map[string][]string)
-	for _, l := range limits {
-		if l.Key == nil {
-			continue
+	for _, c := range charges {
+		_, tag, _ := strings.Cut(c.Key, "{") // ends with the key, as does the hash tag
+		if names[tag] == nil {
+			keys = append(keys, tag)
 		}
-		if names[*l.Key] == nil {
-			keys = append(keys, *l.Key)
-		}
-		names[*l.Key] = append(names[*l.Key], l.Name)
+		names[tag] = append(names[tag], c.Limit.Name)
 	}
 	if len(keys) < 2 {
 		return nil

@@ -231,6 +231,44 @@ limits:
 	}
 }
 
+// The key of a readable limit is in clear wherever people see it, by one text, and
+// not in metrics.
+func TestReadableKeys(t *testing.T) {
+	const key = "=14.acme%20%22x%22"
+	deny := no(0, time.Second, time.Second, 1)
+	s, registry, logs := newServer(t, `
+limits:
+  - {name: a, rate: 1/s, key: 'request.headers["x-tenant"]', readable: true}
+  - {name: b, rate: 1/s, key: 'request.headers["x-tenant"]', readable: true, mode: shadow}
+`, said{deny, deny})
+	check := checkOf("x-tenant", `acme "x"`)
+	answer, err := s.Check(t.Context(), check)
+	if got := spell(answer, err); !strings.Contains(got, fmt.Sprintf(" key=%q ", key)) ||
+		!strings.Contains(got, " shadow_keys=["+key+"] ") {
+		t.Error(got)
+	}
+	request, err := requestOf(check)
+	if err != nil {
+		t.Fatal(err)
+	}
+	explained := Explain(t.Context(), s.config.Load(), nil, request).Limits
+	for i, limit := range []string{"a", "b"} {
+		requests, denials := s.Top(limit, 9)
+		for where, got := range map[string]string{
+			"log": fmt.Sprint(logs.All()[i].ContextMap()["key"]), "list": s.Denials()[i].Key, "explain": *explained[i].Key,
+			"top": requests[0].Key, "top denials": denials[0].Key,
+		} {
+			if got != key {
+				t.Errorf("%s of %s: %s, want %s", where, limit, got, key)
+			}
+		}
+	}
+	families, err := registry.Gather()
+	if text := fmt.Sprint(families); err != nil || strings.Contains(text, "acme") {
+		t.Errorf("%s, %v", text, err)
+	}
+}
+
 // What limits in shadow mode would have denied is listed like denials, and
 // replaces none of them. The client is the one that client_ip names.
 func TestShadowDenials(t *testing.T) {

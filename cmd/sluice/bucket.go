@@ -140,7 +140,7 @@ func (p *program) bucket(ctx context.Context, a *bucketFlags, reset bool) error 
 		return err
 	}
 	s := bucketState{
-		Limit: name.Limit, Key: b.Key, Exists: exists,
+		Limit: name.Limit, Key: b.Charge.ShownKey(), Exists: exists,
 		Tokens: v.Remaining, Burst: b.Charge.Bucket.Burst(), Rate: b.Rate,
 		Reset: int64((v.FullAfter + time.Second - 1) / time.Second),
 		Held:  v.Held, Owed: v.Owed,

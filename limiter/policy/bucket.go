@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
-	"strconv"
 	"strings"
 
 	"github.com/sluiceproxy/sluice/limiter"
@@ -16,7 +15,6 @@ import (
 // Bucket is a bucket of one of the file's limits.
 type Bucket struct {
 	Charge limiter.Charge // its Cost is 0
-	Key    string         // as in Redis, between the braces
 	// Rate is the rate as the config writes it: that of the key's override if
 	// there is one, else the limit's.
 	Rate string
@@ -29,8 +27,8 @@ type BucketName struct {
 	// Parts are the parts of the key in plain text, in the order of the config.
 	// Empty parts are absent if Absent is set, and an error otherwise.
 	Parts []string
-	// Key is the complete key as logs, metadata and Redis show it. It replaces
-	// Parts; empty if Parts are used.
+	// Key is the complete key as logs and metadata show it, or as in Redis. It
+	// replaces Parts; empty if Parts are used.
 	Key string
 	// Absent says that the empty Parts are absent, or all parts if there are no
 	// Parts. Client is then the client's address, if the limit has absent:
@@ -56,11 +54,12 @@ func (c *Config) Bucket(name BucketName) (Bucket, error) {
 			cmp.Or(strings.Join(names, ", "), "none"))
 	}
 	r := c.rules[i]
-	key, tier := []byte(name.Key), r.tier
+	key, shown, tier := []byte(name.Key), []byte(name.Key), r.tier
 	if name.Key != "" {
 		if err := r.checkKey(name.Key); err != nil {
 			return Bucket{}, err
 		}
+		key = r.storedKey(name.Key, &c.hasher)
 		if sum, ok := c.hasher.digestOfKey(name.Key); ok && r.overrides != nil {
 			if o, ok := r.overrides.lookup(sum); ok {
 				tier = o.tier
@@ -68,7 +67,7 @@ func (c *Config) Bucket(name BucketName) (Bucket, error) {
 		}
 	} else {
 		var err error
-		if key, tier, err = c.keyOf(r, name); err != nil {
+		if key, shown, tier, err = c.keyOf(r, name); err != nil {
 			return Bucket{}, err
 		}
 	}
@@ -76,10 +75,31 @@ func (c *Config) Bucket(name BucketName) (Bucket, error) {
 		return Bucket{}, fmt.Errorf("limit %s is unlimited for this key and has no bucket", name.Limit)
 	}
 	return Bucket{
-		Key:    string(key),
-		Rate:   tier.rate,
-		Charge: limiter.Charge{Limit: r.limit, Bucket: tier.bucket, Key: r.prefix + string(key) + "}", HoldFor: r.within},
+		Rate: tier.rate,
+		Charge: limiter.Charge{
+			Limit: r.limit, Bucket: tier.bucket, Key: r.prefix + string(key) + "}", Shown: string(shown), HoldFor: r.within,
+		},
 	}, nil
+}
+
+// storedKey returns the key in Redis for a key as people see it.
+func (r *rule) storedKey(shown string, h *hasher) []byte {
+	if !r.readable {
+		return []byte(shown)
+	}
+	var key []byte
+	rest := shown
+	for i, p := range KeyParts(shown) {
+		text := rest[:p.length()]
+		rest = rest[len(text):]
+		value, err := url.PathUnescape(p.Text)
+		if p.Kind == KeyOpen && err == nil {
+			key = r.appendPart(key, i, value, h)
+		} else {
+			key = append(key, text...)
+		}
+	}
+	return key
 }
 
 // checkKey reports why a key cannot be one of the limit's.
@@ -92,7 +112,7 @@ func (r *rule) checkKey(key string) error {
 	}
 	parts, length := KeyParts(key), 0
 	for _, p := range parts {
-		length += 2 + len(strconv.Itoa(len(p.Text))) + len(p.Text)
+		length += p.length()
 	}
 	if len(parts) != len(r.key) || length != len(key) {
 		return fmt.Errorf("invalid key %q for limit %s; want its %d parts as logs and metadata show them, such as "+
@@ -131,24 +151,25 @@ func (h *hasher) digestOfKey(key string) (sum digest, ok bool) {
 	return digestOf(digests), true
 }
 
-// keyOf returns the key that requests with a name's parts have, and its tier.
-func (c *Config) keyOf(r *rule, name BucketName) (key []byte, t *tier, err error) {
+// keyOf returns the key that requests with a name's parts have, as in Redis and as
+// people see it, and its tier.
+func (c *Config) keyOf(r *rule, name BucketName) (key, shown []byte, t *tier, err error) {
 	parts := name.Parts
 	if name.Absent && len(parts) == 0 {
 		parts = make([]string, len(r.key))
 	}
 	switch {
 	case len(parts) != len(r.key):
-		return nil, nil, fmt.Errorf("want %d key parts for limit %s, not %d", len(r.key), r.limit.Name, len(parts))
+		return nil, nil, nil, fmt.Errorf("want %d key parts for limit %s, not %d", len(r.key), r.limit.Name, len(parts))
 	case len(r.key) == 0 && name.Absent:
-		return nil, nil, fmt.Errorf("limit %s has no key, so none can be absent", r.limit.Name)
+		return nil, nil, nil, fmt.Errorf("limit %s has no key, so none can be absent", r.limit.Name)
 	case len(r.key) == 0:
-		return []byte(noKey), r.tier, nil
+		return []byte(noKey), []byte(noKey), r.tier, nil
 	}
 	standIn := ""
 	if name.Absent {
 		if standIn, err = r.standIn(name.Client); err != nil {
-			return nil, nil, err
+			return nil, nil, nil, err
 		}
 	}
 	digests := make([]digest, len(parts))
@@ -156,27 +177,27 @@ func (c *Config) keyOf(r *rule, name BucketName) (key []byte, t *tier, err error
 	for i, part := range parts {
 		switch {
 		case part == "" && name.Absent:
-			key = c.hasher.appendAbsent(key, standIn)
+			key, shown = c.hasher.appendAbsent(key, standIn), c.hasher.appendAbsent(shown, standIn)
 			whole = false
 			continue
 		case part == "":
-			return nil, nil, errEmptyPart
+			return nil, nil, nil, errEmptyPart
 		}
 		if part, err = canonicalPart(r.key[i].attribute, part); err != nil {
-			return nil, nil, fmt.Errorf("part %d of the key, %s: %w", i+1, r.key[i].text, err)
+			return nil, nil, nil, fmt.Errorf("part %d of the key, %s: %w", i+1, r.key[i].text, err)
 		}
-		key = r.appendPart(key, i, part, &c.hasher)
+		key, shown = r.appendPart(key, i, part, &c.hasher), r.appendShown(shown, i, part, &c.hasher)
 		digests[i] = sha256.Sum256([]byte(part))
 	}
 	if name.Absent && whole {
-		return nil, nil, errors.New("no key part is absent; give an absent part as an empty one")
+		return nil, nil, nil, errors.New("no key part is absent; give an absent part as an empty one")
 	}
 	if whole && r.overrides != nil {
 		if o, ok := r.overrides.lookup(digestOf(digests)); ok {
-			return key, o.tier, nil
+			return key, shown, o.tier, nil
 		}
 	}
-	return key, r.tier, nil
+	return key, shown, r.tier, nil
 }
 
 // standIn returns what replaces an absent part in the limit's keys.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -72,6 +73,8 @@ type draft struct {
 	withinAt        node
 	lease           time.Duration
 	leaseAt         node
+	readable        bool
+	readableAt      node
 	group           string
 	rate, burst     node
 	tier            *tier
@@ -104,6 +107,7 @@ func (lr *limitReader) readLimit(n node, d *draft) bool {
 		"rate":       func(n node) { d.rate = n },
 		"burst":      func(n node) { d.burst = n },
 		"cost":       func(n node) { d.costAt = n; lr.readCost(n, &d.cost, forCost) },
+		"readable":   func(n node) { d.readableAt = n; lr.boolean(n, &d.readable) },
 		"group":      lr.checked(&d.group, checkName),
 		"domain":     lr.checked(&d.domain, checkDomain),
 		"mode":       func(n node) { lr.oneOf(n, &d.mode, "enforce", "shadow") },
@@ -375,6 +379,7 @@ func (lr *limitReader) rule(d *draft) *rule {
 		match:     d.match,
 		when:      d.when,
 		key:       d.key,
+		readable:  d.readable && slices.ContainsFunc(d.key, func(e *expression) bool { return !e.open }),
 		absent:    d.absent,
 		cost:      d.cost,
 		group:     d.group,

@@ -59,6 +59,9 @@ type KeyPart struct {
 	Text string `json:"text"`
 }
 
+// length returns the length of the part in the key in bytes.
+func (p *KeyPart) length() int { return 2 + len(strconv.Itoa(len(p.Text))) + len(p.Text) }
+
 // KeyPartKind says what the text of a part is.
 type KeyPartKind string
 

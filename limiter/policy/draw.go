@@ -81,6 +81,7 @@ type finding struct {
 	tier       *tier
 	keyDigest  digest // of the overridden key
 	key        string // complete Redis key; empty if unlimited
+	shown      string // the key as people see it, if the limit is readable
 	cost       int64
 	refused    bool // absent: deny, and a part of the key is absent
 }
@@ -125,7 +126,8 @@ func (d *drawing) consider(r *rule) finding {
 			d.Charges = make([]limiter.Charge, 0, 4) // most requests have at most four charges
 		}
 		c := limiter.Charge{
-			Limit: r.limit, Bucket: f.tier.bucket, Key: f.key, Cost: f.cost, Refused: f.refused, HoldFor: r.within,
+			Limit: r.limit, Bucket: f.tier.bucket, Key: f.key, Shown: f.shown, Cost: f.cost, Refused: f.refused,
+			HoldFor: r.within,
 		}
 		if r.share > 0 {
 			c.Local = c.Bucket.Share(r.share)
@@ -184,6 +186,10 @@ func (d *drawing) judge(r *rule) finding {
 func (d *drawing) makeKey(r *rule, f *finding) error {
 	var buf [256]byte
 	key := append(buf[:0], r.prefix...)
+	var shown []byte
+	if r.readable {
+		shown = make([]byte, 0, 128)
+	}
 	var digests [maxKeyParts]digest
 	for i, e := range r.key {
 		value, err := e.keyPart(d.subject)
@@ -195,22 +201,29 @@ func (d *drawing) makeKey(r *rule, f *finding) error {
 				digests[i] = sha256.Sum256([]byte(value))
 			}
 			key = r.appendPart(key, i, value, d.hasher)
+			if r.readable {
+				shown = r.appendShown(shown, i, value, d.hasher)
+			}
 			continue
 		}
 		if f.kind != foundPartAbsent {
 			f.kind, f.part = foundPartAbsent, i
 		}
+		standIn := ""
 		switch r.absent {
 		case absentSkip:
 			f.applies, f.kind = false, foundSkipped
 			return nil
 		case absentClient:
-			key = d.hasher.appendAbsent(key, network(d.subject.client))
+			standIn = network(d.subject.client)
 		default:
-			key = d.hasher.appendAbsent(key, "")
+		}
+		key = d.hasher.appendAbsent(key, standIn)
+		if r.readable {
+			shown = d.hasher.appendAbsent(shown, standIn)
 		}
 	}
-	f.key = string(append(key, '}'))
+	f.key, f.shown = string(append(key, '}')), string(shown)
 	if r.overrides == nil || f.kind == foundPartAbsent {
 		return nil
 	}

@@ -31,8 +31,8 @@ type Explained struct {
 	Burst  int64  // tokens; 0 if the rate is unlimited
 	Settle string // what a request has cost once it has ended, as the config writes it; empty: what was taken
 	Charge int    // index in Draw.Charges; -1 if there is none
-	// Key is the bucket's key as in Redis, between the braces. It is empty if
-	// there is no charge.
+	// Key is the bucket's key as logs and metadata show it. It is empty if there
+	// is no charge.
 	Key string
 }
 
@@ -69,7 +69,7 @@ func (c *Config) Explain(req *Request) Explanation {
 		}
 		if f.applies && !tier.unlimited {
 			e.Charge = len(d.Charges) - 1
-			e.Key = strings.TrimSuffix(strings.TrimPrefix(f.key, r.prefix), "}")
+			e.Key = d.Charges[e.Charge].ShownKey()
 		}
 		x.Limits = append(x.Limits, e)
 	}

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"encoding/base64"
 	"strconv"
+	"strings"
 )
 
 // Tags of the parts of a key. A part is its tag, the length of its text in
@@ -27,14 +28,21 @@ const longestOpen = 200
 // appendOpen appends a value in plain text. It hashes a value that is long, or
 // that has a query, which may contain secrets.
 func (h *hasher) appendOpen(key []byte, value string) []byte {
-	length, query := 0, false
+	if strings.IndexByte(value, '?') >= 0 {
+		return h.appendHash(key, value)
+	}
+	return h.appendReadable(key, value)
+}
+
+// appendReadable appends a value in plain text, and hashes one that is long.
+func (h *hasher) appendReadable(key []byte, value string) []byte {
+	length := 0
 	for i := 0; i < len(value); i++ {
 		if length++; !isPlain[value[i]] {
 			length += 2
 		}
-		query = query || value[i] == '?'
 	}
-	if query || length > longestOpen {
+	if length > longestOpen {
 		return h.appendHash(key, value)
 	}
 	key = append(key, tagOpen)

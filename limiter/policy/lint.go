@@ -33,6 +33,7 @@ func (cr *configReader) lint() {
 	for i, d := range cr.drafts {
 		l.warnOfExpressions(d)
 		l.warnOfKey(d)
+		l.warnOfReadable(d)
 		l.warnOfCost(d, cr.config.rules[i].overrides)
 		if d.doubtful > maxDoubtful {
 			l.warn(d.doubtfulAt, "%d more overrides like this one", d.doubtful-maxDoubtful)
@@ -240,6 +241,53 @@ func (l *linter) warnOfKey(d *draft) {
 				map[bool]string{true: "connection", false: "request"}[e.facts.varies == "source.port"])
 		}
 	}
+}
+
+// warnOfReadable warns of a limit that is readable although its key is likely to be
+// a secret, and of one whose key is so anyway.
+func (l *linter) warnOfReadable(d *draft) {
+	if !d.readable {
+		return
+	}
+	hidden := false
+	for i, e := range d.key {
+		hidden = hidden || !e.open
+		if of := e.secret(); of != "" && !e.open {
+			l.warn(d.keyAt[i], "%s is likely to be a secret, and with readable: true it comes out in clear in logs, metadata and the "+
+				"page; remove readable, or use a name that is no secret, such as a tenant's", of)
+		}
+	}
+	if !hidden {
+		l.warn(d.readableAt, "has no effect: no part of the key is hashed; remove it")
+	}
+}
+
+// secretWords are the words of a header's name by which it is likely to be a
+// secret.
+var secretWords = []string{
+	"apikey", "auth", "authentication", "authorization", "bearer", "cookie", "credential", "credentials", "csrf", "jwt",
+	"key", "passphrase", "passwd", "password", "secret", "session", "sessionid", "signature", "token", "xsrf",
+}
+
+// secret returns what an expression reads that is likely to be a secret, or "".
+// What the names of claims say is not looked at.
+func (e *expression) secret() string {
+	if e.attribute == "request.query" {
+		return e.attribute
+	}
+	for _, r := range e.reads {
+		if r.attribute != "request.headers" {
+			continue
+		}
+		if r.entry == "" {
+			return "one of " + r.attribute
+		}
+		isSecret := func(word string) bool { return slices.Contains(secretWords, word) }
+		if slices.ContainsFunc(strings.FieldsFunc(r.entry, func(c rune) bool { return c == '-' || c == '_' }), isSecret) {
+			return r.String()
+		}
+	}
+	return ""
 }
 
 // warnOfCost warns of a limit that takes nothing, and of costs that its bucket,

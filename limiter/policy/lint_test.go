@@ -32,6 +32,33 @@ func TestLint(t *testing.T) {
 			{"limits:\n- {name: a, rate: 1/s, group: g}\n- {name: b, rate: 1/s, group: h}\n- {name: c, rate: 1/s}", ""},
 			{"limits:\n- {name: a, rate: 1/s, group: g, key: source.principal, absent: skip}\n- {name: b, rate: 1/s, group: g}", ""},
 		},
+		"a secret that is readable": {
+			{"limits:\n- {name: a, rate: 1/s, readable: true, key: 'request.headers[\"x-api-key\"]'}" + beside,
+				`2:45: limits[0].key: request.headers["x-api-key"] is likely to be a secret, and with readable: true it comes out in clear`},
+			{`limits:
+- {name: a, rate: 1/s, readable: true, key: 'request.headers["authorization"].split(" ")[1]'}` + beside,
+				`limits[0].key: request.headers["authorization"] is likely`},
+			{`limits:
+- {name: a, rate: 1/s, readable: true, key: 'request.headers["cookie"]'}` + beside,
+				`limits[0].key: request.headers["cookie"] is likely`},
+			{`limits:
+- {name: a, rate: 1/s, readable: true, key: 'request.headers["x-auth-token"]'}` + beside,
+				`limits[0].key: request.headers["x-auth-token"] is likely`},
+			{`limits:
+- {name: a, rate: 1/s, readable: true, key: 'request.query'}` + beside,
+				`limits[0].key: request.query is likely`},
+			{`limits:
+- {name: a, rate: 1/s, readable: true, key: 'request.headers["x-tenant"]'}` + beside,
+				``},
+			{`limits:
+- {name: a, rate: 1/s, readable: true, key: 'request.headers["x-author"]'}` + beside,
+				``},
+			{`limits:
+- {name: a, rate: 1/s, readable: true, key: 'client.network'}` + beside,
+				`limits[0].readable: has no effect: no part of the key is hashed; remove it`},
+			{`limits:
+- {name: a, rate: 1/s, key: 'request.headers["cookie"]'}` + beside, ``},
+		},
 		"an exemption of everything": {
 			{"exempt: [{match: {paths: [/**]}}]", "1:10: exempt[0]: exempts every request, whatever it is, so that no limit applies"},
 			{"exempt: [{match: {clients: [0.0.0.0/0, '::/0']}}]", "1:10: exempt[0]: exempts every request, whatever it is, so"},

@@ -9,11 +9,14 @@ import (
 
 // rule is a compiled limit. It is immutable.
 type rule struct {
-	limit     *limiter.Limit
-	tier      *tier
-	match     match
-	when      *expression // nil: the limit always applies
-	key       []*expression
+	limit *limiter.Limit
+	tier  *tier
+	match match
+	when  *expression // nil: the limit always applies
+	key   []*expression
+	// readable says that people see the parts of the key in plain text that are
+	// hashed in Redis. It is false if there are none.
+	readable  bool
 	absent    absence
 	cost      cost
 	settle    *cost         // what a request has cost once it has ended; nil: what was taken
@@ -94,4 +97,13 @@ func (r *rule) appendPart(key []byte, i int, value string, h *hasher) []byte {
 		return h.appendOpen(key, value)
 	}
 	return h.appendHash(key, value)
+}
+
+// appendShown appends the value of the key's part i to a key as people see it. If
+// the limit is not readable, this is what appendPart does.
+func (r *rule) appendShown(key []byte, i int, value string, h *hasher) []byte {
+	if r.readable && !r.key[i].open {
+		return h.appendReadable(key, value)
+	}
+	return r.appendPart(key, i, value, h)
 }
