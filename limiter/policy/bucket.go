@@ -54,12 +54,13 @@ func (c *Config) Bucket(name BucketName) (Bucket, error) {
 			cmp.Or(strings.Join(names, ", "), "none"))
 	}
 	r := c.rules[i]
-	key, shown, tier := []byte(name.Key), []byte(name.Key), r.tier
+	var key, shown []byte
+	tier := r.tier
 	if name.Key != "" {
 		if err := r.checkKey(name.Key); err != nil {
 			return Bucket{}, err
 		}
-		key = r.storedKey(name.Key, &c.hasher)
+		key, shown = r.storedKey(name.Key, &c.hasher), []byte(name.Key)
 		if sum, ok := c.hasher.digestOfKey(name.Key); ok && r.overrides != nil {
 			if o, ok := r.overrides.lookup(sum); ok {
 				tier = o.tier

@@ -253,8 +253,8 @@ func (l *linter) warnOfReadable(d *draft) {
 	for i, e := range d.key {
 		hidden = hidden || !e.open
 		if of := e.secret(); of != "" && !e.open {
-			l.warn(d.keyAt[i], "%s is likely to be a secret, and with readable: true it comes out in clear in logs, metadata and the "+
-				"page; remove readable, or use a name that is no secret, such as a tenant's", of)
+			l.warn(d.keyAt[i], "%s is likely to be a secret, and with readable: true it comes out in clear in logs, "+
+				"metadata and the page; remove readable, or use a name that is no secret, such as a tenant's", of)
 		}
 	}
 	if !hidden {
