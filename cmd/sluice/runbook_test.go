@@ -202,7 +202,7 @@ func TestOneSearchFindsAKey(t *testing.T) {
 		}
 		// By the text itself bucket finds the same bucket.
 		_, again, _ := sluice(t, nil, "bucket", "get", "-o", "json", "--config", config, "--limit", tt.limit, "--key-hash", key)
-		if again != out {
+		if same := regexp.MustCompile(`"reset": \d+`); same.ReplaceAllString(again, "") != same.ReplaceAllString(out, "") {
 			t.Errorf("by the text from the log: %s, want %s", again, out)
 		}
 		_, explained, _ := sluice(t, nil, "explain", "--config", config, "--path", tt.path, "--header", tt.header)
