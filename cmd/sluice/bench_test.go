@@ -99,11 +99,12 @@ var (
 // BenchmarkServers prints, from one run on one machine, what a check costs the
 // server's processor and Redis's, beside servers that do less: by 1, 16 and 64
 // callers on two connections, on a thousand keys. The servers take turns, so
-// that a noisy machine is noisy for all.
+// that a noisy machine is noisy for all, and every other round in the opposite
+// order, so that none is always measured after the same one.
 //
 //	go test ./cmd/sluice -run '^$' -bench Servers -benchtime 1x -plot ../../limiter/speed.svg
 func BenchmarkServers(b *testing.B) {
-	const keys, rounds = 1000, 5
+	const keys, rounds = 1000, 6
 	const open = "limits: [{name: per-client, key: client.ip, rate: 1000000000/s}]"
 	const slow = "limits: [{name: per-client, key: client.ip, rate: 1/s}]"
 	store := redistest.Start(b)
@@ -159,7 +160,11 @@ func BenchmarkServers(b *testing.B) {
 				s.reset()
 			}
 			for round := range rounds + 1 {
-				for _, s := range servers {
+				turns := slices.Clone(servers)
+				if round%2 == 0 {
+					slices.Reverse(turns)
+				}
+				for _, s := range turns {
 					s.round(b, store, load.callers, load.each, round > 0)
 				}
 				if load.callers == 1 {
