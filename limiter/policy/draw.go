@@ -32,12 +32,16 @@ type Draw struct {
 // Draw finds the limits that apply to a request, and returns what the request
 // takes from their buckets. It takes nothing itself. It is safe for concurrent
 // use.
-func (c *Config) Draw(req *Request) Draw {
+func (c *Config) Draw(req *Request) Draw { return c.DrawInto(req, nil) }
+
+// DrawInto is Draw, except that the result's Charges use the memory of buf if
+// they fit: a caller that draws for many requests need not allocate for each.
+func (c *Config) DrawInto(req *Request, buf []limiter.Charge) Draw {
 	s := newSubject(req, &c.client)
 	for range c.exempt.find(s, allReadings) {
 		return Draw{Exempt: true}
 	}
-	d := drawing{Draw: Draw{Client: s.client}, subject: s, hasher: &c.hasher}
+	d := drawing{Draw: Draw{Client: s.client}, subject: s, hasher: &c.hasher, buf: buf[:0]}
 	route := c.route(s.Context)
 	d.addMistakes(route.mistakes...)
 	for i := range c.index.find(s, anyReading) {
@@ -60,6 +64,7 @@ type drawing struct {
 	hasher  *hasher
 	// groups has, of each group, the limit that applies. It is the first one.
 	groups []*rule
+	buf    []limiter.Charge // the memory of Charges
 }
 
 func (d *drawing) addMistakes(mistakes ...*RuleError) {
@@ -123,7 +128,9 @@ func (d *drawing) consider(r *rule) finding {
 		d.Unlimited = append(d.Unlimited, r.limit)
 	default:
 		if d.Charges == nil {
-			d.Charges = make([]limiter.Charge, 0, 4) // most requests have at most four charges
+			if d.Charges = d.buf; d.Charges == nil {
+				d.Charges = make([]limiter.Charge, 0, 4) // most requests have at most four charges
+			}
 		}
 		c := limiter.Charge{
 			Limit: r.limit, Bucket: f.tier.bucket, Key: f.key, Shown: f.shown, Cost: f.cost, Refused: f.refused,

@@ -46,8 +46,8 @@ var attributes = map[string]attribute{
 	filterMetadata: {cel.MapType(cel.StringType, cel.DynType), false,
 		func(s *subject) any { return present(s.Metadata) }},
 	"context":        {textMap, false, func(s *subject) any { return present(s.Context) }},
-	"client.ip":      {cel.StringType, true, func(s *subject) any { return addressText(s.client) }},
-	"client.network": {cel.StringType, true, func(s *subject) any { return network(s.client) }},
+	"client.ip":      {cel.StringType, true, (*subject).clientIP},
+	"client.network": {cel.StringType, true, (*subject).clientNetwork},
 }
 
 // filterMetadata is the dynamic metadata of Envoy's filters, such as the claims

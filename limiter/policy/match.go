@@ -43,6 +43,26 @@ type subject struct {
 	foldedPaths *[2][]string
 	// forKeys caches keySubject.
 	forKeys *keySubject
+	// ip and network cache clientIP and clientNetwork, which several limits read.
+	// They are nil until they are needed.
+	ip, network any
+}
+
+// clientIP returns the client's address as a string, or "" if it is unknown.
+func (s *subject) clientIP() any {
+	if s.ip == nil {
+		s.ip = addressText(s.client)
+	}
+	return s.ip
+}
+
+// clientNetwork returns the client's network as a string, or "" if it is
+// unknown.
+func (s *subject) clientNetwork() any {
+	if s.network == nil {
+		s.network = network(s.client)
+	}
+	return s.network
 }
 
 func newSubject(req *Request, ids *clientIP) *subject {
