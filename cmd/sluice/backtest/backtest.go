@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"runtime/debug"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -144,15 +145,6 @@ type request struct {
 	duration int64
 }
 
-// drawn is what a request draws in one world.
-type drawn struct {
-	charges   []charge
-	unlimited []*limitState
-	mistake   string // the config's mistake for which it is refused
-	exempt    bool
-	unmatched bool
-}
-
 // stream reads one log. Its requests come in the order of their times.
 type stream struct {
 	source  *accesslog.Source
@@ -165,28 +157,24 @@ type stream struct {
 
 // job is a Chunk that a worker parses.
 type job struct {
-	source *accesslog.Source
-	chunk  accesslog.Chunk
-	done   chan struct{}
-	counts accesslog.Counts
-	found  []found
-}
-
-// found is a request as a worker finds it.
-type found struct {
-	at, duration int64
-	draws        [2]policy.Draw
-	settled      [2][]int64 // by charge
+	source   *accesslog.Source
+	chunk    accesslog.Chunk
+	done     chan struct{}
+	counts   accesslog.Counts
+	requests []request
+	outside  int64 // requests outside of Since and Until
 }
 
 // read reads all logs and plays their requests in the order of their times.
 func (r *run) read(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
 	work := make(chan *job, 4)
+	var workers sync.WaitGroup
 	for range runtime.GOMAXPROCS(0) {
-		go r.worker(ctx, work)
+		workers.Go(func() { r.worker(ctx, work) })
 	}
+	defer workers.Wait()
+	defer cancel()
 	waiting := slices.Clone(r.Logs)
 	slices.SortStableFunc(waiting, func(a, b *accesslog.Source) int {
 		switch {
@@ -284,6 +272,11 @@ func (r *run) open(ctx context.Context, source *accesslog.Source, work chan<- *j
 // worker parses chunks until ctx ends, and finds what their requests draw.
 func (r *run) worker(ctx context.Context, work <-chan *job) {
 	parsers := make(map[*accesslog.Source]*accesslog.Parser)
+	var drawers []*drawer
+	for _, w := range r.worlds {
+		drawers = append(drawers, &drawer{world: w})
+	}
+	usual := 0 // requests of a chunk
 	for {
 		var j *job
 		select {
@@ -296,19 +289,22 @@ func (r *run) worker(ctx context.Context, work <-chan *job) {
 			p = j.source.NewParser()
 			parsers[j.source] = p
 		}
+		j.requests = make([]request, 0, usual+usual/8)
 		j.counts = p.Parse(j.chunk, func(e *accesslog.Entry) {
-			f := found{at: e.At}
+			if r.Since > 0 && e.At < r.Since || r.Until > 0 && e.At >= r.Until {
+				j.outside++
+				return
+			}
+			q := request{at: e.At}
 			if e.End.Duration != nil {
-				f.duration = e.End.Duration.Microseconds()
+				q.duration = e.End.Duration.Microseconds()
 			}
-			if r.Since == 0 || f.at >= r.Since && (r.Until == 0 || f.at < r.Until) {
-				for i, w := range r.worlds {
-					f.draws[i] = w.config.Draw(&e.Request)
-					f.settled[i] = w.settled(f.draws[i].Charges, &e.End)
-				}
+			for i, d := range drawers {
+				q.draws[i] = d.draw(e)
 			}
-			j.found = append(j.found, f)
+			j.requests = append(j.requests, q)
 		})
+		usual = len(j.requests)
 		j.chunk.Text = ""
 		close(j.done)
 	}
@@ -358,16 +354,9 @@ func (r *run) add(s *stream, j *job) {
 		r.counts.Bad = append(r.counts.Bad, j.counts.Bad[:min(len(j.counts.Bad), maxBad-len(r.counts.Bad))]...)
 	}
 	r.Progress.Lines.Add(j.counts.Lines)
-	for i := range j.found {
-		f := &j.found[i]
-		if r.Since > 0 && f.at < r.Since || r.Until > 0 && f.at >= r.Until {
-			r.outside++
-			continue
-		}
-		q := &request{at: f.at, duration: f.duration}
-		for w := range r.worlds {
-			q.draws[w] = r.worlds[w].intern(&f.draws[w], f.settled[w])
-		}
+	r.outside += j.outside
+	for i := range j.requests {
+		q := &j.requests[i]
 		s.newest = max(s.newest, q.at)
 		// Most lines are in order.
 		at := len(s.pending)
@@ -381,10 +370,9 @@ func (r *run) add(s *stream, j *job) {
 		}
 		s.pending = slices.Insert(s.pending, at, q)
 	}
-	j.found = nil
-	keys := 0
+	keys := int64(0)
 	for _, w := range r.worlds {
-		keys += w.keys
+		keys += w.keys.Load()
 	}
 	if keys > fewKeys && !r.hasManyKeys {
 		r.hasManyKeys = true
@@ -422,23 +410,25 @@ func (r *run) flush() {
 	}
 	grain := r.grain.Microseconds()
 	begin := r.group[0].at / grain * grain
-	each := func(do func(c *charge)) {
-		for _, q := range r.group {
-			for w := range r.worlds {
-				for i := range q.draws[w].charges {
-					do(&q.draws[w].charges[i])
+	for _, q := range r.group {
+		for w := range r.worlds {
+			for _, k := range q.draws[w].keys {
+				k.inGroup++
+			}
+		}
+	}
+	for _, q := range r.group {
+		for w := range r.worlds {
+			d := &q.draws[w]
+			for i, k := range d.keys {
+				k.at = max(k.at, begin+k.spread*grain/k.inGroup)
+				d.spread[i] = k.at
+				if k.spread++; k.spread == k.inGroup {
+					k.spread, k.inGroup = 0, 0
 				}
 			}
 		}
 	}
-	each(func(c *charge) { c.key.inGroup++ })
-	each(func(c *charge) {
-		k := c.key
-		c.at = max(k.at, begin+k.spread*grain/k.inGroup)
-		k.at = c.at
-		k.spread++
-	})
-	each(func(c *charge) { c.key.inGroup, c.key.spread = 0, 0 })
 	for _, q := range r.group {
 		q.at = begin
 	}

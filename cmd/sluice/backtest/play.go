@@ -2,7 +2,6 @@ package backtest
 
 import (
 	"container/heap"
-	"math"
 	"slices"
 
 	"github.com/sluiceproxy/sluice/limiter"
@@ -15,9 +14,13 @@ type player struct {
 	work    chan []*request
 	table   table
 
-	limited  int64 // requests that an enforced limit denied
-	limits   map[*limitState]*limitResult
-	timeline timeline // of all requests
+	limited  int64          // requests that an enforced limit denied
+	limits   []*limitResult // by limitState.index
+	timeline timeline       // of all requests
+	// exempt, unmatched and invalid count requests. mistake is the first of those
+	// for which a request was refused.
+	exempt, unmatched, invalid int64
+	mistake                    string
 
 	// timed are the keys with a timeline: those that were limited at least least
 	// times.
@@ -54,61 +57,72 @@ func (p *player) time(k *keyState, at int64, limited bool) {
 
 // limitResult is what became of a limit's requests in one reading.
 type limitResult struct {
-	limited, limitedKeys int64
-	timeline             timeline
+	requests, limited, limitedKeys int64
+	timeline                       timeline
 }
 
 func newPlayer(w *world, r reading) *player {
 	return &player{
 		world: w, reading: r, work: make(chan []*request, 8), table: table{reading: r},
-		limits: make(map[*limitState]*limitResult),
 	}
 }
 
 // result returns the result of a limit.
 func (p *player) result(s *limitState) *limitResult {
-	r := p.limits[s]
-	if r == nil {
-		r = &limitResult{}
-		p.limits[s] = r
+	for len(p.limits) <= s.index {
+		p.limits = append(p.limits, &limitResult{})
 	}
-	return r
+	return p.limits[s.index]
 }
 
 func (p *player) play(q *request) {
 	d := &q.draws[p.world.index]
-	if d.exempt {
-		p.timeline.add(q.at, false)
-		return
+	isLimited := false
+	switch {
+	case d.exempt:
+		p.exempt++
+	case d.mistake != "":
+		p.invalid++
+		if p.mistake == "" {
+			p.mistake = d.mistake
+		}
+	case len(d.charges) == 0 && len(d.unlimited) == 0:
+		p.unmatched++
+	case len(d.charges) > 0:
+		isLimited = p.take(q, d)
+	}
+	if isLimited {
+		p.limited++
 	}
 	for _, s := range d.unlimited {
-		p.result(s).timeline.add(q.at, false)
+		r := p.result(s)
+		r.requests++
+		r.timeline.add(q.at, false)
 	}
-	if d.mistake != "" || len(d.charges) == 0 {
-		p.timeline.add(q.at, false)
-		return
-	}
-	outcome, verdicts := p.table.take(q, d.charges, nil)
-	for i := range d.charges {
-		c := &d.charges[i]
-		r := p.result(c.key.limit)
+	p.timeline.add(q.at, isLimited)
+}
+
+// take takes what a request draws, and reports whether an enforced limit denies
+// it.
+func (p *player) take(q *request, d *drawn) (isLimited bool) {
+	outcome, verdicts := p.table.take(q, d, nil)
+	for i, k := range d.keys {
+		r := p.result(k.limit)
 		isLimited := !verdicts[i].Allowed
+		r.requests++
 		if isLimited {
 			r.limited++
-			if c.key.limited[p.reading]++; c.key.limited[p.reading] == 1 {
+			if k.limited[p.reading]++; k.limited[p.reading] == 1 {
 				r.limitedKeys++
 			}
 		}
 		r.timeline.add(q.at, isLimited)
 		if p.reading == spread {
-			p.time(c.key, q.at, isLimited)
+			k.requests++
+			p.time(k, q.at, isLimited)
 		}
 	}
-	isLimited := outcome == limiter.Limited
-	if isLimited {
-		p.limited++
-	}
-	p.timeline.add(q.at, isLimited)
+	return outcome == limiter.Limited
 }
 
 // table takes charges from the buckets of a world in one reading, and settles
@@ -120,7 +134,6 @@ type table struct {
 	kept    int // buckets that the last sweep left
 
 	replay   limiter.Replay
-	charges  []limiter.Charge
 	verdicts []limiter.Verdict
 	at       []int64
 	from     []*limiter.ReplayBucket
@@ -130,42 +143,46 @@ type table struct {
 // take takes the charges of a request, but those of the limit without, if it is
 // not nil. The verdicts are valid until the next call, and are those of the
 // charges that are left.
-func (t *table) take(q *request, charges []charge, without *limitState) (limiter.Outcome, []limiter.Verdict) {
-	t.charges, t.at, t.from = t.charges[:0], t.at[:0], t.from[:0]
-	earliest := int64(math.MaxInt64)
-	for i := range charges {
-		c := &charges[i]
-		if c.key.limit == without {
-			continue
+func (t *table) take(q *request, d *drawn, without *limitState) (limiter.Outcome, []limiter.Verdict) {
+	charges, at := d.charges, d.spread
+	if t.reading == atOnce {
+		t.at = t.at[:0]
+		for range charges {
+			t.at = append(t.at, q.at)
 		}
-		at := c.when(q, t.reading)
-		t.charges = append(t.charges, limiter.Charge{
-			Limit: c.key.limit.limit, Bucket: c.bucket, Cost: c.cost, Refused: c.refused, HoldFor: c.life,
-		})
-		t.at, t.from = append(t.at, at), append(t.from, t.bucket(c.key, at))
-		earliest = min(earliest, at)
+		at = t.at
 	}
-	if len(t.charges) == 0 {
+	keys, settled := d.keys, d.settled
+	if i := slices.IndexFunc(keys, func(k *keyState) bool { return k.limit == without }); without != nil && i >= 0 {
+		charges, at, keys, settled = cut(charges, i), cut(at, i), cut(keys, i), cut(settled, i)
+	}
+	if len(charges) == 0 {
 		return limiter.Allowed, nil
 	}
-	t.settle(earliest)
-	for len(t.verdicts) < len(t.charges) {
+	t.settle(slices.Min(at))
+	t.from = t.from[:0]
+	for i, k := range keys {
+		t.from = append(t.from, t.bucket(k, at[i]))
+	}
+	for len(t.verdicts) < len(charges) {
 		t.verdicts = append(t.verdicts, limiter.Verdict{})
 	}
-	verdicts := t.verdicts[:len(t.charges)]
-	outcome := t.replay.Take(t.at, t.from, t.charges, verdicts)
-	j := 0
-	for i := range charges {
-		c := &charges[i]
-		if c.key.limit == without {
-			continue
+	verdicts := t.verdicts[:len(charges)]
+	outcome := t.replay.Take(at, t.from, charges, verdicts)
+	for i := range settled {
+		if v := &verdicts[i]; !v.Hold.IsZero() {
+			heap.Push(&t.pending, settlement{at[i] + q.duration, t.from[i], v.Hold, settled[i]})
 		}
-		if v := &verdicts[j]; c.life > 0 && !v.Hold.IsZero() {
-			heap.Push(&t.pending, settlement{t.at[j] + q.duration, t.from[j], v.Hold, c.settled})
-		}
-		j++
 	}
 	return outcome, verdicts
+}
+
+// cut returns a copy of s without s[i]; nil if s is nil.
+func cut[T any](s []T, i int) []T {
+	if s == nil {
+		return nil
+	}
+	return slices.Concat(s[:i], s[i+1:])
 }
 
 // bucket returns the bucket of a key.
@@ -193,14 +210,6 @@ func (t *table) sweep(now int64) {
 		}
 	}
 	t.kept = len(t.buckets)
-}
-
-// when returns when a charge is taken.
-func (c *charge) when(q *request, r reading) int64 {
-	if r == spread {
-		return c.at
-	}
-	return q.at
 }
 
 // settle settles what has ended by an instant.

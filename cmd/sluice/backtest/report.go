@@ -153,9 +153,10 @@ func (r *run) report(interrupted bool) *Report {
 		out.From, out.To = new(rfc3339(r.from)), new(rfc3339(r.to))
 	}
 	w := r.worlds[0]
-	out.Exempt, out.Unmatched, out.Invalid, out.Mistake = w.exempt, w.unmatched, w.invalid, w.mistake
+	p := r.player(w, spread)
+	out.Exempt, out.Unmatched, out.Invalid, out.Mistake = p.exempt, p.unmatched, p.invalid, p.mistake
 	out.Totals = r.totals(w)
-	out.timeline = r.player(w, spread).timeline
+	out.timeline = p.timeline
 	for _, s := range w.limits {
 		l := LimitReport{Name: s.limit.Name, LimitResult: r.result(w, s)}
 		l.Suggest, l.needs = suggest(r.suggesters, s)
@@ -188,7 +189,7 @@ func (r *run) totals(w *world) Totals {
 func (r *run) result(w *world, s *limitState) LimitResult {
 	evenly := r.player(w, spread).result(s)
 	out := LimitResult{
-		Totals: Totals{Requests: s.requests, Limited: evenly.limited}, Mode: "enforce", Keys: int64(len(s.keys)),
+		Totals: Totals{Requests: evenly.requests, Limited: evenly.limited}, Mode: "enforce", Keys: int64(len(s.keys)),
 		LimitedKeys: evenly.limitedKeys, timeline: evenly.timeline, Peak: peakOf(&evenly.timeline),
 	}
 	if p := r.player(w, atOnce); p != nil {

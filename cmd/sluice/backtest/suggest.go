@@ -97,34 +97,36 @@ func (s *suggester) play(q *request) {
 	}
 	isAllowed := make(map[*limitState]bool, 8)
 	for l, t := range s.without {
-		outcome, _ := t.take(q, d.charges, l)
+		outcome, _ := t.take(q, d, l)
 		isAllowed[l] = outcome == limiter.Allowed
 	}
-	for i := range d.charges {
-		c := &d.charges[i]
-		l := c.key.limit
+	for i, k := range d.keys {
+		c, l := &d.charges[i], k.limit
 		g := s.grids[l]
-		if g == nil || c.refused || !l.isOwn(c.bucket) {
+		if g == nil || c.Refused || !l.isOwn(c.Bucket) {
 			continue
 		}
-		m := c.key.demand[s.reading]
+		m := k.demand[s.reading]
 		if m == nil {
 			m = &demand{depths: make([]limiter.Depth, len(g.rates))}
-			c.key.demand[s.reading] = m
+			k.demand[s.reading] = m
 		}
-		at := c.when(q, s.reading)
+		at := q.at
+		if s.reading == spread {
+			at = d.spread[i]
+		}
 		if s.without[l] != nil && !isAllowed[l] {
 			// The limit counts its own verdict even where another one denies.
 			for j := range g.rates {
-				m.depths[j].Look(g.rates[j].bucket, at, c.cost)
+				m.depths[j].Look(g.rates[j].bucket, at, c.Cost)
 			}
-			m.least.look(g.burst, g.period.Microseconds(), at, c.cost)
+			m.least.look(g.burst, g.period.Microseconds(), at, c.Cost)
 			continue
 		}
 		for j := range g.rates {
-			m.depths[j].Take(g.rates[j].bucket, at, c.cost)
+			m.depths[j].Take(g.rates[j].bucket, at, c.Cost)
 		}
-		m.least.take(g.burst, g.period.Microseconds(), at, c.cost)
+		m.least.take(g.burst, g.period.Microseconds(), at, c.Cost)
 	}
 }
 

@@ -3,8 +3,11 @@ package backtest
 import (
 	"errors"
 	"io"
-	"time"
+	"slices"
+	"sync"
+	"sync/atomic"
 
+	"github.com/sluiceproxy/sluice/cmd/sluice/accesslog"
 	"github.com/sluiceproxy/sluice/limiter"
 	"github.com/sluiceproxy/sluice/limiter/policy"
 )
@@ -14,32 +17,35 @@ const maxBad = 5
 
 func isEOF(err error) bool { return errors.Is(err, io.EOF) }
 
-// world is a config with the state of its limits.
+// world is a config with the state of its limits. Workers use it while they draw,
+// all at once; the rest is written by the players.
 type world struct {
 	config *policy.Config
-	index  int // in request.draws
-	limits []*limitState
-	states map[*limiter.Limit]*limitState
-	keys   int // of all limits
-	// mistakes counts requests by the mistake of the config that refuses them.
-	exempt, unmatched, invalid int64
-	mistake                    string // the first
+	index  int           // in request.draws
+	own    []*limitState // the limits of the file
+	keys   atomic.Int64  // of all limits
+
+	mu     sync.Mutex
+	states map[*limiter.Limit]*limitState // all limits, those of routes too
+	limits []*limitState                  // all limits; only mu's holder may use it while workers run
 }
 
 // limitState is a limit with its keys.
 type limitState struct {
 	limit     *limiter.Limit
 	described *policy.Described // nil: none of the file
-	keys      map[string]*keyState
-	requests  int64
+	index     int               // in world.limits
+
+	mu   sync.Mutex
+	keys map[string]*keyState
 }
 
 // keyState is one bucket of a limit. What a reading changes belongs to its
 // player alone.
 type keyState struct {
 	limit    *limitState
-	key      string // as logs show it
-	requests int64
+	key      string                  // as logs show it
+	requests int64                   // counted by the player of spread
 	buckets  [2]limiter.ReplayBucket // by reading
 	limited  [2]int64
 	timeline *timeline
@@ -50,96 +56,119 @@ type keyState struct {
 	at              int64 // of the latest charge
 }
 
-// charge is what a request draws from one bucket.
-type charge struct {
-	key     *keyState
-	bucket  limiter.Bucket
-	cost    int64
-	settled int64         // what the request has cost at its end
-	at      int64         // when it is taken, evenly spread
-	life    time.Duration // of the hold; 0: nothing is held
-	refused bool
+// drawn is what a request draws in one world. The slices have one element for
+// each charge.
+type drawn struct {
+	charges []limiter.Charge // without their keys
+	keys    []*keyState
+	spread  []int64 // when each is taken, evenly spread
+	settled []int64 // what the request has cost at its end; nil if nothing is held
+
+	unlimited []*limitState
+	mistake   string // the config's mistake for which it is refused
+	exempt    bool
 }
 
 func newWorld(config *policy.Config, index int) *world {
 	w := &world{config: config, index: index, states: make(map[*limiter.Limit]*limitState)}
 	all := config.Describe()
 	for i := range all {
-		w.state(all[i].Limit).described = &all[i]
+		s := w.state(all[i].Limit)
+		s.described = &all[i]
 	}
+	w.own = slices.Clone(w.limits)
 	return w
 }
 
-// state returns the state of a limit.
+// state returns the state of a limit. It is safe for concurrent use.
 func (w *world) state(l *limiter.Limit) *limitState {
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	s := w.states[l]
 	if s == nil {
-		s = &limitState{limit: l, keys: make(map[string]*keyState)}
+		s = &limitState{limit: l, index: len(w.limits), keys: make(map[string]*keyState)}
 		w.states[l] = s
 		w.limits = append(w.limits, s)
 	}
 	return s
 }
 
-// settled returns what a request has cost at its end by each charge that is
-// held; nil if none is. It is safe for concurrent use.
-func (w *world) settled(charges []limiter.Charge, end *policy.End) (all []int64) {
-	for i := range charges {
-		c := &charges[i]
-		if c.HoldFor <= 0 {
-			continue
-		}
-		if all == nil {
-			all = make([]int64, len(charges))
-		}
-		// Of a mistake, what was taken stands, and that is what Settle returns.
-		all[i], _ = w.config.Settle(c.Limit.Domain, c.Limit.Name, end, c.Cost)
+// key returns the state of a charge's bucket. It is safe for concurrent use.
+func (s *limitState) key(w *world, c *limiter.Charge) *keyState {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	k := s.keys[c.Key]
+	if k == nil {
+		k = &keyState{limit: s, key: c.ShownKey()}
+		s.keys[c.Key] = k
+		w.keys.Add(1)
 	}
-	return all
+	return k
 }
 
-// intern returns what a request draws, with the states of its buckets.
-func (w *world) intern(d *policy.Draw, settled []int64) drawn {
-	out := drawn{exempt: d.Exempt}
-	if d.Exempt {
-		w.exempt++
-		return out
+// drawer finds what requests draw in a world. One goroutine uses it.
+type drawer struct {
+	world   *world
+	charges []limiter.Charge // memory for one draw
+	// What is left of the memory for the draws of many requests:
+	room  []limiter.Charge
+	keys  []*keyState
+	times []int64
+}
+
+// drawRoom is for how many charges a drawer allocates memory at a time.
+const drawRoom = 4096
+
+// draw returns what a request draws, with the states of its buckets.
+func (d *drawer) draw(e *accesslog.Entry) drawn {
+	w := d.world
+	draw := w.config.DrawInto(&e.Request, d.charges)
+	if draw.Exempt {
+		return drawn{exempt: true}
 	}
-	for _, l := range d.Unlimited {
-		s := w.state(l)
-		s.requests++
-		out.unlimited = append(out.unlimited, s)
+	var out drawn
+	for _, l := range draw.Unlimited {
+		out.unlimited = append(out.unlimited, w.state(l))
 	}
-	if d.Invalid {
-		w.invalid++
-		for _, m := range d.Mistakes {
-			if !m.Shadow && w.mistake == "" {
-				w.mistake = m.Error()
+	if draw.Invalid {
+		for _, m := range draw.Mistakes {
+			if !m.Shadow {
+				out.mistake = m.Error()
+				break
 			}
 		}
-		out.mistake = w.mistake
 	}
-	if len(d.Charges) == 0 {
-		if out.unmatched = len(d.Unlimited) == 0 && !d.Invalid; out.unmatched {
-			w.unmatched++
-		}
+	n := len(draw.Charges)
+	if n == 0 {
 		return out
 	}
-	out.charges = make([]charge, len(d.Charges))
-	for i := range d.Charges {
-		c := &d.Charges[i]
-		s := w.state(c.Limit)
-		k := s.keys[c.Key]
-		if k == nil {
-			k = &keyState{limit: s, key: c.ShownKey()}
-			s.keys[c.Key] = k
-			w.keys++
+	d.charges = draw.Charges
+	if n > len(d.room) {
+		room := max(n, drawRoom)
+		d.room, d.keys, d.times = make([]limiter.Charge, room), make([]*keyState, room), make([]int64, room)
+	}
+	out.charges, d.room = d.room[:n:n], d.room[n:]
+	out.keys, d.keys = d.keys[:n:n], d.keys[n:]
+	out.spread, d.times = d.times[:n:n], d.times[n:]
+	own := w.own
+	for i := range draw.Charges {
+		c := &draw.Charges[i]
+		// The charges of the file's limits are in the order of the file.
+		var s *limitState
+		if j := slices.IndexFunc(own, func(s *limitState) bool { return s.limit == c.Limit }); j >= 0 {
+			s, own = own[j], own[j+1:]
+		} else {
+			s = w.state(c.Limit)
 		}
-		s.requests++
-		k.requests++
-		out.charges[i] = charge{key: k, bucket: c.Bucket, cost: c.Cost, refused: c.Refused, life: c.HoldFor}
+		out.keys[i] = s.key(w, c)
+		out.charges[i] = *c
+		out.charges[i].Key, out.charges[i].Shown = "", ""
 		if c.HoldFor > 0 {
-			out.charges[i].settled = settled[i]
+			if out.settled == nil {
+				out.settled = make([]int64, n)
+			}
+			// Of a mistake, what was taken stands, and that is what Settle returns.
+			out.settled[i], _ = w.config.Settle(c.Limit.Domain, c.Limit.Name, &e.End, c.Cost)
 		}
 	}
 	return out
