@@ -92,12 +92,13 @@ func Run(ctx context.Context, o Options) (*Report, error) {
 	return r.report(ctx.Err() != nil), err
 }
 
-// The percentage of the garbage collector while there are at most fewKeys keys, and
-// what it is by default.
+// The percentages of the garbage collector while there are at most fewKeys keys and
+// when there are more, whose memory counts; and what it is by default.
 const (
-	fewKeysGC = 400
-	fewKeys   = 20_000
-	defaultGC = 100
+	fewKeysGC  = 200
+	fewKeys    = 20_000
+	manyKeysGC = 60
+	defaultGC  = 100
 )
 
 // reading is how the requests of one grain are played.
@@ -376,7 +377,7 @@ func (r *run) add(s *stream, j *job) {
 	}
 	if keys > fewKeys && !r.hasManyKeys {
 		r.hasManyKeys = true
-		if before := debug.SetGCPercent(defaultGC); before != fewKeysGC {
+		if before := debug.SetGCPercent(manyKeysGC); before != fewKeysGC {
 			debug.SetGCPercent(before)
 		}
 	}
