@@ -197,7 +197,8 @@ func TestNamesAreBounded(t *testing.T) {
 			t.Errorf("no %s", want)
 		}
 	}
-	if n := len(s.report.limits.all()); n != maxConfigLimits+maxRouteLimits+1 { // and the shared shadow
+	ofFile, ofRoutes := s.report.limits.all()
+	if n := len(ofFile) + len(ofRoutes); n != maxConfigLimits+maxRouteLimits+1 { // and the shared shadow
 		t.Errorf("%d names", n)
 	}
 	for i := range maxLoggedMistakes + 10 {

@@ -26,10 +26,19 @@ type Totals struct {
 type LimitTotals struct {
 	Name   string
 	Shadow bool
+	Route  bool // whether it is a limit of Envoy's routes, and not of the config
 	// Allowed and Limited are the numbers of the limit's own verdicts, whatever
 	// other limits decided.
 	Allowed, Limited uint64
 	Taken            uint64 // tokens
+	// Settled is nil if the limit has never settled.
+	Settled *SettledTotals
+}
+
+// SettledTotals has the counts of the settlements of one limit: tokens, but for
+// Expired, which counts requests whose end did not arrive in time.
+type SettledTotals struct {
+	Returned, Surcharged, Forgiven, Expired uint64
 }
 
 // Totals returns the counts of all checks.
@@ -47,19 +56,31 @@ func (s *Server) Totals() Totals {
 // Limits returns the counts of the limits of the config and of Envoy's routes,
 // sorted by name.
 func (s *Server) Limits() []LimitTotals {
-	known := s.report.limits.all()
-	all := make([]LimitTotals, 0, len(known))
-	for name, l := range known {
-		all = append(all, LimitTotals{
-			Name:    name.name,
-			Shadow:  name.shadow,
-			Allowed: count(l.allowed),
-			Limited: count(l.limited),
-			Taken:   count(l.taken),
-		})
+	config, routes := s.report.limits.all()
+	all := make([]LimitTotals, 0, len(config)+len(routes))
+	for name, l := range config {
+		all = append(all, l.totals(name, false))
+	}
+	for name, l := range routes {
+		all = append(all, l.totals(name, true))
 	}
 	slices.SortFunc(all, func(a, b LimitTotals) int { return cmp.Compare(a.Name, b.Name) })
 	return all
+}
+
+// totals returns the counts of a limit with this name.
+func (l *limitReport) totals(name limitName, isRoute bool) LimitTotals {
+	t := LimitTotals{
+		Name: name.name, Shadow: name.shadow, Route: isRoute,
+		Allowed: count(l.allowed), Limited: count(l.limited), Taken: count(l.taken),
+	}
+	if r := l.settle.Load(); r != nil {
+		t.Settled = &SettledTotals{
+			Returned: count(r.returned), Surcharged: count(r.surcharged),
+			Forgiven: count(r.forgiven), Expired: count(r.expired),
+		}
+	}
+	return t
 }
 
 // count returns the value of a counter.
@@ -71,15 +92,16 @@ func count(c prometheus.Counter) uint64 {
 
 // Top returns the keys of a limit with the most requests, and those with the
 // most denials, in the last five to ten minutes: at most n each, highest count
-// first. It returns nil for an unknown limit. At most a hundred limits have
-// their keys counted; it returns nil for the others, too.
-func (s *Server) Top(limit string, n int) (requests, denials []TopKey) {
+// first. counted is false if the keys of the limit are not counted: it is unknown,
+// no check has drawn from it yet, or a hundred other limits were first.
+func (s *Server) Top(limit string, n int) (requests, denials []TopKey, counted bool) {
 	for _, l := range s.report.limits.named(limit) {
 		if k := l.topKeys.Load(); k != nil {
-			return k.list(n, time.Now())
+			requests, denials = k.list(n, time.Now())
+			return requests, denials, true
 		}
 	}
-	return nil, nil
+	return nil, nil, false
 }
 
 // Denials returns the last denials, the newest first: at most a hundred, and as

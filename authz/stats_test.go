@@ -138,7 +138,7 @@ func TestStatsAreBounded(t *testing.T) {
 	if after := heap(); after > before+1<<20 {
 		t.Errorf("the heap grew from %d kB to %d kB", before>>10, after>>10)
 	}
-	requests, denials := s.Top("a", 10)
+	requests, denials, _ := s.Top("a", 10)
 	if len(requests) != 10 || requests[0].Key != "=4.busy" || denials[0].Key != "=4.busy" ||
 		denials[0].Count < clients/20 || denials[0].Count-denials[0].Over > clients/20 {
 		t.Errorf("%v %v", requests, denials)
@@ -171,7 +171,7 @@ func TestTopKeysAreBounded(t *testing.T) {
 			s.report.charged(s.report.limits.forLimit(s.config.Load(), l),
 				&limiter.Charge{Limit: l, Bucket: bucketOf(t), Key: "p:{k}"},
 				&limiter.Verdict{Allowed: true, Source: limiter.MemorySource}, true, time.Now())
-			if requests, _ := s.Top(l.Name, 1); len(requests) == 1 && requests[0].Key == "k" {
+			if requests, _, _ := s.Top(l.Name, 1); len(requests) == 1 && requests[0].Key == "k" {
 				kept++
 			}
 		}
@@ -179,7 +179,7 @@ func TestTopKeysAreBounded(t *testing.T) {
 			t.Errorf("round %d: %d limits' are kept", round, kept)
 		}
 	}
-	if r, d := s.Top("nobody", 1); r != nil || d != nil {
+	if r, d, counted := s.Top("nobody", 1); r != nil || d != nil || counted {
 		t.Error(r, d)
 	}
 }
@@ -253,7 +253,7 @@ limits:
 	}
 	explained := Explain(t.Context(), s.config.Load(), nil, request).Limits
 	for i, limit := range []string{"a", "b"} {
-		requests, denials := s.Top(limit, 9)
+		requests, denials, _ := s.Top(limit, 9)
 		for where, got := range map[string]string{
 			"log": fmt.Sprint(logs.All()[i].ContextMap()["key"]), "list": s.Denials()[i].Key, "explain": *explained[i].Key,
 			"top": requests[0].Key, "top denials": denials[0].Key,

@@ -126,7 +126,7 @@ func serveSide(side, url string) error {
 		if err := syscall.Getrusage(syscall.RUSAGE_SELF, &usage); err != nil {
 			return err
 		}
-		top, _ := s.Top("strangers", sketchSize)
+		top, _, _ := s.Top("strangers", sketchSize)
 		if err := json.NewEncoder(os.Stdout).Encode(spent{
 			CPU:    time.Duration(usage.Utime.Nano() + usage.Stime.Nano()),
 			Peak:   int(usage.Maxrss),

@@ -290,17 +290,21 @@ func (t *limitTable) sweepLocked(now time.Time) {
 	}
 }
 
-// all returns every limit that has metrics of its own, and the shared ones.
-func (t *limitTable) all() map[limitName]*limitReport {
+// all returns every limit that has metrics of its own, and the shared ones:
+// those of the config, and those of Envoy's routes that the config does not
+// have.
+func (t *limitTable) all() (config, routes map[limitName]*limitReport) {
 	t.mu.RLock()
-	all := maps.Clone(t.routes)
+	routes = maps.Clone(t.routes)
 	t.mu.RUnlock()
+	config = make(map[limitName]*limitReport)
 	for name, l := range *t.config.Load() {
 		if !l.isShared {
-			all[name] = l
+			config[name] = l
+			delete(routes, name)
 		}
 	}
-	return all
+	return config, routes
 }
 
 // named returns the limits with a name: none, an enforced one, a shadow limit,

@@ -38,6 +38,23 @@ func (l *Leases) SetLimits(limits []*Limit) {
 	l.limits.Store(&next)
 }
 
+// LeaseTotals has the counts of one limit's leases.
+type LeaseTotals struct {
+	Keys  int64 // whose tokens this sidecar has leased now
+	Takes int64 // how often it leased some, renewals included
+}
+
+// Totals returns the counts of the limits that have a Lease, by name. It is safe
+// for concurrent use.
+func (l *Leases) Totals() map[string]LeaseTotals {
+	limits := *l.limits.Load()
+	all := make(map[string]LeaseTotals, len(limits))
+	for name, m := range limits {
+		all[name] = LeaseTotals{Keys: m.leases.Load(), Takes: m.takes.Load()}
+	}
+	return all
+}
+
 var (
 	leasesDesc = prometheus.NewDesc("sluice_leases",
 		"Number of keys whose tokens this sidecar has leased, by limit.", []string{"limit"}, nil)

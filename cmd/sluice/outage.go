@@ -2,15 +2,17 @@ package main
 
 import (
 	"context"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
 
+	"github.com/sluiceproxy/sluice/cmd/sluice/page"
 	"github.com/sluiceproxy/sluice/limiter"
 )
 
-// outages logs when Redis stops answering and when it answers again. It is not
-// safe for concurrent use.
+// outages logs when Redis stops answering and when it answers again. Only last
+// is safe for concurrent use.
 type outages struct {
 	log *zap.Logger
 	// unreachable returns how many nodes do not answer.
@@ -18,8 +20,8 @@ type outages struct {
 	// checks returns the number of checks so far, by outcome.
 	checks func() map[limiter.Outcome]uint64
 
-	since  time.Time                  // when the outage began; zero if there is none
-	before map[limiter.Outcome]uint64 // the checks at the last look before it
+	last   atomic.Pointer[page.Outage] // as it was at the last look; nil: there was none
+	before map[limiter.Outcome]uint64  // the checks at the last look before it
 }
 
 // looksEvery is how often outages looks whether Redis answers.
@@ -39,27 +41,38 @@ func (o *outages) run(ctx context.Context) {
 	}
 }
 
+// failures are the outcomes that on_failure decides, in the order of the log.
+var failures = []limiter.Outcome{limiter.FailedClosed, limiter.FailedOpen, limiter.FailedLocal, limiter.Delegated}
+
 // look logs whether Redis went away or came back since the last look.
 func (o *outages) look(now time.Time) {
-	nodes := o.unreachable()
-	switch {
-	case nodes > 0 && o.since.IsZero():
-		o.since = now
+	nodes, last, checks := o.unreachable(), o.last.Load(), o.checks()
+	lasts := last != nil && last.Until.IsZero()
+	if nodes == 0 && !lasts {
+		o.before = checks // the checks that opened the breaker are part of the outage
+		return
+	}
+	next := page.Outage{Since: now, Checks: make(map[limiter.Outcome]uint64)}
+	if lasts {
+		next.Since = last.Since
+	} else {
 		o.log.Warn("circuit breaker open, Redis does not answer", zap.Int("nodes", nodes))
-	case nodes > 0:
-	case o.since.IsZero():
-		o.before = o.checks() // the checks that opened the breaker are part of the outage
-	default:
-		fields := []zap.Field{zap.Duration("after", now.Sub(o.since).Round(time.Millisecond))}
-		checks := o.checks()
-		for _, outcome := range []limiter.Outcome{
-			limiter.FailedClosed, limiter.FailedOpen, limiter.FailedLocal, limiter.Delegated,
-		} {
-			if n := checks[outcome] - o.before[outcome]; n > 0 {
+	}
+	for _, outcome := range failures {
+		if n := checks[outcome] - o.before[outcome]; n > 0 {
+			next.Checks[outcome] = n
+		}
+	}
+	if nodes == 0 {
+		next.Until = now
+		fields := []zap.Field{zap.Duration("after", now.Sub(next.Since).Round(time.Millisecond))}
+		for _, outcome := range failures {
+			if n := next.Checks[outcome]; n > 0 {
 				fields = append(fields, zap.Uint64(outcome.String(), n))
 			}
 		}
 		o.log.Info("Redis answers again", fields...)
-		o.since, o.before = time.Time{}, checks
+		o.before = checks
 	}
+	o.last.Store(&next)
 }

@@ -41,6 +41,7 @@ type sidecar struct {
 	fallback *limiter.Fallback // wraps redis; nil without it
 	ceiling  *limiter.Ceiling  // wraps fallback; nil without it
 	leases   *limiter.Leases   // wraps ceiling; nil without it
+	outages  *outages          // of redis; nil without it
 	traces   *traces           // nil disables tracing
 
 	grpc, metrics, admin net.Listener
@@ -110,6 +111,12 @@ func newSidecar(source configSource, stderr io.Writer) (*sidecar, error) {
 	s.checks = authz.New(authz.Options{
 		Config: cfg, Store: store, Settler: settler, Log: log, Metrics: s.registry, Tracer: tracer,
 	})
+
+	if s.redis != nil {
+		s.outages = &outages{log: log, unreachable: s.redis.Unreachable, checks: func() map[limiter.Outcome]uint64 {
+			return s.checks.Totals().Checks
+		}}
+	}
 
 	for _, l := range []struct {
 		field, addr string
@@ -247,10 +254,7 @@ func (s *sidecar) serve(ctx context.Context) error {
 		all.Add(func() error { s.redis.Run(background); return nil }, func(error) { cancel() })
 		all.Add(func() error { s.fallback.Run(background); return nil }, func(error) { cancel() })
 		all.Add(func() error { s.ceiling.Run(background); return nil }, func(error) { cancel() })
-		o := outages{log: s.log, unreachable: s.redis.Unreachable, checks: func() map[limiter.Outcome]uint64 {
-			return s.checks.Totals().Checks
-		}}
-		all.Add(func() error { o.run(background); return nil }, func(error) { cancel() })
+		all.Add(func() error { s.outages.run(background); return nil }, func(error) { cancel() })
 	}
 	all.Add(func() error { s.reload.run(background, s.hangup); return nil }, func(error) { cancel() })
 	if s.redis != nil {
@@ -314,16 +318,16 @@ func (s *sidecar) addHTTP(all *group.Group, l net.Listener, h http.Handler) {
 
 // page returns the operator's page of this sidecar.
 func (s *sidecar) page() *page.Page {
-	var buckets limiter.Store
-	if s.redis != nil {
-		buckets = s.redis.ReadOnly()
-	} else {
-		buckets = s.memory.ReadOnly()
+	o := page.Options{
+		Server: s.checks, Config: s.cfg.Load, StoreMetrics: s.stores, State: s.state,
+		Version: buildVersion(), ConfigFile: s.reload.source.file, GRPC: s.grpc.Addr().String(),
 	}
-	return page.New(page.Options{
-		Server: s.checks, Config: s.cfg.Load, Buckets: buckets, StoreMetrics: s.stores, State: s.state,
-		Version: buildVersion(), ConfigFile: s.reload.source.file,
-	})
+	if s.redis != nil {
+		o.Buckets, o.Leases = s.redis.ReadOnly(), s.leases.Totals
+	} else {
+		o.Buckets = s.memory.ReadOnly()
+	}
+	return page.New(o)
 }
 
 // state returns what the operator's page shows of the process.
@@ -332,6 +336,9 @@ func (s *sidecar) state() page.State {
 	state := page.State{Ready: s.answered.Load() && !draining, Draining: draining, LogLevel: s.level.String()}
 	if last := s.reload.last.Load(); last != nil {
 		state.Reloaded, state.ReloadErrors = last.at, last.errors
+	}
+	if s.outages != nil {
+		state.Outage = s.outages.last.Load()
 	}
 	return state
 }

@@ -19,6 +19,9 @@ type Described struct {
 	Key       []string // expressions of the key's parts; empty: no key
 	Group     string   // empty: in no group
 	Overrides int      // number of overrides
+	Settle    string   // what a request has cost, once it has ended; empty: what was taken
+	// SettleWithin is by when a request must have ended. It is 0 without Settle.
+	SettleWithin time.Duration
 	// Bucket is the shape of the buckets of keys without an override, and Tokens
 	// and Period are its rate. They are zero if the rate is unlimited.
 	Bucket limiter.Bucket
@@ -42,6 +45,9 @@ func (c *Config) Describe() []Described {
 		}
 		for _, e := range r.key {
 			d.Key = append(d.Key, e.text)
+		}
+		if r.settle != nil {
+			d.Settle, d.SettleWithin = r.settle.text(), r.within
 		}
 		if r.overrides != nil {
 			d.Overrides = len(r.overrides.inline) + len(r.overrides.file)

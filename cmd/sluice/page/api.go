@@ -21,9 +21,7 @@ import (
 )
 
 const (
-	defaultLimits = 100 // of GET /api/limits
-	maxLimits     = 1000
-	topKeys       = 20 // of GET /api/top
+	topKeys = 20 // of GET /api/top
 
 	// explainTimeout is how long explain waits for the store. It is longer
 	// than the timeout of a check, because a person waits for it.
@@ -39,7 +37,9 @@ type statusReport struct {
 	LogLevel string            `json:"log_level"`
 	Ready    bool              `json:"ready"`
 	Draining bool              `json:"draining"`
+	GRPC     string            `json:"grpc"`          // the address that Envoy asks
 	Checks   map[string]uint64 `json:"checks"`        // by decision
+	Checked  *time.Time        `json:"last_check"`    // to a second; null: none since the start
 	Seconds  quantiles         `json:"check_seconds"` // in the last minute
 	Store    storeReport       `json:"store"`
 	Config   configReport      `json:"config"`
@@ -53,15 +53,28 @@ type storeReport struct {
 	ErrorsLastMinute uint64            `json:"errors_last_minute"`
 	Seconds          quantiles         `json:"seconds"` // in the last minute
 	Entries          uint64            `json:"entries"` // buckets in this process
+	Outage           *outageReport     `json:"outage"`  // the last one; null: none since the start
 
 	histogram *dto.Histogram // of a call to the store, in seconds
 }
 
+// outageReport is a time in which Redis did not answer.
+type outageReport struct {
+	Since   time.Time  `json:"since"`
+	Until   *time.Time `json:"until"` // null while it lasts
+	Seconds float64    `json:"seconds"`
+	// Checks has the numbers of the checks that on_failure decided meanwhile.
+	Checks map[string]uint64 `json:"checks"`
+}
+
 type configReport struct {
-	File   string  `json:"file"`
-	Hash   string  `json:"hash"`
-	Limits int     `json:"limits"`
-	Last   *reload `json:"last_reload"` // null: none since the start
+	File     string  `json:"file"`
+	Hash     string  `json:"hash"`
+	Mode     string  `json:"mode"` // enforce, or shadow: nothing in the file denies
+	Limits   int     `json:"limits"`
+	Shadow   int     `json:"shadow_limits"` // of Limits
+	Warnings int     `json:"warnings"`
+	Last     *reload `json:"last_reload"` // null: none since the start
 }
 
 type reload struct {
@@ -75,8 +88,30 @@ func (p *Page) status() statusReport {
 	r := statusReport{
 		Version: p.Version, Domain: cfg.Domain, Now: time.Now().UTC(), Started: p.started.UTC(),
 		LogLevel: state.LogLevel, Ready: state.Ready, Draining: state.Draining,
-		Checks: make(map[string]uint64), Store: p.store(),
-		Config: configReport{File: p.ConfigFile, Hash: cfg.Hash, Limits: len(cfg.Limits())},
+		GRPC: p.GRPC, Checks: make(map[string]uint64), Store: p.store(),
+		Config: configReport{
+			File: p.ConfigFile, Hash: cfg.Hash, Mode: cfg.Mode(), Limits: len(cfg.Limits()), Warnings: len(cfg.Warnings),
+		},
+	}
+	for _, l := range cfg.Limits() {
+		if l.Shadow {
+			r.Config.Shadow++
+		}
+	}
+	if at := p.history.lastCheck(); !at.IsZero() {
+		r.Checked = new(at.UTC())
+	}
+	if o := state.Outage; o != nil {
+		r.Store.Outage = &outageReport{Since: o.Since.UTC(), Checks: make(map[string]uint64)}
+		end := r.Now
+		if !o.Until.IsZero() {
+			end = o.Until.UTC()
+			r.Store.Outage.Until = &end
+		}
+		r.Store.Outage.Seconds = end.Sub(r.Store.Outage.Since).Seconds()
+		for outcome, n := range o.Checks {
+			r.Store.Outage.Checks[outcome.String()] = n
+		}
 	}
 	for outcome, n := range p.Server.Totals().Checks {
 		r.Checks[outcome.String()] = n
@@ -145,88 +180,6 @@ func addressOf(o *limiter.RedisOptions) string {
 	return strings.Join(all, ", ")
 }
 
-// limitReport is one limit of GET /api/limits, with what it decided since the
-// start.
-type limitReport struct {
-	Name      string   `json:"name"`
-	Mode      string   `json:"mode"` // enforce or shadow
-	From      string   `json:"from"` // config, or route: Envoy's filter chain
-	Rate      string   `json:"rate,omitempty"`
-	Burst     int64    `json:"burst,omitempty"`
-	Lease     string   `json:"lease,omitempty"` // such as 200ms
-	Key       []string `json:"key"`
-	Group     string   `json:"group,omitempty"`
-	Overrides int      `json:"overrides"`
-	Allowed   uint64   `json:"allowed"`
-	Limited   uint64   `json:"limited"`
-	Tokens    uint64   `json:"tokens"` // that were taken
-}
-
-// limits returns the limits whose names contain the parameter filter. If there
-// are more than n, it returns the n that denied most.
-func (p *Page) limits(r *http.Request) (any, error) {
-	filter, most := r.FormValue("filter"), defaultLimits
-	if n := r.FormValue("n"); n != "" {
-		var err error
-		if most, err = strconv.Atoi(n); err != nil || most < 1 || most > maxLimits {
-			return nil, badRequestError{fmt.Errorf("n=%q: must be a number from 1 to %d", n, maxLimits)}
-		}
-	}
-	found := slices.DeleteFunc(p.allLimits(), func(l limitReport) bool {
-		return !strings.Contains(l.Name, filter)
-	})
-	total := len(found)
-	if total > most {
-		slices.SortStableFunc(found, func(a, b limitReport) int {
-			return cmp.Or(cmp.Compare(b.Limited, a.Limited), cmp.Compare(b.Allowed, a.Allowed))
-		})
-		found = found[:most]
-	}
-	return struct {
-		Total  int           `json:"total"`
-		Limits []limitReport `json:"limits"`
-	}{total, found}, nil
-}
-
-// allLimits returns the limits of the config in its order, and then those that
-// are counted and not in the config: they come from Envoy's routes.
-func (p *Page) allLimits() []limitReport {
-	type id struct {
-		name   string
-		shadow bool
-	}
-	modes := map[bool]string{false: "enforce", true: "shadow"}
-	counted := p.Server.Limits()
-	totals := make(map[id]authz.LimitTotals)
-	for _, l := range counted {
-		totals[id{l.Name, l.Shadow}] = l
-	}
-	all := []limitReport{}
-	inConfig := make(map[id]bool)
-	for _, d := range p.Config().Describe() {
-		l := id{d.Limit.Name, d.Limit.Shadow}
-		inConfig[l] = true
-		lease := ""
-		if d.Limit.Lease > 0 {
-			lease = d.Limit.Lease.String()
-		}
-		all = append(all, limitReport{
-			Name: l.name, Mode: modes[l.shadow], From: "config", Lease: lease, Rate: d.Rate, Burst: d.Burst,
-			Key: append([]string{}, d.Key...), Group: d.Group, Overrides: d.Overrides,
-			Allowed: totals[l].Allowed, Limited: totals[l].Limited, Tokens: totals[l].Taken,
-		})
-	}
-	for _, l := range counted {
-		if !inConfig[id{l.Name, l.Shadow}] {
-			all = append(all, limitReport{
-				Name: l.Name, Mode: modes[l.Shadow], From: "route", Key: []string{},
-				Allowed: l.Allowed, Limited: l.Limited, Tokens: l.Taken,
-			})
-		}
-	}
-	return all
-}
-
 // keyReport is one key of GET /api/top.
 type keyReport struct {
 	Key   string           `json:"key"`
@@ -242,7 +195,7 @@ func (p *Page) top(r *http.Request) (any, error) {
 	if limit == "" {
 		return nil, badRequestError{errors.New("limit: missing; want the name of a limit")}
 	}
-	requests, denials := p.Server.Top(limit, topKeys)
+	requests, denials, counted := p.Server.Top(limit, topKeys)
 	report := func(keys []authz.TopKey) []keyReport {
 		all := make([]keyReport, len(keys))
 		for i, k := range keys {
@@ -252,9 +205,10 @@ func (p *Page) top(r *http.Request) (any, error) {
 	}
 	return struct {
 		Limit    string      `json:"limit"`
+		Counted  bool        `json:"counted"` // whether the keys of the limit are counted
 		Requests []keyReport `json:"requests"`
 		Denials  []keyReport `json:"denials"`
-	}{limit, report(requests), report(denials)}, nil
+	}{limit, counted, report(requests), report(denials)}, nil
 }
 
 // denialReport is one entry of GET /api/denials: the latest of Count denied

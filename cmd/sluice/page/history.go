@@ -24,6 +24,8 @@ const (
 type history struct {
 	mu      sync.Mutex
 	samples []sample // oldest first, at most maxSamples and one
+	// checked is when the last check was seen, to a second; zero before the first.
+	checked time.Time
 }
 
 // sample has the counts since the start as they were at an instant.
@@ -71,6 +73,13 @@ func (h *history) run(ctx context.Context, take func() sample) {
 func (h *history) add(s sample) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	before := uint64(0)
+	if n := len(h.samples); n > 0 {
+		before = h.samples[n-1].checks.count
+	}
+	if s.checks.count > before {
+		h.checked = s.at
+	}
 	if len(h.samples) > maxSamples {
 		h.samples = append(h.samples[:0], h.samples[1:]...)
 	}
@@ -102,6 +111,14 @@ func (h *history) seconds() []second {
 		})
 	}
 	return all
+}
+
+// lastCheck returns when the last check was seen, to a second, or zero before
+// the first.
+func (h *history) lastCheck() time.Time {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.checked
 }
 
 // quantiles are the median and the 99th percentile of durations in seconds.

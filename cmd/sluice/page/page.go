@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"net/http"
 	"net/http/pprof"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -28,8 +29,8 @@ var assets embed.FS
 // maxForm is the maximum size of a request's body in bytes.
 const maxForm = 64 << 10
 
-// Options configures a Page. All fields but ConfigFile are required. The
-// functions must be safe for concurrent use.
+// Options configures a Page. All fields but Leases and ConfigFile are required.
+// The functions must be safe for concurrent use.
 type Options struct {
 	Server *authz.Server         // whose checks are shown
 	Config func() *policy.Config // returns the config in force
@@ -37,9 +38,12 @@ type Options struct {
 	Buckets limiter.Store
 	// StoreMetrics has the metrics of the store alone.
 	StoreMetrics prometheus.Gatherer
-	State        func() State
-	Version      string
-	ConfigFile   string // empty: there is no config file
+	// Leases returns the counts of leases by limit; nil: there are none.
+	Leases     func() map[string]limiter.LeaseTotals
+	State      func() State
+	Version    string
+	ConfigFile string // empty: there is no config file
+	GRPC       string // the address that Envoy asks
 }
 
 // State is the state of the process.
@@ -48,6 +52,14 @@ type State struct {
 	LogLevel        string
 	Reloaded        time.Time // when the config was last reloaded, or zero
 	ReloadErrors    []string  // why that failed; empty if it succeeded
+	Outage          *Outage   // the last one of Redis, or nil
+}
+
+// Outage is a time in which Redis did not answer.
+type Outage struct {
+	Since, Until time.Time // Until is zero while it lasts
+	// Checks has the numbers of the checks that on_failure decided.
+	Checks map[limiter.Outcome]uint64
 }
 
 // Page is the HTTP handler of the admin listener. It is safe for concurrent
@@ -57,6 +69,7 @@ type Page struct {
 	handler http.Handler
 	started time.Time
 	history history
+	limits  atomic.Pointer[limitList] // of the config that was shown last
 }
 
 // New returns a Page. It shows charts only while Run runs.
@@ -76,8 +89,8 @@ func (p *Page) Run(ctx context.Context) { p.history.run(ctx, p.sample) }
 var paths = map[string]string{
 	"/api/status":  "checks, store and config",
 	"/api/history": "the last five minutes, by second",
-	"/api/limits?filter=&n=": "limits and their decisions; filter is a part of their names; " +
-		"of more than n limits, those that denied most",
+	"/api/limits?filter=&sort=&n=": "limits and their decisions; filter is a part of their names, groups or keys; " +
+		"sort is file, name, allowed or denied; of more than n limits, those that denied most unless sort says otherwise",
 	"/api/top?limit=": "the keys of a limit with the most requests and the most denials in the last five to ten minutes",
 	"/api/denials": "the latest denied requests, and those that limits in shadow mode would have denied (shadow), " +
 		"grouped by limit, key and outcome",
@@ -101,7 +114,7 @@ func (p *Page) routes() *http.ServeMux {
 		"/api/{$}":     func(*http.Request) (any, error) { return paths, nil },
 		"/api/status":  func(*http.Request) (any, error) { return p.status(), nil },
 		"/api/history": func(*http.Request) (any, error) { return p.history.seconds(), nil },
-		"/api/limits":  p.limits,
+		"/api/limits":  p.findLimits,
 		"/api/top":     p.top,
 		"/api/denials": func(*http.Request) (any, error) { return p.denials(), nil },
 		"/api/explain": p.explain,
