@@ -41,6 +41,7 @@ type Denial struct {
 	Key        string
 	Cost       int64             // tokens
 	Remaining  int64             // tokens
+	Held, Owed int64             // tokens of the bucket
 	RetryAfter time.Duration     // limiter.Never if a retry is of no use
 	Field      string            // the field of the config, if Outcome is Invalid
 	Failure    limiter.ErrorKind // the kind of the store's error, if it failed
@@ -133,6 +134,7 @@ func (d *denials) add(
 	if charge != nil {
 		last.Domain, last.Cost, last.Key = charge.Limit.Domain, charge.Cost, charge.ShownKey()
 		last.Remaining, last.RetryAfter, last.err = verdict.Remaining, verdict.RetryAfter, verdict.Err
+		last.Held, last.Owed = verdict.Held, verdict.Owed
 	}
 }
 

@@ -212,7 +212,7 @@ func TestPage(t *testing.T) {
 	// A click explains a denied request.
 	row := `#denials-rows tr:has(b) [data-denial]`
 	b.click(row)
-	holds("#answer", "This request now")
+	holds("#answer", "The denied request now")
 	b.await(`document.querySelectorAll("#answer .verdicts li").length === 6`)
 
 	// An invalid request is reported.
@@ -251,24 +251,7 @@ func TestPage(t *testing.T) {
 		b.await(`document.querySelectorAll("#denials-rows tr").length > 5`)
 		<-time.After(20 * time.Second)
 	}
-	for _, look := range []struct {
-		name, colours string
-		width         int
-	}{
-		{"light", "light", 1280}, {"dark", "dark", 1280}, {"narrow", "light", 390}, {"narrow-dark", "dark", 390},
-		{"middle", "light", 800},
-	} {
-		b.look(look.width, look.colours)
-		b.await(fmt.Sprintf("innerWidth === %d", look.width))
-		if wide := b.eval("document.documentElement.scrollWidth"); wide.(float64) > float64(look.width) {
-			t.Errorf("at %d pixels the page is %v wide", look.width, wide)
-		}
-		if cut := b.eval(`[...document.querySelectorAll("td, li, dd, h2, main p")].
-			filter((e) => e.scrollWidth > e.clientWidth + 1).map((e) => e.innerText).join("; ")`); cut != "" {
-			t.Errorf("at %d pixels this is wider than its place: %v", look.width, cut)
-		}
-		b.shot(look.name)
-	}
+	b.looks("load")
 
 	// The new config is invalid and contains an attack.
 	if err := os.WriteFile(config, []byte(pageConfig+"  - {name: '"+attack+"', rate: 1/s}\n"), 0o600); err != nil {
@@ -304,6 +287,38 @@ func TestPage(t *testing.T) {
 	redis.Kill()
 	holds("#alarms", "Redis does not answer")
 	b.shot("no-redis")
+}
+
+// looks checks that everything has room on the page, light and dark, on a
+// screen, a tablet and a phone, and takes a picture of each.
+func (b *browser) looks(name string) {
+	b.t.Helper()
+	for _, look := range []struct {
+		name, colours string
+		width         int
+	}{
+		{"dark", "dark", 1280}, {"phone", "light", 390}, {"phone-dark", "dark", 390}, {"middle", "light", 800},
+		{"light", "light", 1280}, // the last stays
+	} {
+		b.look(look.width, look.colours)
+		b.await(fmt.Sprintf("innerWidth === %d", look.width))
+		b.polled()
+		if wide := b.eval("document.documentElement.scrollWidth"); wide.(float64) > float64(look.width) {
+			b.t.Errorf("%s: at %d pixels the page is %v wide", name, look.width, wide)
+		}
+		if cut := b.eval(`[...document.querySelectorAll("td, li, dd, h2, main p")].
+			filter((e) => e.scrollWidth > e.clientWidth + 1).map((e) => e.innerText).join("; ")`); cut != "" {
+			b.t.Errorf("%s: at %d pixels this is wider than its place: %v", name, look.width, cut)
+		}
+		b.shot(name + "-" + look.name)
+	}
+}
+
+// polled waits until the page has shown an answer that was asked for after now.
+func (b *browser) polled() {
+	b.t.Helper()
+	b.eval("window.was = document.body.dataset.polls")
+	b.await("document.body.dataset.polls > Number(window.was) + 1")
 }
 
 // TestAdminIsGuarded checks that requests with a foreign Host or from another

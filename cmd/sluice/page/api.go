@@ -228,6 +228,8 @@ type denialReport struct {
 	Parts       []policy.KeyPart `json:"parts"`
 	Cost        int64            `json:"cost"`
 	Remaining   int64            `json:"remaining"`
+	Held        int64            `json:"held"`        // tokens of requests under way, with settle or lease
+	Owed        int64            `json:"owed"`        // tokens that requests used beyond what there was
 	RetryAfter  *int64           `json:"retry_after"` // in seconds; null: never, or unknown
 	Method      string           `json:"method"`
 	Host        string           `json:"host"`
@@ -244,7 +246,7 @@ func (p *Page) denials() []denialReport {
 		r := denialReport{
 			ID: d.ID, Count: d.Count, Last: d.Last.UTC(), Decision: d.Decision(), Shadow: d.Shadow, Reason: reasonOf(&d),
 			Limit: d.Limit, Domain: d.Domain, Key: d.Key, Parts: policy.KeyParts(d.Key),
-			Cost: d.Cost, Remaining: d.Remaining,
+			Cost: d.Cost, Remaining: d.Remaining, Held: d.Held, Owed: d.Owed,
 			Method: authz.Escape(d.Method), Host: authz.Escape(d.Host), Path: authz.Escape(d.Path),
 			Source: authz.Escape(d.Source), Client: d.Client, RequestID: d.RequestID, Explainable: d.Explainable(),
 		}
@@ -271,6 +273,12 @@ func reasonOf(d *authz.Denial) string {
 		return "error in sluice, see the log"
 	}
 	reason := fmt.Sprintf("cost %d, remaining %d", d.Cost, d.Remaining)
+	if d.Held > 0 {
+		reason += fmt.Sprintf(", held %d", d.Held)
+	}
+	if d.Owed > 0 {
+		reason += fmt.Sprintf(", owed %d", d.Owed)
+	}
 	if d.RetryAfter == limiter.Never {
 		reason += "; never allowed: the cost exceeds the burst, or a part of the key is absent"
 	}

@@ -28,23 +28,65 @@ export function setText(e, text) {
   if (e.textContent !== text) e.textContent = text;
 }
 
-// update replaces the children of parent that differ from children, in table
-// rows cell by cell. What is the same stays in the document, with its focus, its
-// selection and a click that has begun.
+// update makes children those of parent, and changes only what differs: what is
+// the same stays in the document, with its focus, its selection and a click that
+// has begun. Children with a data-id stay the same elements wherever they move.
 export function update(parent, children) {
-  const was = parent.children;
-  for (let i = 0; i < children.length; i++) {
-    if (!was[i]) parent.append(children[i]);
-    else if (was[i].tagName === "TR") {
-      was[i].className = children[i].className;
-      update(was[i], [...children[i].children]);
-    } else if (!was[i].isEqualNode(children[i])) {
-      const focused = was[i].contains(document.activeElement);
-      was[i].replaceWith(children[i]);
-      if (focused) children[i].querySelector("button")?.focus({ preventScroll: true });
+  const focused = parent.contains(document.activeElement) ? document.activeElement : null;
+  const wanted = new Set(children.map((c) => c.dataset?.id));
+  const known = new Map();
+  for (const c of [...parent.children]) {
+    if (c.dataset.id === undefined) continue;
+    if (wanted.has(c.dataset.id)) known.set(c.dataset.id, c);
+    else c.remove();
+  }
+  let at = parent.firstChild;
+  for (const child of children) {
+    const id = child.dataset?.id;
+    const was = id !== undefined ? known.get(id) : at?.dataset?.id === undefined ? at : null;
+    if (!was) parent.insertBefore(child, at);
+    else if (was.nodeName !== child.nodeName) {
+      if (was === at) at = at.nextSibling;
+      was.replaceWith(child);
+    } else {
+      if (was === at) at = at.nextSibling;
+      else parent.insertBefore(was, at);
+      become(was, child);
     }
   }
-  while (parent.children.length > children.length) parent.lastElementChild.remove();
+  while (at) {
+    const next = at.nextSibling;
+    at.remove();
+    at = next;
+  }
+  if (focused?.isConnected && focused !== document.activeElement) focused.focus({ preventScroll: true });
+}
+
+// become makes a node like another one of the same name.
+function become(was, now) {
+  if (was.nodeType === Node.TEXT_NODE) {
+    if (was.data !== now.data) was.data = now.data;
+    return;
+  }
+  for (const { name } of [...was.attributes]) if (!now.hasAttribute(name)) was.removeAttribute(name);
+  for (const { name, value } of now.attributes) {
+    // The page's policy forbids the attribute style, but not the property.
+    if (name === "style") was.style.cssText = now.style.cssText;
+    else if (was.getAttribute(name) !== value) was.setAttribute(name, value);
+  }
+  update(was, [...now.childNodes]);
+}
+
+// edge returns the path along points, without the parts where values are 0.
+export function edge(points, values) {
+  let path = "";
+  let drawn = false;
+  points.forEach((p, i) => {
+    const draw = values[i] > 0 || values[i - 1] > 0 || values[i + 1] > 0;
+    if (draw) path += (drawn ? "L" : "M") + p;
+    drawn = draw;
+  });
+  return path;
 }
 
 // Formats of numbers and times.
@@ -73,5 +115,19 @@ export function ago(then, now) {
   return s < 172800 ? Math.round(s / 3600) + " h ago" : Math.round(s / 86400) + " days ago";
 }
 
-// clock formats a Unix time as a time of day.
-export const clock = (unix) => new Date(unix * 1000).toLocaleTimeString([], { hour12: false });
+// period formats a number of seconds that a person lived through.
+export function period(seconds) {
+  const s = Math.round(seconds);
+  if (s < 60) return s + " s";
+  if (s < 3600) return Math.floor(s / 60) + " min" + (s % 60 ? " " + (s % 60) + " s" : "");
+  return Math.floor(s / 3600) + " h" + (s % 3600 >= 60 ? " " + Math.floor((s % 3600) / 60) + " min" : "");
+}
+
+// clock formats an instant as a time of day.
+export const clock = (at) => new Date(at).toLocaleTimeString([], { hour12: false });
+
+// instant returns an element that shows the time of day of an instant.
+export const instant = (at) => make("time", { datetime: at, title: at }, clock(at));
+
+// count says how many there are of something.
+export const count = (n, one, many) => total(n) + " " + (n === 1 ? one : many);

@@ -1,10 +1,14 @@
 // The operator's page. While it is visible it requests /api/ once a second. It
 // shows what it gets as text and never as markup.
 
-import { ago, clock, duration, make, percent, rate, setText, shape, total, update, whole } from "./elements.js";
+import {
+  ago, clock, count, duration, edge, instant, make, percent, period, rate, setText, shape, total, update, whole,
+} from "./elements.js";
 
 const every = 1000; // milliseconds
 const sparkLength = 60; // polls
+const nowLength = 10; // seconds of the tiles that say so
+const narrow = matchMedia("(max-width: 60rem)"); // as in page.css
 const $ = (id) => document.getElementById(id);
 
 // fetchJSON requests a path of /api/, by POST if there is a form.
@@ -38,13 +42,13 @@ function drawTraffic() {
     const roof = seconds.map((s, i) => floor[i] + s[kind]);
     const point = (v, i) => `${x(i)} ${(100 - (100 * v) / top).toFixed(2)}`;
     if (seconds.some((s) => s[kind] > 0)) {
-      const edge = roof.map(point);
+      const upper = roof.map(point);
       svg.append(
         shape("path", {
           class: "area " + kind,
-          d: "M" + edge.join("L") + "L" + floor.map(point).reverse().join("L") + "Z",
+          d: "M" + upper.join("L") + "L" + floor.map(point).reverse().join("L") + "Z",
         }),
-        shape("path", { class: "edge " + kind, d: "M" + edge.join("L") }),
+        shape("path", { class: "edge " + kind, d: edge(upper, seconds.map((s) => s[kind])) }),
       );
     }
     floor = roof;
@@ -68,7 +72,7 @@ function drawTraffic() {
 
   const at = seconds[cursor ?? seconds.length - 1];
   const legend = kinds.map((k) => make("li", { class: k }, k, make("b", {}, at ? rate(at[k]) : "–")));
-  if (cursor !== null && at) legend.unshift(make("li", { class: "at" }, clock(at.at)));
+  if (cursor !== null && at) legend.unshift(make("li", { class: "at" }, clock(at.at * 1000)));
   update($("legend"), legend);
 }
 
@@ -98,25 +102,156 @@ $("traffic").addEventListener("keydown", (e) => {
   moveCursor(to);
 });
 
+// alarm returns a message at the top of the page. A screen reader reads only its
+// title, and only once.
+const alarm = (id, tone, title, ...text) =>
+  make(
+    "div",
+    { class: "alarm " + tone, "data-id": id },
+    make("b", { role: tone === "info" ? undefined : "alert" }, title),
+    ...text,
+  );
+
+const failures = {
+  failed_closed: "refused",
+  failed_open: "passed unlimited",
+  failed_local: "limited by this sidecar alone",
+  delegated: "left to Envoy",
+};
+
+// meanwhile says what on_failure did in an outage.
+function meanwhile(checks) {
+  const parts = Object.entries(failures)
+    .filter(([outcome]) => checks[outcome] > 0)
+    .map(([outcome, what]) => `${total(checks[outcome])} ${what}`);
+  return parts.length ? "Requests meanwhile: " + parts.join(", ") + "." : "No request fell under on_failure meanwhile.";
+}
+
+// alarmsOf returns what an operator should know before all else.
+function alarmsOf(s, now) {
+  const all = [];
+  const { outage } = s.store;
+  const reload = s.config.last_reload;
+  if (s.draining) all.push(alarm("draining", "warn", "This sidecar is shutting down."));
+  if (reload?.result === "failure") {
+    all.push(
+      alarm(
+        "config",
+        "bad",
+        "Config reload failed, keeping the previous config.",
+        " Tried at ",
+        instant(reload.at),
+        `, ${ago(reload.at, now)}; it is read again when the file changes.`,
+        make("pre", {}, reload.mistakes.join("\n")),
+      ),
+    );
+  }
+  if (!s.ready && !s.draining) {
+    all.push(
+      alarm(
+        "waiting",
+        "bad",
+        "Redis has not answered since the start.",
+        ` ${s.store.address} is asked again and again; the log and `,
+        make("code", {}, "sluice doctor --config FILE"),
+        " say why it does not answer.",
+      ),
+    );
+  } else if (s.store.breaker_open > 0 || (outage && !outage.until)) {
+    all.push(
+      alarm(
+        "outage",
+        "bad",
+        "Redis does not answer.",
+        ...(outage && !outage.until
+          ? [" Since ", instant(outage.since), ` (${period(outage.seconds)}) on_failure decides. ${meanwhile(outage.checks)}`]
+          : [" Until it does, on_failure decides."]),
+      ),
+    );
+  } else if (outage && now - new Date(outage.until) < 15 * 60e3) {
+    all.push(
+      alarm(
+        "outage",
+        "good",
+        "Redis answers again.",
+        " It was away for ",
+        period(outage.seconds),
+        ", from ",
+        instant(outage.since),
+        " to ",
+        instant(outage.until),
+        `. ${meanwhile(outage.checks)}`,
+      ),
+    );
+  }
+  if (s.store.breaker_open === 0 && s.store.errors_last_minute > 0)
+    all.push(alarm("errors", "warn", `${count(s.store.errors_last_minute, "Redis error", "Redis errors")} in the last minute.`));
+  if (s.config.mode === "shadow") {
+    all.push(
+      alarm(
+        "shadow",
+        "info",
+        "Shadow mode: no limit of the config denies.",
+        " What they would deny is counted, logged and shown here. ",
+        make("code", {}, "mode: enforce"),
+        " ends it.",
+      ),
+    );
+  }
+  if (wasNeverAsked(s)) {
+    all.push(
+      alarm(
+        "never-asked",
+        now - new Date(s.started) > 60e3 ? "warn" : "info",
+        "No check yet: does Envoy ask this sidecar?",
+        ` It started ${ago(s.started, now)}. If requests have gone through Envoy since, its filter chain lacks the filter that `,
+        make("code", {}, "sluice envoy"),
+        " prints, or its cluster leads elsewhere than to ",
+        make("code", {}, s.grpc),
+        ". ",
+        make("code", {}, "sluice doctor --envoy-admin URL"),
+        " says which.",
+      ),
+    );
+  }
+  return all;
+}
+
+const wasNeverAsked = (s) => Object.values(s.checks).every((n) => n === 0);
+
 // showStatus shows GET /api/status.
 function showStatus(s) {
+  const now = new Date(s.now);
   document.title = `sluice · ${s.domain}`;
   setText($("domain"), s.domain);
   setText($("version"), s.version);
+  const neverAsked = wasNeverAsked(s);
   const [tone, word] = s.draining
     ? ["warn", "Draining"]
-    : s.store.breaker_open > 0
-      ? ["bad", "Without Redis"]
-      : s.ready
-        ? ["good", "Ready"]
-        : ["warn", "Waiting for Redis"];
+    : !s.ready
+      ? ["bad", "Waiting for Redis"]
+      : s.store.breaker_open > 0
+        ? ["bad", "Without Redis"]
+        : neverAsked
+          ? ["warn", "Ready, never asked"]
+          : s.config.mode === "shadow"
+            ? ["warn", "Ready, shadow mode"]
+            : ["good", "Ready"];
   $("state").className = "state " + tone;
   setText($("state"), word);
 
-  const last = seconds.at(-1);
-  const all = last ? last.passed + last.limited + last.refused : 0;
-  setText($("now-checks"), last ? rate(all) : "–");
-  setText($("now-limited"), last ? percent(last.limited, all) : "–");
+  const last = seconds.slice(-nowLength);
+  const mean = (of) => last.reduce((sum, x) => sum + of(x), 0) / last.length;
+  const all = mean((x) => x.passed + x.limited + x.refused);
+  const refused = mean((x) => x.refused);
+  setText($("now-checks"), last.length ? rate(all) : "–");
+  setText($("last-check"), neverAsked ? "none since the start" : s.last_check ? "last one " + ago(s.last_check, now) : "");
+  setText($("now-limited"), last.length ? percent(mean((x) => x.limited), all) : "–");
+  $("now-refused").className = "second" + (refused > 0 ? " bad" : "");
+  setText(
+    $("now-refused"),
+    refused > 0 ? percent(refused, all) + " refused" : s.config.mode === "shadow" ? "shadow mode denies none" : "none refused",
+  );
   for (const [id, q] of [
     ["now", s.check_seconds],
     ["store", s.store.seconds],
@@ -126,78 +261,79 @@ function showStatus(s) {
   }
   const inRedis = s.store.kind === "redis";
   setText($("store-title"), inRedis ? "Redis latency" : "Store latency");
+  update($("alarms"), alarmsOf(s, now));
 
-  const alarms = [];
-  if (s.config.last_reload?.result === "failure") {
-    alarms.push(
-      make(
-        "div",
-        { class: "alarm bad" },
-        make("b", {}, "Config reload failed, keeping the previous config."),
-        make("pre", {}, s.config.last_reload.mistakes.join("\n")),
-      ),
-    );
-  }
-  if (s.store.breaker_open > 0) {
-    alarms.push(
-      make(
-        "div",
-        { class: "alarm bad" },
-        make("b", {}, "Redis does not answer."),
-        " Until it does, on_failure decides.",
-      ),
-    );
-  } else if (s.store.errors_last_minute > 0) {
-    alarms.push(
-      make(
-        "div",
-        { class: "alarm warn" },
-        make("b", {}, `${total(s.store.errors_last_minute)} Redis errors in the last minute.`),
-      ),
-    );
-  }
-  if (s.draining) alarms.push(make("div", { class: "alarm warn" }, make("b", {}, "This sidecar is shutting down.")));
-  update($("alarms"), alarms);
-
+  const decided = Object.entries(s.checks).filter(([, n]) => n > 0);
+  rows("checks", [
+    ["Asked at", make("code", {}, s.grpc)],
+    ["Last check", s.last_check ? ago(s.last_check, now) : neverAsked ? "none" : "now", neverAsked ? "bad" : ""],
+    ...decided.map(([decision, n]) => [
+      sentence(decision.replaceAll("_", " ")),
+      total(n),
+      decision.startsWith("failed") || decision === "delegated" || decision === "invalid" ? "bad" : "",
+    ]),
+  ]);
   const errors = Object.entries(s.store.errors).filter(([, n]) => n > 0);
+  const { outage } = s.store;
   rows("store", [
     ["Where", inRedis ? `Redis, ${s.store.address}` : "in this process"],
     [
       "State",
       !inRedis
         ? "good"
-        : s.store.breaker_open > 0
+        : s.store.breaker_open > 0 || !s.ready
           ? "does not answer"
           : s.store.errors_last_minute > 0
             ? "some errors"
             : "answers",
-      s.store.breaker_open > 0 || s.store.errors_last_minute > 0 ? "bad" : "good",
+      s.store.breaker_open > 0 || s.store.errors_last_minute > 0 || (inRedis && !s.ready) ? "bad" : "good",
     ],
-    [
-      "Errors",
-      errors.length
-        ? errors.map(([kind, n]) => `${kind} ${total(n)}`).join(", ") + " since the start"
-        : "none since the start",
-    ],
-    ["Last minute", `${total(s.store.errors_last_minute)} errors`],
+    ...(inRedis
+      ? [
+          [
+            "Last outage",
+            outage
+              ? outage.until
+                ? `${period(outage.seconds)}, ended ${ago(outage.until, now)}`
+                : `now, for ${period(outage.seconds)}`
+              : "none since the start",
+            outage && !outage.until ? "bad" : "",
+          ],
+          [
+            "Errors",
+            errors.length
+              ? errors.map(([kind, n]) => `${kind} ${total(n)}`).join(", ") + " since the start"
+              : "none since the start",
+          ],
+          ["Last minute", count(s.store.errors_last_minute, "error", "errors")],
+        ]
+      : []),
     ["Buckets in process", `${total(s.store.entries)}`],
   ]);
   const reload = s.config.last_reload;
   rows("config", [
     ["File", s.config.file || "none, limits come from Envoy’s routes"],
     ["Hash", make("code", {}, s.config.hash)],
-    ["Limits", total(s.config.limits)],
+    ["Mode", s.config.mode === "shadow" ? "shadow, denies nothing" : s.config.mode],
+    [
+      "Limits",
+      total(s.config.limits) +
+        (s.config.shadow_limits && s.config.mode !== "shadow" ? `, ${total(s.config.shadow_limits)} in shadow mode` : ""),
+    ],
+    ...(s.config.warnings
+      ? [["Warnings", make("span", {}, total(s.config.warnings), ", ", make("code", {}, "sluice validate"), " says which")]]
+      : []),
     [
       "Last reload",
-      reload
-        ? `${reload.result === "failure" ? "rejected" : "in force"}, ${ago(reload.at, new Date(s.now))}`
-        : "none since the start",
+      reload ? `${reload.result === "failure" ? "rejected" : "in force"}, ${ago(reload.at, now)}` : "none since the start",
       reload?.result === "failure" ? "bad" : "",
     ],
-    ["Started", ago(s.started, new Date(s.now))],
+    ["Started", ago(s.started, now)],
     ["Log level", s.log_level],
   ]);
 }
+
+const sentence = (text) => text[0].toUpperCase() + text.slice(1);
 
 // rows shows a list of [name, value, tone].
 function rows(id, all) {
@@ -209,7 +345,7 @@ function rows(id, all) {
 
 // The limits, with their rates since this page was opened.
 const seen = new Map(); // from a limit's name, mode and source to {at, allowed, limited, rates}
-let chosen = null; // the name of the limit whose keys are shown
+let chosen = null; // the name of the limit whose keys are shown; "" is none
 
 // note records the counts of a limit, and returns what is seen of it.
 function note(limit, now) {
@@ -229,8 +365,8 @@ function note(limit, now) {
   return s;
 }
 
-// spark returns a small chart of rates.
-function spark(rates) {
+// spark returns a small chart of rates. denied is the class of what is denied.
+function spark(rates, denied) {
   const svg = shape("svg", {
     viewBox: `0 0 ${sparkLength - 1} 100`,
     preserveAspectRatio: "none",
@@ -246,86 +382,156 @@ function spark(rates) {
   svg.append(shape("path", { class: "area passed", d: `M${x(0)} 100L${lower.join("L")}L${x(rates.length - 1)} 100Z` }));
   if (rates.some((r) => r.limited > 0)) {
     svg.append(
-      shape("path", { class: "area limited", d: "M" + upper.join("L") + "L" + lower.toReversed().join("L") + "Z" }),
-      shape("path", { class: "edge limited", d: "M" + upper.join("L") }),
+      shape("path", { class: "area " + denied, d: "M" + upper.join("L") + "L" + lower.toReversed().join("L") + "Z" }),
+      shape("path", { class: "edge " + denied, d: edge(upper, rates.map((r) => r.limited)) }),
     );
   }
-  svg.append(shape("path", { class: "edge passed", d: "M" + lower.join("L") }));
+  svg.append(shape("path", { class: "edge passed", d: edge(lower, rates.map((r) => r.allowed)) }));
   return svg;
 }
 
-// showLimits shows GET /api/limits.
-function showLimits({ total: count, limits }) {
+const idOf = (l) => `${l.from} ${l.mode} ${l.name}`;
+const firstLimits = () => (narrow.matches ? 20 : 100); // that are shown
+const mostLimits = 1000; // that the API gives
+let shownLimits = firstLimits();
+let order = null; // null: what the sidecar chooses
+
+// limitsQuery returns the query of GET /api/limits.
+function limitsQuery() {
+  const query = { filter: $("filter").value.trim(), n: shownLimits };
+  if (order !== null) query.sort = order;
+  return new URLSearchParams(query);
+}
+
+// limitRow returns the row of a limit. isPlain says that all limits are of one
+// mode, which the head of the table tells.
+function limitRow(l, now, isPlain) {
+  const s = note(l, now);
+  const last = s.rates.at(-1) ?? { allowed: 0, limited: 0 };
+  const isShadow = l.mode === "shadow";
+  const tags = [];
+  if (isShadow) tags.push(" ", make("span", { class: "tag shadow" }, "shadow"));
+  if (l.from === "route") tags.push(" ", make("span", { class: "tag" }, "from a route"));
+  if (l.group) tags.push(" ", make("span", { class: "tag" }, "group " + l.group));
+  const about = [
+    l.key.length ? "by " + l.key.join(" · ") : l.from === "config" ? "one bucket for all" : "",
+    l.overrides ? count(l.overrides, "override", "overrides") : "",
+  ]
+    .filter(Boolean)
+    .join(", ");
+  const isChosen = l.name === chosen;
+  return make(
+    "tr",
+    { class: isChosen ? "chosen" : undefined, "data-id": idOf(l) },
+    make(
+      "td",
+      {},
+      make(
+        "button",
+        {
+          type: "button",
+          "data-limit": l.name,
+          "aria-pressed": narrow.matches ? undefined : String(isChosen),
+          "aria-expanded": narrow.matches ? String(isChosen) : undefined,
+        },
+        l.name,
+      ),
+      ...tags,
+      make("small", { class: "mono about", title: about }, about),
+    ),
+    make(
+      "td",
+      { class: "rate" },
+      l.rate || "–",
+      l.burst ? make("small", {}, "burst " + whole.format(l.burst)) : "",
+      l.lease ? make("small", {}, "lease " + l.lease) : "",
+      l.settle ? make("small", {}, "settles") : "",
+    ),
+    make(
+      "td",
+      { class: "num", "data-label": "Allowed" },
+      make("b", {}, rate(last.allowed) + "/s"),
+      make("span", { class: "total" }, total(l.allowed)),
+    ),
+    make(
+      "td",
+      {
+        class: "num" + (last.limited > 0 ? (isShadow ? " would" : " hot") : ""),
+        "data-label": isShadow ? "Would deny" : "Denied",
+      },
+      make("b", {}, rate(last.limited) + "/s"),
+      make("span", { class: "total" }, total(l.limited)),
+      isShadow && !isPlain ? make("span", { class: "total mode" }, "would deny") : "",
+    ),
+    make("td", { class: "spark" }, spark(s.rates, isShadow ? "would" : "limited")),
+  );
+}
+
+// showLimits shows GET /api/limits, and beside the limits or below the chosen
+// one what its keys do.
+function showLimits({ total: all, sort, limits }, top) {
   const now = performance.now();
-  if (!limits.some((l) => l.name === chosen)) chosen = limits[0]?.name ?? null;
+  const areShadow = limits.length > 0 && limits.every((l) => l.mode === "shadow");
+  const isPlain = areShadow || limits.every((l) => l.mode !== "shadow");
+  const detail = limits.filter((l) => l.name === chosen).slice(0, 1);
   update(
     $("limits-rows"),
-    limits.map((l) => {
-      const s = note(l, now);
-      const last = s.rates.at(-1) ?? { allowed: 0, limited: 0 };
-      const tags = [];
-      if (l.mode === "shadow") tags.push(" ", make("span", { class: "tag" }, "shadow"));
-      if (l.from === "route") tags.push(" ", make("span", { class: "tag" }, "from a route"));
-      if (l.group) tags.push(" ", make("span", { class: "tag" }, "group " + l.group));
-      const about = [
-        l.key.length ? "by " + l.key.join(" · ") : l.from === "config" ? "one bucket for all" : "",
-        l.overrides ? `${total(l.overrides)} override${l.overrides > 1 ? "s" : ""}` : "",
-      ]
-        .filter(Boolean)
-        .join(", ");
-      return make(
-        "tr",
-        { class: l.name === chosen ? "chosen" : undefined },
-        make(
-          "td",
-          {},
-          make("button", { type: "button", "data-limit": l.name, "aria-pressed": String(l.name === chosen) }, l.name),
-          ...tags,
-          make("small", { class: "mono" }, about),
-        ),
-        make(
-          "td",
-          { class: "rate" },
-          l.rate || "–",
-          l.burst ? make("small", {}, "burst " + whole.format(l.burst)) : "",
-          l.lease ? make("small", {}, "lease " + l.lease) : "",
-        ),
-        make(
-          "td",
-          { class: "num", "data-label": "Allowed" },
-          make("b", {}, rate(last.allowed) + "/s"),
-          make("span", { class: "total" }, total(l.allowed)),
-        ),
-        make(
-          "td",
-          {
-            class: "num" + (last.limited > 0 && l.mode !== "shadow" ? " hot" : ""),
-            "data-label": l.mode === "shadow" ? "Would deny" : "Denied",
-            title: l.mode === "shadow" ? "would be denied if the limit were enforced" : undefined,
-          },
-          make("b", {}, rate(last.limited) + "/s"),
-          make("span", { class: "total" }, total(l.limited)),
-        ),
-        make("td", { class: "spark" }, spark(s.rates)),
-      );
+    limits.flatMap((l) => {
+      const row = limitRow(l, now, isPlain);
+      if (!narrow.matches || l !== detail[0]) return [row];
+      return [
+        row,
+        make("tr", { class: "detail", "data-id": "detail" }, make("td", { colspan: 5 }, ...detailOf(l, top))),
+      ];
     }),
   );
-  setText($("limits-note"), count > limits.length ? `${limits.length} of ${total(count)}, those that denied most` : "");
+  update($("top"), narrow.matches || !detail[0] ? [] : detailOf(detail[0], top));
+  $("top").hidden = narrow.matches || !detail[0];
+  setText($("limits-denied"), areShadow ? "Would deny" : "Denied");
+  $("sort").value = sort;
+  setText(
+    $("limits-note"),
+    all > limits.length
+      ? `${total(limits.length)} of ${total(all)}` + (order === null ? ", those that denied most" : "")
+      : $("filter").value
+        ? `${total(all)} found`
+        : all > 10
+          ? total(all)
+          : "",
+  );
+  const isMore = all > limits.length && limits.length < mostLimits;
+  $("limits-more").hidden = !isMore;
+  setText($("limits-more"), `Show ${total(Math.min(firstLimits(), all - limits.length))} more`);
+  if (narrow.matches) $("limits-scroll").removeAttribute("tabindex");
+  else $("limits-scroll").tabIndex = limits.length > 8 ? 0 : -1; // so that keys can scroll it
   $("limits-empty").hidden = limits.length > 0;
   setText(
     $("limits-empty"),
     $("filter").value
-      ? "No limit has such a name."
+      ? "No limit has this in its name, group or key."
       : "No limits. Limits of Envoy’s routes appear with their first request.",
   );
 }
 $("limits-rows").addEventListener("click", (e) => {
   const name = e.target.closest("[data-limit]")?.dataset.limit;
   if (name === undefined) return;
-  chosen = name;
+  chosen = name === chosen && narrow.matches ? "" : name; // on a narrow page it closes, too
   poll();
 });
-$("filter").addEventListener("input", () => poll());
+$("filter").addEventListener("input", () => {
+  shownLimits = firstLimits();
+  poll();
+});
+$("sort").addEventListener("change", () => {
+  order = $("sort").value;
+  $("limits-scroll").scrollTop = 0;
+  poll();
+});
+$("limits-more").addEventListener("click", () => {
+  shownLimits = Math.min(mostLimits, shownLimits + firstLimits());
+  poll();
+});
+narrow.addEventListener("change", () => poll());
 
 // keyOf returns an element that shows a key by its parts. Secret parts are
 // hashes.
@@ -345,69 +551,123 @@ function keyOf(parts, key) {
   );
 }
 
-// showTop shows GET /api/top.
-function showTop(top) {
-  setText($("top-title"), top ? `Top keys of ${top.limit}` : "Top keys");
-  for (const [id, keys, none] of [
-    ["top-denials", top?.denials ?? [], "No denials."],
-    ["top-requests", top?.requests ?? [], "No requests."],
-  ]) {
-    const most = Math.max(1, ...keys.map((k) => k.count));
-    const bars = keys.slice(0, 8).map((k) => {
-      const bar = make("div", { class: "bar" });
-      bar.style.width = (100 * k.count) / most + "%";
-      return make(
-        "li",
-        {},
-        bar,
-        keyOf(k.parts, k.key),
-        make(
-          "span",
-          { class: "count", title: k.over ? `between ${k.count - k.over} and ${k.count}` : undefined },
-          k.over ? make("small", {}, total(k.count - k.over) + " to ") : "",
-          total(k.count),
-        ),
-      );
-    });
-    update($(id), bars.length ? bars : [make("li", { class: "empty" }, none)]);
-  }
+// detailOf returns what is known of a limit, with GET /api/top of it.
+function detailOf(l, top) {
+  const isShadow = l.mode === "shadow";
+  const facts = [
+    ["Rate", l.rate ? l.rate + (l.burst ? `, burst ${whole.format(l.burst)}` : "") : ""],
+    ["Mode", isShadow ? "shadow: would deny, and does not" : ""],
+    [
+      "Lease",
+      l.lease ? `${l.lease}; ${count(l.leased.keys, "key", "keys")} leased now, ${count(l.leased.takes, "take", "takes")}` : "",
+    ],
+    ["Settle", l.settle ? make("span", {}, make("code", {}, l.settle), ` within ${l.settle_within}`) : ""],
+    [
+      "Settled",
+      l.settled
+        ? [
+            `${total(l.settled.returned)} returned`,
+            `${total(l.settled.surcharged)} surcharged`,
+            `${total(l.settled.forgiven)} forgiven`,
+            count(l.settled.expired, "end missing", "ends missing"),
+          ].join(", ")
+        : "",
+    ],
+    ["Tokens taken", total(l.tokens)],
+  ].filter(([, value]) => value !== "");
+  const wasAsked = l.allowed + l.limited > 0;
+  const lists = [
+    ["top-denials", isShadow ? "Would be denied most" : "Most denied", top?.denials, isShadow ? "would" : "denied", "None."],
+    ["top-requests", "Most requests", top?.requests, "", "None."],
+  ].map(([id, title, keys, kind, none]) => [make("h3", {}, title), make("ol", { class: "bars " + kind, id }, ...barsOf(keys ?? [], none))]);
+  return [
+    make(
+      "div",
+      { class: "head" },
+      make("h2", { id: "top-title" }, "Top keys of ", make("span", { class: "name" }, l.name)),
+      make("p", { class: "note" }, "last five to ten minutes"),
+    ),
+    ...(top && !top.counted && wasAsked
+      ? [make("p", { class: "empty" }, "The keys of this limit are not counted: a hundred other limits were first.")]
+      : lists.flat()),
+    make("h3", {}, "The limit"),
+    make("dl", { class: "facts" }, ...facts.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)])),
+  ];
+}
+
+// barsOf returns the items of a list of keys.
+function barsOf(keys, none) {
+  const most = Math.max(1, ...keys.map((k) => k.count));
+  const bars = keys.slice(0, 8).map((k) => {
+    const bar = make("div", { class: "bar" });
+    bar.style.width = (100 * k.count) / most + "%";
+    return make(
+      "li",
+      {},
+      bar,
+      keyOf(k.parts, k.key),
+      make(
+        "span",
+        { class: "count", title: k.over ? `between ${k.count - k.over} and ${k.count}` : undefined },
+        k.over ? make("small", {}, total(k.count - k.over) + " to ") : "",
+        total(k.count),
+      ),
+    );
+  });
+  return bars.length ? bars : [make("li", { class: "empty" }, none)];
 }
 
 const decisions = {
   limited: "limited",
+  shadow_limited: "would be limited",
   failed_closed: "store failed",
   delegated: "left to Envoy",
   invalid: "error in the config",
 };
 
+const mostDenials = 25; // that are shown
+let denials = []; // GET /api/denials
+
+// retryOf says when the request of a denial could pass.
+function retryOf(d, now) {
+  if (d.retry_after === null) return "";
+  const left = Math.ceil(d.retry_after - (now - new Date(d.last)) / 1000);
+  return left > 0 ? `retry in ${period(left)}` : "could pass by now";
+}
+
 // showDenials shows GET /api/denials.
 function showDenials(all, now) {
+  denials = all;
+  const shadows = all.filter((d) => d.shadow).length;
+  $("denials-kind").hidden = shadows === 0 || shadows === all.length;
+  const kind = $("denials-kind").hidden ? "" : $("denials-kind").value;
+  const found = all.filter((d) => kind === "" || d.shadow === (kind === "shadow"));
+  setText(
+    $("denials-note"),
+    "grouped by limit, key and outcome" + (found.length > mostDenials ? `; the latest ${mostDenials} of ${found.length}` : ""),
+  );
   update(
     $("denials-rows"),
-    all.slice(0, 25).map((d) =>
-      make(
+    found.slice(0, mostDenials).map((d) => {
+      const peer = d.source && d.source !== d.client ? d.source : "";
+      return make(
         "tr",
-        {},
+        { "data-id": d.id, class: d.shadow ? "would" : undefined },
         make("td", { class: "when" }, ago(d.last, now)),
         make("td", { class: "num" }, make("b", {}, total(d.count)), "×"),
         make(
           "td",
           { class: "limit" },
           make("b", {}, d.limit || "–"),
-          make("small", {}, decisions[d.decision] ?? d.decision),
+          make("small", {}, decisions[d.decision] ?? d.decision, d.shadow ? " " : "", d.shadow ? make("span", { class: "tag shadow" }, "shadow") : ""),
         ),
         make("td", { class: "keys" }, keyOf(d.parts, d.key)),
-        make(
-          "td",
-          { class: "why" },
-          d.reason,
-          d.retry_after !== null ? make("small", {}, `retry in ${d.retry_after} s`) : "",
-        ),
+        make("td", { class: "why" }, d.reason, make("small", {}, retryOf(d, now))),
         make(
           "td",
           { class: "request mono" },
           `${d.method} ${d.host}${d.path}`,
-          make("small", {}, "from " + (d.source || "unknown")),
+          make("small", {}, d.client ? "client " + d.client : "", d.client && peer ? ", " : "", peer ? "peer " + peer : ""),
         ),
         make(
           "td",
@@ -425,16 +685,23 @@ function showDenials(all, now) {
               )
             : "",
         ),
-      ),
-    ),
+      );
+    }),
   );
-  $("denials-empty").hidden = all.length > 0;
+  $("denials-empty").hidden = found.length > 0;
 }
+$("denials-kind").addEventListener("change", () => poll());
 $("denials-rows").addEventListener("click", (e) => {
   const id = e.target.closest("[data-denial]")?.dataset.denial;
   if (id === undefined) return;
+  const d = denials.find((one) => String(one.id) === id);
+  const fields = $("form").elements;
+  for (const name of ["method", "host", "path", "source"]) fields[name].value = d?.[name] ?? "";
+  for (const name of ["principal", "header", "context"]) fields[name].value = "";
+  $("form-note").hidden = false;
   explain(new URLSearchParams({ denial: id }));
 });
+$("form").addEventListener("input", () => ($("form-note").hidden = true));
 
 // Explain.
 $("form").addEventListener("submit", (e) => {
@@ -515,7 +782,7 @@ function showExplanation(e, denial) {
       return item;
     });
   $("answer").replaceChildren(
-    make("h3", { class: tone }, denial ? "This request now: " : "", make("b", {}, e.decision.replace("_", " "))),
+    make("h3", { class: tone }, denial ? "The denied request now: " : "", make("b", {}, e.decision.replace("_", " "))),
     make("p", { class: "note" }, [`client ${e.client || "unknown"}`, e.note].filter(Boolean).join("; ")),
     limits.length ? make("ul", { class: "verdicts" }, ...limits) : make("p", { class: "empty" }, "No limits."),
   );
@@ -529,13 +796,17 @@ async function poll() {
   clearTimeout(timer);
   const mine = ++round;
   try {
-    const [status, past, limits, denials] = await Promise.all([
+    const [status, past, limits, latest] = await Promise.all([
       fetchJSON("status"),
       fetchJSON("history"),
-      fetchJSON("limits?filter=" + encodeURIComponent($("filter").value.trim())),
+      fetchJSON("limits?" + limitsQuery()),
       fetchJSON("denials"),
     ]);
     if (mine !== round) return; // a newer round has begun
+    if (chosen === null || (chosen !== "" && !limits.limits.some((l) => l.name === chosen)))
+      chosen = narrow.matches ? "" : (limits.limits[0]?.name ?? null);
+    const top = chosen ? await fetchJSON("top?limit=" + encodeURIComponent(chosen)) : null;
+    if (mine !== round) return;
     if (cursor !== null)
       cursor = Math.max(
         0,
@@ -544,22 +815,15 @@ async function poll() {
     seconds = past;
     drawTraffic();
     showStatus(status);
-    showLimits(limits);
-    showDenials(denials, new Date(status.now));
-    showTop(chosen === null ? null : await fetchJSON("top?limit=" + encodeURIComponent(chosen)));
+    showLimits(limits, top);
+    showDenials(latest, new Date(status.now));
   } catch (e) {
     if (mine !== round) return;
     $("state").className = "state bad";
     setText($("state"), "Unreachable");
-    update($("alarms"), [
-      make(
-        "div",
-        { class: "alarm bad" },
-        make("b", {}, "The sidecar does not answer."),
-        " The page shows its last answer.",
-      ),
-    ]);
+    update($("alarms"), [alarm("gone", "bad", "The sidecar does not answer.", " The page shows its last answer.")]);
   }
+  document.body.dataset.polls = round; // for tests
   if (mine === round && !document.hidden) timer = setTimeout(poll, every);
 }
 document.addEventListener("visibilitychange", () => !document.hidden && poll());
