@@ -132,7 +132,7 @@ limits:
 	s.holds("#limits-denied", "Would deny")
 	s.holds("#top", "Would be denied most")
 	s.holds("#now-refused", "shadow mode denies none")
-	s.holds("#denials-rows", "would be limited shadow")
+	s.holds("#denials-rows", "shadow: would be limited")
 	s.holds("#denials-rows", "client 203.0.113.")
 	s.lacks("#denials-rows", "k3y")
 	s.await(`document.querySelectorAll("#limits-rows .edge.would").length === 2`)
@@ -228,6 +228,7 @@ func TestPageRejectedConfig(t *testing.T) {
 	s.holds("#alarms pre", "limits[0].rate")
 	s.holds("#alarms pre", "brust")
 	s.holds("#config", "Last reload\nrejected")
+	s.holds("#state", "Ready, previous config")
 	s.looks("rejected")
 	if err := os.WriteFile(config, []byte(good+"# mended\n"), 0o600); err != nil {
 		t.Fatal(err)
@@ -372,7 +373,7 @@ limits:
 		t.Fatal(err)
 	}
 	s.click(`[data-limit="settled"]`)
-	s.holds("#top", `int(response.headers["x"]) within 1h0m0s`)
+	s.holds("#top", `int(response.headers["x"]) within 1h`)
 	s.holds("#top", "0 returned, 1 surcharged, 0 forgiven, 0 ends missing")
 	ask() // and 4 are held
 	if status := ask().GetStatus().GetCode(); status != 8 {

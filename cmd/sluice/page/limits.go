@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/sluiceproxy/sluice/authz"
 	"github.com/sluiceproxy/sluice/limiter"
@@ -80,10 +81,10 @@ func (p *Page) described() *limitList {
 			l.Key = append(l.Key, cut(part))
 		}
 		if d.Limit.Lease > 0 {
-			l.Lease = d.Limit.Lease.String()
+			l.Lease = shortened(d.Limit.Lease)
 		}
 		if d.Settle != "" {
-			l.Settle, l.Within = cut(d.Settle), d.SettleWithin.String()
+			l.Settle, l.Within = cut(d.Settle), shortened(d.SettleWithin)
 		}
 		list.limits = append(list.limits, l)
 	}
@@ -97,6 +98,18 @@ func cut(text string) string {
 		return text
 	}
 	return strings.ToValidUTF8(text[:maxText], "") + "…"
+}
+
+// shortened returns a duration as the config writes it: 1h, not 1h0m0s.
+func shortened(d time.Duration) string {
+	text := d.String()
+	if d >= time.Minute {
+		text = strings.TrimSuffix(text, "0s")
+	}
+	if d >= time.Hour {
+		text = strings.TrimSuffix(text, "0m")
+	}
+	return text
 }
 
 // modeOf returns the name of a limit's mode.

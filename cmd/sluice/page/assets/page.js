@@ -184,7 +184,7 @@ function alarmsOf(s, now) {
       ),
     );
   }
-  if (s.store.breaker_open === 0 && s.store.errors_last_minute > 0)
+  if (hasErrors(s, now))
     all.push(alarm("errors", "warn", `${count(s.store.errors_last_minute, "Redis error", "Redis errors")} in the last minute.`));
   if (s.config.mode === "shadow") {
     all.push(
@@ -217,6 +217,14 @@ function alarmsOf(s, now) {
   return all;
 }
 
+// hasErrors reports whether Redis failed in the last minute other than in an
+// outage.
+const hasErrors = (s, now) =>
+  s.store.breaker_open === 0 &&
+  s.store.errors_last_minute > 0 &&
+  s.ready &&
+  !(s.store.outage && (!s.store.outage.until || now - new Date(s.store.outage.until) < 60e3));
+
 const wasNeverAsked = (s) => Object.values(s.checks).every((n) => n === 0);
 
 // showStatus shows GET /api/status.
@@ -234,9 +242,11 @@ function showStatus(s) {
         ? ["bad", "Without Redis"]
         : neverAsked
           ? ["warn", "Ready, never asked"]
-          : s.config.mode === "shadow"
-            ? ["warn", "Ready, shadow mode"]
-            : ["good", "Ready"];
+          : s.config.last_reload?.result === "failure"
+            ? ["warn", "Ready, previous config"]
+            : s.config.mode === "shadow"
+              ? ["warn", "Ready, shadow mode"]
+              : ["good", "Ready"];
   $("state").className = "state " + tone;
   setText($("state"), word);
 
@@ -245,7 +255,7 @@ function showStatus(s) {
   const all = mean((x) => x.passed + x.limited + x.refused);
   const refused = mean((x) => x.refused);
   setText($("now-checks"), last.length ? rate(all) : "–");
-  setText($("last-check"), neverAsked ? "none since the start" : s.last_check ? "last one " + ago(s.last_check, now) : "");
+  setText($("last-check"), neverAsked ? "none since the start" : s.last_check ? "last one " + ago(s.last_check, now).replace(/^now$/, "just now") : "");
   setText($("now-limited"), last.length ? percent(mean((x) => x.limited), all) : "–");
   $("now-refused").className = "second" + (refused > 0 ? " bad" : "");
   setText(
@@ -265,7 +275,7 @@ function showStatus(s) {
 
   const decided = Object.entries(s.checks).filter(([, n]) => n > 0);
   rows("checks", [
-    ["Asked at", make("code", {}, s.grpc)],
+    ["Listens on", make("code", {}, s.grpc)],
     ["Last check", s.last_check ? ago(s.last_check, now) : neverAsked ? "none" : "now", neverAsked ? "bad" : ""],
     ...decided.map(([decision, n]) => [
       sentence(decision.replaceAll("_", " ")),
@@ -283,10 +293,10 @@ function showStatus(s) {
         ? "good"
         : s.store.breaker_open > 0 || !s.ready
           ? "does not answer"
-          : s.store.errors_last_minute > 0
+          : hasErrors(s, now)
             ? "some errors"
             : "answers",
-      s.store.breaker_open > 0 || s.store.errors_last_minute > 0 || (inRedis && !s.ready) ? "bad" : "good",
+      s.store.breaker_open > 0 || hasErrors(s, now) || (inRedis && !s.ready) ? "bad" : "good",
     ],
     ...(inRedis
       ? [
@@ -531,7 +541,10 @@ $("limits-more").addEventListener("click", () => {
   shownLimits = Math.min(mostLimits, shownLimits + firstLimits());
   poll();
 });
-narrow.addEventListener("change", () => poll());
+narrow.addEventListener("change", () => {
+  shownLimits = firstLimits();
+  poll();
+});
 
 // keyOf returns an element that shows a key by its parts. Secret parts are
 // hashes.
@@ -556,7 +569,7 @@ function detailOf(l, top) {
   const isShadow = l.mode === "shadow";
   const facts = [
     ["Rate", l.rate ? l.rate + (l.burst ? `, burst ${whole.format(l.burst)}` : "") : ""],
-    ["Mode", isShadow ? "shadow: would deny, and does not" : ""],
+    ["Mode", isShadow ? "shadow, denies nobody" : ""],
     [
       "Lease",
       l.lease ? `${l.lease}; ${count(l.leased.keys, "key", "keys")} leased now, ${count(l.leased.takes, "take", "takes")}` : "",
@@ -632,7 +645,7 @@ let denials = []; // GET /api/denials
 function retryOf(d, now) {
   if (d.retry_after === null) return "";
   const left = Math.ceil(d.retry_after - (now - new Date(d.last)) / 1000);
-  return left > 0 ? `retry in ${period(left)}` : "could pass by now";
+  return left > 0 ? `retry in ${period(left)}` : "may pass by now";
 }
 
 // showDenials shows GET /api/denials.
@@ -659,7 +672,7 @@ function showDenials(all, now) {
           "td",
           { class: "limit" },
           make("b", {}, d.limit || "–"),
-          make("small", {}, decisions[d.decision] ?? d.decision, d.shadow ? " " : "", d.shadow ? make("span", { class: "tag shadow" }, "shadow") : ""),
+          make("small", {}, (d.shadow ? "shadow: " : "") + (decisions[d.decision] ?? d.decision)),
         ),
         make("td", { class: "keys" }, keyOf(d.parts, d.key)),
         make("td", { class: "why" }, d.reason, make("small", {}, retryOf(d, now))),
