@@ -244,6 +244,11 @@ func TestReadyWithRedis(t *testing.T) {
 	open := startSluice(t, "--redis", server.URL(), "--config", file(t, "sluice.yaml", perClient+"on_failure: allow\n"))
 	ready := func(p *process) int {
 		status, _ := get(t, "http://"+p.metrics+"/readyz")
+		if gauge := p.counted("sluice_ready"); gauge != map[int]int{200: 1}[status] {
+			if again, _ := get(t, "http://"+p.metrics+"/readyz"); again == status { // it may have changed in between
+				t.Errorf("/readyz is %d, and sluice_ready %d", status, gauge)
+			}
+		}
 		return status
 	}
 	if got := ready(closed); got != 503 {

@@ -150,7 +150,7 @@ limits:
 		}
 	}
 	for _, p := range both {
-		for i, text := range []string{limits + "  - {name: more, rate: 1/d}\nfailure_status: 502\n", "bad"} {
+		for i, text := range []string{limits + "  - {name: more, rate: 1/d}\nfailure_status: 502\ndomain: moved\n", "bad"} {
 			if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 				t.Fatal(err)
 			}
@@ -181,6 +181,7 @@ limits:
 		// Only an attack changes this metric. TestAttackGRPC makes some.
 		delete(all, "sluice_grpc_connections_closed_total")
 		delete(all, "sluice_build_info") // another version has another
+		delete(all, "sluice_ready")      // TestReadyWithRedis sees it change
 		return slices.DeleteFunc(slices.Sorted(maps.Keys(all)), func(name string) bool { return moved[name] })
 	}
 	var unmoved []string
@@ -206,6 +207,7 @@ limits:
 		`|unchanged|returned|surcharged|late|repeated|forged|unknown|mistake|failed` + // settlements
 		`|memory|time` + // why a gRPC connection was closed
 		`|enforce|shadow|devel` + // modes, and the version
+		`|default|moved` + // domains
 		`|success|failure|buckets|ceilings|local|key|[0-9a-f]{16}|unary|client_stream|[A-Z][A-Za-z]+` +
 		`|envoy\.service\.auth\.v3\.Authorization|envoy\.service\.accesslog\.v3\.AccessLogService)$`)
 	label := regexp.MustCompile(`([a-z_]+)=("(?:[^"\\]|\\.)*")`)

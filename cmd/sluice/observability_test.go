@@ -13,6 +13,7 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/sluiceproxy/sluice/envoy"
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
@@ -99,10 +100,27 @@ limits:
   - {name: per-client, key: client.ip, rate: 20/s, match: {paths: [/]}}
   - {name: shadow, mode: shadow, rate: 1/s}
   - {name: settling, rate: 1000/s, cost: 2, settle: 'response.code == 200 ? 1 : 3'}
+  - {name: leased, rate: 100000/s, lease: 1s}
   - {name: bad, match: {paths: [/bad]}, rate: 1/s, key: 'request.path.split("?")[1]'}
 `)
 	d := startDemo(t, "--config", config, "--redis", redistest.Start(t).URL())
 	underLoad(t, d.url, func(i int, r *http.Request) { r.URL.Path = []string{"/", "/", "/bad"}[i%3] })
+
+	// Its Envoy has no admin interface. This one does, and asks the same sidecar.
+	binary, release := envoyBinary(t)
+	bootstrap, err := envoy.Plain(envoy.Options{
+		Listener: "127.0.0.1:0", Admin: "127.0.0.1:0", Sluice: d.grpc, Upstream: startUpstream(t).Listener.Addr().String(),
+		Envoy: release,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	proxy, addr := runEnvoy(t, binary, bootstrap)
+	view, err := proxy.Admin()
+	if err != nil {
+		t.Fatal(err)
+	}
+	fetch(t, client(t), "http://"+addr+"/")
 
 	rules, err := filepath.Abs("observability/alerts.yaml")
 	if err != nil {
@@ -112,9 +130,11 @@ limits:
 	settings := file(t, "prometheus.yml", fmt.Sprintf(`
 global: {scrape_interval: 500ms, evaluation_interval: 500ms}
 rule_files: [%q]
-scrape_configs: [{job_name: sluice, static_configs: [{targets: [%q]}]}]
-`, rules, scraped))
-	addr := fmt.Sprintf("127.0.0.1:%d", freePort(t))
+scrape_configs:
+- {job_name: sluice, static_configs: [{targets: [%q]}]}
+- {job_name: envoy, metrics_path: /stats/prometheus, static_configs: [{targets: [%q]}]}
+`, rules, scraped, view))
+	addr = fmt.Sprintf("127.0.0.1:%d", freePort(t))
 	server := exec.Command(
 		"prometheus", "--config.file="+settings, "--storage.tsdb.path="+t.TempDir(), "--web.listen-address="+addr,
 	)
@@ -166,8 +186,12 @@ scrape_configs: [{job_name: sluice, static_configs: [{targets: [%q]}]}]
 	for _, m := range regexp.MustCompile(`(?m)^# TYPE (\S+)`).FindAllStringSubmatch(page, -1) {
 		exported[m[1]] = true
 	}
-	filled := strings.NewReplacer("$__rate_interval", "3s", "$job", ".*", "$limit", ".*")
-	names := regexp.MustCompile(`\b(?:sluice|grpc_server|process|go)_\w+`)
+	_, page = get(t, "http://"+view+"/stats/prometheus")
+	for _, m := range regexp.MustCompile(`(?m)^# TYPE (\S+)`).FindAllStringSubmatch(page, -1) {
+		exported[m[1]] = true
+	}
+	filled := strings.NewReplacer("$__rate_interval", "3s", "$job", ".*", "$domain", ".*", "$limit", ".*")
+	names := regexp.MustCompile(`\b(?:sluice|grpc_server|process|go|envoy_http|envoy_cluster_upstream)_\w+`)
 	queries := 0
 	for _, p := range readDashboard(t).Panels {
 		for _, q := range p.Targets {
@@ -182,7 +206,7 @@ scrape_configs: [{job_name: sluice, static_configs: [{targets: [%q]}]}]
 			)
 		}
 	}
-	if queries < 25 {
+	if queries < 40 {
 		t.Errorf("only %d queries", queries)
 	}
 

@@ -80,6 +80,7 @@ type reloader struct {
 	last    atomic.Pointer[reloadResult] // nil: there was no attempt
 	reloads *prometheus.CounterVec
 	info    *prometheus.GaugeVec
+	domain  *prometheus.GaugeVec
 	limits  *prometheus.GaugeVec
 }
 
@@ -107,13 +108,16 @@ func newReloader(
 		info: prometheus.NewGaugeVec(prometheus.GaugeOpts{
 			Name: "sluice_config_info", Help: "Always 1, with the hash of the config in force.",
 		}, []string{"hash"}),
+		domain: prometheus.NewGaugeVec(prometheus.GaugeOpts{
+			Name: "sluice_domain_info", Help: "Always 1, with the domain of the config in force.",
+		}, []string{"domain"}),
 		limits: prometheus.NewGaugeVec(prometheus.GaugeOpts{
 			Name: "sluice_config_limits", Help: "Number of limits of the config in force, by mode.",
 		}, []string{"mode"}),
 	}
 	r.reloads.WithLabelValues("success")
 	r.reloads.WithLabelValues("failure")
-	metrics.MustRegister(r.reloads, r.info, r.limits)
+	metrics.MustRegister(r.reloads, r.info, r.domain, r.limits)
 	r.show(cfg)
 	return r
 }
@@ -232,6 +236,8 @@ func (r *reloader) reload(force bool) bool {
 func (r *reloader) show(cfg *policy.Config) {
 	r.info.Reset()
 	r.info.WithLabelValues(cfg.Hash).Set(1)
+	r.domain.Reset()
+	r.domain.WithLabelValues(cfg.Domain).Set(1)
 	enforced, shadow := countModes(cfg)
 	r.limits.WithLabelValues("enforce").Set(float64(enforced))
 	r.limits.WithLabelValues("shadow").Set(float64(shadow))

@@ -80,7 +80,14 @@ func newSidecar(source configSource, stderr io.Writer) (*sidecar, error) {
 		ConstLabels: prometheus.Labels{"version": buildVersion()},
 	})
 	build.Set(1)
-	s.registry.MustRegister(build)
+	s.registry.MustRegister(build, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "sluice_ready", Help: "Whether /readyz is 200: 1 or 0.",
+	}, func() float64 {
+		if s.isReady() {
+			return 1
+		}
+		return 0
+	}))
 	s.reload = newReloader(source, cfg, inputs, s.apply, log, s.registry)
 	if s.traces, err = newTraces(log); err != nil {
 		return nil, err
@@ -330,10 +337,12 @@ func (s *sidecar) page() *page.Page {
 	return page.New(o)
 }
 
+// isReady reports whether /readyz is 200.
+func (s *sidecar) isReady() bool { return s.answered.Load() && !s.draining.Load() }
+
 // state returns what the operator's page shows of the process.
 func (s *sidecar) state() page.State {
-	draining := s.draining.Load()
-	state := page.State{Ready: s.answered.Load() && !draining, Draining: draining, LogLevel: s.level.String()}
+	state := page.State{Ready: s.isReady(), Draining: s.draining.Load(), LogLevel: s.level.String()}
 	if last := s.reload.last.Load(); last != nil {
 		state.Reloaded, state.ReloadErrors = last.at, last.errors
 	}
