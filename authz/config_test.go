@@ -197,8 +197,7 @@ func TestNamesAreBounded(t *testing.T) {
 			t.Errorf("no %s", want)
 		}
 	}
-	ofFile, ofRoutes := s.report.limits.all()
-	if n := len(ofFile) + len(ofRoutes); n != maxConfigLimits+maxRouteLimits+1 { // and the shared shadow
+	if n := len(s.Limits()); n != maxConfigLimits+maxRouteLimits+1 { // and the shared shadow
 		t.Errorf("%d names", n)
 	}
 	for i := range maxLoggedMistakes + 10 {

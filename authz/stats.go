@@ -53,18 +53,15 @@ func (s *Server) Totals() Totals {
 	return t
 }
 
-// Limits returns the counts of the limits of the config and of Envoy's routes,
-// sorted by name.
+// Limits returns the counts of the limits of the config, in no particular order,
+// and then those of Envoy's routes, sorted by name.
 func (s *Server) Limits() []LimitTotals {
-	config, routes := s.report.limits.all()
-	all := make([]LimitTotals, 0, len(config)+len(routes))
-	for name, l := range config {
-		all = append(all, l.totals(name, false))
+	all := make([]LimitTotals, 0, len(*s.report.limits.config.Load()))
+	s.report.limits.all(func(name limitName, l *limitReport, isRoute bool) { all = append(all, l.totals(name, isRoute)) })
+	routes := slices.IndexFunc(all, func(t LimitTotals) bool { return t.Route })
+	if routes >= 0 {
+		slices.SortFunc(all[routes:], func(a, b LimitTotals) int { return cmp.Compare(a.Name, b.Name) })
 	}
-	for name, l := range routes {
-		all = append(all, l.totals(name, true))
-	}
-	slices.SortFunc(all, func(a, b LimitTotals) int { return cmp.Compare(a.Name, b.Name) })
 	return all
 }
 

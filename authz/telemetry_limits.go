@@ -290,21 +290,24 @@ func (t *limitTable) sweepLocked(now time.Time) {
 	}
 }
 
-// all returns every limit that has metrics of its own, and the shared ones:
-// those of the config, and those of Envoy's routes that the config does not
-// have.
-func (t *limitTable) all() (config, routes map[limitName]*limitReport) {
-	t.mu.RLock()
-	routes = maps.Clone(t.routes)
-	t.mu.RUnlock()
-	config = make(map[limitName]*limitReport)
-	for name, l := range *t.config.Load() {
+// all calls do with every limit that has metrics of its own and with the shared
+// ones: first with those of the config, then with those of Envoy's routes that the
+// config does not have.
+func (t *limitTable) all(do func(name limitName, l *limitReport, isRoute bool)) {
+	config := *t.config.Load()
+	for name, l := range config {
 		if !l.isShared {
-			config[name] = l
-			delete(routes, name)
+			do(name, l, false)
 		}
 	}
-	return config, routes
+	t.mu.RLock()
+	routes := maps.Clone(t.routes)
+	t.mu.RUnlock()
+	for name, l := range routes {
+		if known := config[name]; known == nil || known.isShared {
+			do(name, l, true)
+		}
+	}
 }
 
 // named returns the limits with a name: none, an enforced one, a shadow limit,

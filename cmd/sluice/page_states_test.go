@@ -203,14 +203,31 @@ limits:
 	s.looks("recovery")
 }
 
-// TestPageWaitsForRedis checks that the page says that a Redis has not answered
-// since the start.
+// TestPageWaitsForRedis checks that the page, and the log, say why a Redis has not
+// been usable since the start: one that answers is not said to be silent.
 func TestPageWaitsForRedis(t *testing.T) {
-	p := startSluice(t, "--redis", "redis://127.0.0.1:1", "--config", file(t, "sluice.yaml", "limits: [{name: all, rate: 5/s}]\n"))
-	s := showPage(t, p)
-	s.holds("#state", "Waiting for Redis")
-	s.holds("#alarms", "Redis has not answered since the start. redis://127.0.0.1:1 is asked")
-	s.holds("#store", "State\ndoes not answer")
+	config := file(t, "sluice.yaml", "limits: [{name: all, rate: 5/s}]\n")
+	locked := redistest.Start(t)
+	if err := locked.Client().ConfigSet(t.Context(), "requirepass", "k3y-of-redis").Err(); err != nil {
+		t.Fatal(err)
+	}
+	for url, want := range map[string]struct{ page, log string }{
+		"redis://127.0.0.1:1": {"connection refused", "Redis does not answer"},
+		locked.URL():          {"Redis requires a password", "Redis answers with an error"},
+	} {
+		t.Run(want.page, func(t *testing.T) {
+			p := startSluice(t, "--redis", url, "--config", config)
+			s := showPage(t, p)
+			s.holds("#state", "Waiting for Redis")
+			s.holds("#alarms", "Redis is not usable yet. "+url+" is asked until it answers.")
+			s.holds("#alarms pre", want.page)
+			s.holds("#store", "State\nnot usable yet")
+			if !strings.Contains(p.logged(), `"`+want.log+`"`) {
+				t.Errorf("the log has no %q:\n%s", want.log, p.logged())
+			}
+			s.looks("waiting")
+		})
+	}
 }
 
 // TestPageRejectedConfig checks that the page says when and why a new config was

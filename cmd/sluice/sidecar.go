@@ -50,6 +50,8 @@ type sidecar struct {
 	// answered is true once Redis has answered, or if readiness does not need
 	// its answer.
 	answered atomic.Bool
+	// refused is why Redis did not answer the last ping of the start; nil before.
+	refused  atomic.Pointer[error]
 	draining atomic.Bool
 }
 
@@ -346,6 +348,9 @@ func (s *sidecar) state() page.State {
 	if last := s.reload.last.Load(); last != nil {
 		state.Reloaded, state.ReloadErrors = last.at, last.errors
 	}
+	if refused := s.refused.Load(); refused != nil && !s.answered.Load() {
+		state.StoreError = (*refused).Error()
+	}
 	if s.outages != nil {
 		state.Outage = s.outages.last.Load()
 	}
@@ -394,8 +399,13 @@ func (s *sidecar) awaitStore(ctx context.Context) {
 		if err == nil {
 			break
 		}
+		s.refused.Store(&err)
 		if !logged && ctx.Err() == nil {
-			s.log.Warn("Redis does not answer", zap.Bool("ready", s.answered.Load()), zap.Error(err))
+			message := "Redis does not answer"
+			if kind := limiter.KindOf(err); kind != limiter.KindTimeout && kind != limiter.KindConnection {
+				message = "Redis answers with an error"
+			}
+			s.log.Warn(message, zap.Bool("ready", s.answered.Load()), zap.Error(err))
 		}
 		select {
 		case <-ctx.Done():

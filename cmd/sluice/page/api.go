@@ -51,9 +51,10 @@ type storeReport struct {
 	BreakerOpen      uint64            `json:"breaker_open"` // nodes whose circuit breaker is open
 	Errors           map[string]uint64 `json:"errors"`       // by kind
 	ErrorsLastMinute uint64            `json:"errors_last_minute"`
-	Seconds          quantiles         `json:"seconds"` // in the last minute
-	Entries          uint64            `json:"entries"` // buckets in this process
-	Outage           *outageReport     `json:"outage"`  // the last one; null: none since the start
+	Seconds          quantiles         `json:"seconds"`         // in the last minute
+	Entries          uint64            `json:"entries"`         // buckets in this process
+	Error            string            `json:"error,omitempty"` // why Redis has not answered since the start
+	Outage           *outageReport     `json:"outage"`          // the last one; null: none since the start
 
 	histogram *dto.Histogram // of a call to the store, in seconds
 }
@@ -85,15 +86,16 @@ type reload struct {
 
 func (p *Page) status() statusReport {
 	cfg, state := p.Config(), p.State()
+	limits := cfg.Limits()
 	r := statusReport{
 		Version: p.Version, Domain: cfg.Domain, Now: time.Now().UTC(), Started: p.started.UTC(),
 		LogLevel: state.LogLevel, Ready: state.Ready, Draining: state.Draining,
 		GRPC: p.GRPC, Checks: make(map[string]uint64), Store: p.store(),
 		Config: configReport{
-			File: p.ConfigFile, Hash: cfg.Hash, Mode: cfg.Mode(), Limits: len(cfg.Limits()), Warnings: len(cfg.Warnings),
+			File: p.ConfigFile, Hash: cfg.Hash, Mode: cfg.Mode(), Limits: len(limits), Warnings: len(cfg.Warnings),
 		},
 	}
-	for _, l := range cfg.Limits() {
+	for _, l := range limits {
 		if l.Shadow {
 			r.Config.Shadow++
 		}
@@ -101,6 +103,7 @@ func (p *Page) status() statusReport {
 	if at := p.history.lastCheck(); !at.IsZero() {
 		r.Checked = new(at.UTC())
 	}
+	r.Store.Error = state.StoreError
 	if o := state.Outage; o != nil {
 		r.Store.Outage = &outageReport{Since: o.Since.UTC(), Checks: make(map[string]uint64)}
 		end := r.Now

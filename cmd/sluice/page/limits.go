@@ -145,7 +145,10 @@ func (p *Page) findLimits(r *http.Request) (any, error) {
 		return nil, badRequestError{fmt.Errorf("sort=%q: must be one of %s", by,
 			strings.Join(slices.Sorted(maps.Keys(limitOrders)), ", "))}
 	}
-	found := slices.DeleteFunc(p.allLimits(), func(l limitReport) bool { return !l.matches(filter) })
+	found := p.allLimits()
+	if filter != "" {
+		found = slices.DeleteFunc(found, func(l limitReport) bool { return !l.matches(filter) })
+	}
 	total := len(found)
 	if by == "" {
 		by = "file"
@@ -173,10 +176,13 @@ func (l *limitReport) matches(filter string) bool {
 // allLimits returns the limits of the config in its order, and then those of
 // Envoy's routes.
 func (p *Page) allLimits() []limitReport {
-	type id struct{ name, mode string }
+	type id struct {
+		name     string
+		isShadow bool
+	}
 	list := p.described()
 	all := make([]limitReport, 0, len(list.limits))
-	totals := make(map[id]authz.LimitTotals)
+	totals := make(map[id]authz.LimitTotals, len(list.limits))
 	var routes []limitReport
 	for _, l := range p.Server.Limits() {
 		if l.Route {
@@ -185,7 +191,7 @@ func (p *Page) allLimits() []limitReport {
 				Allowed: l.Allowed, Limited: l.Limited, Tokens: l.Taken,
 			})
 		} else {
-			totals[id{l.Name, modeOf(l.Shadow)}] = l
+			totals[id{l.Name, l.Shadow}] = l
 		}
 	}
 	leases := map[string]limiter.LeaseTotals{}
@@ -193,7 +199,7 @@ func (p *Page) allLimits() []limitReport {
 		leases = p.Leases()
 	}
 	for _, l := range list.limits {
-		t := totals[id{l.Name, l.Mode}]
+		t := totals[id{l.Name, l.Mode == modeOf(true)}]
 		l.Allowed, l.Limited, l.Tokens = t.Allowed, t.Limited, t.Taken
 		if l.Lease != "" {
 			l.Leased = &leaseReport{leases[l.Name].Keys, leases[l.Name].Takes}

@@ -52,6 +52,7 @@ type State struct {
 	LogLevel        string
 	Reloaded        time.Time // when the config was last reloaded, or zero
 	ReloadErrors    []string  // why that failed; empty if it succeeded
+	StoreError      string    // why Redis has not answered yet; empty once it has
 	Outage          *Outage   // the last one of Redis, or nil
 }
 

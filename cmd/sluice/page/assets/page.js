@@ -151,10 +151,11 @@ function alarmsOf(s, now) {
       alarm(
         "waiting",
         "bad",
-        "Redis has not answered since the start.",
-        ` ${s.store.address} is asked again and again; the log and `,
+        "Redis is not usable yet.",
+        ` ${s.store.address} is asked until it answers. `,
         make("code", {}, "sluice doctor --config FILE"),
-        " say why it does not answer.",
+        " says more.",
+        s.store.error ? make("pre", {}, s.store.error) : "",
       ),
     );
   } else if (s.store.breaker_open > 0 || (outage && !outage.until)) {
@@ -291,12 +292,14 @@ function showStatus(s) {
       "State",
       !inRedis
         ? "good"
-        : s.store.breaker_open > 0 || !s.ready
+        : !s.ready && !s.draining
+          ? "not usable yet"
+          : s.store.breaker_open > 0
           ? "does not answer"
           : hasErrors(s, now)
             ? "some errors"
             : "answers",
-      s.store.breaker_open > 0 || hasErrors(s, now) || (inRedis && !s.ready) ? "bad" : "good",
+      s.store.breaker_open > 0 || hasErrors(s, now) || (inRedis && !s.ready && !s.draining) ? "bad" : "good",
     ],
     ...(inRedis
       ? [
@@ -655,9 +658,17 @@ function showDenials(all, now) {
   $("denials-kind").hidden = shadows === 0 || shadows === all.length;
   const kind = $("denials-kind").hidden ? "" : $("denials-kind").value;
   const found = all.filter((d) => kind === "" || d.shadow === (kind === "shadow"));
+  // No row moves from under a pointer, or from the focus.
+  const isHeld = $("denials-rows").matches(":hover, :focus-within");
+  if (isHeld) {
+    const places = new Map([...$("denials-rows").children].map((row, i) => [row.dataset.id, i]));
+    const place = (d) => places.get(String(d.id)) ?? Infinity;
+    found.sort((a, b) => (place(a) === place(b) ? 0 : place(a) - place(b)));
+  }
   setText(
     $("denials-note"),
-    "grouped by limit, key and outcome" + (found.length > mostDenials ? `; the latest ${mostDenials} of ${found.length}` : ""),
+    "grouped by limit, key and outcome" + (found.length > mostDenials ? `; the latest ${mostDenials} of ${found.length}` : "") +
+      (isHeld ? "; the order is held while you are here" : ""),
   );
   update(
     $("denials-rows"),
@@ -808,6 +819,7 @@ let timer,
 async function poll() {
   clearTimeout(timer);
   const mine = ++round;
+  const began = performance.now();
   try {
     const [status, past, limits, latest] = await Promise.all([
       fetchJSON("status"),
@@ -837,7 +849,11 @@ async function poll() {
     update($("alarms"), [alarm("gone", "bad", "The sidecar does not answer.", " The page shows its last answer.")]);
   }
   document.body.dataset.polls = round; // for tests
-  if (mine === round && !document.hidden) timer = setTimeout(poll, every);
+  if (mine === round && !document.hidden) {
+    // A config of thousands of limits takes a sidecar time to report: it is asked
+    // less often, so that an open page costs it little.
+    timer = setTimeout(poll, Math.max(every, 4 * (performance.now() - began)));
+  }
 }
 document.addEventListener("visibilitychange", () => !document.hidden && poll());
 poll();
