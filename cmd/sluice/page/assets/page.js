@@ -2,7 +2,21 @@
 // shows what it gets as text and never as markup.
 
 import {
-  ago, clock, count, duration, edge, instant, make, percent, period, rate, setText, shape, total, update, whole,
+  ago,
+  clock,
+  count,
+  duration,
+  edge,
+  instant,
+  make,
+  percent,
+  period,
+  rate,
+  setText,
+  shape,
+  total,
+  update,
+  whole,
 } from "./elements.js";
 
 const every = 1000; // milliseconds
@@ -48,7 +62,13 @@ function drawTraffic() {
           class: "area " + kind,
           d: "M" + upper.join("L") + "L" + floor.map(point).reverse().join("L") + "Z",
         }),
-        shape("path", { class: "edge " + kind, d: edge(upper, seconds.map((s) => s[kind])) }),
+        shape("path", {
+          class: "edge " + kind,
+          d: edge(
+            upper,
+            seconds.map((s) => s[kind]),
+          ),
+        }),
       );
     }
     floor = roof;
@@ -165,7 +185,11 @@ function alarmsOf(s, now) {
         "bad",
         "Redis does not answer.",
         ...(outage && !outage.until
-          ? [" Since ", instant(outage.since), ` (${period(outage.seconds)}) on_failure decides. ${meanwhile(outage.checks)}`]
+          ? [
+              " Since ",
+              instant(outage.since),
+              ` (${period(outage.seconds)}) on_failure decides. ${meanwhile(outage.checks)}`,
+            ]
           : [" Until it does, on_failure decides."]),
       ),
     );
@@ -186,7 +210,13 @@ function alarmsOf(s, now) {
     );
   }
   if (hasErrors(s, now))
-    all.push(alarm("errors", "warn", `${count(s.store.errors_last_minute, "Redis error", "Redis errors")} in the last minute.`));
+    all.push(
+      alarm(
+        "errors",
+        "warn",
+        `${count(s.store.errors_last_minute, "Redis error", "Redis errors")} in the last minute.`,
+      ),
+    );
   if (s.config.mode === "shadow") {
     all.push(
       alarm(
@@ -256,12 +286,31 @@ function showStatus(s) {
   const all = mean((x) => x.passed + x.limited + x.refused);
   const refused = mean((x) => x.refused);
   setText($("now-checks"), last.length ? rate(all) : "–");
-  setText($("last-check"), neverAsked ? "none since the start" : s.last_check ? "last one " + ago(s.last_check, now).replace(/^now$/, "just now") : "");
-  setText($("now-limited"), last.length ? percent(mean((x) => x.limited), all) : "–");
+  setText(
+    $("last-check"),
+    neverAsked
+      ? "none since the start"
+      : s.last_check
+        ? "last one " + ago(s.last_check, now).replace(/^now$/, "just now")
+        : "",
+  );
+  setText(
+    $("now-limited"),
+    last.length
+      ? percent(
+          mean((x) => x.limited),
+          all,
+        )
+      : "–",
+  );
   $("now-refused").className = "second" + (refused > 0 ? " bad" : "");
   setText(
     $("now-refused"),
-    refused > 0 ? percent(refused, all) + " refused" : s.config.mode === "shadow" ? "shadow mode denies none" : "none refused",
+    refused > 0
+      ? percent(refused, all) + " refused"
+      : s.config.mode === "shadow"
+        ? "shadow mode denies none"
+        : "none refused",
   );
   for (const [id, q] of [
     ["now", s.check_seconds],
@@ -295,10 +344,10 @@ function showStatus(s) {
         : !s.ready && !s.draining
           ? "not usable yet"
           : s.store.breaker_open > 0
-          ? "does not answer"
-          : hasErrors(s, now)
-            ? "some errors"
-            : "answers",
+            ? "does not answer"
+            : hasErrors(s, now)
+              ? "some errors"
+              : "answers",
       s.store.breaker_open > 0 || hasErrors(s, now) || (inRedis && !s.ready && !s.draining) ? "bad" : "good",
     ],
     ...(inRedis
@@ -331,14 +380,23 @@ function showStatus(s) {
     [
       "Limits",
       total(s.config.limits) +
-        (s.config.shadow_limits && s.config.mode !== "shadow" ? `, ${total(s.config.shadow_limits)} in shadow mode` : ""),
+        (s.config.shadow_limits && s.config.mode !== "shadow"
+          ? `, ${total(s.config.shadow_limits)} in shadow mode`
+          : ""),
     ],
     ...(s.config.warnings
-      ? [["Warnings", make("span", {}, total(s.config.warnings), ", ", make("code", {}, "sluice validate"), " says which")]]
+      ? [
+          [
+            "Warnings",
+            make("span", {}, total(s.config.warnings), ", ", make("code", {}, "sluice validate"), " says which"),
+          ],
+        ]
       : []),
     [
       "Last reload",
-      reload ? `${reload.result === "failure" ? "rejected" : "in force"}, ${ago(reload.at, now)}` : "none since the start",
+      reload
+        ? `${reload.result === "failure" ? "rejected" : "in force"}, ${ago(reload.at, now)}`
+        : "none since the start",
       reload?.result === "failure" ? "bad" : "",
     ],
     ["Started", ago(s.started, now)],
@@ -396,10 +454,24 @@ function spark(rates, denied) {
   if (rates.some((r) => r.limited > 0)) {
     svg.append(
       shape("path", { class: "area " + denied, d: "M" + upper.join("L") + "L" + lower.toReversed().join("L") + "Z" }),
-      shape("path", { class: "edge " + denied, d: edge(upper, rates.map((r) => r.limited)) }),
+      shape("path", {
+        class: "edge " + denied,
+        d: edge(
+          upper,
+          rates.map((r) => r.limited),
+        ),
+      }),
     );
   }
-  svg.append(shape("path", { class: "edge passed", d: edge(lower, rates.map((r) => r.allowed)) }));
+  svg.append(
+    shape("path", {
+      class: "edge passed",
+      d: edge(
+        lower,
+        rates.map((r) => r.allowed),
+      ),
+    }),
+  );
   return svg;
 }
 
@@ -575,7 +647,9 @@ function detailOf(l, top) {
     ["Mode", isShadow ? "shadow, denies nobody" : ""],
     [
       "Lease",
-      l.lease ? `${l.lease}; ${count(l.leased.keys, "key", "keys")} leased now, ${count(l.leased.takes, "take", "takes")}` : "",
+      l.lease
+        ? `${l.lease}; ${count(l.leased.keys, "key", "keys")} leased now, ${count(l.leased.takes, "take", "takes")}`
+        : "",
     ],
     ["Settle", l.settle ? make("span", {}, make("code", {}, l.settle), ` within ${l.settle_within}`) : ""],
     [
@@ -593,9 +667,18 @@ function detailOf(l, top) {
   ].filter(([, value]) => value !== "");
   const wasAsked = l.allowed + l.limited > 0;
   const lists = [
-    ["top-denials", isShadow ? "Would be denied most" : "Most denied", top?.denials, isShadow ? "would" : "denied", "None."],
+    [
+      "top-denials",
+      isShadow ? "Would be denied most" : "Most denied",
+      top?.denials,
+      isShadow ? "would" : "denied",
+      "None.",
+    ],
     ["top-requests", "Most requests", top?.requests, "", "None."],
-  ].map(([id, title, keys, kind, none]) => [make("h3", {}, title), make("ol", { class: "bars " + kind, id }, ...barsOf(keys ?? [], none))]);
+  ].map(([id, title, keys, kind, none]) => [
+    make("h3", {}, title),
+    make("ol", { class: "bars " + kind, id }, ...barsOf(keys ?? [], none)),
+  ]);
   return [
     make(
       "div",
@@ -667,7 +750,8 @@ function showDenials(all, now) {
   }
   setText(
     $("denials-note"),
-    "grouped by limit, key and outcome" + (found.length > mostDenials ? `; the latest ${mostDenials} of ${found.length}` : "") +
+    "grouped by limit, key and outcome" +
+      (found.length > mostDenials ? `; the latest ${mostDenials} of ${found.length}` : "") +
       (isHeld ? "; the order is held while you are here" : ""),
   );
   update(
@@ -691,7 +775,13 @@ function showDenials(all, now) {
           "td",
           { class: "request mono" },
           `${d.method} ${d.host}${d.path}`,
-          make("small", {}, d.client ? "client " + d.client : "", d.client && peer ? ", " : "", peer ? "peer " + peer : ""),
+          make(
+            "small",
+            {},
+            d.client ? "client " + d.client : "",
+            d.client && peer ? ", " : "",
+            peer ? "peer " + peer : "",
+          ),
         ),
         make(
           "td",
