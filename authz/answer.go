@@ -202,8 +202,11 @@ func limitHeaders(e *encoder, field protowire.Number, check *checkState) {
 	if d.Strictest < 0 {
 		return
 	}
+	c, v := &d.Charges[d.Strictest], &d.Verdicts[d.Strictest]
+	if !c.HasBucket() {
+		return
+	}
 	if check.config.Headers.XRateLimit {
-		c, v := &d.Charges[d.Strictest], &d.Verdicts[d.Strictest]
 		e.header(field, "x-ratelimit-limit", strconv.FormatInt(c.Bucket.Burst(), 10))
 		e.header(field, "x-ratelimit-remaining", strconv.FormatInt(v.Remaining, 10))
 		e.header(field, "x-ratelimit-reset", strconv.FormatInt(seconds(v.FullAfter), 10))
@@ -223,7 +226,7 @@ func ietfFields(d *limiter.Decision) (policies, limits string) {
 	var p, l []byte
 	for i := range d.Charges {
 		c, v := &d.Charges[i], &d.Verdicts[i]
-		if c.Limit.Shadow || !v.Known() {
+		if c.Limit.Shadow || !v.Known() || !c.HasBucket() {
 			continue
 		}
 		if len(p) > 0 {
@@ -277,6 +280,7 @@ var sourceNames = [...]string{
 	limiter.LocalSource:   "local",
 	limiter.CeilingSource: "ceiling",
 	limiter.LeaseSource:   "lease",
+	limiter.BlockSource:   "none",
 }
 
 // metadata writes the dynamic metadata, which Envoy's access log and later

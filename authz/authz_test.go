@@ -194,6 +194,19 @@ client grpc-message: Rate limit "orders" exceeded. Retry in 1 s.
 		check  *authv3.CheckRequest
 		want   string
 	}{
+		{"none", "{headers: [x-ratelimit, retry-after, ratelimit], limits: [{name: orders, rate: 1/s}, {name: gone, rate: none}, {name: s, rate: none, mode: shadow}]}",
+			panics{}, checkOf(), `status 8
+deny 429
+client x-envoy-ratelimited: true
+client content-type: application/problem+json
+body {"title":"Too Many Requests","status":429,"detail":"Rate limit \"gone\" does not allow this request.","limit":"gone"}
+metadata cost=1 decision="limited" limit="gone" remaining=0 shadow=[s] source="none"
+`},
+		{"none in the shadow", "limits: [{name: s, rate: none, mode: shadow}]", panics{}, checkOf(), `status 0
+allow
+upstream x-sluice-shadow: s
+metadata cost=null decision="allowed" limit=null remaining=null shadow=[s] source="none"
+`},
 		{"no limit applies", "", said{}, checkOf(), `status 0
 allow
 metadata cost=null decision="unmatched" key=null limit=null remaining=null shadow=[] source="none"

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -95,7 +96,7 @@ func Explain(
 		notes = append(notes, x.Exempt)
 	case x.Draw.Invalid:
 		notes = append(notes, "the request reveals an error in the config")
-	case full && len(d.Charges) > 0:
+	case full && slices.ContainsFunc(d.Charges, func(c limiter.Charge) bool { return c.HasBucket() }):
 		notes = append(notes, "without Redis the buckets are in the sidecar's process and cannot be read; "+
 			"they are assumed full")
 	}
@@ -143,7 +144,7 @@ func explainLimit(l *policy.Explained, d *limiter.Decision, full bool) Explained
 		out.Reason += fmt.Sprintf("; its bucket is unknown: %v", verdict.Err)
 		return out
 	}
-	if !full {
+	if !full && charge.HasBucket() {
 		out.Remaining, out.Held, out.Owed = &verdict.Remaining, &verdict.Held, &verdict.Owed
 	}
 	out.Never = verdict.RetryAfter == limiter.Never
@@ -158,7 +159,11 @@ func explainLimit(l *policy.Explained, d *limiter.Decision, full bool) Explained
 func slotsNote(charges []limiter.Charge) []string {
 	var keys []string
 	names := make(map[string][]string)
-	for _, c := range charges {
+	for i := range charges {
+		c := &charges[i]
+		if !c.HasBucket() {
+			continue
+		}
 		_, tag, _ := strings.Cut(c.Key, "{") // ends with the key, as does the hash tag
 		if names[tag] == nil {
 			keys = append(keys, tag)

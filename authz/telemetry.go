@@ -115,7 +115,7 @@ func newReport(log *zap.Logger, metrics prometheus.Registerer) *report {
 // setConfig registers the limits of a config that comes into force, and removes
 // the series of the limits that are gone.
 func (r *report) setConfig(config *policy.Config) {
-	r.limits.setLimits(config.Limits())
+	r.limits.setLimits(config.InEachMode())
 	for _, l := range config.SettlingLimits() {
 		r.limits.settleOf(l.Name) // its series are there from the start
 	}
@@ -183,7 +183,9 @@ func (r *report) failed(c *limiter.Charge, v *limiter.Verdict) {
 
 // charged counts the verdict of a limit.
 func (r *report) charged(l *limitReport, c *limiter.Charge, v *limiter.Verdict, spends bool, now time.Time) {
-	l.ratio.Observe(float64(v.Remaining) / float64(c.Bucket.Burst()))
+	if c.HasBucket() {
+		l.ratio.Observe(float64(v.Remaining) / float64(c.Bucket.Burst()))
+	}
 	if k := r.limits.topKeysOf(l); k != nil {
 		k.add(c.ShownKey(), !v.Allowed, now)
 	}

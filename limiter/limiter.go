@@ -48,6 +48,8 @@ type Limit struct {
 type Charge struct {
 	Limit *Limit
 	// Bucket is the bucket's shape. Keys of one limit may have different shapes.
+	// The zero value says that there is no bucket: the charge is denied for ever,
+	// and no store is asked about it (HasBucket).
 	Bucket Bucket
 	// Key is the whole key of the bucket in the store.
 	Key string
@@ -82,6 +84,10 @@ func (c *Charge) ShownKey() string {
 	_, key, _ := strings.Cut(c.Key, "{")
 	return strings.TrimSuffix(key, "}")
 }
+
+// HasBucket reports whether the charge has a bucket. One that has none is denied
+// for ever; only Decide and Replay accept it, and no Store is asked about it.
+func (c *Charge) HasBucket() bool { return c.Bucket != Bucket{} }
 
 // life returns for how long the cost is held; 0 if the charge holds nothing.
 func (c *Charge) life() time.Duration {
@@ -122,6 +128,9 @@ const (
 	// holds (Leases). The numbers of the Verdict are then what the bucket had when
 	// it was last asked, less what was granted here since.
 	LeaseSource
+	// BlockSource means that nobody was asked, as the charge has no bucket and is
+	// always denied.
+	BlockSource
 )
 
 // Verdict is what a store decided about one Charge. Its durations count from
@@ -329,7 +338,11 @@ func Decide(ctx context.Context, store Store, charges []Charge) Decision {
 		return d
 	}
 	d.Verdicts = make([]Verdict, len(charges))
-	store.Take(ctx, charges, d.Verdicts)
+	if slices.ContainsFunc(charges, func(c Charge) bool { return !c.HasBucket() }) {
+		takeBuckets(ctx, store, charges, d.Verdicts)
+	} else {
+		store.Take(ctx, charges, d.Verdicts)
+	}
 	d.Outcome = outcomeOf(charges, d.Verdicts)
 	for i := range charges {
 		v := &d.Verdicts[i]
@@ -347,6 +360,32 @@ func Decide(ctx context.Context, store Store, charges []Charge) Decision {
 		d.Outcome = Canceled
 	}
 	return d
+}
+
+// takeBuckets is the store's Take for charges of which some have no bucket. If an
+// enforced one has none, the request is denied, and the store is asked only about
+// the shadow charges, which count whatever happens to the request. The other
+// enforced charges then have no verdict.
+func takeBuckets(ctx context.Context, store Store, charges []Charge, verdicts []Verdict) {
+	denied := slices.ContainsFunc(charges, func(c Charge) bool { return !c.HasBucket() && !c.Limit.Shadow })
+	var at []int
+	var rest []Charge
+	for i := range charges {
+		switch c := &charges[i]; {
+		case !c.HasBucket():
+			verdicts[i] = Verdict{Source: BlockSource, RetryAfter: Never}
+		case c.Limit.Shadow || !denied:
+			at, rest = append(at, i), append(rest, *c)
+		}
+	}
+	if len(rest) == 0 {
+		return
+	}
+	taken := make([]Verdict, len(rest))
+	store.Take(ctx, rest, taken)
+	for i := range rest {
+		verdicts[at[i]] = taken[i]
+	}
 }
 
 // outcomeOf returns the outcome of a request from the verdicts on its charges and

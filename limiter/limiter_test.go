@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -13,6 +14,17 @@ import (
 type said []Verdict
 
 func (s said) Take(_ context.Context, _ []Charge, verdicts []Verdict) { copy(verdicts, s) }
+
+// tally says what another store says, and for how many charges it was asked.
+type tally struct {
+	said
+	asked *int
+}
+
+func (c tally) Take(ctx context.Context, charges []Charge, verdicts []Verdict) {
+	*c.asked += len(charges)
+	c.said.Take(ctx, charges, verdicts)
+}
 
 func TestDecide(t *testing.T) {
 	failed := Verdict{Err: &StoreError{Kind: KindTimeout, Err: errors.New("late")}}
@@ -64,6 +76,58 @@ func TestDecide(t *testing.T) {
 		d := Decide(t.Context(), said(tt.verdicts), charges)
 		if d.Outcome != tt.outcome || d.Strictest != tt.telling {
 			t.Errorf("%s: %v of %d, want %v of %d", tt.name, d.Outcome, d.Strictest, tt.outcome, tt.telling)
+		}
+	}
+
+	// Of limits without a bucket the store is not asked.
+	const none, bucket = true, false
+	for _, tt := range []struct {
+		name    string
+		limits  []*Limit
+		none    []bool
+		store   said // by the charges that it is asked for
+		outcome Outcome
+		telling int
+		asked   int
+	}{
+		{"none denies", []*Limit{deny}, []bool{none}, nil, Limited, 0, 0},
+		{"none denies before others", []*Limit{deny, allow}, []bool{bucket, none}, nil, Limited, 1, 0},
+		{"the first of two", []*Limit{deny, deny}, []bool{none, none}, nil, Limited, 0, 0},
+		{"shadows count beside it", []*Limit{deny, shadow}, []bool{none, bucket}, said{ok(3)}, Limited, 0, 1},
+		{"a failing store beside it", []*Limit{deny, shadow}, []bool{none, bucket}, said{failed}, Limited, 0, 1},
+		{"a shadow's none", []*Limit{shadow, deny}, []bool{none, bucket}, said{ok(3)}, Allowed, 1, 1},
+		{"a shadow's none alone", []*Limit{shadow}, []bool{none}, nil, Allowed, -1, 0},
+		{"a shadow's none beside a denial", []*Limit{shadow, deny}, []bool{none, bucket}, said{no(3)}, Limited, 1, 1},
+		{"a shadow's none beside a failure", []*Limit{shadow, deny}, []bool{none, bucket}, said{failed}, FailedClosed, -1, 1},
+	} {
+		charges := make([]Charge, len(tt.limits))
+		for i, l := range tt.limits {
+			charges[i] = Charge{Limit: l}
+			if !tt.none[i] {
+				charges[i].Bucket = Bucket{n: 1, p: 1, burst: 10}
+			}
+		}
+		asked := 0
+		d := Decide(t.Context(), tally{tt.store, &asked}, charges)
+		if d.Outcome != tt.outcome || d.Strictest != tt.telling || asked != tt.asked {
+			t.Errorf("%s: %v of %d, asked for %d; want %v of %d, asked for %d", tt.name, d.Outcome, d.Strictest, asked,
+				tt.outcome, tt.telling, tt.asked)
+		}
+		for i, v := range d.Verdicts {
+			if tt.none[i] && (v.Allowed || v.Source != BlockSource || v.RetryAfter != Never || v.Remaining != 0) {
+				t.Errorf("%s: %+v", tt.name, v)
+			}
+		}
+		if tt.outcome == Limited || tt.outcome == Allowed { // as a Replay decides
+			verdicts := make([]Verdict, len(charges))
+			buckets := make([]*ReplayBucket, len(charges))
+			for i := range buckets {
+				buckets[i] = &ReplayBucket{}
+			}
+			outcome := new(Replay).Take(make([]int64, len(charges)), buckets, charges, verdicts)
+			if denies := slices.Contains(tt.none, none) && !charges[slices.Index(tt.none, none)].Limit.Shadow; (outcome == Limited) != denies {
+				t.Errorf("%s: a Replay says %v", tt.name, outcome)
+			}
 		}
 	}
 

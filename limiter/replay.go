@@ -21,8 +21,9 @@ type ReplayBucket struct {
 
 // Take takes the charges from the buckets as Store's Take does, charges[i] from
 // buckets[i] at the instant at[i], and returns the outcome: Allowed or Limited. The
-// slices have the same length, and no bucket is in them twice. Of the verdicts it
-// sets Allowed, Source and Hold.
+// slices have the same length, and no bucket is in them twice. The bucket of a
+// charge that has none is not used. Of the verdicts it sets Allowed, Source and
+// Hold.
 //
 // Instants are in microseconds since 1970; those of one bucket should not go
 // back. Usually all are the same. They differ if requests of which only the
@@ -31,6 +32,11 @@ func (r *Replay) Take(at []int64, buckets []*ReplayBucket, charges []Charge, ver
 	r.next = r.next[:0]
 	for i := range charges {
 		c, b := &charges[i], buckets[i]
+		if !c.HasBucket() {
+			r.next = append(r.next, replayed{})
+			verdicts[i] = Verdict{Source: BlockSource}
+			continue
+		}
 		next := replayed{state: state{shape: c.Bucket, level: c.Bucket.full(), at: at[i]}}
 		if b.isUsed {
 			next.state, next.moved, _ = b.state.next(c.Bucket, at[i])

@@ -169,8 +169,13 @@ func (p *program) printExplanation(e authz.Explanation, r *policy.Request) error
 
 // amount describes the cost and the bucket of a limit that applies.
 func amount(l *authz.ExplainedLimit) string {
-	if l.Burst == nil {
+	switch {
+	case l.Burst == nil && l.Cost == nil:
 		return "unlimited"
+	case l.Burst == nil && l.Mode == "shadow":
+		return "rate none; shadow, never denies"
+	case l.Burst == nil:
+		return "rate none, denies every request"
 	}
 	remaining := "unknown"
 	if l.Remaining != nil {

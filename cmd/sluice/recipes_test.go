@@ -104,6 +104,38 @@ func TestRecipes(t *testing.T) {
 		s.want(0, 1, "GET /", "authorization", issuer.token(map[string]any{"tenant": "a"}))
 		s.want(20, 25, "GET /") // no token: the network's
 	})
+	t.Run("A blocked client", func(t *testing.T) {
+		redis := redistest.Start(t)
+		text := "store: {redis: {url: \"" + redis.URL() + "\", timeout: 10s}}\n" + recipe(t, "A blocked client")
+		s := serveRecipe(t, text, nil)
+		for _, headers := range [][]string{
+			{"x-forwarded-for", "203.0.113.7", "x-api-key", "one"}, {"x-forwarded-for", "192.0.2.1", "x-api-key", "stolen"},
+		} {
+			s.want(0, 3, "GET /", headers...)
+			r, body := fetch(t, s.c, "http://"+s.addr+"/", headers...)
+			for name := range r.Header {
+				if name := strings.ToLower(name); name == "retry-after" || strings.HasPrefix(name, "x-ratelimit") {
+					t.Errorf("%v: has %s", headers, name)
+				}
+			}
+			if r.StatusCode != 429 || r.Header.Get("X-Envoy-Ratelimited") != "true" || strings.Contains(body, "retry") {
+				t.Errorf("%v: %d %s", headers, r.StatusCode, body)
+			}
+		}
+		if keys := redis.Client().Keys(t.Context(), "sluice:default:[a-z]*").Val(); len(keys) > 0 {
+			t.Errorf("Redis was asked: %v", keys)
+		}
+		_, metrics := get(t, "http://"+s.p.metrics+"/metrics")
+		for _, want := range []string{
+			`sluice_rejections_total{limit="blocked"} 4`, `sluice_rejections_total{limit="per-key"} 4`,
+			`sluice_checks_total{decision="limited"} 8`, `sluice_tokens_taken_total{limit="per-network"} 0`,
+		} {
+			if !strings.Contains(metrics, want) {
+				t.Errorf("no %s", want)
+			}
+		}
+		s.want(100, 103, "GET /", "x-forwarded-for", "192.0.2.1", "x-api-key", "one")
+	})
 	t.Run("One limit for all, before a fragile backend", func(t *testing.T) {
 		s := serveRecipe(t, "client_ip: {xff_from_right: 2}\n"+recipe(t, "One limit for all, before a fragile backend"), nil)
 		s.want(5, 7, "GET /reports/1", "x-forwarded-for", "203.0.113.1")

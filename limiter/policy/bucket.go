@@ -39,7 +39,7 @@ type BucketName struct {
 
 // Bucket finds a bucket of one of the file's limits. It returns an error if the
 // limit is unknown, if the name does not fit the limit's key, or if the limit
-// is unlimited for that key.
+// has no bucket for that key, as its rate is unlimited or none.
 //
 // If Key contains an HMAC, the override of that key cannot be found, and the
 // bucket has the limit's own rate.
@@ -72,13 +72,17 @@ func (c *Config) Bucket(name BucketName) (Bucket, error) {
 			return Bucket{}, err
 		}
 	}
-	if tier.unlimited {
+	switch {
+	case tier.unlimited:
 		return Bucket{}, fmt.Errorf("limit %s is unlimited for this key and has no bucket", name.Limit)
+	case tier.none:
+		return Bucket{}, fmt.Errorf("limit %s denies every request with this key (rate: none) and has no bucket", name.Limit)
 	}
 	return Bucket{
 		Rate: tier.rate,
 		Charge: limiter.Charge{
-			Limit: r.limit, Bucket: tier.bucket, Key: r.prefix + string(key) + "}", Shown: string(shown), HoldFor: r.within,
+			Limit: r.limitOf(tier), Bucket: tier.bucket, Key: r.prefix + string(key) + "}", Shown: string(shown),
+			HoldFor: r.within,
 		},
 	}, nil
 }
@@ -228,7 +232,7 @@ func (c *Config) ByKey() [][]string {
 	var all [][]string
 	seen := make(map[string]int)
 	for _, r := range c.rules {
-		if r.tier.unlimited && r.overrides == nil {
+		if !r.hasBuckets() {
 			continue
 		}
 		key := fmt.Sprint(r.absent) // what replaces an absent part belongs to the key

@@ -74,11 +74,23 @@ func (c *Config) Limits() []*limiter.Limit {
 	return limits
 }
 
-// Has reports whether l is one of Limits. A route's limit is not, even if it
+// Has reports whether l is one of InEachMode. A route's limit is not, even if it
 // has the name of one.
 func (c *Config) Has(l *limiter.Limit) bool {
 	i, ok := c.byName[l.Name]
-	return ok && c.rules[i].limit == l
+	return ok && (c.rules[i].limit == l || c.rules[i].twin == l)
+}
+
+// InEachMode returns Limits, and those that overrides put into the other mode
+// also in that one.
+func (c *Config) InEachMode() []*limiter.Limit {
+	limits := c.Limits()
+	for _, r := range c.rules {
+		if r.twin != nil {
+			limits = append(limits, r.twin)
+		}
+	}
+	return limits
 }
 
 // KeyPrefix returns store.redis.key_prefix, with which all Redis keys begin.
@@ -89,10 +101,11 @@ func (c *Config) KeyPrefix() string { return c.inherited.keyPrefix }
 func (c *Config) Mode() string { return c.inherited.mode }
 
 // FailsClosed reports whether the file has an enforced limit with on_failure:
-// deny, which refuses requests while the store fails.
+// deny and a bucket, which refuses requests while the store fails.
 func (c *Config) FailsClosed() bool {
 	return slices.ContainsFunc(c.rules, func(r *rule) bool {
-		return !r.limit.Shadow && r.limit.OnFailure == limiter.Deny
+		isEnforced := !r.limit.Shadow || r.twin != nil
+		return isEnforced && r.limit.OnFailure == limiter.Deny && r.hasBuckets()
 	})
 }
 

@@ -32,7 +32,7 @@ type limitReader struct {
 	domain, keyPrefix, mode, onFailure string
 	localShare                         float64 // 0: not given
 	expressions                        map[expressionID]*expression
-	tiers                              map[[2]string]*tier
+	tiers                              map[allowance]*tier
 	warnings                           Mistakes
 }
 
@@ -50,7 +50,7 @@ func newLimitReader(r reader) limitReader {
 		mode:        "enforce",
 		onFailure:   "deny",
 		expressions: make(map[expressionID]*expression),
-		tiers:       make(map[[2]string]*tier),
+		tiers:       make(map[allowance]*tier),
 	}
 }
 
@@ -83,6 +83,8 @@ type draft struct {
 	onFailureAt     node
 	overrides       node
 	files           []node
+	// enforces and shadows report that an override has that mode.
+	enforces, shadows bool
 	// doubtful counts the overrides that are warned of, and doubtfulAt is where
 	// the last one is.
 	doubtful   int
@@ -132,18 +134,19 @@ func (lr *limitReader) readLimit(n node, d *draft) bool {
 	}
 	switch {
 	case d.rate.Node != nil:
-		d.tier = lr.readTier(d.rate, d.burst)
+		d.tier = lr.readTier(d.rate, d.burst, "")
 	case clean:
 		lr.wrong(node{n.Node, join(n.field, "rate")}, "missing; a limit needs a name and a rate")
 	}
 	if t := d.tier; t != nil && t.unlimited && d.absent == absentDeny {
 		lr.wrong(d.rate, "absent: deny needs a bucket, but the rate is unlimited; give a rate that is never reached")
-	} else if t != nil && !t.unlimited && d.cost.expression == nil && d.cost.constant > t.bucket.Burst() {
+	} else if t != nil && t.hasBucket() && d.cost.expression == nil && d.cost.constant > t.bucket.Burst() {
 		lr.wrong(d.costAt, "%d exceeds the burst of %d, so every request would be denied", d.cost.constant,
 			t.bucket.Burst())
 	}
-	if d.settle != nil && d.tier != nil && d.tier.unlimited {
-		lr.wrong(d.settleAt, "settle needs a bucket, but the rate is unlimited; give a rate that is never reached")
+	if d.settle != nil && d.tier != nil && !d.tier.hasBucket() {
+		lr.wrong(d.settleAt, "settle needs a bucket, but the rate is %s; %s", d.tier.rate,
+			map[bool]string{true: "remove settle", false: "give a rate that is never reached"}[d.tier.none])
 	}
 	if d.settle == nil && d.withinAt.Node != nil {
 		lr.wrong(d.withinAt, "has no effect without settle")
@@ -152,8 +155,8 @@ func (lr *limitReader) readLimit(n node, d *draft) bool {
 		switch {
 		case d.settle != nil:
 			lr.wrong(d.leaseAt, "cannot be used with settle, which holds each request's tokens in the store; remove one of them")
-		case d.tier != nil && d.tier.unlimited:
-			lr.wrong(d.leaseAt, "lease needs a bucket, but the rate is unlimited; remove it")
+		case d.tier != nil && !d.tier.hasBucket():
+			lr.wrong(d.leaseAt, "lease needs a bucket, but the rate is %s; remove it", d.tier.rate)
 		}
 	}
 	return len(lr.mistakes) == bad
@@ -364,17 +367,24 @@ func (lr *limitReader) rule(d *draft) *rule {
 		within = d.within
 		lr.warnOfSettle(d)
 	}
+	var twin *limiter.Limit
+	if lr.mode != "shadow" && (l.Shadow && d.enforces || !l.Shadow && d.shadows) {
+		other := *l
+		other.Shadow = !l.Shadow
+		twin = &other
+	}
 	prefix := lr.keyPrefix + ":" + l.Domain + ":" + l.Name + ":{"
 	share := 0.0
 	if l.OnFailure == limiter.Local {
 		share = lr.localShare
-		if !l.Shadow {
+		if !l.Shadow || twin != nil {
 			lr.warnOfShare(d, o)
 		}
 	}
 	return &rule{
 		share:     share,
 		limit:     l,
+		twin:      twin,
 		tier:      d.tier,
 		match:     d.match,
 		when:      d.when,
@@ -407,7 +417,7 @@ func (lr *limitReader) warnOfShare(d *draft, o *overrides) {
 		return // unknown before there is a request
 	}
 	isAbove := func(t *tier) bool {
-		return !t.unlimited && d.cost.constant > t.bucket.Share(lr.localShare).Burst()
+		return t.hasBucket() && d.cost.constant > t.bucket.Share(lr.localShare).Burst()
 	}
 	if isAbove(d.tier) {
 		lr.warn(d.costAt,

@@ -24,7 +24,7 @@ const (
 	maxOverrides     = 1_000_000
 )
 
-// overrides are the keys of a limit that have a rate of their own. They are
+// overrides are the keys of a limit that have a rate, or a mode, of their own. They are
 // looked up by a digest, in constant time; the keys themselves are not kept. An
 // inline override takes precedence over one in a file.
 type overrides struct {
@@ -154,10 +154,12 @@ func (lr *limitReader) readInline(d *draft, o *overrides) {
 	lr.each(d.overrides, func(n node) {
 		index++
 		var key, rate, burst node
+		mode, before := "", len(lr.mistakes)
 		isMapping := lr.mapping(n, map[string]func(node){
 			"key":   func(n node) { key = n },
 			"rate":  func(n node) { rate = n },
 			"burst": func(n node) { burst = n },
+			"mode":  func(n node) { lr.oneOf(n, &mode, "enforce", "shadow") },
 		})
 		if !isMapping {
 			return
@@ -167,13 +169,13 @@ func (lr *limitReader) readInline(d *draft, o *overrides) {
 			return
 		}
 		var parts []string
-		good := true
+		good := len(lr.mistakes) == before
 		lr.each(key, func(n node) {
 			s, ok := lr.readPart(n)
 			good = good && ok
 			parts = append(parts, s)
 		})
-		tier := lr.readTier(rate, burst)
+		tier := lr.readTier(rate, burst, mode)
 		if !good || tier == nil {
 			return
 		}
@@ -270,8 +272,62 @@ func unescapeMeta(pattern string) string {
 	return b.String()
 }
 
+// overrideColumns are the columns that an overrides file may have after the
+// parts of the key, in any order.
+var overrideColumns = []string{"rate", "burst", "mode"}
+
+// columns says where the columns of an overrides file are: their indexes in a
+// row, or -1.
+type columns struct {
+	count             int
+	rate, burst, mode int
+}
+
+// readColumns reads the header row of an overrides file for keys of a number of
+// parts. The error says what to write instead.
+func readColumns(header []string, parts int) (columns, error) {
+	c := columns{count: len(header), rate: -1, burst: -1, mode: -1}
+	places := map[string]*int{"rate": &c.rate, "burst": &c.burst, "mode": &c.mode}
+	if len(header) <= parts {
+		return c, mendHeader(header, parts)
+	}
+	for i, cell := range header[parts:] {
+		at := places[strings.ToLower(strings.TrimSpace(cell))]
+		switch {
+		case at == nil:
+			return c, mendHeader(header, parts)
+		case *at >= 0:
+			return c, fmt.Errorf("two columns are named %s", strings.ToLower(strings.TrimSpace(cell)))
+		}
+		*at = parts + i
+	}
+	if c.rate < 0 {
+		return c, mendHeader(header, parts)
+	}
+	return c, nil
+}
+
+// allowance returns what a row grants.
+func (c *columns) allowance(row []string) allowance {
+	cell := func(i int) string {
+		if i < 0 {
+			return ""
+		}
+		return strings.TrimSpace(row[i])
+	}
+	return allowance{rate: cell(c.rate), burst: cell(c.burst), mode: cell(c.mode)}
+}
+
+// of returns the index of the column that a mistake in a row is about.
+func (c *columns) of(a allowance) int {
+	if _, _, err := parseRate(a.rate); err == nil && checkMode(a.mode) != nil {
+		return c.mode
+	}
+	return c.rate
+}
+
 // readOverridesFile reads a CSV file: a header row, then for each key a row
-// with the key's parts, a rate and a burst. bytes is the total size of the
+// with the key's parts and what the header names. bytes is the total size of the
 // limit's files so far.
 func (lr *limitReader) readOverridesFile(n node, d *draft, o *overrides, name string, bytes *int64) {
 	file, err := limiter.OpenFile(name)
@@ -294,13 +350,13 @@ func (lr *limitReader) readOverridesFile(n node, d *draft, o *overrides, name st
 		lr.add(Mistake{File: name, Line: line, Column: column, Field: n.field, Message: fmt.Sprintf(format, args...)})
 	}
 	const mostMistakes = 100 // of one file: a wrong column makes every row wrong
-	header := true
+	var at columns           // zero before the header row
 	for len(lr.mistakes)-before < mostMistakes {
 		row, err := rows.Read()
 		var syntax *csv.ParseError
 		switch {
 		case errors.Is(err, io.EOF):
-			if header {
+			if at.count == 0 {
 				wrong(1, 1, "empty file; want a header row such as key,rate,burst")
 			}
 			return
@@ -316,26 +372,25 @@ func (lr *limitReader) readOverridesFile(n node, d *draft, o *overrides, name st
 		}
 		line, _ := rows.FieldPos(0)
 		parts := len(d.key)
-		if header {
-			header = false
-			is := func(i int, name string) bool { return strings.EqualFold(strings.TrimSpace(row[i]), name) }
-			if len(row) != parts+2 || !is(parts, "rate") || !is(parts+1, "burst") {
-				wrong(line, 1, "%s", mendHeader(row, parts))
+		if at.count == 0 {
+			if at, err = readColumns(row, parts); err != nil {
+				wrong(line, 1, "%v", err)
 				return
 			}
 			continue
 		}
-		if len(row) != parts+2 {
-			wrong(line, 1, "row of %d columns; want %d for the key's parts, then rate and burst", len(row), parts)
+		if len(row) != at.count {
+			wrong(line, 1, "row of %d columns; want %d, as the header row has", len(row), at.count)
 			continue
 		}
 		if len(o.file) >= maxOverrides {
 			wrong(line, 1, "more than %d overrides", maxOverrides)
 			return
 		}
-		tier, err := lr.tierOf(strings.TrimSpace(row[parts]), strings.TrimSpace(row[parts+1]))
+		granted := at.allowance(row)
+		tier, err := lr.tierOf(granted)
 		if err != nil {
-			_, column := rows.FieldPos(parts)
+			_, column := rows.FieldPos(at.of(granted))
 			wrong(line, column, "%v", err)
 			continue
 		}
@@ -375,7 +430,7 @@ func (lr *limitReader) addOverride(table map[digest]override, d *draft, parts []
 			return
 		}
 	}
-	if t := row.tier; d.cost.expression == nil && !t.unlimited && d.cost.constant > t.bucket.Burst() {
+	if t := row.tier; d.cost.expression == nil && t.hasBucket() && d.cost.constant > t.bucket.Burst() {
 		wrong(0, "the limit's cost of %d exceeds the burst of %d, so every request would be denied", d.cost.constant,
 			t.bucket.Burst())
 		return
@@ -393,5 +448,6 @@ func (lr *limitReader) addOverride(table map[digest]override, d *draft, parts []
 		wrong(0, "duplicate key; want one override for each key")
 		return
 	}
+	d.enforces, d.shadows = d.enforces || row.tier.mode == "enforce", d.shadows || row.tier.mode == "shadow"
 	table[sum] = row
 }

@@ -91,7 +91,7 @@ limits:
 // and quotes nothing of a key.
 func TestOverrideMistakes(t *testing.T) {
 	const rate = "want tokens/period such as 10/s, 100/m, 5000/24h, 10/7d or 3/250ms (units: us, ms, s, m, h, d), or " +
-		"unlimited"
+		"unlimited or none"
 	for _, tt := range []struct {
 		config string // of the limit a, besides its name
 		csv    string
@@ -113,7 +113,7 @@ POST,10/s,
 DIR/o.csv:3:5: limits[0].overrides_file: a burst is 1 to 1000000000 tokens, not 0
 DIR/o.csv:4:5: limits[0].overrides_file: invalid burst "x"; want a whole number from 1 to 1000000000
 DIR/o.csv:5:5: limits[0].overrides_file: burst 5 needs a bucket, but the rate is unlimited; omit burst
-DIR/o.csv:6:1: limits[0].overrides_file: row of 2 columns; want 1 for the key's parts, then rate and burst
+DIR/o.csv:6:1: limits[0].overrides_file: row of 2 columns; want 3, as the header row has
 DIR/o.csv:7:1: limits[0].overrides_file: empty key part; a request's empty part counts as absent
 DIR/o.csv:8:1: limits[0].overrides_file: want sha256: and 64 hex digits, not 2 characters
 DIR/o.csv:9:1: limits[0].overrides_file: the limit's cost of 3 exceeds the burst of 1, so every request would be denied
@@ -122,7 +122,7 @@ DIR/o.csv:12:1: limits[0].overrides_file: duplicate key; want one override for e
 		{"key: request.method, rate: 9/s", "GET,10/s,\n",
 			`DIR/o.csv:1:1: limits[0].overrides_file: no header row; add one as the first line: key,rate,burst`},
 		{"key: [request.method, request.host], rate: 9/s", "key,rate,burst\n",
-			`DIR/o.csv:1:1: limits[0].overrides_file: header row of 3 columns; want 2 for the key's parts, then rate and burst, as in part1,part2,rate,burst`},
+			`DIR/o.csv:1:1: limits[0].overrides_file: column 2 is named rate, but must be a part of the key; want a header row such as part1,part2,rate,burst`},
 		{"key: request.method, rate: 9/s", "",
 			`DIR/o.csv:1:1: limits[0].overrides_file: empty file; want a header row such as key,rate,burst`},
 		{"key: request.method, rate: 9/s", "key,rate,burst\nGET,1/s,\nPU\"T,1/s,\n",

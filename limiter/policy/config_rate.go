@@ -2,6 +2,7 @@ package policy
 
 import (
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -9,8 +10,9 @@ import (
 	"github.com/sluiceproxy/sluice/limiter"
 )
 
-// readTier reads a rate and a burst. The burst's node may be nil.
-func (lr *limitReader) readTier(rate, burst node) *tier {
+// readTier reads a rate and a burst, whose node may be nil, for a mode as
+// allowance has it.
+func (lr *limitReader) readTier(rate, burst node, mode string) *tier {
 	if kind := describe(rate.Node); kind != "a string" && kind != "a number" {
 		lr.wrong(rate, "must be tokens/period such as 10/m, not %s", kind)
 		return nil
@@ -32,7 +34,7 @@ func (lr *limitReader) readTier(rate, burst node) *tier {
 	if _, _, err := parseRate(text); err != nil {
 		at = rate
 	}
-	t, err := lr.tierOf(text, burstText)
+	t, err := lr.tierOf(allowance{rate: text, burst: burstText, mode: mode})
 	if err != nil {
 		lr.wrongError(at, err)
 		return nil
@@ -40,26 +42,38 @@ func (lr *limitReader) readTier(rate, burst node) *tier {
 	return t
 }
 
-// unlimitedRate is the rate of limits and overrides that have no bucket.
-const unlimitedRate = "unlimited"
+// The rates of limits and overrides that have no bucket.
+const (
+	unlimitedRate = "unlimited" // allows every request
+	noneRate      = "none"      // denies every request
+)
 
-// tierOf returns the tier of a rate and a burst, given as text. If burst is
-// empty, it is the number of tokens of the rate.
-func (lr *limitReader) tierOf(rate, burst string) (*tier, error) {
-	id := [2]string{rate, burst}
-	if t := lr.tiers[id]; t != nil {
+// allowance is what a limit or an override grants, as text.
+type allowance struct {
+	rate  string
+	burst string // empty: the number of tokens of the rate
+	mode  string // of an override; empty: the limit's
+}
+
+// tierOf returns the tier of an allowance.
+func (lr *limitReader) tierOf(a allowance) (*tier, error) {
+	if t := lr.tiers[a]; t != nil {
 		return t, nil
 	}
+	rate, burst := a.rate, a.burst
 	tokens, period, err := parseRate(rate)
 	if err != nil {
 		return nil, err
 	}
-	t := &tier{rate: rate}
+	if err := checkMode(a.mode); err != nil {
+		return nil, err
+	}
+	t := &tier{rate: rate, mode: a.mode}
 	switch {
 	case period == 0 && burst != "":
-		return nil, fmt.Errorf("burst %s needs a bucket, but the rate is unlimited; omit burst", burst)
+		return nil, fmt.Errorf("burst %s needs a bucket, but the rate is %s; omit burst", burst, rate)
 	case period == 0:
-		t.unlimited = true
+		t.unlimited, t.none = rate == unlimitedRate, rate == noneRate
 	default:
 		size := tokens
 		if burst != "" {
@@ -71,18 +85,27 @@ func (lr *limitReader) tierOf(rate, burst string) (*tier, error) {
 			return nil, err
 		}
 	}
-	lr.tiers[id] = t
+	lr.tiers[a] = t
 	return t, nil
 }
 
+// checkMode returns an error if a text is not the mode of an override. It may be
+// empty.
+func checkMode(s string) error {
+	if modes := []string{"enforce", "shadow"}; s != "" && !slices.Contains(modes, s) {
+		return unknownValue(s, modes)
+	}
+	return nil
+}
+
 // parseRate parses tokens/period, such as 10/s, 10/7d, 5000/24h or 3/250ms. For
-// "unlimited" the period is 0.
+// "unlimited" and "none" the period is 0.
 func parseRate(s string) (tokens int64, period time.Duration, err error) {
 	invalid := func() error {
 		return &advice{fmt.Sprintf("invalid rate %q", s), mendRate(s), "want tokens/period such as 10/s, 100/m, 5000/24h, " +
-			"10/7d or 3/250ms (units: us, ms, s, m, h, d), or unlimited"}
+			"10/7d or 3/250ms (units: us, ms, s, m, h, d), or unlimited or none"}
 	}
-	if s == unlimitedRate {
+	if s == unlimitedRate || s == noneRate {
 		return 0, 0, nil
 	}
 	count, every, ok := strings.Cut(s, "/")
@@ -94,6 +117,9 @@ func parseRate(s string) (tokens int64, period time.Duration, err error) {
 		return 0, 0, invalid()
 	}
 	if _, err := limiter.NewBucket(tokens, period, 1); err != nil {
+		if tokens == 0 {
+			return 0, 0, fmt.Errorf("invalid rate %q; write none to deny every request", s)
+		}
 		return 0, 0, fmt.Errorf("invalid rate %q: %w", s, err)
 	}
 	return tokens, period, nil

@@ -12,9 +12,11 @@ import (
 type Described struct {
 	Limit *limiter.Limit
 	Rate  string
-	Burst int64 // tokens; 0 if the rate is unlimited
-	// FillTime is how long an empty bucket takes to be full; 0 if the rate is
-	// unlimited.
+	// Twin is the limit in the other mode; nil if no override has that.
+	Twin  *limiter.Limit
+	Burst int64 // tokens; 0 if the rate is unlimited or none
+	// FillTime is how long an empty bucket takes to be full; 0 if there is no
+	// bucket.
 	FillTime  time.Duration
 	Key       []string // expressions of the key's parts; empty: no key
 	Group     string   // empty: in no group
@@ -23,7 +25,7 @@ type Described struct {
 	// SettleWithin is by when a request must have ended. It is 0 without Settle.
 	SettleWithin time.Duration
 	// Bucket is the shape of the buckets of keys without an override, and Tokens
-	// and Period are its rate. They are zero if the rate is unlimited.
+	// and Period are its rate. They are zero if the rate is unlimited or none.
 	Bucket limiter.Bucket
 	Tokens int64
 	Period time.Duration
@@ -37,10 +39,10 @@ type Described struct {
 func (c *Config) Describe() []Described {
 	all := make([]Described, len(c.rules))
 	for i, r := range c.rules {
-		d := Described{Limit: r.limit, Rate: r.tier.rate, Burst: r.tier.bucket.Burst(), Group: r.group,
+		d := Described{Limit: r.limit, Twin: r.twin, Rate: r.tier.rate, Burst: r.tier.bucket.Burst(), Group: r.group,
 			Bucket: r.tier.bucket, Absent: r.absent.String(), Reads: c.reads(r)}
 		d.Tokens, d.Period, _ = parseRate(r.tier.rate) // it was parsed before
-		if !r.tier.unlimited {
+		if r.tier.hasBucket() {
 			d.FillTime = r.tier.bucket.FillTime()
 		}
 		for _, e := range r.key {

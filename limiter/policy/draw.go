@@ -15,8 +15,9 @@ type Draw struct {
 	// Client is the address that the config takes for the request's client. It
 	// is invalid if that is unknown.
 	Client netip.Addr
-	// Charges has one entry for each limit that applies and has a bucket: the
-	// limits of the file in its order, then those of the route.
+	// Charges has one entry for each limit that applies, except the unlimited ones:
+	// the limits of the file in its order, then those of the route. One with the
+	// rate none has no bucket (limiter.Charge.HasBucket).
 	Charges []limiter.Charge
 	// Unlimited lists the limits that apply with the rate unlimited. They have
 	// no bucket.
@@ -125,7 +126,7 @@ func (d *drawing) consider(r *rule) finding {
 		d.addMistakes(f.err)
 	case !f.applies:
 	case f.tier.unlimited:
-		d.Unlimited = append(d.Unlimited, r.limit)
+		d.Unlimited = append(d.Unlimited, r.limitOf(f.tier))
 	default:
 		if d.Charges == nil {
 			if d.Charges = d.buf; d.Charges == nil {
@@ -133,10 +134,10 @@ func (d *drawing) consider(r *rule) finding {
 			}
 		}
 		c := limiter.Charge{
-			Limit: r.limit, Bucket: f.tier.bucket, Key: f.key, Shown: f.shown, Cost: f.cost, Refused: f.refused,
+			Limit: r.limitOf(f.tier), Bucket: f.tier.bucket, Key: f.key, Shown: f.shown, Cost: f.cost, Refused: f.refused,
 			HoldFor: r.within,
 		}
-		if r.share > 0 {
+		if r.share > 0 && c.HasBucket() {
 			c.Local = c.Bucket.Share(r.share)
 		}
 		d.Charges = append(d.Charges, c)
@@ -152,7 +153,7 @@ func (d *drawing) judge(r *rule) finding {
 	f := finding{applies: true, tier: r.tier, cost: r.cost.constant}
 	mistake := func(field string, err error) finding {
 		return finding{kind: foundMistake,
-			err: &RuleError{Limit: r.limit.Name, Field: field, Err: err, Shadow: r.limit.Shadow}}
+			err: &RuleError{Limit: r.limit.Name, Field: field, Err: err, Shadow: r.limitOf(f.tier).Shadow}}
 	}
 	if r.when != nil {
 		holds, known, err := r.when.condition(d.subject)

@@ -28,7 +28,7 @@ type Explained struct {
 	// Rate is the rate as the config writes it: that of the key's override if
 	// there is one, else the limit's.
 	Rate   string
-	Burst  int64  // tokens; 0 if the rate is unlimited
+	Burst  int64  // tokens; 0 if the rate is unlimited or none
 	Settle string // what a request has cost once it has ended, as the config writes it; empty: what was taken
 	Charge int    // index in Draw.Charges; -1 if there is none
 	// Key is the bucket's key as logs and metadata show it. It is empty if there
@@ -62,7 +62,7 @@ func (c *Config) Explain(req *Request) Explanation {
 		if f.applies {
 			tier = f.tier
 		}
-		e := Explained{Limit: r.limit, Applies: f.applies, Reason: c.reason(s, r, f), Rate: tier.rate,
+		e := Explained{Limit: r.limitOf(tier), Applies: f.applies, Reason: c.reason(s, r, f), Rate: tier.rate,
 			Burst: tier.bucket.Burst(), Charge: -1}
 		if r.settle != nil {
 			e.Settle = r.settle.text()
@@ -110,6 +110,9 @@ func (c *Config) reason(s *subject, r *rule, f finding) string {
 		if r.group != "" {
 			return "when is absent, and a limit in a group does not apply then: " + r.when.text
 		}
+		if r.tier.none {
+			return "when is absent, and a limit with rate: none does not apply then: " + r.when.text
+		}
 		return "when is absent, and an unlimited limit does not apply then: " + r.when.text
 	case foundSkipped:
 		return fmt.Sprintf("its key %s is absent%s, and the limit has absent: skip", r.partName(f.part),
@@ -144,6 +147,9 @@ func (c *Config) reason(s *subject, r *rule, f finding) string {
 				absentDeny:   "the request is denied",
 			}[r.absent]
 	default: // nothing to add
+	}
+	if f.tier.none {
+		reason += "; the rate is none, so the request is denied"
 	}
 	return reason
 }

@@ -99,6 +99,9 @@ func drawn(t testing.TB, c *Config, line string) string {
 		if charge.Refused {
 			s += " refused"
 		}
+		if !charge.HasBucket() {
+			s += " none"
+		}
 		if charge.Cost != 1 {
 			s += fmt.Sprint(" costs ", charge.Cost)
 		}

@@ -294,14 +294,14 @@ func (e *expression) secret() string {
 // or that of an override, can never pay.
 func (l *linter) warnOfCost(d *draft, o *overrides) {
 	if d.cost.expression == nil {
-		if d.cost.constant == 0 && d.settle == nil && !d.tier.unlimited {
+		if d.cost.constant == 0 && d.settle == nil && d.tier.hasBucket() {
 			l.warn(d.costAt, "a limit that takes no tokens never denies; give it a cost above 0, or a settle that says "+
 				"later what the request has cost")
 		}
 		return
 	}
 	most := d.cost.expression.facts.most
-	if !d.tier.unlimited && most > d.tier.bucket.Burst() {
+	if d.tier.hasBucket() && most > d.tier.bucket.Burst() {
 		l.warn(d.costAt, "may be %d, above the burst of %d: such a request is always denied; raise burst to at least %[1]d",
 			most, d.tier.bucket.Burst())
 		return
@@ -312,7 +312,7 @@ func (l *linter) warnOfCost(d *draft, o *overrides) {
 	above, least := 0, int64(math.MaxInt64)
 	for _, table := range []map[digest]override{o.inline, o.file} {
 		for _, row := range table {
-			if !row.tier.unlimited && most > row.tier.bucket.Burst() {
+			if row.tier.hasBucket() && most > row.tier.bucket.Burst() {
 				above, least = above+1, min(least, row.tier.bucket.Burst())
 			}
 		}
@@ -370,6 +370,7 @@ func (l *linter) warnOfInventedKeys() {
 	for _, d := range l.drafts {
 		switch {
 		case d.tier.unlimited:
+		case d.tier.none && len(d.key) > 0: // made-up values are denied
 		case d.invented() >= 0 && d.absent == absentSkip:
 		case d.invented() >= 0:
 			alone = append(alone, d)

@@ -73,6 +73,8 @@ var misplaced = map[string]map[string]string{
 		"if":         "did you mean when?",
 		"id":         "did you mean name?",
 		"period":     "the period is part of the rate, as in rate: 10/m",
+		"deny":       "write rate: none",
+		"block":      "write rate: none",
 		"unit":       "the unit is part of the rate, as in rate: 10/m",
 		"per":        "the period is part of the rate, as in rate: 10/m",
 		"requests":   "write rate: 10/m",
@@ -238,6 +240,8 @@ func mendRate(s string) string {
 	switch strings.ToLower(s) {
 	case "unlimited", "infinite", "infinity", "inf", "unlimit", "no limit", "-1":
 		return "write unlimited"
+	case "none", "never", "nothing", "deny", "denied", "block", "blocked", "no", "0":
+		return "write none"
 	}
 	if n, err := strconv.ParseInt(s, 10, 64); err == nil && n > 0 {
 		return fmt.Sprintf("a rate needs a period; write %d/s or %[1]d/m", n)
@@ -464,8 +468,8 @@ func firstWord(line string) string {
 }
 
 // mendHeader says what is wrong with the first row of a CSV file of overrides
-// whose keys have a number of parts. It quotes no row that may be a key.
-func mendHeader(row []string, parts int) string {
+// whose keys have a number of parts. It quotes no cell, which may be a key.
+func mendHeader(row []string, parts int) error {
 	want := "key"
 	if parts > 1 {
 		names := make([]string, parts)
@@ -477,17 +481,35 @@ func mendHeader(row []string, parts int) string {
 	want += ",rate,burst"
 	for _, cell := range row {
 		if _, _, err := parseRate(strings.TrimSpace(cell)); err == nil {
-			return "no header row; add one as the first line: " + want
+			return errors.New("no header row; add one as the first line: " + want)
 		}
 	}
 	for _, separator := range []string{";", "\t", "|"} {
-		if len(row) == 1 && strings.Count(row[0], separator) == parts+1 {
-			return fmt.Sprintf("columns separated by %q; separate them by commas, as in %s", separator, want)
+		if len(row) == 1 && strings.Count(row[0], separator) >= parts {
+			return fmt.Errorf("columns separated by %q; separate them by commas, as in %s", separator, want)
 		}
 	}
-	if len(row) == parts+2 {
-		return "the last two columns are not named rate and burst; want a header row such as " + want
+	all := strings.Join(overrideColumns, ", ")
+	if len(row) <= parts {
+		return fmt.Errorf("header row of %d columns; want %d for the key's parts, and then some of %s, as in %s", len(row),
+			parts, all, want)
 	}
-	return fmt.Sprintf("header row of %d columns; want %d for the key's parts, then rate and burst, as in %s", len(row),
-		parts, want)
+	isKnown := func(cell string) bool {
+		return slices.Contains(overrideColumns, strings.ToLower(strings.TrimSpace(cell)))
+	}
+	for i, cell := range row[parts:] {
+		switch near := nearest(strings.TrimSpace(cell), overrideColumns); {
+		case isKnown(cell):
+		case near != "":
+			return fmt.Errorf("column %d has an unknown name; did you mean %s?", parts+i+1, near)
+		default:
+			return fmt.Errorf("column %d has an unknown name; want %d for the key's parts, and then some of %s, as in %s",
+				parts+i+1, parts, all, want)
+		}
+	}
+	if i := slices.IndexFunc(row[:parts], isKnown); i >= 0 {
+		return fmt.Errorf("column %d is named %s, but must be a part of the key; want a header row such as %s", i+1,
+			strings.ToLower(strings.TrimSpace(row[i])), want)
+	}
+	return fmt.Errorf("no column is named rate; want a header row such as %s", want)
 }

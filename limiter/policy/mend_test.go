@@ -295,11 +295,11 @@ func TestMends(t *testing.T) {
 		},
 		{
 			"limits:\n  - name: a\n    rate: 0/s\n    burst: 5\n",
-			`3:11: limits[0].rate: invalid rate "0/s": a rate is 1 to 1000000000 tokens a period, not 0`,
+			`3:11: limits[0].rate: invalid rate "0/s"; write none to deny every request`,
 		},
 		{
 			"limits:\n  - name: a\n    rate: 10%\n    burst: 5\n",
-			`3:11: limits[0].rate: invalid rate "10%"; want tokens/period such as 10/s, 100/m, 5000/24h, 10/7d or 3/250ms (units: us, ms, s, m, h, d), or unlimited`,
+			`3:11: limits[0].rate: invalid rate "10%"; want tokens/period such as 10/s, 100/m, 5000/24h, 10/7d or 3/250ms (units: us, ms, s, m, h, d), or unlimited or none`,
 		},
 		{
 			"limits:\n  - name: a\n    rate: {tokens: 10, per: minute}\n    burst: 5\n",
@@ -538,11 +538,11 @@ func TestMends(t *testing.T) {
 		},
 		{
 			"limits:\n  - name: a\n    rate: 10/m\n    key: client.ip\n    overrides_file: cols.csv\n",
-			`cols.csv:1:1: limits[0].overrides_file: the last two columns are not named rate and burst; want a header row such as key,rate,burst`,
+			`cols.csv:1:1: limits[0].overrides_file: column 2 has an unknown name; want 1 for the key's parts, and then some of rate, burst, mode, as in key,rate,burst`,
 		},
 		{
 			"limits:\n  - name: a\n    rate: 10/m\n    key: client.ip\n    overrides_file: rate.csv\n",
-			"rate.csv:2:10: limits[0].overrides_file: invalid rate \"10\"; a rate needs a period; write 10/s or 10/m\nrate.csv:3:1: limits[0].overrides_file: row of 2 columns; want 1 for the key's parts, then rate and burst",
+			"rate.csv:2:10: limits[0].overrides_file: invalid rate \"10\"; a rate needs a period; write 10/s or 10/m\nrate.csv:3:1: limits[0].overrides_file: row of 2 columns; want 3, as the header row has",
 		},
 	} {
 		_, err := Parse(filepath.Join(dir, "c.yaml"), []byte(tt.text), env())

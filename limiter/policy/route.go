@@ -199,7 +199,7 @@ func (c *Config) readRouteText(text routeText, expressions map[expressionID]*exp
 	}
 	lr := c.inherited
 	lr.reader = reader{file: text.key}
-	lr.expressions, lr.tiers = expressions, make(map[[2]string]*tier)
+	lr.expressions, lr.tiers = expressions, make(map[allowance]*tier)
 	root := lr.document([]byte(text.value))
 	if root == nil {
 		if len(lr.mistakes) == 0 {

@@ -171,7 +171,7 @@ func TestDrawRoutes(t *testing.T) {
 				"a #(v) costs 2"},
 			{"GET h/ context sluice.limit.a={rate:_5/x}",
 				`limit a: context_extensions: sluice.limit.a:1:8: rate: invalid rate "5/x"; want tokens/period such as 10/s, ` +
-					`100/m, 5000/24h, 10/7d or 3/250ms (units: us, ms, s, m, h, d), or unlimited`},
+					`100/m, 5000/24h, 10/7d or 3/250ms (units: us, ms, s, m, h, d), or unlimited or none`},
 			{"GET h/ context sluice.limit.a={rate:_5/m,_name:_b}",
 				"limit a: context_extensions: sluice.limit.a:1:13: name: unknown field; want one of absent, burst, " +
 					"cost, domain, group, key, match, mode, on_failure, overrides, rate, readable, when"},

@@ -10,6 +10,9 @@ import (
 // rule is a compiled limit. It is immutable.
 type rule struct {
 	limit *limiter.Limit
+	// twin is the limit in the other mode, for the overrides that have it; nil if
+	// none does.
+	twin  *limiter.Limit
 	tier  *tier
 	match match
 	when  *expression // nil: the limit always applies
@@ -29,13 +32,30 @@ type rule struct {
 	singleKey string // the complete Redis key if the limit has no key
 }
 
-// tier is a rate and a burst, as text and as a bucket. Limits and overrides
-// with the same text share a tier.
+// tier is a rate and a burst, as text and as a bucket, and the mode that an
+// override has. Limits and overrides with the same text share a tier.
 type tier struct {
-	rate      string
-	bucket    limiter.Bucket // zero if unlimited
-	unlimited bool
+	rate   string
+	bucket limiter.Bucket // zero if unlimited or none
+	// unlimited and none report that there is no bucket: every request is allowed,
+	// or denied.
+	unlimited, none bool
+	mode            string // of an override: enforce, shadow, or empty for the limit's
 }
+
+// hasBucket reports whether the tier is neither unlimited nor none.
+func (t *tier) hasBucket() bool { return !t.unlimited && !t.none }
+
+// limitOf returns the limit in the mode that a tier has.
+func (r *rule) limitOf(t *tier) *limiter.Limit {
+	if r.twin != nil && t.mode != "" && (t.mode == "shadow") != r.limit.Shadow {
+		return r.twin
+	}
+	return r.limit
+}
+
+// hasBuckets reports whether the limit has a bucket for some key.
+func (r *rule) hasBuckets() bool { return r.tier.hasBucket() || r.overrides != nil }
 
 // cost is what one request takes from the limit's bucket, or has cost, in tokens.
 type cost struct {
@@ -84,12 +104,13 @@ func (a absence) String() string {
 // when is absent. It normally does, so that no client avoids a limit by
 // omitting a header.
 //
-// There are two exceptions. In a group, a limit that applies keeps the later
-// limits of the group, which may be stricter, from applying. And an unlimited
-// limit only ever grants. An override with the rate unlimited is no exception:
-// its key must be present in the request, and without a group it has the same
-// effect as a limit that does not apply.
-func (r *rule) appliesIfAbsent() bool { return r.group == "" && !r.tier.unlimited }
+// There are three exceptions. In a group, a limit that applies keeps the later
+// limits of the group, which may be stricter, from applying. An unlimited limit
+// only ever grants. And one with the rate none would deny the request for what it
+// does not say. An override with the rate unlimited is no exception: its key must
+// be present in the request, and without a group it has the same effect as a
+// limit that does not apply.
+func (r *rule) appliesIfAbsent() bool { return r.group == "" && r.tier.hasBucket() }
 
 // appendPart appends the value of the key's part i to a bucket key.
 func (r *rule) appendPart(key []byte, i int, value string, h *hasher) []byte {

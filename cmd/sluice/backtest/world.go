@@ -75,6 +75,9 @@ func newWorld(config *policy.Config, index int) *world {
 	for i := range all {
 		s := w.state(all[i].Limit)
 		s.described = &all[i]
+		if all[i].Twin != nil {
+			w.states[all[i].Twin] = s
+		}
 	}
 	w.own = slices.Clone(w.limits)
 	return w

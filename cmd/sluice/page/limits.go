@@ -87,6 +87,10 @@ func (p *Page) described() *limitList {
 			l.Settle, l.Within = cut(d.Settle), shortened(d.SettleWithin)
 		}
 		list.limits = append(list.limits, l)
+		if d.Twin != nil { // for the overrides that have the other mode
+			l.Mode, l.Overrides = modeOf(d.Twin.Shadow), 0
+			list.limits = append(list.limits, l)
+		}
 	}
 	p.limits.Store(list)
 	return list
