@@ -158,10 +158,15 @@ func (c *Config) reason(s *subject, r *rule, f finding) string {
 func (r *rule) partName(i int) string { return "part " + r.key[i].text }
 
 // explainAbsent says, in parentheses after a space, why a part of the key is
-// absent although its header is present. Otherwise it returns "".
+// absent although the request has it. Otherwise it returns "".
 func (r *rule) explainAbsent(s *subject, i int) string {
-	if header := r.key[i].header; header != "" && s.isRepeated(header) {
+	switch only := r.key[i].only; {
+	case only.attribute == "request.headers" && s.isRepeated(only.entry):
 		return " (the header was sent more than once)"
+	case only.attribute == requestParams && s.lookUp(requestParams, only.entry).differ:
+		return " (the query has several values of it)"
+	case only.attribute == requestCookies && s.lookUp(requestCookies, only.entry).differ:
+		return " (there are several cookies of this name)"
 	}
 	return ""
 }

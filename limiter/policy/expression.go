@@ -107,9 +107,9 @@ type expression struct {
 	// direct reads an attribute or a header without CEL, if the expression is
 	// nothing else; otherwise it is nil.
 	direct func(*subject) string
-	// header is the header's name if the expression is a header and nothing
-	// else; otherwise it is empty.
-	header string
+	// only is the entry of request.headers, request.params or request.cookies that
+	// the expression reads, if it is nothing else; otherwise it is zero.
+	only read
 	// reads is what it reads of a request: see readsOf.
 	reads []read
 	// responseHeaders and responseTrailers are the names of those that it reads,
@@ -147,7 +147,7 @@ func compile(text string, p purpose) (*expression, []expressionError) {
 		return nil, p.mend(text, found)
 	}
 	native := checked.NativeRep()
-	if found := checkHeaderNames(native); found != nil {
+	if found := append(checkHeaderNames(native), checkLookups(native)...); found != nil {
 		return nil, found
 	}
 	headers, trailers, found := responseFields(native)
@@ -177,7 +177,7 @@ func compile(text string, p purpose) (*expression, []expressionError) {
 		responseHeaders: headers, responseTrailers: trailers,
 	}
 	if p == forKey {
-		e.direct, e.header = directRead(native)
+		e.direct, e.only = directRead(native)
 		if r := native.ReferenceMap()[native.Expr().ID()]; r != nil && attributes[r.Name].kind != nil {
 			e.attribute = r.Name
 		}
@@ -325,26 +325,34 @@ func isAttribute(tree *ast.AST, e ast.Expr, name string) bool {
 }
 
 // directRead returns a function that reads an expression without CEL, if it is
-// only an attribute of type string or a header; otherwise it returns nil.
-// header is the header's name. TestDirectReads compares it with CEL.
-func directRead(tree *ast.AST) (read func(*subject) string, header string) {
+// only an attribute of type string, a header, a parameter or a cookie; otherwise
+// it returns nil. only is the entry that it then reads of a map. TestDirectReads
+// compares it with CEL.
+func directRead(tree *ast.AST) (direct func(*subject) string, only read) {
 	e := tree.Expr()
-	if name, ok := headerName(tree, e); ok && (e.Kind() == ast.SelectKind && !e.AsSelect().IsTestOnly() ||
-		e.Kind() == ast.CallKind && e.AsCall().FunctionName() == operators.Index) {
-		return func(s *subject) string { return s.keyHeader(name) }, name
+	if e.Kind() == ast.SelectKind && !e.AsSelect().IsTestOnly() ||
+		e.Kind() == ast.CallKind && e.AsCall().FunctionName() == operators.Index {
+		if name, ok := headerName(tree, e); ok {
+			return func(s *subject) string { return s.keyHeader(name) }, read{"request.headers", name}
+		}
+		for _, of := range []string{requestParams, requestCookies} {
+			if name, ok := nameIn(tree, e, of); ok {
+				return func(s *subject) string { return s.lookUp(of, name).value }, read{of, name}
+			}
+		}
 	}
 	r := tree.ReferenceMap()[e.ID()]
 	if r == nil {
-		return nil, ""
+		return nil, read{}
 	}
 	if r.Name == "request.id" {
-		return func(s *subject) string { return s.keyHeader("x-request-id") }, "x-request-id"
+		return func(s *subject) string { return s.keyHeader("x-request-id") }, read{"request.headers", "x-request-id"}
 	}
 	a, ok := attributes[r.Name]
 	if !ok || a.kind != cel.StringType {
-		return nil, ""
+		return nil, read{}
 	}
-	return func(s *subject) string { return a.value(s).(string) }, ""
+	return func(s *subject) string { return a.value(s).(string) }, read{}
 }
 
 // keyHeader returns a header as a part of a key. It is empty, and so absent, if

@@ -37,6 +37,8 @@ var attributes = map[string]attribute{
 	"request.size":          {cel.IntType, true, (*subject).size},
 	"request.time":          {cel.TimestampType, true, func(s *subject) any { return s.Time }},
 	"request.headers":       {textMap, false, func(s *subject) any { return present(s.Headers) }},
+	requestParams:           {textMap, false, lookUpIn(requestParams)},
+	requestCookies:          {textMap, false, lookUpIn(requestCookies)},
 	"source.address":        {cel.StringType, true, func(s *subject) any { return bareAddress(s.Source.Address) }},
 	"source.port":           {cel.IntType, true, func(s *subject) any { return int64(s.Source.Port) }},
 	"source.principal":      {cel.StringType, true, func(s *subject) any { return s.Source.Principal }},

@@ -100,14 +100,14 @@ func FuzzExpression(f *testing.F) {
 
 // TestDirectReads checks that reads without CEL return what CEL returns.
 func TestDirectReads(t *testing.T) {
-	texts := []string{`request.headers["x-a"]`, "request.headers.host"}
+	texts := []string{`request.headers["x-a"]`, "request.headers.host", `request.params["x"]`, "request.cookies.x"}
 	for name, a := range attributes {
 		if a.kind.String() == "string" {
 			texts = append(texts, name)
 		}
 	}
 	slices.Sort(texts)
-	value := rapid.SampledFrom([]string{"", "a", "10.0.0.1", "[::1]:80", "Shop.Example.com:80", "/v1?x=y", "\xff",
+	value := rapid.SampledFrom([]string{"", "a", "10.0.0.1", "[::1]:80", "Shop.Example.com:80", "/v1?x=y", "/?x=%79&x=y&%78=y", "/?x=1&x=2", "\xff",
 		"{}"})
 	var ids clientIP
 	rapid.Check(t, func(t *rapid.T) {
@@ -115,7 +115,7 @@ func TestDirectReads(t *testing.T) {
 			Method: value.Draw(t, "method"), Scheme: value.Draw(t, "scheme"), Host: value.Draw(t,
 				"host"), Path: value.Draw(t, "path"),
 			Protocol: value.Draw(t, "protocol"),
-			Headers: map[string]string{"x-a": value.Draw(t, "x-a"), "host": value.Draw(t, "host header"),
+			Headers: map[string]string{"cookie": "a=b; x=" + value.Draw(t, "cookie"), "x-a": value.Draw(t, "x-a"), "host": value.Draw(t, "host header"),
 				"x-request-id": value.Draw(t, "id")},
 			Source: Peer{Address: value.Draw(t, "source"), Principal: value.Draw(t, "principal")},
 		}, &ids)

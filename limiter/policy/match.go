@@ -41,6 +41,8 @@ type subject struct {
 	onePath, oneHost [1]string
 	// foldedPaths caches folded. It is nil until it is needed.
 	foldedPaths *[2][]string
+	// found has the first values that were looked up.
+	found []found
 	// forKeys caches keySubject.
 	forKeys *keySubject
 	// ip and network cache clientIP and clientNetwork, which several limits read.

@@ -84,7 +84,7 @@ var misplaced = map[string]map[string]string{
 	"limits[].match": {
 		"headers": `write when: request.headers["x-name"] == "value" in the limit`,
 		"header":  `write when: request.headers["x-name"] == "value" in the limit`,
-		"query":   "write when, with request.query, in the limit",
+		"query":   `write when: request.params["name"] == "value" in the limit`,
 		"ips":     "did you mean clients?",
 	},
 	"exempt[]": {

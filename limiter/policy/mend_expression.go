@@ -24,8 +24,10 @@ var otherNames = map[string]string{
 	"host":              "write request.host",
 	"authority":         "write request.host",
 	"request.authority": "write request.host",
-	"query":             "write request.query",
-	"headers":           headerMend, "header": headerMend, "request.header": headerMend, "req.headers": headerMend,
+	"query":             paramMend,
+	"params":            paramMend, "request.parameters": paramMend, "request.param": paramMend, "request.args": paramMend,
+	"cookies": cookieMend, "cookie": cookieMend, "request.cookie": cookieMend,
+	"headers": headerMend, "header": headerMend, "request.header": headerMend, "req.headers": headerMend,
 	"http.headers": headerMend,
 	"principal":    "write source.principal",
 	"user":         "write source.principal, or a claim: " + claimName,
@@ -37,6 +39,8 @@ const (
 	clientMend = "for the client's address write client.ip, or client.network, which takes an IPv6 /64 as one client"
 	pathMend   = "write request.path, or request.url_path without the query"
 	headerMend = `write request.headers["x-name"]`
+	paramMend  = `write request.query, or request.params["name"]`
+	cookieMend = `write request.cookies["name"]`
 	claimName  = `metadata.filter_metadata["envoy.filters.http.jwt_authn"].payload.NAME`
 	claimMend  = "for a claim write " + claimName
 )

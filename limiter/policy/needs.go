@@ -48,6 +48,8 @@ func (c *Config) Needs() Needs {
 					metadata[read.entry] = true
 				case read.attribute == "request.headers":
 					headers[read.entry] = true
+				case read.attribute == requestCookies:
+					headers["cookie"] = true
 				}
 			}
 		}

@@ -60,7 +60,7 @@ func readAt(tree *ast.AST, e ast.Expr, within map[int64]bool) (read, bool) {
 
 // attributesWithEntries are the attributes that are maps.
 var attributesWithEntries = map[string]bool{
-	"request.headers": true, "context": true, filterMetadata: true,
+	"request.headers": true, requestParams: true, requestCookies: true, "context": true, filterMetadata: true,
 	responseHeaders: true, responseTrailers: true,
 }
 

@@ -51,7 +51,7 @@ func show(e *Entry) string {
 	r := &e.Request
 	s := time.UnixMicro(e.At).UTC().Format("2006-01-02T15:04:05.999999") + " " + r.Source.Address + " " + r.Method + " " +
 		r.Host + r.Path
-	for _, header := range []string{"user-agent", "x-forwarded-for", "x-api-key"} {
+	for _, header := range []string{"user-agent", "cookie", "x-forwarded-for", "x-api-key"} {
 		if v := r.Headers[header]; v != "" {
 			s += fmt.Sprintf(" %s=%q", header, v)
 		}
@@ -98,6 +98,10 @@ func TestFormats(t *testing.T) {
 			fields: []string{`request.headers["x-api-key"]=key`, `request.duration=10`},
 			log:    `192.0.2.1 - - [17/May/2015:10:05:03 +0000] "GET /a HTTP/1.1" 200 5 "-" "c" 0.250 key="k 1" rt=3`,
 			want:   `2015-05-17T10:05:03 192.0.2.1 GET /a user-agent="c" x-api-key="k 1" 200 5B 250ms`},
+		{name: "parameters and cookies by --field", format: "combined", grain: time.Second,
+			fields: []string{`request.params["to ken"]=10`, "request.cookies.sid=11", "request.cookies['b']=11"},
+			log:    `192.0.2.1 - - [17/May/2015:10:05:03 +0000] "GET /a?b=c HTTP/1.1" 200 5 "-" "c" "k&1" s;1`,
+			want:   `2015-05-17T10:05:03 192.0.2.1 GET /a?b=c&to+ken=k%261 user-agent="c" cookie="sid=s%3B1; b=s%3B1" 200 5B`},
 		{name: "nginx with a format of its own", format: "text by --field", grain: time.Millisecond,
 			fields: []string{"request.time=1", "source.address=2", "request line=3", "request.host=4"},
 			log:    `1431857103.120 192.0.2.1 "GET /a HTTP/1.1" shop.example.com`,

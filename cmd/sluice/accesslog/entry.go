@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"net/url"
 	"strconv"
 	"strings"
 	"time"
@@ -91,6 +92,10 @@ func setterOf(attribute string) (setter, error) {
 		return func(e *Entry, value string) error { set(&e.Request.Context, path[1], value); return nil }, nil
 	case root == "request.headers" && len(path) == 3:
 		return headerSetter(path[2]), nil
+	case root == "request.params" && len(path) == 3:
+		return func(e *Entry, value string) error { e.addParam(path[2], value); return nil }, nil
+	case root == "request.cookies" && len(path) == 3:
+		return func(e *Entry, value string) error { e.addCookie(path[2], value); return nil }, nil
 	case root == "response.headers" && len(path) == 3:
 		return func(e *Entry, value string) error { set(&e.End.Headers, path[2], value); return nil }, nil
 	case root == "response.trailers" && len(path) == 3:
@@ -107,6 +112,24 @@ func setterOf(attribute string) (setter, error) {
 func headerSetter(name string) setter {
 	name = strings.ToLower(name)
 	return func(e *Entry, value string) error { set(&e.Request.Headers, name, value); return nil }
+}
+
+// addParam adds a parameter to the request's query.
+func (e *Entry) addParam(name, value string) {
+	separator := "?"
+	if strings.Contains(e.Request.Path, "?") {
+		separator = "&"
+	}
+	e.Request.Path += separator + url.QueryEscape(name) + "=" + url.QueryEscape(value)
+}
+
+// addCookie adds a cookie to the request's Cookie header.
+func (e *Entry) addCookie(name, value string) {
+	cookie := name + "=" + url.PathEscape(value)
+	if before := e.Request.Headers["cookie"]; before != "" {
+		cookie = before + "; " + cookie
+	}
+	set(&e.Request.Headers, "cookie", cookie)
 }
 
 // set sets an entry of a map that may be nil.

@@ -427,7 +427,7 @@ func textCandidate(l *layout, o *Options) candidate {
 
 // Holds reports whether the log has an attribute, named as policy names it.
 func (s *Source) Holds(attribute string) bool {
-	if s.holds[attribute] {
+	if s.holds[attribute] || s.holds[Whole(attribute)] {
 		return true
 	}
 	// Of metadata, --field names a field of what the limit reads.
@@ -437,6 +437,18 @@ func (s *Source) Holds(attribute string) bool {
 		}
 	}
 	return false
+}
+
+// Whole returns the attribute of which a parameter or a cookie is a part, and
+// other attributes as they are.
+func Whole(attribute string) string {
+	switch of, _, _ := strings.Cut(attribute, "["); of {
+	case "request.params":
+		return "request.query"
+	case "request.cookies":
+		return `request.headers["cookie"]`
+	}
+	return attribute
 }
 
 // tail is how much of the end of a file is read to find the time of its end.

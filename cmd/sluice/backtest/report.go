@@ -6,6 +6,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/sluiceproxy/sluice/cmd/sluice/accesslog"
 	"github.com/sluiceproxy/sluice/limiter/policy"
 )
 
@@ -356,6 +357,7 @@ func Wanted(configs ...*policy.Config) func(attribute string) bool {
 		for _, d := range c.Describe() {
 			for _, name := range d.Reads {
 				reads[name] = true
+				reads[accesslog.Whole(name)] = true
 			}
 		}
 	}
