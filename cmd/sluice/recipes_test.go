@@ -104,6 +104,32 @@ func TestRecipes(t *testing.T) {
 		s.want(0, 1, "GET /", "authorization", issuer.token(map[string]any{"tenant": "a"}))
 		s.want(20, 25, "GET /") // no token: the network's
 	})
+	t.Run("A rate from a claim", func(t *testing.T) {
+		issuer := newIssuer(t)
+		s := serveRecipe(t, recipe(t, "A rate from a claim"), nil, issuer.filter)
+		token := func(sub string, rate any) []string {
+			claims := map[string]any{"sub": sub}
+			if rate != nil {
+				claims["rate"] = rate
+			}
+			return []string{"authorization", issuer.token(claims)}
+		}
+		s.want(40, 43, "GET /", token("number", 40)...)
+		s.want(50, 53, "GET /", token("text", "50/24h")...)
+		s.want(60, 63, "GET /", token("absent", nil)...)
+		s.want(60, 63, "GET /") // no token: the network's
+		s.want(0, 3, "GET /", token("none", 0)...)
+		s.want(60, 60, "GET /", token("another", nil)...)
+		for sub, want := range map[string]string{"unlimited": "10000", "20000/1000m": "10000", "70/24h": "70"} {
+			r, _ := fetch(t, s.c, "http://"+s.addr+"/", token(sub, sub)...)
+			if got := r.Header.Get("X-Ratelimit-Limit"); got != want || r.StatusCode != 200 {
+				t.Errorf("%s: %d, limit %s, want %s", sub, r.StatusCode, got, want)
+			}
+		}
+		if r, body := fetch(t, s.c, "http://"+s.addr+"/", token("bad", "a lot")...); r.StatusCode != 503 {
+			t.Errorf("a claim that is no rate: %d %s", r.StatusCode, body)
+		}
+	})
 	t.Run("A blocked client", func(t *testing.T) {
 		redis := redistest.Start(t)
 		text := "store: {redis: {url: \"" + redis.URL() + "\", timeout: 10s}}\n" + recipe(t, "A blocked client")

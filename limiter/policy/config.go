@@ -114,10 +114,7 @@ func (c *Config) FailsClosed() bool {
 // to filters that run after those.
 func (c *Config) ReadsMetadata() bool {
 	return slices.ContainsFunc(c.rules, func(r *rule) bool {
-		return slices.ContainsFunc(append([]*expression{r.when, r.cost.expression}, r.key...),
-			func(e *expression) bool {
-				return e != nil && e.metadata
-			})
+		return slices.ContainsFunc(r.expressions(), func(e *expression) bool { return e.metadata })
 	})
 }
 

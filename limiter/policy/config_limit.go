@@ -77,6 +77,9 @@ type draft struct {
 	readableAt      node
 	group           string
 	rate, burst     node
+	rateFrom        *rateFrom
+	rateFromAt      node
+	maxRate         node
 	tier            *tier
 	domain          string // empty: that of the file
 	mode, onFailure string // empty: those of the file
@@ -106,9 +109,19 @@ func (lr *limitReader) readLimit(n node, d *draft) bool {
 			lr.oneOf(n, &s, "client", "share", "skip", "deny")
 			d.absent = absences[s]
 		},
-		"rate":       func(n node) { d.rate = n },
-		"burst":      func(n node) { d.burst = n },
-		"cost":       func(n node) { d.costAt = n; lr.readCost(n, &d.cost, forCost) },
+		"rate":  func(n node) { d.rate = n },
+		"burst": func(n node) { d.burst = n },
+		"cost":  func(n node) { d.costAt = n; lr.readCost(n, &d.cost, forCost) },
+		"rate_from": func(n node) {
+			d.rateFromAt, d.rateFrom = n, new(rateFrom)
+			if _, _, err := parseRate(sourceText(n.Node)); err == nil {
+				lr.wrong(n, "must be an expression such as %s; write a rate that is the same for every request as the rate",
+					forRate.example())
+				return
+			}
+			d.rateFrom.expression = lr.expression(n, forRate)
+		},
+		"max_rate":   func(n node) { d.maxRate = n },
 		"readable":   func(n node) { d.readableAt = n; lr.boolean(n, &d.readable) },
 		"group":      lr.checked(&d.group, checkName),
 		"domain":     lr.checked(&d.domain, checkDomain),
@@ -138,13 +151,15 @@ func (lr *limitReader) readLimit(n node, d *draft) bool {
 	case clean:
 		lr.wrong(node{n.Node, join(n.field, "rate")}, "missing; a limit needs a name and a rate")
 	}
+	lr.readMaxRate(d, d.burst)
 	if t := d.tier; t != nil && t.unlimited && d.absent == absentDeny {
 		lr.wrong(d.rate, "absent: deny needs a bucket, but the rate is unlimited; give a rate that is never reached")
 	} else if t != nil && t.hasBucket() && d.cost.expression == nil && d.cost.constant > t.bucket.Burst() {
 		lr.wrong(d.costAt, "%d exceeds the burst of %d, so every request would be denied", d.cost.constant,
 			t.bucket.Burst())
 	}
-	if d.settle != nil && d.tier != nil && !d.tier.hasBucket() {
+	hasBucket := d.tier == nil || d.tier.hasBucket() || d.rateFrom != nil
+	if d.settle != nil && !hasBucket {
 		lr.wrong(d.settleAt, "settle needs a bucket, but the rate is %s; %s", d.tier.rate,
 			map[bool]string{true: "remove settle", false: "give a rate that is never reached"}[d.tier.none])
 	}
@@ -155,7 +170,7 @@ func (lr *limitReader) readLimit(n node, d *draft) bool {
 		switch {
 		case d.settle != nil:
 			lr.wrong(d.leaseAt, "cannot be used with settle, which holds each request's tokens in the store; remove one of them")
-		case d.tier != nil && !d.tier.hasBucket():
+		case !hasBucket:
 			lr.wrong(d.leaseAt, "lease needs a bucket, but the rate is %s; remove it", d.tier.rate)
 		}
 	}
@@ -279,6 +294,7 @@ func (lr *limitReader) compile(n node, text string, p purpose) *expression {
 		}
 	case forWhen:
 		_, _, err = e.condition(empty)
+	case forRate: // readMaxRate reports it
 	case forCost, forSettle:
 		_, err = e.tokens(empty, 1, maxCost)
 	}
@@ -393,6 +409,7 @@ func (lr *limitReader) rule(d *draft) *rule {
 		absent:    d.absent,
 		cost:      d.cost,
 		group:     d.group,
+		rateFrom:  d.rateFrom,
 		settle:    d.settle,
 		within:    within,
 		overrides: o,
@@ -404,7 +421,7 @@ func (lr *limitReader) rule(d *draft) *rule {
 // warnOfSettle warns of a limit that settles and lets only one request pass at a
 // time, as what is under way is held.
 func (lr *limitReader) warnOfSettle(d *draft) {
-	if cost := d.cost.constant; d.cost.expression == nil && d.tier.bucket.Burst() < 2*cost {
+	if cost := d.cost.constant; d.cost.expression == nil && d.tier.hasBucket() && d.tier.bucket.Burst() < 2*cost {
 		lr.warn(d.settleAt, "the burst of %d is below twice the cost of %d, so only one request can be under way at a time; "+
 			"raise burst, or lower cost", d.tier.bucket.Burst(), cost)
 	}

@@ -12,6 +12,9 @@ import (
 type Described struct {
 	Limit *limiter.Limit
 	Rate  string
+	// RateFrom and MaxRate are the fields rate_from and max_rate; empty if the rate
+	// does not depend on the request.
+	RateFrom, MaxRate string
 	// Twin is the limit in the other mode; nil if no override has that.
 	Twin  *limiter.Limit
 	Burst int64 // tokens; 0 if the rate is unlimited or none
@@ -44,6 +47,9 @@ func (c *Config) Describe() []Described {
 		d.Tokens, d.Period, _ = parseRate(r.tier.rate) // it was parsed before
 		if r.tier.hasBucket() {
 			d.FillTime = r.tier.bucket.FillTime()
+		}
+		if r.rateFrom != nil {
+			d.RateFrom, d.MaxRate = r.rateFrom.expression.text, r.rateFrom.max
 		}
 		for _, e := range r.key {
 			d.Key = append(d.Key, e.text)

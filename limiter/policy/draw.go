@@ -85,9 +85,10 @@ type finding struct {
 	whenAbsent bool   // the limit applies although its when is absent
 	err        *RuleError
 	tier       *tier
-	keyDigest  digest // of the overridden key
-	key        string // complete Redis key; empty if unlimited
-	shown      string // the key as people see it, if the limit is readable
+	brought    broughtRate // by rate_from
+	keyDigest  digest      // of the overridden key
+	key        string      // complete Redis key; empty if unlimited
+	shown      string      // the key as people see it, if the limit is readable
 	cost       int64
 	refused    bool // absent: deny, and a part of the key is absent
 }
@@ -174,6 +175,18 @@ func (d *drawing) judge(r *rule) finding {
 	}
 	if !f.applies {
 		return f
+	}
+	if r.rateFrom != nil && f.kind != foundOverridden {
+		var err error
+		if f.brought, err = r.rateFrom.evaluate(d.subject); err == nil && f.brought.isKnown {
+			var t *tier
+			if t, err = r.rateFrom.tierOf(f.brought); err == nil {
+				f.tier = t
+			}
+		}
+		if err != nil {
+			return mistake("rate_from", err)
+		}
 	}
 	if f.tier.unlimited {
 		f.key = ""

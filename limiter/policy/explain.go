@@ -26,7 +26,7 @@ type Explained struct {
 	// it; it has no value of a header.
 	Reason string
 	// Rate is the rate as the config writes it: that of the key's override if
-	// there is one, else the limit's.
+	// there is one, else what rate_from says, else the limit's.
 	Rate   string
 	Burst  int64  // tokens; 0 if the rate is unlimited or none
 	Settle string // what a request has cost once it has ended, as the config writes it; empty: what was taken
@@ -66,6 +66,9 @@ func (c *Config) Explain(req *Request) Explanation {
 			Burst: tier.bucket.Burst(), Charge: -1}
 		if r.settle != nil {
 			e.Settle = r.settle.text()
+		}
+		if f.applies && f.brought.isKnown {
+			e.Rate = f.brought.String()
 		}
 		if f.applies && !tier.unlimited {
 			e.Charge = len(d.Charges) - 1
@@ -147,6 +150,15 @@ func (c *Config) reason(s *subject, r *rule, f finding) string {
 				absentDeny:   "the request is denied",
 			}[r.absent]
 	default: // nothing to add
+	}
+	switch {
+	case r.rateFrom == nil || f.kind == foundOverridden:
+	case !f.brought.isKnown:
+		reason += "; rate_from is absent, so the rate is the limit's own"
+	case f.brought.isCut:
+		reason += "; its rate is from rate_from, cut to max_rate"
+	default:
+		reason += "; its rate is from rate_from"
 	}
 	if f.tier.none {
 		reason += "; the rate is none, so the request is denied"

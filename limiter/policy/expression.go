@@ -29,12 +29,14 @@ const (
 	forWhen                  // a boolean
 	forCost                  // a number
 	forSettle                // a number, once the response has ended
+	forRate                  // a rate, or a number
 )
 
 // wanted describes the values that the purpose accepts.
 func (p purpose) wanted() string {
 	return [...]string{
 		"must be a string, a number or a boolean", "must be a boolean", "must be a number", "must be a number",
+		"must be a string or a number",
 	}[p]
 }
 
@@ -50,9 +52,9 @@ func (p purpose) accepts(out *cel.Type) bool {
 	case types.OpaqueKind:
 		return out.TypeName() == "optional_type" && (len(out.Parameters()) == 0 || p.accepts(out.Parameters()[0]))
 	case types.StringKind:
-		return p == forKey
+		return p == forKey || p == forRate
 	case types.BoolKind:
-		return !p.isNumber()
+		return p == forKey || p == forWhen
 	case types.IntKind, types.UintKind, types.DoubleKind:
 		return p != forWhen
 	}

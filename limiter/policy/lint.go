@@ -34,6 +34,7 @@ func (cr *configReader) lint() {
 		l.warnOfExpressions(d)
 		l.warnOfKey(d)
 		l.warnOfReadable(d)
+		l.warnOfRateFrom(d)
 		l.warnOfCost(d, cr.config.rules[i].overrides)
 		if d.doubtful > maxDoubtful {
 			l.warn(d.doubtfulAt, "%d more overrides like this one", d.doubtful-maxDoubtful)
@@ -202,6 +203,9 @@ func (l *linter) warnOfExpressions(d *draft) {
 		doubt(d.keyAt[i], e)
 	}
 	doubt(d.costAt, d.cost.expression)
+	if d.rateFrom != nil {
+		doubt(d.rateFromAt, d.rateFrom.expression)
+	}
 	if d.settle != nil {
 		doubt(d.settleAt, d.settle.expression)
 	}
@@ -369,7 +373,7 @@ func (l *linter) warnOfInventedKeys() {
 	var alone, bounding []*draft
 	for _, d := range l.drafts {
 		switch {
-		case d.tier.unlimited:
+		case d.tier.unlimited && d.rateFrom == nil:
 		case d.tier.none && len(d.key) > 0: // made-up values are denied
 		case d.invented() >= 0 && d.absent == absentSkip:
 		case d.invented() >= 0:

@@ -373,7 +373,7 @@ func brief(d time.Duration) string {
 
 // expressionLine matches a line whose value is an expression, which may be quoted
 // in messages: it holds no secret, as the key of an override may.
-var expressionLine = regexp.MustCompile(`^[\s-]*(when|key|cost|settle):\s+(.*` + anAttribute + `.*?)\s*$`)
+var expressionLine = regexp.MustCompile(`^[\s-]*(when|key|cost|settle|rate_from):\s+(.*` + anAttribute + `.*?)\s*$`)
 
 const anAttribute = `\b(?:request|response|source|destination|client|metadata)\.[a-z]`
 

@@ -228,6 +228,8 @@ func (p purpose) example() string {
 		return `request.headers["x-api-key"]`
 	case forWhen:
 		return `request.method == "POST"`
+	case forRate:
+		return strings.Replace(claimName, "NAME", "rate", 1)
 	case forSettle:
 		return "response.code"
 	case forCost:

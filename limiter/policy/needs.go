@@ -35,10 +35,7 @@ func (c *Config) Needs() Needs {
 	}
 	for _, r := range c.rules {
 		n.Principals = n.Principals || len(r.match.principals) > 0
-		for _, e := range append([]*expression{r.when, r.cost.expression}, r.key...) {
-			if e == nil {
-				continue
-			}
+		for _, e := range r.expressions() {
 			for _, read := range e.reads {
 				switch {
 				case read.attribute == "source.principal":

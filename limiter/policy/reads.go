@@ -69,10 +69,7 @@ var attributesWithEntries = map[string]bool{
 func (c *Config) reads(r *rule) []string {
 	found := make(map[string]bool)
 	client := false
-	for _, e := range append([]*expression{r.when, r.cost.expression}, r.key...) {
-		if e == nil {
-			continue
-		}
+	for _, e := range r.expressions() {
 		for _, read := range e.reads {
 			if strings.HasPrefix(read.attribute, "client.") {
 				client = true

@@ -62,7 +62,7 @@ func findParam(query, name string) (value string, differ bool) {
 		var pair string
 		pair, query, _ = strings.Cut(query, "&")
 		n, v, _ := strings.Cut(pair, "=")
-		if len(n) < len(name) || n != name && unescape(n, true) != name {
+		if len(n) < len(name) || unescape(n, true) != name {
 			continue
 		}
 		v = unescape(v, true)

@@ -77,7 +77,7 @@ func TestParamsAsGoReadsThem(t *testing.T) {
 			values.Add(text.Draw(t, "name"), text.Draw(t, "value"))
 		}
 		for name, all := range values {
-			slices.Sort(all)
+			all := slices.Sorted(slices.Values(all))
 			want := ""
 			if len(slices.Compact(all)) == 1 {
 				want = all[0]

@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"slices"
 	"strconv"
 	"time"
 
@@ -22,6 +23,7 @@ type rule struct {
 	readable  bool
 	absent    absence
 	cost      cost
+	rateFrom  *rateFrom     // nil: the rate does not depend on the request
 	settle    *cost         // what a request has cost once it has ended; nil: what was taken
 	within    time.Duration // by when it must have ended, if settle is not nil
 	group     string        // empty: in no group
@@ -55,7 +57,18 @@ func (r *rule) limitOf(t *tier) *limiter.Limit {
 }
 
 // hasBuckets reports whether the limit has a bucket for some key.
-func (r *rule) hasBuckets() bool { return r.tier.hasBucket() || r.overrides != nil }
+func (r *rule) hasBuckets() bool {
+	return r.tier.hasBucket() || r.overrides != nil || r.rateFrom != nil
+}
+
+// expressions returns the limit's expressions about a request when it begins.
+func (r *rule) expressions() (all []*expression) {
+	candidates := append([]*expression{r.when, r.cost.expression}, r.key...)
+	if r.rateFrom != nil {
+		candidates = append(candidates, r.rateFrom.expression)
+	}
+	return slices.DeleteFunc(candidates, func(e *expression) bool { return e == nil })
+}
 
 // cost is what one request takes from the limit's bucket, or has cost, in tokens.
 type cost struct {

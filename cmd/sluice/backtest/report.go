@@ -81,9 +81,12 @@ type LimitReport struct {
 // counts its own verdict even where another one denies.
 type LimitResult struct {
 	Totals
-	Mode        string       `json:"mode"` // enforce or shadow
-	Rate        string       `json:"rate"`
-	Burst       int64        `json:"burst"`
+	Mode  string `json:"mode"` // enforce or shadow
+	Rate  string `json:"rate"`
+	Burst int64  `json:"burst"`
+	// MaxRate is the most that requests may bring; empty if the limit has no
+	// rate_from.
+	MaxRate     string       `json:"max_rate,omitempty"`
 	Keys        int64        `json:"keys"`
 	LimitedKeys int64        `json:"limited_keys"`
 	Worst       []Key        `json:"worst"`
@@ -200,7 +203,7 @@ func (r *run) result(w *world, s *limitState) LimitResult {
 		out.Mode = "shadow"
 	}
 	if s.described != nil {
-		out.Rate, out.Burst = s.described.Rate, s.described.Burst
+		out.Rate, out.Burst, out.MaxRate = s.described.Rate, s.described.Burst, s.described.MaxRate
 	}
 	out.Worst = r.keys(s, func(k *keyState) bool { return k.limited[spread] > 0 || k.limited[atOnce] > 0 })
 	return out

@@ -91,7 +91,11 @@ func (r *Report) table(b *strings.Builder) {
 		if l.Burst > 0 {
 			burst = number(l.Burst)
 		}
-		line := fmt.Sprintf("%s\t%s\t%s\t%s\t%s\t%s\t", name, l.Rate, burst, number(l.Requests), number(l.Keys),
+		rate := l.Rate
+		if l.MaxRate != "" {
+			rate += " or rate_from to " + l.MaxRate
+		}
+		line := fmt.Sprintf("%s\t%s\t%s\t%s\t%s\t%s\t", name, rate, burst, number(l.Requests), number(l.Keys),
 			share(l.Limited, l.Requests))
 		if r.grain > time.Microsecond {
 			atOnce := "-"
