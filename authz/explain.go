@@ -44,6 +44,8 @@ type ExplainedLimit struct {
 	Cost *int64  `json:"cost"`
 	Mode string  `json:"mode"` // enforce or shadow
 	Rate string  `json:"rate"`
+	// Plan is the name of the plan that says the rate and the burst, or nil.
+	Plan *string `json:"plan"`
 	// Burst is the size of the bucket in tokens, or nil without a bucket.
 	Burst *int64 `json:"burst"`
 	// Remaining is the number of tokens in the bucket, rounded down: what the
@@ -127,6 +129,9 @@ func explainLimit(l *policy.Explained, d *limiter.Decision, full bool) Explained
 	}
 	if l.Burst > 0 {
 		out.Burst = &l.Burst
+	}
+	if l.Plan != "" {
+		out.Plan = &l.Plan
 	}
 	if l.Settle != "" {
 		out.Settle = &l.Settle

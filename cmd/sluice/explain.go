@@ -186,6 +186,9 @@ func amount(l *authz.ExplainedLimit) string {
 		s += heldAndOwed(*l.Held, *l.Owed)
 	}
 	s += fmt.Sprintf("; burst %d, rate %s", *l.Burst, l.Rate)
+	if l.Plan != nil {
+		s += " by plan " + *l.Plan
+	}
 	if l.Settle != nil {
 		s += "; settles"
 	}

@@ -130,6 +130,17 @@ func TestRecipes(t *testing.T) {
 			t.Errorf("a claim that is no rate: %d %s", r.StatusCode, body)
 		}
 	})
+	t.Run("Three plans, and the tenants that have them", func(t *testing.T) {
+		const heading = "Three plans, and the tenants that have them"
+		rows := strings.ReplaceAll(block(t, section(t, policyReadme, "### "+heading), "csv"), "/h,", "/1000h,")
+		text := strings.NewReplacer("tenants.csv", file(t, "tenants.csv", rows), "/h,", "/1000h,").Replace(recipe(t, heading))
+		s := serveRecipe(t, text, nil)
+		for tenant, want := range map[string]int{
+			"acme": 100, "initech": 50, "umbrella": 30, "late-payer": 0, "new-here": 110, "somebody": 20,
+		} {
+			s.want(want, 110, "GET /", "x-tenant", tenant)
+		}
+	})
 	t.Run("A blocked client", func(t *testing.T) {
 		redis := redistest.Start(t)
 		text := "store: {redis: {url: \"" + redis.URL() + "\", timeout: 10s}}\n" + recipe(t, "A blocked client")

@@ -43,6 +43,7 @@ func (c *Config) Since(old *Config) (changes Changes) {
 		"log_level":      c.LogLevel != old.LogLevel,
 		"client_ip":      !reflect.DeepEqual(c.client, old.client),
 		"exempt":         !reflect.DeepEqual(c.exempt.matches, old.exempt.matches),
+		"plans":          !samePlans(c.inherited.plans, old.inherited.plans),
 		"key_secret":     !bytes.Equal(c.hasher.secret, old.hasher.secret),
 		"password":       c.password() != old.password(),
 	} {

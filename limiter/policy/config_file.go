@@ -204,6 +204,7 @@ func (cr *configReader) readFile(root node) {
 			return
 		}
 	}
+	var limits node // which are read after the plans
 	cr.mapping(root, map[string]func(node){
 		"domain": cr.checked(&cr.domain, checkDomain),
 		"listen": func(n node) {
@@ -239,8 +240,12 @@ func (cr *configReader) readFile(root node) {
 			cr.readClientIP(n)
 		},
 		"exempt": cr.readExempt,
-		"limits": cr.readLimits,
+		"plans":  cr.readPlans,
+		"limits": func(n node) { limits = n },
 	})
+	if limits.Node != nil {
+		cr.readLimits(limits)
+	}
 }
 
 // listener is checked for the address of a listener.

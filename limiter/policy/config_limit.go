@@ -33,6 +33,7 @@ type limitReader struct {
 	localShare                         float64 // 0: not given
 	expressions                        map[expressionID]*expression
 	tiers                              map[allowance]*tier
+	plans                              map[string]*plan // by name
 	warnings                           Mistakes
 }
 
@@ -51,6 +52,7 @@ func newLimitReader(r reader) limitReader {
 		onFailure:   "deny",
 		expressions: make(map[expressionID]*expression),
 		tiers:       make(map[allowance]*tier),
+		plans:       make(map[string]*plan),
 	}
 }
 
@@ -77,6 +79,7 @@ type draft struct {
 	readableAt      node
 	group           string
 	rate, burst     node
+	plan            node
 	rateFrom        *rateFrom
 	rateFromAt      node
 	maxRate         node
@@ -101,6 +104,7 @@ func (lr *limitReader) readLimit(n node, d *draft) bool {
 	d.at, d.cost.constant, d.within = n, 1, defaultSettleWithin
 	bad := len(lr.mistakes)
 	fields := map[string]func(node){
+		"plan":  func(n node) { d.plan = n },
 		"match": func(n node) { lr.readMatch(n, &d.match) },
 		"when":  func(n node) { d.whenAt = n; d.when = lr.expression(n, forWhen) },
 		"key":   func(n node) { lr.readKey(n, d) },
@@ -143,13 +147,16 @@ func (lr *limitReader) readLimit(n node, d *draft) bool {
 	}
 	clean := len(lr.mistakes) == bad // after another mistake, a field may only seem to be missing
 	if clean && d.name == "" {
-		lr.wrong(node{n.Node, join(n.field, "name")}, "missing; a limit needs a name and a rate")
+		lr.wrong(node{n.Node, join(n.field, "name")}, "missing; a limit needs a name, and a rate or a plan")
 	}
 	switch {
+	case d.plan.Node != nil:
+		d.tier = lr.readPlanned(d.plan, d.rate, d.burst, "")
+		d.rate = d.plan // what is wrong with the rate is the plan's
 	case d.rate.Node != nil:
 		d.tier = lr.readTier(d.rate, d.burst, "")
 	case clean:
-		lr.wrong(node{n.Node, join(n.field, "rate")}, "missing; a limit needs a name and a rate")
+		lr.wrong(node{n.Node, join(n.field, "rate")}, "missing; a limit needs a name, and a rate or a plan")
 	}
 	lr.readMaxRate(d, d.burst)
 	if t := d.tier; t != nil && t.unlimited && d.absent == absentDeny {

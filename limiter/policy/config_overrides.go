@@ -153,19 +153,24 @@ func (lr *limitReader) readInline(d *draft, o *overrides) {
 	index := -1
 	lr.each(d.overrides, func(n node) {
 		index++
-		var key, rate, burst node
+		var key, rate, burst, plan node
 		mode, before := "", len(lr.mistakes)
 		isMapping := lr.mapping(n, map[string]func(node){
 			"key":   func(n node) { key = n },
 			"rate":  func(n node) { rate = n },
 			"burst": func(n node) { burst = n },
+			"plan":  func(n node) { plan = n },
 			"mode":  func(n node) { lr.oneOf(n, &mode, "enforce", "shadow") },
 		})
 		if !isMapping {
 			return
 		}
-		if key.Node == nil || rate.Node == nil {
-			lr.wrong(n, "missing key or rate; an override needs both")
+		switch {
+		case key.Node == nil:
+			lr.wrong(n, "missing key; an override needs one, and a rate or a plan")
+			return
+		case rate.Node == nil && plan.Node == nil:
+			lr.wrong(n, "missing rate or plan; an override needs one")
 			return
 		}
 		var parts []string
@@ -175,7 +180,12 @@ func (lr *limitReader) readInline(d *draft, o *overrides) {
 			good = good && ok
 			parts = append(parts, s)
 		})
-		tier := lr.readTier(rate, burst, mode)
+		var tier *tier
+		if plan.Node != nil {
+			tier = lr.readPlanned(plan, rate, burst, mode)
+		} else {
+			tier = lr.readTier(rate, burst, mode)
+		}
 		if !good || tier == nil {
 			return
 		}
@@ -274,20 +284,20 @@ func unescapeMeta(pattern string) string {
 
 // overrideColumns are the columns that an overrides file may have after the
 // parts of the key, in any order.
-var overrideColumns = []string{"rate", "burst", "mode"}
+var overrideColumns = []string{"rate", "burst", "plan", "mode"}
 
 // columns says where the columns of an overrides file are: their indexes in a
 // row, or -1.
 type columns struct {
-	count             int
-	rate, burst, mode int
+	count                   int
+	rate, burst, plan, mode int
 }
 
 // readColumns reads the header row of an overrides file for keys of a number of
 // parts. The error says what to write instead.
 func readColumns(header []string, parts int) (columns, error) {
-	c := columns{count: len(header), rate: -1, burst: -1, mode: -1}
-	places := map[string]*int{"rate": &c.rate, "burst": &c.burst, "mode": &c.mode}
+	c := columns{count: len(header), rate: -1, burst: -1, plan: -1, mode: -1}
+	places := map[string]*int{"rate": &c.rate, "burst": &c.burst, "plan": &c.plan, "mode": &c.mode}
 	if len(header) <= parts {
 		return c, mendHeader(header, parts)
 	}
@@ -301,7 +311,7 @@ func readColumns(header []string, parts int) (columns, error) {
 		}
 		*at = parts + i
 	}
-	if c.rate < 0 {
+	if c.rate < 0 && c.plan < 0 {
 		return c, mendHeader(header, parts)
 	}
 	return c, nil
@@ -315,13 +325,17 @@ func (c *columns) allowance(row []string) allowance {
 		}
 		return strings.TrimSpace(row[i])
 	}
-	return allowance{rate: cell(c.rate), burst: cell(c.burst), mode: cell(c.mode)}
+	return allowance{rate: cell(c.rate), burst: cell(c.burst), plan: cell(c.plan), mode: cell(c.mode)}
 }
 
 // of returns the index of the column that a mistake in a row is about.
 func (c *columns) of(a allowance) int {
-	if _, _, err := parseRate(a.rate); err == nil && checkMode(a.mode) != nil {
+	_, _, err := parseRate(a.rate)
+	switch {
+	case checkMode(a.mode) != nil && (a.plan != "" || err == nil):
 		return c.mode
+	case a.plan != "" || c.rate < 0:
+		return c.plan
 	}
 	return c.rate
 }
@@ -389,6 +403,9 @@ func (lr *limitReader) readOverridesFile(n node, d *draft, o *overrides, name st
 		}
 		granted := at.allowance(row)
 		tier, err := lr.tierOf(granted)
+		if at.plan >= 0 && granted.plan == "" && granted.rate == "" {
+			err = errors.New("neither a rate nor a plan; an override needs one of them")
+		}
 		if err != nil {
 			_, column := rows.FieldPos(at.of(granted))
 			wrong(line, column, "%v", err)

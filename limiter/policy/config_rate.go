@@ -52,12 +52,24 @@ const (
 type allowance struct {
 	rate  string
 	burst string // empty: the number of tokens of the rate
+	plan  string // name of a plan, instead of the rate and the burst; empty: none
 	mode  string // of an override; empty: the limit's
 }
 
 // tierOf returns the tier of an allowance.
 func (lr *limitReader) tierOf(a allowance) (*tier, error) {
 	if t := lr.tiers[a]; t != nil {
+		return t, nil
+	}
+	if a.plan != "" {
+		t, err := lr.plannedTier(a)
+		if err == nil {
+			err = checkMode(a.mode)
+		}
+		if err != nil {
+			return nil, err
+		}
+		lr.tiers[a] = t
 		return t, nil
 	}
 	rate, burst := a.rate, a.burst

@@ -12,6 +12,7 @@ import (
 type Described struct {
 	Limit *limiter.Limit
 	Rate  string
+	Plan  string // the name of the plan that says the rate; empty: none
 	// RateFrom and MaxRate are the fields rate_from and max_rate; empty if the rate
 	// does not depend on the request.
 	RateFrom, MaxRate string
@@ -42,7 +43,7 @@ type Described struct {
 func (c *Config) Describe() []Described {
 	all := make([]Described, len(c.rules))
 	for i, r := range c.rules {
-		d := Described{Limit: r.limit, Twin: r.twin, Rate: r.tier.rate, Burst: r.tier.bucket.Burst(), Group: r.group,
+		d := Described{Limit: r.limit, Plan: r.tier.plan, Twin: r.twin, Rate: r.tier.rate, Burst: r.tier.bucket.Burst(), Group: r.group,
 			Bucket: r.tier.bucket, Absent: r.absent.String(), Reads: c.reads(r)}
 		d.Tokens, d.Period, _ = parseRate(r.tier.rate) // it was parsed before
 		if r.tier.hasBucket() {

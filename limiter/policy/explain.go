@@ -29,6 +29,7 @@ type Explained struct {
 	// there is one, else what rate_from says, else the limit's.
 	Rate   string
 	Burst  int64  // tokens; 0 if the rate is unlimited or none
+	Plan   string // the name of the plan that says the rate; empty: none
 	Settle string // what a request has cost once it has ended, as the config writes it; empty: what was taken
 	Charge int    // index in Draw.Charges; -1 if there is none
 	// Key is the bucket's key as logs and metadata show it. It is empty if there
@@ -63,7 +64,7 @@ func (c *Config) Explain(req *Request) Explanation {
 			tier = f.tier
 		}
 		e := Explained{Limit: r.limitOf(tier), Applies: f.applies, Reason: c.reason(s, r, f), Rate: tier.rate,
-			Burst: tier.bucket.Burst(), Charge: -1}
+			Burst: tier.bucket.Burst(), Plan: tier.plan, Charge: -1}
 		if r.settle != nil {
 			e.Settle = r.settle.text()
 		}

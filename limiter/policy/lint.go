@@ -40,6 +40,7 @@ func (cr *configReader) lint() {
 			l.warn(d.doubtfulAt, "%d more overrides like this one", d.doubtful-maxDoubtful)
 		}
 	}
+	l.warnOfPlans()
 	l.warnOfUnreachable()
 	l.warnOfInventedKeys()
 	for _, e := range cr.expressions {

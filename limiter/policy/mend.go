@@ -511,5 +511,5 @@ func mendHeader(row []string, parts int) error {
 		return fmt.Errorf("column %d is named %s, but must be a part of the key; want a header row such as %s", i+1,
 			strings.ToLower(strings.TrimSpace(row[i])), want)
 	}
-	return fmt.Errorf("no column is named rate; want a header row such as %s", want)
+	return fmt.Errorf("no column is named rate or plan; want a header row such as %s", want)
 }

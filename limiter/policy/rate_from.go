@@ -191,7 +191,8 @@ func (lr *limitReader) readMaxRate(d *draft, burst node) {
 	if _, d.rateFrom.own, _ = parseRate(d.tier.rate); d.rateFrom.own == 0 {
 		d.rateFrom.own = period // the limit's own is unlimited or none
 	}
-	if burst.Node != nil {
+	p := lr.plans[d.tier.plan]
+	if burst.Node != nil || p != nil && p.hasBurst {
 		d.rateFrom.burst = d.tier.bucket.Burst()
 	}
 }

@@ -43,6 +43,7 @@ type tier struct {
 	// or denied.
 	unlimited, none bool
 	mode            string // of an override: enforce, shadow, or empty for the limit's
+	plan            string // name of the plan that says the rate and the burst; empty: none
 }
 
 // hasBucket reports whether the tier is neither unlimited nor none.

@@ -193,12 +193,13 @@ func TestSchemaFields(t *testing.T) {
 		"store.redis.sentinel": {"properties", "store", "properties", "redis", "properties", "sentinel",
 			"properties"},
 		"client_ip":              {"properties", "client_ip", "properties"},
+		"plans.p":                {"properties", "plans", "additionalProperties", "properties"},
 		"exempt[0]":              {"properties", "exempt", "items", "properties"},
 		"limits[0]":              {"properties", "limits", "items", "properties"},
 		"limits[0].match":        {"$defs", "match", "properties"},
 		"limits[1].overrides[0]": {"properties", "limits", "items", "properties", "overrides", "items", "properties"},
 	} {
-		const text = `{"?": 1, listen: {"?": 1}, store: {"?": 1, redis: {"?": 1, sentinel: {"?": 1}}}, client_ip: {"?": 1}, exempt: [{"?": 1}],
+		const text = `{"?": 1, plans: {p: {"?": 1}}, listen: {"?": 1}, store: {"?": 1, redis: {"?": 1, sentinel: {"?": 1}}}, client_ip: {"?": 1}, exempt: [{"?": 1}],
   limits: [{"?": 1, match: {"?": 1}}, {name: a, rate: 1/s, key: request.method, overrides: [{"?": 1}]}]}`
 		_, err := Parse("f", []byte(text), env())
 		want := ""
