@@ -43,8 +43,8 @@ type Described struct {
 func (c *Config) Describe() []Described {
 	all := make([]Described, len(c.rules))
 	for i, r := range c.rules {
-		d := Described{Limit: r.limit, Plan: r.tier.plan, Twin: r.twin, Rate: r.tier.rate, Burst: r.tier.bucket.Burst(), Group: r.group,
-			Bucket: r.tier.bucket, Absent: r.absent.String(), Reads: c.reads(r)}
+		d := Described{Limit: r.limit, Twin: r.twin, Plan: r.tier.plan, Rate: r.tier.rate, Burst: r.tier.bucket.Burst(),
+			Group: r.group, Bucket: r.tier.bucket, Absent: r.absent.String(), Reads: c.reads(r)}
 		d.Tokens, d.Period, _ = parseRate(r.tier.rate) // it was parsed before
 		if r.tier.hasBucket() {
 			d.FillTime = r.tier.bucket.FillTime()
