@@ -417,7 +417,7 @@ func TestEveryOutcomeHasAClass(t *testing.T) {
 			t.Errorf("source %d has no name", source)
 		}
 	}
-	if len(sourceNames) != int(limiter.LeaseSource)+1 {
+	if len(sourceNames) != int(limiter.BlockSource)+1 {
 		t.Errorf("%d names of sources", len(sourceNames))
 	}
 }
