@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math/bits"
 	"time"
+	"unique"
 )
 
 // The ranges that NewBucket accepts.
@@ -37,6 +38,8 @@ const minP = 1_000_000
 type Bucket struct {
 	n, p  int64
 	burst int64
+	// calendar is zero except for a quota (quota.go), whose n and p have no meaning.
+	calendar unique.Handle[Calendar]
 }
 
 // NewBucket returns a bucket of burst tokens that refills by tokens each
@@ -78,13 +81,17 @@ func gcd(a, b int64) int64 {
 	return a
 }
 
-// Share returns a bucket with a part of b's rate and burst, 0 < part ≤ 1. Both
-// are rounded down, but the burst is at least 1 token and the rate above 0.
+// Share returns a bucket with a part of b's rate and burst, or of a quota's
+// tokens, 0 < part ≤ 1. Both are rounded down, but the burst is at least 1 token
+// and the rate above 0.
 func (b Bucket) Share(part float64) Bucket {
 	const grain = 1_000_000 // of the part
 	parts := max(1, int64(part*grain))
 	s := b
 	s.burst = max(1, b.burst*parts/grain)
+	if s.IsQuota() {
+		return s
+	}
 	// The n of a slow rate is too small to take a part of: lengthen the period
 	// first, as far as it may be.
 	if k := min(grain, maxPeriod.Microseconds()/s.p); s.n < grain && k > 1 {
@@ -96,16 +103,17 @@ func (b Bucket) Share(part float64) Bucket {
 	return s
 }
 
-// Burst returns how many tokens the bucket holds at most.
+// Burst returns how many tokens the bucket holds at most: of a quota, its N.
 func (b Bucket) Burst() int64 { return b.burst }
 
 // FillTime returns how long the bucket takes from empty to full, rounded up to
-// a microsecond.
+// a microsecond; 0 for a quota.
 func (b Bucket) FillTime() time.Duration { return b.wait(level{}, b.burst) }
 
 // level is what can be taken from a bucket: whole tokens, and frac p-ths of one
 // more, with 0 ≤ frac < p of its Bucket. A full bucket has tokens == burst and
-// frac == 0. A level below 0 is a debt (hold.go), of at most 1e9 tokens.
+// frac == 0. A level below 0 is a debt (hold.go), of at most 1e9 tokens. See
+// levelFor for what the frac of a quota's level is.
 type level struct {
 	tokens, frac int64
 }
@@ -128,6 +136,12 @@ func (b Bucket) fillFrom(tokens int64) float64 {
 // n ≤ 1e15 and the remainder below p, so all sums stay below 2^63 (in Lua below
 // 2^53; see take.lua).
 func (b Bucket) refill(l level, elapsed, most int64) level {
+	if b.IsQuota() {
+		if l.frac -= elapsed; l.frac <= 0 {
+			return level{tokens: most}
+		}
+		return l
+	}
 	room := most - l.tokens
 	if room <= 0 {
 		return l
@@ -172,6 +186,8 @@ func (b Bucket) wait(l level, want int64) time.Duration {
 		return 0
 	case want > b.burst:
 		return Never
+	case b.IsQuota():
+		return time.Duration(l.frac) * time.Microsecond
 	}
 	// ceil(((want − tokens)·p − frac) / n)
 	hi, lo := bits.Mul64(uint64(want-l.tokens), uint64(b.p))

@@ -161,19 +161,23 @@ var (
 
 type recentWindow struct {
 	calendar Calendar
-	window
+	quotaState
 }
 
 // window is Window in microseconds since 1970.
-func (c Calendar) window(at int64) window {
+func (c Calendar) window(at int64) window { return c.begin(at).window }
+
+// begin returns the state of a quota in the window of an instant. All quotas that
+// are in their first use of the window share it, to save memory.
+func (c Calendar) begin(at int64) *quotaState {
 	slot := &recent[maphash.Comparable(recentSeed, c)%uint64(len(recent))]
-	if known := slot.Load(); known != nil && known.calendar == c && known.holds(at) {
-		return known.window
+	if known := slot.Load(); known != nil && known.calendar == c && known.window.holds(at) {
+		return &known.quotaState
 	}
 	start, end := c.Window(time.UnixMicro(at))
-	w := window{start.UnixMicro(), end.UnixMicro()}
-	slot.Store(&recentWindow{c, w})
-	return w
+	next := &recentWindow{c, quotaState{window: window{start.UnixMicro(), end.UnixMicro()}}}
+	slot.Store(next)
+	return &next.quotaState
 }
 
 // window is a window of a calendar: from start on, and before end, both in

@@ -154,7 +154,8 @@ type Verdict struct {
 	// second, or a lease, if the cost would be there if what is held were returned
 	// now.
 	RetryAfter time.Duration
-	// FullAfter is the time until the bucket is full if all that is held is spent.
+	// FullAfter is the time until the bucket is full if all that is held is spent. Of
+	// a quota it is the time until the window ends, even if nothing is used.
 	FullAfter time.Duration
 	// NextAfter is the time until one more whole token can be taken; 0 if the
 	// bucket is full.
@@ -192,9 +193,13 @@ func (c *Charge) verdict(before level, held, taken int64, from Source) Verdict {
 		Source:    from,
 		Remaining: max(0, after.tokens),
 		Owed:      max(0, -after.tokens),
-		FullAfter: b.wait(after, b.burst),
 		left:      after,
 		held:      held,
+	}
+	if b.IsQuota() {
+		v.FullAfter = time.Duration(after.frac) * time.Microsecond
+	} else {
+		v.FullAfter = b.wait(after, b.burst)
 	}
 	if !v.Allowed {
 		v.RetryAfter = b.wait(after, cost)
@@ -205,7 +210,7 @@ func (c *Charge) verdict(before level, held, taken int64, from Source) Verdict {
 			v.RetryAfter = min(v.RetryAfter, within)
 		}
 	}
-	if v.FullAfter > 0 {
+	if v.FullAfter > 0 && v.Remaining < b.burst {
 		v.NextAfter = b.wait(after, v.Remaining+1)
 	}
 	return v

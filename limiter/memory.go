@@ -19,7 +19,7 @@ const (
 	maxMemory = 1_000_000 * (60 + entryOverhead)
 	// entryOverhead is what an entry of a table takes beside its key, in bytes:
 	// measured with keys of 40 to 450 bytes and rounded up.
-	entryOverhead = 200
+	entryOverhead = 220
 	// maxOverflow is how many limits have an overflow bucket of their own. The
 	// names of routes' limits are anybody's who reaches the sidecar.
 	maxOverflow = 10_000
@@ -45,7 +45,10 @@ type Memory struct {
 	bytes    atomic.Int64 // that they take
 	budget   int64        // of bytes
 	now      func() int64 // microseconds of a monotonic clock
-	log      *zap.Logger
+	// wall is the time in microseconds since 1970, which the windows of quotas go
+	// by.
+	wall func() int64
+	log  *zap.Logger
 
 	sweeps, swept prometheus.Counter
 	shared        prometheus.Counter
@@ -89,6 +92,7 @@ func newMemory(name string, budget int64, now func() int64, log *zap.Logger, met
 		seed:   maphash.MakeSeed(),
 		budget: budget,
 		now:    now,
+		wall:   func() int64 { return time.Now().UnixMicro() },
 		log:    log,
 		sweeps: newSweeps(table),
 		swept:  newSwept(table),
@@ -138,18 +142,19 @@ func (m *Memory) Take(_ context.Context, charges []Charge, verdicts []Verdict) {
 		slots = append(slots, slot{shard: &m.shards[h], index: h, key: charges[i].Key})
 	}
 	unlock := m.lock(slots)
-	now := m.now()
+	clocks := m.read()
 
 	shared := false
 	for i := range charges {
 		c, s := &charges[i], &slots[i]
+		now := clocks.of(c.Bucket)
 		stored, ok := s.shard.buckets[s.key]
 		if !ok && !m.reserve(s.key) {
 			if !shared {
 				m.overflow.mu.Lock()
 				shared = true
 			}
-			s.shard, s.key = &m.overflow, m.overflowKeyLocked(c.Limit)
+			s.shard, s.key = &m.overflow, m.overflowKeyLocked(c.Limit, c.Bucket.IsQuota())
 			stored, ok = s.shard.buckets[s.key]
 			m.shared.Inc()
 			m.sharedBefore.Add(1)
@@ -160,21 +165,21 @@ func (m *Memory) Take(_ context.Context, charges []Charge, verdicts []Verdict) {
 			s.size = stored.holds.size()
 			s.next, s.moved, s.expired = stored.next(c.Bucket, now)
 		} else {
-			s.next = state{shape: c.Bucket, level: c.Bucket.full(), at: now}
+			s.next = newState(c.Bucket, now)
 		}
-		verdicts[i] = Verdict{Allowed: s.next.level.tokens >= c.needs(), Source: MemorySource}
+		verdicts[i] = Verdict{Allowed: s.next.levelFor(c.Bucket).tokens >= c.needs(), Source: MemorySource}
 	}
 	spends := outcomeOf(charges, verdicts).Spends()
 	for i := range charges {
 		c, s := &charges[i], &slots[i]
 		isTaken := verdicts[i].Allowed && (spends || c.Limit.Shadow)
-		before, life, held := s.next.level, c.life(), Hold{}
+		before, life, held := s.next.levelFor(c.Bucket), c.life(), Hold{}
 		var taken int64
 		if isTaken {
 			taken = c.Cost
-			// Two charges may be in the bucket of all further limits, whose key is
-			// empty, so it has no holds.
-			if life > 0 && s.key != "" && m.bytes.Load() <= m.budget {
+			// Two charges may be in the bucket of all further limits, so it has no
+			// holds.
+			if life > 0 && s.key != furtherLimits && s.key != furtherQuotas && m.bytes.Load() <= m.budget {
 				held = s.next.hold(taken, life, newBirth())
 				s.moved = true
 			} else {
@@ -188,7 +193,7 @@ func (m *Memory) Take(_ context.Context, charges []Charge, verdicts []Verdict) {
 			m.release(1, entrySize(s.key)) // nothing was taken from the full bucket: it stays absent
 		}
 		verdicts[i] = c.verdict(before, s.next.held(), taken, MemorySource)
-		verdicts[i].at, verdicts[i].taken, verdicts[i].Hold = now, isTaken, held
+		verdicts[i].at, verdicts[i].taken, verdicts[i].Hold = clocks.of(c.Bucket), isTaken, held
 		if c.HoldFor > 0 {
 			verdicts[i].Expired = s.expired
 		}
@@ -212,9 +217,12 @@ func (l readOnlyMemory) Take(_ context.Context, charges []Charge, verdicts []Ver
 		s := &l.memory.shards[l.memory.shardOf(c.Key)]
 		s.mu.Lock()
 		stored, ok := s.buckets[c.Key]
-		at, held := c.Bucket.full(), int64(0)
+		clocks, held := l.memory.read(), int64(0)
+		now := clocks.of(c.Bucket)
+		fresh := newState(c.Bucket, now)
+		at := fresh.levelFor(c.Bucket)
 		if ok {
-			at, held = levelAt(stored, c.Bucket, l.memory.now())
+			at, held = levelAt(stored, c.Bucket, now)
 		}
 		s.mu.Unlock()
 		verdicts[i] = c.verdict(at, held, 0, MemorySource)
@@ -231,14 +239,15 @@ func (m *Memory) lower(key string, b Bucket, most int64) {
 	if !ok && !m.reserve(key) {
 		return // other keys use the overflow bucket, too
 	}
-	next := state{shape: b, level: b.full(), at: m.now()}
+	clocks := m.read()
+	next := newState(b, clocks.of(b))
 	if ok {
 		size := stored.holds.size()
 		next, _, _ = stored.next(b, next.at)
 		m.bytes.Add(next.holds.size() - size)
 	}
-	if next.level.tokens >= most {
-		next.level = level{tokens: most}
+	if over := next.levelFor(b).tokens - most; over >= 0 {
+		next.level = level{tokens: next.level.tokens - over}
 	}
 	s.buckets[key] = next
 }
@@ -257,7 +266,7 @@ func (m *Memory) Settle(_ context.Context, settlements []Settlement, results []S
 			continue
 		}
 		m.overflow.mu.Lock()
-		shared := m.settleLocked(&m.overflow, m.overflowKeyLocked(s.Limit), s)
+		shared := m.settleLocked(&m.overflow, m.overflowKeyLocked(s.Limit, false), s)
 		m.overflow.mu.Unlock()
 		shared.Expired += results[i].Expired
 		results[i] = shared
@@ -270,7 +279,11 @@ func (m *Memory) settleLocked(of *shard, key string, s *Settlement) Settled {
 		return Settled{}
 	}
 	size := stored.holds.size()
-	next, moved, expired := stored.next(stored.shape, m.now())
+	now := m.now()
+	if stored.quota != nil {
+		now = m.wall()
+	}
+	next, moved, expired := stored.settling(now)
 	r := next.settle(s.Hold, s.Cost)
 	r.Expired = expired
 	if moved || r.Known && !r.Repeated {
@@ -278,6 +291,27 @@ func (m *Memory) settleLocked(of *shard, key string, s *Settlement) Settled {
 		m.bytes.Add(next.holds.size() - size)
 	}
 	return r
+}
+
+// clocks are a Memory's clocks at an instant.
+type clocks struct {
+	now, wall int64
+	memory    *Memory
+}
+
+// read reads the clock of the buckets that are no quotas.
+func (m *Memory) read() clocks { return clocks{now: m.now(), memory: m} }
+
+// of returns the instant by the clock that a bucket goes by. All quotas have the
+// same one.
+func (c *clocks) of(b Bucket) int64 {
+	if !b.IsQuota() {
+		return c.now
+	}
+	if c.wall == 0 {
+		c.wall = c.memory.wall()
+	}
+	return c.wall
 }
 
 // reserve counts one more bucket, unless there is no room for it.
@@ -296,12 +330,19 @@ func (m *Memory) release(entries int, bytes int64) {
 	m.bytes.Add(-bytes)
 }
 
+// The keys of the buckets that all limits share which have no overflow bucket of
+// their own.
+const furtherLimits, furtherQuotas = "", "quotas"
+
 // overflowKeyLocked returns the key of the bucket that the new keys of a limit
 // share. If there are too many such buckets, it is one for all further limits.
-func (m *Memory) overflowKeyLocked(l *Limit) string {
+func (m *Memory) overflowKeyLocked(l *Limit, isQuota bool) string {
 	key := l.Domain + ":" + l.Name
 	if _, ok := m.overflow.buckets[key]; !ok && len(m.overflow.buckets) >= maxOverflow {
-		return ""
+		if isQuota {
+			return furtherQuotas
+		}
+		return furtherLimits
 	}
 	return key
 }
@@ -361,11 +402,11 @@ func (m *Memory) Run(ctx context.Context) {
 func (m *Memory) sweep() {
 	var swept int
 	for i := range m.shards {
-		n, keys, held := m.shards[i].sweep(m.now)
+		n, keys, held := m.shards[i].sweep(m)
 		m.release(n, keys+held)
 		swept += n
 	}
-	_, _, held := m.overflow.sweep(m.now) // only its holds are counted in bytes
+	_, _, held := m.overflow.sweep(m) // only its holds are counted in bytes
 	m.release(0, held)
 	m.sweeps.Inc()
 	m.swept.Add(float64(swept))
@@ -377,11 +418,15 @@ func (m *Memory) sweep() {
 
 // sweep returns how many buckets it dropped, and the bytes that these and their
 // holds took.
-func (s *shard) sweep(now func() int64) (swept int, keys, held int64) {
+func (s *shard) sweep(m *Memory) (swept int, keys, held int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	at := now()
+	now, wall := m.now(), m.wall()
 	for key, stored := range s.buckets {
+		at := now
+		if stored.quota != nil {
+			at = wall
+		}
 		if at-stored.at >= stored.keepFor().Microseconds() {
 			delete(s.buckets, key)
 			swept, keys, held = swept+1, keys+entrySize(key), held+stored.holds.size()

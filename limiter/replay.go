@@ -37,12 +37,14 @@ func (r *Replay) Take(at []int64, buckets []*ReplayBucket, charges []Charge, ver
 			verdicts[i] = Verdict{Source: BlockSource}
 			continue
 		}
-		next := replayed{state: state{shape: c.Bucket, level: c.Bucket.full(), at: at[i]}}
-		if b.isUsed {
+		var next replayed
+		if !b.isUsed {
+			next.state = newState(c.Bucket, at[i])
+		} else {
 			next.state, next.moved, _ = b.state.next(c.Bucket, at[i])
 		}
 		r.next = append(r.next, next)
-		verdicts[i] = Verdict{Allowed: next.level.tokens >= c.needs(), Source: MemorySource}
+		verdicts[i] = Verdict{Allowed: next.levelFor(c.Bucket).tokens >= c.needs(), Source: MemorySource}
 	}
 	outcome := outcomeOf(charges, verdicts)
 	for i := range charges {
@@ -71,7 +73,7 @@ func (b *ReplayBucket) Settle(at int64, hold Hold, cost int64) Settled {
 	if !b.isUsed {
 		return Settled{}
 	}
-	next, _, expired := b.state.next(b.state.shape, max(at, b.state.at))
+	next, _, expired := b.state.settling(max(at, b.state.at))
 	r := next.settle(hold, cost)
 	r.Expired = expired
 	b.state = next

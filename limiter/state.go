@@ -25,12 +25,17 @@ type state struct {
 	other *Bucket
 	// holds is nil where nothing is held or was held lately.
 	holds *holds
+	// quota is not nil for a quota. Of the shape only the burst then counts.
+	quota *quotaState
 }
 
 // keepFor is how long after its instant a store must keep the state, if nothing
 // is taken: until the bucket is full in every shape that has used it, and no
 // settlement can change it any more.
 func (s state) keepFor() time.Duration {
+	if s.quota != nil {
+		return s.keepQuotaFor()
+	}
 	keep := s.shape.wait(s.level, s.shape.burst)
 	if s.other != nil {
 		keep = max(keep, time.Duration(s.otherFullAfter())*time.Microsecond)
@@ -61,6 +66,12 @@ func (s state) otherFullAfter() int64 { return int64(math.Ceil(s.other.fillFrom(
 // does next change the holds of s, which are those of the new state, too. expired
 // is how many holds ended without a settlement.
 func (s state) next(b Bucket, now int64) (n state, moved bool, expired int) {
+	switch {
+	case b.IsQuota() != (s.quota != nil): // such a state makes no sense under this key
+		return emptyState(b, now), true, 0
+	case b.IsQuota():
+		return s.nextQuota(b, s.windowAt(b.Calendar(), now), now)
+	}
 	n = s
 	elapsed := now - s.at
 	if moved = elapsed < 0; moved {
@@ -94,13 +105,22 @@ func (s state) next(b Bucket, now int64) (n state, moved bool, expired int) {
 	return n, moved, expired
 }
 
+// settling returns the state that follows s when a settlement uses the bucket at
+// the instant now, before it is settled. See next.
+func (s state) settling(now int64) (n state, moved bool, expired int) {
+	if s.quota != nil {
+		return s.lapse(now)
+	}
+	return s.next(s.shape, now)
+}
+
 // levelAt returns what can be taken from a bucket with the stored state s at the
 // instant now, as a level of the limit's shape b, and what is held. It leaves s
 // as it is.
 func levelAt(s state, b Bucket, now int64) (l level, held int64) {
 	s.holds = s.holds.clone()
 	n, _, _ := s.next(b, now)
-	return n.level, n.held()
+	return n.levelFor(b), n.held()
 }
 
 // otherThan returns the other shape to keep when the shape b uses a bucket that

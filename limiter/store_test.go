@@ -19,7 +19,9 @@ func eachStore(t *testing.T, test func(t *testing.T, s Store, clock *testClock))
 	t.Run("memory", func(t *testing.T) {
 		clock := &testClock{t: t}
 		clock.set(begin)
-		test(t, newMemory("buckets", 1<<20, clock.now, nil, prometheus.NewRegistry()), clock)
+		m := newMemory("buckets", 1<<20, clock.now, nil, prometheus.NewRegistry())
+		m.wall = clock.now
+		test(t, m, clock)
 	})
 	t.Run("redis", func(t *testing.T) {
 		server := redistest.Start(t)

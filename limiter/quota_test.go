@@ -1,0 +1,255 @@
+package limiter
+
+import (
+	"context"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+func quota(t testing.TB, tokens int64, c Calendar) Bucket {
+	t.Helper()
+	b, err := NewQuota(tokens, c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// setTo sets the clock to an instant in RFC 3339.
+func (c *testClock) setTo(at string) {
+	c.t.Helper()
+	instant, err := time.Parse(time.RFC3339Nano, at)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	c.set(instant.UnixMicro())
+}
+
+func (c Charge) holdsFor(life time.Duration) Charge { c.HoldFor = life; return c }
+func (c Charge) of(b Bucket) Charge                 { c.Bucket = b; return c }
+
+// settle settles a hold, and returns what became of it.
+func (k taker) settle(c Charge, hold Hold, cost int64) Settled {
+	k.t.Helper()
+	results := make([]Settled, 1)
+	k.s.(Lender).Settle(context.Background(), []Settlement{{Limit: c.Limit, Key: c.Key, Hold: hold, Cost: cost}}, results)
+	if results[0].Err != nil {
+		k.t.Fatal(results[0].Err)
+	}
+	return results[0]
+}
+
+// hold takes a charge that must be allowed, and returns its hold.
+func (k taker) hold(c Charge) Hold {
+	k.t.Helper()
+	v := k.take(c)[0]
+	if !v.Allowed || v.Hold.IsZero() {
+		k.t.Fatalf("no hold: %+v", v)
+	}
+	return v.Hold
+}
+
+func TestQuotas(t *testing.T) {
+	month, dayOf := calendar(t, Month, "", ""), calendar(t, Day, "", "")
+	berlin := calendar(t, Day, "Europe/Berlin", "")
+	for _, tt := range []struct {
+		name string
+		test func(t *testing.T, k taker, clock *testClock)
+	}{
+		{"all is back when the next window begins, and nothing before", func(t *testing.T, k taker, clock *testClock) {
+			a := charge(quota(t, 3, month), "a")
+			clock.setTo("2026-02-10T00:00:00Z")
+			k.want("ok 1", a.costs(2))
+			clock.setTo("2026-02-28T23:59:59Z")
+			k.want("ok 0", a)
+			k.want("no 0 retry 1s", a)
+			clock.setTo("2026-02-28T23:59:59.999999Z")
+			k.want("no 0 retry 1µs", a)
+			clock.setTo("2026-03-01T00:00:00Z")
+			k.want("ok 0", a.costs(3))
+			k.want("no 0 retry 744h0m0s", a)
+			k.want("no 0 retry "+Never.String(), a.costs(4))
+			clock.setTo("2027-03-01T00:00:00Z")
+			k.want("ok 2", a)
+		}},
+		{"the numbers speak of the window", func(t *testing.T, k taker, clock *testClock) {
+			a := charge(quota(t, 3, dayOf), "a")
+			clock.setTo("2026-02-10T18:00:00Z")
+			for _, want := range []Verdict{
+				{Allowed: true, Remaining: 3, FullAfter: 6 * time.Hour},
+				{Allowed: true, Remaining: 2, FullAfter: 6 * time.Hour, NextAfter: 6 * time.Hour},
+			} {
+				v := k.take(a.costs(3 - want.Remaining))[0]
+				if got := (Verdict{Allowed: v.Allowed, Remaining: v.Remaining, FullAfter: v.FullAfter, NextAfter: v.NextAfter}); got != want {
+					t.Errorf("got %+v, want %+v", got, want)
+				}
+			}
+		}},
+		{"through days of 23 and 25 hours", func(t *testing.T, k taker, clock *testClock) {
+			a := charge(quota(t, 1, berlin), "a")
+			clock.setTo("2026-03-28T23:00:00Z")
+			k.want("ok 0", a)
+			k.want("no 0 retry 23h0m0s", a)
+			clock.setTo("2026-10-24T22:00:00Z")
+			k.want("ok 0", a)
+			k.want("no 0 retry 25h0m0s", a)
+			clock.setTo("2026-10-25T22:59:59Z")
+			k.want("no 0 retry 1s", a)
+			clock.setTo("2026-10-25T23:00:00Z")
+			k.want("ok 0", a)
+		}},
+		{"a clock that goes back stays in its window", func(t *testing.T, k taker, clock *testClock) {
+			a := charge(quota(t, 3, dayOf), "a")
+			clock.setTo("2026-02-10T23:59:00Z")
+			k.want("ok 0", a.costs(3))
+			clock.setTo("2026-02-11T00:00:01Z")
+			k.want("ok 1", a.costs(2))
+			clock.setTo("2026-02-10T23:59:00Z")
+			k.want("ok 0", a)
+			k.want("no 0 retry 24h1m0s", a)
+			clock.setTo("2026-02-11T12:00:00Z")
+			k.want("no 0 retry 12h0m0s", a)
+			clock.setTo("2026-02-12T00:00:00Z")
+			k.want("ok 2", a)
+		}},
+		{"another N keeps what was used", func(t *testing.T, k taker, clock *testClock) {
+			a := charge(quota(t, 10, dayOf), "a")
+			clock.setTo("2026-02-10T12:00:00Z")
+			k.want("ok 3", a.costs(7))
+			k.want("ok 12", a.of(quota(t, 20, dayOf)))
+			k.want("no 0 retry 12h0m0s", a.of(quota(t, 5, dayOf)))
+			k.want("ok 1", a)
+			k.want("ok 1", a.of(quota(t, 10, dayOf)).costs(0))
+			k.want("ok 0", a.of(quota(t, 5, dayOf)).costs(0)) // a lowered N is no debt
+			clock.setTo("2026-02-11T12:00:00Z")
+			k.want("ok 0", a.of(quota(t, 5, dayOf)).costs(5))
+		}},
+		{"another unit or zone begins a window, and each keeps what it used", func(t *testing.T, k taker, clock *testClock) {
+			inDays := charge(quota(t, 3, dayOf), "a")
+			inMonths, inBerlin := inDays.of(quota(t, 5, month)), inDays.of(quota(t, 4, berlin))
+			clock.setTo("2026-02-10T12:00:00Z")
+			k.want("ok 0", inDays.costs(3))
+			k.want("ok 1", inMonths.costs(4))
+			k.want("no 0 retry 12h0m0s", inDays)
+			k.want("ok 0", inMonths)
+			k.want("no 0 retry 12h0m0s", inDays)
+			clock.setTo("2026-02-11T00:00:00Z")
+			k.want("ok 1", inDays.costs(2))
+			k.want("no 0 retry 432h0m0s", inMonths)
+			k.want("ok 3", inBerlin)
+			k.want("ok 1", inBerlin.costs(2))
+		}},
+		{"a rate's bucket is no quota's", func(t *testing.T, k taker, clock *testClock) {
+			a := charge(quota(t, 3, dayOf), "a")
+			clock.setTo("2026-02-10T12:00:00Z")
+			k.want("ok 9", a.of(bucket(t, 1, time.Second, 10)))
+			k.want("no 0 retry 12h0m0s", a)
+			k.want("no 0 retry 1s", a.of(bucket(t, 1, time.Second, 10)))
+			clock.setTo("2026-02-11T12:00:00Z")
+			k.want("no 0 retry 12h0m0s", a)
+			clock.setTo("2026-02-12T00:00:00Z")
+			k.want("ok 2", a)
+		}},
+		{"from all or none", func(t *testing.T, k taker, clock *testClock) {
+			a, b := charge(quota(t, 3, dayOf), "a"), charge(bucket(t, 1, time.Hour, 1), "b")
+			clock.setTo("2026-02-10T12:00:00Z")
+			k.want("ok 2, ok 0", a, b)
+			k.want("ok 2, no 0 retry 1h0m0s", a, b)
+			k.want("ok 1, no 0 retry 1h0m0s", a.shadow(), b)
+			k.want("ok 0", a)
+			clock.advance(time.Hour)
+			k.want("no 0 retry 11h0m0s, ok 1", a, b)
+		}},
+		{"what is settled below its hold comes back", func(t *testing.T, k taker, clock *testClock) {
+			a := charge(quota(t, 10, dayOf), "a").holdsFor(time.Minute)
+			clock.setTo("2026-02-10T12:00:00Z")
+			hold := k.hold(a.costs(8))
+			k.want("no 2 retry 1s", a.costs(3))
+			if s := k.settle(a, hold, 3); !s.Known || s.Returned != 5 {
+				t.Errorf("%+v", s)
+			}
+			if s := k.settle(a, hold, 3); !s.Repeated {
+				t.Errorf("%+v", s)
+			}
+			k.want("ok 6", a)
+		}},
+		{"a hold is spent whole at its window's end", func(t *testing.T, k taker, clock *testClock) {
+			a := charge(quota(t, 10, dayOf), "a").holdsFor(time.Hour)
+			clock.setTo("2026-02-10T23:59:00Z")
+			hold := k.hold(a.costs(8))
+			clock.setTo("2026-02-11T00:00:00Z")
+			if v := k.take(a)[0]; v.Remaining != 9 || v.Held != 1 || v.Expired != 1 {
+				t.Errorf("%+v", v)
+			}
+			if s := k.settle(a, hold, 3); !s.Known || !s.Late || s.Returned != 0 || s.Surcharged != 0 {
+				t.Errorf("%+v", s)
+			}
+			k.want("ok 8", a)
+		}},
+		{"a surcharge is taken from the window in which it arrives", func(t *testing.T, k taker, clock *testClock) {
+			a := charge(quota(t, 10, dayOf), "a").holdsFor(time.Hour)
+			clock.setTo("2026-02-10T23:59:00Z")
+			first, second := k.hold(a.costs(8)), k.hold(a)
+			clock.setTo("2026-02-11T00:01:00Z")
+			if s := k.settle(a, first, 11); !s.Late || s.Surcharged != 3 { // before any take of the window
+				t.Errorf("%+v", s)
+			}
+			k.want("ok 6", a)
+			if s := k.settle(a, second, 3); !s.Late || s.Surcharged != 2 {
+				t.Errorf("%+v", s)
+			}
+			k.want("ok 3", a)
+		}},
+		{"a debt goes on into the next window, of one burst at most", func(t *testing.T, k taker, clock *testClock) {
+			a := charge(quota(t, 10, dayOf), "a").holdsFor(time.Hour)
+			clock.setTo("2026-02-10T23:00:00Z")
+			hold := k.hold(a.costs(10))
+			if s := k.settle(a, hold, 16); s.Surcharged != 6 {
+				t.Errorf("%+v", s)
+			}
+			if v := k.take(a.costs(0))[0]; v.Allowed || v.Owed != 6 || v.RetryAfter != time.Hour {
+				t.Errorf("%+v", v)
+			}
+			clock.setTo("2026-02-11T00:00:00Z")
+			hold = k.hold(a.costs(4))
+			if s := k.settle(a, hold, 100); s.Surcharged != 10 || s.Forgiven != 86 {
+				t.Errorf("%+v", s)
+			}
+			clock.setTo("2026-02-12T00:00:00Z")
+			k.want("no 0 retry 24h0m0s", a)
+			k.want("ok 0", a.costs(0))
+			clock.setTo("2026-02-13T00:00:00Z")
+			k.want("ok 9", a)
+		}},
+		{"a window in which nobody asks pays a debt", func(t *testing.T, k taker, clock *testClock) {
+			a := charge(quota(t, 10, dayOf), "a").holdsFor(time.Hour)
+			clock.setTo("2026-02-10T23:00:00Z")
+			k.settle(a, k.hold(a.costs(10)), 16)
+			clock.setTo("2026-02-12T00:00:00Z")
+			k.want("ok 9", a)
+		}},
+		{"holds end in their time within a window", func(t *testing.T, k taker, clock *testClock) {
+			a := charge(quota(t, 10, dayOf), "a").holdsFor(time.Minute)
+			clock.setTo("2026-02-10T12:00:00Z")
+			k.hold(a.costs(8))
+			clock.advance(2 * time.Minute)
+			if v := k.take(a)[0]; v.Expired != 1 || v.Held != 1 || v.Remaining != 1 {
+				t.Errorf("%+v", v)
+			}
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			quotaStores(t, func(t *testing.T, s Store, clock *testClock) { tt.test(t, taker{t, s}, clock) })
+		})
+	}
+}
+
+// quotaStores is eachStore for the stores that have quotas.
+func quotaStores(t *testing.T, test func(t *testing.T, s Store, clock *testClock)) {
+	clock := &testClock{t: t}
+	m := newMemory("buckets", 1<<20, clock.now, nil, prometheus.NewRegistry())
+	m.wall = clock.now
+	test(t, m, clock)
+}
