@@ -176,6 +176,9 @@ type Verdict struct {
 	left level // what can be taken after the decision
 	at   int64 // the time of the decision in microseconds, by the clock of the Source
 	held int64 // what is held after the decision, whether or not the charge holds
+	// wrongWindow says that a quota's window was guessed wrong, so that there is no
+	// verdict: at is an instant in the right one. No Store returns it.
+	wrongWindow bool
 }
 
 // Known reports whether there is a verdict. There is none if the store failed

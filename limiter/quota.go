@@ -116,7 +116,7 @@ func (s state) nextQuota(b Bucket, w window, now int64) (n state, moved bool, ex
 	if q := s.quota; q.window != w || q.lapsed > 0 {
 		expired += n.endAllHolds()
 		n.enter(b, w, max(now, q.reached()))
-		moved = moved || s.holds != nil || s.level.tokens < 0
+		moved = true
 	}
 	if more := b.burst - n.shape.burst; more > 0 {
 		n.level.tokens += more
@@ -168,7 +168,7 @@ func (s state) lapse(now int64) (n state, moved bool, expired int) {
 	n = s
 	expired, moved = n.passTime(now)
 	q := s.quota
-	if at := max(now, q.reached()); s.holds == nil || !q.ended(at) {
+	if at := max(now, q.reached()); n.holds == nil || !q.ended(at) {
 		return n, moved, expired
 	}
 	expired += n.endAllHolds()

@@ -2,10 +2,15 @@ package limiter
 
 import (
 	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
 	"testing"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
+	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
 func quota(t testing.TB, tokens int64, c Calendar) Bucket {
@@ -241,15 +246,116 @@ func TestQuotas(t *testing.T) {
 		}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			quotaStores(t, func(t *testing.T, s Store, clock *testClock) { tt.test(t, taker{t, s}, clock) })
+			eachStore(t, func(t *testing.T, s Store, clock *testClock) { tt.test(t, taker{t, s}, clock) })
 		})
 	}
 }
 
-// quotaStores is eachStore for the stores that have quotas.
-func quotaStores(t *testing.T, test func(t *testing.T, s Store, clock *testClock)) {
-	clock := &testClock{t: t}
-	m := newMemory("buckets", 1<<20, clock.now, nil, prometheus.NewRegistry())
-	m.wall = clock.now
-	test(t, m, clock)
+// Three sidecars whose clocks are up to 90 seconds off take from one quota, as fast
+// as they can, over many ends of windows: each window grants exactly its tokens, and
+// no take fails.
+func TestQuotaIsExact(t *testing.T) {
+	server := redistest.Start(t)
+	const tokens, hourLasts = 150, 250 * time.Millisecond
+	scale := int64(time.Hour / hourLasts)
+	began := time.Now().UnixMicro()
+	clock := fmt.Sprintf("local t = redis.call('TIME') return take(%d + (t[1] * 1000000 + t[2] - %d) * %d)", int64(begin), began, scale)
+	a := charge(quota(t, tokens, calendar(t, Hour, "Asia/Kolkata", "")), "a")
+	b := charge(quota(t, MaxTokens, calendar(t, Hour, "", "")), "b")
+	var mu sync.Mutex
+	granted := map[int64]int64{} // by the window's start
+	var wg sync.WaitGroup
+	stop := time.Now().Add(redistest.Scaled[time.Duration](8, 40) * hourLasts)
+	for sidecar, off := range []time.Duration{-90 * time.Second, 0, 90 * time.Second} {
+		r := newTestRedis(t, server, clock)
+		r.wall = func() int64 { return begin + (time.Now().UnixMicro()-began)*scale + off.Microseconds() }
+		for caller := range 22 {
+			wg.Go(func() {
+				for i := 0; time.Now().Before(stop); i++ {
+					charges := []Charge{a, b}[:1+(i+caller+sidecar)%2]
+					verdicts := make([]Verdict, len(charges))
+					r.Take(t.Context(), charges, verdicts)
+					for _, v := range verdicts {
+						if v.Err != nil || !v.Known() {
+							t.Errorf("%+v", v)
+							return
+						}
+					}
+					if verdicts[0].Allowed {
+						mu.Lock()
+						granted[a.Bucket.Calendar().window(verdicts[0].at).start]++
+						mu.Unlock()
+					}
+				}
+			})
+		}
+	}
+	wg.Wait()
+	first, last := slices.Min(slices.Collect(maps.Keys(granted))), slices.Max(slices.Collect(maps.Keys(granted)))
+	for start, n := range granted {
+		if n > tokens || n < tokens && start != first && start != last {
+			t.Errorf("the window from %d granted %d, want %d", start, n, tokens)
+		}
+	}
+	if len(granted) < 5 {
+		t.Errorf("only %d windows: this says little", len(granted))
+	}
+	t.Logf("%d windows of %d tokens", len(granted), tokens)
+}
+
+// A take that finds no right guess leaves all as it was, and who looks sees what a
+// take would.
+func TestReadOnlyQuota(t *testing.T) {
+	server := redistest.Start(t)
+	client, ctx := server.Client(), t.Context()
+	r := newTestRedis(t, server, serverClock)
+	taking, looking := taker{t, r}, taker{t, r.ReadOnly()}
+	a := charge(quota(t, 10, calendar(t, Year, "", "")), "a")
+	for range 2 { // an absent bucket, too
+		for _, cost := range []int64{0, 1, 11} {
+			got, want := looking.take(a.costs(cost))[0], taking.take(a.costs(cost).of(a.Bucket))[0]
+			if cost != 1 {
+				if got.Remaining != want.Remaining || got.Allowed != want.Allowed ||
+					(got.FullAfter-want.FullAfter).Abs() > time.Minute || (got.RetryAfter-want.RetryAfter).Abs() > time.Minute {
+					t.Errorf("a cost of %d: looking says %+v, taking %+v", cost, got, want)
+				}
+			}
+		}
+	}
+	v, exists, err := r.Get(ctx, a)
+	if err != nil || !exists || v.Remaining != 8 || v.FullAfter <= 0 || v.FullAfter > 366*day {
+		t.Errorf("%+v %t %v", v, exists, err)
+	}
+	good := client.Get(ctx, a.Key).Val()
+	if good[2] != 4 || len(good) != quotaSize {
+		t.Errorf("%q", good)
+	}
+	hold := taking.hold(a.holdsFor(time.Minute))
+	held := client.Get(ctx, a.Key).Val()
+	taking.settle(a, hold, 1)
+	ones := func(n int) string { return strings.Repeat("\xff", n) }
+	for _, value := range []string{
+		good[:3] + ones(58), good[:7] + "\x00\x00\x00\x00" + good[11:], good[:3] + "\x7f\xff\xff\xff" + good[7:],
+		good[:18] + good[25:32] + good[18:25] + good[32:], held[:len(held)-1], held + "x",
+	} {
+		if err := client.Set(ctx, a.Key, value, 0).Err(); err != nil {
+			t.Fatal(err)
+		}
+		for _, k := range []taker{looking, taking} {
+			if v := k.take(a)[0]; v.Allowed || v.Remaining != 0 || v.RetryAfter <= 0 || v.RetryAfter > 366*day {
+				t.Errorf("%q: %+v", value, v)
+			}
+		}
+	}
+	for _, value := range []string{good + "x", good[:60], stateMagic + "\x06"} {
+		if err := client.Set(ctx, a.Key, value, 0).Err(); err != nil {
+			t.Fatal(err)
+		}
+		for _, s := range []Store{r, r.ReadOnly()} {
+			verdicts := make([]Verdict, 1)
+			if s.Take(ctx, []Charge{a}, verdicts); KindOf(verdicts[0].Err) != KindState {
+				t.Errorf("%q: %+v", value, verdicts)
+			}
+		}
+	}
 }

@@ -41,6 +41,9 @@ type Redis struct {
 	// answer, and refreshes it in the background.
 	slotsKnown atomic.Bool
 	settling   chan struct{} // bounds the requests whose own holds are being settled
+	// wall is this machine's clock in microseconds since 1970, by which the windows
+	// of quotas are guessed.
+	wall func() int64
 }
 
 var _ Store = (*Redis)(nil)
@@ -65,6 +68,7 @@ func newRedis(o RedisOptions, clock string, log *zap.Logger, metrics prometheus.
 		options:  o,
 		timeout:  o.Timeout,
 		settling: make(chan struct{}, maxSettling),
+		wall:     func() int64 { return time.Now().UnixMicro() },
 		script:   newScript(clock),
 		log:      log,
 		seconds: prometheus.NewHistogram(prometheus.HistogramOpts{
@@ -243,26 +247,82 @@ func (r *Redis) deadline(ctx context.Context) time.Time {
 	return deadline
 }
 
+// maxGuesses is how many times a take guesses the windows of its quotas. The first
+// guess is wrong around a window's end, and the second one if another window ends
+// before it arrives.
+const maxGuesses = 5
+
 // takeSlot takes from buckets that are all in one hash slot. The script takes
 // from all of them or from none.
 func (r *Redis) takeSlot(ctx context.Context, deadline time.Time, charges []Charge, verdicts []Verdict) {
 	n, err := r.nodeOf(ctx, charges[0].Key)
-	if err == nil {
-		t := newPending(charges, deadline)
-		var abandoned bool
-		if abandoned, err = n.do(ctx, t); err == nil {
-			err = r.read(t.at, t.reply, charges, verdicts)
-		}
-		if !abandoned {
-			if size, ok := ctx.Value(batchSize{}).(*atomic.Int32); ok {
-				size.Store(int32(t.batch))
-			}
-			t.recycle()
-		}
+	if err == nil && anyQuota(charges) {
+		err = r.takeGuessing(ctx, n, deadline, charges, verdicts)
+	} else if err == nil {
+		err = r.takeOnce(ctx, n, newPending(charges, deadline, nil), charges, verdicts)
 	}
 	if err != nil {
 		failAll(verdicts, r.failed(err))
 	}
+}
+
+// takeGuessing takes charges of which some are of quotas. If a guessed window was
+// wrong, which Redis says, nothing was taken, and it guesses again.
+func (r *Redis) takeGuessing(
+	ctx context.Context, n *node, deadline time.Time, charges []Charge, verdicts []Verdict,
+) error {
+	guesses, expired := make([]int64, len(charges)), make([]int, len(charges))
+	for i, now := 0, r.wall()+n.ahead.Load(); i < len(guesses); i++ {
+		guesses[i] = now
+	}
+	for range maxGuesses {
+		t := newPending(charges, deadline, guesses)
+		if err := r.takeOnce(ctx, n, t, charges, verdicts); err != nil {
+			return err
+		}
+		wrong := false
+		for i := range verdicts {
+			v := &verdicts[i]
+			expired[i] += v.Expired
+			v.Expired = expired[i]
+			if v.wrongWindow {
+				wrong, guesses[i] = true, v.at
+			}
+		}
+		if !wrong {
+			return nil
+		}
+	}
+	return errGuesses
+}
+
+var errGuesses = errors.New("no guess of a quota's window was right: is another program changing its state?")
+
+// takeOnce takes charges from one node, and recycles t.
+func (r *Redis) takeOnce(ctx context.Context, n *node, t *pending, charges []Charge, verdicts []Verdict) error {
+	abandoned, err := n.do(ctx, t)
+	if err == nil {
+		if t.guesses {
+			n.ahead.Store(t.at - r.wall())
+		}
+		err = r.read(t.at, t.reply, charges, verdicts)
+	}
+	if !abandoned {
+		if size, ok := ctx.Value(batchSize{}).(*atomic.Int32); ok {
+			size.Store(int32(t.batch))
+		}
+		t.recycle()
+	}
+	return err
+}
+
+func anyQuota(charges []Charge) bool {
+	for i := range charges {
+		if charges[i].Bucket.IsQuota() {
+			return true
+		}
+	}
+	return false
 }
 
 // failed returns an error of a take or a settlement as a StoreError, and counts

@@ -37,6 +37,8 @@ type pending struct {
 	keys   []string
 	packed []byte // the charges or settlements, as the script has them
 	holds  bool   // a charge holds
+	// guesses says that a charge is of a quota, whose window is guessed.
+	guesses bool
 	// replySize is how long the reply is, in bytes.
 	replySize int
 	deadline  time.Time
@@ -73,13 +75,19 @@ func pendingFor(n int, deadline time.Time) *pending {
 	return t
 }
 
-// newPending packs charges. The caller recycles it once it has read the answer,
-// unless it has abandoned the take.
-func newPending(charges []Charge, deadline time.Time) *pending {
+// newPending packs charges, with the windows that the instants in guesses are in
+// for the quotas among them; it may be nil if there are none. The caller recycles
+// the take once it has read the answer, unless it has abandoned it.
+func newPending(charges []Charge, deadline time.Time, guesses []int64) *pending {
 	t := pendingFor(len(charges), deadline)
+	t.guesses = guesses != nil
 	for i := range charges {
+		var guess window
+		if charges[i].Bucket.IsQuota() {
+			guess = charges[i].Bucket.Calendar().window(guesses[i])
+		}
 		t.keys = append(t.keys, charges[i].Key)
-		t.packed = appendCharge(t.packed, &charges[i], i == len(charges)-1)
+		t.packed = appendCharge(t.packed, &charges[i], i == len(charges)-1, guess)
 		if charges[i].life() > 0 {
 			t.holds = true
 			t.replySize += holdSize
@@ -100,7 +108,8 @@ func newSettling(settlements []Settlement, deadline time.Time) *pending {
 
 func (t *pending) recycle() {
 	clear(t.keys)
-	t.keys, t.packed, t.holds, t.at, t.reply, t.err, t.batch = t.keys[:0], t.packed[:0], false, 0, "", nil, 0
+	t.keys, t.packed, t.holds, t.guesses, t.at, t.reply, t.err, t.batch = t.keys[:0], t.packed[:0], false, false, 0, "",
+		nil, 0
 	pendingPool.Put(t)
 }
 
@@ -114,6 +123,9 @@ type node struct {
 	// was executed.
 	call func(ctx context.Context, on *connection, batch []*pending) error
 	dial func(ctx context.Context) (*connection, error)
+	// ahead is by how many microseconds the node's clock was ahead of this machine's
+	// at the last answer about a quota, so that the next guess of a window is right.
+	ahead atomic.Int64
 
 	mu          sync.Mutex
 	waiting     []*pending    // in the order of arrival

@@ -490,7 +490,7 @@ func TestBatchAgreesWithLevelAt(t *testing.T) {
 					charges = append(charges, c)
 				}
 				requests = append(requests, charges)
-				batch = append(batch, newPending(charges, time.Time{}))
+				batch = append(batch, newPending(charges, time.Time{}, nil))
 			}
 			if err := r.call(ctx, r.client, batch); err != nil {
 				t.Fatal(err)

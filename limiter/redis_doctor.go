@@ -174,7 +174,7 @@ func (r *Redis) checkShards(ctx context.Context, prefix string, say sayFinding) 
 	stored := make([]*redis.StringCmd, probedKeys)
 	for i := range probedKeys {
 		c := Charge{Limit: &Limit{}, Bucket: probeBucket(), Key: probeKey(prefix, i), Cost: 1}
-		batch = append(batch, newPending([]Charge{c}, time.Time{}))
+		batch = append(batch, newPending([]Charge{c}, time.Time{}, nil))
 		stored[i] = pipe.Get(ctx, c.Key)
 	}
 	if _, err := r.run(ctx, r.client, takeArgs(batch)...); err != nil {

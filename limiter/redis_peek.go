@@ -122,11 +122,13 @@ func (r *Redis) look(ctx context.Context, charges []Charge, verdicts []Verdict, 
 // to its GET, as the script would. Its error is a *StoreError.
 func levelOf(stored *redis.StringCmd, b Bucket, now time.Time) (at level, held int64, err error) {
 	raw, err := stored.Result()
+	empty := emptyState(b, now.UnixMicro())
 	switch {
 	case errors.Is(err, redis.Nil):
-		return b.full(), 0, nil
+		fresh := newState(b, now.UnixMicro())
+		return fresh.levelFor(b), 0, nil
 	case err != nil && strings.HasPrefix(err.Error(), "WRONGTYPE"):
-		return level{}, 0, nil
+		return empty.levelFor(b), 0, nil
 	case err != nil:
 		return level{}, 0, storeError(err)
 	}
@@ -134,10 +136,11 @@ func levelOf(stored *redis.StringCmd, b Bucket, now time.Time) (at level, held i
 	if errors.Is(err, errNewer) {
 		return level{}, 0, &StoreError{Kind: KindState, Err: err}
 	}
-	if err == nil {
-		at, held = levelAt(s, b, now.UnixMicro())
+	if err != nil { // an invalid state counts as an empty bucket
+		return empty.levelFor(b), 0, nil
 	}
-	return at, held, nil // an invalid state counts as an empty bucket
+	at, held = levelAt(s, b, now.UnixMicro())
+	return at, held, nil
 }
 
 const (
@@ -145,7 +148,9 @@ const (
 	stateSize  = 37 // of version 1
 	mixedSize  = 54 // of version 2, which has another shape
 	heldSize   = 67 // of version 3 without its slices
+	quotaSize  = 61 // of version 4, a quota
 	sliceSize  = 25 // of a slice without its bits
+	holdsSize  = 13 // of what versions 3 and 5 have of holds before their slices
 )
 
 var (
@@ -153,8 +158,8 @@ var (
 	errInvalid = errors.New("invalid bucket state")
 )
 
-// parseState decodes a state that the script has stored (STATE, MIXED or HELD
-// there).
+// parseState decodes a state that the script has stored (STATE, MIXED, HELD, QUOTA
+// or HELD_QUOTA there).
 func parseState(raw string) (state, error) {
 	if len(raw) <= len(stateMagic) || !strings.HasPrefix(raw, stateMagic) {
 		return state{}, errInvalid
@@ -164,6 +169,8 @@ func parseState(raw string) (state, error) {
 	case version == 1 && len(raw) == stateSize:
 	case version == 2 && len(raw) == mixedSize:
 	case version == 3 && len(raw) >= heldSize:
+	case version == 4 && len(raw) == quotaSize, version == 5 && len(raw) >= quotaSize+holdsSize:
+		return parseQuota(raw)
 	case version >= 2: // of another length than those known here
 		return state{}, errNewer
 	default:
@@ -201,12 +208,39 @@ func parseState(raw string) (state, error) {
 	return s, nil
 }
 
-// parseHolds decodes the holds of a state of version 3, from their birth on; nil
-// if there are none.
+// parseQuota decodes a state of version 4 or 5.
+func parseQuota(raw string) (state, error) {
+	field := func(from, to int) int64 { return int64(bigEndian(raw[from:to])) }
+	tokens := func(from int) int64 { return int64(int32(bigEndian(raw[from : from+4]))) }
+	isLevel := func(tokens, burst int64) bool { return tokens >= -MaxTokens && tokens <= burst && burst <= MaxTokens }
+	isWindow := func(w window) bool { return w.start < w.end && w.end < 1<<53 }
+	q := &quotaState{
+		window:      window{field(18, 25), field(25, 32)},
+		lapsed:      field(32, 39),
+		otherBurst:  field(39, 43),
+		otherTokens: tokens(43),
+		other:       window{field(47, 54), field(54, 61)},
+	}
+	s := state{level: level{tokens: tokens(3)}, shape: Bucket{burst: field(7, 11)}, at: field(11, 18), quota: q}
+	if raw[2] == 5 {
+		var ok bool
+		if s.holds, ok = parseHolds(raw[quotaSize:]); !ok {
+			return state{}, errInvalid
+		}
+	}
+	if s.shape.burst < 1 || !isLevel(s.level.tokens, s.shape.burst) || !isWindow(q.window) || s.at >= 1<<53 ||
+		q.lapsed >= 1<<53 || q.otherBurst > 0 && !(isLevel(q.otherTokens, q.otherBurst) && isWindow(q.other)) {
+		return state{}, errInvalid
+	}
+	return s, nil
+}
+
+// parseHolds decodes the holds of a state of version 3 or 5, from their birth on;
+// nil if there are none.
 func parseHolds(raw string) (_ *holds, ok bool) {
 	h := &holds{next: uint32(bigEndian(raw[8:12]))}
 	copy(h.birth[:], raw)
-	count, rest := int(raw[12]), raw[heldSize-mixedSize:]
+	count, rest := int(raw[12]), raw[holdsSize:]
 	if count > maxSlices {
 		return nil, false
 	}

@@ -81,7 +81,7 @@ func TestReadOnly(t *testing.T) {
 	if v := looking.take(b)[0]; v.Allowed || v.Remaining != 0 {
 		t.Errorf("a list: %+v", v)
 	}
-	set(stateMagic + "\x04 of a version to come")
+	set(stateMagic + "\x06 of a version to come")
 	verdicts := make([]Verdict, 2)
 	r.ReadOnly().Take(ctx, []Charge{a, b}, verdicts)
 	if verdicts[0].Err != nil || verdicts[0].Remaining != 3 || KindOf(verdicts[1].Err) != KindState ||

@@ -133,9 +133,12 @@ const (
 	lastOfRequest = 4    // added for the last charge of a request
 	holdsCost     = 8    // added if the cost is held; the life follows
 	isSettlement  = 16   // not a charge, but a settlement
+	ofQuota       = 32   // added for a quota: its window is in the place of the rate
 )
 
-func appendCharge(b []byte, c *Charge, isLast bool) []byte {
+// appendCharge appends a packed charge. guess is the window of a quota, and ignored
+// for all others.
+func appendCharge(b []byte, c *Charge, isLast bool, guess window) []byte {
 	options := byte(vetoAlways)
 	switch {
 	case c.Limit.Shadow:
@@ -150,7 +153,13 @@ func appendCharge(b []byte, c *Charge, isLast bool) []byte {
 	if life > 0 {
 		options += holdsCost
 	}
-	b = appendShape(append(b, options), c.Bucket)
+	shape := c.Bucket
+	if shape.IsQuota() {
+		options += ofQuota
+		shape.n = max(0, guess.start)
+		shape.p = guess.end - shape.n
+	}
+	b = appendShape(append(b, options), shape)
 	// All costs above the burst are denied alike.
 	b = binary.BigEndian.AppendUint32(b, uint32(c.needs()))
 	if life > 0 {
@@ -192,6 +201,7 @@ const (
 	flagTaken               // the cost was taken
 	flagInvalid             // the stored state was invalid, and counts as empty
 	flagFailed              // there is no verdict; in the reply to a settlement, too
+	flagWindow              // the guessed window is wrong: nothing of the request was taken
 )
 
 // The flags of the reply to a settlement.
@@ -220,8 +230,15 @@ func (r *Redis) read(at int64, reply string, charges []Charge, verdicts []Verdic
 			verdicts[i] = Verdict{Err: r.bucketError(strings.TrimRight(rest, " "))}
 			continue
 		}
+		if flags&flagWindow != 0 {
+			verdicts[i] = Verdict{at: int64(bigEndian(rest[:7])), wrongWindow: true}
+			if c.HoldFor > 0 {
+				verdicts[i].Expired = int(bigEndian(more[14:]))
+			}
+			continue
+		}
 		before := level{tokens: int64(int32(bigEndian(rest[:4]))), frac: int64(bigEndian(rest[4:10]))}
-		if before.tokens > c.Bucket.burst || before.frac >= c.Bucket.p {
+		if before.tokens > c.Bucket.burst || before.frac >= c.Bucket.p && !c.Bucket.IsQuota() {
 			return errReply
 		}
 		var cost int64

@@ -72,6 +72,9 @@ func describe(s state) string {
 	if s.other != nil {
 		text += fmt.Sprintf(", other %+v", *s.other)
 	}
+	if s.quota != nil {
+		text += fmt.Sprintf(", quota %+v", *s.quota)
+	}
 	if s.holds != nil {
 		text += fmt.Sprintf(", held %d, next %d", s.holds.total, s.holds.next)
 		for _, e := range s.holds.slices {
@@ -95,26 +98,49 @@ func withoutBirth(h Hold) Hold {
 	return h
 }
 
-// The script agrees with state.next, hold and settle. On random sequences of
+// anyQuotaOf returns a quota of a few tokens or many, of calendars of which some
+// have windows in common.
+func anyQuotaOf(t *testing.T) *rapid.Generator[Bucket] {
+	calendars := []Calendar{
+		calendar(t, Hour, "", ""), calendar(t, Hour, "Asia/Kolkata", ""), calendar(t, Day, "", ""),
+		calendar(t, Day, "Europe/Berlin", ""), calendar(t, Week, "", "2026-11-26"), calendar(t, Month, "", ""),
+		calendar(t, Year, "America/New_York", "2024-02-29"),
+	}
+	return rapid.Custom(func(r *rapid.T) Bucket {
+		tokens := rapid.OneOf(rapid.Int64Range(1, 20), rapid.Int64Range(1, MaxTokens)).Draw(r, "tokens")
+		return quota(t, tokens, rapid.SampledFrom(calendars).Draw(r, "calendar"))
+	})
+}
+
+// The script agrees with state.next, hold and settle, for buckets with rates and
+// for quotas.
+func TestScriptAgreesWithGo(t *testing.T) {
+	t.Run("rates", func(t *testing.T) { scriptAgrees(t, anyBucket(), 10_000) })
+	t.Run("quotas", func(t *testing.T) { scriptAgrees(t, anyQuotaOf(t), 5000) })
+	t.Run("both", func(t *testing.T) { scriptAgrees(t, rapid.OneOf(anyBucket(), anyQuotaOf(t)), 1000) })
+}
+
+// scriptAgrees compares a Redis and a Memory on shapes that it draws. On random sequences of
 // takes and settlements, with costs, holds, limits that change, buckets that are
 // lost and clocks that jump both ways, Redis and a Memory return the same
 // verdicts and store the same state, and every key in Redis expires, after its
 // last hold.
-func TestScriptAgreesWithGo(t *testing.T) {
-	setRapidChecks(t, 10_000)
+func scriptAgrees(t *testing.T, anyShape *rapid.Generator[Bucket], checks int) {
+	setRapidChecks(t, checks)
 	server := redistest.Start(t)
 	client := server.Client()
 	clock := &testClock{t: t, client: client}
 	r := newTestRedis(t, server, keyClock)
 	ctx := context.Background()
-	var takes, sequences, mixed, withHolds, debts, expired int
+	var takes, sequences, mixed, withHolds, debts, expired, quotas int
 	settlements := map[string]int{}
 	rapid.Check(t, func(t *rapid.T) {
 		sequences++
 		m := newMemory("buckets", 1<<24, clock.now, nil, prometheus.NewRegistry())
+		m.wall = clock.now
 		clock.set(begin)
 		began := time.Now()
-		shapes := rapid.SliceOfN(anyBucket(), 1, 3).Draw(t, "shapes")
+		shapes := rapid.SliceOfN(anyShape, 1, 3).Draw(t, "shapes")
 		life := rapid.Int64Range(int64(MinHold), int64(time.Hour)).Draw(t, "life")
 		holdsAtAll := rapid.IntRange(0, 3).Draw(t, "holds at all") > 0
 		var out []bothHolds
@@ -130,8 +156,14 @@ func TestScriptAgreesWithGo(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if kept.other != nil {
+			if kept.other != nil || kept.quota != nil && kept.quota.otherBurst > 0 {
 				mixed++
+			}
+			if kept.quota != nil {
+				quotas++
+				if len(raw) > 120 && raw[2] == 4 {
+					t.Fatalf("a quota takes %d bytes", len(raw))
+				}
 			}
 			if kept.holds != nil {
 				withHolds++
@@ -139,7 +171,8 @@ func TestScriptAgreesWithGo(t *testing.T) {
 			if kept.level.tokens < 0 {
 				debts++
 			}
-			if (kept.holds == nil && kept.level.tokens >= 0) != (raw[2] < 3) {
+			if kept.quota != nil && byte(4) != raw[2] && (kept.holds == nil || raw[2] != 5) ||
+				kept.quota == nil && (kept.holds == nil && kept.level.tokens >= 0) != (raw[2] < 3) {
 				t.Fatalf("version %d of %s", raw[2], describe(kept))
 			}
 			if stored := decode(t, raw); describe(stored) != describe(kept) {
@@ -158,13 +191,19 @@ func TestScriptAgreesWithGo(t *testing.T) {
 				return
 			}
 			shape := rapid.SampledFrom(shapes).Draw(t, "shape")
+			lasts := shape.FillTime().Microseconds()
+			if shape.IsQuota() {
+				w := shape.Calendar().window(clock.at)
+				lasts = 2 * rapid.SampledFrom([]int64{w.end - clock.at, w.end - w.start}).Draw(t, "lasts")
+			}
 			jump := rapid.OneOf(
 				rapid.Int64Range(0, 10),
 				rapid.Int64Range(0, 2*shape.wait(level{}, 1).Microseconds()),
-				rapid.Int64Range(0, shape.FillTime().Microseconds()),
+				rapid.Int64Range(0, lasts),
 				rapid.Int64Range(0, 3*life/1000),
 				rapid.Int64Range(0, life/10_000),
 				rapid.Int64Range(-time.Hour.Microseconds(), 0),
+				rapid.Int64Range(-30*time.Hour.Microseconds(), 0),
 			).Draw(t, "jump")
 			clock.set(min(clock.at+jump, 1<<52))
 
@@ -271,8 +310,8 @@ func TestScriptAgreesWithGo(t *testing.T) {
 	if keys != expires+1 { // the clock
 		t.Errorf("%d keys, of which %d have an end", keys, expires)
 	}
-	t.Logf("%d sequences, %d takes, %v settlements, %d holds expired; of the states %d had another shape, %d holds, "+
-		"%d a debt; 0 mismatches; %s", sequences, takes, settlements, expired, mixed, withHolds, debts, info)
+	t.Logf("%d sequences, %d takes, %v settlements, %d holds expired; of the states %d were quotas, %d had another shape, "+
+		"%d holds, %d a debt; 0 mismatches; %s", sequences, takes, settlements, expired, quotas, mixed, withHolds, debts, info)
 	for _, kind := range []string{"on time", "late", "repeated", "unknown", "forgiven"} {
 		if settlements[kind] < sequences/100 {
 			t.Errorf("only %d settlements %s: this says little", settlements[kind], kind)

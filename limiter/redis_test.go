@@ -405,10 +405,10 @@ func TestScriptArguments(t *testing.T) {
 	server := redistest.Start(t)
 	client := server.Client()
 	c := charge(bucket(t, 1, time.Second, 5), "a")
-	good := string(appendCharge(nil, &c, true))
+	good := string(appendCharge(nil, &c, true, window{}))
 	patch := func(at int, bytes string) string { return good[:at] + bytes + good[at+len(bytes):] }
 	held := c.holding(time.Minute)
-	holds := string(appendCharge(nil, &held, true))
+	holds := string(appendCharge(nil, &held, true, window{}))
 	settles := string(appendSettlement(nil, &Settlement{Key: c.Key, Hold: Hold{Tokens: 1, birth: newBirth()}}))
 	for name, args := range map[string][]any{
 		"none":            {},
@@ -460,7 +460,7 @@ func TestReplyOfAnother(t *testing.T) {
 	defer func() { _ = r.Close() }()
 	c := []Charge{charge(bucket(t, 1, time.Second, 5), "a")}
 	read := func(reply string) error {
-		a := newPending(c, time.Now())
+		a := newPending(c, time.Now(), nil)
 		if err := deal(reply, []*pending{a}); err != nil {
 			return err
 		}

@@ -19,6 +19,9 @@
 -- denies, 2 never (a shadow limit, which is taken by itself). They are 4 more for
 -- the last charge of a request, and 8 more if the cost is to be held; its life in
 -- microseconds follows then. ARGV[2] has 8 random bytes if any cost is to be held.
+-- They are 32 more for a quota, whose N is the burst. It has no rate: n is when its
+-- window begins, in microseconds since 1970, and p how long it lasts, as the caller's
+-- clock guesses. If the bucket is not in that window, nothing of the request is taken.
 --
 -- A settlement is the option 16, how many tokens are held, what they have cost,
 -- and the name of the hold: the birth of the bucket's holds, the number of the
@@ -27,8 +30,10 @@
 -- The reply is one string: the instant (7 bytes), and for each charge in turn 15
 -- bytes: flags (1 allowed, 2 taken, 4 the stored state was invalid, 8 the bucket
 -- failed), then the tokens before the take, whole (4 bytes, a debt is negative)
--- and p-ths of one (6 bytes), and how much is held after it (4 bytes); or the code
--- of the failure. For a charge that holds 18 more: the name of the hold (14 bytes,
+-- and p-ths of one (6 bytes; of a quota, how many microseconds its window still
+-- lasts), and how much is held after it (4 bytes); or the code of the failure. If
+-- the guessed window is wrong, the flags are 16, and an instant (7 bytes) that is
+-- in the right one follows. For a charge that holds 18 more: the name of the hold (14 bytes,
 -- zeros if there is none), and how many holds ended without a settlement since.
 -- For each settlement 15 bytes: flags (1 the hold was known, 2 it was settled
 -- before, 4 it came late, 8 the bucket failed), the tokens returned, those taken
@@ -37,8 +42,8 @@
 --
 -- All numbers are doubles, exact up to 2^53. Arguments and stored states are
 -- checked against these bounds: n <= 1e15 < 2^50, p < 2^45, tokens and burst
--- <= 1e9 < 2^30, now < 2^53. The arithmetic is that of bucket.go, state.go and
--- hold.go, line by line.
+-- <= 1e9 < 2^30, now < 2^53. The arithmetic is that of bucket.go, state.go, hold.go
+-- and quota.go, line by line.
 
 local MAGIC = '\181\8'
 -- Version 1: magic, version, tokens, p-ths of a token, instant in microseconds,
@@ -53,6 +58,12 @@ local MIXED, MIXED_SIZE = '>c2BI4I6I7I4I7I6I4I7I6', 54
 -- slice, how many slices there are; and the slices, each with its bits. It is
 -- written only if there are slices or a debt.
 local HELD, HELD_SIZE = '>c2Bi4I6I7I4I7I6I4I7I6c8I4B', 67
+-- Versions 4 and 5 are quotas: the level (which may be negative), the largest N of
+-- the window, the instant, when the window begins and ends, when it lapsed (0 if it
+-- did not); N, level, begin and end of another calendar's window (0 if there is
+-- none). Version 5 has holds besides, as version 3.
+local QUOTA, QUOTA_SIZE = '>c2Bi4I4I7I7I7I7I4i4I7I7', 61
+local HELD_QUOTA, HELD_QUOTA_SIZE = '>c2Bi4I4I7I7I7I7I4i4I7I7c8I4B', 74
 local CHARGE, CHARGE_SIZE = '>BI7I6I4I4', 22
 local SETTLEMENT, SETTLEMENT_SIZE = '>BI4I4c8I4I2', 23
 
@@ -154,11 +165,11 @@ local function holding()
   local SLICE, SLICE_SIZE = '>I4I7I5I4I2I2B', 25
   local SLICE_PARTS, MAX_SLICES, MAX_SLICE_HOLDS = 12, 64, 8192
 
-  -- load decodes the slices of a state of version 3. It returns nil if they
-  -- are invalid.
-  function lib.load(raw, birth, next, count)
+  -- load decodes the slices of a state of version 3 or 5, which begin after so many
+  -- bytes. It returns nil if they are invalid.
+  function lib.load(raw, size, birth, next, count)
     local h = { birth = birth, next = next, total = 0 }
-    local pos = HELD_SIZE + 1
+    local pos = size + 1
     if count > MAX_SLICES then
       return nil
     end
@@ -239,6 +250,20 @@ local function holding()
       return e.open > 0 or e.ends > now or e.expired and e.ends + e.life > now
     end)
     return tokens, frac, at, expired, changed or dropped > 0
+  end
+
+  -- end_all ends all holds, and returns how many were open.
+  function lib.end_all(h)
+    local expired = 0
+    for i = 1, #h do
+      local e = h[i]
+      if e.open > 0 then
+        expired = expired + e.open
+        e.open, e.left, e.expired = 0, 0, true
+      end
+    end
+    h.total = 0
+    return expired
   end
 
   -- insert adds an empty slice and returns its index, or nil if there is no room.
@@ -353,11 +378,140 @@ end
 
 local lib -- what holding returned
 
+-- quotas returns the functions for quotas; see quota.go. A quota is a table: begins
+-- and ends are its window, most the largest N of it, lapsed is nil or when the window
+-- lapsed, and other is nil or the window of another calendar, with its level.
+local function quotas()
+  local Q = {}
+
+  -- load decodes a state of version 4 or 5, and returns the level, the quota, whether
+  -- it must be stored even if nothing is taken, the holds, and how many of them ended.
+  -- It returns nil if the state is invalid.
+  function Q.load(raw, version, now)
+    local level, at, lapsed, birth, next, count, h
+    local q, o, _ = {}, {}, nil
+    if version == 4 then
+      _, _, level, q.most, at, q.begins, q.ends, lapsed, o.most, o.level, o.begins, o.ends = struct.unpack(QUOTA, raw)
+    else
+      _, _, level, q.most, at, q.begins, q.ends, lapsed, o.most, o.level, o.begins, o.ends, birth, next, count =
+        struct.unpack(HELD_QUOTA, raw)
+      lib = lib or holding()
+      h = lib.load(raw, HELD_QUOTA_SIZE, birth, next, count)
+      if not h or h.total > MAX_TOKENS then
+        return nil
+      end
+    end
+    if q.most < 1 or q.most > MAX_TOKENS or level > q.most or level < -MAX_TOKENS or at >= MAX_TIME or
+        q.ends >= MAX_TIME or q.begins >= q.ends or lapsed >= MAX_TIME or
+        o.most > 0 and (o.most > MAX_TOKENS or o.level > o.most or o.level < -MAX_TOKENS or o.ends >= MAX_TIME or
+        o.begins >= o.ends) then
+      return nil
+    end
+    q.lapsed = lapsed > 0 and lapsed or nil
+    q.other = o.most > 0 and o or nil
+    local expired, moved, back = 0, false, now < at
+    if h and #h > 0 then
+      _, _, _, expired, moved = lib.finish(h, 0, 0, now, 0, 1, 1, now, back)
+      moved = moved or back
+    end
+    return level, q, moved, h and #h > 0 and h or nil, expired
+  end
+
+  -- reached returns the earliest instant that a take can count at.
+  function Q.reached(q)
+    return q.lapsed and q.ends or q.begins
+  end
+
+  local function debt_until(q)
+    return math.max(q.ends, q.lapsed or 0)
+  end
+
+  -- enter brings a quota with a level and holds into a window that an instant is in.
+  -- It returns the level and the quota, whether that must be stored even if nothing is
+  -- taken, and how many holds ended.
+  function Q.enter(q, level, h, burst, begins, ends, at)
+    local moved, expired = false, 0
+    if q.begins ~= begins or q.ends ~= ends or q.lapsed then
+      moved = true
+      if h then
+        expired = lib.end_all(h)
+      end
+      local o, debt = q.other, 0
+      if begins <= debt_until(q) then
+        debt = math.max(0, -level)
+      end
+      local ended = q.lapsed or q.ends <= at
+      local new = { begins = begins, ends = ends, most = burst }
+      local left = burst
+      local back = o and o.begins == begins and o.ends == ends
+      if back then
+        new.most, left = o.most, o.level
+      end
+      left = math.max(left - math.min(debt, new.most), -new.most)
+      if not ended then
+        new.other = { begins = q.begins, ends = q.ends, most = q.most, level = level + debt }
+      elseif o and not back and o.ends > at then
+        new.other = o
+      end
+      q, level = new, left
+    end
+    if burst > q.most then
+      level, q.most = level + burst - q.most, burst
+    end
+    return level, q, moved, expired
+  end
+
+  -- left returns the level as one of a quota of another N, and how many microseconds
+  -- the window still lasts.
+  function Q.left(q, level, burst, now)
+    return math.max(level + burst - q.most, math.min(0, level)), math.min(math.max(0, q.ends - now), 2^48 - 1)
+  end
+
+  -- lapse brings a quota with holds to the instant of a settlement. It returns the
+  -- level, whether anything changed, and how many holds ended.
+  function Q.lapse(q, level, h, now)
+    if not (q.lapsed or q.ends <= math.max(now, q.begins)) then
+      return level, false, 0
+    end
+    local before = debt_until(q)
+    q.lapsed = math.max(now, before)
+    level = math.min(0, level)
+    if q.lapsed - before >= q.ends - q.begins then
+      level = 0
+    end
+    return level, true, lib.end_all(h)
+  end
+
+  -- pack returns the state, and until when it must be kept.
+  function Q.pack(q, level, h, now)
+    local o, keep = q.other, q.lapsed and 0 or q.ends
+    local omost, olevel, obegins, oends = 0, 0, 0, 0
+    if o then
+      omost, olevel, obegins, oends = o.most, o.level, o.begins, o.ends
+    end
+    keep = math.max(keep, oends)
+    if level < 0 then
+      keep = math.max(keep, debt_until(q) + 2 * (q.ends - q.begins))
+    end
+    if not h then
+      return struct.pack(QUOTA, MAGIC, 4, level, q.most, now, q.begins, q.ends, q.lapsed or 0,
+        omost, olevel, obegins, oends), keep
+    end
+    local _, settleable = lib.ends(h)
+    return struct.pack(HELD_QUOTA, MAGIC, 5, level, q.most, now, q.begins, q.ends, q.lapsed or 0,
+      omost, olevel, obegins, oends, h.birth, h.next, #h) .. lib.pack(h), math.max(keep, settleable)
+  end
+
+  return Q
+end
+
+local Q -- what quotas returned
+
 -- load decodes a stored state, and returns what the bucket has now in the shape
 -- that it was stored with: tokens, p-ths, burst, n, p; whether that must be stored
 -- even if nothing is taken; the other shape, or nil if there is none or the bucket
 -- is full in both; the holds, or nil if there are none; and how many of them ended
--- without a settlement. If it cannot decode the state it returns nil, and whether
+-- without a settlement; and the quota, or nil if it is none. If it cannot decode the state it returns nil, and whether
 -- that is because its version is newer. An invalid state counts as an empty bucket
 -- from now on. See next in state.go.
 local function load(raw, now)
@@ -378,12 +532,19 @@ local function load(raw, now)
       obst = nil
     end
     lib = lib or holding()
-    lowest, h = -MAX_TOKENS, lib.load(raw, birth, next, count)
+    lowest, h = -MAX_TOKENS, lib.load(raw, HELD_SIZE, birth, next, count)
     if not h or h.total > MAX_TOKENS then
       return nil, false
     elseif #h == 0 then
       h = nil
     end
+  elseif version == 4 and #raw == QUOTA_SIZE or version == 5 and #raw >= HELD_QUOTA_SIZE then
+    Q = Q or quotas()
+    local level, q, moved, held, expired = Q.load(raw, version, now)
+    if not level then
+      return nil, false
+    end
+    return level, 0, nil, nil, nil, moved, nil, nil, nil, held, expired, q
   else
     return nil, version >= 2
   end
@@ -433,6 +594,14 @@ local function code(err)
   return string.sub(string.match(err, '^%S*'), 1, 10)
 end
 
+-- set writes a value that must be kept for some milliseconds, and returns the
+-- answer.
+local function set(key, value, full)
+  local ttl = full + SLACK
+  -- '%d' is quicker than '%.0f', but holds only a C long, of 32 bits on some machines.
+  return redis.pcall('SET', key, value, 'PX', string.format(ttl < 2^31 and '%d' or '%.0f', ttl))
+end
+
 -- store writes a bucket by one SET, with its value and its expiry, and returns the
 -- answer. obst is nil if there is no other shape, and h if there are no holds.
 local function store(key, tokens, frac, now, burst, n, p, obst, on, op, h)
@@ -456,9 +625,7 @@ local function store(key, tokens, frac, now, burst, n, p, obst, on, op, h)
   else
     value = struct.pack(STATE, MAGIC, 1, tokens, frac, now, burst, n, p)
   end
-  local ttl = full + SLACK
-  -- '%d' is quicker than '%.0f', but holds only a C long, of 32 bits on some machines.
-  return redis.pcall('SET', key, value, 'PX', string.format(ttl < 2^31 and '%d' or '%.0f', ttl))
+  return set(key, value, full)
 end
 
 local function take(now)
@@ -469,6 +636,7 @@ local function take(now)
   end
   local options, ns, ps, bursts, costs = {}, {}, {}, {}, {}
   local lives, settlements -- tables, if any charge holds, and if there are any settlements
+  local windows -- a table, if there are any quotas: when the guessed window of each ends
   local pos, size, last = 1, #packed, true
   for i = 1, count do
     if pos + CHARGE_SIZE > size + 1 then
@@ -481,9 +649,16 @@ local function take(now)
       end
       settlements = settlements or {}
       settlements[i], next = pos, pos + SETTLEMENT_SIZE
-    elseif not shape_ok(burst, n, p) or option % 4 > 2 or option > 14 then
+    elseif option < 32 and not shape_ok(burst, n, p) or option % 4 > 2 or option % 32 > 14 or option > 46 then
       return redis.error_reply('SLUICE an argument is out of range')
     else
+      if option >= 32 then
+        if burst < 1 or burst > MAX_TOKENS or p < 1 or n + p >= MAX_TIME then
+          return redis.error_reply('SLUICE an argument is out of range')
+        end
+        windows = windows or {}
+        option, windows[i] = option - 32, n + p
+      end
       if option >= 8 then
         option = option - 8
         if not birth or next + 5 > size + 1 then
@@ -509,6 +684,7 @@ local function take(now)
   local absent, changed, failed, invalid = {}, {}, {}, {}
   local obst, on, op = {}, {}, {} -- the other shapes
   local holds, expired -- tables, if any bucket has holds
+  local quota -- a table, if any bucket is a quota
   local buckets = 0
   for i = 1, count do
     local key = KEYS[i]
@@ -520,7 +696,7 @@ local function take(now)
       if not raw then
         absent[b] = true
       elseif type(raw) == 'string' then
-        local level, frac, burst, n, p, moved, other, other_n, other_p, h, ended = load(raw, now)
+        local level, frac, burst, n, p, moved, other, other_n, other_p, h, ended, q = load(raw, now)
         if level then
           tokens[b], fracs[b], was_burst[b], was_n[b], was_p[b], changed[b] = level, frac, burst, n, p, moved
           if other then
@@ -529,6 +705,10 @@ local function take(now)
           if h or ended > 0 then
             holds, expired = holds or {}, expired or {}
             holds[b], expired[b] = h, ended
+          end
+          if q then
+            quota = quota or {}
+            quota[b], was_burst[b] = q, q.most
           end
         elseif frac then
           failed[b] = 'NEWER'
@@ -554,7 +734,10 @@ local function take(now)
     lib, lives, settlements, holds, expired = lib or holding(), lives or {}, settlements or {}, holds or {}, expired or {}
     names_of, held_after, returned, surcharged = {}, {}, {}, {}
   end
-  local first, all = 1, true
+  if windows or quota then
+    Q, windows, quota = Q or quotas(), windows or {}, quota or {}
+  end
+  local first, all, wrong = 1, true, false
   for i = 1, count do
     local b, option = of[i], options[i]
     local flag = 0
@@ -562,6 +745,11 @@ local function take(now)
       returned[i], surcharged[i] = 0, 0
       if not failed[b] and not absent[b] and not invalid[b] then
         local _, held, cost, of_birth, number, index = struct.unpack(SETTLEMENT, packed, settlements[i])
+        if quota and quota[b] and holds[b] then
+          local lapsed, ended
+          tokens[b], lapsed, ended = Q.lapse(quota[b], tokens[b], holds[b], now)
+          changed[b], expired[b] = changed[b] or lapsed, (expired[b] or 0) + ended
+        end
         tokens[b], fracs[b], flag, returned[i], surcharged[i] =
           lib.settle(holds[b], tokens[b], fracs[b], was_burst[b], held, cost, of_birth, number, index)
         if flag == 1 or flag == 5 then
@@ -573,8 +761,46 @@ local function take(now)
       end
     elseif failed[b] then
       all = all and option % 4 ~= 0
+    elseif quota and windows[i] then
+      local burst, begins, ends, q = bursts[i], ns[i], windows[i], quota[b]
+      local at = q and math.max(now, Q.reached(q)) or now
+      if at < begins or at >= ends then
+        flag, level[i], wrong = 16, at, true
+      else
+        if not q and (invalid[b] or not absent[b]) then -- no quota's state
+          tokens[b], fracs[b], changed[b], flag, invalid[b] = 0, 0, true, 4, nil
+          obst[b] = nil
+          if holds then
+            holds[b], expired[b] = nil, 0
+          end
+          q = { begins = begins, ends = ends, most = burst }
+        elseif absent[b] then
+          tokens[b], fracs[b] = burst, 0
+          q = { begins = begins, ends = ends, most = burst }
+        else
+          local moved, ended
+          tokens[b], q, moved, ended = Q.enter(q, tokens[b], holds and holds[b], burst, begins, ends, at)
+          changed[b] = changed[b] or moved
+          if ended > 0 then
+            expired[b] = (expired[b] or 0) + ended
+          end
+        end
+        quota[b], was_burst[b] = q, q.most
+        level[i], parts[i] = Q.left(q, tokens[b], burst, now)
+        if level[i] >= costs[i] then
+          flag = flag + 1
+        elseif option % 4 ~= 2 then
+          all = false
+        end
+      end
     else
       local n, p, burst = ns[i], ps[i], bursts[i]
+      if quota and quota[b] then -- no state of a bucket with a rate
+        invalid[b], quota[b] = not absent[b], nil
+        if holds then
+          holds[b], expired[b] = nil, 0
+        end
+      end
       if invalid[b] then
         tokens[b], fracs[b], was_burst[b], was_n[b], was_p[b], changed[b] = 0, 0, burst, n, p, true
         flag, invalid[b] = 4, nil
@@ -598,7 +824,7 @@ local function take(now)
     flags[i] = flag
     if option >= 4 and option < 16 then -- the request's last: all of its verdicts are known
       for j = first, i do
-        if flags[j] % 2 == 1 and (all or options[j] % 4 == 2) then
+        if flags[j] % 2 == 1 and not wrong and (all or options[j] % 4 == 2) then
           flags[j] = flags[j] + 2
           b = of[j]
           if holds and lives[j] then
@@ -618,7 +844,7 @@ local function take(now)
           held_after[j] = holds[of[j]] and holds[of[j]].total or 0
         end
       end
-      first, all = i + 1, true
+      first, all, wrong = i + 1, true, false
     elseif holds and settlements[i] then
       first = i + 1
     end
@@ -626,8 +852,14 @@ local function take(now)
 
   for b = 1, buckets do
     if changed[b] then
-      local done = store(names[b], tokens[b], fracs[b], now, was_burst[b], was_n[b], was_p[b], obst[b], on[b], op[b],
-        holds and holds[b])
+      local q, done = quota and quota[b], nil
+      if q then
+        local value, keep = Q.pack(q, tokens[b], holds and holds[b], now)
+        done = set(names[b], value, math.ceil(math.max(0, keep - now) / 1000))
+      else
+        done = store(names[b], tokens[b], fracs[b], now, was_burst[b], was_n[b], was_p[b], obst[b], on[b], op[b],
+          holds and holds[b])
+      end
       if done.err then -- the buckets before it stay charged: tokens are lost, never granted twice
         failed[b] = code(done.err)
       end
@@ -643,6 +875,8 @@ local function take(now)
     elseif holds and settlements[i] then
       reply[i] = struct.pack('>BI4I4I6', flags[i], returned[i], surcharged[i], expired[b] or 0)
       expired[b] = 0
+    elseif flags[i] == 16 then
+      reply[i] = struct.pack('>BI7c7', 16, level[i], NO_NAME)
     else
       reply[i] = struct.pack('>Bi4I6I4', flags[i], level[i], parts[i], holds and held_after[i] or 0)
     end
