@@ -46,17 +46,23 @@ func TestCeilingIsNeverWrong(t *testing.T) {
 		clock := &testClock{t: t}
 		clock.set(begin)
 		m := newMemory("buckets", 1<<20, clock.now, nil, prometheus.NewRegistry())
+		m.wall = clock.now
 		sidecars := make([]*Ceiling, 2)
 		for i := range sidecars {
 			sidecars[i] = newCeiling(m, clock.now, prometheus.NewRegistry())
 		}
-		shape := anyBucket().Draw(rt, "bucket")
+		shape := rapid.OneOf(anyBucket(), anyQuotaOf(t)).Draw(rt, "bucket")
 		token := shape.wait(level{}, 1).Microseconds()
+		if shape.IsQuota() {
+			clock.set(shape.Calendar().window(begin).end - rapid.Int64Range(0, 2_000_000).Draw(rt, "before its end"))
+			token = 10_000
+		}
 		for range 30 {
 			clock.set(clock.at + rapid.OneOf(rapid.Int64Range(0, 2*token), rapid.Int64Range(0, 100_000)).Draw(rt, "later"))
 			c := charge(shape, rapid.SampledFrom([]string{"a", "b"}).Draw(rt, "key"))
 			c.Cost = rapid.OneOf(rapid.Int64Range(0, 3), rapid.Int64Range(0, shape.burst+1)).Draw(rt, "cost")
-			before := shape.full()
+			fresh := newState(shape, clock.at)
+			before := fresh.levelFor(shape)
 			if s, ok := m.shards[m.shardOf(c.Key)].buckets[c.Key]; ok {
 				before, _ = levelAt(s, shape, clock.at)
 			}

@@ -92,6 +92,30 @@ func TestLocal(t *testing.T) {
 	}
 }
 
+// A sidecar grants its share of a quota in each window, and no more than Redis said
+// was left.
+func TestLocalQuota(t *testing.T) {
+	server := redistest.Start(t)
+	r := NewFallback(newTestRedis(t, server, serverClock), nil, prometheus.NewRegistry())
+	clock := &testClock{t: t, at: time.Now().UnixMicro()}
+	r.memory.wall = clock.now
+	k := taker{t, r}
+	c := calendar(t, Month, "", "")
+	a, b := charge(quota(t, 100, c), "a").under(.1), charge(quota(t, 100, c), "b").under(.1)
+	k.want("ok 5", a.costs(95))
+	server.Kill()
+	k.want("ok 0", a.costs(5))
+	k.want("ok 0", b.costs(10))
+	ends := c.window(clock.at).end
+	for _, charge := range []Charge{a, b} {
+		if v := k.take(charge)[0]; v.Allowed || v.Source != LocalSource || v.RetryAfter.Microseconds() != ends-clock.at {
+			t.Errorf("%+v", v)
+		}
+	}
+	clock.set(ends)
+	k.want("ok 0", a.costs(10))
+}
+
 // If one bucket fails in Redis and the local one denies, the request's other
 // buckets keep their tokens.
 func TestLocalBesideRedis(t *testing.T) {

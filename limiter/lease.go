@@ -96,6 +96,8 @@ type lease struct {
 	// lease.
 	rest   level
 	restAt int64
+	// restSeen is when that answer was noted, by the clock of the lease.
+	restSeen int64
 	// checks is how many checks there have been since the instant since, and
 	// asked what they cost, whoever granted them.
 	checks, asked, since int64
@@ -112,6 +114,11 @@ type term struct {
 	// granted how many have been.
 	left, granted, end int64
 	took               int64 // how long the call took, in microseconds
+	// lasts is the time from the sending of the call to the end, in microseconds.
+	lasts int64
+	// windowEnd is when the window of a quota ends, by the store's clock; 0 for all
+	// others. No term outlives it.
+	windowEnd int64
 }
 
 // NewLeases returns a Leases over a store that takes from a lender, which keeps
@@ -237,6 +244,9 @@ func (l *Leases) grant(now int64, c *Charge, v *Verdict) source {
 	if e.left >= c.Cost && now < e.end {
 		before := e.rest
 		before.tokens += e.left
+		if c.Bucket.IsQuota() {
+			before.frac = max(0, before.frac-max(0, now-e.restSeen))
+		}
 		*v = c.verdict(before, 0, c.Cost, LeaseSource)
 		v.at, v.taken = now, true
 		e.left -= c.Cost
@@ -270,7 +280,7 @@ func (l *Leases) learn(now int64, c *Charge, v *Verdict) {
 	if e := l.find(c.Key); e != nil {
 		if isAnswer && e.shape == c.Bucket {
 			e.mu.Lock()
-			e.learnLocked(v)
+			e.learnLocked(now, v)
 			e.mu.Unlock()
 		}
 		return
@@ -282,7 +292,7 @@ func (l *Leases) learn(now int64, c *Charge, v *Verdict) {
 	}
 	e := &lease{
 		key: c.Key, shape: c.Bucket, limit: c.Limit, lasts: lasts, metrics: (*l.limits.Load())[c.Limit.Name],
-		rest: v.left, restAt: v.at,
+		rest: v.left, restAt: v.at, restSeen: now,
 		// Nobody knows the pace yet: twice as many checks as there were must do.
 		checks: hotChecks, asked: hotChecks * c.Cost, since: now - lasts.Microseconds()/2,
 		isQueued: true,
@@ -293,9 +303,9 @@ func (l *Leases) learn(now int64, c *Charge, v *Verdict) {
 }
 
 // learnLocked notes what the bucket had left after an answer of the store.
-func (e *lease) learnLocked(v *Verdict) {
+func (e *lease) learnLocked(now int64, v *Verdict) {
 	if v.Known() && v.at >= e.restAt {
-		e.rest, e.restAt = v.left, v.at
+		e.rest, e.restAt, e.restSeen = v.left, v.at, now
 	}
 }
 
@@ -397,7 +407,7 @@ func (l *Leases) renew(e *lease) {
 
 	now := l.now()
 	e.mu.Lock()
-	e.learnLocked(&answer)
+	e.learnLocked(now, &answer)
 	old, lasts := e.term, e.lasts.Microseconds()
 	// How long before its end a term is closed, so that what is left arrives in
 	// time.
@@ -412,10 +422,12 @@ func (l *Leases) renew(e *lease) {
 	e.term = next
 	isOver := next.hold.IsZero()
 	if !isOver {
-		e.rest.tokens = min(e.rest.tokens+old.left, e.shape.burst-e.left) // which is about to come back
+		if next.windowEnd == old.windowEnd {
+			e.rest.tokens = min(e.rest.tokens+old.left, e.shape.burst-e.left) // which is about to come back
+		}
 		e.low = size / 8
 		e.since, e.checks, e.asked = sent, e.checks-checks, e.asked-asked
-		l.wakeLocked(e, now, next.end-max(lasts/4, 4*next.took))
+		l.wakeLocked(e, now, next.end-max(next.lasts/4, 4*next.took))
 		if l.isClosed.Load() {
 			l.enqueueLocked(e)
 		}
@@ -467,9 +479,12 @@ func (l *Leases) take(e *lease, sent, size int64) (t term, answer Verdict) {
 	if answer.Hold.IsZero() { // without a hold, tokens that were taken count as spent already
 		return term{}, answer
 	}
-	lasts := e.lasts.Microseconds()
-	t = term{hold: answer.Hold, left: size, took: l.now() - sent}
-	t.end = sent + lasts - lasts/1000 // two clocks may differ in speed by a thousandth
+	t = term{hold: answer.Hold, left: size, took: l.now() - sent, lasts: e.lasts.Microseconds()}
+	if e.shape.IsQuota() {
+		t.lasts, t.windowEnd = min(t.lasts, answer.left.frac), answer.at+answer.left.frac
+	}
+	t.lasts -= t.lasts / 1000 // two clocks may differ in speed by a thousandth
+	t.end = sent + t.lasts
 	return t, answer
 }
 

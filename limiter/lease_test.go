@@ -101,6 +101,34 @@ func TestLeases(t *testing.T) {
 				t.Errorf("%v, and %d calls; want at most 50 checks that ask", sources, calls)
 			}
 		}},
+		{"no lease outlives a quota's window", func(t *testing.T, l *Leases, from *lender, k taker, tenant Charge) {
+			const tokens = 2000
+			tenant = onBucket(tenant, quota(t, tokens, calendar(t, Hour, "", "")))
+			time.Sleep(time.Hour - time.Second)
+			granted := map[window]int64{}
+			sources := map[Source]int{}
+			for range 4000 {
+				time.Sleep(time.Millisecond)
+				v := k.take(tenant)[0]
+				if !v.Allowed {
+					continue
+				}
+				w := tenant.Bucket.Calendar().window(v.at)
+				granted[w]++
+				sources[v.Source]++
+				if left := time.Duration(w.end-v.at) * time.Microsecond; (v.FullAfter - left).Abs() > time.Millisecond {
+					t.Fatalf("the window ends in %v: %+v", left, v)
+				}
+				if v.Remaining > tokens-granted[w] {
+					t.Fatalf("%d remain after %d: %+v", v.Remaining, granted[w], v)
+				}
+			}
+			first := tenant.Bucket.Calendar().window(time.Now().Add(-time.Hour).UnixMicro())
+			second := tenant.Bucket.Calendar().window(time.Now().UnixMicro())
+			if granted[first] < 990 || granted[second] != tokens || len(granted) != 2 || sources[LeaseSource] < 2500 {
+				t.Errorf("granted %v, from %v", granted, sources)
+			}
+		}},
 		{"what was not granted comes back before the lease ends", func(t *testing.T, l *Leases, from *lender, k taker, tenant Charge) {
 			tenant = onBucket(tenant, bucket(t, 1, time.Hour, 1000))
 			for range 40 {
@@ -377,11 +405,17 @@ func TestLeasesAreBounded(t *testing.T) {
 // what was granted exceeds the larger burst and rate in the worst window, and
 // how many checks were granted from leases. broken, if not nil, changes what a
 // lender gets.
-func leasedRun(t *testing.T, seed uint64, broken func(*Settlement)) (over float64, leased int) {
+//
+// If isQuota is set, the bucket is a quota whose window ends amid the run, and it
+// returns by how many tokens the worst window exceeds the quota.
+func leasedRun(t *testing.T, seed uint64, isQuota bool, broken func(*Settlement)) (over float64, leased int) {
 	random := rand.New(rand.NewPCG(seed, 7))
 	period := []time.Duration{time.Second, 100 * time.Millisecond}[random.IntN(2)]
 	b := bucket(t, 20+random.Int64N(500), period, 40+random.Int64N(1000))
 	lasts := time.Duration(20+random.IntN(400)) * time.Millisecond
+	if isQuota {
+		time.Sleep(time.Until(time.Now().Truncate(time.Hour).Add(time.Hour - 2*time.Second)))
+	}
 	memory := newMemory("buckets", 1<<20, wallClock, nil, prometheus.NewRegistry())
 	var mu sync.Mutex // guards random and grants
 	var grants []grant
@@ -399,6 +433,9 @@ func leasedRun(t *testing.T, seed uint64, broken func(*Settlement)) (over float6
 	end := time.Now().Add(4 * time.Second)
 	// The callers rest, use most of the rate, or far more than it, by turns.
 	token := b.wait(level{}, 1).Microseconds()
+	if isQuota {
+		b = quota(t, 500+random.Int64N(2000), calendar(t, Hour, "", ""))
+	}
 	var pace atomic.Int64 // of one caller, in microseconds
 	sidecars := 1 + random.IntN(4)
 	callers := int64(3 * sidecars)
@@ -463,7 +500,17 @@ func leasedRun(t *testing.T, seed uint64, broken func(*Settlement)) (over float6
 	all.Wait()
 	synctest.Wait()
 	time.Sleep(2 * MaxLease) // all timers have fired
-	return excess(b, grants), leased
+	if !isQuota {
+		return excess(b, grants), leased
+	}
+	windows := map[window]int64{}
+	for _, g := range grants {
+		windows[b.Calendar().window(g.at)] += g.tokens
+	}
+	for _, granted := range windows {
+		over = max(over, float64(granted-b.burst))
+	}
+	return over, leased
 }
 
 // brokenLender is a lender that changes settlements.
@@ -485,11 +532,11 @@ func (l *brokenLender) Settle(ctx context.Context, settlements []Settlement, res
 // However sidecars with leases freeze, crash and lose calls, no window has more
 // granted than burst + rate·t.
 func TestLeaseBound(t *testing.T) {
-	play := func(runs int, broken func(*Settlement)) (over, leased int, worst float64) {
+	play := func(runs int, isQuota bool, broken func(*Settlement)) (over, leased int, worst float64) {
 		seed := uint64(time.Now().UnixNano())
 		for i := range runs {
 			synctest.Test(t, func(t *testing.T) {
-				e, n := leasedRun(t, seed+uint64(i), broken)
+				e, n := leasedRun(t, seed+uint64(i), isQuota, broken)
 				if leased += n; e > 0 {
 					over, worst = over+1, max(worst, e)
 				}
@@ -498,11 +545,13 @@ func TestLeaseBound(t *testing.T) {
 		t.Logf("seed %d: %d of %d runs over the bound, by up to %.1f tokens; %d checks granted from leases", seed, over, runs, worst, leased)
 		return over, leased, worst
 	}
-	if over, leased, _ := play(60, nil); over > 0 || leased < 1000 {
-		t.Errorf("%d runs over the bound, %d checks from leases; want 0, and many", over, leased)
-	}
-	// The checker sees a lease of which all is given back.
-	if over, _, _ := play(20, func(s *Settlement) { s.Cost = 0 }); over == 0 {
-		t.Error("leases that give back what they granted were not seen to break the bound")
+	for _, isQuota := range []bool{false, true} {
+		if over, leased, _ := play(60, isQuota, nil); over > 0 || leased < 1000 {
+			t.Errorf("%d runs over the bound, %d checks from leases; want 0, and many", over, leased)
+		}
+		// The checker sees a lease of which all is given back.
+		if over, _, _ := play(20, isQuota, func(s *Settlement) { s.Cost = 0 }); over == 0 {
+			t.Error("leases that give back what they granted were not seen to break the bound")
+		}
 	}
 }

@@ -73,10 +73,12 @@ func (b *ReplayBucket) Settle(at int64, hold Hold, cost int64) Settled {
 	if !b.isUsed {
 		return Settled{}
 	}
-	next, _, expired := b.state.settling(max(at, b.state.at))
+	next, moved, expired := b.state.settling(max(at, b.state.at))
 	r := next.settle(hold, cost)
 	r.Expired = expired
-	b.state = next
+	if moved || r.Known && !r.Repeated {
+		b.state = next
+	}
 	return r
 }
 

@@ -49,7 +49,9 @@ func TestReplayIsMemory(t *testing.T) {
 	for range 50 {
 		now := int64(1_700_000_000_000_000)
 		memory := newMemory("a", 1<<30, func() int64 { return now }, nil, prometheus.NewRegistry())
+		memory.wall = func() int64 { return now }
 		var replay Replay
+		calendars := []Calendar{calendar(t, Hour, "", ""), calendar(t, Day, "Asia/Tokyo", "")}
 		limits := []*Limit{{Name: "a"}, {Name: "b", Shadow: true}, {Name: "c"}}
 		buckets := make([]ReplayBucket, 6)
 		type held struct {
@@ -63,6 +65,9 @@ func TestReplayIsMemory(t *testing.T) {
 		var holds []held
 		for step := range 500 {
 			now += random.Int64N(400_000)
+			if random.IntN(50) == 0 {
+				now += random.Int64N(2 * time.Hour.Microseconds())
+			}
 			if len(holds) > 0 && random.IntN(3) == 0 {
 				h := holds[0]
 				holds = holds[1:]
@@ -87,8 +92,11 @@ func TestReplayIsMemory(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
+				if n >= 4 { // some are of two calendars
+					b = quota(t, 1+random.Int64N(20), calendars[random.IntN(2)])
+				}
 				c := Charge{Limit: l, Bucket: b, Key: string(rune('a' + n)), Cost: random.Int64N(4)}
-				if i == 0 {
+				if i != 1 {
 					c.HoldFor = time.Duration(random.Int64N(3)) * time.Second
 				}
 				charges, at = append(charges, c), append(at, now)
