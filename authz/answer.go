@@ -234,7 +234,7 @@ func ietfFields(d *limiter.Decision) (policies, limits string) {
 		}
 		p = strconv.AppendQuote(p, c.Limit.Name)
 		p = strconv.AppendInt(append(p, ";q="...), c.Bucket.Burst(), 10)
-		p = strconv.AppendInt(append(p, ";w="...), seconds(c.Bucket.FillTime()), 10)
+		p = strconv.AppendInt(append(p, ";w="...), seconds(v.Period(c.Bucket)), 10)
 		l = strconv.AppendQuote(l, c.Limit.Name)
 		l = strconv.AppendInt(append(l, ";r="...), v.Remaining, 10)
 		if v.NextAfter > 0 {

@@ -43,8 +43,10 @@ type ExplainedLimit struct {
 	Key  *string `json:"key"`
 	Cost *int64  `json:"cost"`
 	Mode string  `json:"mode"` // enforce or shadow
-	Rate string  `json:"rate"`
-	// Plan is the name of the plan that says the rate and the burst, or nil.
+	Rate string  `json:"rate"` // empty for a quota
+	// Quota is the quota as the config writes it, or nil if the bucket is none.
+	Quota *string `json:"quota"`
+	// Plan is the name of the plan that says the rate, the burst and the quota, or nil.
 	Plan *string `json:"plan"`
 	// Burst is the size of the bucket in tokens, or nil without a bucket.
 	Burst *int64 `json:"burst"`
@@ -126,6 +128,9 @@ func explainLimit(l *policy.Explained, d *limiter.Decision, full bool) Explained
 	}
 	if l.Limit.Shadow {
 		out.Mode = "shadow"
+	}
+	if l.Quota != "" {
+		out.Quota = &l.Quota
 	}
 	if l.Burst > 0 {
 		out.Burst = &l.Burst

@@ -39,6 +39,20 @@ func (b Bucket) Calendar() Calendar {
 	return b.calendar.Value()
 }
 
+// Period returns what RateLimit-Policy has as w: how long a bucket takes from empty to
+// full, and of a quota the length of the window of the verdict.
+func (v *Verdict) Period(b Bucket) time.Duration {
+	if !b.IsQuota() {
+		return b.FillTime()
+	}
+	instant := v.at
+	if v.Source == LeaseSource || v.Source == CeilingSource { // by a clock of their own
+		instant = time.Now().UnixMicro()
+	}
+	w := b.Calendar().window(instant)
+	return time.Duration(w.end-w.start) * time.Microsecond
+}
+
 // quotaState is what a state has of a quota besides. It must not change once it is
 // in use.
 type quotaState struct {

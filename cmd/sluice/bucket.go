@@ -80,17 +80,22 @@ type bucketFlags struct {
 const noAddress = "-"
 
 // bucketState is the result, as -o json prints it. Reset is the number of seconds
-// until the bucket is full, if all that is held is spent.
+// until the bucket is full, if all that is held is spent; of a quota, until its
+// window ends. Quota and WindowEnds (RFC 3339) are nil if the bucket is none.
 type bucketState struct {
 	Limit  string `json:"limit"`
 	Key    string `json:"key"`
 	Exists bool   `json:"exists"`
 	Tokens int64  `json:"tokens"`
 	Burst  int64  `json:"burst"`
-	Rate   string `json:"rate"`
-	Reset  int64  `json:"reset"`
-	Held   int64  `json:"held"`
-	Owed   int64  `json:"owed"`
+	Rate   string `json:"rate"` // empty for a quota
+
+	Quota      *string `json:"quota"`
+	WindowEnds *string `json:"window_ends"`
+
+	Reset int64 `json:"reset"`
+	Held  int64 `json:"held"`
+	Owed  int64 `json:"owed"`
 }
 
 // bucket prints the state of a bucket. If reset is true it refills it first.
@@ -145,8 +150,17 @@ func (p *program) bucket(ctx context.Context, a *bucketFlags, reset bool) error 
 		Reset: int64((v.FullAfter + time.Second - 1) / time.Second),
 		Held:  v.Held, Owed: v.Owed,
 	}
+	if b.Quota != "" {
+		ends := time.Now().Add(v.FullAfter).Round(time.Second).UTC().Format(time.RFC3339)
+		s.Quota, s.WindowEnds = &b.Quota, &ends
+	}
 	if asJSON {
 		return p.printJSON(s)
+	}
+	if s.Quota != nil {
+		_, err = fmt.Fprintf(p.stdout, "%s {%s}: %d of %d tokens%s, quota %s, all back in %d s, at %s\n",
+			s.Limit, s.Key, s.Tokens, s.Burst, heldAndOwed(s.Held, s.Owed), *s.Quota, s.Reset, *s.WindowEnds)
+		return err
 	}
 	full := "full"
 	switch {

@@ -185,7 +185,11 @@ func amount(l *authz.ExplainedLimit) string {
 	if l.Held != nil {
 		s += heldAndOwed(*l.Held, *l.Owed)
 	}
-	s += fmt.Sprintf("; burst %d, rate %s", *l.Burst, l.Rate)
+	if l.Quota != nil {
+		s += "; quota " + *l.Quota
+	} else {
+		s += fmt.Sprintf("; burst %d, rate %s", *l.Burst, l.Rate)
+	}
 	if l.Plan != nil {
 		s += " by plan " + *l.Plan
 	}

@@ -140,7 +140,7 @@ func TestConfigFromAPipe(t *testing.T) {
 func TestValidateAPipe(t *testing.T) {
 	for config, want := range map[string]string{
 		limit("a"):              "/dev/fd/3: ok\n",
-		"limits: [{name: a}]\n": "/dev/fd/3:1:10: limits[0].rate: missing; a limit needs a name, and a rate or a plan\n",
+		"limits: [{name: a}]\n": "/dev/fd/3:1:10: limits[0].rate: missing; a limit needs a name, and a rate, a quota or a plan\n",
 		"": "/dev/fd/3: the file is empty (perhaps it is still being written); for a config without " +
 			"limits write limits: []\n",
 	} {

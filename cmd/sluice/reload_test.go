@@ -161,7 +161,7 @@ func TestReload(t *testing.T) {
 	// After an error, an empty file and no file the previous config stays in
 	// force.
 	r.write("sluice.yaml", "limits: [{name: e}]\n")
-	r.want("refused: [DIR/sluice.yaml:1:10: limits[0].rate: missing; a limit needs a name, and a rate or a plan]")
+	r.want("refused: [DIR/sluice.yaml:1:10: limits[0].rate: missing; a limit needs a name, and a rate, a quota or a plan]")
 	r.write("sluice.yaml", " \n")
 	r.want(
 		"refused: [DIR/sluice.yaml: the file is empty (perhaps it is still being written); for a config without limits " +

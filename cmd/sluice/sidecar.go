@@ -110,7 +110,7 @@ func newSidecar(source configSource, stderr io.Writer) (*sidecar, error) {
 		s.redis, s.fallback = redis, limiter.NewFallback(redis, log, s.stores)
 		s.ceiling = limiter.NewCeiling(traced(s.fallback, "redis"), s.registry)
 		s.leases = limiter.NewLeases(s.ceiling, redis, s.registry)
-		s.leases.SetLimits(cfg.Limits())
+		s.leases.SetLimits(cfg.BucketLimits())
 		store, settler = s.leases, s.fallback
 	} else {
 		s.memory = limiter.NewMemory(limiter.MemoryBudget(), log, s.stores)
@@ -194,7 +194,7 @@ func (s *sidecar) apply(cfg *policy.Config) error {
 	}
 	s.cfg.Store(cfg)
 	if s.leases != nil {
-		s.leases.SetLimits(cfg.Limits())
+		s.leases.SetLimits(cfg.BucketLimits())
 	}
 	s.checks.SetConfig(cfg)
 	return nil

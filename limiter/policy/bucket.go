@@ -18,6 +18,8 @@ type Bucket struct {
 	// Rate is the rate as the config writes it: that of the key's override if
 	// there is one, else the limit's.
 	Rate string
+	// Quota is the quota as the config writes it, if this is its bucket; else empty.
+	Quota string
 }
 
 // BucketName identifies a bucket of a limit by the parts of its key, or by the
@@ -44,16 +46,15 @@ type BucketName struct {
 // If Key contains an HMAC, the override of that key cannot be found, and the
 // bucket has the limit's own rate.
 func (c *Config) Bucket(name BucketName) (Bucket, error) {
-	i, ok := c.byName[name.Limit]
-	if !ok {
-		names := make([]string, len(c.rules))
-		for i, r := range c.rules {
-			names[i] = r.limit.Name
+	r := c.ruleOf(name.Limit)
+	if r == nil {
+		var names []string
+		for _, l := range c.BucketLimits() {
+			names = append(names, l.Name)
 		}
 		return Bucket{}, fmt.Errorf("unknown limit %q; the config has: %s", name.Limit,
 			cmp.Or(strings.Join(names, ", "), "none"))
 	}
-	r := c.rules[i]
 	var key, shown []byte
 	tier := r.tier
 	if name.Key != "" {
@@ -78,13 +79,22 @@ func (c *Config) Bucket(name BucketName) (Bucket, error) {
 	case tier.none:
 		return Bucket{}, fmt.Errorf("limit %s denies every request with this key (rate: none) and has no bucket", name.Limit)
 	}
-	return Bucket{
+	b := Bucket{
 		Rate: tier.rate,
 		Charge: limiter.Charge{
-			Limit: r.limitOf(tier), Bucket: tier.bucket, Key: r.prefix + string(key) + "}", Shown: string(shown),
-			HoldFor: r.within,
+			Limit: r.limitOf(tier), Bucket: tier.bucket, Shown: string(shown), HoldFor: r.within,
 		},
-	}, nil
+	}
+	if isQuota := strings.HasSuffix(name.Limit, quotaSuffix); isQuota && tier.hasBoth() {
+		b.Rate, b.Charge.Limit, b.Charge.Bucket = "", r.quotaLimitOf(tier), tier.quota
+	} else if isQuota && !tier.bucket.IsQuota() {
+		return Bucket{}, fmt.Errorf("limit %s has no quota for this key; write --limit %s", r.limit.Name, r.limit.Name)
+	}
+	if b.Charge.Bucket.IsQuota() {
+		b.Quota = tier.quotaText
+	}
+	b.Charge.Key = r.keyOf(b.Charge.Bucket, r.prefix+string(key)+"}")
+	return b, nil
 }
 
 // storedKey returns the key in Redis for a key as people see it.

@@ -5,6 +5,7 @@ package policy
 
 import (
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/sluiceproxy/sluice/limiter"
@@ -74,20 +75,45 @@ func (c *Config) Limits() []*limiter.Limit {
 	return limits
 }
 
+// BucketLimits returns Limits and, after each that has a rate and a quota, the limit
+// of its second bucket.
+func (c *Config) BucketLimits() (limits []*limiter.Limit) {
+	for _, r := range c.rules {
+		limits = append(limits, r.limit)
+		if r.quota != nil {
+			limits = append(limits, r.quota)
+		}
+	}
+	return limits
+}
+
+// ruleOf returns the limit that a bucket's limit is of, by its name; nil if the
+// file has none.
+func (c *Config) ruleOf(name string) *rule {
+	name, isQuota := strings.CutSuffix(name, quotaSuffix)
+	i, ok := c.byName[name]
+	if !ok || isQuota && c.rules[i].quota == nil {
+		return nil
+	}
+	return c.rules[i]
+}
+
 // Has reports whether l is one of InEachMode. A route's limit is not, even if it
 // has the name of one.
 func (c *Config) Has(l *limiter.Limit) bool {
-	i, ok := c.byName[l.Name]
-	return ok && (c.rules[i].limit == l || c.rules[i].twin == l)
+	r := c.ruleOf(l.Name)
+	return r != nil && (r.limit == l || r.twin == l || r.quota == l || r.quotaTwin == l)
 }
 
-// InEachMode returns Limits, and those that overrides put into the other mode
+// InEachMode returns BucketLimits, and those that overrides put into the other mode
 // also in that one.
 func (c *Config) InEachMode() []*limiter.Limit {
-	limits := c.Limits()
+	limits := c.BucketLimits()
 	for _, r := range c.rules {
-		if r.twin != nil {
-			limits = append(limits, r.twin)
+		for _, twin := range []*limiter.Limit{r.twin, r.quotaTwin} {
+			if twin != nil {
+				limits = append(limits, twin)
+			}
 		}
 	}
 	return limits

@@ -58,37 +58,40 @@ func newLimitReader(r reader) limitReader {
 
 // draft is a limit as read, before the settings that it inherits are known.
 type draft struct {
-	at              node
-	name            string
-	nameAt          node
-	match           match
-	when            *expression
-	whenAt          node
-	key             []*expression
-	keyAt           []node // of the parts of key
-	absent          absence
-	cost            cost
-	costAt          node
-	settle          *cost
-	settleAt        node
-	within          time.Duration
-	withinAt        node
-	lease           time.Duration
-	leaseAt         node
-	readable        bool
-	readableAt      node
-	group           string
-	rate, burst     node
-	plan            node
-	rateFrom        *rateFrom
-	rateFromAt      node
-	maxRate         node
-	tier            *tier
-	domain          string // empty: that of the file
-	mode, onFailure string // empty: those of the file
-	onFailureAt     node
-	overrides       node
-	files           []node
+	at         node
+	name       string
+	nameAt     node
+	match      match
+	when       *expression
+	whenAt     node
+	key        []*expression
+	keyAt      []node // of the parts of key
+	absent     absence
+	cost       cost
+	costAt     node
+	settle     *cost
+	settleAt   node
+	within     time.Duration
+	withinAt   node
+	lease      time.Duration
+	leaseAt    node
+	readable   bool
+	readableAt node
+	group      string
+	granted    granted
+	zoneAt     node
+	rateFrom   *rateFrom
+	rateFromAt node
+	maxRate    node
+	tier       *tier
+	// hasQuota and hasBoth report that the limit or an override has a quota, or a
+	// rate and a quota.
+	hasQuota, hasBoth bool
+	domain            string // empty: that of the file
+	mode, onFailure   string // empty: those of the file
+	onFailureAt       node
+	overrides         node
+	files             []node
 	// enforces and shadows report that an override has that mode.
 	enforces, shadows bool
 	// doubtful counts the overrides that are warned of, and doubtfulAt is where
@@ -104,7 +107,7 @@ func (lr *limitReader) readLimit(n node, d *draft) bool {
 	d.at, d.cost.constant, d.within = n, 1, defaultSettleWithin
 	bad := len(lr.mistakes)
 	fields := map[string]func(node){
-		"plan":  func(n node) { d.plan = n },
+		"plan":  func(n node) { d.granted.plan = n },
 		"match": func(n node) { lr.readMatch(n, &d.match) },
 		"when":  func(n node) { d.whenAt = n; d.when = lr.expression(n, forWhen) },
 		"key":   func(n node) { lr.readKey(n, d) },
@@ -113,9 +116,12 @@ func (lr *limitReader) readLimit(n node, d *draft) bool {
 			lr.oneOf(n, &s, "client", "share", "skip", "deny")
 			d.absent = absences[s]
 		},
-		"rate":  func(n node) { d.rate = n },
-		"burst": func(n node) { d.burst = n },
-		"cost":  func(n node) { d.costAt = n; lr.readCost(n, &d.cost, forCost) },
+		"rate":      func(n node) { d.granted.rate = n },
+		"burst":     func(n node) { d.granted.burst = n },
+		"quota":     func(n node) { d.granted.quota = n },
+		"time_zone": func(n node) { d.zoneAt = n; lr.readZone(n, &d.granted.zone) },
+		"starts":    func(n node) { d.granted.startsAt = n; lr.checked(&d.granted.starts, checkStarts)(n) },
+		"cost":      func(n node) { d.costAt = n; lr.readCost(n, &d.cost, forCost) },
 		"rate_from": func(n node) {
 			d.rateFromAt, d.rateFrom = n, new(rateFrom)
 			if _, _, err := parseRate(sourceText(n.Node)); err == nil {
@@ -147,23 +153,24 @@ func (lr *limitReader) readLimit(n node, d *draft) bool {
 	}
 	clean := len(lr.mistakes) == bad // after another mistake, a field may only seem to be missing
 	if clean && d.name == "" {
-		lr.wrong(node{n.Node, join(n.field, "name")}, "missing; a limit needs a name, and a rate or a plan")
+		lr.wrong(node{n.Node, join(n.field, "name")}, "missing; a limit needs a name, and a rate, a quota or a plan")
 	}
 	switch {
-	case d.plan.Node != nil:
-		d.tier = lr.readPlanned(d.plan, d.rate, d.burst, "")
-		d.rate = d.plan // what is wrong with the rate is the plan's
-	case d.rate.Node != nil:
-		d.tier = lr.readTier(d.rate, d.burst, "")
+	case d.granted.isGiven():
+		if d.tier = lr.readTier(d.granted); d.tier != nil {
+			d.notes(d.tier)
+		}
+		if d.granted.plan.Node != nil {
+			d.granted.rate = d.granted.plan // what is wrong with the rate is the plan's
+		}
 	case clean:
-		lr.wrong(node{n.Node, join(n.field, "rate")}, "missing; a limit needs a name, and a rate or a plan")
+		lr.wrong(node{n.Node, join(n.field, "rate")}, "missing; a limit needs a name, and a rate, a quota or a plan")
 	}
-	lr.readMaxRate(d, d.burst)
+	lr.readMaxRate(d, d.granted.burst)
 	if t := d.tier; t != nil && t.unlimited && d.absent == absentDeny {
-		lr.wrong(d.rate, "absent: deny needs a bucket, but the rate is unlimited; give a rate that is never reached")
-	} else if t != nil && t.hasBucket() && d.cost.expression == nil && d.cost.constant > t.bucket.Burst() {
-		lr.wrong(d.costAt, "%d exceeds the burst of %d, so every request would be denied", d.cost.constant,
-			t.bucket.Burst())
+		lr.wrong(d.granted.rate, "absent: deny needs a bucket, but the rate is unlimited; give a rate that is never reached")
+	} else if t != nil && t.hasBucket() && d.cost.expression == nil && d.cost.constant > t.holds() {
+		lr.wrong(d.costAt, "%d exceeds the %s of %d, so every request would be denied", d.cost.constant, t.holder(), t.holds())
 	}
 	hasBucket := d.tier == nil || d.tier.hasBucket() || d.rateFrom != nil
 	if d.settle != nil && !hasBucket {
@@ -182,6 +189,19 @@ func (lr *limitReader) readLimit(n node, d *draft) bool {
 		}
 	}
 	return len(lr.mistakes) == bad
+}
+
+// notes records what an allowance of the limit or of an override has.
+func (d *draft) notes(t *tier) {
+	d.hasQuota, d.hasBoth = d.hasQuota || t.quotaText != "", d.hasBoth || t.hasBoth()
+}
+
+// readZone reads a time zone.
+func (lr *limitReader) readZone(n node, into *string) {
+	lr.checked(into, func(s string) error {
+		_, err := limiter.NewCalendar(limiter.Day, s, time.Time{})
+		return err
+	})(n)
 }
 
 func checkName(s string) error {
@@ -370,6 +390,13 @@ func (lr *limitReader) rule(d *draft) *rule {
 		lr.wrong(d.onFailureAt, noShare)
 	}
 	o := lr.readOverrides(d)
+	if !d.hasQuota {
+		for _, at := range []node{d.zoneAt, d.granted.startsAt} {
+			if at.Node != nil && len(lr.mistakes) == before {
+				lr.wrong(at, "has no effect without quota")
+			}
+		}
+	}
 	if len(lr.mistakes) > before {
 		return nil
 	}
@@ -404,10 +431,16 @@ func (lr *limitReader) rule(d *draft) *rule {
 			lr.warnOfShare(d, o)
 		}
 	}
+	var quota, quotaTwin *limiter.Limit
+	if d.hasBoth {
+		quota, quotaTwin = withSuffix(l), withSuffix(twin)
+	}
 	return &rule{
 		share:     share,
 		limit:     l,
 		twin:      twin,
+		quota:     quota,
+		quotaTwin: quotaTwin,
 		tier:      d.tier,
 		match:     d.match,
 		when:      d.when,
@@ -425,12 +458,22 @@ func (lr *limitReader) rule(d *draft) *rule {
 	}
 }
 
+// withSuffix returns the limit of the second bucket beside l's, or nil if l is nil.
+func withSuffix(l *limiter.Limit) *limiter.Limit {
+	if l == nil {
+		return nil
+	}
+	other := *l
+	other.Name += quotaSuffix
+	return &other
+}
+
 // warnOfSettle warns of a limit that settles and lets only one request pass at a
 // time, as what is under way is held.
 func (lr *limitReader) warnOfSettle(d *draft) {
-	if cost := d.cost.constant; d.cost.expression == nil && d.tier.hasBucket() && d.tier.bucket.Burst() < 2*cost {
-		lr.warn(d.settleAt, "the burst of %d is below twice the cost of %d, so only one request can be under way at a time; "+
-			"raise burst, or lower cost", d.tier.bucket.Burst(), cost)
+	if cost := d.cost.constant; d.cost.expression == nil && d.tier.hasBucket() && d.tier.holds() < 2*cost {
+		lr.warn(d.settleAt, "the %s of %d is below twice the cost of %d, so only one request can be under way at a time; "+
+			"raise %[1]s, or lower cost", d.tier.holder(), d.tier.holds(), cost)
 	}
 }
 

@@ -153,24 +153,30 @@ func (lr *limitReader) readInline(d *draft, o *overrides) {
 	index := -1
 	lr.each(d.overrides, func(n node) {
 		index++
-		var key, rate, burst, plan node
-		mode, before := "", len(lr.mistakes)
+		var key node
+		granted := granted{zone: d.granted.zone, inherited: d.granted.starts}
+		before := len(lr.mistakes)
 		isMapping := lr.mapping(n, map[string]func(node){
-			"key":   func(n node) { key = n },
-			"rate":  func(n node) { rate = n },
-			"burst": func(n node) { burst = n },
-			"plan":  func(n node) { plan = n },
-			"mode":  func(n node) { lr.oneOf(n, &mode, "enforce", "shadow") },
+			"key":    func(n node) { key = n },
+			"rate":   func(n node) { granted.rate = n },
+			"burst":  func(n node) { granted.burst = n },
+			"plan":   func(n node) { granted.plan = n },
+			"quota":  func(n node) { granted.quota = n },
+			"starts": func(n node) { granted.startsAt = n; lr.checked(&granted.starts, checkStarts)(n) },
+			"mode":   func(n node) { lr.oneOf(n, &granted.mode, "enforce", "shadow") },
 		})
 		if !isMapping {
 			return
 		}
 		switch {
 		case key.Node == nil:
-			lr.wrong(n, "missing key; an override needs one, and a rate or a plan")
+			lr.wrong(n, "missing key; an override needs one, and a rate, a quota or a plan")
 			return
-		case rate.Node == nil && plan.Node == nil:
-			lr.wrong(n, "missing rate or plan; an override needs one")
+		case !granted.isGiven():
+			lr.wrong(n, "missing rate, quota or plan; an override needs one")
+			return
+		case granted.quota.Node == nil && granted.plan.Node == nil && granted.startsAt.Node != nil:
+			lr.wrong(granted.startsAt, "has no effect without quota; an override replaces the limit's quota too")
 			return
 		}
 		var parts []string
@@ -180,12 +186,7 @@ func (lr *limitReader) readInline(d *draft, o *overrides) {
 			good = good && ok
 			parts = append(parts, s)
 		})
-		var tier *tier
-		if plan.Node != nil {
-			tier = lr.readPlanned(plan, rate, burst, mode)
-		} else {
-			tier = lr.readTier(rate, burst, mode)
-		}
+		tier := lr.readTier(granted)
 		if !good || tier == nil {
 			return
 		}
@@ -284,20 +285,22 @@ func unescapeMeta(pattern string) string {
 
 // overrideColumns are the columns that an overrides file may have after the
 // parts of the key, in any order.
-var overrideColumns = []string{"rate", "burst", "plan", "mode"}
+var overrideColumns = []string{"rate", "burst", "quota", "plan", "starts", "mode"}
 
 // columns says where the columns of an overrides file are: their indexes in a
 // row, or -1.
 type columns struct {
-	count                   int
-	rate, burst, plan, mode int
+	count                                  int
+	rate, burst, quota, plan, starts, mode int
 }
 
 // readColumns reads the header row of an overrides file for keys of a number of
 // parts. The error says what to write instead.
 func readColumns(header []string, parts int) (columns, error) {
-	c := columns{count: len(header), rate: -1, burst: -1, plan: -1, mode: -1}
-	places := map[string]*int{"rate": &c.rate, "burst": &c.burst, "plan": &c.plan, "mode": &c.mode}
+	c := columns{count: len(header), rate: -1, burst: -1, quota: -1, plan: -1, starts: -1, mode: -1}
+	places := map[string]*int{
+		"rate": &c.rate, "burst": &c.burst, "quota": &c.quota, "plan": &c.plan, "starts": &c.starts, "mode": &c.mode,
+	}
 	if len(header) <= parts {
 		return c, mendHeader(header, parts)
 	}
@@ -311,33 +314,53 @@ func readColumns(header []string, parts int) (columns, error) {
 		}
 		*at = parts + i
 	}
-	if c.rate < 0 && c.plan < 0 {
+	if c.rate < 0 && c.quota < 0 && c.plan < 0 {
 		return c, mendHeader(header, parts)
 	}
 	return c, nil
 }
 
-// allowance returns what a row grants.
-func (c *columns) allowance(row []string) allowance {
+// allowance returns what a row of an overrides file of a limit grants.
+func (c *columns) allowance(row []string, d *draft) allowance {
 	cell := func(i int) string {
 		if i < 0 {
 			return ""
 		}
 		return strings.TrimSpace(row[i])
 	}
-	return allowance{rate: cell(c.rate), burst: cell(c.burst), plan: cell(c.plan), mode: cell(c.mode)}
+	a := allowance{
+		rate: cell(c.rate), burst: cell(c.burst), quota: cell(c.quota), plan: cell(c.plan), mode: cell(c.mode),
+	}
+	if a.starts = cell(c.starts); a.quota != "" || a.plan != "" {
+		a.zone = d.granted.zone
+		if a.starts == "" {
+			a.starts, a.startsInherited = d.granted.starts, true
+		}
+	}
+	return a
 }
 
 // of returns the index of the column that a mistake in a row is about.
 func (c *columns) of(a allowance) int {
 	_, _, err := parseRate(a.rate)
 	switch {
-	case checkMode(a.mode) != nil && (a.plan != "" || err == nil):
+	case checkMode(a.mode) != nil && (a.plan != "" || a.rate == "" || err == nil):
 		return c.mode
-	case a.plan != "" || c.rate < 0:
+	case a.plan != "":
 		return c.plan
+	case a.rate != "" && err != nil:
+		return c.rate
 	}
-	return c.rate
+	if _, err := quotaOf(a); err != nil && a.quota != "" {
+		if _, _, err := parseQuota(a.quota); err == nil && c.starts >= 0 {
+			return c.starts
+		}
+		return c.quota
+	}
+	if c.rate >= 0 {
+		return c.rate
+	}
+	return max(c.quota, c.plan)
 }
 
 // readOverridesFile reads a CSV file: a header row, then for each key a row
@@ -401,11 +424,8 @@ func (lr *limitReader) readOverridesFile(n node, d *draft, o *overrides, name st
 			wrong(line, 1, "more than %d overrides", maxOverrides)
 			return
 		}
-		granted := at.allowance(row)
+		granted := at.allowance(row, d)
 		tier, err := lr.tierOf(granted)
-		if at.plan >= 0 && granted.plan == "" && granted.rate == "" {
-			err = errors.New("neither a rate nor a plan; an override needs one of them")
-		}
 		if err != nil {
 			_, column := rows.FieldPos(at.of(granted))
 			wrong(line, column, "%v", err)
@@ -447,9 +467,9 @@ func (lr *limitReader) addOverride(table map[digest]override, d *draft, parts []
 			return
 		}
 	}
-	if t := row.tier; d.cost.expression == nil && t.hasBucket() && d.cost.constant > t.bucket.Burst() {
-		wrong(0, "the limit's cost of %d exceeds the burst of %d, so every request would be denied", d.cost.constant,
-			t.bucket.Burst())
+	if t := row.tier; d.cost.expression == nil && t.hasBucket() && d.cost.constant > t.holds() {
+		wrong(0, "the limit's cost of %d exceeds the %s of %d, so every request would be denied", d.cost.constant,
+			t.holder(), t.holds())
 		return
 	}
 	var digests [maxKeyParts]digest
@@ -466,5 +486,6 @@ func (lr *limitReader) addOverride(table map[digest]override, d *draft, parts []
 		return
 	}
 	d.enforces, d.shadows = d.enforces || row.tier.mode == "enforce", d.shadows || row.tier.mode == "shadow"
+	d.notes(row.tier)
 	table[sum] = row
 }

@@ -10,12 +10,13 @@ import (
 // maxPlans bounds the plans of one config.
 const maxPlans = 10_000
 
-// plan is a rate and a burst with a name, which limits and overrides use.
+// plan is a rate, a burst and a quota with a name, which limits and overrides use.
 type plan struct {
-	tier     *tier
-	hasBurst bool // the burst is given, and not that of the rate
-	at       node
-	isUsed   bool
+	// grants has no plan, no mode, and no time zone or day to start on: these are
+	// those of the limit or the override.
+	grants allowance
+	at     node
+	isUsed bool
 }
 
 // readPlans reads the plans. Limits must be read after them.
@@ -41,34 +42,41 @@ func (cr *configReader) readPlans(n node) {
 // not a mistake, too.
 func (cr *configReader) readPlan(name string, n node) {
 	before := len(cr.mistakes)
-	p := &plan{at: n, tier: &tier{rate: unlimitedRate, unlimited: true}}
+	p := &plan{at: n, grants: allowance{rate: unlimitedRate}}
 	if err := checkName(name); err != nil {
 		cr.wrong(n, "%v", err)
 	}
-	var rate, burst node
+	var g granted
 	isMapping := cr.mapping(n, map[string]func(node){
-		"rate":  func(n node) { rate = n },
-		"burst": func(n node) { burst = n },
+		"rate":  func(n node) { g.rate = n },
+		"burst": func(n node) { g.burst = n },
+		"quota": func(n node) { g.quota = n },
 	})
 	switch {
 	case !isMapping || len(cr.mistakes) > before:
-	case rate.Node == nil:
-		cr.wrong(n, "missing rate; a plan needs one")
+	case !g.isGiven():
+		cr.wrong(n, "missing rate or quota; a plan needs one of them, or both")
 	default:
-		if t := cr.readTier(rate, burst, ""); t != nil {
-			t := *t
-			t.plan = name
-			p.tier, p.hasBurst = &t, burst.Node != nil
+		if cr.readTier(g) != nil {
+			p.grants = allowance{rate: textOf(g.rate), burst: textOf(g.burst), quota: textOf(g.quota)}
 		}
 	}
 	p.isUsed = len(cr.mistakes) > before // nothing is warned of after a mistake
 	cr.plans[name] = p
 }
 
+// textOf returns the text of a scalar that was read before, or "" for no node.
+func textOf(n node) string {
+	if n.Node == nil {
+		return ""
+	}
+	return n.Node.GetToken().Value
+}
+
 // plannedTier returns the tier of the plan of an allowance.
 func (lr *limitReader) plannedTier(a allowance) (*tier, error) {
-	if a.rate != "" || a.burst != "" {
-		return nil, fmt.Errorf("plan %s gives the rate and the burst; remove these, or the plan", a.plan)
+	if a.rate != "" || a.burst != "" || a.quota != "" {
+		return nil, fmt.Errorf("plan %s gives the rate, the burst and the quota; remove these, or the plan", a.plan)
 	}
 	p := lr.plans[a.plan]
 	if p == nil {
@@ -77,8 +85,19 @@ func (lr *limitReader) plannedTier(a allowance) (*tier, error) {
 	if lr.inputs != nil { // a route's limit may be read while others use the plans
 		p.isUsed = true
 	}
-	t := *p.tier
-	t.mode = a.mode
+	b := p.grants
+	b.mode = a.mode
+	if b.quota != "" {
+		b.zone, b.starts, b.startsInherited = a.zone, a.starts, a.startsInherited
+	} else if a.starts != "" && !a.startsInherited {
+		return nil, fmt.Errorf("starts has no effect: plan %s has no quota", a.plan)
+	}
+	shared, err := lr.tierOf(b)
+	if err != nil {
+		return nil, err
+	}
+	t := *shared
+	t.plan = a.plan
 	return &t, nil
 }
 
@@ -101,23 +120,29 @@ func (lr *limitReader) unknownPlan(name string) error {
 	return a
 }
 
-// readPlanned returns the tier of the plan that a node names, for a mode as
-// allowance has it; nil after a mistake. The nodes of the rate and the burst beside
-// it must be nil.
-func (lr *limitReader) readPlanned(n, rate, burst node, mode string) *tier {
-	name, ok := lr.text(n)
+// readPlanned returns the tier of the plan that is granted; nil after a mistake.
+func (lr *limitReader) readPlanned(g granted) *tier {
+	name, ok := lr.text(g.plan)
 	if !ok {
 		return nil
 	}
-	for _, other := range []node{rate, burst} {
+	for _, other := range []node{g.rate, g.burst, g.quota} {
 		if other.Node != nil {
-			lr.wrong(other, "the plan gives the rate and the burst; remove this, or the plan")
+			lr.wrong(other, "the plan gives the rate, the burst and the quota; remove this, or the plan")
 			return nil
 		}
 	}
-	t, err := lr.tierOf(allowance{plan: name, mode: mode})
+	a := allowance{plan: name, mode: g.mode, zone: g.zone, starts: g.inherited, startsInherited: true}
+	at := g.plan
+	if g.startsAt.Node != nil {
+		a.starts, a.startsInherited = g.starts, false
+		if p := lr.plans[name]; p != nil {
+			at = g.startsAt
+		}
+	}
+	t, err := lr.tierOf(a)
 	if err != nil {
-		lr.wrongError(n, err)
+		lr.wrongError(at, err)
 		return nil
 	}
 	return t
@@ -134,5 +159,5 @@ func (l *linter) warnOfPlans() {
 
 // samePlans reports whether two configs have the same plans.
 func samePlans(a, b map[string]*plan) bool {
-	return maps.EqualFunc(a, b, func(p, q *plan) bool { return *p.tier == *q.tier })
+	return maps.EqualFunc(a, b, func(p, q *plan) bool { return p.grants == q.grants })
 }

@@ -75,9 +75,9 @@ func TestPlanColumns(t *testing.T) {
 	for csv, want := range map[string]string{
 		"key,plan\na,goldd\n":            `2:3: limits[0].overrides_file: unknown plan "goldd"; did you mean gold?`,
 		"key,plan\na,x\n":                `2:3: limits[0].overrides_file: unknown plan "x"; want one of free, gold`,
-		"key,plan\na,\n":                 "2:3: limits[0].overrides_file: neither a rate nor a plan; an override needs one of them",
-		"key,rate,plan\na,1/s,gold\n":    "2:7: limits[0].overrides_file: plan gold gives the rate and the burst; remove these, or the plan",
-		"key,burst,plan\na,5,gold\n":     "2:5: limits[0].overrides_file: plan gold gives the rate and the burst; remove these, or the plan",
+		"key,plan\na,\n":                 "2:3: limits[0].overrides_file: neither a rate, a quota nor a plan; an override needs one of them",
+		"key,rate,plan\na,1/s,gold\n":    "2:7: limits[0].overrides_file: plan gold gives the rate, the burst and the quota; remove these, or the plan",
+		"key,burst,plan\na,5,gold\n":     "2:5: limits[0].overrides_file: plan gold gives the rate, the burst and the quota; remove these, or the plan",
 		"key,plan,mode\na,gold,x\n":      `2:8: limits[0].overrides_file: unknown value "x"; want one of enforce, shadow`,
 		"key,plans\na,gold\n":            "1:1: limits[0].overrides_file: column 2 has an unknown name; did you mean plan?",
 		"key,plan,rate\na,,ten\na,gold,": "2:4: limits[0].overrides_file: invalid rate \"ten\"; want tokens/period such as 10/s, 100/m, 5000/24h, 10/7d or 3/250ms (units: us, ms, s, m, h, d), or unlimited or none",

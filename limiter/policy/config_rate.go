@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 	"strconv"
@@ -10,9 +11,59 @@ import (
 	"github.com/sluiceproxy/sluice/limiter"
 )
 
-// readTier reads a rate and a burst, whose node may be nil, for a mode as
-// allowance has it.
-func (lr *limitReader) readTier(rate, burst node, mode string) *tier {
+// granted is what a limit, an override or a plan grants, as read. Its nodes may be
+// nil.
+type granted struct {
+	rate, burst, quota, plan, startsAt node
+	starts                       string // at startsAt
+	// zone is the limit's time zone, and inherited its starts.
+	zone, inherited string
+	mode            string // as allowance has it
+}
+
+// isGiven reports whether there is a rate, a quota or a plan.
+func (g *granted) isGiven() bool { return g.rate.Node != nil || g.quota.Node != nil || g.plan.Node != nil }
+
+// readTier reads what is granted, which is something. It returns nil after a
+// mistake.
+func (lr *limitReader) readTier(g granted) *tier {
+	if g.plan.Node != nil {
+		return lr.readPlanned(g)
+	}
+	a := allowance{mode: g.mode}
+	if g.quota.Node != nil {
+		before := len(lr.mistakes)
+		a.zone, a.starts, a.startsInherited = g.zone, g.inherited, true
+		if g.startsAt.Node != nil {
+			a.starts, a.startsInherited = g.starts, false
+		}
+		if kind := describe(g.quota.Node); kind != "a string" && kind != "a number" {
+			lr.wrong(g.quota, "must be tokens/unit such as 100000/month, not %s", kind)
+		} else if a.quota, _ = lr.scalar(g.quota); len(lr.mistakes) == before {
+			if _, err := quotaOf(a); err != nil {
+				at := g.quota
+				if _, _, quotaErr := parseQuota(a.quota); quotaErr == nil && g.startsAt.Node != nil {
+					at = g.startsAt
+				}
+				lr.wrongError(at, err)
+			}
+		}
+		if len(lr.mistakes) > before {
+			return nil
+		}
+	}
+	if g.rate.Node == nil {
+		if g.burst.Node != nil {
+			lr.wrong(g.burst, "burst needs a rate; a quota is its own burst")
+			return nil
+		}
+		t, err := lr.tierOf(a)
+		if err != nil {
+			lr.wrongError(g.quota, err)
+		}
+		return t
+	}
+	rate, burst := g.rate, g.burst
 	if kind := describe(rate.Node); kind != "a string" && kind != "a number" {
 		lr.wrong(rate, "must be tokens/period such as 10/m, not %s", kind)
 		return nil
@@ -34,7 +85,8 @@ func (lr *limitReader) readTier(rate, burst node, mode string) *tier {
 	if _, _, err := parseRate(text); err != nil {
 		at = rate
 	}
-	t, err := lr.tierOf(allowance{rate: text, burst: burstText, mode: mode})
+	a.rate, a.burst = text, burstText
+	t, err := lr.tierOf(a)
 	if err != nil {
 		lr.wrongError(at, err)
 		return nil
@@ -48,12 +100,18 @@ const (
 	noneRate      = "none"      // denies every request
 )
 
-// allowance is what a limit or an override grants, as text.
+// allowance is what a limit or an override grants, as text. It has a plan, or a
+// rate, a quota or both.
 type allowance struct {
 	rate  string
 	burst string // empty: the number of tokens of the rate
-	plan  string // name of a plan, instead of the rate and the burst; empty: none
+	plan  string // name of a plan, instead of the rate, the burst and the quota; empty: none
 	mode  string // of an override; empty: the limit's
+	// quota is empty if there is none; zone is the time zone of it or of the plan's,
+	// and starts the day that it starts on. startsInherited says that starts is the limit's, and without
+	// effect on an override's quota each hour or day.
+	quota, zone, starts string
+	startsInherited     bool
 }
 
 // tierOf returns the tier of an allowance.
@@ -73,15 +131,37 @@ func (lr *limitReader) tierOf(a allowance) (*tier, error) {
 		return t, nil
 	}
 	rate, burst := a.rate, a.burst
-	tokens, period, err := parseRate(rate)
-	if err != nil {
-		return nil, err
+	if rate == "" && a.quota == "" {
+		return nil, errors.New("neither a rate, a quota nor a plan; an override needs one of them")
+	}
+	var tokens int64
+	var period time.Duration
+	var err error
+	if rate != "" {
+		if tokens, period, err = parseRate(rate); err != nil {
+			return nil, err
+		}
 	}
 	if err := checkMode(a.mode); err != nil {
 		return nil, err
 	}
-	t := &tier{rate: rate, mode: a.mode}
+	t := &tier{rate: rate, mode: a.mode, quotaText: a.quota}
+	var quota limiter.Bucket
+	if a.quota != "" {
+		if quota, err = quotaOf(a); err != nil {
+			return nil, err
+		}
+		t.quota = quota
+	}
 	switch {
+	case rate == "" && burst != "":
+		return nil, fmt.Errorf("burst %s needs a rate; a quota is its own burst", burst)
+	case rate == "":
+		t.bucket, t.quota = quota, limiter.Bucket{}
+	case period == 0 && a.quota != "" && rate == noneRate:
+		return nil, errors.New("rate: none denies every request; omit quota")
+	case period == 0 && a.quota != "":
+		return nil, errors.New("rate: unlimited has no effect beside a quota; omit rate")
 	case period == 0 && burst != "":
 		return nil, fmt.Errorf("burst %s needs a bucket, but the rate is %s; omit burst", burst, rate)
 	case period == 0:

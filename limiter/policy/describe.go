@@ -11,8 +11,9 @@ import (
 // Described is a limit as the config writes it, for display.
 type Described struct {
 	Limit *limiter.Limit
-	Rate  string
-	Plan  string // the name of the plan that says the rate; empty: none
+	Rate  string // empty if there is only a quota, or this is its bucket
+	Quota string // empty if this is not the bucket of a quota
+	Plan  string // the name of the plan that says the rate and the quota; empty: none
 	// RateFrom and MaxRate are the fields rate_from and max_rate; empty if the rate
 	// does not depend on the request.
 	RateFrom, MaxRate string
@@ -39,13 +40,19 @@ type Described struct {
 	Reads []string
 }
 
-// Describe returns the file's limits, in its order.
+// Describe returns the file's limits, in its order. After one with a rate and a quota
+// that of its second bucket follows.
 func (c *Config) Describe() []Described {
-	all := make([]Described, len(c.rules))
-	for i, r := range c.rules {
+	all := make([]Described, 0, len(c.rules))
+	for _, r := range c.rules {
 		d := Described{Limit: r.limit, Twin: r.twin, Plan: r.tier.plan, Rate: r.tier.rate, Burst: r.tier.bucket.Burst(),
 			Group: r.group, Bucket: r.tier.bucket, Absent: r.absent.String(), Reads: c.reads(r)}
-		d.Tokens, d.Period, _ = parseRate(r.tier.rate) // it was parsed before
+		if r.tier.rate != "" {
+			d.Tokens, d.Period, _ = parseRate(r.tier.rate) // it was parsed before
+		}
+		if d.Bucket.IsQuota() {
+			d.Quota = r.tier.quotaText
+		}
 		if r.tier.hasBucket() {
 			d.FillTime = r.tier.bucket.FillTime()
 		}
@@ -61,7 +68,15 @@ func (c *Config) Describe() []Described {
 		if r.overrides != nil {
 			d.Overrides = len(r.overrides.inline) + len(r.overrides.file)
 		}
-		all[i] = d
+		all = append(all, d)
+		if r.quota != nil { // the limit itself may have none, but an override
+			d.Limit, d.Twin, d.Rate, d.Quota, d.FillTime = r.quota, r.quotaTwin, "", "", 0
+			d.Bucket, d.Burst, d.Tokens, d.Period = r.tier.quota, r.tier.quota.Burst(), 0, 0
+			if r.tier.hasBoth() {
+				d.Quota = r.tier.quotaText
+			}
+			all = append(all, d)
+		}
 	}
 	return all
 }

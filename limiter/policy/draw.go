@@ -17,7 +17,8 @@ type Draw struct {
 	Client netip.Addr
 	// Charges has one entry for each limit that applies, except the unlimited ones:
 	// the limits of the file in its order, then those of the route. One with the
-	// rate none has no bucket (limiter.Charge.HasBucket).
+	// rate none has no bucket (limiter.Charge.HasBucket). One with a rate and a quota
+	// has a second entry, for the quota.
 	Charges []limiter.Charge
 	// Unlimited lists the limits that apply with the rate unlimited. They have
 	// no bucket.
@@ -134,19 +135,27 @@ func (d *drawing) consider(r *rule) finding {
 				d.Charges = make([]limiter.Charge, 0, 4) // most requests have at most four charges
 			}
 		}
-		c := limiter.Charge{
-			Limit: r.limitOf(f.tier), Bucket: f.tier.bucket, Key: f.key, Shown: f.shown, Cost: f.cost, Refused: f.refused,
-			HoldFor: r.within,
+		d.charge(r, &f, r.limitOf(f.tier), f.tier.bucket)
+		if f.tier.hasBoth() {
+			d.charge(r, &f, r.quotaLimitOf(f.tier), f.tier.quota)
 		}
-		if r.share > 0 && c.HasBucket() {
-			c.Local = c.Bucket.Share(r.share)
-		}
-		d.Charges = append(d.Charges, c)
 	}
 	if f.applies && r.group != "" {
 		d.groups = append(d.groups, r)
 	}
 	return f
+}
+
+// charge records the charge of one bucket of a limit that applies.
+func (d *drawing) charge(r *rule, f *finding, l *limiter.Limit, b limiter.Bucket) {
+	c := limiter.Charge{
+		Limit: l, Bucket: b, Key: r.keyOf(b, f.key), Shown: f.shown, Cost: f.cost, Refused: f.refused,
+		HoldFor: r.within,
+	}
+	if r.share > 0 && c.HasBucket() {
+		c.Local = c.Bucket.Share(r.share)
+	}
+	d.Charges = append(d.Charges, c)
 }
 
 // judge decides whether a limit whose match holds applies, and what it costs.
@@ -180,7 +189,7 @@ func (d *drawing) judge(r *rule) finding {
 		var err error
 		if f.brought, err = r.rateFrom.evaluate(d.subject); err == nil && f.brought.isKnown {
 			var t *tier
-			if t, err = r.rateFrom.tierOf(f.brought); err == nil {
+			if t, err = r.rateFrom.tierOf(f.brought, r.tier); err == nil {
 				f.tier = t
 			}
 		}

@@ -14,7 +14,8 @@ type Explanation struct {
 	// Exempt names the exemption that matches, such as "exempt[0] holds", or is
 	// empty.
 	Exempt string
-	// Limits has all limits of the file, in its order, and then the route's.
+	// Limits has all limits of the file, in its order, and then the route's. One with
+	// a rate and a quota has a second entry, for the quota.
 	Limits []Explained
 }
 
@@ -27,7 +28,10 @@ type Explained struct {
 	Reason string
 	// Rate is the rate as the config writes it: that of the key's override if
 	// there is one, else what rate_from says, else the limit's.
-	Rate   string
+	Rate string
+	// Quota is the quota as the config writes it, if the entry is about its bucket;
+	// Rate is then empty.
+	Quota  string
 	Burst  int64  // tokens; 0 if the rate is unlimited or none
 	Plan   string // the name of the plan that says the rate; empty: none
 	Settle string // what a request has cost once it has ended, as the config writes it; empty: what was taken
@@ -65,6 +69,9 @@ func (c *Config) Explain(req *Request) Explanation {
 		}
 		e := Explained{Limit: r.limitOf(tier), Applies: f.applies, Reason: c.reason(s, r, f), Rate: tier.rate,
 			Burst: tier.bucket.Burst(), Plan: tier.plan, Charge: -1}
+		if tier.bucket.IsQuota() {
+			e.Quota = tier.quotaText
+		}
 		if r.settle != nil {
 			e.Settle = r.settle.text()
 		}
@@ -75,7 +82,16 @@ func (c *Config) Explain(req *Request) Explanation {
 			e.Charge = len(d.Charges) - 1
 			e.Key = d.Charges[e.Charge].ShownKey()
 		}
-		x.Limits = append(x.Limits, e)
+		if !tier.hasBoth() {
+			x.Limits = append(x.Limits, e)
+			return
+		}
+		second := e
+		second.Limit, second.Rate, second.Quota, second.Burst = r.quotaLimitOf(tier), "", tier.quotaText, tier.quota.Burst()
+		if e.Charge >= 0 {
+			e.Charge--
+		}
+		x.Limits = append(x.Limits, e, second)
 	}
 	for i, r := range c.rules {
 		replaced := route.replacing(i)

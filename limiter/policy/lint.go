@@ -306,9 +306,9 @@ func (l *linter) warnOfCost(d *draft, o *overrides) {
 		return
 	}
 	most := d.cost.expression.facts.most
-	if d.tier.hasBucket() && most > d.tier.bucket.Burst() {
-		l.warn(d.costAt, "may be %d, above the burst of %d: such a request is always denied; raise burst to at least %[1]d",
-			most, d.tier.bucket.Burst())
+	if d.tier.hasBucket() && most > d.tier.holds() {
+		l.warn(d.costAt, "may be %d, above the %s of %d: such a request is always denied; raise %[2]s to at least %[1]d",
+			most, d.tier.holder(), d.tier.holds())
 		return
 	}
 	if o == nil || most == 0 {
@@ -317,8 +317,8 @@ func (l *linter) warnOfCost(d *draft, o *overrides) {
 	above, least := 0, int64(math.MaxInt64)
 	for _, table := range []map[digest]override{o.inline, o.file} {
 		for _, row := range table {
-			if row.tier.hasBucket() && most > row.tier.bucket.Burst() {
-				above, least = above+1, min(least, row.tier.bucket.Burst())
+			if row.tier.hasBucket() && most > row.tier.holds() {
+				above, least = above+1, min(least, row.tier.holds())
 			}
 		}
 	}

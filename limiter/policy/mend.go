@@ -273,6 +273,9 @@ func mendRate(s string) string {
 	if known := rateUnits[unit]; known != "" {
 		switch known {
 		case "30d", "365d":
+			if m[3] == "" && tokens.IsInt() && tokens.Num().IsInt64() {
+				return fmt.Sprintf("write quota: %s/%s", tokens.Num(), quotaUnits[unit])
+			}
 			note = "a rate's longest unit is d, as months and years differ in length; "
 		case "7d":
 			note = "a rate's longest unit is d; "
@@ -511,5 +514,5 @@ func mendHeader(row []string, parts int) error {
 		return fmt.Errorf("column %d is named %s, but must be a part of the key; want a header row such as %s", i+1,
 			strings.ToLower(strings.TrimSpace(row[i])), want)
 	}
-	return fmt.Errorf("no column is named rate or plan; want a header row such as %s", want)
+	return fmt.Errorf("no column is named rate, quota or plan; want a header row such as %s", want)
 }

@@ -89,7 +89,7 @@ func TestMends(t *testing.T) {
 		},
 		{
 			"limits:\n- name: a\nrate: 10/m\n",
-			"2:3: limits[0].rate: missing; a limit needs a name, and a rate or a plan\n3:1: rate: unknown field; it belongs to a limit; indent it as the limit's name is",
+			"2:3: limits[0].rate: missing; a limit needs a name, and a rate, a quota or a plan\n3:1: rate: unknown field; it belongs to a limit; indent it as the limit's name is",
 		},
 		{
 			"limits:\n  - name:a\n    rate: 10/m\n",
@@ -251,7 +251,7 @@ func TestMends(t *testing.T) {
 		},
 		{
 			"limits:\n  - name: a\n    rate: 1000/month\n    burst: 5\n",
-			`3:11: limits[0].rate: invalid rate "1000/month"; a rate's longest unit is d, as months and years differ in length; write 1000/30d`,
+			`3:11: limits[0].rate: invalid rate "1000/month"; write quota: 1000/month`,
 		},
 		{
 			"limits:\n  - name: a\n    rate: 10/week\n    burst: 5\n",
@@ -372,11 +372,11 @@ func TestMends(t *testing.T) {
 		},
 		{
 			"limits:\n  - name: a\n",
-			`2:5: limits[0].rate: missing; a limit needs a name, and a rate or a plan`,
+			`2:5: limits[0].rate: missing; a limit needs a name, and a rate, a quota or a plan`,
 		},
 		{
 			"limits:\n  - rate: 10/m\n",
-			`2:5: limits[0].name: missing; a limit needs a name, and a rate or a plan`,
+			`2:5: limits[0].name: missing; a limit needs a name, and a rate, a quota or a plan`,
 		},
 		{
 			"limits:\n  - name: Per Client\n    rate: 10/m\n",
@@ -518,7 +518,7 @@ func TestMends(t *testing.T) {
 		},
 		{
 			"limits:\n  - name: a\n    rate: 10/m\n    key: client.ip\n    overrides: [{key: 10.0.0.1}]\n",
-			`5:17: limits[0].overrides[0]: missing rate or plan; an override needs one`,
+			`5:17: limits[0].overrides[0]: missing rate, quota or plan; an override needs one`,
 		},
 		{
 			"limits:\n  - name: a\n    rate: 10/m\n    key: client.network\n    overrides: [{key: 10.0.0.0/8, rate: 1/s}]\n",
@@ -538,7 +538,7 @@ func TestMends(t *testing.T) {
 		},
 		{
 			"limits:\n  - name: a\n    rate: 10/m\n    key: client.ip\n    overrides_file: cols.csv\n",
-			`cols.csv:1:1: limits[0].overrides_file: column 2 has an unknown name; want 1 for the key's parts, and then some of rate, burst, plan, mode, as in key,rate,burst`,
+			`cols.csv:1:1: limits[0].overrides_file: column 2 has an unknown name; want 1 for the key's parts, and then some of rate, burst, quota, plan, starts, mode, as in key,rate,burst`,
 		},
 		{
 			"limits:\n  - name: a\n    rate: 10/m\n    key: client.ip\n    overrides_file: rate.csv\n",

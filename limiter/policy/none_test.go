@@ -122,10 +122,10 @@ limits:
 func TestColumns(t *testing.T) {
 	for csv, want := range map[string]string{
 		"key,rate,brust\n":         "1:1: limits[0].overrides_file: column 3 has an unknown name; did you mean burst?",
-		"key,rate,region\n":        "1:1: limits[0].overrides_file: column 3 has an unknown name; want 1 for the key's parts, and then some of rate, burst, plan, mode, as in key,rate,burst",
-		"key,burst\n":              "1:1: limits[0].overrides_file: no column is named rate or plan; want a header row such as key,rate,burst",
+		"key,rate,region\n":        "1:1: limits[0].overrides_file: column 3 has an unknown name; want 1 for the key's parts, and then some of rate, burst, quota, plan, starts, mode, as in key,rate,burst",
+		"key,burst\n":              "1:1: limits[0].overrides_file: no column is named rate, quota or plan; want a header row such as key,rate,burst",
 		"rate,burst\n":             "1:1: limits[0].overrides_file: column 1 is named rate, but must be a part of the key; want a header row such as key,rate,burst",
-		"key\n":                    "1:1: limits[0].overrides_file: header row of 1 columns; want 1 for the key's parts, and then some of rate, burst, plan, mode, as in key,rate,burst",
+		"key\n":                    "1:1: limits[0].overrides_file: header row of 1 columns; want 1 for the key's parts, and then some of rate, burst, quota, plan, starts, mode, as in key,rate,burst",
 		"hunter2,none\n":           "1:1: limits[0].overrides_file: no header row; add one as the first line: key,rate,burst",
 		"key,rate,rate\n":          "1:1: limits[0].overrides_file: two columns are named rate",
 		"key;rate\n":               `1:1: limits[0].overrides_file: columns separated by ";"; separate them by commas, as in key,rate,burst`,

@@ -135,8 +135,9 @@ func exceeds(a int64, p time.Duration, b int64, q time.Duration) bool {
 	return h1 > h2 || h1 == h2 && l1 > l2
 }
 
-// tierOf returns the tier of a rate that a request has brought.
-func (r *rateFrom) tierOf(b broughtRate) (*tier, error) {
+// tierOf returns the tier of a rate that a request has brought, with the quota of the
+// limit's own tier.
+func (r *rateFrom) tierOf(b broughtRate, own *tier) (*tier, error) {
 	if b.tokens == 0 {
 		return &tier{none: true}, nil
 	}
@@ -148,7 +149,7 @@ func (r *rateFrom) tierOf(b broughtRate) (*tier, error) {
 	if err != nil { // too slow, or with a period that no rate has
 		return nil, errNoRate
 	}
-	return &tier{bucket: bucket}, nil
+	return &tier{bucket: bucket, quota: own.quota, quotaText: own.quotaText}, nil
 }
 
 // readMaxRate checks the fields rate_from and max_rate of a draft, and sets what
@@ -184,6 +185,10 @@ func (lr *limitReader) readMaxRate(d *draft, burst node) {
 	if d.tier == nil || d.rateFrom.expression == nil {
 		return // a mistake that is reported
 	}
+	if d.tier.rate == "" {
+		lr.wrong(d.rateFromAt, "requires rate, which requests without a rate of their own have")
+		return
+	}
 	if d.rateFrom.expression.constant {
 		lr.wrong(d.rateFromAt, "is the same for every request; write it as the rate")
 	}
@@ -192,7 +197,7 @@ func (lr *limitReader) readMaxRate(d *draft, burst node) {
 		d.rateFrom.own = period // the limit's own is unlimited or none
 	}
 	p := lr.plans[d.tier.plan]
-	if burst.Node != nil || p != nil && p.hasBurst {
+	if burst.Node != nil || p != nil && p.grants.burst != "" {
 		d.rateFrom.burst = d.tier.bucket.Burst()
 	}
 }

@@ -119,7 +119,7 @@ func FuzzRateFrom(f *testing.F) {
 		if err != nil || !b.isKnown {
 			return
 		}
-		tier, err := r.tierOf(b)
+		tier, err := r.tierOf(b, new(tier))
 		switch {
 		case err != nil:
 		case tier.none != (b.tokens == 0) || tier.none == tier.hasBucket():

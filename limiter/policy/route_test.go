@@ -174,10 +174,12 @@ func TestDrawRoutes(t *testing.T) {
 					`100/m, 5000/24h, 10/7d or 3/250ms (units: us, ms, s, m, h, d), or unlimited or none`},
 			{"GET h/ context sluice.limit.a={rate:_5/m,_name:_b}",
 				"limit a: context_extensions: sluice.limit.a:1:13: name: unknown field; want one of absent, burst, " +
-					"cost, domain, group, key, match, max_rate, mode, on_failure, overrides, plan, rate, rate_from, readable, when"},
+					"cost, domain, group, key, match, max_rate, mode, on_failure, overrides, plan, quota, rate, " +
+					"rate_from, readable, starts, time_zone, when"},
 			{"GET h/ context sluice.limit.a={rate:_5/m,_overrides-file:_x}",
 				"limit a: context_extensions: sluice.limit.a:1:13: overrides-file: unknown field; want one of " +
-					"absent, burst, cost, domain, group, key, match, max_rate, mode, on_failure, overrides, plan, rate, rate_from, readable, when"},
+					"absent, burst, cost, domain, group, key, match, max_rate, mode, on_failure, overrides, plan, quota, rate, " +
+					"rate_from, readable, starts, time_zone, when"},
 			{"GET h/ context sluice.limit.a={rate:_'${RATE}'}",
 				"limit a: context_extensions: sluice.limit.a:1:8: rate: variables (${...}) are replaced in the " +
 					"config file only; write the value out"},

@@ -3,6 +3,7 @@ package policy
 import (
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/sluiceproxy/sluice/limiter"
@@ -13,11 +14,14 @@ type rule struct {
 	limit *limiter.Limit
 	// twin is the limit in the other mode, for the overrides that have it; nil if
 	// none does.
-	twin  *limiter.Limit
-	tier  *tier
-	match match
-	when  *expression // nil: the limit always applies
-	key   []*expression
+	twin *limiter.Limit
+	// quota and quotaTwin are limit and twin for the second bucket of tiers with a
+	// rate and a quota; nil if there are no such tiers.
+	quota, quotaTwin *limiter.Limit
+	tier             *tier
+	match            match
+	when             *expression // nil: the limit always applies
+	key              []*expression
 	// readable says that people see the parts of the key in plain text that are
 	// hashed in Redis. It is false if there are none.
 	readable  bool
@@ -37,8 +41,11 @@ type rule struct {
 // tier is a rate and a burst, as text and as a bucket, and the mode that an
 // override has. Limits and overrides with the same text share a tier.
 type tier struct {
-	rate   string
-	bucket limiter.Bucket // zero if unlimited or none
+	rate   string         // empty if there is only a quota
+	bucket limiter.Bucket // zero if unlimited or none; the quota if there is no rate
+	// quota is the second bucket if there are a rate and a quota, and zero otherwise.
+	quota     limiter.Bucket
+	quotaText string // as the config writes it; empty if there is none
 	// unlimited and none report that there is no bucket: every request is allowed,
 	// or denied.
 	unlimited, none bool
@@ -48,6 +55,44 @@ type tier struct {
 
 // hasBucket reports whether the tier is neither unlimited nor none.
 func (t *tier) hasBucket() bool { return !t.unlimited && !t.none }
+
+// hasBoth reports whether the tier has two buckets, of a rate and of a quota.
+func (t *tier) hasBoth() bool { return t.quota != limiter.Bucket{} }
+
+// holds returns the most tokens that a request can take: the least that one of the
+// buckets holds at most. It is 0 if there is no bucket.
+func (t *tier) holds() int64 {
+	if t.hasBoth() {
+		return min(t.bucket.Burst(), t.quota.Burst())
+	}
+	return t.bucket.Burst()
+}
+
+// holder names what holds so many.
+func (t *tier) holder() string {
+	if t.bucket.IsQuota() || t.hasBoth() && t.quota.Burst() < t.bucket.Burst() {
+		return "quota"
+	}
+	return "burst"
+}
+
+// quotaLimitOf is limitOf for the second bucket of a tier that has both.
+func (r *rule) quotaLimitOf(t *tier) *limiter.Limit {
+	if r.quotaTwin != nil && t.mode != "" && (t.mode == "shadow") != r.quota.Shadow {
+		return r.quotaTwin
+	}
+	return r.quota
+}
+
+// keyOf returns the Redis key of a bucket, by the key that a rate's bucket has.
+// Quotas have keys of their own, so that a limit may get a rate, or a quota in its
+// place, and neither finds what the other stored.
+func (r *rule) keyOf(b limiter.Bucket, key string) string {
+	if !b.IsQuota() {
+		return key
+	}
+	return strings.TrimSuffix(r.prefix, ":{") + quotaSuffix + ":{" + key[len(r.prefix):]
+}
 
 // limitOf returns the limit in the mode that a tier has.
 func (r *rule) limitOf(t *tier) *limiter.Limit {

@@ -164,6 +164,9 @@ func (c *Config) SettlingLimits() (all []*limiter.Limit) {
 	for _, r := range c.rules {
 		if r.settle != nil {
 			all = append(all, r.limit)
+			if r.quota != nil {
+				all = append(all, r.quota)
+			}
 		}
 	}
 	return all
@@ -194,11 +197,10 @@ func (c *Config) settleReads(of func(*expression) []string) []string {
 // The error is a mistake of the config that this end reveals; it contains
 // nothing that the client sent. Settle is safe for concurrent use.
 func (c *Config) Settle(domain, limit string, end *End, taken int64) (cost int64, err error) {
-	i, ok := c.byName[limit]
-	if !ok || c.rules[i].settle == nil || c.rules[i].limit.Domain != domain {
+	r := c.ruleOf(limit)
+	if r == nil || r.settle == nil || r.limit.Domain != domain {
 		return taken, nil
 	}
-	r := c.rules[i]
 	if r.settle.expression == nil {
 		return r.settle.constant, nil
 	}

@@ -203,7 +203,7 @@ func (r *run) result(w *world, s *limitState) LimitResult {
 		out.Mode = "shadow"
 	}
 	if s.described != nil {
-		out.Rate, out.Burst, out.MaxRate = s.described.Rate, s.described.Burst, s.described.MaxRate
+		out.Rate, out.Burst, out.MaxRate = cmp.Or(s.described.Rate, s.described.Quota), s.described.Burst, s.described.MaxRate
 	}
 	out.Worst = r.keys(s, func(k *keyState) bool { return k.limited[spread] > 0 || k.limited[atOnce] > 0 })
 	return out

@@ -1,0 +1,137 @@
+package policy
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/sluiceproxy/sluice/limiter"
+)
+
+// TestQuotas has limits and overrides with a quota, with and without a rate, inline
+// and in files.
+func TestQuotas(t *testing.T) {
+	file := directory(t, "c.yaml", `
+limits:
+  - name: monthly
+    key: request.headers["k"]
+    quota: 1000/month
+    time_zone: Europe/Berlin
+    starts: 2026-01-14
+    overrides: [{key: daily, quota: 10/day}, {key: rated, rate: 5/s}, {key: own, quota: 7/month, starts: 2026-01-20}]
+    overrides_file: m.csv
+  - {name: api, key: 'request.headers["k"]', rate: 10/s, burst: 20, quota: 500/week, settle: 1, cost: 2}
+`, "m.csv", "key,rate,burst,quota,starts,mode\nboth,3/s,,20/year,2024-02-29,\nonly,,,30/hour,,shadow\nrate,4/s,9,,,\n")
+	c, _, err := Load(file, env())
+	if err != nil {
+		t.Fatal(err)
+	}
+	shape := func(b limiter.Bucket) string {
+		if !b.IsQuota() {
+			return fmt.Sprintf("burst %d", b.Burst())
+		}
+		return fmt.Sprintf("%d/%s in %s", b.Burst(), b.Calendar().Unit(), b.Calendar().Zone())
+	}
+	for _, tt := range []struct{ key, want string }{
+		{"x", "monthly 1000/month in Europe/Berlin"},
+		{"daily", "monthly 10/day in Europe/Berlin"},
+		{"rated", "monthly burst 5"},
+		{"both", "monthly burst 3, monthly/quota 20/year in Europe/Berlin"},
+		{"only", "monthly 30/hour in Europe/Berlin shadow"},
+		{"rate", "monthly burst 9"},
+	} {
+		d := c.Draw(request(t, "GET h/ with k="+tt.key))
+		var got []string
+		for _, charge := range d.Charges {
+			text := charge.Limit.Name + " " + shape(charge.Bucket)
+			if charge.Limit.Shadow {
+				text += " shadow"
+			}
+			got = append(got, text)
+			wantPrefix := "sluice:default:" + strings.TrimSuffix(charge.Limit.Name, quotaSuffix)
+			if charge.Bucket.IsQuota() {
+				wantPrefix += quotaSuffix
+			}
+			if !strings.HasPrefix(charge.Key, wantPrefix+":{#43.") || !strings.HasSuffix(charge.Key, "}") {
+				t.Errorf("%s: key %s", tt.key, charge.Key)
+			}
+		}
+		if want := tt.want + ", api burst 20, api/quota 500/week in UTC"; strings.Join(got, ", ") != want {
+			t.Errorf("%s: %s, want %s", tt.key, strings.Join(got, ", "), want)
+		}
+		for _, charge := range d.Charges[len(d.Charges)-2:] {
+			if charge.Cost != 2 || charge.HoldFor == 0 || !c.Has(charge.Limit) {
+				t.Errorf("%+v", charge)
+			}
+			if cost, err := c.Settle("default", charge.Limit.Name, &End{}, 2); cost != 1 || err != nil {
+				t.Errorf("%s costs %d (%v) in the end", charge.Limit.Name, cost, err)
+			}
+		}
+		var explained []string
+		for _, l := range c.Explain(request(t, "GET h/ with k="+tt.key)).Limits {
+			if charge := d.Charges[l.Charge]; charge.Limit != l.Limit || charge.Bucket.Burst() != l.Burst ||
+				!strings.Contains(charge.Key, l.Key) || charge.Bucket.IsQuota() != (l.Quota != "") {
+				t.Errorf("%s: %+v of %+v", tt.key, l, charge)
+			}
+			explained = append(explained, l.Limit.Name)
+		}
+		for i, name := range explained {
+			b, err := c.Bucket(BucketName{Limit: name, Parts: []string{tt.key}})
+			if err != nil || b.Charge.Key != d.Charges[i].Key || b.Charge.Bucket != d.Charges[i].Bucket || b.Charge.Limit != d.Charges[i].Limit {
+				t.Errorf("%s of %s: %+v, %v", name, tt.key, b, err)
+			}
+		}
+	}
+	var names []string
+	for _, l := range c.InEachMode() {
+		names = append(names, fmt.Sprint(l.Name, l.Shadow))
+	}
+	want := []string{"monthlyfalse", "monthly/quotafalse", "apifalse", "api/quotafalse", "monthlytrue", "monthly/quotatrue"}
+	if !slices.Equal(names, want) {
+		t.Errorf("limits %v, want %v", names, want)
+	}
+	if _, err := c.Bucket(BucketName{Limit: "monthly/quota", Parts: []string{"rated"}}); err == nil ||
+		err.Error() != "limit monthly has no quota for this key; write --limit monthly" {
+		t.Error(err)
+	}
+	if _, err := c.Bucket(BucketName{Limit: "nope"}); err == nil ||
+		err.Error() != `unknown limit "nope"; the config has: monthly, monthly/quota, api, api/quota` {
+		t.Error(err)
+	}
+	// A rate that the request brings leaves the quota as it is.
+	brought := parse(t, `{limits: [{name: a, key: client.ip, rate: 1/s, quota: 9/day, rate_from: 'request.headers["rate"]', max_rate: 50/s}]}`)
+	if d := brought.Draw(request(t, "GET h/ with rate=7")); len(d.Charges) != 2 || d.Charges[0].Bucket.Burst() != 7 || d.Charges[1].Bucket.Burst() != 9 {
+		t.Errorf("%+v", d)
+	}
+	if d := brought.Draw(request(t, "GET h/ with rate=none")); len(d.Charges) != 1 || d.Charges[0].HasBucket() {
+		t.Errorf("%+v", d)
+	}
+	// A route may bring quotas, too.
+	d := c.Draw(request(t, "GET h/ with k=x context sluice.limit.api={quota:_3/day,_rate:_1/s}"))
+	if len(d.Mistakes) > 0 || len(d.Charges) != 3 || d.Charges[2].Limit.Name != "api/quota" || d.Charges[2].Bucket.Burst() != 3 {
+		t.Errorf("%+v", d)
+	}
+}
+
+// TestQuotaColumns has what is wrong with quotas in overrides files.
+func TestQuotaColumns(t *testing.T) {
+	for _, tt := range []struct{ rows, want string }{
+		{"key,quota\n10.0.0.1,5/day\n", ""},
+		{"key,quota,rate\n10.0.0.1,5/m,\n", `2:10: limits[0].overrides_file: invalid quota "5/m"; the shortest unit of a quota is hour; write rate: 5/m, or quota: 5/month`},
+		{"key,rate,quota\n10.0.0.1,,\n", `2:10: limits[0].overrides_file: neither a rate, a quota nor a plan; an override needs one of them`},
+		{"key,rate,burst,quota\n10.0.0.1,,7,5/day\n", `2:10: limits[0].overrides_file: burst 7 needs a rate; a quota is its own burst`},
+		{"key,rate,quota,starts\n10.0.0.1,,5/month,May\n", `2:19: limits[0].overrides_file: invalid starts "May"; want a date such as 2026-01-14`},
+		{"key,rate\n10.0.0.1,5/month\n", `2:10: limits[0].overrides_file: invalid rate "5/month"; write quota: 5/month`},
+	} {
+		file := directory(t, "c.yaml", "limits: [{name: a, key: client.ip, rate: 1/s, overrides_file: m.csv}]\n", "m.csv", tt.rows)
+		_, _, err := Load(file, env())
+		got := ""
+		if err != nil {
+			got = err.Error()
+		}
+		if !strings.Contains(got, tt.want) || tt.want == "" && strings.Contains(got, "m.csv") {
+			t.Errorf("%q says\n%s\nwant\n%s", tt.rows, got, tt.want)
+		}
+	}
+}
