@@ -11,6 +11,7 @@ import (
 	"math/big"
 	"net/http"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -139,6 +140,40 @@ func TestRecipes(t *testing.T) {
 			"acme": 100, "initech": 50, "umbrella": 30, "late-payer": 0, "new-here": 110, "somebody": 20,
 		} {
 			s.want(want, 110, "GET /", "x-tenant", tenant)
+		}
+	})
+	t.Run("Plans with monthly quotas", func(t *testing.T) {
+		redis := redistest.Start(t)
+		text := "store: {redis: {url: \"" + redis.URL() + "\", timeout: 10s}}\n" + recipe(t, "Plans with monthly quotas")
+		s := serveRecipe(t, text, nil)
+		s.want(3, 4, "GET /", "x-api-key", "a") // by the burst
+		s.want(20, 25, "GET /", "x-api-key", "paid-key")
+		r, _ := fetch(t, s.c, "http://"+s.addr+"/", "x-api-key", "paid-key")
+		wait, err := strconv.Atoi(r.Header.Get("Retry-After"))
+		if err != nil || wait < 1 || wait > 31*86400 || r.Header.Get("X-Ratelimit-Reset") != r.Header.Get("Retry-After") ||
+			r.Header.Get("X-Ratelimit-Limit") != "20" || r.StatusCode != 429 {
+			t.Errorf("%d %v (%v)", r.StatusCode, r.Header, err)
+		}
+		s.want(30, 31, "GET /", "x-api-key", "partner-key")
+		if keys := redis.Client().Keys(t.Context(), "sluice:default:plan/quota:{*").Val(); len(keys) != 2 {
+			t.Errorf("%v", keys)
+		}
+		_, metrics := get(t, "http://"+s.p.metrics+"/metrics")
+		for _, want := range []string{
+			`sluice_rejections_total{limit="plan"} 2`, `sluice_rejections_total{limit="plan/quota"} 6`,
+			`sluice_tokens_taken_total{limit="plan/quota"} 23`,
+		} {
+			if !strings.Contains(metrics, want) {
+				t.Errorf("no %s", want)
+			}
+		}
+	})
+	t.Run("Kong's six windows", func(t *testing.T) {
+		s := serveRecipe(t, recipe(t, "Kong's six windows"), nil)
+		s.want(5, 7, "GET /")
+		r, _ := fetch(t, s.c, "http://"+s.addr+"/")
+		if r.Header.Get("X-Ratelimit-Limit") != "5" {
+			t.Errorf("%v", r.Header)
 		}
 	})
 	t.Run("A blocked client", func(t *testing.T) {
