@@ -37,6 +37,8 @@ func TestBucket(t *testing.T) {
   "tokens": 2,
   "burst": 7,
   "rate": "60/d",
+  "quota": null,
+  "window_ends": null,
   "reset": 7200,
   "held": 0,
   "owed": 0
@@ -56,6 +58,8 @@ func TestBucket(t *testing.T) {
   "tokens": 7,
   "burst": 7,
   "rate": "60/d",
+  "quota": null,
+  "window_ends": null,
   "reset": 0,
   "held": 0,
   "owed": 0
