@@ -118,6 +118,7 @@ func NewCalendar(unit Unit, zone string, starts time.Time) (Calendar, error) {
 		if m == time.January && d == 1 {
 			c.first = firstOfMonth
 		}
+	default: // refused above
 	}
 	return c, nil
 }
@@ -257,8 +258,9 @@ func (c Calendar) firstDays(day int) (first, next int) {
 			return cut(y-1, month, monthDay), first
 		}
 		return first, cut(y+1, month, monthDay)
+	default: // a day
+		return day, day + 1
 	}
-	return day, day + 1
 }
 
 // cut returns a day of a month, or the month's last one if it has fewer days. The

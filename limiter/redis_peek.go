@@ -136,11 +136,10 @@ func levelOf(stored *redis.StringCmd, b Bucket, now time.Time) (at level, held i
 	if errors.Is(err, errNewer) {
 		return level{}, 0, &StoreError{Kind: KindState, Err: err}
 	}
-	if err != nil { // an invalid state counts as an empty bucket
-		return empty.levelFor(b), 0, nil
+	if at = empty.levelFor(b); err == nil {
+		at, held = levelAt(s, b, now.UnixMicro())
 	}
-	at, held = levelAt(s, b, now.UnixMicro())
-	return at, held, nil
+	return at, held, nil // an invalid state counts as an empty bucket
 }
 
 const (
@@ -228,8 +227,9 @@ func parseQuota(raw string) (state, error) {
 			return state{}, errInvalid
 		}
 	}
+	isOther := q.otherBurst == 0 || isLevel(q.otherTokens, q.otherBurst) && isWindow(q.other)
 	if s.shape.burst < 1 || !isLevel(s.level.tokens, s.shape.burst) || !isWindow(q.window) || s.at >= 1<<53 ||
-		q.lapsed >= 1<<53 || q.otherBurst > 0 && !(isLevel(q.otherTokens, q.otherBurst) && isWindow(q.other)) {
+		q.lapsed >= 1<<53 || !isOther {
 		return state{}, errInvalid
 	}
 	return s, nil

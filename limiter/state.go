@@ -68,7 +68,12 @@ func (s state) otherFullAfter() int64 { return int64(math.Ceil(s.other.fillFrom(
 func (s state) next(b Bucket, now int64) (n state, moved bool, expired int) {
 	switch {
 	case b.IsQuota() != (s.quota != nil): // such a state makes no sense under this key
-		return emptyState(b, now), true, 0
+		if s.quota != nil {
+			expired, _ = s.passTime(now)
+		} else {
+			_, _, expired = s.next(s.shape, now)
+		}
+		return emptyState(b, now), true, expired
 	case b.IsQuota():
 		return s.nextQuota(b, s.windowAt(b.Calendar(), now), now)
 	}

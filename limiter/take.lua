@@ -771,7 +771,7 @@ local function take(now)
           tokens[b], fracs[b], changed[b], flag, invalid[b] = 0, 0, true, 4, nil
           obst[b] = nil
           if holds then
-            holds[b], expired[b] = nil, 0
+            holds[b] = nil
           end
           q = { begins = begins, ends = ends, most = burst }
         elseif absent[b] then
@@ -798,7 +798,7 @@ local function take(now)
       if quota and quota[b] then -- no state of a bucket with a rate
         invalid[b], quota[b] = not absent[b], nil
         if holds then
-          holds[b], expired[b] = nil, 0
+          holds[b] = nil
         end
       end
       if invalid[b] then

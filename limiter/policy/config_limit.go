@@ -170,7 +170,8 @@ func (lr *limitReader) readLimit(n node, d *draft) bool {
 	if t := d.tier; t != nil && t.unlimited && d.absent == absentDeny {
 		lr.wrong(d.granted.rate, "absent: deny needs a bucket, but the rate is unlimited; give a rate that is never reached")
 	} else if t != nil && t.hasBucket() && d.cost.expression == nil && d.cost.constant > t.holds() {
-		lr.wrong(d.costAt, "%d exceeds the %s of %d, so every request would be denied", d.cost.constant, t.holder(), t.holds())
+		lr.wrong(d.costAt, "%d exceeds the %s of %d, so every request would be denied", d.cost.constant, t.holder(),
+			t.holds())
 	}
 	hasBucket := d.tier == nil || d.tier.hasBucket() || d.rateFrom != nil
 	if d.settle != nil && !hasBucket {

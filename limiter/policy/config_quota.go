@@ -69,8 +69,9 @@ func parseQuota(s string) (tokens int64, unit limiter.Unit, err error) {
 }
 
 var (
-	writtenQuota = regexp.MustCompile(`(?i)^([0-9][0-9,_]*)(k|m)? *(?:tokens|requests|reqs|req)? *(?:/|per|an|a)? *(1)? *([a-z]*)$`)
-	writtenDays  = regexp.MustCompile(`^([0-9]+)/([0-9]+)(h|d|m|s)$`)
+	writtenQuota = regexp.MustCompile(`(?i)^([0-9][0-9,_]*)(k|m)? *(?:tokens|requests|reqs|req)? *` +
+		`(?:/|per|an|a)? *(1)? *([a-z]*)$`)
+	writtenDays = regexp.MustCompile(`^([0-9]+)/([0-9]+)(h|d|m|s)$`)
 )
 
 // quotaUnits are other words for the units of a quota.
@@ -97,7 +98,8 @@ func mendQuota(s string) string {
 	if m == nil {
 		return ""
 	}
-	count := strings.NewReplacer(",", "", "_", "").Replace(m[1]) + map[string]string{"": "", "k": "000", "m": "000000"}[strings.ToLower(m[2])]
+	zeros := map[string]string{"k": "000", "m": "000000"}[strings.ToLower(m[2])]
+	count := strings.NewReplacer(",", "", "_", "").Replace(m[1]) + zeros
 	if n, err := strconv.ParseInt(count, 10, 64); err != nil || n < 1 || n > limiter.MaxTokens {
 		return ""
 	}
