@@ -70,6 +70,68 @@ plans:
 	}
 }
 
+// TestPlannedQuotas has plans with quotas, whose windows are those of the limit or of
+// the override that has the plan.
+func TestPlannedQuotas(t *testing.T) {
+	const text = `
+plans:
+  gold: {rate: 600/m, burst: 1000, quota: 5000/month}
+  free: {quota: 100/month}
+  slow: {rate: 1/m}
+limits:
+  - name: api
+    key: request.headers["k"]
+    plan: free
+    time_zone: Europe/Berlin
+    starts: 2026-01-14
+    overrides: [{key: inline, plan: gold, starts: 2026-01-20}]
+    overrides_file: a.csv
+`
+	const rows = "key,plan,starts,mode\nfiled,gold,2026-01-31,shadow\ninherits,gold,,\nslow,slow,,\n"
+	c, _, err := Load(directory(t, "c.yaml", text, "a.csv", rows), env())
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := time.Date(2026, 2, 10, 12, 0, 0, 0, time.UTC)
+	for key, want := range map[string]string{
+		"other":    "free: api 100/month until 2026-02-13T23:00:00Z",
+		"inline":   "gold: api 600/m; gold: api/quota 5000/month until 2026-02-19T23:00:00Z",
+		"filed":    "gold: api 600/m in shadow; gold: api/quota 5000/month until 2026-02-27T23:00:00Z in shadow",
+		"inherits": "gold: api 600/m; gold: api/quota 5000/month until 2026-02-13T23:00:00Z",
+		"slow":     "slow: api 1/m",
+	} {
+		var got []string
+		draw := c.Draw(request(t, "GET h/ with k="+key))
+		for _, l := range c.Explain(request(t, "GET h/ with k="+key)).Limits {
+			b := draw.Charges[l.Charge].Bucket
+			s := l.Plan + ": " + l.Limit.Name + " " + l.Rate + l.Quota
+			if b.IsQuota() {
+				_, end := b.Calendar().Window(at)
+				s += " until " + end.UTC().Format(time.RFC3339)
+			}
+			if l.Limit.Shadow {
+				s += " in shadow"
+			}
+			got = append(got, s)
+		}
+		if strings.Join(got, "; ") != want {
+			t.Errorf("%s: %s, want %s", key, strings.Join(got, "; "), want)
+		}
+	}
+	for config, want := range map[string]string{
+		"{plans: {a: {quota: 5/day, burst: 3}}, limits: []}":   "plans.a.burst: burst needs a rate; a quota is its own burst",
+		"{plans: {a: {quota: 5/m}}, limits: []}":               `plans.a.quota: invalid quota "5/m"`,
+		"{plans: {a: {rate: none, quota: 5/day}}, limits: []}": "plans.a.rate: rate: none denies every request; omit quota",
+		"{plans: {a: {rate: 1/s}}, limits: [{name: l, key: client.ip, plan: a, overrides: [{key: 10.0.0.1, plan: a, starts: 2026-01-01}]}]}": "overrides[0].starts: starts has no effect: plan a has no quota",
+		"{plans: {a: {rate: 1/s}}, limits: [{name: l, plan: a, quota: 5/day}]}":                                                              "limits[0].quota: the plan gives the rate, the burst and the quota; remove this, or the plan",
+	} {
+		_, err := Parse("c.yaml", []byte(config), env())
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want %s", config, err, want)
+		}
+	}
+}
+
 // TestPlanColumns has rows of overrides files that are wrong.
 func TestPlanColumns(t *testing.T) {
 	for csv, want := range map[string]string{

@@ -15,14 +15,16 @@ import (
 // nil.
 type granted struct {
 	rate, burst, quota, plan, startsAt node
-	starts                       string // at startsAt
+	starts                             string // at startsAt
 	// zone is the limit's time zone, and inherited its starts.
 	zone, inherited string
 	mode            string // as allowance has it
 }
 
 // isGiven reports whether there is a rate, a quota or a plan.
-func (g *granted) isGiven() bool { return g.rate.Node != nil || g.quota.Node != nil || g.plan.Node != nil }
+func (g *granted) isGiven() bool {
+	return g.rate.Node != nil || g.quota.Node != nil || g.plan.Node != nil
+}
 
 // readTier reads what is granted, which is something. It returns nil after a
 // mistake.
