@@ -346,10 +346,10 @@ func Decide(ctx context.Context, store Store, charges []Charge) Decision {
 		return d
 	}
 	d.Verdicts = make([]Verdict, len(charges))
-	if slices.ContainsFunc(charges, func(c Charge) bool { return !c.HasBucket() }) {
-		takeBuckets(ctx, store, charges, d.Verdicts)
-	} else {
+	if allHaveBuckets(charges) {
 		store.Take(ctx, charges, d.Verdicts)
+	} else {
+		takeBuckets(ctx, store, charges, d.Verdicts)
 	}
 	d.Outcome = outcomeOf(charges, d.Verdicts)
 	for i := range charges {
@@ -368,6 +368,17 @@ func Decide(ctx context.Context, store Store, charges []Charge) Decision {
 		d.Outcome = Canceled
 	}
 	return d
+}
+
+// allHaveBuckets reports whether every charge has a bucket. Every check asks it,
+// so it copies no charge.
+func allHaveBuckets(charges []Charge) bool {
+	for i := range charges {
+		if !charges[i].HasBucket() {
+			return false
+		}
+	}
+	return true
 }
 
 // takeBuckets is the store's Take for charges of which some have no bucket. If an
