@@ -200,12 +200,12 @@ deny 429
 client x-envoy-ratelimited: true
 client content-type: application/problem+json
 body {"title":"Too Many Requests","status":429,"detail":"Rate limit \"gone\" does not allow this request.","limit":"gone"}
-metadata cost=1 decision="limited" limit="gone" remaining=0 shadow=[s] source="none"
+metadata cost=1 decision="limited" key="-" limit="gone" remaining=0 shadow=[s] shadow_keys=[-] source="none"
 `},
 		{"none in the shadow", "limits: [{name: s, rate: none, mode: shadow}]", panics{}, checkOf(), `status 0
 allow
 upstream x-sluice-shadow: s
-metadata cost=null decision="allowed" limit=null remaining=null shadow=[s] source="none"
+metadata cost=null decision="allowed" key=null limit=null remaining=null shadow=[s] shadow_keys=[-] source="none"
 `},
 		{"no limit applies", "", said{}, checkOf(), `status 0
 allow
