@@ -4,6 +4,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"cel.dev/cel-go/common/types/ref"
 	"pgregory.net/rapid"
@@ -61,7 +62,7 @@ func FuzzExpression(f *testing.F) {
 		req := request(t,
 			"POST h.example.com/a/b?q="+secret+" with a="+secret+" context x="+secret+` claim n="`+secret+`"`)
 		end := &End{Path: "/a/b?q=" + secret, Headers: map[string]string{"a": secret}, Trailers: map[string]string{"a": secret}}
-		for _, p := range []purpose{forKey, forWhen, forCost, forSettle} {
+		for _, p := range []purpose{forKey, forWhen, forCost, forRate, forSettle} {
 			var e *expression
 			var mistakes []expressionError
 			if cost := allocates(func() { e, mistakes = compile(text, p) }); cost > 32<<20 {
@@ -84,6 +85,12 @@ func FuzzExpression(f *testing.F) {
 				var tokens int64
 				if tokens, err = e.tokens(s, 1, maxCost); err == nil && tokens < 0 {
 					t.Fatalf("%q costs %d", text, tokens)
+				}
+			case forRate:
+				var b broughtRate
+				r := rateFrom{expression: e, tokens: 10, period: time.Second, own: time.Second}
+				if b, err = r.evaluate(s); err == nil && b.tokens != 0 && exceeds(b.tokens, b.period, 10, time.Second) {
+					t.Fatalf("%q brings %d", text, b.tokens)
 				}
 			case forSettle:
 				var tokens int64

@@ -230,8 +230,8 @@ func (l *linter) warnOfRateFrom(d *draft) {
 		default:
 			continue
 		}
-		l.warn(d.rateFromAt, "%s may be written by the client, who then chooses a rate of up to max_rate; read a claim, such "+
-			"as %s, or have Envoy set it before sluice is asked", read, strings.Replace(claimName, "NAME", "rate", 1))
+		l.warn(d.rateFromAt, "%s may be written by the client, who then chooses a rate of up to max_rate; read a claim, "+
+			"such as %s, or have Envoy set it before sluice is asked", read, strings.Replace(claimName, "NAME", "rate", 1))
 		break
 	}
 	if !d.keyHoldsSubject() {

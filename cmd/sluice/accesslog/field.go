@@ -50,7 +50,8 @@ func canonical(attribute string) string {
 		of, entry = "context", 1
 	}
 	switch of {
-	case "request.headers", "request.params", "request.cookies", "response.headers", "response.trailers", "context", "metadata.filter_metadata":
+	case "request.headers", "request.params", "request.cookies", "response.headers", "response.trailers", "context",
+		"metadata.filter_metadata":
 	default:
 		return attribute
 	}
