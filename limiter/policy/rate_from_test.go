@@ -103,7 +103,7 @@ local_share: 0.5
 	}
 }
 
-// TestRateFromHeldInBounds checks that no rate that a request brings is above
+// FuzzRateFrom checks that no rate that a request brings is above
 // max_rate, in tokens for each period and in burst.
 func FuzzRateFrom(f *testing.F) {
 	for _, s := range []string{"600/m", "1", "unlimited", "9e99", "10/1us", "99999999999999999999/s", "1/d", "0", "-0", "1/2562047h"} {
