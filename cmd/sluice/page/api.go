@@ -283,7 +283,7 @@ func reasonOf(d *authz.Denial) string {
 		reason += fmt.Sprintf(", owed %d", d.Owed)
 	}
 	if d.RetryAfter == limiter.Never {
-		reason += "; never allowed: the cost exceeds the burst, or a part of the key is absent"
+		reason += "; never allowed: the rate is none, the cost exceeds the burst, or a part of the key is absent"
 	}
 	if d.Local {
 		reason += "; decided in this process, because the store failed"

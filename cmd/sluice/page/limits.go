@@ -31,6 +31,7 @@ type limitReport struct {
 	From      string        `json:"from"` // config, or route: Envoy's filter chain
 	Rate      string        `json:"rate,omitempty"`
 	Burst     int64         `json:"burst,omitempty"`
+	Quota     string        `json:"quota,omitempty"`  // instead of a rate and a burst
 	Lease     string        `json:"lease,omitempty"`  // such as 200ms
 	Leased    *leaseReport  `json:"leased,omitempty"` // with Lease only
 	Settle    string        `json:"settle,omitempty"` // as the config writes it
@@ -79,6 +80,9 @@ func (p *Page) described() *limitList {
 		}
 		for _, part := range d.Key {
 			l.Key = append(l.Key, cut(part))
+		}
+		if d.Quota != "" {
+			l.Quota, l.Burst = d.Quota, 0 // which would be the quota's tokens
 		}
 		if d.Limit.Lease > 0 {
 			l.Lease = shortened(d.Limit.Lease)

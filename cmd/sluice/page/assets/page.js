@@ -527,7 +527,7 @@ function limitRow(l, now, isPlain) {
     make(
       "td",
       { class: "rate" },
-      l.rate || "–",
+      l.rate || l.quota || "–",
       l.burst ? make("small", {}, "burst " + whole.format(l.burst)) : "",
       l.lease ? make("small", {}, "lease " + l.lease) : "",
       l.settle ? make("small", {}, "settles") : "",
@@ -644,6 +644,7 @@ function detailOf(l, top) {
   const isShadow = l.mode === "shadow";
   const facts = [
     ["Rate", l.rate ? l.rate + (l.burst ? `, burst ${whole.format(l.burst)}` : "") : ""],
+    ["Quota", l.quota ?? ""],
     ["Mode", isShadow ? "shadow, denies nobody" : ""],
     [
       "Lease",
