@@ -119,10 +119,15 @@ func TestBacktestAgrees(t *testing.T) {
 	if !isLong {
 		slack *= 2 // of so few, chance has a larger part
 	}
+	// Redis decided about a request between the time in the log and took later. A
+	// pause of the machine between the two moves it past the refill of a bucket. With
+	// pauses of 150 to 300 ms, the two differ by up to a sixth of these.
+	moved := len(regexp.MustCompile(` took=([2-9]\d|\d{3,})\d{3}us`).FindAllString(text, -1)) // 20 ms and more
+	slack += moved / 4
 	for _, name := range []string{"per-key", "per-path", "all"} {
 		was := p.counted(`sluice_limit_decisions_total\{decision="(?:shadow_)?limited",limit="` + name + `"\}`)
-		t.Logf("%s: %d of %d limited; backtest: %d; by seconds: %d to %d", name, was, requests, fine[name][0],
-			coarse[name][0], coarse[name][1])
+		t.Logf("%s: %d of %d limited; backtest: %d; by seconds: %d to %d; %d waited", name, was, requests, fine[name][0],
+			coarse[name][0], coarse[name][1], moved)
 		if was < requests/50 || was > requests*49/50 {
 			t.Errorf("%s: %d of %d limited, which shows nothing", name, was, requests)
 		}
