@@ -198,7 +198,7 @@ func (c *Config) keyOf(r *rule, name BucketName) (key, shown []byte, t *tier, er
 		case part == "":
 			return nil, nil, nil, errEmptyPart
 		}
-		if part, err = canonicalPart(r.key[i].attribute, part); err != nil {
+		if part, err = r.key[i].canonicalPart(part); err != nil {
 			return nil, nil, nil, fmt.Errorf("part %d of the key, %s: %w", i+1, r.key[i].text, err)
 		}
 		key, shown = r.appendPart(key, i, part, &c.hasher), r.appendShown(shown, i, part, &c.hasher)

@@ -83,7 +83,7 @@ func (e *expression) digestOfPart(part string) (d digest, err error) {
 		_, err = hex.Decode(d[:], []byte(text))
 		return d, err
 	}
-	part, err = canonicalPart(e.attribute, part)
+	part, err = e.canonicalPart(part)
 	return sha256.Sum256([]byte(part)), err
 }
 

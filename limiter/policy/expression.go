@@ -106,6 +106,8 @@ type expression struct {
 	// attribute is the attribute's name if the expression is an attribute and
 	// nothing else; otherwise it is empty.
 	attribute string
+	// canonical is that of canonicalParts for the attribute, or nil.
+	canonical func(string) (string, error)
 	// direct reads an attribute or a header without CEL, if the expression is
 	// nothing else; otherwise it is nil.
 	direct func(*subject) string
@@ -181,7 +183,7 @@ func compile(text string, p purpose) (*expression, []expressionError) {
 	if p == forKey {
 		e.direct, e.only = directRead(native)
 		if r := native.ReferenceMap()[native.Expr().ID()]; r != nil && attributes[r.Name].kind != nil {
-			e.attribute = r.Name
+			e.attribute, e.canonical = r.Name, canonicalParts[r.Name]
 		}
 	}
 	for _, r := range native.ReferenceMap() {

@@ -10,16 +10,17 @@ import (
 )
 
 // canonicalPart returns a part of a key, as a user wrote it, in the spelling
-// that requests have, if the part is the attribute name. It returns an error
-// that says what to write if no request can have such a value. Parts that are
-// other expressions are returned unchanged.
-func canonicalPart(name, part string) (string, error) {
-	if canonical := canonicalParts[name]; canonical != nil {
-		return canonical(strings.TrimSpace(part))
+// that requests have, if the part is an attribute. It returns an error that says
+// what to write if no request can have such a value. Parts that are other
+// expressions are returned unchanged.
+func (e *expression) canonicalPart(part string) (string, error) {
+	if e.canonical != nil {
+		return e.canonical(strings.TrimSpace(part))
 	}
 	return part, nil
 }
 
+// canonicalParts are the spellings of attributes that requests have only one of.
 var canonicalParts = map[string]func(string) (string, error){
 	"client.network":        canonicalNetwork,
 	"client.ip":             canonicalAddress,
@@ -148,7 +149,7 @@ func canonicalPrincipal(s string) (string, error) {
 // trailing space, which requests could have but hardly do, or -1.
 func spacedPart(key []*expression, parts []string) int {
 	for i, part := range parts {
-		if i < len(key) && canonicalParts[key[i].attribute] == nil && strings.TrimSpace(part) != part {
+		if i < len(key) && key[i].canonical == nil && strings.TrimSpace(part) != part {
 			return i
 		}
 	}

@@ -449,7 +449,7 @@ func (d *draft) unmet(i int, part string) string {
 	if values := e.facts.values; values != nil && !e.constant && !slices.Contains(values, part) {
 		return fmt.Sprintf("no request has this key: the part is one of %s", strings.Join(values, ", "))
 	}
-	canonical, err := canonicalPart(e.attribute, part)
+	canonical, err := e.canonicalPart(part)
 	if err != nil {
 		return "" // a mistake, which is reported
 	}

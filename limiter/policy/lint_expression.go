@@ -224,7 +224,8 @@ var notLetters = regexp.MustCompile(`\\.|\[[^\]]*\]|[^A-Za-z]`)
 // neverIs says why an attribute never has a value, and what to write. It returns
 // "" if it may have it.
 func neverIs(name, text string) string {
-	if canonicalParts[name] == nil || text == "" {
+	spell := canonicalParts[name]
+	if spell == nil || text == "" {
 		return ""
 	}
 	switch name {
@@ -239,7 +240,7 @@ func neverIs(name, text string) string {
 	case "request.path": // a path with its query may be anything
 		return ""
 	}
-	switch canonical, err := canonicalPart(name, text); {
+	switch canonical, err := spell(strings.TrimSpace(text)); {
 	case err != nil:
 		return fmt.Sprintf("%s is never %q: %v", name, text, err)
 	case canonical != text:
