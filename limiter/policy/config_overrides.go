@@ -2,7 +2,9 @@ package policy
 
 import (
 	"bufio"
+	"bytes"
 	"crypto/sha256"
+	"encoding/binary"
 	"encoding/csv"
 	"encoding/hex"
 	"errors"
@@ -131,14 +133,14 @@ func (lr *limitReader) readOverrides(d *draft) *overrides {
 	if d.overrides.Node != nil {
 		lr.readInline(d, o)
 	}
-	bytes := int64(0)
+	total := int64(0)
 	for _, n := range d.files {
 		pattern, ok := lr.text(n)
 		if !ok {
 			continue
 		}
 		for _, name := range lr.glob(n, pattern) {
-			lr.readOverridesFile(n, d, o, name, &bytes)
+			lr.readOverridesFile(n, d, o, name, &total)
 		}
 	}
 	return o
@@ -190,10 +192,9 @@ func (lr *limitReader) readInline(d *draft, o *overrides) {
 		if !good || tier == nil {
 			return
 		}
-		lr.addOverride(o.inline, d, parts, override{tier: tier, row: int32(index)},
-			func(_ int, format string, args ...any) {
-				lr.wrong(key, format, args...)
-			})
+		if _, err := d.addOverride(o.inline, parts, override{tier: tier, row: int32(index)}); err != nil {
+			lr.wrong(key, "%v", err)
+		}
 		if _, message := doubtfulPart(d, key, parts); message != "" {
 			lr.warn(key, "%s", message)
 		}
@@ -363,10 +364,43 @@ func (c *columns) of(a allowance) int {
 	return max(c.quota, c.plan)
 }
 
+// rowTiers finds the tiers of the rows of an overrides file. Most rows grant what an
+// earlier one does, in the same text, which is then not read again.
+type rowTiers struct {
+	lr    *limitReader
+	d     *draft
+	at    columns          // zero before the header row
+	known map[string]*tier // by the row's cells after the key, at most maxKnownTiers
+	cells []byte           // of the last row, each after its length
+}
+
+// maxKnownTiers bounds the memory of a file whose rows all differ.
+const maxKnownTiers = 1000
+
+// of returns the tier of a row. An error is about the cell with the index that is
+// returned.
+func (rt *rowTiers) of(row []string) (t *tier, cell int, err error) {
+	rt.cells = rt.cells[:0]
+	for _, c := range row[len(rt.d.key):] {
+		rt.cells = append(binary.AppendUvarint(rt.cells, uint64(len(c))), c...)
+	}
+	if t := rt.known[string(rt.cells)]; t != nil {
+		return t, 0, nil
+	}
+	granted := rt.at.allowance(row, rt.d)
+	if t, err = rt.lr.tierOf(granted); err != nil {
+		return nil, rt.at.of(granted), err
+	}
+	if len(rt.known) < maxKnownTiers {
+		rt.known[string(rt.cells)] = t
+	}
+	return t, 0, nil
+}
+
 // readOverridesFile reads a CSV file: a header row, then for each key a row
-// with the key's parts and what the header names. bytes is the total size of the
+// with the key's parts and what the header names. total is the size of the
 // limit's files so far.
-func (lr *limitReader) readOverridesFile(n node, d *draft, o *overrides, name string, bytes *int64) {
+func (lr *limitReader) readOverridesFile(n node, d *draft, o *overrides, name string, total *int64) {
 	file, err := limiter.OpenFile(name)
 	if err != nil {
 		lr.inputs.failed(name, err)
@@ -374,9 +408,14 @@ func (lr *limitReader) readOverridesFile(n node, d *draft, o *overrides, name st
 		return
 	}
 	defer func() { _ = file.Close() }()
-	limit := &io.LimitedReader{R: lr.inputs.teeReader(name, file), N: maxOverrideBytes - *bytes + 1}
-	defer func() { *bytes = maxOverrideBytes - limit.N + 1 }()
-	rows := csv.NewReader(skipBOM(limit))
+	limit := &io.LimitedReader{R: lr.inputs.teeReader(name, file), N: maxOverrideBytes - *total + 1}
+	defer func() { *total = maxOverrideBytes - limit.N + 1 }()
+	text := bufio.NewReaderSize(limit, 64<<10) // which csv.NewReader uses as it is
+	skipBOM(text)
+	if len(o.file) == 0 {
+		o.file = make(map[digest]override, estimateRows(text, file))
+	}
+	rows := csv.NewReader(text)
 	rows.ReuseRecord = true
 	rows.FieldsPerRecord = -1
 	o.files = append(o.files, name)
@@ -386,14 +425,14 @@ func (lr *limitReader) readOverridesFile(n node, d *draft, o *overrides, name st
 	wrong := func(line, column int, format string, args ...any) {
 		lr.add(Mistake{File: name, Line: line, Column: column, Field: n.field, Message: fmt.Sprintf(format, args...)})
 	}
-	const mostMistakes = 100 // of one file: a wrong column makes every row wrong
-	var at columns           // zero before the header row
+	const mostMistakes = 100   // of one file: a wrong column makes every row wrong
+	var syntax *csv.ParseError // here, so that not each row allocates it
+	tiers := rowTiers{lr: lr, d: d, known: make(map[string]*tier)}
 	for len(lr.mistakes)-before < mostMistakes {
 		row, err := rows.Read()
-		var syntax *csv.ParseError
 		switch {
 		case errors.Is(err, io.EOF):
-			if at.count == 0 {
+			if tiers.at.count == 0 {
 				wrong(1, 1, "empty file; want a header row such as key,rate,burst")
 			}
 			return
@@ -409,33 +448,32 @@ func (lr *limitReader) readOverridesFile(n node, d *draft, o *overrides, name st
 		}
 		line, _ := rows.FieldPos(0)
 		parts := len(d.key)
-		if at.count == 0 {
-			if at, err = readColumns(row, parts); err != nil {
+		if tiers.at.count == 0 {
+			if tiers.at, err = readColumns(row, parts); err != nil {
 				wrong(line, 1, "%v", err)
 				return
 			}
 			continue
 		}
-		if len(row) != at.count {
-			wrong(line, 1, "row of %d columns; want %d, as the header row has", len(row), at.count)
+		if len(row) != tiers.at.count {
+			wrong(line, 1, "row of %d columns; want %d, as the header row has", len(row), tiers.at.count)
 			continue
 		}
 		if len(o.file) >= maxOverrides {
 			wrong(line, 1, "more than %d overrides", maxOverrides)
 			return
 		}
-		granted := at.allowance(row, d)
-		tier, err := lr.tierOf(granted)
+		tier, cell, err := tiers.of(row)
 		if err != nil {
-			_, column := rows.FieldPos(at.of(granted))
+			_, column := rows.FieldPos(cell)
 			wrong(line, column, "%v", err)
 			continue
 		}
-		lr.addOverride(o.file, d, row[:parts], override{tier: tier, file: number, row: int32(line)},
-			func(part int, format string, args ...any) {
-				_, column := rows.FieldPos(part)
-				wrong(line, column, format, args...)
-			})
+		part, err := d.addOverride(o.file, row[:parts], override{tier: tier, file: number, row: int32(line)})
+		if err != nil {
+			_, column := rows.FieldPos(part)
+			wrong(line, column, "%v", err)
+		}
 		if part, message := doubtfulPart(d, n, row[:parts]); message != "" && len(lr.warnings) < maxMistakes {
 			_, column := rows.FieldPos(part)
 			lr.warnings = append(lr.warnings,
@@ -444,48 +482,51 @@ func (lr *limitReader) readOverridesFile(n node, d *draft, o *overrides, name st
 	}
 }
 
-// skipBOM returns r without a byte order mark.
-func skipBOM(r io.Reader) io.Reader {
-	b := bufio.NewReader(r)
+// skipBOM skips a byte order mark.
+func skipBOM(b *bufio.Reader) {
 	if mark, err := b.Peek(3); err == nil && len(withoutBOM(mark)) == 0 {
 		_, _ = b.Discard(len(mark))
 	}
-	return b
 }
 
-// addOverride adds an override to a table, or reports a mistake by wrong, with
-// the index of the part that is wrong.
-func (lr *limitReader) addOverride(table map[digest]override, d *draft, parts []string, row override,
-	wrong func(part int, format string, args ...any)) {
+// estimateRows returns how many rows a file has if all of it is like its start, which
+// b has read nothing of yet. The table of overrides then need not grow.
+func estimateRows(b *bufio.Reader, file *os.File) int {
+	info, err := file.Stat()
+	start, _ := b.Peek(b.Size()) // an error comes again
+	if err != nil || len(start) == 0 {
+		return 0
+	}
+	size, lines := min(info.Size(), maxOverrideBytes), int64(bytes.Count(start, []byte{'\n'}))
+	return int(min(size*lines/int64(len(start)), maxOverrides))
+}
+
+// addOverride adds an override of the limit to a table. An error is about the part
+// of the key with the index that is returned.
+func (d *draft) addOverride(table map[digest]override, parts []string, row override) (part int, err error) {
 	if len(parts) != len(d.key) {
-		wrong(0, "want %d parts, as the limit's key has, not %d", len(d.key), len(parts))
-		return
+		return 0, fmt.Errorf("want %d parts, as the limit's key has, not %d", len(d.key), len(parts))
 	}
 	for i, part := range parts {
 		if err := checkPart(part); err != nil {
-			wrong(i, "%v", err)
-			return
+			return i, err
 		}
 	}
 	if t := row.tier; d.cost.expression == nil && t.hasBucket() && d.cost.constant > t.holds() {
-		wrong(0, "the limit's cost of %d exceeds the %s of %d, so every request would be denied", d.cost.constant,
-			t.holder(), t.holds())
-		return
+		return 0, fmt.Errorf("the limit's cost of %d exceeds the %s of %d, so every request would be denied",
+			d.cost.constant, t.holder(), t.holds())
 	}
 	var digests [maxKeyParts]digest
 	for i, part := range parts {
-		var err error
 		if digests[i], err = d.key[i].digestOfPart(part); err != nil {
-			wrong(i, "%v", err)
-			return
+			return i, err
 		}
 	}
-	sum := digestOf(digests[:len(parts)])
-	if _, twice := table[sum]; twice {
-		wrong(0, "duplicate key; want one override for each key")
-		return
+	sum, before := digestOf(digests[:len(parts)]), len(table)
+	if table[sum] = row; len(table) == before { // one look-up, not two; the config is invalid
+		return 0, errors.New("duplicate key; want one override for each key")
 	}
 	d.enforces, d.shadows = d.enforces || row.tier.mode == "enforce", d.shadows || row.tier.mode == "shadow"
 	d.notes(row.tier)
-	table[sum] = row
+	return 0, nil
 }
