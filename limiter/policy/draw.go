@@ -45,6 +45,7 @@ func (c *Config) DrawInto(req *Request, buf []limiter.Charge) Draw {
 	}
 	d := drawing{Draw: Draw{Client: s.client}, subject: s, hasher: &c.hasher, buf: buf[:0]}
 	route := c.route(s.Context)
+	d.usual = min(4, len(c.rules)+len(route.limits))
 	d.addMistakes(route.mistakes...)
 	for i := range c.index.find(s, anyReading) {
 		if route.considers(i) {
@@ -67,6 +68,7 @@ type drawing struct {
 	// groups has, of each group, the limit that applies. It is the first one.
 	groups []*rule
 	buf    []limiter.Charge // the memory of Charges
+	usual  int              // for how many Charges to make room at first; hardly a request has more
 }
 
 func (d *drawing) addMistakes(mistakes ...*RuleError) {
@@ -132,7 +134,7 @@ func (d *drawing) consider(r *rule) finding {
 	default:
 		if d.Charges == nil {
 			if d.Charges = d.buf; d.Charges == nil {
-				d.Charges = make([]limiter.Charge, 0, 4) // most requests have at most four charges
+				d.Charges = make([]limiter.Charge, 0, d.usual)
 			}
 		}
 		d.charge(r, &f, r.limitOf(f.tier), f.tier.bucket)
