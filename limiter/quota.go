@@ -135,6 +135,7 @@ func (s state) nextQuota(b Bucket, w window, now int64) (n state, moved bool, ex
 	if more := b.burst - n.shape.burst; more > 0 {
 		n.level.tokens += more
 		n.shape.burst = b.burst
+		moved = true // whatever the take's guess of the window was
 	}
 	return n, moved, expired
 }

@@ -4,9 +4,11 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -358,4 +360,203 @@ func TestReadOnlyQuota(t *testing.T) {
 			}
 		}
 	}
+}
+
+// On a cluster a quota and a rate of one limit share a slot, and quotas of several
+// keys are taken from together, whatever slots they are in.
+func TestQuotasOnACluster(t *testing.T) {
+	r := newClusterStore(t, redistest.StartCluster(t, 3))
+	k, month := taker{t, r}, calendar(t, Month, "", "")
+	rate, quotas := keyed(bucket(t, 1, day, 5), "api", "one"), keyed(quota(t, 10, month), "api/quota", "one")
+	other, third := keyed(quota(t, 3, month), "other", "two"), keyed(bucket(t, 1, day, 100), "third", "three")
+	until := func(v Verdict, c Charge) time.Duration {
+		return time.Duration(c.Bucket.Calendar().window(v.at).end-v.at) * time.Microsecond
+	}
+	for i, want := range []struct {
+		charges []Charge
+		left    []int64
+		denies  int // the index of the charge that denies, or -1
+	}{
+		{[]Charge{rate, quotas}, []int64{4, 9}, -1},
+		{[]Charge{rate, quotas, other}, []int64{3, 8, 2}, -1},
+		{[]Charge{other.costs(2), third, quotas}, []int64{0, 99, 7}, -1},
+		{[]Charge{third, quotas, other}, []int64{99, 7, 0}, 2},
+		{[]Charge{rate.costs(4), quotas.costs(2)}, []int64{3, 7}, 0},
+		{[]Charge{third, quotas}, []int64{98, 6}, -1},
+		{[]Charge{other.of(quota(t, 5, month)), rate}, []int64{1, 2}, -1},
+	} {
+		for j, v := range k.take(want.charges...) {
+			if c := want.charges[j]; v.Allowed != (j != want.denies) || v.Remaining != want.left[j] ||
+				c.Bucket.IsQuota() && !v.Allowed && v.RetryAfter != until(v, c) {
+				t.Errorf("take %d of %s: %+v", i, c.Key, v)
+			}
+		}
+	}
+	var granted atomic.Int64
+	var wg sync.WaitGroup
+	a, b := keyed(quota(t, 300, month), "a", "four"), keyed(quota(t, 200, month), "b", "five")
+	for range 32 {
+		wg.Go(func() {
+			verdicts := make([]Verdict, 2)
+			for range 15 {
+				if r.Take(t.Context(), []Charge{a, b}, verdicts); verdicts[0].Allowed && verdicts[1].Allowed {
+					granted.Add(1)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if n := granted.Load(); n > 200 || n < 190 {
+		t.Errorf("%d took from both, of 300 and 200", n)
+	}
+	v := k.take(b.costs(0))[0]
+	if v.Remaining != 200-granted.Load() {
+		t.Errorf("%d took, and %d are left", granted.Load(), v.Remaining)
+	}
+}
+
+// A raised N is stored by the take that raises it, whether it is granted and whether
+// its guess of the window was right: settlements count with the largest N of the
+// window.
+func TestRaisedQuotaIsStored(t *testing.T) {
+	hourly := calendar(t, Hour, "", "")
+	few, many := quota(t, 8, hourly), quota(t, 254, hourly)
+	eachStore(t, func(t *testing.T, s Store, clock *testClock) {
+		k := taker{t, s}
+		a, never := charge(few, "a").holdsFor(time.Hour), charge(few, "never").costs(9)
+		clock.setTo("2026-02-10T13:30:00Z")
+		hold := k.hold(a)
+		clock.setTo("2026-02-10T12:30:00Z") // back: the guess is wrong, and the state is stored
+		k.want("ok 253, no 8 retry "+Never.String(), a.of(many).costs(19), never)
+		if got := k.settle(a, hold, 264); got.Surcharged != 263 || got.Forgiven != 0 {
+			t.Errorf("%+v", got)
+		}
+	})
+}
+
+// The value of a quota takes at most 120 bytes of Redis's memory, and is kept until
+// its window ends and no longer than a minute more. So does one that sidecars count in
+// two calendars.
+func TestQuotaInRedis(t *testing.T) {
+	server := redistest.Start(t)
+	client, ctx := server.Client(), t.Context()
+	k := taker{t, newTestRedis(t, server, serverClock)}
+	const object = 16 // bytes of an integer's, which the value replaces
+	for _, unit := range []Unit{Hour, Day, Week, Month, Year} {
+		t.Run(unit.String(), func(t *testing.T) {
+			c, india := calendar(t, unit, "Europe/Berlin", ""), calendar(t, unit, "Asia/Kolkata", "")
+			a := charge(quota(t, MaxTokens, c), "per-tenant-"+unit.String())
+			if err := client.Set(ctx, a.Key, 1<<40, time.Hour).Err(); err != nil {
+				t.Fatal(err)
+			}
+			without, err := client.MemoryUsage(ctx, a.Key).Result()
+			if err != nil {
+				t.Fatal(err)
+			}
+			client.Del(ctx, a.Key)
+			for _, take := range []struct {
+				name string
+				Charge
+			}{
+				{"the first", a.costs(7)},
+				{"of a lower N", a.of(quota(t, MaxTokens/2, c))},
+				{"denied", a.costs(MaxTokens)},
+				{"of another calendar", a.of(quota(t, 10, india))},
+			} {
+				v := k.take(take.Charge)[0]
+				ends := c.window(v.at).end
+				if take.Bucket.Calendar() == india {
+					ends = max(ends, india.window(v.at).end)
+				}
+				expires, err := client.PExpireTime(ctx, a.Key).Result()
+				if over := expires - time.Duration(ends)*time.Microsecond; err != nil || over < 0 || over > time.Minute {
+					t.Errorf("%s: expires %v after its window ends (%v)", take.name, over, err)
+				}
+				whole, err := client.MemoryUsage(ctx, a.Key).Result()
+				if err != nil || whole-without+object > 120 {
+					t.Errorf("%s: the value takes %d bytes of %d (%v)", take.name, whole-without+object, whole, err)
+				}
+			}
+		})
+	}
+}
+
+// Batches that mix quotas and rates of a few keys answer each take as if it were
+// alone: the guesses of a batch's windows are each take's own, and each bucket
+// gives what it has.
+func TestBatchesOfQuotasAndRates(t *testing.T) {
+	server := redistest.Start(t)
+	hourly, kathmandu := calendar(t, Hour, "", ""), calendar(t, Month, "Asia/Kathmandu", "")
+	shapes := []Bucket{
+		quota(t, 400, hourly), bucket(t, 1, day, 300), quota(t, 500, kathmandu), bucket(t, 1, 30*day, 350), quota(t, 250, hourly),
+	}
+	var all []Charge
+	for i, b := range shapes {
+		all = append(all, charge(b, fmt.Sprint("mixed-", i)))
+	}
+	clock := &testClock{t: t, client: server.Client()}
+	clock.setTo("2026-02-28T18:10:00Z") // five minutes before Kathmandu's March
+	sidecars := make([]*Redis, 3)
+	for i, off := range []time.Duration{-10 * time.Minute, 0, 10 * time.Minute} {
+		sidecars[i] = newTestRedis(t, server, keyClock)
+		sidecars[i].wall = func() int64 { return clock.now() + off.Microseconds() }
+	}
+	// window plays takes of all callers at one instant, and compares what is left of
+	// each bucket with what was granted.
+	window := func(before []int64) (left []int64) {
+		taken := make([]atomic.Int64, len(all))
+		var wg sync.WaitGroup
+		for caller := range 24 {
+			wg.Go(func() {
+				random := rand.New(rand.NewPCG(uint64(caller), uint64(before[0])))
+				for range redistest.Scaled(60, 600) {
+					order := random.Perm(len(all))[:1+random.IntN(len(all))]
+					charges, verdicts := make([]Charge, len(order)), make([]Verdict, len(order))
+					for i, b := range order {
+						charges[i] = all[b]
+					}
+					sidecars[caller%3].Take(t.Context(), charges, verdicts)
+					allowed := true
+					for i, v := range verdicts {
+						if v.Err != nil || !v.Known() {
+							t.Errorf("%s: %+v", charges[i].Key, v)
+							return
+						}
+						allowed = allowed && v.Allowed
+					}
+					for _, b := range order {
+						if allowed {
+							taken[b].Add(1)
+						}
+					}
+				}
+			})
+		}
+		wg.Wait()
+		for i, v := range (taker{t, sidecars[1]}).take(zeroCosts(all)...) {
+			if left = append(left, v.Remaining); v.Remaining < 0 || v.Remaining != before[i]-taken[i].Load() {
+				t.Errorf("bucket %d: of %d were taken %d, and %d are left", i, before[i], taken[i].Load(), v.Remaining)
+			}
+		}
+		return left
+	}
+	left := window([]int64{400, 300, 500, 350, 250})
+	if left[4] != 0 {
+		t.Errorf("%v are left: this says little", left)
+	}
+	clock.setTo("2026-02-28T18:15:00Z") // Kathmandu's March is UTC's same hour
+	left[2] = 500
+	left = window(left)
+	clock.setTo("2026-02-28T19:00:00Z")
+	left[0], left[4] = 400, 250
+	window(left)
+}
+
+// zeroCosts returns the charges with a cost of 0.
+func zeroCosts(charges []Charge) []Charge {
+	all := slices.Clone(charges)
+	for i := range all {
+		all[i].Cost = 0
+	}
+	return all
 }

@@ -456,7 +456,7 @@ local function quotas()
       q, level = new, left
     end
     if burst > q.most then
-      level, q.most = level + burst - q.most, burst
+      level, q.most, moved = level + burst - q.most, burst, true
     end
     return level, q, moved, expired
   end
