@@ -225,3 +225,31 @@ limits:
 		})
 	}
 }
+
+// TestBacktestQuota checks that backtest names a quota and its share, over a month's
+// end.
+func TestBacktestQuota(t *testing.T) {
+	config := file(t, "sluice.yaml", "limits: [{name: api, key: client.ip, rate: 10/s, burst: 10, quota: 2/month}]\n")
+	night := accessLine(0, "192.0.2.1", "/") // of 1 March
+	day := strings.ReplaceAll(night, "01/Mar/2026:10", "28/Feb/2026:23")
+	log := file(t, "access.log", strings.Repeat(day, 5)+strings.Repeat(night, 3))
+	status, stdout, stderr := sluice(t, nil, "backtest", "--config", config, "-o", "json", "--max-limited", "50%", log)
+	var r struct {
+		Requests, Limited int
+		Limits            []struct {
+			Name, Rate string
+			Limited    int
+		}
+	}
+	if err := json.Unmarshal([]byte(stdout), &r); err != nil || status != 0 || stderr != "" || len(r.Limits) != 2 {
+		t.Fatalf("%d %s%v\n%s", status, stderr, err, stdout)
+	}
+	if q := r.Limits[1]; r.Requests != 8 || r.Limited != 4 || q.Name != "api/quota" || q.Rate != "2/month" || q.Limited != 4 ||
+		r.Limits[0].Limited != 0 {
+		t.Errorf("%s", stdout)
+	}
+	if status, stdout, stderr = sluice(t, nil, "backtest", "--config", config, "--max-limited", "49%", log); status != 1 ||
+		!strings.Contains(stdout, "api/quota") || !strings.HasPrefix(stderr, "sluice: 4 of 8 requests would be denied, 50%") {
+		t.Errorf("%d %s%s", status, stderr, stdout)
+	}
+}

@@ -92,6 +92,45 @@ func TestAllOrNone(t *testing.T) {
 	}
 }
 
+// TestQuota checks over a month's end that each window has its own tokens, by the
+// quota's time zone, that a rate and a quota draw together or not at all, and that
+// nothing is suggested for a quota.
+func TestQuota(t *testing.T) {
+	const endOfNovember = 17 * 86400 // after the midnight of 14 November
+	var log strings.Builder
+	for _, seconds := range []int{-7200, -7100, -7000, -3600, -1800, -1, 0, 1, 1800, 3600} {
+		log.WriteString(at(endOfNovember+seconds, "192.0.2.1", "/"))
+	}
+	log.WriteString(at(endOfNovember, "192.0.2.2", "/"))
+	for _, tt := range []struct {
+		limits string
+		want   string // each limit's name, and how many of its requests were limited
+	}{
+		{"{name: api, key: client.ip, quota: 4/month}", "api 2"},
+		{"{name: api, key: client.ip, quota: 4/month, time_zone: Europe/Berlin}", "api 3"},
+		{"{name: api, key: client.ip, quota: 2/hour}", "api 3"},
+		{"{name: api, key: client.ip, quota: 5/month, rate: 1/h, burst: 2}", "api 5, api/quota 0"},
+		{"{name: api, key: client.ip, quota: 1/month, rate: 1/h, burst: 2}", "api 0, api/quota 8"},
+		{"{name: api, key: client.ip, quota: 1/month, mode: shadow}", "api 8"},
+	} {
+		r := play(t, Options{Suggest: true}, "limits: ["+tt.limits+"]", log.String())
+		var got []string
+		sum := int64(0)
+		for _, l := range r.Limits {
+			got = append(got, fmt.Sprint(l.Name, " ", l.Limited))
+			if l.Mode != "shadow" {
+				sum += l.Limited
+			}
+			if l.Requests != 11 || l.Keys != 2 || (l.Suggest != nil) != (l.Rate == "1/h") {
+				t.Errorf("%s: %+v", tt.limits, l)
+			}
+		}
+		if text := strings.Join(got, ", "); text != tt.want || r.Requests != 11 || r.Limited != sum {
+			t.Errorf("%s: %s and %d of %d in all, want %s", tt.limits, text, r.Limited, r.Requests, tt.want)
+		}
+	}
+}
+
 // TestOrder checks that logs are merged, that lines within a minute are put in
 // order, and that the zone counts.
 func TestOrder(t *testing.T) {
