@@ -218,7 +218,8 @@ func (s *Server) ended(entry *logdatav3.HTTPAccessLogEntry) {
 		}
 		s.settling.add(&ending{
 			Settlement: limiter.Settlement{
-				Limit: &limiter.Limit{Domain: h.domain, Name: h.limit}, Key: h.key, Hold: h.hold, Cost: cost,
+				Limit: &limiter.Limit{Domain: h.domain, Name: config.LimitOfKey(h.limit)}, Key: h.key, Hold: h.hold,
+				Cost: cost,
 			},
 			isMistake: err != nil, check: check, began: now,
 		})

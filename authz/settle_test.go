@@ -225,6 +225,21 @@ func TestSettleShadow(t *testing.T) {
 	s.counts("sluice_settlements_total", "shadow returned", 1)
 }
 
+// A quota settles, alone, beside a rate, and where only some keys have it.
+func TestSettleQuota(t *testing.T) {
+	s := newSettlingServer(t, `limits:
+  - {name: alone, quota: 1000/year, cost: 3, settle: 1}
+  - {name: both, rate: 5/h, quota: 1000/year, cost: 3, settle: 1}
+  - {name: some, key: request.method, rate: 5/h, cost: 3, settle: 1, overrides: [{key: GET, quota: 1000/year}]}
+`)
+	s.end(s.check(), 200, nil)
+	for _, limit := range []string{"alone", "both", "both/quota", "some"} {
+		s.counts("sluice_tokens_returned_total", limit, 2)
+		s.counts("sluice_settlements_total", limit+" returned", 1)
+	}
+	s.counts("sluice_settlements_total", "_other returned", 0)
+}
+
 // Another filter may put something else into metadata under the same key.
 func TestSettleBesideOtherMetadata(t *testing.T) {
 	s := newSettlingServer(t, settlingLimits)

@@ -98,6 +98,16 @@ func (c *Config) ruleOf(name string) *rule {
 	return c.rules[i]
 }
 
+// LimitOfKey returns the name of the limit whose buckets have a name in their Redis
+// keys. It is the same, except for quotas: in keys they have a suffix, and the limit
+// has it only if it, or an override, has a rate and a quota.
+func (c *Config) LimitOfKey(name string) string {
+	if limit, isQuota := strings.CutSuffix(name, quotaSuffix); isQuota && c.ruleOf(name) == nil {
+		return limit
+	}
+	return name
+}
+
 // Has reports whether l is one of InEachMode. A route's limit is not, even if it
 // has the name of one.
 func (c *Config) Has(l *limiter.Limit) bool {

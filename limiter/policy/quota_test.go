@@ -64,8 +64,9 @@ limits:
 			if charge.Cost != 2 || charge.HoldFor == 0 || !c.Has(charge.Limit) {
 				t.Errorf("%+v", charge)
 			}
-			if cost, err := c.Settle("default", charge.Limit.Name, &End{}, 2); cost != 1 || err != nil {
-				t.Errorf("%s costs %d (%v) in the end", charge.Limit.Name, cost, err)
+			name := strings.Split(charge.Key, ":")[2] // as a settlement has it
+			if cost, err := c.Settle("default", name, &End{}, 2); cost != 1 || err != nil || c.LimitOfKey(name) != charge.Limit.Name {
+				t.Errorf("%s costs %d (%v) in the end, of %s", name, cost, err, c.LimitOfKey(name))
 			}
 		}
 		var explained []string

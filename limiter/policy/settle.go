@@ -197,7 +197,7 @@ func (c *Config) settleReads(of func(*expression) []string) []string {
 // The error is a mistake of the config that this end reveals; it contains
 // nothing that the client sent. Settle is safe for concurrent use.
 func (c *Config) Settle(domain, limit string, end *End, taken int64) (cost int64, err error) {
-	r := c.ruleOf(limit)
+	r := c.ruleOf(c.LimitOfKey(limit))
 	if r == nil || r.settle == nil || r.limit.Domain != domain {
 		return taken, nil
 	}
