@@ -5,6 +5,7 @@ import (
 	"hash/maphash"
 	"runtime/debug"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -154,7 +155,7 @@ func (m *Memory) Take(_ context.Context, charges []Charge, verdicts []Verdict) {
 				m.overflow.mu.Lock()
 				shared = true
 			}
-			s.shard, s.key = &m.overflow, m.overflowKeyLocked(c.Limit, c.Bucket.IsQuota())
+			s.shard, s.key = &m.overflow, m.overflowKeyLocked(overflowOf(c.Limit, c.Key), c.Bucket.IsQuota())
 			stored, ok = s.shard.buckets[s.key]
 			m.shared.Inc()
 			m.sharedBefore.Add(1)
@@ -265,11 +266,17 @@ func (m *Memory) Settle(_ context.Context, settlements []Settlement, results []S
 		if results[i].Known {
 			continue
 		}
+		expired := results[i].Expired
 		m.overflow.mu.Lock()
-		shared := m.settleLocked(&m.overflow, m.overflowKeyLocked(s.Limit, false), s)
+		for _, key := range []string{overflowOf(s.Limit, s.Key), furtherLimits, furtherQuotas} {
+			results[i] = m.settleLocked(&m.overflow, key, s)
+			expired += results[i].Expired
+			if results[i].Known {
+				break
+			}
+		}
 		m.overflow.mu.Unlock()
-		shared.Expired += results[i].Expired
-		results[i] = shared
+		results[i].Expired = expired
 	}
 }
 
@@ -334,10 +341,18 @@ func (m *Memory) release(entries int, bytes int64) {
 // their own.
 const furtherLimits, furtherQuotas = "", "quotas"
 
-// overflowKeyLocked returns the key of the bucket that the new keys of a limit
-// share. If there are too many such buckets, it is one for all further limits.
-func (m *Memory) overflowKeyLocked(l *Limit, isQuota bool) string {
-	key := l.Domain + ":" + l.Name
+// overflowOf returns the key of the bucket that the new keys of a limit share: what
+// is before the braces of their own key, where quotas and rates differ.
+func overflowOf(l *Limit, key string) string {
+	if shared, _, ok := strings.Cut(key, ":{"); ok {
+		return shared
+	}
+	return l.Domain + ":" + l.Name
+}
+
+// overflowKeyLocked returns an overflow bucket's key. If there are too many such
+// buckets, it is that of one for all further limits.
+func (m *Memory) overflowKeyLocked(key string, isQuota bool) string {
 	if _, ok := m.overflow.buckets[key]; !ok && len(m.overflow.buckets) >= maxOverflow {
 		if isQuota {
 			return furtherQuotas

@@ -93,6 +93,33 @@ func TestMemoryIsBounded(t *testing.T) {
 	}
 }
 
+// The keys of one limit that have a quota share another bucket than those that have
+// a rate, and what it holds is settled by their keys.
+func TestOverflowOfQuotas(t *testing.T) {
+	m := newMemory("buckets", 0, (&testClock{t: t, at: begin}).now, nil, prometheus.NewRegistry())
+	calendar, err := NewCalendar(Month, "UTC", time.Time{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	monthly, err := NewQuota(1000, calendar)
+	if err != nil {
+		t.Fatal(err)
+	}
+	limit := &Limit{Domain: "d", Name: "one"}
+	rated := Charge{Limit: limit, Bucket: bucket(t, 1, time.Hour, 9), Key: "s:d:one:{a}", Cost: 1}
+	counted := Charge{Limit: limit, Bucket: monthly, Key: "s:d:one/quota:{b}", Cost: 5, HoldFor: time.Minute}
+	verdicts, settled := make([]Verdict, 2), make([]Settled, 1)
+	m.Take(t.Context(), []Charge{rated, counted}, verdicts)
+	m.Settle(t.Context(), []Settlement{{Limit: limit, Key: counted.Key, Hold: verdicts[1].Hold, Cost: 1}}, settled)
+	if !settled[0].Known || settled[0].Returned != 4 {
+		t.Errorf("settled %+v", settled[0])
+	}
+	m.Take(t.Context(), []Charge{rated, counted}, verdicts)
+	if verdicts[0].Remaining != 7 || verdicts[1].Remaining != 994 {
+		t.Errorf("%d and %d are left", verdicts[0].Remaining, verdicts[1].Remaining)
+	}
+}
+
 // A look, and a denied take of a full bucket, leave nothing behind.
 func TestMemoryKeepsNoFullBucket(t *testing.T) {
 	m := newMemory("buckets", 3*(entryOverhead+10), (&testClock{t: t, at: begin}).now, nil, prometheus.NewRegistry())
