@@ -351,6 +351,8 @@ func (c *columns) of(a allowance) int {
 		return c.plan
 	case a.rate != "" && err != nil:
 		return c.rate
+	case a.quota == "" && a.starts != "" && !a.startsInherited:
+		return c.starts
 	}
 	if _, err := quotaOf(a); err != nil && a.quota != "" {
 		if _, _, err := parseQuota(a.quota); err == nil && c.starts >= 0 {

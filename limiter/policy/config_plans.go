@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -57,20 +58,15 @@ func (cr *configReader) readPlan(name string, n node) {
 	case !g.isGiven():
 		cr.wrong(n, "missing rate or quota; a plan needs one of them, or both")
 	default:
-		if cr.readTier(g) != nil {
-			p.grants = allowance{rate: textOf(g.rate), burst: textOf(g.burst), quota: textOf(g.quota)}
+		if t := cr.readTier(g); t != nil {
+			p.grants = allowance{rate: t.rate, quota: t.quotaText}
+			if g.burst.Node != nil {
+				p.grants.burst = strconv.FormatInt(t.bucket.Burst(), 10)
+			}
 		}
 	}
 	p.isUsed = len(cr.mistakes) > before // nothing is warned of after a mistake
 	cr.plans[name] = p
-}
-
-// textOf returns the text of a scalar that was read before, or "" for no node.
-func textOf(n node) string {
-	if n.Node == nil {
-		return ""
-	}
-	return n.Node.GetToken().Value
 }
 
 // plannedTier returns the tier of the plan of an allowance.

@@ -133,6 +133,15 @@ limits:
 	}
 }
 
+// A plan may use variables of the environment.
+func TestPlanVariables(t *testing.T) {
+	c := parse(t, "{plans: {a: {rate: '${R:-7/s}', burst: '${B:-9}', quota: '${Q:-5/day}'}}, limits: [{name: l, plan: a}]}")
+	d := c.Draw(request(t, "GET h/"))
+	if len(d.Charges) != 2 || d.Charges[0].Bucket.Burst() != 9 || d.Charges[1].Bucket.Burst() != 5 {
+		t.Errorf("%+v", d)
+	}
+}
+
 // TestPlanColumns has rows of overrides files that are wrong.
 func TestPlanColumns(t *testing.T) {
 	for csv, want := range map[string]string{

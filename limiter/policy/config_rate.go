@@ -133,6 +133,9 @@ func (lr *limitReader) tierOf(a allowance) (*tier, error) {
 		return t, nil
 	}
 	rate, burst := a.rate, a.burst
+	if a.quota == "" && a.starts != "" && !a.startsInherited {
+		return nil, errors.New("starts has no effect without quota; an override replaces the limit's quota too")
+	}
 	if rate == "" && a.quota == "" {
 		return nil, errors.New("neither a rate, a quota nor a plan; an override needs one of them")
 	}

@@ -267,8 +267,8 @@ func (l *linter) warnOfReadable(d *draft) {
 	}
 }
 
-// secretWords are the words of a header's name by which it is likely to be a
-// secret.
+// secretWords are the words of the name of a header, a parameter or a cookie by which
+// it is likely to be a secret.
 var secretWords = []string{
 	"apikey", "auth", "authentication", "authorization", "bearer", "cookie", "credential", "credentials", "csrf", "jwt",
 	"key", "passphrase", "passwd", "password", "secret", "session", "sessionid", "signature", "token", "xsrf",
@@ -281,7 +281,7 @@ func (e *expression) secret() string {
 		return e.attribute
 	}
 	for _, r := range e.reads {
-		if r.attribute != "request.headers" {
+		if !slices.Contains([]string{"request.headers", requestParams, requestCookies}, r.attribute) {
 			continue
 		}
 		if r.entry == "" {

@@ -123,6 +123,7 @@ func TestQuotaColumns(t *testing.T) {
 		{"key,rate,quota\n10.0.0.1,,\n", `2:10: limits[0].overrides_file: neither a rate, a quota nor a plan; an override needs one of them`},
 		{"key,rate,burst,quota\n10.0.0.1,,7,5/day\n", `2:10: limits[0].overrides_file: burst 7 needs a rate; a quota is its own burst`},
 		{"key,rate,quota,starts\n10.0.0.1,,5/month,May\n", `2:19: limits[0].overrides_file: invalid starts "May"; want a date such as 2026-01-14`},
+		{"key,rate,starts\n10.0.0.1,5/m,2026-01-14\n", `2:14: limits[0].overrides_file: starts has no effect without quota; an override replaces the limit's quota too`},
 		{"key,rate\n10.0.0.1,5/month\n", `2:10: limits[0].overrides_file: invalid rate "5/month"; write quota: 5/month`},
 	} {
 		file := directory(t, "c.yaml", "limits: [{name: a, key: client.ip, rate: 1/s, overrides_file: m.csv}]\n", "m.csv", tt.rows)

@@ -884,7 +884,8 @@ function showExplanation(e, denial) {
           {},
           [
             l.reason,
-            l.applies ? "rate " + l.rate : "",
+            l.applies ? (l.quota !== null ? "quota " + l.quota : "rate " + l.rate) : "",
+            l.applies && l.plan !== null ? "plan " + l.plan : "",
             l.settle !== null ? "settle " + l.settle : "",
             l.lease !== null ? "lease " + l.lease : "",
             l.retry_after !== null ? `retry in ${l.retry_after} s` : "",
