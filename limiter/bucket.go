@@ -12,12 +12,12 @@ const (
 	MaxTokens = 1_000_000_000          // of a rate and of a burst
 	minPeriod = time.Microsecond       // of a rate; periods are whole microseconds
 	maxPeriod = 366 * 24 * time.Hour   // of a rate
-	maxFill   = 36525 * 24 * time.Hour // 100 years, from empty to full
+	MaxFill   = 36525 * 24 * time.Hour // 100 years, from empty to full
 )
 
 // maxWait is how long a bucket takes at most from a debt of one burst until it is
 // full. Only a debt that a larger or faster shape has left could take longer.
-const maxWait = 2 * maxFill
+const maxWait = 2 * MaxFill
 
 // Never is the wait for more tokens than a bucket can hold.
 const Never = time.Duration(1<<63 - 1)
@@ -65,9 +65,9 @@ func NewBucket(tokens int64, period time.Duration, burst int64) (Bucket, error) 
 		n, p = n*k, p*k
 	}
 	b := Bucket{n: n, p: p, burst: burst}
-	// The product passes 2^64 long after it passes maxFill, so compare it as a
+	// The product passes 2^64 long after it passes MaxFill, so compare it as a
 	// float.
-	if float64(burst)*float64(p)/float64(n) > float64(maxFill.Microseconds()) {
+	if float64(burst)*float64(p)/float64(n) > float64(MaxFill.Microseconds()) {
 		return Bucket{}, fmt.Errorf("a burst of %d at %d tokens each %v takes longer than 100 years to fill", burst, tokens,
 			period)
 	}
@@ -122,9 +122,9 @@ type level struct {
 func (b Bucket) full() level { return level{tokens: b.burst} }
 
 // fillFrom is about how many microseconds the bucket takes to be full from so
-// many tokens, at most maxFill. The script computes the same number.
+// many tokens, at most MaxFill. The script computes the same number.
 func (b Bucket) fillFrom(tokens int64) float64 {
-	return min(float64(max(0, b.burst-tokens))*float64(b.p)/float64(b.n), float64(maxFill.Microseconds()))
+	return min(float64(max(0, b.burst-tokens))*float64(b.p)/float64(b.n), float64(MaxFill.Microseconds()))
 }
 
 // refill returns l after elapsed microseconds (at least 0): refilled, but to at

@@ -56,7 +56,7 @@ func (c *Config) Bucket(name BucketName) (Bucket, error) {
 			cmp.Or(strings.Join(names, ", "), "none"))
 	}
 	var key, shown []byte
-	tier := r.tier
+	var tier *tier // of the key's override
 	if name.Key != "" {
 		if err := r.checkKey(name.Key); err != nil {
 			return Bucket{}, err
@@ -72,6 +72,18 @@ func (c *Config) Bucket(name BucketName) (Bucket, error) {
 		if key, shown, tier, err = c.keyOf(r, name); err != nil {
 			return Bucket{}, err
 		}
+	}
+	isOwn := tier == nil
+	if isOwn {
+		tier = r.tier
+	}
+	if r.rateFrom != nil && isOwn && !tier.hasBucket() {
+		// Requests that bring a rate have a bucket, of at most this shape.
+		most, err := r.rateFrom.tierOf(broughtRate{tokens: r.rateFrom.tokens, period: r.rateFrom.period}, r.tier)
+		if err != nil {
+			return Bucket{}, err
+		}
+		most.rate, tier = r.rateFrom.max, most
 	}
 	switch {
 	case tier.unlimited:
@@ -167,7 +179,7 @@ func (h *hasher) digestOfKey(key string) (sum digest, ok bool) {
 }
 
 // keyOf returns the key that requests with a name's parts have, as in Redis and as
-// people see it, and its tier.
+// people see it, and the tier of the key's override; nil if it has none.
 func (c *Config) keyOf(r *rule, name BucketName) (key, shown []byte, t *tier, err error) {
 	parts := name.Parts
 	if name.Absent && len(parts) == 0 {
@@ -179,7 +191,7 @@ func (c *Config) keyOf(r *rule, name BucketName) (key, shown []byte, t *tier, er
 	case len(r.key) == 0 && name.Absent:
 		return nil, nil, nil, fmt.Errorf("limit %s has no key, so none can be absent", r.limit.Name)
 	case len(r.key) == 0:
-		return []byte(noKey), []byte(noKey), r.tier, nil
+		return []byte(noKey), []byte(noKey), nil, nil
 	}
 	standIn := ""
 	if name.Absent {
@@ -212,7 +224,7 @@ func (c *Config) keyOf(r *rule, name BucketName) (key, shown []byte, t *tier, er
 			return key, shown, o.tier, nil
 		}
 	}
-	return key, shown, r.tier, nil
+	return key, shown, nil, nil
 }
 
 // standIn returns what replaces an absent part in the limit's keys.

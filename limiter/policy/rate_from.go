@@ -145,8 +145,16 @@ func (r *rateFrom) tierOf(b broughtRate, own *tier) (*tier, error) {
 	if burst == 0 {
 		burst = min(b.tokens, r.tokens)
 	}
-	bucket, err := limiter.NewBucket(b.tokens, b.period, burst)
-	if err != nil { // too slow, or with a period that no rate has
+	tokens, period := b.tokens, b.period
+	if n := (tokens-1)/limiter.MaxTokens + 1; n > 1 { // more than a rate has: as many in less time
+		tokens, period = tokens/n, (period/time.Duration(n)).Truncate(time.Microsecond)+time.Microsecond
+	}
+	// A rate that is slow for the burst fills as much of it as it can.
+	if fills := .999999 * float64(limiter.MaxFill) / float64(period) * float64(tokens); float64(burst) > fills {
+		burst = max(1, int64(fills))
+	}
+	bucket, err := limiter.NewBucket(tokens, period, burst)
+	if err != nil { // with a period that no rate has
 		return nil, errNoRate
 	}
 	return &tier{bucket: bucket, quota: own.quota, quotaText: own.quotaText}, nil

@@ -103,6 +103,45 @@ local_share: 0.5
 	}
 }
 
+// TestRateFromExtremes brings rates that no limit may have, as its bucket would take
+// longer than 100 years to fill, or for their many tokens.
+func TestRateFromExtremes(t *testing.T) {
+	c := parse(t, `limits:
+  - {name: slow, key: client.ip, rate: 60/m, burst: 100000, rate_from: 'request.headers["rate"]', max_rate: 10000/m}
+  - {name: fast, key: client.ip, rate: 60/d, rate_from: 'request.headers["rate"]', max_rate: 1000000/s}
+`)
+	for rate, want := range map[string]string{
+		"1/d":          "36524 1",
+		"2000000000/d": "100000 1000000",
+		"3000000001/d": "100000 1000000",
+	} {
+		d := c.Draw(request(t, "GET h/ with rate="+rate))
+		if len(d.Charges) != 2 {
+			t.Errorf("%s: %+v", rate, d)
+			continue
+		}
+		if got := fmt.Sprint(d.Charges[0].Bucket.Burst(), " ", d.Charges[1].Bucket.Burst()); got != want {
+			t.Errorf("%s: bursts of %s, want %s", rate, got, want)
+		}
+	}
+}
+
+// TestBucketOfRateFrom finds the bucket of a limit that has one only for requests
+// that bring a rate.
+func TestBucketOfRateFrom(t *testing.T) {
+	for _, rate := range []string{"none", "unlimited"} {
+		c := parse(t, `{limits: [{name: a, key: client.ip, rate: `+rate+
+			`, rate_from: 'request.headers["rate"]', max_rate: 100/m, overrides: [{key: 10.0.0.1, rate: none}]}]}`)
+		b, err := c.Bucket(BucketName{Limit: "a", Parts: []string{"10.0.0.2"}})
+		if err != nil || b.Rate != "100/m" || b.Charge.Bucket.Burst() != 100 {
+			t.Errorf("%s: %+v, %v", rate, b, err)
+		}
+		if _, err := c.Bucket(BucketName{Limit: "a", Parts: []string{"10.0.0.1"}}); err == nil {
+			t.Errorf("%s: an override with the rate none has a bucket", rate)
+		}
+	}
+}
+
 // FuzzRateFrom checks that no rate that a request brings is above
 // max_rate, in tokens for each period and in burst.
 func FuzzRateFrom(f *testing.F) {
