@@ -219,7 +219,7 @@ func (cr *configReader) readFile(root node) {
 			cr.mapping(n, map[string]func(node){"redis": cr.readRedis})
 		},
 		"routes":      cr.readRoutes,
-		"mode":        func(n node) { cr.oneOf(n, &cr.mode, "enforce", "shadow") },
+		"mode":        func(n node) { cr.oneOf(n, &cr.mode, modes...) },
 		"on_failure":  func(n node) { cr.onFailureAt = n; cr.readOnFailure(n, &cr.onFailure) },
 		"local_share": cr.readLocalShare,
 		"failure_status": func(n node) {

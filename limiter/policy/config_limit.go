@@ -135,7 +135,7 @@ func (lr *limitReader) readLimit(n node, d *draft) bool {
 		"readable":   func(n node) { d.readableAt = n; lr.boolean(n, &d.readable) },
 		"group":      lr.checked(&d.group, checkName),
 		"domain":     lr.checked(&d.domain, checkDomain),
-		"mode":       func(n node) { lr.oneOf(n, &d.mode, "enforce", "shadow") },
+		"mode":       func(n node) { lr.oneOf(n, &d.mode, modes...) },
 		"on_failure": func(n node) { d.onFailureAt = n; lr.readOnFailure(n, &d.onFailure) },
 		"overrides":  func(n node) { d.overrides = n },
 	}
@@ -166,7 +166,7 @@ func (lr *limitReader) readLimit(n node, d *draft) bool {
 	case clean:
 		lr.wrong(node{n.Node, join(n.field, "rate")}, "missing; a limit needs a name, and a rate, a quota or a plan")
 	}
-	lr.readMaxRate(d, d.granted.burst)
+	lr.readMaxRate(d)
 	if t := d.tier; t != nil && t.unlimited && d.absent == absentDeny {
 		lr.wrong(d.granted.rate, "absent: deny needs a bucket, but the rate is unlimited; give a rate that is never reached")
 	} else if t != nil && t.hasBucket() && d.cost.expression == nil && d.cost.constant > t.holds() {
@@ -175,8 +175,11 @@ func (lr *limitReader) readLimit(n node, d *draft) bool {
 	}
 	hasBucket := d.tier == nil || d.tier.hasBucket() || d.rateFrom != nil
 	if d.settle != nil && !hasBucket {
-		lr.wrong(d.settleAt, "settle needs a bucket, but the rate is %s; %s", d.tier.rate,
-			map[bool]string{true: "remove settle", false: "give a rate that is never reached"}[d.tier.none])
+		mend := "give a rate that is never reached"
+		if d.tier.none {
+			mend = "remove settle"
+		}
+		lr.wrong(d.settleAt, "settle needs a bucket, but the rate is %s; %s", d.tier.rate, mend)
 	}
 	if d.settle == nil && d.withinAt.Node != nil {
 		lr.wrong(d.withinAt, "has no effect without settle")

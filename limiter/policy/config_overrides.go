@@ -165,7 +165,7 @@ func (lr *limitReader) readInline(d *draft, o *overrides) {
 			"plan":   func(n node) { granted.plan = n },
 			"quota":  func(n node) { granted.quota = n },
 			"starts": func(n node) { granted.startsAt = n; lr.checked(&granted.starts, checkStarts)(n) },
-			"mode":   func(n node) { lr.oneOf(n, &granted.mode, "enforce", "shadow") },
+			"mode":   func(n node) { lr.oneOf(n, &granted.mode, modes...) },
 		})
 		if !isMapping {
 			return
@@ -177,9 +177,6 @@ func (lr *limitReader) readInline(d *draft, o *overrides) {
 		case !granted.isGiven():
 			lr.wrong(n, "missing rate, quota or plan; an override needs one")
 			return
-		case granted.quota.Node == nil && granted.plan.Node == nil && granted.startsAt.Node != nil:
-			lr.wrong(granted.startsAt, "has no effect without quota; an override replaces the limit's quota too")
-			return
 		}
 		var parts []string
 		good := len(lr.mistakes) == before
@@ -189,6 +186,10 @@ func (lr *limitReader) readInline(d *draft, o *overrides) {
 			parts = append(parts, s)
 		})
 		tier := lr.readTier(granted)
+		if tier != nil && tier.quotaText == "" && granted.startsAt.Node != nil {
+			lr.wrongError(granted.startsAt, errNoQuota)
+			return
+		}
 		if !good || tier == nil {
 			return
 		}
@@ -288,82 +289,66 @@ func unescapeMeta(pattern string) string {
 // parts of the key, in any order.
 var overrideColumns = []string{"rate", "burst", "quota", "plan", "starts", "mode"}
 
-// columns says where the columns of an overrides file are: their indexes in a
-// row, or -1.
+// columns says where the columns of an overrides file are.
 type columns struct {
-	count                                  int
-	rate, burst, quota, plan, starts, mode int
+	count int
+	at    map[string]int // the index in a row of each of overrideColumns that there is
 }
 
 // readColumns reads the header row of an overrides file for keys of a number of
 // parts. The error says what to write instead.
 func readColumns(header []string, parts int) (columns, error) {
-	c := columns{count: len(header), rate: -1, burst: -1, quota: -1, plan: -1, starts: -1, mode: -1}
-	places := map[string]*int{
-		"rate": &c.rate, "burst": &c.burst, "quota": &c.quota, "plan": &c.plan, "starts": &c.starts, "mode": &c.mode,
-	}
+	c := columns{count: len(header), at: make(map[string]int)}
 	if len(header) <= parts {
 		return c, mendHeader(header, parts)
 	}
 	for i, cell := range header[parts:] {
-		at := places[strings.ToLower(strings.TrimSpace(cell))]
-		switch {
-		case at == nil:
+		name := strings.ToLower(strings.TrimSpace(cell))
+		if !slices.Contains(overrideColumns, name) {
 			return c, mendHeader(header, parts)
-		case *at >= 0:
-			return c, fmt.Errorf("two columns are named %s", strings.ToLower(strings.TrimSpace(cell)))
 		}
-		*at = parts + i
+		if _, twice := c.at[name]; twice {
+			return c, fmt.Errorf("two columns are named %s", name)
+		}
+		c.at[name] = parts + i
 	}
-	if c.rate < 0 && c.quota < 0 && c.plan < 0 {
+	if c.of("rate") < 0 {
 		return c, mendHeader(header, parts)
 	}
 	return c, nil
 }
 
-// allowance returns what a row of an overrides file of a limit grants.
-func (c *columns) allowance(row []string, d *draft) allowance {
-	cell := func(i int) string {
-		if i < 0 {
-			return ""
-		}
-		return strings.TrimSpace(row[i])
+// of returns the index of the column that a mistake in a field of an allowance is
+// about: that of the field, of the rate for a burst, or if there is none of another
+// one that says what is granted. It returns -1 if there is none of these.
+func (c *columns) of(field string) int {
+	if field == "burst" {
+		field = "rate"
 	}
-	a := allowance{
-		rate: cell(c.rate), burst: cell(c.burst), quota: cell(c.quota), plan: cell(c.plan), mode: cell(c.mode),
-	}
-	if a.starts = cell(c.starts); a.quota != "" || a.plan != "" {
-		a.zone = d.granted.zone
-		if a.starts == "" {
-			a.starts, a.startsInherited = d.granted.starts, true
+	for _, name := range []string{field, "rate", "quota", "plan"} {
+		if i, ok := c.at[name]; ok {
+			return i
 		}
 	}
-	return a
+	return -1
 }
 
-// of returns the index of the column that a mistake in a row is about.
-func (c *columns) of(a allowance) int {
-	_, _, err := parseRate(a.rate)
-	switch {
-	case checkMode(a.mode) != nil && (a.plan != "" || a.rate == "" || err == nil):
-		return c.mode
-	case a.plan != "":
-		return c.plan
-	case a.rate != "" && err != nil:
-		return c.rate
-	case a.quota == "" && a.starts != "" && !a.startsInherited:
-		return c.starts
-	}
-	if _, err := quotaOf(a); err != nil && a.quota != "" {
-		if _, _, err := parseQuota(a.quota); err == nil && c.starts >= 0 {
-			return c.starts
+// allowance returns what a row of an overrides file of a limit grants.
+func (c *columns) allowance(row []string, d *draft) allowance {
+	cell := func(name string) string {
+		if i, ok := c.at[name]; ok {
+			return strings.TrimSpace(row[i])
 		}
-		return c.quota
+		return ""
 	}
-	if c.rate >= 0 {
-		return c.rate
+	a := allowance{
+		rate: cell("rate"), burst: cell("burst"), quota: cell("quota"), plan: cell("plan"), mode: cell("mode"),
+		zone: d.granted.zone, starts: cell("starts"),
 	}
-	return max(c.quota, c.plan)
+	if a.starts == "" {
+		a.starts, a.startsInherited = d.granted.starts, true
+	}
+	return a
 }
 
 // rowTiers finds the tiers of the rows of an overrides file. Most rows grant what an
@@ -390,8 +375,12 @@ func (rt *rowTiers) of(row []string) (t *tier, cell int, err error) {
 		return t, 0, nil
 	}
 	granted := rt.at.allowance(row, rt.d)
-	if t, err = rt.lr.tierOf(granted); err != nil {
-		return nil, rt.at.of(granted), err
+	t, field, err := rt.lr.tierOf(granted)
+	if err == nil && t.quotaText == "" && !granted.startsInherited {
+		field, err = "starts", fmt.Errorf("starts %w", errNoQuota)
+	}
+	if err != nil {
+		return nil, rt.at.of(field), err
 	}
 	if len(rt.known) < maxKnownTiers {
 		rt.known[string(rt.cells)] = t

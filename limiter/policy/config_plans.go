@@ -69,32 +69,28 @@ func (cr *configReader) readPlan(name string, n node) {
 	cr.plans[name] = p
 }
 
-// plannedTier returns the tier of the plan of an allowance.
-func (lr *limitReader) plannedTier(a allowance) (*tier, error) {
+// plannedTier returns the tier of the plan of an allowance. An error is about the
+// field that is returned.
+func (lr *limitReader) plannedTier(a allowance) (t *tier, field string, err error) {
 	if a.rate != "" || a.burst != "" || a.quota != "" {
-		return nil, fmt.Errorf("plan %s gives the rate, the burst and the quota; remove these, or the plan", a.plan)
+		return nil, "plan", fmt.Errorf("plan %s gives the rate, the burst and the quota; remove these, or the plan", a.plan)
 	}
 	p := lr.plans[a.plan]
 	if p == nil {
-		return nil, lr.unknownPlan(a.plan)
+		return nil, "plan", lr.unknownPlan(a.plan)
 	}
 	if lr.inputs != nil { // a route's limit may be read while others use the plans
 		p.isUsed = true
 	}
 	b := p.grants
-	b.mode = a.mode
-	if b.quota != "" {
-		b.zone, b.starts, b.startsInherited = a.zone, a.starts, a.startsInherited
-	} else if a.starts != "" && !a.startsInherited {
-		return nil, fmt.Errorf("starts has no effect: plan %s has no quota", a.plan)
-	}
-	shared, err := lr.tierOf(b)
+	b.mode, b.zone, b.starts, b.startsInherited = a.mode, a.zone, a.starts, a.startsInherited
+	shared, field, err := lr.tierOf(b)
 	if err != nil {
-		return nil, err
+		return nil, field, err
 	}
-	t := *shared
-	t.plan = a.plan
-	return &t, nil
+	own := *shared
+	own.plan = a.plan
+	return &own, "", nil
 }
 
 // unknownPlan is the error about a name that no plan has.
@@ -116,32 +112,17 @@ func (lr *limitReader) unknownPlan(name string) error {
 	return a
 }
 
-// readPlanned returns the tier of the plan that is granted; nil after a mistake.
-func (lr *limitReader) readPlanned(g granted) *tier {
+// readPlanned returns the name of the plan that is granted, beside which nothing else
+// is.
+func (lr *limitReader) readPlanned(g granted) string {
 	name, ok := lr.text(g.plan)
-	if !ok {
-		return nil
-	}
 	for _, other := range []node{g.rate, g.burst, g.quota} {
-		if other.Node != nil {
+		if ok && other.Node != nil {
 			lr.wrong(other, "the plan gives the rate, the burst and the quota; remove this, or the plan")
-			return nil
+			break
 		}
 	}
-	a := allowance{plan: name, mode: g.mode, zone: g.zone, starts: g.inherited, startsInherited: true}
-	at := g.plan
-	if g.startsAt.Node != nil {
-		a.starts, a.startsInherited = g.starts, false
-		if p := lr.plans[name]; p != nil {
-			at = g.startsAt
-		}
-	}
-	t, err := lr.tierOf(a)
-	if err != nil {
-		lr.wrongError(at, err)
-		return nil
-	}
-	return t
+	return name
 }
 
 // warnOfPlans warns of plans that nothing uses.

@@ -120,10 +120,10 @@ limits:
 		}
 	}
 	for config, want := range map[string]string{
-		"{plans: {a: {quota: 5/day, burst: 3}}, limits: []}":   "plans.a.burst: burst needs a rate; a quota is its own burst",
+		"{plans: {a: {quota: 5/day, burst: 3}}, limits: []}":   "plans.a.burst: burst 3 needs a rate; a quota is its own burst",
 		"{plans: {a: {quota: 5/m}}, limits: []}":               `plans.a.quota: invalid quota "5/m"`,
 		"{plans: {a: {rate: none, quota: 5/day}}, limits: []}": "plans.a.rate: rate: none denies every request; omit quota",
-		"{plans: {a: {rate: 1/s}}, limits: [{name: l, key: client.ip, plan: a, overrides: [{key: 10.0.0.1, plan: a, starts: 2026-01-01}]}]}": "overrides[0].starts: starts has no effect: plan a has no quota",
+		"{plans: {a: {rate: 1/s}}, limits: [{name: l, key: client.ip, plan: a, overrides: [{key: 10.0.0.1, plan: a, starts: 2026-01-01}]}]}": "overrides[0].starts: has no effect without quota",
 		"{plans: {a: {rate: 1/s}}, limits: [{name: l, plan: a, quota: 5/day}]}":                                                              "limits[0].quota: the plan gives the rate, the burst and the quota; remove this, or the plan",
 	} {
 		_, err := Parse("c.yaml", []byte(config), env())

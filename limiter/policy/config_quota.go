@@ -14,24 +14,26 @@ import (
 // limit with a rate and a quota. A name has no slash itself.
 const quotaSuffix = "/quota"
 
-// quotaOf returns the bucket of an allowance's quota.
-func quotaOf(a allowance) (limiter.Bucket, error) {
+// quotaOf returns the bucket of an allowance's quota. An error is about the field
+// that is returned.
+func quotaOf(a allowance) (b limiter.Bucket, field string, err error) {
 	tokens, unit, err := parseQuota(a.quota)
 	if err != nil {
-		return limiter.Bucket{}, err
+		return b, "quota", err
 	}
 	starts, err := parseStarts(a.starts)
 	if err != nil {
-		return limiter.Bucket{}, err
+		return b, "starts", err
 	}
 	if a.startsInherited && unit < limiter.Week {
 		starts = time.Time{} // the limit's own quota has a longer unit
 	}
 	c, err := limiter.NewCalendar(unit, a.zone, starts)
 	if err != nil {
-		return limiter.Bucket{}, err
+		return b, "starts", err // the time zone was checked before
 	}
-	return limiter.NewQuota(tokens, c)
+	b, err = limiter.NewQuota(tokens, c)
+	return b, "quota", err
 }
 
 // parseStarts parses a date; empty is zero.
@@ -57,9 +59,12 @@ func parseQuota(s string) (tokens int64, unit limiter.Unit, err error) {
 	tokens, err = strconv.ParseInt(count, 10, 64)
 	if ok && err == nil && !strings.HasPrefix(count, "+") {
 		if unit, err = limiter.ParseUnit(name); err == nil {
-			if tokens < 1 || tokens > limiter.MaxTokens {
-				return 0, 0, fmt.Errorf("invalid quota %q; want 1 to %d tokens%s", s, limiter.MaxTokens,
-					map[bool]string{true: ", or rate: none to deny every request"}[tokens == 0])
+			switch {
+			case tokens == 0:
+				return 0, 0, fmt.Errorf("invalid quota %q; want 1 to %d tokens, or rate: none to deny every request", s,
+					limiter.MaxTokens)
+			case tokens < 0 || tokens > limiter.MaxTokens:
+				return 0, 0, fmt.Errorf("invalid quota %q; want 1 to %d tokens", s, limiter.MaxTokens)
 			}
 			return tokens, unit, nil
 		}

@@ -26,75 +26,65 @@ func (g *granted) isGiven() bool {
 	return g.rate.Node != nil || g.quota.Node != nil || g.plan.Node != nil
 }
 
+// at returns the node that a mistake in a field of an allowance is about.
+func (g *granted) at(field string) node {
+	named := map[string]node{"rate": g.rate, "burst": g.burst, "quota": g.quota, "plan": g.plan, "starts": g.startsAt}
+	for _, n := range []node{named[field], g.plan, g.rate} {
+		if n.Node != nil {
+			return n
+		}
+	}
+	return g.quota
+}
+
 // readTier reads what is granted, which is something. It returns nil after a
 // mistake.
 func (lr *limitReader) readTier(g granted) *tier {
+	before := len(lr.mistakes)
+	a := allowance{mode: g.mode, zone: g.zone, starts: g.inherited, startsInherited: true}
+	if g.startsAt.Node != nil {
+		a.starts, a.startsInherited = g.starts, false
+	}
 	if g.plan.Node != nil {
-		return lr.readPlanned(g)
+		a.plan = lr.readPlanned(g)
 	}
-	a := allowance{mode: g.mode}
 	if g.quota.Node != nil {
-		before := len(lr.mistakes)
-		a.zone, a.starts, a.startsInherited = g.zone, g.inherited, true
-		if g.startsAt.Node != nil {
-			a.starts, a.startsInherited = g.starts, false
-		}
-		if kind := describe(g.quota.Node); kind != "a string" && kind != "a number" {
-			lr.wrong(g.quota, "must be tokens/unit such as 100000/month, not %s", kind)
-		} else if a.quota, _ = lr.scalar(g.quota); len(lr.mistakes) == before {
-			if _, err := quotaOf(a); err != nil {
-				at := g.quota
-				if _, _, quotaErr := parseQuota(a.quota); quotaErr == nil && g.startsAt.Node != nil {
-					at = g.startsAt
-				}
-				lr.wrongError(at, err)
-			}
-		}
-		if len(lr.mistakes) > before {
-			return nil
-		}
+		a.quota = lr.readText(g.quota, "tokens/unit such as 100000/month")
 	}
-	if g.rate.Node == nil {
-		if g.burst.Node != nil {
-			lr.wrong(g.burst, "burst needs a rate; a quota is its own burst")
-			return nil
-		}
-		t, err := lr.tierOf(a)
-		if err != nil {
-			lr.wrongError(g.quota, err)
-		}
-		return t
+	if g.rate.Node != nil { // a number is reported as a rate without a period
+		a.rate = lr.readText(g.rate, "tokens/period such as 10/m")
 	}
-	rate, burst := g.rate, g.burst
-	if kind := describe(rate.Node); kind != "a string" && kind != "a number" {
-		lr.wrong(rate, "must be tokens/period such as 10/m, not %s", kind)
-		return nil
-	}
-	text, ok := lr.scalar(rate) // a number is reported as a rate without a period
-	if !ok {
-		return nil
-	}
-	burstText, at := "", rate
-	if burst.Node != nil {
+	if g.burst.Node != nil {
 		var v int64
-		before := len(lr.mistakes)
-		if lr.integer(burst, &v, 1, limiter.MaxTokens); len(lr.mistakes) > before {
-			lr.mistakes[before].Message += "; omit burst for as many tokens as the rate has"
-			return nil
+		others := len(lr.mistakes)
+		if lr.integer(g.burst, &v, 1, limiter.MaxTokens); len(lr.mistakes) > others {
+			lr.mistakes[others].Message += "; omit burst for as many tokens as the rate has"
 		}
-		burstText, at = strconv.FormatInt(v, 10), burst
+		a.burst = strconv.FormatInt(v, 10)
 	}
-	if _, _, err := parseRate(text); err != nil {
-		at = rate
+	if len(lr.mistakes) > before {
+		return nil
 	}
-	a.rate, a.burst = text, burstText
-	t, err := lr.tierOf(a)
+	t, field, err := lr.tierOf(a)
 	if err != nil {
-		lr.wrongError(at, err)
+		lr.wrongError(g.at(field), err)
 		return nil
 	}
 	return t
 }
+
+// readText reads a text, or a number, that is wanted as in want.
+func (lr *limitReader) readText(n node, want string) string {
+	if kind := describe(n.Node); kind != "a string" && kind != "a number" {
+		lr.wrong(n, "must be %s, not %s", want, kind)
+		return ""
+	}
+	text, _ := lr.scalar(n)
+	return text
+}
+
+// errNoQuota is the error about the starts of an override without a quota.
+var errNoQuota = errors.New("has no effect without quota; an override replaces the limit's quota too")
 
 // The rates of limits and overrides that have no bucket.
 const (
@@ -109,87 +99,92 @@ type allowance struct {
 	burst string // empty: the number of tokens of the rate
 	plan  string // name of a plan, instead of the rate, the burst and the quota; empty: none
 	mode  string // of an override; empty: the limit's
-	// quota is empty if there is none; zone is the time zone of it or of the plan's,
-	// and starts the day that it starts on. startsInherited says that starts is the limit's, and without
-	// effect on an override's quota each hour or day.
-	quota, zone, starts string
-	startsInherited     bool
+	quota string // empty: none
+	// zone is the time zone of the quota, also of the plan's, and starts the day that
+	// it starts on. startsInherited says that starts is the limit's, and without
+	// effect where there is no quota, or one for each hour or day.
+	zone, starts    string
+	startsInherited bool
 }
 
-// tierOf returns the tier of an allowance.
-func (lr *limitReader) tierOf(a allowance) (*tier, error) {
+// tierOf returns the tier of an allowance. An error is about the field of it that is
+// returned.
+func (lr *limitReader) tierOf(a allowance) (t *tier, field string, err error) {
 	if t := lr.tiers[a]; t != nil {
-		return t, nil
+		return t, "", nil
 	}
 	if a.plan != "" {
-		t, err := lr.plannedTier(a)
-		if err == nil {
-			err = checkMode(a.mode)
-		}
-		if err != nil {
-			return nil, err
-		}
-		lr.tiers[a] = t
-		return t, nil
+		t, field, err = lr.plannedTier(a)
+	} else {
+		t, field, err = newTier(a)
 	}
-	rate, burst := a.rate, a.burst
-	if a.quota == "" && a.starts != "" && !a.startsInherited {
-		return nil, errors.New("starts has no effect without quota; an override replaces the limit's quota too")
+	if err != nil {
+		return nil, field, err
 	}
-	if rate == "" && a.quota == "" {
-		return nil, errors.New("neither a rate, a quota nor a plan; an override needs one of them")
-	}
+	lr.tiers[a] = t
+	return t, "", nil
+}
+
+// newTier returns the tier of an allowance without a plan. An error is about the
+// field that is returned.
+func newTier(a allowance) (t *tier, field string, err error) {
 	var tokens int64
 	var period time.Duration
-	var err error
-	if rate != "" {
-		if tokens, period, err = parseRate(rate); err != nil {
-			return nil, err
+	switch {
+	case a.rate == "" && a.quota == "":
+		return nil, "rate", errors.New("neither a rate, a quota nor a plan; an override needs one of them")
+	case a.rate != "":
+		if tokens, period, err = parseRate(a.rate); err != nil {
+			return nil, "rate", err
 		}
 	}
 	if err := checkMode(a.mode); err != nil {
-		return nil, err
+		return nil, "mode", err
 	}
-	t := &tier{rate: rate, mode: a.mode, quotaText: a.quota}
 	var quota limiter.Bucket
 	if a.quota != "" {
-		if quota, err = quotaOf(a); err != nil {
-			return nil, err
+		if quota, field, err = quotaOf(a); err != nil {
+			return nil, field, err
 		}
-		t.quota = quota
 	}
+	t = &tier{rate: a.rate, mode: a.mode, quotaText: a.quota}
 	switch {
-	case rate == "" && burst != "":
-		return nil, fmt.Errorf("burst %s needs a rate; a quota is its own burst", burst)
-	case rate == "":
-		t.bucket, t.quota = quota, limiter.Bucket{}
-	case period == 0 && a.quota != "" && rate == noneRate:
-		return nil, errors.New("rate: none denies every request; omit quota")
-	case period == 0 && a.quota != "":
-		return nil, errors.New("rate: unlimited has no effect beside a quota; omit rate")
-	case period == 0 && burst != "":
-		return nil, fmt.Errorf("burst %s needs a bucket, but the rate is %s; omit burst", burst, rate)
+	case a.rate == "" && a.burst != "":
+		return nil, "burst", fmt.Errorf("burst %s needs a rate; a quota is its own burst", a.burst)
+	case a.rate == "":
+		t.bucket = quota
+		return t, "", nil
+	case a.rate == noneRate && a.quota != "":
+		return nil, "rate", errors.New("rate: none denies every request; omit quota")
+	case a.rate == unlimitedRate && a.quota != "":
+		return nil, "rate", errors.New("rate: unlimited has no effect beside a quota; omit rate")
+	case period == 0 && a.burst != "":
+		return nil, "burst", fmt.Errorf("burst %s needs a bucket, but the rate is %s; omit burst", a.burst, a.rate)
 	case period == 0:
-		t.unlimited, t.none = rate == unlimitedRate, rate == noneRate
-	default:
-		size := tokens
-		if burst != "" {
-			if size, err = strconv.ParseInt(burst, 10, 64); err != nil || burst[0] == '+' {
-				return nil, fmt.Errorf("invalid burst %q; want a whole number from 1 to %d", burst, limiter.MaxTokens)
-			}
-		}
-		if t.bucket, err = limiter.NewBucket(tokens, period, size); err != nil {
-			return nil, err
+		t.unlimited, t.none = a.rate == unlimitedRate, a.rate == noneRate
+		return t, "", nil
+	}
+	size, field := tokens, "rate"
+	if a.burst != "" {
+		field = "burst"
+		if size, err = strconv.ParseInt(a.burst, 10, 64); err != nil || a.burst[0] == '+' {
+			return nil, field, fmt.Errorf("invalid burst %q; want a whole number from 1 to %d", a.burst, limiter.MaxTokens)
 		}
 	}
-	lr.tiers[a] = t
-	return t, nil
+	if t.bucket, err = limiter.NewBucket(tokens, period, size); err != nil {
+		return nil, field, err
+	}
+	t.quota = quota
+	return t, "", nil
 }
+
+// modes are the modes of limits and overrides.
+var modes = []string{"enforce", "shadow"}
 
 // checkMode returns an error if a text is not the mode of an override. It may be
 // empty.
 func checkMode(s string) error {
-	if modes := []string{"enforce", "shadow"}; s != "" && !slices.Contains(modes, s) {
+	if s != "" && !slices.Contains(modes, s) {
 		return unknownValue(s, modes)
 	}
 	return nil

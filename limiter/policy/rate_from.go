@@ -162,7 +162,7 @@ func (r *rateFrom) tierOf(b broughtRate, own *tier) (*tier, error) {
 
 // readMaxRate checks the fields rate_from and max_rate of a draft, and sets what
 // the limit makes of them. The limit's own rate was read before.
-func (lr *limitReader) readMaxRate(d *draft, burst node) {
+func (lr *limitReader) readMaxRate(d *draft) {
 	switch {
 	case d.rateFromAt.Node == nil && d.maxRate.Node != nil:
 		lr.wrong(d.maxRate, "has no effect without rate_from")
@@ -173,12 +173,9 @@ func (lr *limitReader) readMaxRate(d *draft, burst node) {
 		lr.wrong(d.rateFromAt, "requires max_rate, the most that a request may bring, such as max_rate: 10000/m")
 		return
 	}
-	if kind := describe(d.maxRate.Node); kind != "a string" && kind != "a number" {
-		lr.wrong(d.maxRate, "must be tokens/period such as 10000/m, not %s", kind)
-		return
-	}
-	text, ok := lr.scalar(d.maxRate)
-	if !ok {
+	before := len(lr.mistakes)
+	text := lr.readText(d.maxRate, "tokens/period such as 10000/m")
+	if len(lr.mistakes) > before {
 		return
 	}
 	tokens, period, err := parseRate(text)
@@ -205,7 +202,7 @@ func (lr *limitReader) readMaxRate(d *draft, burst node) {
 		d.rateFrom.own = period // the limit's own is unlimited or none
 	}
 	p := lr.plans[d.tier.plan]
-	if burst.Node != nil || p != nil && p.grants.burst != "" {
+	if d.granted.burst.Node != nil || p != nil && p.grants.burst != "" {
 		d.rateFrom.burst = d.tier.bucket.Burst()
 	}
 }
