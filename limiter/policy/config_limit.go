@@ -488,12 +488,13 @@ func (lr *limitReader) warnOfShare(d *draft, o *overrides) {
 		return // unknown before there is a request
 	}
 	isAbove := func(t *tier) bool {
-		return t.hasBucket() && d.cost.constant > t.bucket.Share(lr.localShare).Burst()
+		return t.hasBucket() && d.cost.constant > t.share(lr.localShare).holds()
 	}
 	if isAbove(d.tier) {
+		local := d.tier.share(lr.localShare)
 		lr.warn(d.costAt,
-			"%d exceeds the local burst of %d (local_share of %d): every request is denied while the store fails",
-			d.cost.constant, d.tier.bucket.Share(lr.localShare).Burst(), d.tier.bucket.Burst())
+			"%d exceeds the local %s of %d (local_share of %d): every request is denied while the store fails",
+			d.cost.constant, local.holder(), local.holds(), d.tier.holds())
 		return
 	}
 	if o == nil {

@@ -314,6 +314,8 @@ func TestWarnings(t *testing.T) {
 			"local burst of 2 (local_share of 20): every request is denied while the store fails",
 		"- {name: a, rate: 5/s, cost: 1 + 1}": "test.yaml:4:30: limits[0].cost: 2 exceeds the " +
 			"local burst of 1 (local_share of 5): every request is denied while the store fails",
+		"- {name: a, rate: 100/s, quota: 15/month, cost: 2}": "test.yaml:4:49: limits[0].cost: 2 exceeds the " +
+			"local quota of 1 (local_share of 15): every request is denied while the store fails",
 		"- {name: a, rate: 5/s, cost: int(source.port)}":     "", // unknown before there is a request
 		"- {name: a, rate: 20/s, cost: 3, mode: shadow}":     "",
 		"- {name: a, rate: 20/s, cost: 3, on_failure: deny}": "",

@@ -38,8 +38,8 @@ type rule struct {
 	singleKey string // the complete Redis key if the limit has no key
 }
 
-// tier is a rate and a burst, as text and as a bucket, and the mode that an
-// override has. Limits and overrides with the same text share a tier.
+// tier is what a limit or an override grants, as text and as buckets, and the mode
+// that an override has. Limits and overrides with the same text share a tier.
 type tier struct {
 	rate   string         // empty if there is only a quota
 	bucket limiter.Bucket // zero if unlimited or none; the quota if there is no rate
@@ -50,7 +50,7 @@ type tier struct {
 	// or denied.
 	unlimited, none bool
 	mode            string // of an override: enforce, shadow, or empty for the limit's
-	plan            string // name of the plan that says the rate and the burst; empty: none
+	plan            string // name of the plan that says what is granted; empty: none
 }
 
 // hasBucket reports whether the tier is neither unlimited nor none.
@@ -68,12 +68,23 @@ func (t *tier) holds() int64 {
 	return t.bucket.Burst()
 }
 
-// holder names what holds so many.
+// holder names the field of the config that says what holds returns.
 func (t *tier) holder() string {
 	if t.bucket.IsQuota() || t.hasBoth() && t.quota.Burst() < t.bucket.Burst() {
 		return "quota"
 	}
 	return "burst"
+}
+
+// share returns the tier that this process limits by while the store fails, for a
+// part of the rate and of the quota. The tier must have a bucket.
+func (t *tier) share(part float64) *tier {
+	s := *t
+	s.bucket = t.bucket.Share(part)
+	if t.hasBoth() {
+		s.quota = t.quota.Share(part)
+	}
+	return &s
 }
 
 // quotaLimitOf is limitOf for the second bucket of a tier that has both.
@@ -165,8 +176,8 @@ func (a absence) String() string {
 //
 // There are three exceptions. In a group, a limit that applies keeps the later
 // limits of the group, which may be stricter, from applying. An unlimited limit
-// only ever grants. And one with the rate none would deny the request for what it
-// does not say. An override with the rate unlimited is no exception: its key must
+// only ever grants. And a limit with the rate none would deny every request that
+// omits the header. An override with the rate unlimited is no exception: its key must
 // be present in the request, and without a group it has the same effect as a
 // limit that does not apply.
 func (r *rule) appliesIfAbsent() bool { return r.group == "" && r.tier.hasBucket() }
