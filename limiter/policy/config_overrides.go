@@ -26,9 +26,9 @@ const (
 	maxOverrides     = 1_000_000
 )
 
-// overrides are the keys of a limit that have a rate, or a mode, of their own. They are
-// looked up by a digest, in constant time; the keys themselves are not kept. An
-// inline override takes precedence over one in a file.
+// overrides are the keys of a limit that have a rate, a quota or a mode of their own.
+// They are looked up by a digest, in constant time; the keys themselves are not kept.
+// An inline override takes precedence over one in a file.
 type overrides struct {
 	inline, file map[digest]override
 	files        []string // names of the files

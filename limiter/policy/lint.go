@@ -248,8 +248,8 @@ func (l *linter) warnOfKey(d *draft) {
 	}
 }
 
-// warnOfReadable warns of a limit that is readable although its key is likely to be
-// a secret, and of one whose key is so anyway.
+// warnOfReadable warns if a part of a readable limit's key is likely to be a secret,
+// and if readable has no effect, as no part is hashed.
 func (l *linter) warnOfReadable(d *draft) {
 	if !d.readable {
 		return

@@ -57,21 +57,16 @@ func findParam(query, name string) (value string, differ bool) {
 	if len(query) > maxLookup {
 		return "", false
 	}
-	isFound := false
+	var seen agreed
 	for query != "" {
 		var pair string
 		pair, query, _ = strings.Cut(query, "&")
 		n, v, _ := strings.Cut(pair, "=")
-		if len(n) < len(name) || unescape(n, true) != name {
-			continue
+		if len(n) >= len(name) && unescape(n, true) == name {
+			seen.add(unescape(v, true))
 		}
-		v = unescape(v, true)
-		if isFound && v != value {
-			return "", true
-		}
-		value, isFound = v, true
 	}
-	return value, false
+	return seen.result()
 }
 
 // findCookie is findParam for a Cookie header. A value is decoded from
@@ -80,7 +75,7 @@ func findCookie(header, name string) (value string, differ bool) {
 	if len(header) > maxLookup {
 		return "", false
 	}
-	isFound := false
+	var seen agreed
 	for header != "" {
 		var pair string
 		pair, header, _ = strings.Cut(header, ";")
@@ -92,13 +87,28 @@ func findCookie(header, name string) (value string, differ bool) {
 		if len(v) >= 2 && v[0] == '"' && v[len(v)-1] == '"' {
 			v = v[1 : len(v)-1]
 		}
-		v = unescape(v, false)
-		if isFound && v != value {
-			return "", true
-		}
-		value, isFound = v, true
+		seen.add(unescape(v, false))
 	}
-	return value, false
+	return seen.result()
+}
+
+// agreed is the one value of an entry, however often a request has it.
+type agreed struct {
+	value           string
+	isFound, differ bool
+}
+
+func (a *agreed) add(value string) {
+	a.differ = a.differ || a.isFound && value != a.value
+	a.value, a.isFound = value, true
+}
+
+// result returns the value, and "" if there is none or if several differ.
+func (a *agreed) result() (value string, differ bool) {
+	if a.differ {
+		return "", true
+	}
+	return a.value, false
 }
 
 // unescape decodes percent-encoding and, in forms, + as a space. What is not
