@@ -33,8 +33,9 @@
 -- and p-ths of one (6 bytes; of a quota, how many microseconds its window still
 -- lasts), and how much is held after it (4 bytes); or the code of the failure. If
 -- the guessed window is wrong, the flags are 16, and an instant (7 bytes) that is
--- in the right one follows. For a charge that holds 18 more: the name of the hold (14 bytes,
--- zeros if there is none), and how many holds ended without a settlement since.
+-- in the right one follows. For a charge that holds 18 more: the name of the hold
+-- (14 bytes, zeros if there is none), and how many holds ended without a settlement
+-- since.
 -- For each settlement 15 bytes: flags (1 the hold was known, 2 it was settled
 -- before, 4 it came late, 8 the bucket failed), the tokens returned, those taken
 -- besides (4 bytes each), and how many holds ended without a settlement since; or
@@ -511,9 +512,9 @@ local Q -- what quotas returned
 -- that it was stored with: tokens, p-ths, burst, n, p; whether that must be stored
 -- even if nothing is taken; the other shape, or nil if there is none or the bucket
 -- is full in both; the holds, or nil if there are none; and how many of them ended
--- without a settlement; and the quota, or nil if it is none. If it cannot decode the state it returns nil, and whether
--- that is because its version is newer. An invalid state counts as an empty bucket
--- from now on. See next in state.go.
+-- without a settlement; and the quota, or nil if it is none. If it cannot decode the
+-- state it returns nil, and whether that is because its version is newer. An invalid
+-- state counts as an empty bucket from now on. See next in state.go.
 local function load(raw, now)
   if #raw < 3 or string.sub(raw, 1, 2) ~= MAGIC then
     return nil, false
@@ -740,7 +741,7 @@ local function take(now)
   local first, all, wrong = 1, true, false
   for i = 1, count do
     local b, option = of[i], options[i]
-    local flag = 0
+    local flag, judged = 0, false
     if holds and settlements[i] then
       returned[i], surcharged[i] = 0, 0
       if not failed[b] and not absent[b] and not invalid[b] then
@@ -785,13 +786,8 @@ local function take(now)
             expired[b] = (expired[b] or 0) + ended
           end
         end
-        quota[b], was_burst[b] = q, q.most
+        quota[b], was_burst[b], judged = q, q.most, true
         level[i], parts[i] = Q.left(q, tokens[b], burst, now)
-        if level[i] >= costs[i] then
-          flag = flag + 1
-        elseif option % 4 ~= 2 then
-          all = false
-        end
       end
     else
       local n, p, burst = ns[i], ps[i], bursts[i]
@@ -814,7 +810,9 @@ local function take(now)
         tokens[b], fracs[b] = convert(tokens[b], fracs[b], was_p[b], most, p)
         was_burst[b], was_n[b], was_p[b], changed[b] = burst, n, p, true
       end
-      level[i], parts[i] = tokens[b], fracs[b]
+      level[i], parts[i], judged = tokens[b], fracs[b], true
+    end
+    if judged then
       if level[i] >= costs[i] then
         flag = flag + 1
       elseif option % 4 ~= 2 then
