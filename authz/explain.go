@@ -124,10 +124,7 @@ func Explain(
 func explainLimit(l *policy.Explained, d *limiter.Decision, full bool) ExplainedLimit {
 	out := ExplainedLimit{
 		Name: l.Limit.Name, Applies: l.Applies, Reason: l.Reason, Domain: l.Limit.Domain,
-		Mode: "enforce", Rate: l.Rate,
-	}
-	if l.Limit.Shadow {
-		out.Mode = "shadow"
+		Mode: l.Limit.Mode(), Rate: l.Rate,
 	}
 	if l.Quota != "" {
 		out.Quota = &l.Quota

@@ -35,6 +35,12 @@ type LimitTotals struct {
 	Settled *SettledTotals
 }
 
+// Mode returns the limit's mode as the config writes it: shadow, or enforce.
+func (t *LimitTotals) Mode() string {
+	l := limiter.Limit{Shadow: t.Shadow}
+	return l.Mode()
+}
+
 // SettledTotals has the counts of the settlements of one limit: tokens, but for
 // Expired, which counts requests whose end did not arrive in time.
 type SettledTotals struct {

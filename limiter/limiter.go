@@ -43,6 +43,14 @@ type Limit struct {
 	Lease time.Duration
 }
 
+// Mode returns the limit's mode as the config writes it: shadow, or enforce.
+func (l *Limit) Mode() string {
+	if l.Shadow {
+		return "shadow"
+	}
+	return "enforce"
+}
+
 // Charge is what a request owes one bucket. It must not change once it is in
 // use.
 type Charge struct {

@@ -92,6 +92,18 @@ type KeyPart struct {
 // length returns the length of the part in the key in bytes.
 func (p *KeyPart) length() int { return 2 + len(strconv.Itoa(len(p.Text))) + len(p.Text) }
 
+// DurationText returns a duration as the config writes it: 1h, not 1h0m0s.
+func DurationText(d time.Duration) string {
+	s := d.String()
+	if strings.HasSuffix(s, "m0s") {
+		s = strings.TrimSuffix(s, "0s")
+	}
+	if strings.HasSuffix(s, "h0m") {
+		s = strings.TrimSuffix(s, "0m")
+	}
+	return s
+}
+
 // KeyPartKind says what the text of a part is.
 type KeyPartKind string
 

@@ -362,18 +362,6 @@ func mendDuration(s string, from, to time.Duration) string {
 	return what + "write " + strings.Join(all, " or ")
 }
 
-// brief returns a duration without the units that are 0: 1h, not 1h0m0s.
-func brief(d time.Duration) string {
-	s := d.String()
-	if strings.HasSuffix(s, "m0s") {
-		s = strings.TrimSuffix(s, "0s")
-	}
-	if strings.HasSuffix(s, "h0m") {
-		s = strings.TrimSuffix(s, "0m")
-	}
-	return s
-}
-
 // expressionLine matches a line whose value is an expression, which may be quoted
 // in messages: it holds no secret, as the key of an override may.
 var expressionLine = regexp.MustCompile(`^[\s-]*(when|key|cost|settle|rate_from):\s+(.*` + anAttribute + `.*?)\s*$`)

@@ -43,7 +43,7 @@ func (b broughtRate) String() string {
 	if b.tokens == 0 {
 		return noneRate
 	}
-	unit := brief(b.period)
+	unit := DurationText(b.period)
 	for short, period := range map[string]time.Duration{
 		"d": 24 * time.Hour, "h": time.Hour, "m": time.Minute, "s": time.Second, "ms": time.Millisecond,
 	} {

@@ -193,14 +193,11 @@ func (r *run) totals(w *world) Totals {
 func (r *run) result(w *world, s *limitState) LimitResult {
 	evenly := r.player(w, spread).result(s)
 	out := LimitResult{
-		Totals: Totals{Requests: evenly.requests, Limited: evenly.limited}, Mode: "enforce", Keys: int64(len(s.keys)),
+		Totals: Totals{Requests: evenly.requests, Limited: evenly.limited}, Mode: s.limit.Mode(), Keys: int64(len(s.keys)),
 		LimitedKeys: evenly.limitedKeys, timeline: evenly.timeline, Peak: peakOf(&evenly.timeline),
 	}
 	if p := r.player(w, atOnce); p != nil {
 		out.AtOnce = new(p.result(s).limited)
-	}
-	if s.limit.Shadow {
-		out.Mode = "shadow"
 	}
 	if s.described != nil {
 		out.Rate, out.Burst, out.MaxRate = cmp.Or(s.described.Rate, s.described.Quota), s.described.Burst, s.described.MaxRate

@@ -8,7 +8,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"time"
 
 	"github.com/sluiceproxy/sluice/authz"
 	"github.com/sluiceproxy/sluice/limiter"
@@ -75,7 +74,7 @@ func (p *Page) described() *limitList {
 	list := &limitList{config: config}
 	for _, d := range config.Describe() {
 		l := limitReport{
-			Name: d.Limit.Name, Mode: modeOf(d.Limit.Shadow), From: "config", Rate: d.Rate, Burst: d.Burst,
+			Name: d.Limit.Name, Mode: d.Limit.Mode(), From: "config", Rate: d.Rate, Burst: d.Burst,
 			Key: []string{}, Group: d.Group, Overrides: d.Overrides,
 		}
 		for _, part := range d.Key {
@@ -85,14 +84,14 @@ func (p *Page) described() *limitList {
 			l.Quota, l.Burst = d.Quota, 0 // which would be the quota's tokens
 		}
 		if d.Limit.Lease > 0 {
-			l.Lease = shortened(d.Limit.Lease)
+			l.Lease = policy.DurationText(d.Limit.Lease)
 		}
 		if d.Settle != "" {
-			l.Settle, l.Within = cut(d.Settle), shortened(d.SettleWithin)
+			l.Settle, l.Within = cut(d.Settle), policy.DurationText(d.SettleWithin)
 		}
 		list.limits = append(list.limits, l)
 		if d.Twin != nil { // for the overrides that have the other mode
-			l.Mode, l.Overrides = modeOf(d.Twin.Shadow), 0
+			l.Mode, l.Overrides = d.Twin.Mode(), 0
 			list.limits = append(list.limits, l)
 		}
 	}
@@ -106,26 +105,6 @@ func cut(text string) string {
 		return text
 	}
 	return strings.ToValidUTF8(text[:maxText], "") + "…"
-}
-
-// shortened returns a duration as the config writes it: 1h, not 1h0m0s.
-func shortened(d time.Duration) string {
-	text := d.String()
-	if d >= time.Minute {
-		text = strings.TrimSuffix(text, "0s")
-	}
-	if d >= time.Hour {
-		text = strings.TrimSuffix(text, "0m")
-	}
-	return text
-}
-
-// modeOf returns the name of a limit's mode.
-func modeOf(shadow bool) string {
-	if shadow {
-		return "shadow"
-	}
-	return "enforce"
 }
 
 // limitOrders are the values of the parameter sort of GET /api/limits.
@@ -184,10 +163,7 @@ func (l *limitReport) matches(filter string) bool {
 // allLimits returns the limits of the config in its order, and then those of
 // Envoy's routes.
 func (p *Page) allLimits() []limitReport {
-	type id struct {
-		name     string
-		isShadow bool
-	}
+	type id struct{ name, mode string }
 	list := p.described()
 	all := make([]limitReport, 0, len(list.limits))
 	totals := make(map[id]authz.LimitTotals, len(list.limits))
@@ -195,11 +171,11 @@ func (p *Page) allLimits() []limitReport {
 	for _, l := range p.Server.Limits() {
 		if l.Route {
 			routes = append(routes, limitReport{
-				Name: l.Name, Mode: modeOf(l.Shadow), From: "route", Key: []string{},
+				Name: l.Name, Mode: l.Mode(), From: "route", Key: []string{},
 				Allowed: l.Allowed, Limited: l.Limited, Tokens: l.Taken,
 			})
 		} else {
-			totals[id{l.Name, l.Shadow}] = l
+			totals[id{l.Name, l.Mode()}] = l
 		}
 	}
 	leases := map[string]limiter.LeaseTotals{}
@@ -207,7 +183,7 @@ func (p *Page) allLimits() []limitReport {
 		leases = p.Leases()
 	}
 	for _, l := range list.limits {
-		t := totals[id{l.Name, l.Mode == modeOf(true)}]
+		t := totals[id{l.Name, l.Mode}]
 		l.Allowed, l.Limited, l.Tokens = t.Allowed, t.Limited, t.Taken
 		if l.Lease != "" {
 			l.Leased = &leaseReport{leases[l.Name].Keys, leases[l.Name].Takes}
