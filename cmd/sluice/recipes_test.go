@@ -142,9 +142,9 @@ func TestRecipes(t *testing.T) {
 			s.want(want, 110, "GET /", "x-tenant", tenant)
 		}
 	})
-	t.Run("Plans with monthly quotas", func(t *testing.T) {
+	t.Run("A month's quota, and a rate beside it", func(t *testing.T) {
 		redis := redistest.Start(t)
-		text := "store: {redis: {url: \"" + redis.URL() + "\", timeout: 10s}}\n" + recipe(t, "Plans with monthly quotas")
+		text := "store: {redis: {url: \"" + redis.URL() + "\", timeout: 10s}}\n" + recipe(t, "A month's quota, and a rate beside it")
 		s := serveRecipe(t, text, nil)
 		s.want(3, 4, "GET /", "x-api-key", "a") // by the burst
 		s.want(20, 25, "GET /", "x-api-key", "paid-key")
