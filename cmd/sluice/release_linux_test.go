@@ -155,6 +155,10 @@ func imageBases(t *testing.T, dir string) []string {
 		}
 		return path
 	}
+	// The images are built without a network: the modules must all be there.
+	if out, err := exec.CommandContext(t.Context(), "go", "mod", "download").CombinedOutput(); err != nil {
+		t.Fatalf("go mod download: %v\n%s", err, out)
+	}
 	of := func(name string) string {
 		out, err := exec.CommandContext(t.Context(), "go", "env", name).Output()
 		if err != nil {
