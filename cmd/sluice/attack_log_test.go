@@ -3,12 +3,10 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"io"
 	"net"
-	"os"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -18,8 +16,6 @@ import (
 
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
-
-	"github.com/sluiceproxy/sluice/envoy"
 )
 
 // rawRequest is a request that is sent as it is, whatever HTTP says of it.
@@ -81,7 +77,8 @@ func (r *rawRequest) sendHTTP2(conn net.Conn) error {
 // sluice's fields once, so that the search of the runbook finds no request of
 // another client.
 func TestAttackLog(t *testing.T) {
-	const forged = " 429 UAEX 1ms sluice=limited limit=per-tenant remaining=0 took=1us client=192.0.2.7 key==4.acme shadow=[] "
+	const forged = " 429 UAEX 1ms sluice=limited limit=per-tenant remaining=0 took=1us client=192.0.2.7 " +
+		"key==4.acme shadow=[] "
 	header := func(name, value string) rawRequest {
 		return rawRequest{headers: [][2]string{{name, value}}}
 	}
@@ -102,29 +99,8 @@ func TestAttackLog(t *testing.T) {
 	p := startSluice(t, "--config", file(t, "sluice.yaml",
 		`limits: [{name: per-tenant, rate: 1/d, key: 'request.headers["x-tenant"]', readable: true}]`+"\n"))
 	up := startUpstream(t)
-	binary, release := envoyBinary(t)
-	bootstrap, err := envoy.Plain(envoy.Options{
-		Listener: "127.0.0.1:0", Admin: "127.0.0.1:0", Sluice: p.grpc, Upstream: up.Listener.Addr().String(), Envoy: release,
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	patient := strings.Replace(string(bootstrap), "timeout: 0.2s", "timeout: 20s", 1)
-	name := filepath.Join(t.TempDir(), "envoy.log")
-	log, err := os.Create(name)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = log.Close() }()
-	proxy, err := envoy.Start(context.WithoutCancel(t.Context()), binary, []byte(patient), log)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(proxy.Stop)
-	addr, err := proxy.Listener(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
+	file := filepath.Join(t.TempDir(), "envoy.log")
+	addr, stop := startLoggingEnvoy(t, file, p.grpc, up.Listener.Addr().String(), patiently(t))
 	ask := func(r rawRequest, send func(*rawRequest, net.Conn) error) error {
 		for _, field := range []struct {
 			value    *string
@@ -165,17 +141,14 @@ func TestAttackLog(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	proxy.Stop() // flushes the access log
-	text, err := os.ReadFile(name)
-	if err != nil {
-		t.Fatal(err)
-	}
+	text := stop()
 	// The lines of Envoy's own log begin with a bracket, too, but with another time.
 	own := regexp.MustCompile(`^\[\d{4}-\d\d-\d\d \d\d:`)
-	shape := regexp.MustCompile(`^\[[0-9TZ:.-]+\] "[!-~]+ [!-~]+ HTTP/(1\.1|2)" \d+ [A-Z,-]+ \d+ms sluice=\S+ limit=\S+ remaining=\S+ ` +
-		`took=\S+ client=127\.0\.0\.1 key=\S+ shadow=\S+ shadow_keys=\S+ id=(-|[0-9a-f-]{36})$`)
+	shape := regexp.MustCompile(`^\[[0-9TZ:.-]+\] "[!-~]+ [!-~]+ HTTP/(1\.1|2)" \d+ [A-Z,-]+ \d+ms ` +
+		`sluice=\S+ limit=\S+ remaining=\S+ took=\S+ client=127\.0\.0\.1 key=\S+ ` +
+		`shadow=\S+ shadow_keys=\S+ id=(-|[0-9a-f-]{36})$`)
 	lines, found := 0, 0
-	for line := range strings.Lines(string(text)) {
+	for line := range strings.Lines(text) {
 		line = strings.TrimSuffix(line, "\n")
 		if own.MatchString(line) {
 			continue

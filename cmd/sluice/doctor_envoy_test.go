@@ -14,7 +14,6 @@ import (
 
 	"go.yaml.in/yaml/v3"
 
-	"github.com/sluiceproxy/sluice/envoy"
 	"github.com/sluiceproxy/sluice/limiter"
 )
 
@@ -455,20 +454,16 @@ func TestDoctorNamesEachMistake(t *testing.T) {
 // TestDoctorAsksEnvoy checks what doctor says of a real Envoy, by its admin
 // interface, while sluice answers, is never asked, and does not answer.
 func TestDoctorAsksEnvoy(t *testing.T) {
-	binary, release := envoyBinary(t)
+	_, release := envoyBinary(t)
 	up := startUpstream(t)
 	var config string
 	start := func(t *testing.T, sluiceAt string, change ...func(string) string) (admin string, ask func(string) int) {
 		t.Helper()
 		config = file(t, "sluice.yaml", "listen: {grpc: '"+sluiceAt+"'}\nlimits: [{name: few, rate: 2/h, match: {paths: [/few]}}]\n")
-		bootstrap, err := envoy.Plain(envoy.Options{
-			Listener: "127.0.0.1:0", Admin: "127.0.0.1:0", Sluice: sluiceAt, Upstream: up.Listener.Addr().String(), Envoy: release,
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
+		binary, bootstrap := plainEnvoy(t, sluiceAt, up.Listener.Addr().String())
 		p, addr := runEnvoy(t, binary, bootstrap, change...)
-		if admin, err = p.Admin(); err != nil {
+		admin, err := p.Admin()
+		if err != nil {
 			t.Fatal(err)
 		}
 		c := client(t)

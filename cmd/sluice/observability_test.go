@@ -13,7 +13,6 @@ import (
 	"syscall"
 	"testing"
 
-	"github.com/sluiceproxy/sluice/envoy"
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
@@ -107,14 +106,7 @@ limits:
 	underLoad(t, d.url, func(i int, r *http.Request) { r.URL.Path = []string{"/", "/", "/bad"}[i%3] })
 
 	// Its Envoy has no admin interface. This one does, and asks the same sidecar.
-	binary, release := envoyBinary(t)
-	bootstrap, err := envoy.Plain(envoy.Options{
-		Listener: "127.0.0.1:0", Admin: "127.0.0.1:0", Sluice: d.grpc, Upstream: startUpstream(t).Listener.Addr().String(),
-		Envoy: release,
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
+	binary, bootstrap := plainEnvoy(t, d.grpc, startUpstream(t).Listener.Addr().String())
 	proxy, addr := runEnvoy(t, binary, bootstrap)
 	view, err := proxy.Admin()
 	if err != nil {

@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"fmt"
 	"net/http"
@@ -10,11 +9,11 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
 
-	"github.com/sluiceproxy/sluice/envoy"
 	"github.com/sluiceproxy/sluice/limiter/redistest"
 )
 
@@ -48,29 +47,9 @@ limits:
 	}
 	s := &site{dir: dir, sidecar: startSluice(t, "--config", config)}
 	up := startUpstream(t)
-	binary, release := envoyBinary(t)
-	bootstrap, err := envoy.Plain(envoy.Options{
-		Listener: "127.0.0.1:0", Admin: "127.0.0.1:0", Sluice: s.sidecar.grpc, Upstream: up.Listener.Addr().String(), Envoy: release,
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	log, err := os.Create(filepath.Join(dir, "envoy.log"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = log.Close() }()
-	// The check of a request may take as long as Redis on a busy machine.
-	patient := strings.Replace(string(bootstrap), "timeout: 0.2s", "timeout: 20s", 1)
-	proxy, err := envoy.Start(context.WithoutCancel(t.Context()), binary, []byte(patient), log)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(proxy.Stop)
-	addr, err := proxy.Listener(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
+	addr, stop := startLoggingEnvoy(
+		t, filepath.Join(dir, "envoy.log"), s.sidecar.grpc, up.Listener.Addr().String(), patiently(t),
+	)
 	c := client(t)
 	ask := func(path, tenant, key string) {
 		request, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+addr+path, nil)
@@ -105,7 +84,7 @@ limits:
 		})
 	}
 	wg.Wait()
-	proxy.Stop() // flushes the access log
+	stop() // flushes the access log
 	text := s.sidecar.logged() + "\n"
 	if err := os.WriteFile(filepath.Join(dir, "sluice.log"), []byte(text), 0o600); err != nil {
 		t.Fatal(err)
@@ -126,7 +105,9 @@ func (s *site) run(t *testing.T, commands string) string {
 	t.Helper()
 	c := exec.CommandContext(t.Context(), "sh", "-euc", commands)
 	c.Dir = s.dir
-	c.Env = append(os.Environ(), "PATH="+s.dir+":"+os.Getenv("PATH"), "SLUICE_GRPC="+s.sidecar.grpc, "GORACE=atexit_sleep_ms=0")
+	c.Env = append(
+		os.Environ(), "PATH="+s.dir+":"+os.Getenv("PATH"), "SLUICE_GRPC="+s.sidecar.grpc, "GORACE=atexit_sleep_ms=0",
+	)
 	var out, errs bytes.Buffer
 	c.Stdout, c.Stderr = &out, &errs
 	if err := c.Run(); err != nil {
@@ -139,8 +120,9 @@ func (s *site) run(t *testing.T, commands string) string {
 // many limited keys, and checks that they print what it shows.
 func TestRunbookWalk(t *testing.T) {
 	s := startSite(t)
-	varying := regexp.MustCompile(`\d{4}-\d\d-\d\dT[0-9:.]+Z|[0-9a-f]{8}-[0-9a-f-]{27}|[0-9a-f]{8}-…|\b\d+(\.\d+)?(ms|us| s)\b|` +
-		`"retry_after":[0-9.]+|(192\.0\.2\.7|127\.0\.0\.1)|(shop\.example\.com|127\.0\.0\.1(:\d+)?)`)
+	varying := regexp.MustCompile(`\d{4}-\d\d-\d\dT[0-9:.]+Z|[0-9a-f]{8}-[0-9a-f-]{27}|` +
+		`[0-9a-f]{8}-…|\b\d+(\.\d+)?(ms|us| s)\b|"retry_after":[0-9.]+|` +
+		`(192\.0\.2\.7|127\.0\.0\.1)|(shop\.example\.com|127\.0\.0\.1(:\d+)?)`)
 	plain := func(text string) string {
 		return regexp.MustCompile(`_:\d+`).ReplaceAllString(varying.ReplaceAllString(text, "_"), "_")
 	}
@@ -183,7 +165,8 @@ func TestOneSearchFindsAKey(t *testing.T) {
 		{"trial", "x-tenant=tenant-5", "/v1/orders", []string{"tenant-5"}, "=8.tenant-5", 3, 2, "shadow_limited"},
 		{"keyed", "x-api-key=key-7", "/keyed", []string{"key-7", "GET"}, "", 2, 1, "limited"},
 	} {
-		args := []string{"bucket", "get", "-o", "json", "--config", config, "--limit", tt.limit}
+		get := []string{"bucket", "get", "-o", "json", "--config", config, "--limit", tt.limit}
+		args := slices.Clone(get)
 		for _, part := range tt.parts {
 			args = append(args, "--key", part)
 		}
@@ -201,7 +184,7 @@ func TestOneSearchFindsAKey(t *testing.T) {
 			t.Errorf("bucket prints the key %s, want %s", key, tt.key)
 		}
 		// By the text itself bucket finds the same bucket.
-		_, again, _ := sluice(t, nil, "bucket", "get", "-o", "json", "--config", config, "--limit", tt.limit, "--key-hash", key)
+		_, again, _ := sluice(t, nil, append(get, "--key-hash", key)...)
 		if same := regexp.MustCompile(`"reset": \d+`); same.ReplaceAllString(again, "") != same.ReplaceAllString(out, "") {
 			t.Errorf("by the text from the log: %s, want %s", again, out)
 		}
@@ -225,7 +208,8 @@ func TestOneSearchFindsAKey(t *testing.T) {
 		if strings.Contains(all, "s3cr3t") || strings.Contains(all, "key-7") {
 			t.Errorf("%s: a secret is in the logs:\n%s", of, all)
 		}
-		if isShadow := tt.denied == "shadow_limited"; isShadow != strings.Contains(all, `"decision":"shadow_limited","limit":"`+tt.limit) {
+		isShadow := tt.denied == "shadow_limited"
+		if isShadow != strings.Contains(all, `"decision":"shadow_limited","limit":"`+tt.limit) {
 			t.Errorf("%s:\n%s", of, all)
 		}
 		var denials []struct {
@@ -240,8 +224,7 @@ func TestOneSearchFindsAKey(t *testing.T) {
 		for _, d := range denials {
 			if d.Key == key && d.Limit == tt.limit {
 				found++
-				if d.Decision != tt.denied || d.Shadow != (tt.denied == "shadow_limited") || d.Path != tt.path || d.Client != "127.0.0.1" ||
-					d.Host == "" {
+				if d.Decision != tt.denied || d.Shadow != isShadow || d.Path != tt.path || d.Client != "127.0.0.1" || d.Host == "" {
 					t.Errorf("%s: %+v", of, d)
 				}
 			}

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -116,9 +117,9 @@ func envoyBinary(t testing.TB) (string, envoy.Release) {
 	return binary, release
 }
 
-// startEnvoy starts a real Envoy with the shipped bootstrap before the
-// upstream, and returns its address.
-func startEnvoy(t testing.TB, sluice, upstream string, change ...func(string) string) string {
+// plainEnvoy returns a real Envoy's program, and the shipped bootstrap before the
+// upstream.
+func plainEnvoy(t testing.TB, sluice, upstream string) (binary string, bootstrap []byte) {
 	t.Helper()
 	binary, release := envoyBinary(t)
 	bootstrap, err := envoy.Plain(envoy.Options{
@@ -127,7 +128,39 @@ func startEnvoy(t testing.TB, sluice, upstream string, change ...func(string) st
 	if err != nil {
 		t.Fatal(err)
 	}
+	return binary, bootstrap
+}
+
+// startEnvoy starts a real Envoy with the shipped bootstrap before the
+// upstream, and returns its address.
+func startEnvoy(t testing.TB, sluice, upstream string, change ...func(string) string) string {
+	t.Helper()
+	binary, bootstrap := plainEnvoy(t, sluice, upstream)
 	return startEnvoyOn(t, binary, bootstrap, change...)
+}
+
+// startLoggingEnvoy is startEnvoy for an Envoy that writes its log and the access
+// log to a file. stop stops Envoy, which flushes them, and returns the file's text.
+func startLoggingEnvoy(
+	t testing.TB, path, sluice, upstream string, change ...func(string) string,
+) (addr string, stop func() string) {
+	t.Helper()
+	log, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = log.Close() })
+	binary, bootstrap := plainEnvoy(t, sluice, upstream)
+	p, addr := runEnvoyTo(t, log, binary, bootstrap, change...)
+	return addr, func() string {
+		t.Helper()
+		p.Stop()
+		text, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(text)
+	}
 }
 
 // startEnvoyOn is startEnvoy for any bootstrap.
@@ -142,6 +175,14 @@ func runEnvoy(
 	t testing.TB, binary string, bootstrap []byte, change ...func(string) string,
 ) (*envoy.Process, string) {
 	t.Helper()
+	return runEnvoyTo(t, io.Discard, binary, bootstrap, change...)
+}
+
+// runEnvoyTo is runEnvoy with a place for Envoy's log.
+func runEnvoyTo(
+	t testing.TB, log io.Writer, binary string, bootstrap []byte, change ...func(string) string,
+) (*envoy.Process, string) {
+	t.Helper()
 	for _, c := range change {
 		changed := c(string(bootstrap))
 		if changed == string(bootstrap) {
@@ -149,7 +190,7 @@ func runEnvoy(
 		}
 		bootstrap = []byte(changed)
 	}
-	p, err := envoy.Start(context.WithoutCancel(t.Context()), binary, bootstrap, io.Discard)
+	p, err := envoy.Start(context.WithoutCancel(t.Context()), binary, bootstrap, log)
 	if err != nil {
 		t.Fatal(err)
 	}
