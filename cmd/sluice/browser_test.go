@@ -289,6 +289,13 @@ func (b *browser) click(selector string) {
 	}
 }
 
+// set gives a field a value, and tells the page by an event, input or change.
+func (b *browser) set(selector, value, event string) {
+	b.t.Helper()
+	b.eval(fmt.Sprintf(`(() => { const e = document.querySelector(%q); e.value = %q; e.dispatchEvent(new Event(%q)); })()`,
+		selector, value, event))
+}
+
 // press presses a key, such as Tab, Enter or ArrowLeft.
 func (b *browser) press(key string) {
 	b.t.Helper()

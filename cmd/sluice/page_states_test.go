@@ -7,7 +7,6 @@ import (
 	"net/http"
 	"os"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -34,6 +33,19 @@ func (s pageInBrowser) text(selector string) string {
 func (s pageInBrowser) holds(selector, what string) {
 	s.t.Helper()
 	s.await(fmt.Sprintf("(document.querySelector(%q)?.innerText ?? '').includes(%q)", selector, what))
+}
+
+// is waits until an element shows a text and nothing else.
+func (s pageInBrowser) is(selector, what string) {
+	s.t.Helper()
+	s.await(fmt.Sprintf("document.querySelector(%q)?.innerText === %q", selector, what))
+}
+
+// matches waits until an element shows what a regular expression of JavaScript
+// matches.
+func (s pageInBrowser) matches(selector, pattern string) {
+	s.t.Helper()
+	s.await(fmt.Sprintf("/%s/.test(document.querySelector(%q)?.innerText)", pattern, selector))
 }
 
 // lacks checks that an element does not show a text.
@@ -75,21 +87,10 @@ func showPage(t testing.TB, p *process) pageInBrowser {
 // prepare returns the i-th check.
 func askOften(t testing.TB, conn *grpc.ClientConn, prepare func(i int) *authv3.CheckRequest) {
 	t.Helper()
-	ctx, cancel := context.WithCancel(context.Background())
-	var all sync.WaitGroup
-	all.Go(func() {
-		tick := time.NewTicker(5 * time.Millisecond)
-		defer tick.Stop()
-		for i := 0; ; i++ {
-			select {
-			case <-ctx.Done():
-				return
-			case <-tick.C:
-			}
-			_, _ = authv3.NewAuthorizationClient(conn).Check(ctx, prepare(i)) // an outage fails some
-		}
+	repeat(t, func(ctx context.Context, i int) bool {
+		_, _ = authv3.NewAuthorizationClient(conn).Check(ctx, prepare(i)) // an outage fails some
+		return true
 	})
-	t.Cleanup(func() { cancel(); all.Wait() })
 }
 
 // TestPageNeverAsked checks that the page of a sidecar that Envoy has never asked
@@ -106,8 +107,8 @@ func TestPageNeverAsked(t *testing.T) {
 	s.holds("#denials", "No denials since this sidecar started.")
 	s.looks("fresh")
 	check(t, dial(t, p.grpc), from("203.0.113.1", "/"))
-	s.await(`document.querySelector("#state").innerText === "Ready"`)
-	s.await(`document.querySelector("#alarms").innerText === ""`)
+	s.is("#state", "Ready")
+	s.is("#alarms", "")
 	s.holds("#last-check", "last one")
 	s.holds("#checks", "Allowed\n1")
 }
@@ -136,7 +137,8 @@ limits:
 	s.holds("#denials-rows", "client 203.0.113.")
 	s.lacks("#denials-rows", "k3y")
 	s.await(`document.querySelectorAll("#limits-rows .edge.would").length === 2`)
-	if n := s.eval(`document.querySelectorAll("#limits-rows .edge.limited, #traffic .edge.limited, .hot").length`); n != 0.0 {
+	const marks = "#limits-rows .edge.limited, #traffic .edge.limited, .hot"
+	if n := s.eval(fmt.Sprintf("document.querySelectorAll(%q).length", marks)); n != 0.0 {
 		t.Errorf("%v marks of denials, and nothing is denied", n)
 	}
 	s.settle()
@@ -146,14 +148,13 @@ limits:
 		t.Fatal(err)
 	}
 	s.holds("#config", "Mode\nenforce")
-	s.await(`document.querySelector("#alarms").innerText === ""`)
+	s.is("#alarms", "")
 	s.holds("#limits-denied", "Denied")
 	s.await(`document.querySelector("#denials-kind").checkVisibility()`) // both kinds are in the list
-	s.eval(`document.querySelector("#denials-kind").value = "denied"`)
-	s.eval(`document.querySelector("#denials-kind").dispatchEvent(new Event("change"))`)
+	s.set("#denials-kind", "denied", "change")
 	s.await(`!document.querySelector("#denials-rows").innerText.includes("shadow")`)
-	if rows := s.eval(`[...document.querySelectorAll("#limits-rows [data-limit]")].map((e) => e.innerText).join()`); rows !=
-		"per-client,all" {
+	rows := s.eval(`[...document.querySelectorAll("#limits-rows [data-limit]")].map((e) => e.innerText).join()`)
+	if rows != "per-client,all" {
 		t.Errorf("the limits are %v", rows)
 	}
 	s.lacks("#limits", "from a route")
@@ -180,13 +181,13 @@ limits:
 		return from(fmt.Sprintf("203.0.113.%d", i*i%7), []string{"/strict", "/open"}[i%2])
 	})
 	s.holds("#store", "Last outage\nnone since the start")
-	s.await(`document.querySelector("#state").innerText === "Ready"`)
+	s.is("#state", "Ready")
 	s.settle()
 	redis.Kill()
 	s.holds("#state", "Without Redis")
 	s.holds("#alarms", "Redis does not answer. Since ")
-	s.await(`/Since \d\d:\d\d:\d\d \(\d+ s\) on_failure decides/.test(document.querySelector("#alarms").innerText)`)
-	s.await(`/Requests meanwhile: [\d,]+ refused, [\d,]+ passed unlimited\./.test(document.querySelector("#alarms").innerText)`)
+	s.matches("#alarms", `Since \d\d:\d\d:\d\d \(\d+ s\) on_failure decides`)
+	s.matches("#alarms", `Requests meanwhile: [\d,]+ refused, [\d,]+ passed unlimited\.`)
 	s.holds("#store", "Last outage\nnow, for ")
 	s.holds("#now-refused", "refused")
 	s.holds("#denials-rows", "store failed (")
@@ -194,8 +195,8 @@ limits:
 	s.looks("outage")
 	redis.Restart()
 	s.holds("#alarms", "Redis answers again. It was away for ")
-	s.await(`/from \d\d:\d\d:\d\d to \d\d:\d\d:\d\d\. Requests meanwhile: [\d,]+ refused/.test(document.querySelector("#alarms").innerText)`)
-	s.await(`document.querySelector("#state").innerText === "Ready"`)
+	s.matches("#alarms", `from \d\d:\d\d:\d\d to \d\d:\d\d:\d\d\. Requests meanwhile: [\d,]+ refused`)
+	s.is("#state", "Ready")
 	s.holds("#store", ", ended ")
 	if got := s.eval(`document.querySelectorAll("#alarms [role=alert]").length`); got == 0.0 {
 		t.Error("no screen reader says that Redis is back")
@@ -238,7 +239,8 @@ func TestPageRejectedConfig(t *testing.T) {
 	p := startSluice(t, "--config", config)
 	s := showPage(t, p)
 	check(t, dial(t, p.grpc), from("203.0.113.1", "/"))
-	if err := os.WriteFile(config, []byte("limits: [{name: all, key: client.ip, rate: 5 per second, brust: 7}]\n"), 0o600); err != nil {
+	bad := strings.Replace(good, "5/s", "5 per second, brust: 7", 1)
+	if err := os.WriteFile(config, []byte(bad), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	s.holds("#alarms", "Config reload failed, keeping the previous config. Tried at ")
@@ -250,7 +252,7 @@ func TestPageRejectedConfig(t *testing.T) {
 	if err := os.WriteFile(config, []byte(good+"# mended\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	s.await(`document.querySelector("#alarms").innerText === ""`)
+	s.is("#alarms", "")
 	s.holds("#config", "Last reload\nin force")
 }
 
@@ -259,7 +261,8 @@ func tenantLimits(n int) string {
 	var b strings.Builder
 	b.WriteString("limits:\n")
 	for i := range n {
-		fmt.Fprintf(&b, "  - {name: tenant-%05d, match: {paths: [/t/%d]}, key: client.ip, rate: 2/s, group: team-%d}\n", i, i, i%7)
+		fmt.Fprintf(&b, "  - {name: tenant-%05d, match: {paths: [/t/%d]}, key: client.ip, rate: 2/s, group: team-%d}\n",
+			i, i, i%7)
 	}
 	return b.String()
 }
@@ -286,15 +289,15 @@ func TestPageSixtyLimits(t *testing.T) {
 			t.Errorf("%s is not in view", both)
 		}
 	}
-	s.eval(`document.querySelector("#sort").value = "denied"; document.querySelector("#sort").dispatchEvent(new Event("change"))`)
-	s.await(`document.querySelector("#limits-rows [data-limit]").innerText === "tenant-00000"`)
+	s.set("#sort", "denied", "change")
+	s.is("#limits-rows [data-limit]", "tenant-00000")
 	s.holds("#top-title", "tenant-00047") // it stays chosen
 	s.settle()
 	s.looks("sixty")
-	s.eval(`document.querySelector("#filter").value = "TEAM-3"; document.querySelector("#filter").dispatchEvent(new Event("input"))`)
+	s.set("#filter", "TEAM-3", "input")
 	rows(9)
 	s.holds("#limits-note", "9 found")
-	s.eval(`document.querySelector("#filter").value = ""; document.querySelector("#filter").dispatchEvent(new Event("input"))`)
+	s.set("#filter", "", "input")
 
 	s.look(390, "light")
 	s.await(`document.querySelectorAll("#limits-rows tr[data-id]:not(.detail)").length === 20`)
@@ -323,14 +326,14 @@ func TestPageTenThousandLimits(t *testing.T) {
 	}
 	s := showPage(t, p)
 	s.holds("#limits-note", "100 of 10,000, those that denied most")
-	s.await(`document.querySelector("#limits-rows [data-limit]").innerText === "tenant-09876"`)
+	s.is("#limits-rows [data-limit]", "tenant-09876")
 	s.holds("#top-title", "tenant-09876")
 	s.await(`document.querySelectorAll("#top-denials .bar").length === 1`)
 	if n := s.eval(`document.querySelectorAll("*").length`); n.(float64) > 4000 {
 		t.Errorf("the page has %v elements", n)
 	}
 	s.looks("many")
-	s.eval(`document.querySelector("#filter").value = "tenant-00042"; document.querySelector("#filter").dispatchEvent(new Event("input"))`)
+	s.set("#filter", "tenant-00042", "input")
 	s.await(`document.querySelectorAll("#limits-rows tr[data-id]").length === 1`)
 	for query, want := range map[string]string{
 		"": "denied tenant-09876 100", "sort=file": "file tenant-00000 100", "sort=allowed&n=1": "allowed tenant-09876 1",

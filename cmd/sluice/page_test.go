@@ -81,12 +81,11 @@ func startDemo(t testing.TB, args ...string) demo {
 	return d
 }
 
-// underLoad sends about two hundred requests a second until the test ends.
-// prepare sets the i-th request up.
-func underLoad(t testing.TB, url string, prepare func(i int, r *http.Request)) {
+// repeat calls do about two hundred times a second, with 0, 1 and so on, until the
+// test ends or do returns false.
+func repeat(t testing.TB, do func(ctx context.Context, i int) bool) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
-	c := client(t)
 	var all sync.WaitGroup
 	all.Go(func() {
 		tick := time.NewTicker(5 * time.Millisecond)
@@ -97,24 +96,37 @@ func underLoad(t testing.TB, url string, prepare func(i int, r *http.Request)) {
 				return
 			case <-tick.C:
 			}
-			r, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
-			if err != nil {
-				t.Error(err)
+			if !do(ctx, i) {
 				return
 			}
-			prepare(i, r)
-			response, err := c.Do(r)
-			if err != nil {
-				if ctx.Err() == nil {
-					t.Error(err)
-				}
-				return
-			}
-			_, _ = io.Copy(io.Discard, response.Body)
-			_ = response.Body.Close()
 		}
 	})
 	t.Cleanup(func() { cancel(); all.Wait() })
+}
+
+// underLoad sends about two hundred requests a second until the test ends.
+// prepare sets the i-th request up.
+func underLoad(t testing.TB, url string, prepare func(i int, r *http.Request)) {
+	t.Helper()
+	c := client(t)
+	repeat(t, func(ctx context.Context, i int) bool {
+		r, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+		if err != nil {
+			t.Error(err)
+			return false
+		}
+		prepare(i, r)
+		response, err := c.Do(r)
+		if err != nil {
+			if ctx.Err() == nil {
+				t.Error(err)
+			}
+			return false
+		}
+		_, _ = io.Copy(io.Discard, response.Body)
+		_ = response.Body.Close()
+		return true
+	})
 }
 
 const attack = `<img src=x onerror="window.hacked=1">`
@@ -241,9 +253,7 @@ func TestPage(t *testing.T) {
 	}
 	b.call("Input.insertText", map[string]any{"text": "strict"}, nil)
 	b.await(`document.querySelectorAll("#limits-rows tr").length === 1`)
-	b.eval(
-		`document.querySelector("#filter").value = ""; document.querySelector("#filter").dispatchEvent(new Event("input"))`,
-	)
+	b.set("#filter", "", "input")
 	b.await(`document.querySelectorAll("#limits-rows tr").length === 6`)
 	b.eval(`document.activeElement.blur()`)
 
