@@ -139,8 +139,9 @@ func TestConfigFromAPipe(t *testing.T) {
 // TestValidateAPipe checks that validate reads a pipe and finds an error in it.
 func TestValidateAPipe(t *testing.T) {
 	for config, want := range map[string]string{
-		limit("a"):              "/dev/fd/3: ok\n",
-		"limits: [{name: a}]\n": "/dev/fd/3:1:10: limits[0].rate: missing; a limit needs a name, and a rate, a quota or a plan\n",
+		limit("a"): "/dev/fd/3: ok\n",
+		"limits: [{name: a}]\n": "/dev/fd/3:1:10: limits[0].rate: missing; " +
+			"a limit needs a name, and a rate, a quota or a plan\n",
 		"": "/dev/fd/3: the file is empty (perhaps it is still being written); for a config without " +
 			"limits write limits: []\n",
 	} {

@@ -3,7 +3,6 @@ package main
 import (
 	"encoding/json"
 	"fmt"
-	"os"
 	"path/filepath"
 	"regexp"
 	"strconv"
@@ -46,8 +45,8 @@ func TestQuotaCommands(t *testing.T) {
 	redis := redistest.Start(t)
 	starts, ends := aYear()
 	config := file(t, "sluice.yaml", "store: {redis: {url: '"+redis.URL()+"', timeout: 20s}}\n"+
-		"limits: [{name: api, key: 'request.headers[\"x-api-key\"]', rate: 10/366d, burst: 7, quota: 5/year, cost: 2, starts: "+
-		starts+"}]\n")
+		"limits: [{name: api, key: 'request.headers[\"x-api-key\"]', rate: 10/366d, burst: 7, quota: 5/year, cost: 2, "+
+		"starts: "+starts+"}]\n")
 	p := startSluice(t, "--config", config)
 	conn, key := dial(t, p.grpc), "#43."+hashOf("k")
 	request := checkRequest("203.0.113.7", "GET", "/", map[string]string{"x-api-key": "k"})
@@ -112,8 +111,8 @@ client 203.0.113.7, domain default
 	if err := json.Unmarshal([]byte(stdout), &e); err != nil || len(e.Limits) != 2 {
 		t.Fatalf("%v %s", err, stdout)
 	}
-	if q := e.Limits[1]; q.Name != "api/quota" || q.Quota == nil || *q.Quota != "5/year" || q.Rate != "" || *q.Burst != 5 ||
-		*q.Remaining != 1 || *q.Key != key || q.RetryAfter == nil ||
+	if q := e.Limits[1]; q.Name != "api/quota" || q.Quota == nil || *q.Quota != "5/year" || q.Rate != "" ||
+		*q.Burst != 5 || *q.Remaining != 1 || *q.Key != key || q.RetryAfter == nil ||
 		(time.Until(ends)-time.Duration(*q.RetryAfter)*time.Second).Abs() > within || e.Limits[0].Quota != nil {
 		t.Errorf("%s", stdout)
 	}
@@ -182,24 +181,18 @@ limits:
 	} {
 		t.Run(name, func(t *testing.T) {
 			redis, dir := redistest.Start(t), t.TempDir()
-			write := func(files map[string]string) {
+			put := func(files map[string]string) {
 				for name, text := range files {
-					path := filepath.Join(dir, name)
-					if err := os.WriteFile(path+".new", []byte(text), 0o600); err != nil {
-						t.Fatal(err)
-					}
-					if err := os.Rename(path+".new", path); err != nil {
-						t.Fatal(err)
-					}
+					write(t, filepath.Join(dir, name), []byte(text))
 				}
 			}
-			write(steps[0].files)
+			put(steps[0].files)
 			p := startSluice(t, "--config", filepath.Join(dir, "sluice.yaml"), "--redis", redis.URL())
 			tenant := leasing{p, authv3.NewAuthorizationClient(dial(t, p.grpc))}
 			reloads := 0
 			for i, s := range steps {
 				if i > 0 && s.files != nil {
-					write(s.files)
+					put(s.files)
 					reloads++
 					eventually(t, "the reload", func() bool {
 						return p.counted(`sluice_config_reloads_total\{result="success"\}`) >= reloads
@@ -244,8 +237,8 @@ func TestBacktestQuota(t *testing.T) {
 	if err := json.Unmarshal([]byte(stdout), &r); err != nil || status != 0 || stderr != "" || len(r.Limits) != 2 {
 		t.Fatalf("%d %s%v\n%s", status, stderr, err, stdout)
 	}
-	if q := r.Limits[1]; r.Requests != 8 || r.Limited != 4 || q.Name != "api/quota" || q.Rate != "2/month" || q.Limited != 4 ||
-		r.Limits[0].Limited != 0 {
+	if q := r.Limits[1]; r.Requests != 8 || r.Limited != 4 || q.Name != "api/quota" || q.Rate != "2/month" ||
+		q.Limited != 4 || r.Limits[0].Limited != 0 {
 		t.Errorf("%s", stdout)
 	}
 	if status, stdout, stderr = sluice(t, nil, "backtest", "--config", config, "--max-limited", "49%", log); status != 1 ||
