@@ -10,12 +10,8 @@ func TestSince(t *testing.T) {
 	const a, b = "{name: a, rate: 1/s, key: client.ip}", "{name: b, rate: 1/s}"
 	load := func(text string) *Config {
 		t.Helper()
-		c, _, err := Load(directory(t, "sluice.yaml", text, "o.csv", "key,rate,burst\n10.0.0.1,1/s,\n",
-			"moved.csv", "key,rate,burst\n10.0.0.2,2/s,\n10.0.0.1,1/s,\n", "same.csv", "Key,Rate,Burst\n\n10.0.0.1,1/s,\n"), env())
-		if err != nil {
-			t.Fatal(err)
-		}
-		return c
+		return loadFiles(t, "sluice.yaml", text, "o.csv", "key,rate,burst\n10.0.0.1,1/s,\n",
+			"moved.csv", "key,rate,burst\n10.0.0.2,2/s,\n10.0.0.1,1/s,\n", "same.csv", "Key,Rate,Burst\n\n10.0.0.1,1/s,\n")
 	}
 	limits := func(all string) string { return "limits: [" + all + "]" }
 	for _, tt := range []struct{ old, new, want string }{

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -26,6 +27,40 @@ func directory(t testing.TB, files ...string) string {
 		}
 	}
 	return filepath.Join(dir, files[0])
+}
+
+// loadFiles returns the config of files, given as for directory. It must be valid.
+func loadFiles(t testing.TB, files ...string) *Config {
+	t.Helper()
+	c, _, err := Load(directory(t, files...), env())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// wantRate is what the message about an invalid rate ends with.
+const wantRate = "want tokens/period such as 10/s, 100/m, 5000/24h, 10/7d or 3/250ms (units: us, ms, s, m, h, d), or " +
+	"unlimited or none"
+
+// wantColumns is what the message about columns that cannot be ends with.
+const wantColumns = "want 1 for the key's parts, and then some of rate, burst, quota, plan, starts, mode, " +
+	"as in key,rate,burst"
+
+// inFile begins a mistake in the file of overrides of the first limit.
+var inFile = regexp.MustCompile(`(?m)^o\.csv:(\d+:\d+): limits\[0\]\.overrides_file: `)
+
+// overrideMistakes returns what is wrong with a config whose first limit has the
+// overrides_file o.csv with the text csv, as "line:column: message" for what is
+// wrong in that file, one mistake a line. It is empty if all is valid.
+func overrideMistakes(t testing.TB, config, csv string) string {
+	t.Helper()
+	file := directory(t, "c.yaml", config, "o.csv", csv)
+	_, _, err := Load(file, env())
+	if err == nil {
+		return ""
+	}
+	return inFile.ReplaceAllString(strings.ReplaceAll(err.Error(), filepath.Dir(file)+"/", ""), "$1: ")
 }
 
 // inHex writes a part of a key by its SHA-256.
@@ -90,12 +125,10 @@ limits:
 // TestOverrideMistakes checks that an error names the row and what to write,
 // and quotes nothing of a key.
 func TestOverrideMistakes(t *testing.T) {
-	const rate = "want tokens/period such as 10/s, 100/m, 5000/24h, 10/7d or 3/250ms (units: us, ms, s, m, h, d), or " +
-		"unlimited or none"
 	for _, tt := range []struct {
 		config string // of the limit a, besides its name
 		csv    string
-		want   string // one mistake a line; DIR stands for the directory
+		want   string // of overrideMistakes
 	}{
 		{"key: request.method, rate: 9/s, cost: 3", `key,rate,burst
 GET,ten,
@@ -109,34 +142,31 @@ hunter2,1/s,
 POST,10/s,
 "POST",11/s,
 ` + inHex("POST") + `,12/s,
-`, `DIR/o.csv:2:5: limits[0].overrides_file: invalid rate "ten"; ` + rate + `
-DIR/o.csv:3:5: limits[0].overrides_file: a burst is 1 to 1000000000 tokens, not 0
-DIR/o.csv:4:5: limits[0].overrides_file: invalid burst "x"; want a whole number from 1 to 1000000000
-DIR/o.csv:5:5: limits[0].overrides_file: burst 5 needs a bucket, but the rate is unlimited; omit burst
-DIR/o.csv:6:1: limits[0].overrides_file: row of 2 columns; want 3, as the header row has
-DIR/o.csv:7:1: limits[0].overrides_file: empty key part; a request's empty part counts as absent
-DIR/o.csv:8:1: limits[0].overrides_file: want sha256: and 64 hex digits, not 2 characters
-DIR/o.csv:9:1: limits[0].overrides_file: the limit's cost of 3 exceeds the burst of 1, so every request would be denied
-DIR/o.csv:11:1: limits[0].overrides_file: duplicate key; want one override for each key
-DIR/o.csv:12:1: limits[0].overrides_file: duplicate key; want one override for each key`},
+`, `2:5: invalid rate "ten"; ` + wantRate + `
+3:5: a burst is 1 to 1000000000 tokens, not 0
+4:5: invalid burst "x"; want a whole number from 1 to 1000000000
+5:5: burst 5 needs a bucket, but the rate is unlimited; omit burst
+6:1: row of 2 columns; want 3, as the header row has
+7:1: empty key part; a request's empty part counts as absent
+8:1: want sha256: and 64 hex digits, not 2 characters
+9:1: the limit's cost of 3 exceeds the burst of 1, so every request would be denied
+11:1: duplicate key; want one override for each key
+12:1: duplicate key; want one override for each key`},
 		{"key: request.method, rate: 9/s", "GET,10/s,\n",
-			`DIR/o.csv:1:1: limits[0].overrides_file: no header row; add one as the first line: key,rate,burst`},
+			`1:1: no header row; add one as the first line: key,rate,burst`},
 		{"key: [request.method, request.host], rate: 9/s", "key,rate,burst\n",
-			`DIR/o.csv:1:1: limits[0].overrides_file: column 2 is named rate, but must be a part of the key; want a header row such as part1,part2,rate,burst`},
+			"1:1: column 2 is named rate, but must be a part of the key; " +
+				"want a header row such as part1,part2,rate,burst"},
 		{"key: request.method, rate: 9/s", "",
-			`DIR/o.csv:1:1: limits[0].overrides_file: empty file; want a header row such as key,rate,burst`},
+			`1:1: empty file; want a header row such as key,rate,burst`},
 		{"key: request.method, rate: 9/s", "key,rate,burst\nGET,1/s,\nPU\"T,1/s,\n",
-			`DIR/o.csv:3:3: limits[0].overrides_file: bare " in non-quoted-field`},
+			`3:3: bare " in non-quoted-field`},
 		{"rate: 9/s", "key,rate,burst\n",
-			`DIR/sluice.yaml:1:47: limits[0].overrides_file: requires key; a limit without one has a single bucket`},
+			`c.yaml:1:47: limits[0].overrides_file: requires key; a limit without one has a single bucket`},
 	} {
-		file := directory(t, "sluice.yaml", "limits: [{name: a, "+tt.config+", overrides_file: o.csv}]\n", "o.csv",
-			tt.csv)
-		_, _, err := Load(file, env())
-		if err == nil {
-			t.Errorf("%s: no mistake", tt.csv)
-		} else if got, want := err.Error(), strings.ReplaceAll(tt.want, "DIR", filepath.Dir(file)); got != want {
-			t.Errorf("%s\n got %s\nwant %s", tt.csv, got, want)
+		got := overrideMistakes(t, "limits: [{name: a, "+tt.config+", overrides_file: o.csv}]\n", tt.csv)
+		if got != tt.want {
+			t.Errorf("%s\n got %s\nwant %s", tt.csv, got, tt.want)
 		}
 	}
 	file := directory(t, "sluice.yaml",
@@ -369,13 +399,9 @@ func TestPartsOfAttributes(t *testing.T) {
 // TestByteOrderMarks checks that byte order marks are ignored.
 func TestByteOrderMarks(t *testing.T) {
 	const bom = "\ufeff"
-	config := directory(t, "sluice.yaml",
+	c := loadFiles(t, "sluice.yaml",
 		bom+"key_secret_file: secret\nlimits: [{name: a, rate: 1/s, key: request.headers.k, overrides_file: o.csv}]\n",
 		"secret", bom+"pepper\r\n", "o.csv", bom+"\"key\",rate,burst\ngold,7/s,\n")
-	c, _, err := Load(config, env())
-	if err != nil {
-		t.Fatal(err)
-	}
 	if string(c.hasher.secret) != "pepper" {
 		t.Errorf("%q", c.hasher.secret)
 	}

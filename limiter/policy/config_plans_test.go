@@ -15,7 +15,11 @@ limits: # before the plans: their order does not matter
   - name: a
     key: request.headers["k"]
     plan: free
-    overrides: [{key: inline, plan: gold}, {key: tried, plan: gold, mode: shadow}, {key: plain, rate: 5/s}, {key: out, plan: out}]
+    overrides:
+      - {key: inline, plan: gold}
+      - {key: tried, plan: gold, mode: shadow}
+      - {key: plain, rate: 5/s}
+      - {key: out, plan: out}
     overrides_file: a.csv
   - {name: b, plan: gold}
 plans:
@@ -25,18 +29,14 @@ plans:
   open: {rate: unlimited}
 `
 	const rows = "key,plan,rate,burst,mode\nfiled,gold,,,\nopen,open,,,\nrated,,7/s,9,\nshadowed, gold ,,,shadow\n"
-	file := directory(t, "c.yaml", text, "a.csv", rows, "old.csv", "key,rate,burst\nx,1/s,\n")
-	c, _, err := Load(file, env())
-	if err != nil {
-		t.Fatal(err)
-	}
+	c := loadFiles(t, "c.yaml", text, "a.csv", rows, "old.csv", "key,rate,burst\nx,1/s,\n")
 	if len(c.Warnings) > 0 {
 		t.Error(c.Warnings)
 	}
 	for key, want := range map[string]string{
-		"other": "60/m 100 free false", "inline": "600/m 600 gold false", "tried": "600/m 600 gold true", "plain": "5/s 5  false",
-		"out": "none 0 out false", "filed": "600/m 600 gold false", "open": "unlimited 0 open false", "rated": "7/s 9  false",
-		"shadowed": "600/m 600 gold true",
+		"other": "60/m 100 free false", "inline": "600/m 600 gold false", "tried": "600/m 600 gold true",
+		"plain": "5/s 5  false", "out": "none 0 out false", "filed": "600/m 600 gold false",
+		"open": "unlimited 0 open false", "rated": "7/s 9  false", "shadowed": "600/m 600 gold true",
 	} {
 		l := c.Explain(request(t, "GET h/ with k="+key)).Limits[0]
 		if got := fmt.Sprintf("%s %d %s %v", l.Rate, l.Burst, l.Plan, l.Limit.Shadow); got != want {
@@ -51,12 +51,8 @@ plans:
 		strings.Replace(text, ", mode: shadow", "", 1):                   "[a] []",
 		text + "  more: {rate: 1/s}\n":                                   "[] [plans]",
 	} {
-		before, _, err := Load(directory(t, "c.yaml", old, "a.csv", rows), env())
-		if err != nil {
-			t.Fatal(err)
-		}
-		changes := c.Since(before)
-		if got := fmt.Sprint(changes.Changed, changes.Settings); strings.TrimSpace(got) != strings.ReplaceAll(want, "] [", "][") && got != want {
+		changes := c.Since(loadFiles(t, "c.yaml", old, "a.csv", rows))
+		if got := fmt.Sprint(changes.Changed, changes.Settings); got != want {
 			t.Errorf("since\n%s\n%s, want %s", old, got, want)
 		}
 	}
@@ -65,7 +61,8 @@ plans:
 		t.Error(got)
 	}
 	c = parse(t, "{plans: {used: {rate: 1/s}, idle: {rate: 2/s}}, limits: [{name: a, plan: used}]}")
-	const unused = "test.yaml:1:35: plans.idle: no limit and no override has this plan; remove it, or write plan: idle where it is meant"
+	const unused = "test.yaml:1:35: plans.idle: no limit and no override has this plan; " +
+		"remove it, or write plan: idle where it is meant"
 	if got := c.Warnings.Error(); got != unused {
 		t.Errorf("%s, want %s", got, unused)
 	}
@@ -89,10 +86,7 @@ limits:
     overrides_file: a.csv
 `
 	const rows = "key,plan,starts,mode\nfiled,gold,2026-01-31,shadow\ninherits,gold,,\nslow,slow,,\n"
-	c, _, err := Load(directory(t, "c.yaml", text, "a.csv", rows), env())
-	if err != nil {
-		t.Fatal(err)
-	}
+	c := loadFiles(t, "c.yaml", text, "a.csv", rows)
 	at := time.Date(2026, 2, 10, 12, 0, 0, 0, time.UTC)
 	for key, want := range map[string]string{
 		"other":    "free: api 100/month until 2026-02-13T23:00:00Z",
@@ -119,23 +113,30 @@ limits:
 			t.Errorf("%s: %s, want %s", key, strings.Join(got, "; "), want)
 		}
 	}
-	for config, want := range map[string]string{
-		"{plans: {a: {quota: 5/day, burst: 3}}, limits: []}":   "plans.a.burst: burst 3 needs a rate; a quota is its own burst",
-		"{plans: {a: {quota: 5/m}}, limits: []}":               `plans.a.quota: invalid quota "5/m"`,
-		"{plans: {a: {rate: none, quota: 5/day}}, limits: []}": "plans.a.rate: rate: none denies every request; omit quota",
-		"{plans: {a: {rate: 1/s}}, limits: [{name: l, key: client.ip, plan: a, overrides: [{key: 10.0.0.1, plan: a, starts: 2026-01-01}]}]}": "overrides[0].starts: has no effect without quota",
-		"{plans: {a: {rate: 1/s}}, limits: [{name: l, plan: a, quota: 5/day}]}":                                                              "limits[0].quota: the plan gives the rate, the burst and the quota; remove this, or the plan",
+	for _, tt := range []struct{ config, want string }{
+		{"{plans: {a: {quota: 5/day, burst: 3}}, limits: []}", "plans.a.burst: burst 3 needs a rate; a quota is its own burst"},
+		{"{plans: {a: {quota: 5/m}}, limits: []}", `plans.a.quota: invalid quota "5/m"`},
+		{"{plans: {a: {rate: none, quota: 5/day}}, limits: []}",
+			"plans.a.rate: rate: none denies every request; omit quota"},
+		{"{plans: {a: {rate: 1/s}}, limits: [{name: l, key: client.ip, plan: a, " +
+			"overrides: [{key: 10.0.0.1, plan: a, starts: 2026-01-01}]}]}",
+			"overrides[0].starts: has no effect without quota"},
+		{"{plans: {a: {rate: 1/s}}, limits: [{name: l, plan: a, quota: 5/day}]}",
+			"limits[0].quota: the plan gives the rate, the burst and the quota; remove this, or the plan"},
 	} {
-		_, err := Parse("c.yaml", []byte(config), env())
-		if err == nil || !strings.Contains(err.Error(), want) {
-			t.Errorf("%s: %v, want %s", config, err, want)
+		_, err := Parse("c.yaml", []byte(tt.config), env())
+		if err == nil || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%s: %v, want %s", tt.config, err, tt.want)
 		}
 	}
 }
 
 // A plan may use variables of the environment.
 func TestPlanVariables(t *testing.T) {
-	c := parse(t, "{plans: {a: {rate: '${R:-7/s}', burst: '${B:-9}', quota: '${Q:-5/day}'}}, limits: [{name: l, plan: a}]}")
+	c := parse(t, `
+plans: {a: {rate: "${R:-7/s}", burst: "${B:-9}", quota: "${Q:-5/day}"}}
+limits: [{name: l, plan: a}]
+`)
 	d := c.Draw(request(t, "GET h/"))
 	if len(d.Charges) != 2 || d.Charges[0].Bucket.Burst() != 9 || d.Charges[1].Bucket.Burst() != 5 {
 		t.Errorf("%+v", d)
@@ -144,25 +145,21 @@ func TestPlanVariables(t *testing.T) {
 
 // TestPlanColumns has rows of overrides files that are wrong.
 func TestPlanColumns(t *testing.T) {
+	const config = "plans: {free: {rate: 1/s}, gold: {rate: 2/s}}\n" +
+		"limits: [{name: a, plan: free, key: request.headers.k, overrides_file: o.csv}]"
+	const twice = "plan gold gives the rate, the burst and the quota; remove these, or the plan"
 	for csv, want := range map[string]string{
-		"key,plan\na,goldd\n":               `2:3: limits[0].overrides_file: unknown plan "goldd"; did you mean gold?`,
-		"key,plan\na,x\n":                   `2:3: limits[0].overrides_file: unknown plan "x"; want one of free, gold`,
-		"key,plan\na,\n":                    "2:3: limits[0].overrides_file: neither a rate, a quota nor a plan; an override needs one of them",
-		"key,rate,plan\na,1/s,gold\n":       "2:7: limits[0].overrides_file: plan gold gives the rate, the burst and the quota; remove these, or the plan",
-		"key,burst,plan\na,5,gold\n":        "2:5: limits[0].overrides_file: plan gold gives the rate, the burst and the quota; remove these, or the plan",
-		"key,plan,mode\na,gold,x\n":         `2:8: limits[0].overrides_file: unknown value "x"; want one of enforce, shadow`,
-		"key,plans\na,gold\n":               "1:1: limits[0].overrides_file: column 2 has an unknown name; did you mean plan?",
-		"key,plan,rate\na,gold,\nb,,gold\n": "3:4: limits[0].overrides_file: invalid rate \"gold\"; want tokens/period such as 10/s, 100/m, 5000/24h, 10/7d or 3/250ms (units: us, ms, s, m, h, d), or unlimited or none",
-		"key,plan,rate\na,,ten\na,gold,":    "2:4: limits[0].overrides_file: invalid rate \"ten\"; want tokens/period such as 10/s, 100/m, 5000/24h, 10/7d or 3/250ms (units: us, ms, s, m, h, d), or unlimited or none",
+		"key,plan\na,goldd\n":               `2:3: unknown plan "goldd"; did you mean gold?`,
+		"key,plan\na,x\n":                   `2:3: unknown plan "x"; want one of free, gold`,
+		"key,plan\na,\n":                    "2:3: neither a rate, a quota nor a plan; an override needs one of them",
+		"key,rate,plan\na,1/s,gold\n":       "2:7: " + twice,
+		"key,burst,plan\na,5,gold\n":        "2:5: " + twice,
+		"key,plan,mode\na,gold,x\n":         `2:8: unknown value "x"; want one of enforce, shadow`,
+		"key,plans\na,gold\n":               "1:1: column 2 has an unknown name; did you mean plan?",
+		"key,plan,rate\na,gold,\nb,,gold\n": `3:4: invalid rate "gold"; ` + wantRate,
+		"key,plan,rate\na,,ten\na,gold,":    `2:4: invalid rate "ten"; ` + wantRate,
 	} {
-		file := directory(t, "c.yaml", "plans: {free: {rate: 1/s}, gold: {rate: 2/s}}\n"+
-			"limits: [{name: a, plan: free, key: request.headers.k, overrides_file: o.csv}]", "o.csv", csv)
-		_, _, err := Load(file, env())
-		if err == nil {
-			t.Errorf("%q is valid", csv)
-			continue
-		}
-		if got := strings.ReplaceAll(err.Error(), strings.TrimSuffix(file, "c.yaml")+"o.csv:", ""); got != want {
+		if got := overrideMistakes(t, config, csv); got != want {
 			t.Errorf("%q says\n%s\nwant\n%s", csv, got, want)
 		}
 	}

@@ -122,14 +122,15 @@ func TestFailsClosed(t *testing.T) {
 	for text, want := range map[string]bool{
 		"":                               false,
 		"limits: [{name: a, rate: 1/s}]": true,
-		"limits: [{name: a, rate: 1/s, on_failure: allow}]":                                                                    false,
-		"limits: [{name: a, rate: 1/s, mode: shadow}]":                                                                         false,
-		"{mode: shadow, limits: [{name: a, rate: 1/s}]}":                                                                       false,
-		"limits: [{name: a, rate: none}, {name: b, rate: unlimited}]":                                                          false,
-		"limits: [{name: a, rate: none, key: client.ip, overrides: [{key: 10.0.0.1, rate: 1/s}]}]":                             true,
-		"limits: [{name: a, rate: 1/s, mode: shadow, key: client.ip, overrides: [{key: 10.0.0.1, rate: 1/s, mode: enforce}]}]": true,
-		"{on_failure: allow, limits: [{name: a, rate: 1/s}]}":                                                                  false,
-		"{on_failure: allow, limits: [{name: a, rate: 1/s, on_failure: deny}]}":                                                true,
+		"limits: [{name: a, rate: 1/s, on_failure: allow}]":                                        false,
+		"limits: [{name: a, rate: 1/s, mode: shadow}]":                                             false,
+		"{mode: shadow, limits: [{name: a, rate: 1/s}]}":                                           false,
+		"limits: [{name: a, rate: none}, {name: b, rate: unlimited}]":                              false,
+		"limits: [{name: a, rate: none, key: client.ip, overrides: [{key: 10.0.0.1, rate: 1/s}]}]": true,
+		"limits: [{name: a, rate: 1/s, mode: shadow, key: client.ip, " +
+			"overrides: [{key: 10.0.0.1, rate: 1/s, mode: enforce}]}]": true,
+		"{on_failure: allow, limits: [{name: a, rate: 1/s}]}":                   false,
+		"{on_failure: allow, limits: [{name: a, rate: 1/s, on_failure: deny}]}": true,
 	} {
 		if got := parse(t, text).FailsClosed(); got != want {
 			t.Errorf("%s: %v", text, got)
@@ -258,11 +259,7 @@ func TestReplaces(t *testing.T) {
 		if text == "" {
 			text = "limits: []" // an empty file is an error
 		}
-		c, _, err := Load(directory(t, "sluice.yaml", text, "secret", secret), env())
-		if err != nil {
-			t.Fatal(err)
-		}
-		return c
+		return loadFiles(t, "sluice.yaml", text, "secret", secret)
 	}
 	sentinels := func(access string) string {
 		return "store: {redis: {mode: sentinel, addresses: ['h:1'], master: m, sentinel: " + access + "}}"

@@ -114,16 +114,19 @@ func TestDirectReads(t *testing.T) {
 		}
 	}
 	slices.Sort(texts)
-	value := rapid.SampledFrom([]string{"", "a", "10.0.0.1", "[::1]:80", "Shop.Example.com:80", "/v1?x=y", "/?x=%79&x=y&%78=y", "/?x=1&x=2", "\xff",
-		"{}"})
+	value := rapid.SampledFrom([]string{
+		"", "a", "10.0.0.1", "[::1]:80", "Shop.Example.com:80", "/v1?x=y", "/?x=%79&x=y&%78=y", "/?x=1&x=2", "\xff", "{}",
+	})
 	var ids clientIP
 	rapid.Check(t, func(t *rapid.T) {
 		s := newSubject(&Request{
 			Method: value.Draw(t, "method"), Scheme: value.Draw(t, "scheme"), Host: value.Draw(t,
 				"host"), Path: value.Draw(t, "path"),
 			Protocol: value.Draw(t, "protocol"),
-			Headers: map[string]string{"cookie": "a=b; x=" + value.Draw(t, "cookie"), "x-a": value.Draw(t, "x-a"), "host": value.Draw(t, "host header"),
-				"x-request-id": value.Draw(t, "id")},
+			Headers: map[string]string{
+				"cookie": "a=b; x=" + value.Draw(t, "cookie"), "x-a": value.Draw(t, "x-a"),
+				"host": value.Draw(t, "host header"), "x-request-id": value.Draw(t, "id"),
+			},
 			Source: Peer{Address: value.Draw(t, "source"), Principal: value.Draw(t, "principal")},
 		}, &ids)
 		for _, text := range texts {

@@ -34,7 +34,8 @@ func TestLint(t *testing.T) {
 		},
 		"a secret that is readable": {
 			{"limits:\n- {name: a, rate: 1/s, readable: true, key: 'request.headers[\"x-api-key\"]'}" + beside,
-				`2:45: limits[0].key: request.headers["x-api-key"] is likely to be a secret, and with readable: true it comes out in clear`},
+				`2:45: limits[0].key: request.headers["x-api-key"] is likely to be a secret, ` +
+					"and with readable: true it comes out in clear"},
 			{`limits:
 - {name: a, rate: 1/s, readable: true, key: 'request.headers["authorization"].split(" ")[1]'}` + beside,
 				`limits[0].key: request.headers["authorization"] is likely`},
@@ -262,11 +263,9 @@ func TestDoubtfulOverridesAreCounted(t *testing.T) {
 	for i := range 1000 {
 		fmt.Fprintf(&rows, "192.0.%d.%d,1/s,\n", i/250, i%250)
 	}
-	c, _, err := Load(directory(t, "sluice.yaml",
-		"limits: [{name: a, rate: 1/s, match: {clients: [10.0.0.0/8]}, key: client.ip, overrides_file: o.csv}]", "o.csv", rows.String()), env())
-	if err != nil {
-		t.Fatal(err)
-	}
+	c := loadFiles(t, "sluice.yaml",
+		"limits: [{name: a, rate: 1/s, match: {clients: [10.0.0.0/8]}, key: client.ip, overrides_file: o.csv}]",
+		"o.csv", rows.String())
 	if n := len(c.Warnings); n != maxDoubtful+1 || c.Warnings[0].Message != "995 more overrides like this one" {
 		t.Errorf("%d: %v", n, c.Warnings)
 	}

@@ -43,15 +43,18 @@ local_share: 0.5
 	want := []string{
 		"blocked true none 0 0 it matches; the rate is none, so the request is denied",
 		"keys true none 0 1 it applies to every request; the rate is none, so the request is denied",
-		"some true none 0 2 it applies to every request; its rate is from overrides[0]; the rate is none, so the request is denied",
-		`beta false none 0 -1 when is absent, and a limit with rate: none does not apply then: request.headers["x"].startsWith("y")`,
+		"some true none 0 2 it applies to every request; its rate is from overrides[0]; the rate is none, " +
+			"so the request is denied",
+		"beta false none 0 -1 when is absent, and a limit with rate: none does not apply then: " +
+			`request.headers["x"].startsWith("y")`,
 	}
 	if !slices.Equal(got, want) {
 		t.Errorf("got\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
 	}
 	_, err := c.Bucket(BucketName{Limit: "some", Parts: []string{"bad"}})
-	if want := "limit some denies every request with this key (rate: none) and has no bucket"; err == nil || err.Error() != want {
-		t.Errorf("%v, want %s", err, want)
+	const noBucket = "limit some denies every request with this key (rate: none) and has no bucket"
+	if err == nil || err.Error() != noBucket {
+		t.Errorf("%v, want %s", err, noBucket)
 	}
 	if got, want := fmt.Sprint(c.ByKey()), "[[keys some]]"; got != want {
 		t.Errorf("by key: %s, want %s", got, want)
@@ -66,7 +69,7 @@ local_share: 0.5
 
 // TestOverrideModes has overrides with a mode of their own, inline and in files.
 func TestOverrideModes(t *testing.T) {
-	file := directory(t, "c.yaml", `
+	c := loadFiles(t, "c.yaml", `
 limits:
   - name: a
     key: request.headers["k"]
@@ -81,14 +84,11 @@ limits:
   - {name: c, key: 'request.headers["k"]', rate: 10/s, overrides: [{key: same, rate: 2/s, mode: enforce}]}
 `, "a.csv", "key,mode,burst,rate\nfiled,shadow,7,5/s\nplain,,,5/s\n",
 		"b.csv", "key,rate,mode\ncanary,10/s,enforce\n")
-	c, _, err := Load(file, env())
-	if err != nil {
-		t.Fatal(err)
-	}
 	for key, want := range map[string]string{
-		"tried": "a shadow 1/s 1, b shadow 10/s 10, c enforce 10/s 10",
-		"same":  "a enforce 2/s 2, b shadow 10/s 10, c enforce 2/s 2",
-		"filed": "a shadow 5/s 7, b shadow 10/s 10, c enforce 10/s 10", "plain": "a enforce 5/s 5, b shadow 10/s 10, c enforce 10/s 10",
+		"tried":  "a shadow 1/s 1, b shadow 10/s 10, c enforce 10/s 10",
+		"same":   "a enforce 2/s 2, b shadow 10/s 10, c enforce 2/s 2",
+		"filed":  "a shadow 5/s 7, b shadow 10/s 10, c enforce 10/s 10",
+		"plain":  "a enforce 5/s 5, b shadow 10/s 10, c enforce 10/s 10",
 		"canary": "a enforce 10/s 10, b enforce 10/s 10, c enforce 10/s 10",
 	} {
 		var got []string
@@ -112,7 +112,10 @@ limits:
 		t.Errorf("%s, want %s", got, want)
 	}
 	// In a file in shadow mode nothing denies.
-	c = parse(t, `{mode: shadow, limits: [{name: a, rate: 1/s, key: client.ip, overrides: [{key: 203.0.113.7, rate: none, mode: enforce}]}]}`)
+	c = parse(t, `
+mode: shadow
+limits: [{name: a, rate: 1/s, key: client.ip, overrides: [{key: 203.0.113.7, rate: none, mode: enforce}]}]
+`)
 	if d := c.Draw(request(t, "GET h/")); !d.Charges[0].Limit.Shadow || c.FailsClosed() || len(c.InEachMode()) != 1 {
 		t.Errorf("%+v", d)
 	}
@@ -120,28 +123,25 @@ limits:
 
 // TestColumns has headers of overrides files that are wrong.
 func TestColumns(t *testing.T) {
+	const example = "a header row such as key,rate,burst"
 	for csv, want := range map[string]string{
-		"key,rate,brust\n":         "1:1: limits[0].overrides_file: column 3 has an unknown name; did you mean burst?",
-		"key,rate,region\n":        "1:1: limits[0].overrides_file: column 3 has an unknown name; want 1 for the key's parts, and then some of rate, burst, quota, plan, starts, mode, as in key,rate,burst",
-		"key,burst\n":              "1:1: limits[0].overrides_file: no column is named rate, quota or plan; want a header row such as key,rate,burst",
-		"rate,burst\n":             "1:1: limits[0].overrides_file: column 1 is named rate, but must be a part of the key; want a header row such as key,rate,burst",
-		"key\n":                    "1:1: limits[0].overrides_file: header row of 1 columns; want 1 for the key's parts, and then some of rate, burst, quota, plan, starts, mode, as in key,rate,burst",
-		"hunter2,none\n":           "1:1: limits[0].overrides_file: no header row; add one as the first line: key,rate,burst",
-		"key,rate,rate\n":          "1:1: limits[0].overrides_file: two columns are named rate",
-		"key;rate\n":               `1:1: limits[0].overrides_file: columns separated by ";"; separate them by commas, as in key,rate,burst`,
-		"key,rate,mode\na,1/s,x\n": `2:7: limits[0].overrides_file: unknown value "x"; want one of enforce, shadow`,
-		"key,mode,rate\na,dry-run,1/s\nb,,0\n": `2:3: limits[0].overrides_file: unknown value "dry-run"; did you mean shadow? (want one of enforce, shadow)
-3:4: limits[0].overrides_file: invalid rate "0"; write none`,
-		"key,rate,burst\na,none,5\n": "2:3: limits[0].overrides_file: burst 5 needs a bucket, but the rate is none; omit burst",
-		"key,rate,burst\na,0/m,\n":   `2:3: limits[0].overrides_file: invalid rate "0/m"; write none to deny every request`,
+		"key,rate,brust\n":  "1:1: column 3 has an unknown name; did you mean burst?",
+		"key,rate,region\n": "1:1: column 3 has an unknown name; " + wantColumns,
+		"key,burst\n":       "1:1: no column is named rate, quota or plan; want " + example,
+		"rate,burst\n":      "1:1: column 1 is named rate, but must be a part of the key; want " + example,
+		"key\n":             "1:1: header row of 1 columns; " + wantColumns,
+		"hunter2,none\n":    "1:1: no header row; add one as the first line: key,rate,burst",
+		"key,rate,rate\n":   "1:1: two columns are named rate",
+		"key;rate\n":        `1:1: columns separated by ";"; separate them by commas, as in key,rate,burst`,
+
+		"key,rate,mode\na,1/s,x\n": `2:7: unknown value "x"; want one of enforce, shadow`,
+		"key,mode,rate\na,dry-run,1/s\nb,,0\n": `2:3: unknown value "dry-run"; did you mean shadow? ` +
+			"(want one of enforce, shadow)\n" + `3:4: invalid rate "0"; write none`,
+		"key,rate,burst\na,none,5\n": "2:3: burst 5 needs a bucket, but the rate is none; omit burst",
+		"key,rate,burst\na,0/m,\n":   `2:3: invalid rate "0/m"; write none to deny every request`,
 	} {
-		file := directory(t, "c.yaml", "limits: [{name: a, rate: 1/s, key: request.headers.k, overrides_file: o.csv}]", "o.csv", csv)
-		_, _, err := Load(file, env())
-		if err == nil {
-			t.Errorf("%q is valid", csv)
-			continue
-		}
-		if got := strings.ReplaceAll(err.Error(), strings.TrimSuffix(file, "c.yaml")+"o.csv:", ""); got != want {
+		const config = "limits: [{name: a, rate: 1/s, key: request.headers.k, overrides_file: o.csv}]"
+		if got := overrideMistakes(t, config, csv); got != want {
 			t.Errorf("%q says\n%s\nwant\n%s", csv, got, want)
 		}
 	}

@@ -12,7 +12,7 @@ import (
 // TestQuotas has limits and overrides with a quota, with and without a rate, inline
 // and in files.
 func TestQuotas(t *testing.T) {
-	file := directory(t, "c.yaml", `
+	c := loadFiles(t, "c.yaml", `
 limits:
   - name: monthly
     key: request.headers["k"]
@@ -23,10 +23,6 @@ limits:
     overrides_file: m.csv
   - {name: api, key: 'request.headers["k"]', rate: 10/s, burst: 20, quota: 500/week, settle: 1, cost: 2}
 `, "m.csv", "key,rate,burst,quota,starts,mode\nboth,3/s,,20/year,2024-02-29,\nonly,,,30/hour,,shadow\nrate,4/s,9,,,\n")
-	c, _, err := Load(file, env())
-	if err != nil {
-		t.Fatal(err)
-	}
 	shape := func(b limiter.Bucket) string {
 		if !b.IsQuota() {
 			return fmt.Sprintf("burst %d", b.Burst())
@@ -65,7 +61,8 @@ limits:
 				t.Errorf("%+v", charge)
 			}
 			name := strings.Split(charge.Key, ":")[2] // as a settlement has it
-			if cost, err := c.Settle("default", name, &End{}, 2); cost != 1 || err != nil || c.LimitOfKey(name) != charge.Limit.Name {
+			cost, err := c.Settle("default", name, &End{}, 2)
+			if cost != 1 || err != nil || c.LimitOfKey(name) != charge.Limit.Name {
 				t.Errorf("%s costs %d (%v) in the end, of %s", name, cost, err, c.LimitOfKey(name))
 			}
 		}
@@ -79,7 +76,8 @@ limits:
 		}
 		for i, name := range explained {
 			b, err := c.Bucket(BucketName{Limit: name, Parts: []string{tt.key}})
-			if err != nil || b.Charge.Key != d.Charges[i].Key || b.Charge.Bucket != d.Charges[i].Bucket || b.Charge.Limit != d.Charges[i].Limit {
+			if want := d.Charges[i]; err != nil || b.Charge.Key != want.Key || b.Charge.Bucket != want.Bucket ||
+				b.Charge.Limit != want.Limit {
 				t.Errorf("%s of %s: %+v, %v", name, tt.key, b, err)
 			}
 		}
@@ -88,7 +86,9 @@ limits:
 	for _, l := range c.InEachMode() {
 		names = append(names, fmt.Sprint(l.Name, l.Shadow))
 	}
-	want := []string{"monthlyfalse", "monthly/quotafalse", "apifalse", "api/quotafalse", "monthlytrue", "monthly/quotatrue"}
+	want := []string{
+		"monthlyfalse", "monthly/quotafalse", "apifalse", "api/quotafalse", "monthlytrue", "monthly/quotatrue",
+	}
 	if !slices.Equal(names, want) {
 		t.Errorf("limits %v, want %v", names, want)
 	}
@@ -101,8 +101,12 @@ limits:
 		t.Error(err)
 	}
 	// A rate that the request brings leaves the quota as it is.
-	brought := parse(t, `{limits: [{name: a, key: client.ip, rate: 1/s, quota: 9/day, rate_from: 'request.headers["rate"]', max_rate: 50/s}]}`)
-	if d := brought.Draw(request(t, "GET h/ with rate=7")); len(d.Charges) != 2 || d.Charges[0].Bucket.Burst() != 7 || d.Charges[1].Bucket.Burst() != 9 {
+	brought := parse(t, `
+limits:
+  - {name: a, key: client.ip, rate: 1/s, quota: 9/day, rate_from: 'request.headers["rate"]', max_rate: 50/s}
+`)
+	if d := brought.Draw(request(t, "GET h/ with rate=7")); len(d.Charges) != 2 ||
+		d.Charges[0].Bucket.Burst() != 7 || d.Charges[1].Bucket.Burst() != 9 {
 		t.Errorf("%+v", d)
 	}
 	if d := brought.Draw(request(t, "GET h/ with rate=none")); len(d.Charges) != 1 || d.Charges[0].HasBucket() {
@@ -110,7 +114,8 @@ limits:
 	}
 	// A route may bring quotas, too.
 	d := c.Draw(request(t, "GET h/ with k=x context sluice.limit.api={quota:_3/day,_rate:_1/s}"))
-	if len(d.Mistakes) > 0 || len(d.Charges) != 3 || d.Charges[2].Limit.Name != "api/quota" || d.Charges[2].Bucket.Burst() != 3 {
+	if len(d.Mistakes) > 0 || len(d.Charges) != 3 || d.Charges[2].Limit.Name != "api/quota" ||
+		d.Charges[2].Bucket.Burst() != 3 {
 		t.Errorf("%+v", d)
 	}
 }
@@ -119,20 +124,17 @@ limits:
 func TestQuotaColumns(t *testing.T) {
 	for _, tt := range []struct{ rows, want string }{
 		{"key,quota\n10.0.0.1,5/day\n", ""},
-		{"key,quota,rate\n10.0.0.1,5/m,\n", `2:10: limits[0].overrides_file: invalid quota "5/m"; the shortest unit of a quota is hour; write rate: 5/m, or quota: 5/month`},
-		{"key,rate,quota\n10.0.0.1,,\n", `2:10: limits[0].overrides_file: neither a rate, a quota nor a plan; an override needs one of them`},
-		{"key,rate,burst,quota\n10.0.0.1,,7,5/day\n", `2:10: limits[0].overrides_file: burst 7 needs a rate; a quota is its own burst`},
-		{"key,rate,quota,starts\n10.0.0.1,,5/month,May\n", `2:19: limits[0].overrides_file: invalid starts "May"; want a date such as 2026-01-14`},
-		{"key,rate,starts\n10.0.0.1,5/m,2026-01-14\n", `2:14: limits[0].overrides_file: starts has no effect without quota; an override replaces the limit's quota too`},
-		{"key,rate\n10.0.0.1,5/month\n", `2:10: limits[0].overrides_file: invalid rate "5/month"; write quota: 5/month`},
+		{"key,quota,rate\n10.0.0.1,5/m,\n", `2:10: invalid quota "5/m"; the shortest unit of a quota is hour; ` +
+			"write rate: 5/m, or quota: 5/month"},
+		{"key,rate,quota\n10.0.0.1,,\n", "2:10: neither a rate, a quota nor a plan; an override needs one of them"},
+		{"key,rate,burst,quota\n10.0.0.1,,7,5/day\n", "2:10: burst 7 needs a rate; a quota is its own burst"},
+		{"key,rate,quota,starts\n10.0.0.1,,5/month,May\n", `2:19: invalid starts "May"; want a date such as 2026-01-14`},
+		{"key,rate,starts\n10.0.0.1,5/m,2026-01-14\n", "2:14: starts has no effect without quota; " +
+			"an override replaces the limit's quota too"},
+		{"key,rate\n10.0.0.1,5/month\n", `2:10: invalid rate "5/month"; write quota: 5/month`},
 	} {
-		file := directory(t, "c.yaml", "limits: [{name: a, key: client.ip, rate: 1/s, overrides_file: m.csv}]\n", "m.csv", tt.rows)
-		_, _, err := Load(file, env())
-		got := ""
-		if err != nil {
-			got = err.Error()
-		}
-		if !strings.Contains(got, tt.want) || tt.want == "" && strings.Contains(got, "m.csv") {
+		const config = "limits: [{name: a, key: client.ip, rate: 1/s, overrides_file: o.csv}]\n"
+		if got := overrideMistakes(t, config, tt.rows); got != tt.want {
 			t.Errorf("%q says\n%s\nwant\n%s", tt.rows, got, tt.want)
 		}
 	}

@@ -13,8 +13,19 @@ func TestRateFrom(t *testing.T) {
 	c := parse(t, `
 limits:
   - {name: a, key: `+claim+`sub, rate: 60/m, rate_from: `+claim+`rate, max_rate: 10000/m, cost: 2}
-  - {name: b, key: `+claim+`sub, rate: 5/2s, burst: 7, rate_from: `+claim+`rate, max_rate: 100/s, overrides: [{key: gold, rate: 3/s}]}
-  - {name: c, key: `+claim+`sub, rate: none, rate_from: 'has(`+claim+`rate) ? `+claim+`rate : null', max_rate: 1000/h, on_failure: local}
+  - name: b
+    key: `+claim+`sub
+    rate: 5/2s
+    burst: 7
+    rate_from: `+claim+`rate
+    max_rate: 100/s
+    overrides: [{key: gold, rate: 3/s}]
+  - name: c
+    key: `+claim+`sub
+    rate: none
+    rate_from: 'has(`+claim+`rate) ? `+claim+`rate : null'
+    max_rate: 1000/h
+    on_failure: local
 local_share: 0.5
 `)
 	if len(c.Warnings) > 0 {
@@ -145,7 +156,9 @@ func TestBucketOfRateFrom(t *testing.T) {
 // FuzzRateFrom checks that no rate that a request brings is above
 // max_rate, in tokens for each period and in burst.
 func FuzzRateFrom(f *testing.F) {
-	for _, s := range []string{"600/m", "1", "unlimited", "9e99", "10/1us", "99999999999999999999/s", "1/d", "0", "-0", "1/2562047h"} {
+	for _, s := range []string{
+		"600/m", "1", "unlimited", "9e99", "10/1us", "99999999999999999999/s", "1/d", "0", "-0", "1/2562047h",
+	} {
 		f.Add(s)
 	}
 	e, mistakes := compile("request.headers.rate", forRate)
@@ -177,9 +190,11 @@ func FuzzRateFrom(f *testing.F) {
 // TestRateFromWarnings checks what is warned of.
 func TestRateFromWarnings(t *testing.T) {
 	const (
-		sub     = `metadata.filter_metadata["envoy.filters.http.jwt_authn"].payload.sub`
-		claim   = `metadata.filter_metadata["envoy.filters.http.jwt_authn"].payload.rate`
-		chosen  = " may be written by the client, who then chooses a rate of up to max_rate; read a claim, such as " + claim + ", or have Envoy set it before sluice is asked"
+		sub    = `metadata.filter_metadata["envoy.filters.http.jwt_authn"].payload.sub`
+		claim  = `metadata.filter_metadata["envoy.filters.http.jwt_authn"].payload.rate`
+		other  = `metadata.filter_metadata["envoy.filters.http.json_to_metadata"]`
+		chosen = " may be written by the client, who then chooses a rate of up to max_rate; read a claim, such as " +
+			claim + ", or have Envoy set it before sluice is asked"
 		subject = "the key does not say whose rate this is, so that one request with a low rate cuts the bucket of others; " +
 			"add to the key what names the rate's owner, such as " + sub
 	)
@@ -196,12 +211,12 @@ func TestRateFromWarnings(t *testing.T) {
 		{sub, `request.headers["x-rate"]`, []string{`request.headers["x-rate"]` + chosen}},
 		{sub, `request.cookies["rate"]`, []string{`request.cookies["rate"]` + chosen}},
 		{sub, `request.params["rate"]`, []string{`request.params["rate"]` + chosen}},
-		{`metadata.filter_metadata["envoy.filters.http.json_to_metadata"].tenant`, `metadata.filter_metadata["envoy.filters.http.json_to_metadata"].rate`,
-			[]string{`metadata.filter_metadata["envoy.filters.http.json_to_metadata"]` + chosen}},
+		{other + ".tenant", other + ".rate", []string{other + chosen}},
 		{sub, `context["rate"]`, []string{subject}},
 		{`context["tenant"]`, `context["rate"]`, nil},
 	} {
-		c := parse(t, "limits:\n- {name: n, key: client.network, rate: 1/s}\n- name: a\n  key: "+tt.key+"\n  rate: 60/m\n  rate_from: "+tt.from+"\n  max_rate: 90/m")
+		c := parse(t, "limits:\n- {name: n, key: client.network, rate: 1/s}\n- name: a\n  key: "+tt.key+
+			"\n  rate: 60/m\n  rate_from: "+tt.from+"\n  max_rate: 90/m")
 		var got []string
 		for _, w := range c.Warnings {
 			if w.Field == "limits[1].rate_from" {

@@ -22,7 +22,8 @@ func TestReadable(t *testing.T) {
 			{"GET h/ with x-tenant=a%257Bb with x-plan=#43.x", "=7.a%257Bb=3.GET=7.%2343.x"},
 			{"GET h/ with x-tenant=acme from 192.0.2.1", "=4.acme=3.GET~9.192.0.2.1"},
 			{"POST h/ with x-plan=~0. from 2001:db8::1", "~13.2001:db8::/64=4.POST=3.~0."},
-			{"GET h/ with x-plan=a with x-tenant=" + strings.Repeat("x", 200), "=200." + strings.Repeat("x", 200) + "=3.GET=1.a"},
+			{"GET h/ with x-plan=a with x-tenant=" + strings.Repeat("x", 200),
+				"=200." + strings.Repeat("x", 200) + "=3.GET=1.a"},
 		} {
 			line, want := tt.line, tt.want
 			was, is := hashed.Draw(request(t, line)).Charges[0], readable.Draw(request(t, line)).Charges[0]
@@ -46,7 +47,9 @@ func TestReadable(t *testing.T) {
 				}
 			}
 		}
-		b, err := readable.Bucket(BucketName{Limit: "a", Parts: []string{"acme", "GET", ""}, Absent: true, Client: "192.0.2.1"})
+		b, err := readable.Bucket(BucketName{
+			Limit: "a", Parts: []string{"acme", "GET", ""}, Absent: true, Client: "192.0.2.1",
+		})
 		if err != nil || b.Charge.ShownKey() != "=4.acme=3.GET~9.192.0.2.1" {
 			t.Errorf("%s, %v", b.Charge.ShownKey(), err)
 		}
@@ -60,7 +63,9 @@ func TestReadable(t *testing.T) {
 // TestReadableChanges checks that a reload reports it, and that a limit without a
 // hashed part is not readable.
 func TestReadableChanges(t *testing.T) {
-	a := parse(t, `limits: [{name: a, rate: 1/s, key: 'request.headers["x-tenant"]'}, {name: b, rate: 1/s, key: request.method}]`)
+	a := parse(t, `
+limits: [{name: a, rate: 1/s, key: 'request.headers["x-tenant"]'}, {name: b, rate: 1/s, key: request.method}]
+`)
 	b := parse(t, `limits: [{name: a, rate: 1/s, key: 'request.headers["x-tenant"]', readable: true},`+
 		`{name: b, rate: 1/s, key: request.method, readable: true}]`)
 	if got := b.Since(a).Changed; len(got) != 1 || got[0] != "a" {

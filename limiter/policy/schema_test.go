@@ -199,7 +199,8 @@ func TestSchemaFields(t *testing.T) {
 		"limits[0].match":        {"$defs", "match", "properties"},
 		"limits[1].overrides[0]": {"properties", "limits", "items", "properties", "overrides", "items", "properties"},
 	} {
-		const text = `{"?": 1, plans: {p: {"?": 1}}, listen: {"?": 1}, store: {"?": 1, redis: {"?": 1, sentinel: {"?": 1}}}, client_ip: {"?": 1}, exempt: [{"?": 1}],
+		const text = `{"?": 1, plans: {p: {"?": 1}}, listen: {"?": 1}, client_ip: {"?": 1}, exempt: [{"?": 1}],
+  store: {"?": 1, redis: {"?": 1, sentinel: {"?": 1}}},
   limits: [{"?": 1, match: {"?": 1}}, {name: a, rate: 1/s, key: request.method, overrides: [{"?": 1}]}]}`
 		_, err := Parse("f", []byte(text), env())
 		want := ""
