@@ -160,27 +160,38 @@ body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter
 	`"retry_after":7}
 `
 
-// exceeded returns what spell writes of a denial by the limit "orders".
-func exceeded(seconds int) string {
+// failedClosed is what spell writes of the metadata of a check that no store
+// answered.
+const failedClosed = `metadata cost=null decision="failed_closed" key=null limit=null remaining=null shadow=[] source="none"
+`
+
+// exceeded returns what spell writes of the body of a denial.
+func exceeded(limit string, seconds int) string {
 	return fmt.Sprintf(`client content-type: application/problem+json
-body {"title":"Too Many Requests","status":429,"detail":"Rate limit \"orders\" exceeded. Retry in %d s.",`+
-		`"limit":"orders","retry_after":%[1]d}
+body {"title":"Too Many Requests","status":429,"detail":"Rate limit \"%s\" exceeded. Retry in %d s.",`+
+		`"limit":"%[1]s","retry_after":%[2]d}
+`, limit, seconds)
+}
+
+// limited returns what spell writes of the metadata of a denial by the limit orders
+// in Redis.
+func limited(seconds int) string {
+	return fmt.Sprintf(
+		`metadata cost=1 decision="limited" key="-" limit="orders" remaining=0 retry_after=%d shadow=[] source="redis"
 `, seconds)
 }
 
 func TestCheck(t *testing.T) {
-	const limited = `metadata cost=1 decision="limited" key="-" limit="orders" remaining=0 retry_after=1 shadow=[] source="redis"
-`
 	limitedHTTP := `status 8
 deny 429
 client x-envoy-ratelimited: true
-` + exceeded(1) + limited
+` + exceeded("orders", 1) + limited(1)
 	limitedWeb := `status 8
 deny 429
 client x-envoy-ratelimited: true
 client grpc-status: 8
 client grpc-message: Rate limit "orders" exceeded. Retry in 1 s.
-` + exceeded(1) + limited
+` + exceeded("orders", 1) + limited(1)
 	const (
 		one    = "limits: [{name: orders, rate: 100/m, burst: 100}]"
 		two    = "limits: [{name: orders, rate: 100/m}, {name: per-client, rate: 1/s, burst: 10, key: client.ip}]"
@@ -194,7 +205,9 @@ client grpc-message: Rate limit "orders" exceeded. Retry in 1 s.
 		check  *authv3.CheckRequest
 		want   string
 	}{
-		{"none", "{headers: [x-ratelimit, retry-after, ratelimit], limits: [{name: orders, rate: 1/s}, {name: gone, rate: none}, {name: s, rate: none, mode: shadow}]}",
+		{"none", `
+headers: [x-ratelimit, retry-after, ratelimit]
+limits: [{name: orders, rate: 1/s}, {name: gone, rate: none}, {name: s, rate: none, mode: shadow}]`,
 			panics{}, checkOf(), `status 8
 deny 429
 client x-envoy-ratelimited: true
@@ -232,8 +245,7 @@ client x-ratelimit-limit: 100
 client x-ratelimit-remaining: 0
 client x-ratelimit-reset: 60
 client retry-after: 3
-` + exceeded(3) + `metadata cost=1 decision="limited" key="-" limit="orders" remaining=0 retry_after=3 shadow=[] source="redis"
-`},
+` + exceeded("orders", 3) + limited(3)},
 		{"limited for a moment", one, said{no(0, time.Microsecond, time.Minute, 1)}, checkOf(), `status 8
 deny 429
 client x-envoy-ratelimited: true
@@ -241,8 +253,7 @@ client x-ratelimit-limit: 100
 client x-ratelimit-remaining: 0
 client x-ratelimit-reset: 60
 client retry-after: 1
-` + exceeded(1) + `metadata cost=1 decision="limited" key="-" limit="orders" remaining=0 retry_after=1 shadow=[] source="redis"
-`},
+` + exceeded("orders", 1) + limited(1)},
 		{"limited for ever", one, said{no(100, limiter.Never, 0, 0)}, checkOf(), `status 8
 deny 429
 client x-envoy-ratelimited: true
@@ -281,7 +292,7 @@ client retry-after: 1
 client grpc-status: 8
 client grpc-message: Rate limit "orders" exceeded. Retry in 1 s.
 body 
-` + limited},
+` + limited(1)},
 		{"x-grpc-web without gRPC is HTTP", "headers: []\n" + one, said{no(0, time.Second, time.Minute, 1)},
 			checkOf("content-type", "application/json", "x-grpc-web", "1"), limitedHTTP},
 		{"application/grpc-website is HTTP", "headers: []\n" + one, said{no(0, time.Second, time.Minute, 1)},
@@ -299,8 +310,7 @@ metadata cost=1 decision="allowed" key="=11.203.0.113.7" limit="per-client" rema
 deny 429
 client x-envoy-ratelimited: true
 client retry-after: 9
-` + exceeded(9) + `metadata cost=1 decision="limited" key="-" limit="orders" remaining=0 retry_after=9 shadow=[] source="redis"
-`},
+` + exceeded("orders", 9) + limited(9)},
 		{"the IETF's fields speak of all", "headers: [ratelimit]\n" + two,
 			said{ok(100, 0, 0), ok(4, 6*time.Second, time.Second)}, checkOf(), `status 0
 allow
@@ -333,13 +343,10 @@ metadata cost=null decision="allowed" key=null limit=null remaining=null shadow=
 `},
 		{"failed closed", one, said{failed}, checkOf(), `status 14
 deny 503
-` + unavailable + `metadata cost=null decision="failed_closed" key=null limit=null remaining=null shadow=[] source="none"
-`},
+` + unavailable + failedClosed},
 		{"failed closed, by another status", "failure_status: 502\n" + one, said{failed}, checkOf(), `status 14
 deny 502
-` + strings.Replace(unavailable, "503", "502", 1) +
-			`metadata cost=null decision="failed_closed" key=null limit=null remaining=null shadow=[] source="none"
-`},
+` + strings.Replace(unavailable, "503", "502", 1) + failedClosed},
 		{"failed closed, for a gRPC call", one, said{failed}, checkOf("content-type", "application/grpc"), `status 14
 deny 503
 client retry-after: 7
@@ -352,8 +359,7 @@ metadata cost=null decision="failed_closed" key=null limit=null remaining=null s
 deny 503
 ` + strings.Replace(unavailable, "client content-type", `client grpc-status: 14
 client grpc-message: The rate limiter is temporarily unavailable.
-client content-type`, 1) + `metadata cost=null decision="failed_closed" key=null limit=null remaining=null shadow=[] source="none"
-`},
+client content-type`, 1) + failedClosed},
 		{"failed closed, for a gRPC-Web call after the grpc_web filter", one, said{failed},
 			checkOf("content-type", "application/grpc", "x-grpc-web", "1"), `status 14
 deny 200
@@ -375,8 +381,7 @@ metadata cost=null decision="failed_open" key=null limit=null remaining=null sha
 		{"left to Envoy", "on_failure: delegate\n" + one, said{failed}, checkOf(), "error Unavailable\n"},
 		{"a panic", one, panics{}, checkOf(), `status 14
 deny 503
-` + unavailable + `metadata cost=null decision="failed_closed" key=null limit=null remaining=null shadow=[] source="none"
-`},
+` + unavailable + failedClosed},
 		{"an error in the config", `limits: [{name: a, rate: 1/s, key: 'request.path.split("?")[1]'}]`,
 			said{}, checkOf(), `status 14
 deny 503

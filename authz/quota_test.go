@@ -47,10 +47,8 @@ client x-ratelimit-reset: 2
 client ratelimit-policy: "api";q=10;w=600, "api/quota";q=2;w=2505600
 client ratelimit: "api";r=9;t=2, "api/quota";r=0;t=2
 client retry-after: 2
-client content-type: application/problem+json
-body {"title":"Too Many Requests","status":429,"detail":"Rate limit \"api/quota\" exceeded. Retry in 2 s.",` +
-				`"limit":"api/quota","retry_after":2}
-metadata cost=1 decision="limited" key="=11.203.0.113.7" limit="api/quota" remaining=0 retry_after=2 shadow=[] source="memory"
+` + exceeded("api/quota", 2) +
+				`metadata cost=1 decision="limited" key="=11.203.0.113.7" limit="api/quota" remaining=0 retry_after=2 shadow=[] source="memory"
 `},
 			{"2000-03-01T00:00:00Z", `status 0
 allow
@@ -81,10 +79,8 @@ client x-ratelimit-reset: 3000
 client ratelimit-policy: "api";q=1;w=3600, "api/quota";q=100;w=82800
 client ratelimit: "api";r=0;t=3000, "api/quota";r=99;t=35400
 client retry-after: 3000
-client content-type: application/problem+json
-body {"title":"Too Many Requests","status":429,"detail":"Rate limit \"api\" exceeded. Retry in 3000 s.",` +
-				`"limit":"api","retry_after":3000}
-metadata cost=1 decision="limited" key="-" limit="api" remaining=0 retry_after=3000 shadow=[] source="memory"
+` + exceeded("api", 3000) +
+				`metadata cost=1 decision="limited" key="-" limit="api" remaining=0 retry_after=3000 shadow=[] source="memory"
 `},
 		}},
 		"a quota alone, named as its limit": {"{name: api, quota: 1/year}", []answer{
