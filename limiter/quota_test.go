@@ -89,7 +89,8 @@ func TestQuotas(t *testing.T) {
 				{Allowed: true, Remaining: 2, FullAfter: 6 * time.Hour, NextAfter: 6 * time.Hour},
 			} {
 				v := k.take(a.costs(3 - want.Remaining))[0]
-				if got := (Verdict{Allowed: v.Allowed, Remaining: v.Remaining, FullAfter: v.FullAfter, NextAfter: v.NextAfter}); got != want {
+				got := Verdict{Allowed: v.Allowed, Remaining: v.Remaining, FullAfter: v.FullAfter, NextAfter: v.NextAfter}
+				if got != want {
 					t.Errorf("got %+v, want %+v", got, want)
 				}
 			}
@@ -261,7 +262,8 @@ func TestQuotaIsExact(t *testing.T) {
 	const tokens, hourLasts = 150, 250 * time.Millisecond
 	scale := int64(time.Hour / hourLasts)
 	began := time.Now().UnixMicro()
-	clock := fmt.Sprintf("local t = redis.call('TIME') return take(%d + (t[1] * 1000000 + t[2] - %d) * %d)", int64(begin), began, scale)
+	clock := fmt.Sprintf("local t = redis.call('TIME') return take(%d + (t[1] * 1000000 + t[2] - %d) * %d)",
+		int64(begin), began, scale)
 	a := charge(quota(t, tokens, calendar(t, Hour, "Asia/Kolkata", "")), "a")
 	b := charge(quota(t, MaxTokens, calendar(t, Hour, "", "")), "b")
 	var mu sync.Mutex
@@ -489,7 +491,8 @@ func TestBatchesOfQuotasAndRates(t *testing.T) {
 	server := redistest.Start(t)
 	hourly, kathmandu := calendar(t, Hour, "", ""), calendar(t, Month, "Asia/Kathmandu", "")
 	shapes := []Bucket{
-		quota(t, 400, hourly), bucket(t, 1, day, 300), quota(t, 500, kathmandu), bucket(t, 1, 30*day, 350), quota(t, 250, hourly),
+		quota(t, 400, hourly), bucket(t, 1, day, 300), quota(t, 500, kathmandu), bucket(t, 1, 30*day, 350),
+		quota(t, 250, hourly),
 	}
 	var all []Charge
 	for i, b := range shapes {

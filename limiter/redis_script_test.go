@@ -310,8 +310,9 @@ func scriptAgrees(t *testing.T, anyShape *rapid.Generator[Bucket], checks int) {
 	if keys != expires+1 { // the clock
 		t.Errorf("%d keys, of which %d have an end", keys, expires)
 	}
-	t.Logf("%d sequences, %d takes, %v settlements, %d holds expired; of the states %d were quotas, %d had another shape, "+
-		"%d holds, %d a debt; 0 mismatches; %s", sequences, takes, settlements, expired, quotas, mixed, withHolds, debts, info)
+	t.Logf("%d sequences, %d takes, %v settlements, %d holds expired; of the states %d were quotas, "+
+		"%d had another shape, %d holds, %d a debt; 0 mismatches; %s",
+		sequences, takes, settlements, expired, quotas, mixed, withHolds, debts, info)
 	for _, kind := range []string{"on time", "late", "repeated", "unknown", "forgiven"} {
 		if settlements[kind] < sequences/100 {
 			t.Errorf("only %d settlements %s: this says little", settlements[kind], kind)
