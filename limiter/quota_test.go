@@ -417,22 +417,25 @@ func TestQuotasOnACluster(t *testing.T) {
 	}
 }
 
-// A raised N is stored by the take that raises it, whether it is granted and whether
-// its guess of the window was right: settlements count with the largest N of the
-// window.
+// A raised N is stored by the take that raises it, whether it is granted, whether the
+// clock went back and whether its guess of the window was right: settlements count
+// with the largest N of the window.
 func TestRaisedQuotaIsStored(t *testing.T) {
 	hourly := calendar(t, Hour, "", "")
 	few, many := quota(t, 8, hourly), quota(t, 254, hourly)
 	eachStore(t, func(t *testing.T, s Store, clock *testClock) {
 		k := taker{t, s}
-		a, never := charge(few, "a").holdsFor(time.Hour), charge(few, "never").costs(9)
-		clock.setTo("2026-02-10T13:30:00Z")
-		hold := k.hold(a)
-		clock.setTo("2026-02-10T12:30:00Z")
-		k.take(never) // the next guess is the window of 12:00, which is wrong
-		k.want("ok 253, no 8 retry "+Never.String(), a.of(many).costs(19), never)
-		if got := k.settle(a, hold, 264); got.Surcharged != 263 || got.Forgiven != 0 {
-			t.Errorf("%+v", got)
+		never := charge(few, "never").costs(9)
+		for _, raised := range []string{"2026-02-10T13:30:00Z", "2026-02-10T12:30:00Z"} {
+			a := charge(few, "raised at "+raised).holdsFor(time.Hour)
+			clock.setTo("2026-02-10T13:30:00Z")
+			hold := k.hold(a)
+			clock.setTo(raised)
+			k.take(never) // after 12:30 the next guess is the window of 12:00, which is wrong
+			k.want("ok 253, no 8 retry "+Never.String(), a.of(many).costs(19), never)
+			if got := k.settle(a, hold, 264); got.Surcharged != 263 || got.Forgiven != 0 {
+				t.Errorf("raised at %s: %+v", raised, got)
+			}
 		}
 	})
 }
