@@ -106,6 +106,7 @@ func (constant) Check(context.Context, *authv3.CheckRequest) (*authv3.CheckRespo
 		}},
 		DynamicMetadata: &structpb.Struct{Fields: map[string]*structpb.Value{
 			"decision": structpb.NewStringValue("allowed"), "limit": structpb.NewStringValue("per-client"),
+			"key":       structpb.NewStringValue("=10.10.1.3.249"),
 			"remaining": structpb.NewNumberValue(999999999), "cost": structpb.NewNumberValue(1),
 			"source": structpb.NewStringValue("redis"), "shadow": structpb.NewListValue(&structpb.ListValue{}),
 		}},

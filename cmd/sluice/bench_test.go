@@ -57,12 +57,19 @@ func benchScript(b testing.TB) string {
 	return string(text) + "local t = redis.call('TIME') return take(t[1] * 1000000 + t[2])\n"
 }
 
-// The servers that sluice is compared with answer as they should.
+const (
+	openLimit = "limits: [{name: per-client, key: client.ip, rate: 1000000000/s}]"
+	slowLimit = "limits: [{name: per-client, key: client.ip, rate: 1/s}]"
+)
+
+// Sluice and the servers that it is compared with answer alike.
 func TestBaselines(t *testing.T) {
 	url := redistest.Start(t).URL()
 	for _, s := range []*measured{
 		{name: "constant answer", process: startBaseline(t, "constant", nil)},
 		{name: "plain sidecar", process: startBaseline(t, "plain", []string{"SLUICE_TEST_SCRIPT=" + benchScript(t)}, url)},
+		{name: "sluice", process: startSluice(t, "--config", file(t, "a.yaml", openLimit))},
+		{name: "sluice, flooded", process: startSluice(t, "--config", file(t, "b.yaml", slowLimit)), flood: true},
 	} {
 		s.start(t)
 	}
@@ -83,8 +90,6 @@ var (
 //	go test ./cmd/sluice -run '^$' -bench Servers -benchtime 1x -plot ../../limiter/speed.svg
 func BenchmarkServers(b *testing.B) {
 	const keys, rounds = 1000, 6
-	const open = "limits: [{name: per-client, key: client.ip, rate: 1000000000/s}]"
-	const slow = "limits: [{name: per-client, key: client.ip, rate: 1/s}]"
 	store := redistest.Start(b)
 	// A benchmark must not fail because the machine is busy.
 	patient := "store: {redis: {url: " + store.URL() + ", timeout: 5s}}\n"
@@ -97,26 +102,32 @@ func BenchmarkServers(b *testing.B) {
 	executable = build(b)
 	b.Cleanup(func() { executable = os.Args[0] })
 	servers = append(servers, []*measured{
-		{name: "sluice, in process", process: startSluice(b, "--config", file(b, "a.yaml", open))},
-		{name: "sluice, on Redis", process: startSluice(b, "--config", file(b, "b.yaml", patient+open))},
+		{name: "sluice, in process", process: startSluice(b, "--config", file(b, "a.yaml", openLimit))},
+		{name: "sluice, on Redis", process: startSluice(b, "--config", file(b, "b.yaml", patient+openLimit))},
 		{
 			name:    "sluice, flooded",
-			process: startSluice(b, "--config", file(b, "c.yaml", patient+slow), "--domain", "flood"),
+			process: startSluice(b, "--config", file(b, "c.yaml", patient+slowLimit), "--domain", "flood"),
 			flood:   true,
 		},
 	}...)
 	if *earlier != "" {
 		executable = *earlier
 		servers = append(servers,
-			&measured{name: "earlier, in process", process: startSluice(b, "--config", file(b, "d.yaml", open))},
+			&measured{
+				name:    "earlier, in process",
+				process: startSluice(b, "--config", file(b, "d.yaml", openLimit)),
+				earlier: true,
+			},
 			&measured{
 				name:    "earlier, on Redis",
-				process: startSluice(b, "--config", file(b, "e.yaml", patient+open), "--domain", "earlier"),
+				process: startSluice(b, "--config", file(b, "e.yaml", patient+openLimit), "--domain", "earlier"),
+				earlier: true,
 			},
 			&measured{
 				name:    "earlier, flooded",
-				process: startSluice(b, "--config", file(b, "f.yaml", patient+slow), "--domain", "earlier-flood"),
+				process: startSluice(b, "--config", file(b, "f.yaml", patient+slowLimit), "--domain", "earlier-flood"),
 				flood:   true,
+				earlier: true,
 			},
 		)
 	}

@@ -22,6 +22,7 @@ type measured struct {
 	name     string
 	process  *process
 	flood    bool // it denies nearly all
+	earlier  bool // it is the program of an earlier commit, which may tell fewer metadata
 	requests []*authv3.CheckRequest
 	conns    []*grpc.ClientConn
 
@@ -49,8 +50,9 @@ func (m *measured) start(b testing.TB) {
 	if m.flood {
 		limit, left = "1", "0"
 	}
+	fields := len(answer.GetDynamicMetadata().GetFields())
 	if got["x-ratelimit-limit"] != limit || got["x-ratelimit-remaining"] != left || len(got) != 3 ||
-		len(answer.GetDynamicMetadata().GetFields()) != 6 {
+		fields != 7 && !m.earlier {
 		b.Fatalf("%s answers %v", m.name, answer)
 	}
 }
