@@ -76,10 +76,7 @@ func TestBaselines(t *testing.T) {
 }
 
 // plot is the file that BenchmarkServers draws its result into.
-var (
-	plot    = flag.String("plot", "", "an SVG `file` for BenchmarkServers")
-	earlier = flag.String("earlier", "", "a sluice `program` of an earlier commit that BenchmarkServers compares with")
-)
+var plot = flag.String("plot", "", "an SVG `file` for BenchmarkServers")
 
 // BenchmarkServers prints, from one run on one machine, what a check costs the
 // server's processor and Redis's, beside servers that do less: by 1, 16 and 64
@@ -110,31 +107,7 @@ func BenchmarkServers(b *testing.B) {
 			flood:   true,
 		},
 	}...)
-	if *earlier != "" {
-		executable = *earlier
-		servers = append(servers,
-			&measured{
-				name:    "earlier, in process",
-				process: startSluice(b, "--config", file(b, "d.yaml", openLimit)),
-				earlier: true,
-			},
-			&measured{
-				name:    "earlier, on Redis",
-				process: startSluice(b, "--config", file(b, "e.yaml", patient+openLimit), "--domain", "earlier"),
-				earlier: true,
-			},
-			&measured{
-				name:    "earlier, flooded",
-				process: startSluice(b, "--config", file(b, "f.yaml", patient+slowLimit), "--domain", "earlier-flood"),
-				flood:   true,
-				earlier: true,
-			},
-		)
-	}
-	many := make([]*authv3.CheckRequest, keys)
-	for i := range many {
-		many[i] = from(fmt.Sprintf("10.1.%d.%d", i/250, i%250), "/v1/orders?page=2")
-	}
+	many := manyClients(keys)
 	for _, s := range servers {
 		s.requests = many
 		if s.flood {
@@ -172,11 +145,6 @@ func BenchmarkServers(b *testing.B) {
 			)
 			for _, s := range servers {
 				s.print(servers[0])
-			}
-			if *earlier != "" {
-				fmt.Printf("\nover the earlier program: in process %.3f, on Redis %.3f, flooded %.3f\n",
-					servers[3].server()/servers[6].server(), servers[4].both()/servers[7].both(),
-					servers[5].server()/servers[8].server())
 			}
 			switch load.callers {
 			case 64:

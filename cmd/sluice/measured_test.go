@@ -57,6 +57,15 @@ func (m *measured) start(b testing.TB) {
 	}
 }
 
+// manyClients returns a request of each of n clients.
+func manyClients(n int) []*authv3.CheckRequest {
+	all := make([]*authv3.CheckRequest, n)
+	for i := range all {
+		all[i] = from(fmt.Sprintf("10.1.%d.%d", i/250, i%250), "/v1/orders?page=2")
+	}
+	return all
+}
+
 func (m *measured) reset() {
 	m.checks, m.granted, m.scripts, m.cpu, m.redis, m.took, m.latencies = 0, 0, 0, 0, 0, 0, m.latencies[:0]
 }
