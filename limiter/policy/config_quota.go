@@ -2,7 +2,6 @@ package policy
 
 import (
 	"fmt"
-	"regexp"
 	"strconv"
 	"strings"
 	"time"
@@ -74,9 +73,9 @@ func parseQuota(s string) (tokens int64, unit limiter.Unit, err error) {
 }
 
 var (
-	writtenQuota = regexp.MustCompile(`(?i)^([0-9][0-9,_]*)(k|m)? *(?:tokens|requests|reqs|req)? *` +
+	writtenQuota = whenUsed(`(?i)^([0-9][0-9,_]*)(k|m)? *(?:tokens|requests|reqs|req)? *` +
 		`(?:/|per|an|a)? *(1)? *([a-z]*)$`)
-	writtenDays = regexp.MustCompile(`^([0-9]+)/([0-9]+)(h|d|m|s)$`)
+	writtenDays = whenUsed(`^([0-9]+)/([0-9]+)(h|d|m|s)$`)
 )
 
 // quotaUnits are other words for the units of a quota.
@@ -94,12 +93,12 @@ func mendQuota(s string) string {
 	case "unlimited", "none":
 		return "write rate: " + strings.ToLower(s) + " and omit quota"
 	}
-	if writtenDays.MatchString(s) {
+	if writtenDays().MatchString(s) {
 		if _, _, err := parseRate(s); err == nil {
 			return "a quota has a whole unit of the calendar; write rate: " + s + ", or a quota such as 1000/day"
 		}
 	}
-	m := writtenQuota.FindStringSubmatch(s)
+	m := writtenQuota().FindStringSubmatch(s)
 	if m == nil {
 		return ""
 	}

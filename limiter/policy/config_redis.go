@@ -3,7 +3,6 @@ package policy
 import (
 	"maps"
 	"net/url"
-	"regexp"
 	"strings"
 	"time"
 	"unicode"
@@ -14,7 +13,7 @@ import (
 )
 
 // shellVariable matches how shells and Kubernetes write variables.
-var shellVariable = regexp.MustCompile(`^\$\(?([A-Za-z_][A-Za-z0-9_]*)\)?$`)
+var shellVariable = whenUsed(`^\$\(?([A-Za-z_][A-Za-z0-9_]*)\)?$`)
 
 func (cr *configReader) readRedis(n node) {
 	cr.redisAt, cr.redisNode = n, n
@@ -27,8 +26,8 @@ func (cr *configReader) readRedis(n node) {
 		"url": func(n node) {
 			cr.redisAt = n
 			var ok bool
-			if cr.store.URL, ok = cr.text(n); ok && shellVariable.MatchString(cr.store.URL) && !takesVariables(n) {
-				cr.wrong(n, "an environment variable is written ${%s}", shellVariable.FindStringSubmatch(cr.store.URL)[1])
+			if cr.store.URL, ok = cr.text(n); ok && shellVariable().MatchString(cr.store.URL) && !takesVariables(n) {
+				cr.wrong(n, "an environment variable is written ${%s}", shellVariable().FindStringSubmatch(cr.store.URL)[1])
 				ok = false
 			}
 			cr.redisInvalid = cr.redisInvalid || !ok

@@ -159,7 +159,7 @@ func compile(text string, p purpose) (*expression, []expressionError) {
 		return nil, found
 	}
 	if out := checked.OutputType(); !p.accepts(out) {
-		return wrong("%s, not %s%s", p.wanted(), wrapped.ReplaceAllString(out.String(), "$1"), p.convert(text))
+		return wrong("%s, not %s%s", p.wanted(), wrapped().ReplaceAllString(out.String(), "$1"), p.convert(text))
 	}
 	if found := checkConstants(env, native); found != nil {
 		return nil, found

@@ -3,7 +3,6 @@ package policy
 import (
 	"fmt"
 	"math"
-	"regexp"
 	"slices"
 	"strings"
 
@@ -214,12 +213,12 @@ func isLowerMethod(pattern string) bool {
 	if strings.Contains(pattern, "(?") {
 		return false
 	}
-	letters := notLetters.ReplaceAllString(pattern, "")
+	letters := notLetters().ReplaceAllString(pattern, "")
 	return letters != "" && letters == strings.ToLower(letters)
 }
 
 // notLetters matches what is no literal letter of a regular expression.
-var notLetters = regexp.MustCompile(`\\.|\[[^\]]*\]|[^A-Za-z]`)
+var notLetters = whenUsed(`\\.|\[[^\]]*\]|[^A-Za-z]`)
 
 // neverIs says why an attribute never has a value, and what to write. It returns
 // "" if it may have it.

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/goccy/go-yaml/ast"
@@ -18,6 +19,12 @@ import (
 
 // This file has what people write by mistake, and what they should write
 // instead. The functions are called once something is known to be wrong.
+
+// whenUsed returns a function that returns the compiled expression. It is compiled
+// by the first call: a config without mistakes, which a sidecar holds, needs none.
+func whenUsed(expression string) func() *regexp.Regexp {
+	return sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(expression) })
+}
 
 // advice is an error about a value that says what to write instead.
 type advice struct {
@@ -229,9 +236,9 @@ var rateUnits = map[string]string{
 
 var (
 	// Tokens, k or an exponent, the period's number and its unit.
-	writtenRate = regexp.MustCompile(`(?i)^([0-9][0-9.,_]*)(k|e[0-9])? *(?:tokens|requests|reqs|req|r|tx)? *` +
+	writtenRate = whenUsed(`(?i)^([0-9][0-9.,_]*)(k|e[0-9])? *(?:tokens|requests|reqs|req|r|tx)? *` +
 		`(?:/|p|per|an|a)? *([0-9.]*) *([a-zµ]*)$`)
-	writtenSplit = regexp.MustCompile(`^([0-9]+)d([0-9]+)h$`)
+	writtenSplit = whenUsed(`^([0-9]+)d([0-9]+)h$`)
 )
 
 // mendRate returns what to write instead of a text that is not a rate, or "".
@@ -247,13 +254,13 @@ func mendRate(s string) string {
 		return fmt.Sprintf("a rate needs a period; write %d/s or %[1]d/m", n)
 	}
 	if before, after, ok := strings.Cut(s, "/"); ok {
-		if m := writtenSplit.FindStringSubmatch(strings.TrimSpace(after)); m != nil {
+		if m := writtenSplit().FindStringSubmatch(strings.TrimSpace(after)); m != nil {
 			days, _ := strconv.ParseInt(m[1], 10, 16)
 			hours, _ := strconv.ParseInt(m[2], 10, 16)
 			return checkedMend("", strings.TrimSpace(before), fmt.Sprintf("%dh", 24*days+hours))
 		}
 	}
-	m := writtenRate.FindStringSubmatch(s)
+	m := writtenRate().FindStringSubmatch(s)
 	if m == nil {
 		return ""
 	}
@@ -330,12 +337,12 @@ func checkedMend(note, tokens, period string) string {
 	return fmt.Sprintf("%swrite %s/%s", note, tokens, period)
 }
 
-var writtenDuration = regexp.MustCompile(`^([0-9.]+) *([A-Za-zµ]*)$`)
+var writtenDuration = whenUsed(`^([0-9.]+) *([A-Za-zµ]*)$`)
 
 // mendDuration returns what to write instead of a text that is not a duration,
 // or "". What is to be written is in the range.
 func mendDuration(s string, from, to time.Duration) string {
-	m := writtenDuration.FindStringSubmatch(strings.TrimSpace(s))
+	m := writtenDuration().FindStringSubmatch(strings.TrimSpace(s))
 	if m == nil {
 		return ""
 	}
@@ -364,16 +371,16 @@ func mendDuration(s string, from, to time.Duration) string {
 
 // expressionLine matches a line whose value is an expression, which may be quoted
 // in messages: it holds no secret, as the key of an override may.
-var expressionLine = regexp.MustCompile(`^[\s-]*(when|key|cost|settle|rate_from):\s+(.*` + anAttribute + `.*?)\s*$`)
+var expressionLine = whenUsed(`^[\s-]*(when|key|cost|settle|rate_from):\s+(.*` + anAttribute + `.*?)\s*$`)
 
 const anAttribute = `\b(?:request|response|source|destination|client|metadata)\.[a-z]`
 
 var (
-	indexed     = regexp.MustCompile(anAttribute + `[A-Za-z_.]*\["[^"]*"\]`)
-	unquotedVar = regexp.MustCompile(`\$\{[A-Za-z_][A-Za-z0-9_]*(:-[^}]*)?\}`)
-	noSpace     = regexp.MustCompile(`^\s*(?:- )?([A-Za-z_]+):\S`)
-	noDashSpace = regexp.MustCompile(`^\s*-[A-Za-z_]+:`)
-	itsValue    = regexp.MustCompile(`^[\s-]*[A-Za-z_]+:\s+(.*)$`)
+	indexed     = whenUsed(anAttribute + `[A-Za-z_.]*\["[^"]*"\]`)
+	unquotedVar = whenUsed(`\$\{[A-Za-z_][A-Za-z0-9_]*(:-[^}]*)?\}`)
+	noSpace     = whenUsed(`^\s*(?:- )?([A-Za-z_]+):\S`)
+	noDashSpace = whenUsed(`^\s*-[A-Za-z_]+:`)
+	itsValue    = whenUsed(`^[\s-]*[A-Za-z_]+:\s+(.*)$`)
 )
 
 // mendSyntax says what to write instead of a line that is not YAML. message is
@@ -388,11 +395,11 @@ func mendSyntax(text []byte, line int, message string) string {
 		after = lines[line]
 	}
 	value := ""
-	if m := itsValue.FindStringSubmatch(this); m != nil {
+	if m := itsValue().FindStringSubmatch(this); m != nil {
 		value = m[1]
 	}
 	quoted := func() string { // the expression of this line, in quotes
-		m := expressionLine.FindStringSubmatch(this)
+		m := expressionLine().FindStringSubmatch(this)
 		if m == nil {
 			return "quote the value"
 		}
@@ -406,10 +413,10 @@ func mendSyntax(text []byte, line int, message string) string {
 		return "a no-break space, which YAML does not take for a space; type it anew"
 	case strings.Contains(message, "'\t'"):
 		return "a tab; YAML is indented with spaces"
-	case strings.Contains(message, "must be specified") && indexed.MatchString(this):
-		return fmt.Sprintf("within { } and [ ] an expression with [ ] needs quotes; write '%s'", indexed.FindString(this))
-	case strings.Contains(message, "must be specified") && unquotedVar.MatchString(this):
-		name, _, _ := strings.Cut(strings.Trim(unquotedVar.FindString(this), "${}"), ":-")
+	case strings.Contains(message, "must be specified") && indexed().MatchString(this):
+		return fmt.Sprintf("within { } and [ ] an expression with [ ] needs quotes; write '%s'", indexed().FindString(this))
+	case strings.Contains(message, "must be specified") && unquotedVar().MatchString(this):
+		name, _, _ := strings.Cut(strings.Trim(unquotedVar().FindString(this), "${}"), ":-")
 		return fmt.Sprintf(`within { } and [ ] a variable needs quotes; write "${%s}"`, name)
 	case strings.Contains(message, "must be specified"):
 		return "a { or [ that is not closed, or a comma that is missing; a value with [ ] or { } in it needs quotes"
@@ -418,10 +425,10 @@ func mendSyntax(text []byte, line int, message string) string {
 	case strings.HasPrefix(value, "@"), strings.HasPrefix(value, "`"), strings.HasPrefix(value, "*"),
 		strings.HasPrefix(value, "&"):
 		return fmt.Sprintf("a value that begins with %s needs quotes", value[:1])
-	case noDashSpace.MatchString(this):
+	case noDashSpace().MatchString(this):
 		return "no space after the dash; write - name: ..."
-	case noSpace.MatchString(this):
-		return fmt.Sprintf("no space after the colon; write %s: ...", noSpace.FindStringSubmatch(this)[1])
+	case noSpace().MatchString(this):
+		return fmt.Sprintf("no space after the colon; write %s: ...", noSpace().FindStringSubmatch(this)[1])
 	case strings.Contains(message, "map key-value is pre-defined") && strings.IndexAny(value, `"'`) == 0:
 		return fmt.Sprintf("what follows the closing %s is not part of the value; %s", value[:1], quoted())
 	case strings.Contains(message, "end token"):

@@ -56,19 +56,19 @@ var otherFunctions = map[string]string{
 }
 
 var (
-	dashedName      = regexp.MustCompile(`^[A-Za-z0-9]+(-[A-Za-z0-9]+)+$`)
-	dashedHeader    = regexp.MustCompile(`request\.headers\.([A-Za-z0-9]+(?:-[A-Za-z0-9]+)+)`)
-	unquotedHeader  = regexp.MustCompile(`request\.headers\[([A-Za-z0-9-]+)\]`)
-	calledHeader    = regexp.MustCompile(`request\.headers\(["']([A-Za-z0-9-]+)["']\)`)
-	formatString    = regexp.MustCompile(`%(?:REQ|DYNAMIC_METADATA|DOWNSTREAM_[A-Z_]+)\b\(?:?([A-Za-z0-9-]*)`)
-	undeclared      = regexp.MustCompile(`^undeclared reference to '([^']*)'(?: \(did you mean '([^']*)'.*)?`)
-	dottedName      = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_.]*`)
-	noOverload      = regexp.MustCompile(`^found no matching overload for '([^']*)' applied to '([^']*)'`)
-	wrapped         = regexp.MustCompile(`wrapper\(([a-z]+)\)`)
-	unexpectedToken = regexp.MustCompile(`(?:mismatched|extraneous) input '([^']*)'`)
-	badToken        = regexp.MustCompile(`token recognition error at: '(.*)'$`)
-	scalars         = regexp.MustCompile(`^\((int|uint|double|string|bool|, )+\)$`)
-	numberResults   = regexp.MustCompile(`^\(bool, (int, double|double, int)\)$`)
+	dashedName      = whenUsed(`^[A-Za-z0-9]+(-[A-Za-z0-9]+)+$`)
+	dashedHeader    = whenUsed(`request\.headers\.([A-Za-z0-9]+(?:-[A-Za-z0-9]+)+)`)
+	unquotedHeader  = whenUsed(`request\.headers\[([A-Za-z0-9-]+)\]`)
+	calledHeader    = whenUsed(`request\.headers\(["']([A-Za-z0-9-]+)["']\)`)
+	formatString    = whenUsed(`%(?:REQ|DYNAMIC_METADATA|DOWNSTREAM_[A-Z_]+)\b\(?:?([A-Za-z0-9-]*)`)
+	undeclared      = whenUsed(`^undeclared reference to '([^']*)'(?: \(did you mean '([^']*)'.*)?`)
+	dottedName      = whenUsed(`^[A-Za-z_][A-Za-z0-9_.]*`)
+	noOverload      = whenUsed(`^found no matching overload for '([^']*)' applied to '([^']*)'`)
+	wrapped         = whenUsed(`wrapper\(([a-z]+)\)`)
+	unexpectedToken = whenUsed(`(?:mismatched|extraneous) input '([^']*)'`)
+	badToken        = whenUsed(`token recognition error at: '(.*)'$`)
+	scalars         = whenUsed(`^\((int|uint|double|string|bool|, )+\)$`)
+	numberResults   = whenUsed(`^\(bool, (int, double|double, int)\)$`)
 )
 
 // mend returns the errors that CEL found in an expression in words that say what
@@ -78,11 +78,11 @@ func (p purpose) mend(text string, found []expressionError) []expressionError {
 	switch {
 	case strings.TrimSpace(text) == "":
 		return whole("empty expression; write one such as client.network, or omit the field")
-	case dashedName.MatchString(text):
+	case dashedName().MatchString(text):
 		return whole(fmt.Sprintf(`%q is not an expression; for the header write request.headers[%q]`, text,
 			strings.ToLower(text)))
-	case formatString.MatchString(text):
-		name := formatString.FindStringSubmatch(text)[1]
+	case formatString().MatchString(text):
+		name := formatString().FindStringSubmatch(text)[1]
 		if name == "" {
 			name = "x-name"
 		}
@@ -91,7 +91,7 @@ func (p purpose) mend(text string, found []expressionError) []expressionError {
 	case strings.ContainsAny(text, "“”‘’"):
 		return []expressionError{{found[0].line, found[0].column, `typographic quotes; write " or '`}}
 	}
-	for _, p := range []*regexp.Regexp{dashedHeader, unquotedHeader, calledHeader} {
+	for _, p := range []*regexp.Regexp{dashedHeader(), unquotedHeader(), calledHeader()} {
 		if at := p.FindStringSubmatchIndex(text); at != nil {
 			return []expressionError{{1, at[0] + 1,
 				fmt.Sprintf("a header's name stands in brackets and quotes; write request.headers[%q]",
@@ -115,7 +115,7 @@ func (p purpose) mend(text string, found []expressionError) []expressionError {
 
 // mendToken says what to write instead of a token that the parser did not expect.
 func mendToken(text, message string) string {
-	if m := badToken.FindStringSubmatch(message); m != nil {
+	if m := badToken().FindStringSubmatch(message); m != nil {
 		switch token := strings.TrimSpace(m[1]); {
 		case token == "=":
 			return "= is not an operator; write =="
@@ -132,7 +132,7 @@ func mendToken(text, message string) string {
 	}
 	words := map[string]string{"and": "&&", "or": "||", "AND": "&&", "OR": "||", "is": "==", "eq": "=="}
 	token := ""
-	if m := unexpectedToken.FindStringSubmatch(message); m != nil {
+	if m := unexpectedToken().FindStringSubmatch(message); m != nil {
 		token = m[1]
 	}
 	switch {
@@ -156,13 +156,13 @@ func mendToken(text, message string) string {
 // mendMessage says what to write instead of a name or an operation that CEL does
 // not know.
 func (p purpose) mendMessage(text string, e expressionError) string {
-	if m := undeclared.FindStringSubmatch(e.message); m != nil {
+	if m := undeclared().FindStringSubmatch(e.message); m != nil {
 		if message := p.explain(e.message); message != e.message {
 			return message
 		}
 		name := m[1]
 		if e.line == 1 && e.column > 0 && e.column <= len(text) {
-			if longer := dottedName.FindString(text[e.column-1:]); strings.HasPrefix(longer, name+".") {
+			if longer := dottedName().FindString(text[e.column-1:]); strings.HasPrefix(longer, name+".") {
 				name = longer // only its beginning is reported
 			}
 		}
@@ -181,16 +181,16 @@ func (p purpose) mendMessage(text string, e expressionError) string {
 		}
 		return fmt.Sprintf("unknown name %s; want a function of CEL or one of %s", name, strings.Join(p.names(), ", "))
 	}
-	if m := noOverload.FindStringSubmatch(e.message); m != nil {
-		operator, operands := strings.Trim(m[1], "_"), wrapped.ReplaceAllString(m[2], "$1")
+	if m := noOverload().FindStringSubmatch(e.message); m != nil {
+		operator, operands := strings.Trim(m[1], "_"), wrapped().ReplaceAllString(m[2], "$1")
 		switch {
-		case operator == "?_:" && numberResults.MatchString(operands):
+		case operator == "?_:" && numberResults().MatchString(operands):
 			return "both results of ?: must have one type, not int and double; write 1.0 for 1"
 		case operator == "?_:":
 			return fmt.Sprintf("?: does not take %s; want a boolean before ?, and two results of one type", operands)
 		case strings.HasPrefix(operands, "(") && regexp.MustCompile(`^[^a-z]+$`).MatchString(operator):
 			message := fmt.Sprintf("%s does not take %s; both sides must have one type", operator, operands)
-			if scalars.MatchString(operands) {
+			if scalars().MatchString(operands) {
 				message += ": write int(...) or string(...) around one"
 			}
 			return message
