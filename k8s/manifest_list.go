@@ -159,7 +159,7 @@ func (l yamlList) inject(m *injector) ([]byte, error) {
 	out := bytes.NewBuffer(bytes.Clone(l.before))
 	for i, item := range l.items {
 		walkNodes(item.node, func(n *yaml.Node) { n.Line += item.line }) // for errors
-		written, err := rewriteYAML(item.node, item.unindented, func(v any) any {
+		written, err := rewriteYAML(item.node, item.unindented, item.line+1, func(v any) any {
 			return []any{m.injectItem(v.([]any)[0], l.kind, l.apiVersion, i)}
 		})
 		if err != nil {

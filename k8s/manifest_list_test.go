@@ -177,7 +177,7 @@ func TestManifestUnreadable(t *testing.T) {
 
 // A value that is left out in flow style is written as null if it has to be.
 func TestManifestMissingValue(t *testing.T) {
-	in := around + "  containers: [{name: envoy}]\n  volumes: [{name: tmp, emptyDir: }]\n"
+	in := stale + "  containers: [{name: envoy}]\n  volumes: [{name: tmp, emptyDir: }]\n"
 	out, _, err := Manifest([]byte(in), options)
 	if err != nil || !strings.Contains(string(out), "{name: tmp, emptyDir: null}") {
 		t.Errorf("%v\n%s", err, out)

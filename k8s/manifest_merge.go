@@ -74,6 +74,22 @@ func mergeMapping(node *yaml.Node, old, changed object) error {
 			i -= 2
 		}
 	}
+	for _, key := range addedFields(node, old, changed) {
+		k, errKey := newNode(key)
+		v, errValue := newNode(changed[key])
+		if err := errors.Join(errKey, errValue); err != nil {
+			return err
+		}
+		if len(node.Content) == 0 {
+			node.Style &^= yaml.FlowStyle
+		}
+		node.Content = append(node.Content, k, v)
+	}
+	return nil
+}
+
+// addedFields returns the names of the fields that a mapping gets, in order.
+func addedFields(node *yaml.Node, old, changed object) []string {
 	present := map[string]bool{}
 	for i := 0; i+1 < len(node.Content); i += 2 {
 		present[node.Content[i].Value] = true
@@ -86,18 +102,7 @@ func mergeMapping(node *yaml.Node, old, changed object) error {
 		}
 	}
 	slices.Sort(added)
-	for _, key := range added {
-		k, errKey := newNode(key)
-		v, errValue := newNode(changed[key])
-		if err := errors.Join(errKey, errValue); err != nil {
-			return err
-		}
-		if len(node.Content) == 0 {
-			node.Style &^= yaml.FlowStyle
-		}
-		node.Content = append(node.Content, k, v)
-	}
-	return nil
+	return added
 }
 
 // mergeSequence is mergeNode for a sequence.

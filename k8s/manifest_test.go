@@ -198,6 +198,64 @@ func TestManifestJSON(t *testing.T) {
 // around is the start of a pod's manifest, up to its spec.
 const around = "kind: Pod\nmetadata:\n  name: x\n  annotations: {sluice.dev/in-process: \"true\"}\nspec:\n"
 
+// stale is around with the stamp of another version. It has to be replaced, so
+// that the document is encoded as a whole.
+var stale = strings.Replace(around, `"true"`, `"true", sluice.dev/injected: v0`, 1)
+
+// An injected document differs from what it was by additions only: each of its
+// lines is still there, in the same order.
+func TestManifestAdds(t *testing.T) {
+	for name, in := range map[string]string{
+		"lists further in": around + "    containers:\n      - name: envoy\n        args:\n        - a\n" +
+			"    tolerations:\n        - operator: Exists\n",
+		"long lines": around + "  containers:\n  - name: envoy\n    args:\n    - a b\n      c\n    - >-\n" +
+			"      d\n      e\n    - \"f\n      g\"\n",
+		"comments": "#a\n" + around + "  containers:\n\n  # the proxy\n  - name: envoy\n    # tty: true\n" +
+			"  # hostPID: true\n#b\n\n# c\nstatus: {}\n#d\n",
+		"a text like a comment": around + "  containers:\n  - name: envoy\n    args:\n    - |\n      a\n      # b\n#c\n",
+		"no newline":            around + "  containers:\n  - name: envoy",
+		"an end":                "---\n" + around + "  containers:\n  - name: envoy\n...\n",
+		"other init containers": around + "  initContainers:\n  # first\n  - name: a\n  containers:\n  - name: envoy\n",
+		"istio-proxy": around + "  initContainers:\n  - {name: istio-proxy, restartPolicy: Always}\n  # then\n" +
+			"  - name: a\n  containers:\n  - name: app\n",
+		"empty values": around + "  volumes: [] # none\n  initContainers:\n  containers:\n  - name: envoy\n" +
+			"    volumeMounts: []\n",
+		"flow style over lines": around + "  containers: [\n    {name: envoy,  args: [\"]\"]}\n  ]\n" +
+			"  volumes: [{\n    name: a\n  }]\n",
+	} {
+		for _, in := range []string{in, strings.ReplaceAll(in, "\n", "\r\n"),
+			"kind: List\nitems:\n- " + strings.ReplaceAll(strings.TrimPrefix(strings.TrimPrefix(in, "---\n"), "#a\n"),
+				"\n", "\n  ") + "\n"} {
+			if name == "an end" && strings.HasPrefix(in, "kind") {
+				continue
+			}
+			out, skipped, err := Manifest([]byte(in), options)
+			if err != nil || len(skipped) > 0 || !strings.Contains(string(out), "name: sluice") {
+				t.Fatalf("%s: %v %q\n%s", name, err, skipped, out)
+			}
+			rest := string(out)
+			for line := range strings.Lines(in) {
+				line = strings.TrimRight(line, "\r\n")
+				if strings.Contains(line, "annotations: {") || strings.Contains(line, "name: envoy, ") ||
+					strings.TrimSpace(line) == "}]" || strings.Contains(line, ": []") {
+					continue // it gets more
+				}
+				_, after, found := strings.Cut(rest, line)
+				if !found {
+					t.Fatalf("%s: no %q in\n%s", name, line, out)
+				}
+				rest = after
+			}
+			if strings.Contains(in, "\r\n") && strings.Count(string(out), "\r\n") != strings.Count(string(out), "\n") {
+				t.Errorf("%s: %q", name, out)
+			}
+			if again, _, err := Manifest(out, options); err != nil || string(again) != string(out) {
+				t.Errorf("%s: %v: the second time it changed:\n%s", name, err, again)
+			}
+		}
+	}
+}
+
 // Content that does not change stays as it is written.
 func TestManifestKeeps(t *testing.T) {
 	for name, c := range map[string]struct {
@@ -220,11 +278,11 @@ func TestManifestKeeps(t *testing.T) {
 				"mountPath: /run/sluice\n"},
 		},
 		"a folded scalar": {
-			around + "  containers:\n  - name: envoy\n    args:\n    - >-\n" +
+			stale + "  containers:\n  - name: envoy\n    args:\n    - >-\n" +
 				"      exec envoy \\\n        --a \\\n        --b\n      and more\n",
 			[]string{"- |-\n      exec envoy \\\n        --a \\\n"},
 		},
-		"a good folded scalar": {around + "  containers:\n  - name: envoy\n    args:\n    - >-\n      a\n      b\n",
+		"a good folded scalar": {stale + "  containers:\n  - name: envoy\n    args:\n    - >-\n      a\n      b\n",
 			[]string{"- >-\n      a b\n"}},
 		"a text that is a boolean elsewhere": {
 			"kind: Pod\nmetadata: {name: x, annotations: {sluice.dev/in-process: \"true\", sluice.dev/domain: " +
@@ -243,7 +301,7 @@ func TestManifestKeeps(t *testing.T) {
 			},
 		},
 		"lists further in": {
-			around + "    containers:\n      - name: envoy\n        args:\n          - a\n    tolerations:\n" +
+			stale + "    containers:\n      - name: envoy\n        args:\n          - a\n    tolerations:\n" +
 				"      - operator: Exists\n",
 			[]string{"containers:\n    - name: envoy\n      args:\n        - a\n",
 				"\n  initContainers:\n    - args:\n        - run\n"},

@@ -53,7 +53,7 @@ func injectYAML(document []byte, m *injector) ([]byte, error) {
 	if list, ok := splitList(node, body); ok {
 		written, err = list.inject(m)
 	} else {
-		written, err = rewriteYAML(node, body, m.inject)
+		written, err = rewriteYAML(node, body, 1, m.inject)
 	}
 	if err != nil {
 		return nil, err
@@ -84,7 +84,7 @@ func parseYAML(text []byte) (*yaml.Node, error) {
 // rewriteYAML returns text, which node is the root of, after inject, which
 // returns a decoded document with the sidecar, or its argument if nothing
 // changes. Then rewriteYAML returns text itself.
-func rewriteYAML(node *yaml.Node, text []byte, inject func(any) any) ([]byte, error) {
+func rewriteYAML(node *yaml.Node, text []byte, firstLine int, inject func(any) any) ([]byte, error) {
 	var root any
 	if err := node.Decode(&root); err != nil {
 		return nil, unreadableError{err}
@@ -95,6 +95,9 @@ func rewriteYAML(node *yaml.Node, text []byte, inject func(any) any) ([]byte, er
 		return text, nil
 	}
 	compact := !indentsSequences(node)
+	if written, ok := insertYAML(node, text, firstLine, root, changed, compact); ok && decodesTo(written, changed) {
+		return written, nil
+	}
 	if err := mergeNode(node, root, changed); err != nil {
 		return nil, err
 	}
@@ -139,10 +142,6 @@ func checkKeys(node *yaml.Node) (err error) {
 // that sequences are not indented below their key. The output is decoded again
 // and compared with want, since yaml.v3's encoder makes mistakes.
 func writeYAML(node *yaml.Node, want any, compact bool, original []byte) ([]byte, error) {
-	correct := func(text []byte) bool {
-		var got any
-		return yaml.Unmarshal(text, &got) == nil && equalJSON(stringifyKeys(got), want)
-	}
 	// The encoder breaks some folded scalars, and values in flow style that are
 	// left out. If it does, the second attempt writes literals and null.
 	keepStyle := func(*yaml.Node) {}
@@ -161,24 +160,37 @@ func writeYAML(node *yaml.Node, want any, compact bool, original []byte) ([]byte
 			}
 			restyle(n)
 		})
-		var b bytes.Buffer
-		e := yaml.NewEncoder(&b)
-		e.SetIndent(2)
-		if compact {
-			e.CompactSeqIndent()
-		}
-		if err := errors.Join(e.Encode(node), e.Close()); err != nil {
+		encoded, err := encodeYAML(node, compact)
+		if err != nil {
 			return nil, err
 		}
-		if text := restoreSpacing(b.Bytes(), original); correct(text) {
+		if text := restoreSpacing(encoded, original); decodesTo(text, want) {
 			return text, nil
 		}
-		if correct(b.Bytes()) {
-			return b.Bytes(), nil
+		if decodesTo(encoded, want) {
+			return encoded, nil
 		}
 	}
 	return nil, errors.New("the sidecar cannot be added without changing other content; " +
 		"simplify the YAML of this document")
+}
+
+// decodesTo reports whether the value of a YAML document is want.
+func decodesTo(text []byte, want any) bool {
+	var got any
+	return yaml.Unmarshal(text, &got) == nil && equalJSON(stringifyKeys(got), want)
+}
+
+// encodeYAML encodes a node. compact is as for writeYAML.
+func encodeYAML(node *yaml.Node, compact bool) ([]byte, error) {
+	var b bytes.Buffer
+	e := yaml.NewEncoder(&b)
+	e.SetIndent(2)
+	if compact {
+		e.CompactSeqIndent()
+	}
+	err := errors.Join(e.Encode(node), e.Close())
+	return b.Bytes(), err
 }
 
 // indentsSequences reports whether the first block sequence in a mapping is
