@@ -84,6 +84,9 @@ func Manifest(in []byte, o Options) (out []byte, skipped []string, err error) {
 		if err != nil {
 			return nil, m.skipped, fmt.Errorf("document %d: %w", i+1, err)
 		}
+		if len(documents) == 1 && len(m.refused) == 0 {
+			return out, m.skipped, nil
+		}
 		b.Write(out)
 	}
 	if len(m.refused) > 0 {

@@ -26,11 +26,11 @@ func splitJSON(text []byte) ([][]byte, bool) {
 	d := json.NewDecoder(bytes.NewReader(body))
 	var ends []int64
 	for {
-		var raw json.RawMessage
-		err := d.Decode(&raw)
+		var brace firstByte
+		err := d.Decode(&brace)
 		if errors.Is(err, io.EOF) {
 			break
-		} else if err != nil || raw[0] != '{' {
+		} else if err != nil || brace != '{' {
 			return nil, false
 		}
 		ends = append(ends, d.InputOffset()+int64(len(text)-len(body)))
@@ -48,37 +48,209 @@ func splitJSON(text []byte) ([][]byte, bool) {
 	return objects, true
 }
 
+// firstByte is decoded from the first byte of any JSON value.
+type firstByte byte
+
+// UnmarshalJSON implements json.Unmarshaler.
+func (b *firstByte) UnmarshalJSON(text []byte) error {
+	*b = firstByte(text[0])
+	return nil
+}
+
 // injectJSON returns a JSON object, with the white space around it, after
 // injection.
 func injectJSON(text []byte, m *injector) ([]byte, error) {
 	body := bytes.TrimSpace(bytes.TrimPrefix(text, byteOrderMark))
-	node, err := parseJSON(body)
-	if err != nil {
-		return nil, unreadableError{err}
+	before, after, _ := bytes.Cut(text, body)
+	var w jsonWriter
+	w.out.Write(before)
+	if m := indentPattern.FindSubmatch(body); m != nil {
+		w.indent = string(m[1])
 	}
-	root, err := decodeJSON(body)
-	if err != nil {
-		return nil, unreadableError{err}
+	var changed bool
+	var err error
+	if list, ok := parseJSONList(body); ok {
+		changed, err = list.inject(&w, m)
+	} else {
+		changed, err = w.rewrite(body, 0, m.inject)
 	}
-	changed := m.inject(root)
-	if reflect.DeepEqual(root, changed) {
+	if err != nil {
+		return nil, err
+	}
+	if !changed {
 		return text, nil
 	}
-	if err := mergeNode(node, root, changed); err != nil {
-		return nil, err
-	}
-	written, err := writeJSON(node, body)
-	if err != nil {
-		return nil, err
-	}
-	if got, err := decodeJSON(written); err != nil || !equalJSON(got, changed) {
-		return nil, errors.New("the sidecar cannot be added without changing other content; simplify the JSON")
-	}
+	written := w.out.Bytes()
 	if bytes.Contains(body, []byte("\r\n")) {
-		written = bytes.ReplaceAll(written, []byte("\n"), []byte("\r\n"))
+		written = slices.Concat(before, bytes.ReplaceAll(written[len(before):], []byte("\n"), []byte("\r\n")))
 	}
-	before, after, _ := bytes.Cut(text, body)
-	return slices.Concat(before, written, after), nil
+	return append(written, after...), nil
+}
+
+// jsonWriter writes JSON.
+type jsonWriter struct {
+	out, compact bytes.Buffer
+	// indent is what each level is indented by. If it is empty, there is no white
+	// space.
+	indent string
+}
+
+// breakLine begins a line at this level, if there are lines.
+func (w *jsonWriter) breakLine(level int) {
+	if w.indent != "" {
+		w.out.WriteString("\n" + strings.Repeat(w.indent, level))
+	}
+}
+
+// write writes a node at this level.
+func (w *jsonWriter) write(node *yaml.Node, level int) error {
+	w.compact.Reset()
+	if err := writeJSONNode(&w.compact, node); err != nil {
+		return err
+	}
+	if w.indent == "" {
+		w.out.Write(w.compact.Bytes())
+		return nil
+	}
+	return json.Indent(&w.out, w.compact.Bytes(), strings.Repeat(w.indent, level), w.indent)
+}
+
+// rewrite writes a JSON value at this level after inject, which returns the
+// decoded value with the sidecar, or its argument if nothing changes.
+func (w *jsonWriter) rewrite(text []byte, level int, inject func(any) any) (changed bool, err error) {
+	node, err := parseJSON(text)
+	if err != nil {
+		return false, unreadableError{err}
+	}
+	old, err := decodeJSON(text)
+	if err != nil {
+		return false, unreadableError{err}
+	}
+	injected := inject(old)
+	if reflect.DeepEqual(old, injected) {
+		return false, w.write(node, level)
+	}
+	if err := mergeNode(node, old, injected); err != nil {
+		return false, err
+	}
+	if err := w.write(node, level); err != nil {
+		return false, err
+	}
+	if got, err := decodeJSON(w.compact.Bytes()); err != nil || !equalJSON(got, injected) {
+		return false, errors.New("the sidecar cannot be added without changing other content; simplify the JSON")
+	}
+	return true, nil
+}
+
+// jsonList is a List in JSON. Each item is injected by itself, so that a List of
+// thousands takes little memory besides its text.
+type jsonList struct {
+	kind, apiVersion string // as those of yamlList
+	fields           []jsonField
+}
+
+// jsonField is a field of a jsonList and the text of its value, or of each
+// element if the field is items.
+type jsonField struct {
+	name   string
+	values [][]byte
+}
+
+// parseJSONList returns false if a JSON object is not a List, has no items or has
+// a field twice.
+func parseJSONList(text []byte) (jsonList, bool) {
+	var l jsonList
+	var isList, hasItems bool
+	d := json.NewDecoder(bytes.NewReader(text))
+	var raw json.RawMessage // shares its memory
+	value := func() []byte {
+		if err := d.Decode(&raw); err != nil {
+			return nil
+		}
+		end := int(d.InputOffset())
+		return text[end-len(raw) : end]
+	}
+	if brace, err := d.Token(); err != nil || brace != json.Delim('{') {
+		return l, false
+	}
+	for d.More() {
+		token, err := d.Token()
+		name, ok := token.(string)
+		if err != nil || !ok || slices.ContainsFunc(l.fields, func(f jsonField) bool { return f.name == name }) {
+			return l, false
+		}
+		field := jsonField{name: name}
+		if name == "items" {
+			if bracket, err := d.Token(); err != nil || bracket != json.Delim('[') {
+				return l, false
+			}
+			for d.More() {
+				field.values = append(field.values, value())
+			}
+			if _, err := d.Token(); err != nil {
+				return l, false
+			}
+			hasItems = len(field.values) > 0
+		} else {
+			field.values = [][]byte{value()}
+		}
+		l.fields = append(l.fields, field)
+		switch name {
+		case "kind":
+			l.kind, isList = strings.CutSuffix(jsonText(field.values[0]), "List")
+		case "apiVersion":
+			l.apiVersion = jsonText(field.values[0])
+		}
+	}
+	return l, isList && hasItems
+}
+
+// jsonText returns the value of a JSON string, or an empty string for another
+// value.
+func jsonText(text []byte) string {
+	v, _ := decodeJSON(text)
+	s, _ := v.(string)
+	return s
+}
+
+// inject writes the List after injection of its items.
+func (l jsonList) inject(w *jsonWriter, m *injector) (changed bool, err error) {
+	keep := func(v any) any { return v }
+	delimiter := byte('{')
+	for _, field := range l.fields {
+		w.out.WriteByte(delimiter)
+		delimiter = ','
+		w.breakLine(1)
+		if err := w.write(&yaml.Node{Kind: yaml.ScalarNode, Tag: "!!str", Value: field.name}, 1); err != nil {
+			return false, err
+		}
+		w.out.WriteByte(':')
+		if w.indent != "" {
+			w.out.WriteByte(' ')
+		}
+		if field.name != "items" {
+			if _, err := w.rewrite(field.values[0], 1, keep); err != nil {
+				return false, err
+			}
+			continue
+		}
+		delimiter := byte('[')
+		for i, item := range field.values {
+			w.out.WriteByte(delimiter)
+			delimiter = ','
+			w.breakLine(2)
+			injected, err := w.rewrite(item, 2, func(v any) any { return m.injectItem(v, l.kind, l.apiVersion, i) })
+			if err != nil {
+				return false, err
+			}
+			changed = changed || injected
+		}
+		w.breakLine(1)
+		w.out.WriteByte(']')
+	}
+	w.breakLine(0)
+	w.out.WriteByte('}')
+	return changed, nil
 }
 
 // decodeJSON decodes JSON and keeps numbers as they are written.
@@ -167,24 +339,8 @@ func isSimple(s string) bool {
 // their own, and captures the indentation.
 var indentPattern = regexp.MustCompile(`^\s*\{\r?\n([ \t]+)`)
 
-// writeJSON encodes a node, which must consist of what JSON has, indented like
-// the original text.
-func writeJSON(node *yaml.Node, original []byte) ([]byte, error) {
-	var compact, out bytes.Buffer
-	if err := writeJSONNode(&compact, node); err != nil {
-		return nil, err
-	}
-	if m := indentPattern.FindSubmatch(original); m != nil {
-		if err := json.Indent(&out, compact.Bytes(), "", string(m[1])); err != nil {
-			return nil, err
-		}
-	} else {
-		out = compact
-	}
-	return out.Bytes(), nil
-}
-
-// writeJSONNode appends the JSON encoding of a node, without white space.
+// writeJSONNode appends the JSON encoding of a node, which must consist of what
+// JSON has, without white space.
 func writeJSONNode(b *bytes.Buffer, node *yaml.Node) error {
 	delimiters, separators := "[]", ",,"
 	switch {

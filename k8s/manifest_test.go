@@ -364,6 +364,32 @@ func TestManifestJSONList(t *testing.T) {
 	}
 }
 
+// The items of an indented List are written as those of a List on one line, with
+// its indentation.
+func TestManifestJSONListIndented(t *testing.T) {
+	const in = `{"apiVersion":"v1","x":{},"items":[{"kind":"Pod","metadata":{"name":"x","annotations":` +
+		`{"sluice.dev/in-process":"true"}},"spec":{"containers":[{"name":"envoy"}]}},{"kind":"ConfigMap","data":{}},{},` +
+		`null,[]],"kind":"List","metadata":{"resourceVersion":""}}`
+	want, _, err := Manifest([]byte(in), options)
+	if err != nil || !bytes.Contains(want, []byte(`"name":"sluice"`)) {
+		t.Fatalf("%v %s", err, want)
+	}
+	for _, indent := range []string{"\t", "    "} {
+		var indented, wantIndented bytes.Buffer
+		if err := errors.Join(json.Indent(&indented, []byte(in), "", indent),
+			json.Indent(&wantIndented, want, "", indent)); err != nil {
+			t.Fatal(err)
+		}
+		for _, newline := range []string{"\n", "\r\n"} {
+			lines := func(b bytes.Buffer) string { return strings.ReplaceAll("\ufeff"+b.String()+"\n", "\n", newline) }
+			got, _, err := Manifest([]byte(lines(indented)), options)
+			if diff := cmp.Diff(lines(wantIndented), string(got)); err != nil || diff != "" {
+				t.Errorf("%v: -want +got:\n%s", err, diff)
+			}
+		}
+	}
+}
+
 // Objects without a pod of their own, or whose pod opts out, are not changed.
 func TestManifestPasses(t *testing.T) {
 	for _, in := range []string{
