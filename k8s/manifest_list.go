@@ -2,6 +2,7 @@ package k8s
 
 import (
 	"bytes"
+	"reflect"
 	"regexp"
 	"slices"
 	"strings"
@@ -27,9 +28,7 @@ type yamlItem struct {
 	// after has the blank lines, comments and other fields of the List that
 	// follow the item.
 	after []byte
-	// unindented is text without the indentation of the dash, and node its root.
-	unindented []byte
-	node       *yaml.Node
+	node  *yaml.Node // in the document
 }
 
 // keptNewlines matches the header of a block scalar to which the blank lines
@@ -88,13 +87,9 @@ func splitList(node *yaml.Node, body []byte) (yamlList, bool) {
 		for last > start+1 && separates(lines[last-1], l.indent) {
 			last--
 		}
-		item := yamlItem{
-			line: start, text: bytes.Join(lines[start:last], nil), after: bytes.Join(lines[last:stop], nil),
-		}
-		if !item.parse(l.indent, n) {
-			return l, false
-		}
-		l.items = append(l.items, item)
+		l.items = append(l.items, yamlItem{
+			line: start, text: bytes.Join(lines[start:last], nil), after: bytes.Join(lines[last:stop], nil), node: n,
+		})
 	}
 	l.before = bytes.Join(lines[:l.items[0].line], nil)
 	rest := bytes.Join(lines[end:], nil)
@@ -103,20 +98,19 @@ func splitList(node *yaml.Node, body []byte) (yamlList, bool) {
 }
 
 // parse parses the item by itself. It returns false if the result differs from
-// want, the item's node in the document: then the cut has taken a part of the
-// item for a comment, for example.
-func (item *yamlItem) parse(indent int, want *yaml.Node) bool {
+// the item's node in the document: then the cut has taken a part of the item for
+// a comment, for example.
+func (item *yamlItem) parse(indent int) (list *yaml.Node, unindented []byte, ok bool) {
 	text, ok := unindent(item.text, indent)
 	if !ok {
-		return false
+		return nil, nil, false
 	}
 	node, err := parseYAML(text)
 	if err != nil || node == nil {
-		return false
+		return nil, nil, false
 	}
-	list := node.Content[0]
-	item.unindented, item.node = text, node
-	return list.Kind == yaml.SequenceNode && len(list.Content) == 1 && equalNodes(list.Content[0], want)
+	list = node.Content[0]
+	return node, text, list.Kind == yaml.SequenceNode && len(list.Content) == 1 && equalNodes(list.Content[0], item.node)
 }
 
 // equalNodes reports whether two nodes have the same value.
@@ -154,26 +148,47 @@ func hasAnchors(node *yaml.Node) (found bool) {
 	return found
 }
 
-// inject returns the text of the List after injection of its items.
-func (l yamlList) inject(m *injector) ([]byte, error) {
-	out := bytes.NewBuffer(bytes.Clone(l.before))
-	for i, item := range l.items {
-		walkNodes(item.node, func(n *yaml.Node) { n.Line += item.line }) // for errors
-		written, err := rewriteYAML(item.node, item.unindented, item.line+1, func(v any) any {
-			return []any{m.injectItem(v.([]any)[0], l.kind, l.apiVersion, i)}
-		})
-		if err != nil {
-			return nil, err
+// inject returns the text of the List after injection of its items. It returns
+// false if an item that changes cannot be cut out of the text by its lines.
+func (l yamlList) inject(m *injector) (out []byte, ok bool, err error) {
+	var b bytes.Buffer
+	b.Write(l.before)
+	for i := range l.items {
+		item := &l.items[i]
+		written, ok, err := item.inject(l.indent, func(v any) any { return m.injectItem(v, l.kind, l.apiVersion, i) })
+		if err != nil || !ok {
+			return nil, ok, err
 		}
-		l.items[i].node = nil // free its memory
-		if bytes.Equal(written, item.unindented) {
-			out.Write(item.text) // its blank lines may have spaces
-		} else {
-			out.Write(indentLines(written, l.indent))
-		}
-		out.Write(item.after)
+		*item.node = yaml.Node{} // free its memory
+		b.Write(written)
+		b.Write(item.after)
 	}
-	return out.Bytes(), nil
+	return b.Bytes(), true, nil
+}
+
+// inject is yamlList.inject for an item whose dash has this indentation.
+func (item *yamlItem) inject(indent int, inject func(any) any) (written []byte, ok bool, err error) {
+	var old any
+	if err := item.node.Decode(&old); err != nil {
+		return nil, true, unreadableError{err}
+	}
+	old = stringifyKeys(old)
+	changed := inject(old)
+	if reflect.DeepEqual(old, changed) {
+		return item.text, true, nil
+	}
+	list := &yaml.Node{Kind: yaml.SequenceNode, Content: []*yaml.Node{item.node}, Line: item.line + 1, Column: indent + 1}
+	written, inserted := insertYAML(list, item.text, item.line+1, []any{old}, []any{changed}, !indentsSequences(item.node))
+	if inserted && decodesTo(written, []any{changed}) {
+		return written, true, nil
+	}
+	list, unindented, ok := item.parse(indent)
+	if !ok {
+		return nil, false, nil
+	}
+	walkNodes(list, func(n *yaml.Node) { n.Line += item.line }) // for errors
+	written, err = replaceYAML(list, unindented, []any{old}, []any{changed})
+	return indentLines(written, indent), true, err
 }
 
 // unindent removes indent spaces from the start of each line. It returns false

@@ -49,16 +49,18 @@ func injectYAML(document []byte, m *injector) ([]byte, error) {
 	if err != nil || node == nil {
 		return document, err
 	}
-	var written []byte
 	if list, ok := splitList(node, body); ok {
-		written, err = list.inject(m)
-	} else {
-		written, err = rewriteYAML(node, body, 1, m.inject)
+		before := *m
+		if written, ok, err := list.inject(m); ok || err != nil {
+			return slices.Concat(directives, written), err
+		}
+		*m = before
+		if node, err = parseYAML(body); err != nil { // again, as the List's nodes are gone
+			return nil, err
+		}
 	}
-	if err != nil {
-		return nil, err
-	}
-	return slices.Concat(directives, written), nil
+	written, err := rewriteYAML(node, body, m.inject)
+	return slices.Concat(directives, written), err
 }
 
 // parseYAML returns the root of a document, or nil if it is empty. Its errors
@@ -84,7 +86,7 @@ func parseYAML(text []byte) (*yaml.Node, error) {
 // rewriteYAML returns text, which node is the root of, after inject, which
 // returns a decoded document with the sidecar, or its argument if nothing
 // changes. Then rewriteYAML returns text itself.
-func rewriteYAML(node *yaml.Node, text []byte, firstLine int, inject func(any) any) ([]byte, error) {
+func rewriteYAML(node *yaml.Node, text []byte, inject func(any) any) ([]byte, error) {
 	var root any
 	if err := node.Decode(&root); err != nil {
 		return nil, unreadableError{err}
@@ -94,11 +96,18 @@ func rewriteYAML(node *yaml.Node, text []byte, firstLine int, inject func(any) a
 	if reflect.DeepEqual(root, changed) {
 		return text, nil
 	}
-	compact := !indentsSequences(node)
-	if written, ok := insertYAML(node, text, firstLine, root, changed, compact); ok && decodesTo(written, changed) {
+	written, ok := insertYAML(node, text, 1, root, changed, !indentsSequences(node))
+	if ok && decodesTo(written, changed) {
 		return written, nil
 	}
-	if err := mergeNode(node, root, changed); err != nil {
+	return replaceYAML(node, text, root, changed)
+}
+
+// replaceYAML encodes node, which is the root of text and has the value old,
+// with the value changed.
+func replaceYAML(node *yaml.Node, text []byte, old, changed any) ([]byte, error) {
+	compact := !indentsSequences(node)
+	if err := mergeNode(node, old, changed); err != nil {
 		return nil, err
 	}
 	written, err := writeYAML(node, changed, compact, text)
