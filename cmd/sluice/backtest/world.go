@@ -59,7 +59,7 @@ type keyState struct {
 // drawn is what a request draws in one world. The slices have one element for
 // each charge.
 type drawn struct {
-	charges []limiter.Charge // without their keys
+	charges []limiter.Charge // without their keys; shared with other requests
 	keys    []*keyState
 	spread  []int64 // when each is taken, evenly spread
 	settled []int64 // what the request has cost at its end; nil if nothing is held
@@ -113,11 +113,24 @@ func (s *limitState) key(w *world, c *limiter.Charge) *keyState {
 type drawer struct {
 	world   *world
 	charges []limiter.Charge // memory for one draw
+	// shared are the charges of the latest requests that differ in more than their
+	// keys, the latest first. Most requests draw what another has drawn.
+	shared [][]limiter.Charge
+	// latest are the keys that were drawn last, by limitState.index. Often the
+	// next request is the same client's.
+	latest []drawnKey
 	// What is left of the memory for the draws of many requests:
-	room  []limiter.Charge
 	keys  []*keyState
 	times []int64
 }
+
+type drawnKey struct {
+	key   string
+	state *keyState
+}
+
+// maxShared is how many lists of charges a drawer compares with.
+const maxShared = 16
 
 // drawRoom is for how many charges a drawer allocates memory at a time.
 const drawRoom = 4096
@@ -146,11 +159,10 @@ func (d *drawer) draw(e *accesslog.Entry) drawn {
 		return out
 	}
 	d.charges = draw.Charges
-	if n > len(d.room) {
+	if n > len(d.keys) {
 		room := max(n, drawRoom)
-		d.room, d.keys, d.times = make([]limiter.Charge, room), make([]*keyState, room), make([]int64, room)
+		d.keys, d.times = make([]*keyState, room), make([]int64, room)
 	}
-	out.charges, d.room = d.room[:n:n], d.room[n:]
 	out.keys, d.keys = d.keys[:n:n], d.keys[n:]
 	out.spread, d.times = d.times[:n:n], d.times[n:]
 	own := w.own
@@ -163,9 +175,8 @@ func (d *drawer) draw(e *accesslog.Entry) drawn {
 		} else {
 			s = w.state(c.Limit)
 		}
-		out.keys[i] = s.key(w, c)
-		out.charges[i] = *c
-		out.charges[i].Key, out.charges[i].Shown = "", ""
+		out.keys[i] = d.key(s, c)
+		c.Key, c.Shown = "", ""
 		if c.HoldFor > 0 {
 			if out.settled == nil {
 				out.settled = make([]int64, n)
@@ -174,7 +185,38 @@ func (d *drawer) draw(e *accesslog.Entry) drawn {
 			out.settled[i], _ = w.config.Settle(c.Limit.Domain, c.Limit.Name, &e.End, c.Cost)
 		}
 	}
+	out.charges = d.share(draw.Charges)
 	return out
+}
+
+// key returns the state of a charge's bucket.
+func (d *drawer) key(s *limitState, c *limiter.Charge) *keyState {
+	for len(d.latest) <= s.index {
+		d.latest = append(d.latest, drawnKey{})
+	}
+	l := &d.latest[s.index]
+	if l.state == nil || l.key != c.Key {
+		*l = drawnKey{c.Key, s.key(d.world, c)}
+	}
+	return l.state
+}
+
+// share returns charges that are equal to the given ones, whose memory is the
+// caller's.
+func (d *drawer) share(charges []limiter.Charge) []limiter.Charge {
+	at := slices.IndexFunc(d.shared, func(s []limiter.Charge) bool { return slices.Equal(s, charges) })
+	var found []limiter.Charge
+	switch {
+	case at >= 0:
+		found = d.shared[at]
+	case len(d.shared) < maxShared:
+		at, found, d.shared = len(d.shared), slices.Clone(charges), append(d.shared, nil)
+	default:
+		at, found = maxShared-1, slices.Clone(charges)
+	}
+	copy(d.shared[1:at+1], d.shared[:at])
+	d.shared[0] = found
+	return found
 }
 
 // isOwn reports whether a bucket has the shape that its limit says, and not that
