@@ -69,6 +69,9 @@ type drawing struct {
 	groups []*rule
 	buf    []limiter.Charge // the memory of Charges
 	usual  int              // for how many Charges to make room at first; hardly a request has more
+	// keyBuf and digests are memory for the key that is being made.
+	keyBuf  [256]byte
+	digests [maxKeyParts]digest
 }
 
 func (d *drawing) addMistakes(mistakes ...*RuleError) {
@@ -216,13 +219,11 @@ func (d *drawing) judge(r *rule) finding {
 // key's override if there is one. It clears f.applies if a part is absent and
 // the limit has absent: skip.
 func (d *drawing) makeKey(r *rule, f *finding) error {
-	var buf [256]byte
-	key := append(buf[:0], r.prefix...)
+	key := append(d.keyBuf[:0], r.prefix...)
 	var shown []byte
 	if r.readable {
 		shown = make([]byte, 0, 128)
 	}
-	var digests [maxKeyParts]digest
 	for i, e := range r.key {
 		value, err := e.keyPart(d.subject)
 		switch {
@@ -230,7 +231,7 @@ func (d *drawing) makeKey(r *rule, f *finding) error {
 			return err
 		case value != "":
 			if r.overrides != nil {
-				digests[i] = sha256.Sum256([]byte(value))
+				d.digests[i] = sha256.Sum256([]byte(value))
 			}
 			key = r.appendPart(key, i, value, d.hasher)
 			if r.readable {
@@ -259,7 +260,7 @@ func (d *drawing) makeKey(r *rule, f *finding) error {
 	if r.overrides == nil || f.kind == foundPartAbsent {
 		return nil
 	}
-	sum := digestOf(digests[:len(r.key)])
+	sum := digestOf(d.digests[:len(r.key)])
 	if o, ok := r.overrides.lookup(sum); ok {
 		f.kind, f.tier, f.keyDigest = foundOverridden, o.tier, sum
 	}

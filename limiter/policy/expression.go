@@ -352,11 +352,7 @@ func directRead(tree *ast.AST) (direct func(*subject) string, only read) {
 	if r.Name == "request.id" {
 		return func(s *subject) string { return s.keyHeader("x-request-id") }, read{"request.headers", "x-request-id"}
 	}
-	a, ok := attributes[r.Name]
-	if !ok || a.kind != cel.StringType {
-		return nil, read{}
-	}
-	return func(s *subject) string { return a.value(s).(string) }, read{}
+	return attributes[r.Name].text, read{}
 }
 
 // keyHeader returns a header as a part of a key. It is empty, and so absent, if

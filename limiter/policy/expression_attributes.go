@@ -23,33 +23,41 @@ type attribute struct {
 	// may be secrets, and are hashed.
 	open  bool
 	value func(*subject) any
+	text  func(*subject) string // value, if kind is StringType; otherwise nil
+}
+
+// textAttribute returns an attribute whose value is a string.
+func textAttribute(open bool, text func(*subject) string) attribute {
+	return attribute{cel.StringType, open, func(s *subject) any { return text(s) }, text}
 }
 
 var attributes = map[string]attribute{
-	"request.path":          {cel.StringType, false, func(s *subject) any { return s.Path }}, // with its query
-	"request.url_path":      {cel.StringType, true, func(s *subject) any { return s.sent }},
-	"request.query":         {cel.StringType, false, func(s *subject) any { return s.query }},
-	"request.host":          {cel.StringType, true, func(s *subject) any { return s.host() }},
-	"request.scheme":        {cel.StringType, true, func(s *subject) any { return s.Scheme }},
-	"request.method":        {cel.StringType, true, func(s *subject) any { return s.Method }},
-	"request.protocol":      {cel.StringType, true, func(s *subject) any { return s.Protocol }},
-	"request.id":            {cel.StringType, false, func(s *subject) any { return s.Headers["x-request-id"] }},
-	"request.size":          {cel.IntType, true, (*subject).size},
-	"request.time":          {cel.TimestampType, true, func(s *subject) any { return s.Time }},
-	"request.headers":       {textMap, false, func(s *subject) any { return present(s.Headers) }},
-	requestParams:           {textMap, false, lookUpIn(requestParams)},
-	requestCookies:          {textMap, false, lookUpIn(requestCookies)},
-	"source.address":        {cel.StringType, true, func(s *subject) any { return bareAddress(s.Source.Address) }},
-	"source.port":           {cel.IntType, true, func(s *subject) any { return int64(s.Source.Port) }},
-	"source.principal":      {cel.StringType, true, func(s *subject) any { return s.Source.Principal }},
-	"destination.address":   {cel.StringType, true, func(s *subject) any { return bareAddress(s.Destination.Address) }},
-	"destination.port":      {cel.IntType, true, func(s *subject) any { return int64(s.Destination.Port) }},
-	"destination.principal": {cel.StringType, true, func(s *subject) any { return s.Destination.Principal }},
-	filterMetadata: {cel.MapType(cel.StringType, cel.DynType), false,
-		func(s *subject) any { return present(s.Metadata) }},
-	"context":        {textMap, false, func(s *subject) any { return present(s.Context) }},
-	"client.ip":      {cel.StringType, true, (*subject).clientIP},
-	"client.network": {cel.StringType, true, (*subject).clientNetwork},
+	"request.path":          textAttribute(false, func(s *subject) string { return s.Path }), // with its query
+	"request.url_path":      textAttribute(true, func(s *subject) string { return s.sent }),
+	"request.query":         textAttribute(false, func(s *subject) string { return s.query }),
+	"request.host":          textAttribute(true, func(s *subject) string { return s.host() }),
+	"request.scheme":        textAttribute(true, func(s *subject) string { return s.Scheme }),
+	"request.method":        textAttribute(true, func(s *subject) string { return s.Method }),
+	"request.protocol":      textAttribute(true, func(s *subject) string { return s.Protocol }),
+	"request.id":            textAttribute(false, func(s *subject) string { return s.Headers["x-request-id"] }),
+	"request.size":          {kind: cel.IntType, open: true, value: (*subject).size},
+	"request.time":          {kind: cel.TimestampType, open: true, value: func(s *subject) any { return s.Time }},
+	"request.headers":       {kind: textMap, value: func(s *subject) any { return present(s.Headers) }},
+	requestParams:           {kind: textMap, value: lookUpIn(requestParams)},
+	requestCookies:          {kind: textMap, value: lookUpIn(requestCookies)},
+	"source.address":        textAttribute(true, func(s *subject) string { return bareAddress(s.Source.Address) }),
+	"source.port":           {kind: cel.IntType, open: true, value: func(s *subject) any { return int64(s.Source.Port) }},
+	"source.principal":      textAttribute(true, func(s *subject) string { return s.Source.Principal }),
+	"destination.address":   textAttribute(true, func(s *subject) string { return bareAddress(s.Destination.Address) }),
+	"destination.port":      {kind: cel.IntType, open: true, value: func(s *subject) any { return int64(s.Destination.Port) }},
+	"destination.principal": textAttribute(true, func(s *subject) string { return s.Destination.Principal }),
+	filterMetadata: {
+		kind:  cel.MapType(cel.StringType, cel.DynType),
+		value: func(s *subject) any { return present(s.Metadata) },
+	},
+	"context":        {kind: textMap, value: func(s *subject) any { return present(s.Context) }},
+	"client.ip":      textAttribute(true, (*subject).clientIP),
+	"client.network": textAttribute(true, (*subject).clientNetwork),
 }
 
 // filterMetadata is the dynamic metadata of Envoy's filters, such as the claims

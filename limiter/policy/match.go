@@ -46,22 +46,21 @@ type subject struct {
 	// forKeys caches keySubject.
 	forKeys *keySubject
 	// ip and network cache clientIP and clientNetwork, which several limits read.
-	// They are nil until they are needed.
-	ip, network any
+	// They are empty until they are needed.
+	ip, network string
 }
 
-// clientIP returns the client's address as a string, or "" if it is unknown.
-func (s *subject) clientIP() any {
-	if s.ip == nil {
+// clientIP returns the client's address, or "" if it is unknown.
+func (s *subject) clientIP() string {
+	if s.ip == "" {
 		s.ip = addressText(s.client)
 	}
 	return s.ip
 }
 
-// clientNetwork returns the client's network as a string, or "" if it is
-// unknown.
-func (s *subject) clientNetwork() any {
-	if s.network == nil {
+// clientNetwork returns the client's network, or "" if it is unknown.
+func (s *subject) clientNetwork() string {
+	if s.network == "" {
 		s.network = network(s.client)
 	}
 	return s.network
