@@ -47,7 +47,7 @@ func (s stepped) step(by time.Duration) {
 		s.t.Fatal(err)
 	}
 	defer func() { _ = f.Close() }()
-	if _, err := f.WriteAt(binary.NativeEndian.AppendUint64(nil, uint64(by/time.Second)), 0); err != nil {
+	if _, err := f.WriteAt(binary.NativeEndian.AppendUint64(nil, uint64(by.Microseconds())), 0); err != nil {
 		s.t.Fatal(err)
 	}
 }

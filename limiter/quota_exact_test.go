@@ -1,0 +1,211 @@
+package limiter
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/sluiceproxy/sluice/limiter/redistest"
+)
+
+// windowEnds are ends of windows: ordinary ones, those of days with a change to and
+// from summer time, and of a leap year.
+var windowEnds = []struct {
+	unit               Unit
+	zone, starts, ends string // ends is in RFC 3339
+	lasts              string // the window before it
+}{
+	{Hour, "UTC", "", "2026-02-10T12:00:00Z", "1h0m0s"},
+	{Hour, "Asia/Kolkata", "", "2026-02-10T12:30:00Z", "1h0m0s"},
+	{Hour, "Europe/Berlin", "", "2026-03-29T01:00:00Z", "1h0m0s"},
+	{Hour, "Australia/Lord_Howe", "", "2026-04-04T15:30:00Z", "1h30m0s"},
+	{Hour, "Australia/Lord_Howe", "", "2026-10-03T16:00:00Z", "1h30m0s"},
+	{Day, "UTC", "", "2026-02-11T00:00:00Z", "24h0m0s"},
+	{Day, "Europe/Berlin", "", "2026-03-29T22:00:00Z", "23h0m0s"},
+	{Day, "Europe/Berlin", "", "2026-10-25T23:00:00Z", "25h0m0s"},
+	{Day, "America/New_York", "", "2026-03-09T04:00:00Z", "23h0m0s"},
+	{Day, "America/New_York", "", "2026-11-02T05:00:00Z", "25h0m0s"},
+	{Day, "Australia/Lord_Howe", "", "2026-10-04T13:00:00Z", "23h30m0s"},
+	{Day, "Australia/Lord_Howe", "", "2026-04-05T13:30:00Z", "24h30m0s"},
+	{Day, "Africa/Cairo", "", "2026-04-24T21:00:00Z", "23h0m0s"},
+	{Day, "Africa/Cairo", "", "2026-10-29T22:00:00Z", "25h0m0s"},
+	{Day, "America/Havana", "", "2026-03-09T04:00:00Z", "23h0m0s"},
+	{Day, "America/Havana", "", "2026-11-02T05:00:00Z", "25h0m0s"},
+	{Week, "UTC", "", "2026-11-30T00:00:00Z", "168h0m0s"},
+	{Week, "Europe/Berlin", "", "2026-10-25T23:00:00Z", "169h0m0s"},
+	{Week, "UTC", "2026-11-25", "2026-11-25T00:00:00Z", "168h0m0s"},
+	{Month, "UTC", "", "2026-05-01T00:00:00Z", "720h0m0s"},
+	{Month, "America/New_York", "", "2026-04-01T04:00:00Z", "743h0m0s"},
+	{Day, "UTC", "", "2028-02-29T00:00:00Z", "24h0m0s"},
+	{Month, "UTC", "", "2028-03-01T00:00:00Z", "696h0m0s"},
+	{Month, "UTC", "2026-01-31", "2028-02-29T00:00:00Z", "696h0m0s"},
+	{Year, "UTC", "", "2027-01-01T00:00:00Z", "8760h0m0s"},
+	{Year, "Asia/Kathmandu", "2024-02-29", "2028-02-28T18:15:00Z", "8784h0m0s"},
+}
+
+// Sixty-four callers of three sidecars, whose clocks are up to 90 seconds off, take
+// from one quota while Redis's own clock runs over the end of a window, or is stepped
+// over it, and back: each window grants exactly its tokens, none are granted in the
+// wrong one, no take fails, and none takes longer than at other times.
+func TestQuotaIsExactByRedisClock(t *testing.T) {
+	s := &switching{server: startStepped(t), around: redistest.Scaled(50*time.Millisecond, time.Second)}
+	for _, off := range []time.Duration{-90 * time.Second, 0, 90 * time.Second} {
+		r := newTestRedis(t, s.server.Server, serverClock)
+		r.wall = func() int64 { return time.Now().UnixMicro() + s.ahead.Load() + off.Microseconds() }
+		s.sidecars = append(s.sidecars, r)
+	}
+	for _, tt := range windowEnds {
+		c := calendar(t, tt.unit, tt.zone, tt.starts)
+		at, err := time.Parse(time.RFC3339, tt.ends)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, manner := range []string{"run", "stepped"} {
+			t.Run(fmt.Sprintf("%s/%s/%s/%s", manner, tt.unit, tt.zone, tt.ends), func(t *testing.T) {
+				start, end := c.Window(at.Add(-1))
+				if lasts := end.Sub(start).String(); !end.Equal(at) || lasts != tt.lasts {
+					t.Fatalf("the window ends at %v, and lasts %s", end, lasts)
+				}
+				s.play(t, c, at.UnixMicro(), manner == "run")
+			})
+		}
+	}
+	percentile := func(all []time.Duration) time.Duration {
+		slices.Sort(all)
+		return all[len(all)*99/100]
+	}
+	if len(s.near) < 1000 || len(s.away) < 1000 {
+		t.Fatalf("%d takes near an end and %d away from one: this says little", len(s.near), len(s.away))
+	}
+	near, away := percentile(s.near), percentile(s.away)
+	t.Logf("p99 of %d takes within %v of an end %v, of %d others %v", len(s.near), s.around/2, near, len(s.away), away)
+	if near > 2*away+slack {
+		t.Errorf("p99 near the ends of windows is %v, and away from them %v", near, away)
+	}
+}
+
+// switching is sidecars that take while their Redis's clock passes the ends of windows.
+type switching struct {
+	server   stepped
+	sidecars []*Redis
+	// ahead is by how many microseconds the sidecars' clocks are ahead of the machine's,
+	// besides what they differ by.
+	ahead atomic.Int64
+	// around is how long a clock runs around an end, and then on.
+	around time.Duration
+
+	mu sync.Mutex
+	// near and away are how long takes took within around of an end that the clock
+	// ran over, and at other times.
+	near, away []time.Duration
+}
+
+// denials waits for takes that are denied from one instant of Redis's clock on and
+// before another, in microseconds.
+type denials struct {
+	from, to int64
+	left     atomic.Int64
+	seen     chan struct{} // closed when none are left
+}
+
+// play takes from a new quota until the window that ends at an instant has no tokens,
+// brings Redis's clock over the end, and takes until the next window has none either.
+func (s *switching) play(t *testing.T, c Calendar, ends int64, runs bool) {
+	const tokens, callers = 150, 64
+	next := c.window(ends).end
+	a := charge(quota(t, tokens, c), t.Name())
+	beside := charge(quota(t, MaxTokens, calendar(t, Hour, "", "")), "beside")
+	var awaited atomic.Pointer[denials]
+	awaited.Store(&denials{})
+	granted := map[int64]int{} // by when the window ends
+	stop := make(chan struct{})
+	end := sync.OnceFunc(func() { close(stop) })
+	// setTo sets Redis's clock.
+	setTo := func(at int64) time.Duration {
+		step := time.Duration(at-time.Now().UnixMicro()) * time.Microsecond
+		s.server.step(step)
+		return step
+	}
+	// denied waits until takes have been denied in a part of the time.
+	denied := func(from, to int64) {
+		d := &denials{from: from, to: to, seen: make(chan struct{})}
+		d.left.Store(tokens)
+		awaited.Store(d)
+		select {
+		case <-d.seen:
+		case <-stop:
+		case <-time.After(30 * time.Second):
+			t.Errorf("nothing was denied between %v and %v", time.UnixMicro(from), time.UnixMicro(to))
+			end()
+		}
+	}
+	around := s.around.Microseconds()
+	second := time.Second.Microseconds()
+	s.ahead.Store(setTo(ends - 10*second).Microseconds())
+	var wg sync.WaitGroup
+	for caller := range callers {
+		wg.Go(func() {
+			var near, away []time.Duration
+			verdicts := make([]Verdict, 2)
+			for i := caller; ; i++ {
+				select {
+				case <-stop:
+					s.mu.Lock()
+					s.near, s.away = append(s.near, near...), append(s.away, away...)
+					s.mu.Unlock()
+					return
+				default:
+				}
+				charges := []Charge{a, beside}[:1+i/len(s.sidecars)%2]
+				began := time.Now()
+				s.sidecars[i%len(s.sidecars)].Take(context.Background(), charges, verdicts[:len(charges)])
+				took := time.Since(began)
+				v := verdicts[0]
+				if v.Err != nil || !v.Known() || len(charges) > 1 && !verdicts[1].Allowed {
+					t.Errorf("%+v", verdicts[:len(charges)])
+					end()
+					continue
+				}
+				if until := v.at + v.FullAfter.Microseconds(); v.Allowed {
+					if right := c.window(v.at).end; until != right {
+						t.Errorf("granted at %v in the window until %v, want %v", time.UnixMicro(v.at), time.UnixMicro(until),
+							time.UnixMicro(right))
+					}
+					s.mu.Lock()
+					granted[until]++
+					s.mu.Unlock()
+				} else if d := awaited.Load(); d.from <= v.at && v.at < d.to && d.left.Add(-1) == 0 {
+					close(d.seen)
+				}
+				if runs && ends-around/2 <= v.at && v.at < ends+around/2 {
+					near = append(near, took)
+				} else {
+					away = append(away, took)
+				}
+			}
+		})
+	}
+	denied(ends-10*second+around, ends)
+	if runs {
+		setTo(ends - around/2)
+		denied(ends+around/2, next)
+		denied(ends+around/2+around, next)
+	} else {
+		setTo(ends + 10*second)
+		denied(ends+10*second, next)
+	}
+	setTo(ends - 5*second) // nothing is granted again
+	denied(ends-5*second, ends)
+	setTo(ends + 20*second)
+	denied(ends+20*second, next)
+	end()
+	wg.Wait()
+	if want := map[int64]int{ends: tokens, next: tokens}; !maps.Equal(granted, want) {
+		t.Errorf("granted %v by the ends of windows, want %v", granted, want)
+	}
+}
