@@ -307,6 +307,61 @@ func TestQuotaIsExact(t *testing.T) {
 	t.Logf("%d windows of %d tokens", len(granted), tokens)
 }
 
+// A sidecar whose clock is wrong learns from Redis's answers what the time is there: it
+// asks twice when it first asks, and when Redis's clock has stepped, and else once.
+func TestWrongWindowIsAskedAgainOnce(t *testing.T) {
+	server := redistest.Start(t)
+	a := charge(quota(t, 100, calendar(t, Hour, "", "")), "a")
+	for off, start := range map[time.Duration]string{
+		-90 * time.Second: "2026-02-10T12:00:30Z", 90 * time.Second: "2026-02-10T14:59:30Z",
+	} {
+		clock := &testClock{t: t, client: server.Client()}
+		r, stepped := newTestRedis(t, server, keyClock), time.Duration(0)
+		r.wall = func() int64 { return clock.now() + (off - stepped).Microseconds() }
+		k, before := taker{t, r}, 0
+		take := func(want int, when string) {
+			t.Helper()
+			if v := k.take(a)[0]; !v.Allowed {
+				t.Errorf("%v off, %s: %+v", off, when, v)
+			}
+			if n := calls(t, r) - before; n != want {
+				t.Errorf("%v off, %s: %d calls, want %d", off, when, n, want)
+			}
+			before = calls(t, r)
+		}
+		clock.setTo(start)
+		take(2, "at first")
+		take(1, "then")
+		clock.advance(time.Hour)
+		take(1, "an hour later")
+		stepped = time.Hour
+		clock.advance(stepped)
+		take(2, "after a step")
+		take(1, "after that")
+	}
+}
+
+// A take whose guesses are all wrong fails, and takes nothing.
+func TestNoGuessIsRight(t *testing.T) {
+	server := redistest.Start(t)
+	const leaps = "return take(1700000000000000 + redis.call('INCR', 'calls') * 7200000000)\n" // two hours a call
+	r := newTestRedis(t, server, leaps)
+	a, b := charge(quota(t, 100, calendar(t, Hour, "", "")), "a"), charge(bucket(t, 1, day, 5), "b")
+	verdicts := make([]Verdict, 2)
+	r.Take(t.Context(), []Charge{a, b}, verdicts)
+	for _, v := range verdicts {
+		if KindOf(v.Err) != KindState || v.Allowed {
+			t.Errorf("%+v", v)
+		}
+	}
+	if n := calls(t, r); n != maxGuesses {
+		t.Errorf("%d calls, want %d", n, maxGuesses)
+	}
+	if n := server.Client().Exists(t.Context(), a.Key, b.Key).Val(); n != 0 {
+		t.Errorf("%d buckets were written", n)
+	}
+}
+
 // A take that finds no right guess leaves all as it was, and who looks sees what a
 // take would.
 func TestReadOnlyQuota(t *testing.T) {

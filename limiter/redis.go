@@ -296,7 +296,12 @@ func (r *Redis) takeGuessing(
 	return errGuesses
 }
 
-var errGuesses = errors.New("no guess of a quota's window was right: is another program changing its state?")
+// errGuesses is the error of a take whose last guess was wrong, too.
+var errGuesses = &StoreError{
+	Kind: KindState,
+	Err: errors.New("no guess of a quota's window was right: " +
+		"does Redis's clock leap, or does another program change the bucket?"),
+}
 
 // takeOnce takes charges from one node, and recycles t.
 func (r *Redis) takeOnce(ctx context.Context, n *node, t *pending, charges []Charge, verdicts []Verdict) error {
