@@ -120,7 +120,7 @@ func (lr *limitReader) readLimit(n node, d *draft) bool {
 		"burst":     func(n node) { d.granted.burst = n },
 		"quota":     func(n node) { d.granted.quota = n },
 		"time_zone": func(n node) { d.zoneAt = n; lr.readZone(n, &d.granted.zone) },
-		"starts":    func(n node) { d.granted.startsAt = n; lr.checked(&d.granted.starts, checkStarts)(n) },
+		"starts":    func(n node) { lr.readStarts(n, &d.granted) },
 		"cost":      func(n node) { d.costAt = n; lr.readCost(n, &d.cost, forCost) },
 		"rate_from": func(n node) {
 			d.rateFromAt, d.rateFrom = n, new(rateFrom)

@@ -164,7 +164,7 @@ func (lr *limitReader) readInline(d *draft, o *overrides) {
 			"burst":  func(n node) { granted.burst = n },
 			"plan":   func(n node) { granted.plan = n },
 			"quota":  func(n node) { granted.quota = n },
-			"starts": func(n node) { granted.startsAt = n; lr.checked(&granted.starts, checkStarts)(n) },
+			"starts": func(n node) { lr.readStarts(n, &granted) },
 			"mode":   func(n node) { lr.oneOf(n, &granted.mode, modes...) },
 		})
 		if !isMapping {

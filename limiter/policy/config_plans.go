@@ -34,6 +34,7 @@ func (cr *configReader) readPlans(n node) {
 	fields := make(map[string]func(node), len(values))
 	for _, v := range values {
 		name := v.Key.GetToken().Value
+		cr.plans[name] = &plan{grants: allowance{rate: unlimitedRate}, isUsed: true} // until it is read
 		fields[name] = func(n node) { cr.readPlan(name, n) }
 	}
 	cr.mapping(n, fields)

@@ -41,15 +41,20 @@ func parseStarts(s string) (time.Time, error) {
 		return time.Time{}, nil
 	}
 	day, err := time.Parse(time.DateOnly, s)
-	if err != nil {
+	if err != nil || day.IsZero() { // which NewCalendar would take for none
 		return time.Time{}, fmt.Errorf("invalid starts %q; want a date such as 2026-01-14", s)
 	}
 	return day, nil
 }
 
-func checkStarts(s string) error {
-	_, err := parseStarts(s)
-	return err
+// readStarts reads the day on which the windows of a quota begin.
+func (lr *limitReader) readStarts(n node, g *granted) {
+	g.startsAt = n
+	g.starts = lr.readText(n, "a date such as 2026-01-14")
+	if _, err := parseStarts(g.starts); err != nil {
+		lr.wrongError(n, err)
+		g.starts = ""
+	}
 }
 
 // parseQuota parses tokens/unit, such as 100000/month.

@@ -65,6 +65,10 @@ func (lr *limitReader) readTier(g granted) *tier {
 	if len(lr.mistakes) > before {
 		return nil
 	}
+	if a.rate == "" && a.quota == "" && a.plan == "" { // all that is given is empty
+		lr.wrong(g.at("rate"), "%s", noValue)
+		return nil
+	}
 	t, field, err := lr.tierOf(a)
 	if err != nil {
 		lr.wrongError(g.at(field), err)
@@ -210,7 +214,7 @@ func parseRate(s string) (tokens int64, period time.Duration, err error) {
 	}
 	if _, err := limiter.NewBucket(tokens, period, 1); err != nil {
 		if tokens == 0 {
-			return 0, 0, fmt.Errorf("invalid rate %q; write none to deny every request", s)
+			return 0, 0, &advice{what: fmt.Sprintf("invalid rate %q", s), want: "write none to deny every request"}
 		}
 		return 0, 0, fmt.Errorf("invalid rate %q: %w", s, err)
 	}

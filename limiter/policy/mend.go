@@ -86,7 +86,7 @@ var misplaced = map[string]map[string]string{
 		"per":        "the period is part of the rate, as in rate: 10/m",
 		"requests":   "write rate: 10/m",
 		"limit":      "write rate: 10/m",
-		"window":     "write rate: 10/m; there are no windows",
+		"window":     "write rate: 10/m, or quota: 1000/month for a window of the calendar",
 	},
 	"limits[].match": {
 		"headers": `write when: request.headers["x-name"] == "value" in the limit`,

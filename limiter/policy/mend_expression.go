@@ -64,6 +64,7 @@ var (
 	undeclared      = whenUsed(`^undeclared reference to '([^']*)'(?: \(did you mean '([^']*)'.*)?`)
 	dottedName      = whenUsed(`^[A-Za-z_][A-Za-z0-9_.]*`)
 	noOverload      = whenUsed(`^found no matching overload for '([^']*)' applied to '([^']*)'`)
+	noFields        = whenUsed(`^type '([^']*)' does not support field selection`)
 	wrapped         = whenUsed(`wrapper\(([a-z]+)\)`)
 	unexpectedToken = whenUsed(`(?:mismatched|extraneous) input '([^']*)'`)
 	badToken        = whenUsed(`token recognition error at: '(.*)'$`)
@@ -180,6 +181,10 @@ func (p purpose) mendMessage(text string, e expressionError) string {
 			return fmt.Sprintf("unknown name %s; did you mean %s?", name, m[2])
 		}
 		return fmt.Sprintf("unknown name %s; want a function of CEL or one of %s", name, strings.Join(p.names(), ", "))
+	}
+	if m := noFields().FindStringSubmatch(e.message); m != nil {
+		return fmt.Sprintf(`a value of type %s has no fields; a name with a dot needs brackets, as in request.headers["a.b"]`,
+			wrapped().ReplaceAllString(m[1], "$1"))
 	}
 	if m := noOverload().FindStringSubmatch(e.message); m != nil {
 		operator, operands := strings.Trim(m[1], "_"), wrapped().ReplaceAllString(m[2], "$1")

@@ -132,6 +132,25 @@ func TestQuotaColumns(t *testing.T) {
 		{"key,rate,starts\n10.0.0.1,5/m,2026-01-14\n", "2:14: starts has no effect without quota; " +
 			"an override replaces the limit's quota too"},
 		{"key,rate\n10.0.0.1,5/month\n", `2:10: invalid rate "5/month"; write quota: 5/month`},
+		{"key,quota\n10.0.0.1,0/day\n", `2:10: invalid quota "0/day"; want 1 to 1000000000 tokens, ` +
+			"or rate: none to deny every request"},
+		{"key,quota\n10.0.0.1,100\n", `2:10: invalid quota "100"; a quota needs a unit; write 100/day or 100/month`},
+		{"key,quota\n10.0.0.1,unlimited\n", `2:10: invalid quota "unlimited"; write rate: unlimited and omit quota`},
+		{"key,quota\n10.0.0.1,5 / month\n", `2:10: invalid quota "5 / month"; write 5/month`},
+		{"key,quota,mode\n10.0.0.1,5/day,off\n", `2:16: unknown value "off"; want one of enforce, shadow`},
+		{"key,quota,starts\n10.0.0.1,5/month,2026-02-30\n", `2:18: invalid starts "2026-02-30"; ` +
+			"want a date such as 2026-01-14"},
+		{"key,quota,starts\n10.0.0.1,5/month,0001-01-01\n", `2:18: invalid starts "0001-01-01"; ` +
+			"want a date such as 2026-01-14"},
+		{"key,quota,starts\n10.0.0.1,5/day,2026-01-14\n", "2:16: starts moves weeks, months and years; " +
+			"there is none for a quota each day"},
+		{"key,quota,time_zone\n10.0.0.1,5/day,UTC\n", "1:1: column 3 has an unknown name; " + wantColumns},
+		{"key,quotas\n10.0.0.1,5/day\n", "1:1: column 2 has an unknown name; did you mean quota?"},
+		{"key,start,quota\n10.0.0.1,,5/day\n", "1:1: column 2 has an unknown name; did you mean starts?"},
+		{"key,quota\n10.0.0.1,5/day,7\n", "2:1: row of 3 columns; want 2, as the header row has"},
+		{"key,rate,quota\n10.0.0.1,none,5/day\n", "2:10: rate: none denies every request; omit quota"},
+		{"key,rate,quota\n10.0.0.1,unlimited,5/day\n", "2:10: rate: unlimited has no effect beside a quota; omit rate"},
+		{"key,quota\n10.0.0.1,5/day\n10.0.0.1,6/day\n", "3:1: duplicate key; want one override for each key"},
 	} {
 		const config = "limits: [{name: a, key: client.ip, rate: 1/s, overrides_file: o.csv}]\n"
 		if got := overrideMistakes(t, config, tt.rows); got != tt.want {

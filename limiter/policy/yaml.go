@@ -176,12 +176,15 @@ func entries(n ast.Node) ([]*ast.MappingValueNode, bool) {
 	return nil, false
 }
 
+// noValue is the mistake of a field that is empty.
+const noValue = "no value; give it one or omit the field"
+
 // checkValue reports whether a value is present, and of a kind that configs
 // use. Otherwise it records a mistake.
 func (r *reader) checkValue(n node) bool {
 	switch v := n.Node.(type) {
 	case nil, *ast.NullNode:
-		r.at(nullToken(n.Node), n.field, "no value; give it one or omit the field")
+		r.at(nullToken(n.Node), n.field, noValue)
 	case *ast.TagNode:
 		r.wrong(n, "a value that begins with ! is a YAML tag, which is not allowed; quote the expression")
 	case *ast.AnchorNode, *ast.AliasNode, *ast.MergeKeyNode:
