@@ -16,13 +16,13 @@ import (
 const odd = "limits: [{name: a, rate: 20/s, cost: 0}]\n"
 
 const oddWarning = ":1:38: limits[0].cost: a limit that takes no tokens never denies; give it a cost above 0, or a " +
-	"settle that says later what the request has cost\n"
+	"settle that charges it when its response ends\n"
 
 func TestValidate(t *testing.T) {
 	good, bad := file(t, "good.yaml", perClient), file(t, "bad.yaml", "limits:\n  - name: orders\n    rate: fast\n")
 	odd := file(t, "odd.yaml", odd)
 	slow := file(t, "slow.yaml", "store: {redis: {url: 'redis://h', timeout: 300ms}}\n")
-	const late = ":1:44: store.redis.timeout: 300ms is not below the 200ms after which Envoy's ext_authz filter gives up, "
+	const late = ":1:44: store.redis.timeout: 300ms is not below the timeout of Envoy's ext_authz filter (200ms), "
 	for _, tt := range []struct {
 		args           []string
 		status         int

@@ -503,8 +503,8 @@ func (cr *configReader) warnOfSecret(drafts []*draft) {
 	}
 	for _, d := range drafts {
 		if d.settle != nil {
-			cr.warn(d.settleAt, "without key_secret only the process that was asked can settle a request: set it if one Envoy "+
-				"reaches several replicas, and so that a restart of sluice loses no ends")
+			cr.warn(d.settleAt, "without key_secret only the process that decided a request can settle it; set key_secret if "+
+				"one Envoy reaches several replicas, or if a restart of sluice must lose no settlements")
 			return
 		}
 	}
@@ -517,7 +517,8 @@ func (cr *configReader) warnOfLeases(drafts []*draft) {
 	}
 	for _, d := range drafts {
 		if d.lease > 0 {
-			cr.warn(d.leaseAt, "has no effect without store.redis, as the buckets are in this process")
+			cr.warn(d.leaseAt, "has no effect, as without store.redis the buckets are in this process; remove lease, or "+
+				"set store.redis")
 		}
 	}
 }

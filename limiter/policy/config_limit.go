@@ -493,7 +493,8 @@ func (lr *limitReader) warnOfShare(d *draft, o *overrides) {
 	if isAbove(d.tier) {
 		local := d.tier.share(lr.localShare)
 		lr.warn(d.costAt,
-			"%d exceeds the local %s of %d (local_share of %d): every request is denied while the store fails",
+			"%d exceeds the %s of %d that local_share leaves of %d: every request is denied while the store fails; "+
+				"raise %[2]s or local_share, or lower cost",
 			d.cost.constant, local.holder(), local.holds(), d.tier.holds())
 		return
 	}
@@ -510,7 +511,8 @@ func (lr *limitReader) warnOfShare(d *draft, o *overrides) {
 	}
 	if above > 0 {
 		lr.warn(d.costAt,
-			"%d exceeds the local burst (local_share) of %d overrides: their requests are denied while the store fails",
+			"%d exceeds the burst that local_share leaves to %d overrides: their requests are denied while the store "+
+				"fails; raise their burst or local_share, or lower cost",
 			d.cost.constant, above)
 	}
 }
@@ -534,8 +536,8 @@ func (lr *limitReader) warnOfGroups(drafts []*draft) {
 	for _, d := range drafts {
 		if last[d.group] == d {
 			lr.warn(d.whenAt,
-				"every limit of the group %s has a when: a request for which each is false or absent is not limited "+
-					"by the group; end the group with a limit without when", d.group)
+				"every limit of the group %s has a when, so a request that fits none of them is not limited by the "+
+					"group; end the group with a limit without when", d.group)
 		}
 	}
 }

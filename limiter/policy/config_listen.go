@@ -133,7 +133,8 @@ func (cr *configReader) readListenTLS(n node) {
 		return
 	}
 	if end := t.Certificate.Leaf.NotAfter; time.Now().After(end) {
-		cr.warn(n, "the certificate in %s expired at %s; clients reject it", t.files[0], end.UTC().Format(time.RFC3339))
+		cr.warn(n, "the certificate in %s expired at %s, so clients reject it; renew it", t.files[0],
+			end.UTC().Format(time.RFC3339))
 	}
 	if pem[2] != nil {
 		t.ClientCAs = x509.NewCertPool()

@@ -308,22 +308,26 @@ func TestWarnings(t *testing.T) {
 	for text, want := range map[string]string{
 		"- {name: a, rate: 20/s, cost: 2}": "", // the local burst is 2
 		"- {name: a, rate: 20/s, cost: 3}": "test.yaml:4:31: limits[0].cost: 3 exceeds the " +
-			"local burst of 2 (local_share of 20): every request is denied while the store fails",
+			"burst of 2 that local_share leaves of 20: every request is denied while the store fails; raise burst or " +
+			"local_share, or lower cost",
 		"- {name: a, rate: 5/s, cost: 1 + 1}": "test.yaml:4:30: limits[0].cost: 2 exceeds the " +
-			"local burst of 1 (local_share of 5): every request is denied while the store fails",
+			"burst of 1 that local_share leaves of 5: every request is denied while the store fails; raise burst or " +
+			"local_share, or lower cost",
 		"- {name: a, rate: 100/s, quota: 15/month, cost: 2}": "test.yaml:4:49: limits[0].cost: 2 exceeds the " +
-			"local quota of 1 (local_share of 15): every request is denied while the store fails",
+			"quota of 1 that local_share leaves of 15: every request is denied while the store fails; raise quota or " +
+			"local_share, or lower cost",
 		"- {name: a, rate: 5/s, cost: int(source.port)}":     "", // unknown before there is a request
 		"- {name: a, rate: 20/s, cost: 3, mode: shadow}":     "",
 		"- {name: a, rate: 20/s, cost: 3, on_failure: deny}": "",
 		"- {name: a, rate: unlimited, cost: 3}":              "",
 		"- {name: a, rate: 5/s}\n- {name: b, rate: 5/s, cost: 2}": "test.yaml:5:30: limits[1].cost: 2 exceeds the " +
-			"local burst of 1 (local_share of 5): every request is denied while the store fails",
+			"burst of 1 that local_share leaves of 5: every request is denied while the store fails; raise burst or " +
+			"local_share, or lower cost",
 		"- name: a\n  rate: 40/s\n  cost: 4\n  key: client.ip\n" +
 			"  overrides: [{key: 10.0.0.1, rate: 30/s}, {key: 10.0.0.2, rate: 39/s}, {key: 10.0.0.3, rate: 40/s}, " +
 			"{key: 10.0.0.4, rate: unlimited}]": "" +
-			"test.yaml:6:9: limits[0].cost: 4 exceeds the local burst (local_share) of 2 overrides: " +
-			"their requests are denied while the store fails",
+			"test.yaml:6:9: limits[0].cost: 4 exceeds the burst that local_share leaves to 2 overrides: " +
+			"their requests are denied while the store fails; raise their burst or local_share, or lower cost",
 	} {
 		if got := parse(t, common+text+"\n").Warnings.Error(); got != want {
 			t.Errorf("%s\n%s\nwant\n%s", text, got, want)
@@ -381,7 +385,7 @@ func TestWarningsOfAbsence(t *testing.T) {
 	const (
 		when  = `when: 'request.headers["a"] == "x"'`
 		other = `when: 'request.headers["a"] == "y"'`
-		group = "every limit of the group g has a when: a request for which each is false or absent is not limited " +
+		group = "every limit of the group g has a when, so a request that fits none of them is not limited " +
 			"by the group; end the group with a limit without when"
 		size = `request.size is absent if a body has no content-length, as with chunked encoding, and the cost is then 1; ` +
 			`state the cost, as in "content-length" in request.headers ? request.size : 1000`

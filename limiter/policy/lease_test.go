@@ -17,7 +17,7 @@ func TestLease(t *testing.T) {
 		{redis, ", lease: 10ms", 10 * time.Millisecond, ""},
 		{redis, ", lease: 5s", 5 * time.Second, ""},
 		{redis, "", 0, ""},
-		{"", ", lease: 200ms", 200 * time.Millisecond, "limits[0].lease: has no effect without store.redis"},
+		{"", ", lease: 200ms", 200 * time.Millisecond, "limits[0].lease: has no effect, as without store.redis"},
 	} {
 		c, err := Parse("a.yaml", []byte(tt.store+"limits: [{name: a, rate: 1000/s"+tt.lease+"}]"), env())
 		if err != nil {

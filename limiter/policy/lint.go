@@ -81,8 +81,8 @@ func (c *Config) WarningsFor(envoyTimeout time.Duration) Mistakes {
 	}
 	all := slices.Clone(c.Warnings)
 	m := c.timeoutAt
-	m.Message = fmt.Sprintf("%v is not below the %v after which Envoy's ext_authz filter gives up, so that Envoy decides "+
-		"about failures, and not on_failure; lower it, or raise the filter's timeout and say so with --envoy-timeout",
+	m.Message = fmt.Sprintf("%v is not below the timeout of Envoy's ext_authz filter (%v), so Envoy decides about "+
+		"failures instead of on_failure; lower it, or raise the filter's timeout and pass it as --envoy-timeout",
 		c.Redis.Timeout, envoyTimeout)
 	all = append(all, m)
 	sortMistakes(all, m.File)
@@ -122,7 +122,7 @@ func (l *linter) warnOfListeners() {
 			if _, given := l.listenAt[b.field]; !given {
 				at, other = a, b // the default is not what has to change
 			}
-			l.warnAt(at.field, "%s is the port of %s too (%s), so sluice cannot start; give each listener a port of its own",
+			l.warnAt(at.field, "%s is also the port of %s (%s), so sluice cannot start; give each listener a port of its own",
 				at.addr, other.field, other.addr)
 		}
 	}
@@ -239,10 +239,10 @@ func (l *linter) warnOfKey(d *draft) {
 			l.warn(d.keyAt[i], "is constant, so all requests share one bucket; omit key if that is meant, or write an "+
 				"expression such as client.network")
 		case e.constant:
-			l.warn(d.keyAt[i], "is constant, so this part separates no requests; omit it")
+			l.warn(d.keyAt[i], "is the same for all requests, so this part of the key has no effect; omit it")
 		case e.facts.varies != "":
-			l.warn(d.keyAt[i], "%s differs for each %s, so each has a full bucket and the limit never denies; "+
-				"write what names the client, such as client.network", e.facts.varies,
+			l.warn(d.keyAt[i], "%s differs for each %s, so each gets a full bucket of its own and the limit never denies; "+
+				"write what identifies the client, such as client.network", e.facts.varies,
 				map[bool]string{true: "connection", false: "request"}[e.facts.varies == "source.port"])
 		}
 	}
@@ -258,8 +258,8 @@ func (l *linter) warnOfReadable(d *draft) {
 	for i, e := range d.key {
 		hidden = hidden || !e.open
 		if of := e.secret(); of != "" && !e.open {
-			l.warn(d.keyAt[i], "%s is likely to be a secret, and with readable: true it comes out in clear in logs, "+
-				"metadata and the page; remove readable, or use a name that is no secret, such as a tenant's", of)
+			l.warn(d.keyAt[i], "%s is likely to be a secret, and readable: true shows it in clear in logs, metadata and on "+
+				"the page; remove readable, or use a name that is not secret, such as a tenant's", of)
 		}
 	}
 	if !hidden {
@@ -300,8 +300,8 @@ func (e *expression) secret() string {
 func (l *linter) warnOfCost(d *draft, o *overrides) {
 	if d.cost.expression == nil {
 		if d.cost.constant == 0 && d.settle == nil && d.tier.hasBucket() {
-			l.warn(d.costAt, "a limit that takes no tokens never denies; give it a cost above 0, or a settle that says "+
-				"later what the request has cost")
+			l.warn(d.costAt, "a limit that takes no tokens never denies; give it a cost above 0, or a settle that "+
+				"charges it when its response ends")
 		}
 		return
 	}
@@ -349,8 +349,8 @@ func (l *linter) warnOfUnreachable() {
 		}
 		for _, other := range before {
 			if l.covers(&other.match, &d.match) {
-				l.warn(d.at, "is never reached: in the group %s the limit %s before it applies to each request that this "+
-					"one matches; put this one before it", d.group, other.name)
+				l.warn(d.at, "is never reached: the limit %s before it in the group %s applies to every request that this "+
+					"one matches; put this one first", other.name, d.group)
 				break
 			}
 		}
@@ -399,8 +399,8 @@ func (l *linter) warnOfInventedKeys() {
 	} else if n > 1 {
 		also = fmt.Sprintf(" (so are the keys of %s and %d more)", alone[1].name, n-1)
 	}
-	l.warn(first.keyAt[i], "%s is chosen by the client%s: one that makes up values has a full bucket for each; add a "+
-		"limit with key: client.network for the same requests, or have Envoy check the value before sluice is asked",
+	l.warn(first.keyAt[i], "%s is chosen by the client%s: a client that makes up values gets a full bucket for each; add "+
+		"a limit with key: client.network for the same requests, or have Envoy verify the value before it asks sluice",
 		first.key[i].facts.chosen, also)
 }
 
@@ -447,7 +447,7 @@ func (d *draft) unmet(i int, part string) string {
 		return ""
 	}
 	if values := e.facts.values; values != nil && !e.constant && !slices.Contains(values, part) {
-		return fmt.Sprintf("no request has this key: the part is one of %s", strings.Join(values, ", "))
+		return fmt.Sprintf("no request has this key: the part is always one of %s", strings.Join(values, ", "))
 	}
 	canonical, err := e.canonicalPart(part)
 	if err != nil {

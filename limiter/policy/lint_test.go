@@ -20,8 +20,8 @@ func TestLint(t *testing.T) {
 	for name, rows := range map[string][]warned{
 		"a group's member that is never reached": {
 			{"limits:\n- {name: a, rate: 1/s, group: g}\n- {name: b, rate: 1/s, group: g}",
-				"3:3: limits[1]: is never reached: in the group g the limit a before it applies to each request that this one " +
-					"matches; put this one before it"},
+				"3:3: limits[1]: is never reached: the limit a before it in the group g applies to every request that this one " +
+					"matches; put this one first"},
 			{"limits:\n- {name: a, rate: 1/s, group: g}\n- {name: b, rate: 1/s, group: g, when: request.size > 1}", "3:3: limits[1]: is never"},
 			{"limits:\n- {name: a, rate: 1/s, group: g, match: {paths: [/a/**]}}\n- {name: b, rate: 1/s, group: g, match: {paths: ['/a/{id}'], methods: [GET]}}",
 				"3:3: limits[1]: is never"},
@@ -35,7 +35,7 @@ func TestLint(t *testing.T) {
 		"a secret that is readable": {
 			{"limits:\n- {name: a, rate: 1/s, readable: true, key: 'request.headers[\"x-api-key\"]'}" + beside,
 				`2:45: limits[0].key: request.headers["x-api-key"] is likely to be a secret, ` +
-					"and with readable: true it comes out in clear"},
+					"and readable: true shows it in clear"},
 			{`limits:
 - {name: a, rate: 1/s, readable: true, key: 'request.headers["authorization"].split(" ")[1]'}` + beside,
 				`limits[0].key: request.headers["authorization"] is likely`},
@@ -100,14 +100,14 @@ func TestLint(t *testing.T) {
 		},
 		"a key that is constant": {
 			{`limits: [{name: a, rate: 1/s, key: '"all"'}]`, "1:36: limits[0].key: is constant, so all requests share one bucket; omit key if"},
-			{`limits: [{name: a, rate: 1/s, key: [client.ip, '"v1"']}]`, "1:48: limits[0].key[1]: is constant, so this part separates no requests; omit it"},
+			{`limits: [{name: a, rate: 1/s, key: [client.ip, '"v1"']}]`, "1:48: limits[0].key[1]: is the same for all requests, so this part of the key has no effect; omit it"},
 			{"limits: [{name: a, rate: 1/s, key: client.ip}]", ""},
 			{"limits: [{name: a, rate: 1/s}]", ""},
 		},
 		"a key that differs for each request": {
 			{"limits: [{name: a, rate: 1/s, key: request.id}]",
-				"1:36: limits[0].key: request.id differs for each request, so each has a full bucket and the limit never denies; write what " +
-					"names the client, such as client.network"},
+				"1:36: limits[0].key: request.id differs for each request, so each gets a full bucket of its own and the limit never denies; write what " +
+					"identifies the client, such as client.network"},
 			{"limits: [{name: a, rate: 1/s, key: 'request.headers[\"traceparent\"]'}]", `limits[0].key: request.headers["traceparent"] differs`},
 			{"limits: [{name: a, rate: 1/s, key: [client.ip, source.port]}]", "1:48: limits[0].key[1]: source.port differs for each connection"},
 			{"limits: [{name: a, rate: 1/s, key: 'client.ip + \":\" + string(source.port)'}]", "source.port differs for each connection"},
@@ -127,9 +127,9 @@ func TestLint(t *testing.T) {
 			{"limits: [{name: a, rate: 1/s, match: {principals: ['spiffe://a/*']}, key: source.principal, overrides: [{key: 'spiffe://b/c', rate: 2/s}]}]",
 				"match.principals excludes it"},
 			{"limits: [{name: a, rate: 1/s, key: 'request.size > 100', overrides: [{key: large, rate: 2/s}]}]",
-				"no request has this key: the part is one of true, false"},
+				"no request has this key: the part is always one of true, false"},
 			{"limits: [{name: a, rate: 1/s, key: 'request.method == \"GET\" ? \"read\" : \"write\"', overrides: [{key: reads, rate: 2/s}]}]",
-				"no request has this key: the part is one of read, write"},
+				"no request has this key: the part is always one of read, write"},
 			{"limits: [{name: a, rate: 1/s, match: {methods: [GET]}, key: request.method, overrides: [{key: HEAD, rate: 2/s}]}]", ""},
 			{"limits: [{name: a, rate: 1/s, match: {clients: [10.0.0.0/8]}, key: client.network, overrides: [{key: 10.1.2.3, rate: 2/s}]}]", ""},
 			{"limits: [{name: a, rate: 1/s, match: {clients: ['2001:db8::1']}, key: client.network, overrides: [{key: '2001:db8::/64', rate: 2/s}]}]", ""},
@@ -156,9 +156,9 @@ func TestLint(t *testing.T) {
 		},
 		"listeners on one port": {
 			{"listen: {grpc: '127.0.0.1:9002'}",
-				"1:16: listen.grpc: 127.0.0.1:9002 is the port of listen.admin too (127.0.0.1:9002), so sluice cannot start; give each listener a port of its own"},
-			{"listen: {metrics: '0.0.0.0:9001'}", "1:19: listen.metrics: 0.0.0.0:9001 is the port of listen.grpc too"},
-			{"listen: {grpc: 'localhost:9000', admin: '127.0.0.1:9000'}", "1:41: listen.admin: 127.0.0.1:9000 is the port of listen.grpc too"},
+				"1:16: listen.grpc: 127.0.0.1:9002 is also the port of listen.admin (127.0.0.1:9002), so sluice cannot start; give each listener a port of its own"},
+			{"listen: {metrics: '0.0.0.0:9001'}", "1:19: listen.metrics: 0.0.0.0:9001 is also the port of listen.grpc"},
+			{"listen: {grpc: 'localhost:9000', admin: '127.0.0.1:9000'}", "1:41: listen.admin: 127.0.0.1:9000 is also the port of listen.grpc"},
 			{"listen: {grpc: '127.0.0.1:0', admin: '127.0.0.1:0', metrics: '127.0.0.1:0'}", ""},
 			{"listen: {grpc: '10.0.0.1:9002', admin: '127.0.0.1:9002'}", ""},
 			{"listen: {grpc: unix:///run/sluice.sock}", ""},
@@ -169,12 +169,12 @@ func TestLint(t *testing.T) {
 		},
 		"a client-chosen key without another limit beside it": {
 			{"limits:\n- {name: a, rate: 1/s, key: 'request.headers[\"x-api-key\"]'}",
-				"2:29: limits[0].key: request.headers[\"x-api-key\"] is chosen by the client: one that makes up values has a full bucket for each; " +
-					"add a limit with key: client.network for the same requests, or have Envoy check the value before sluice is asked"},
+				"2:29: limits[0].key: request.headers[\"x-api-key\"] is chosen by the client: a client that makes up values gets a full bucket for each; " +
+					"add a limit with key: client.network for the same requests, or have Envoy verify the value before it asks sluice"},
 			{"limits:\n- {name: a, rate: 1/s, key: [client.ip, request.url_path]}", "2:41: limits[0].key[1]: request.url_path is chosen by the client"},
 			{"limits:\n- {name: a, rate: 1/s, key: 'request.headers[\"authorization\"].substring(7)'}", `request.headers["authorization"] is chosen`},
 			{"limits:\n- {name: a, rate: 1/s, key: request.query}\n- {name: b, rate: 1/s, key: request.path}\n- {name: c, rate: 1/s, key: request.path}",
-				"limits[0].key: request.query is chosen by the client (so are the keys of b and 1 more): one"},
+				"limits[0].key: request.query is chosen by the client (so are the keys of b and 1 more): a client"},
 			{"limits:\n- {name: a, rate: 1/s, key: request.query}\n- {name: b, rate: 1/s, key: client.ip, match: {paths: [/login]}}", "request.query is chosen"},
 			{"limits:\n- {name: a, rate: 1/s, key: request.query}\n- {name: b, rate: 1/s, key: client.ip, mode: shadow}", "request.query is chosen"},
 			{"limits:\n- {name: a, rate: 1/s, key: request.query, group: g, when: request.size > 1}\n- {name: b, rate: 1/s, key: client.ip, group: g}", "request.query is chosen"},
@@ -209,7 +209,7 @@ func TestLintOfSettings(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := "SLUICE_ADMIN: listen.admin: 0.0.0.0:9003 is open to everyone who can reach this machine; listen on 127.0.0.1 and " +
-		"use kubectl port-forward\ntest.yaml:1:19: listen.metrics: 127.0.0.1:9003 is the port of listen.admin too " +
+		"use kubectl port-forward\ntest.yaml:1:19: listen.metrics: 127.0.0.1:9003 is also the port of listen.admin " +
 		"(0.0.0.0:9003), so sluice cannot start; give each listener a port of its own"
 	if got := c.Warnings.Error(); got != want {
 		t.Errorf("%s\nwant\n%s", got, want)
@@ -220,9 +220,9 @@ func TestLintOfSettings(t *testing.T) {
 // waits.
 func TestWarningsFor(t *testing.T) {
 	for text, want := range map[string]string{
-		"store: {redis: {url: 'redis://h', timeout: 200ms}}": "test.yaml:1:44: store.redis.timeout: 200ms is not below the 200ms " +
-			"after which Envoy's ext_authz filter gives up, so that Envoy decides about failures, and not on_failure; lower it, or " +
-			"raise the filter's timeout and say so with --envoy-timeout",
+		"store: {redis: {url: 'redis://h', timeout: 200ms}}": "test.yaml:1:44: store.redis.timeout: 200ms is not below the timeout of " +
+			"Envoy's ext_authz filter (200ms), so Envoy decides about failures instead of on_failure; lower it, or " +
+			"raise the filter's timeout and pass it as --envoy-timeout",
 		"store: {redis: {url: 'redis://h', timeout: 199ms}}": "",
 		"store: {redis: {url: 'redis://h'}}":                 "",
 		"limits: []":                                         "",

@@ -50,14 +50,14 @@ func (r *reader) wrongError(n node, err error) {
 var misplaced = map[string]map[string]string{
 	"": {
 		"redis":       "write store: {redis: {url: ...}}",
-		"rate":        "it belongs to a limit; indent it as the limit's name is",
-		"key":         "it belongs to a limit; indent it as the limit's name is",
+		"rate":        "it belongs to a limit; indent it like the limit's name",
+		"key":         "it belongs to a limit; indent it like the limit's name",
 		"name":        "it belongs to a limit; write limits: [{name: ..., rate: ...}]",
 		"rules":       "did you mean limits?",
 		"rate_limits": "did you mean limits?",
 		"ratelimits":  "did you mean limits?",
 		"descriptors": "this is a config of envoyproxy/ratelimit; write limits, as envoy/README.md shows under Migrating",
-		"apiVersion":  "this is a Kubernetes manifest; want the text that it has under data, sluice.yaml",
+		"apiVersion":  "this is a Kubernetes manifest; use the text under its data: sluice.yaml instead",
 		"include":     "a config is one file; only the limits' overrides_file names others",
 		"admin":       "write listen: {admin: ...}",
 		"metrics":     "write listen: {metrics: ...}",
@@ -404,22 +404,23 @@ func mendSyntax(text []byte, line int, message string) string {
 			return "quote the value"
 		}
 		if strings.Contains(m[2], "'") {
-			return "quote the expression; within '...' a ' is written ''"
+			return "quote the expression, and write each ' inside it as ''"
 		}
 		return fmt.Sprintf("quote the expression: %s: '%s'", m[1], m[2])
 	}
 	switch {
 	case strings.Contains(this, "\u00a0"):
-		return "a no-break space, which YAML does not take for a space; type it anew"
+		return "a no-break space, which YAML does not accept; replace it by a space"
 	case strings.Contains(message, "'\t'"):
-		return "a tab; YAML is indented with spaces"
+		return "a tab; indent with spaces"
 	case strings.Contains(message, "must be specified") && indexed().MatchString(this):
-		return fmt.Sprintf("within { } and [ ] an expression with [ ] needs quotes; write '%s'", indexed().FindString(this))
+		return fmt.Sprintf("inside { } or [ ], an expression with brackets needs quotes; write '%s'",
+			indexed().FindString(this))
 	case strings.Contains(message, "must be specified") && unquotedVar().MatchString(this):
 		name, _, _ := strings.Cut(strings.Trim(unquotedVar().FindString(this), "${}"), ":-")
-		return fmt.Sprintf(`within { } and [ ] a variable needs quotes; write "${%s}"`, name)
+		return fmt.Sprintf(`inside { } or [ ], a variable needs quotes; write "${%s}"`, name)
 	case strings.Contains(message, "must be specified"):
-		return "a { or [ that is not closed, or a comma that is missing; a value with [ ] or { } in it needs quotes"
+		return "a { or [ is not closed, or a comma is missing; a value with [ ] or { } in it needs quotes"
 	case strings.HasPrefix(value, "{{"):
 		return "{{ }} is not replaced here; an environment variable is written \"${NAME}\""
 	case strings.HasPrefix(value, "@"), strings.HasPrefix(value, "`"), strings.HasPrefix(value, "*"),
@@ -430,7 +431,7 @@ func mendSyntax(text []byte, line int, message string) string {
 	case noSpace().MatchString(this):
 		return fmt.Sprintf("no space after the colon; write %s: ...", noSpace().FindStringSubmatch(this)[1])
 	case strings.Contains(message, "map key-value is pre-defined") && strings.IndexAny(value, `"'`) == 0:
-		return fmt.Sprintf("what follows the closing %s is not part of the value; %s", value[:1], quoted())
+		return fmt.Sprintf("the value ends at its closing %s, but more text follows; %s", value[:1], quoted())
 	case strings.Contains(message, "end token"):
 		return "the bracket that opens here is not closed; add ] or }"
 	case strings.HasPrefix(value, "[") && !strings.HasSuffix(value, "]"),
@@ -447,7 +448,7 @@ func mendSyntax(text []byte, line int, message string) string {
 	case strings.Contains(message, "end character of"):
 		return "the quote that opens here is not closed"
 	case strings.Contains(message, "header option"):
-		return "text after | or >, which begin text on the lines below; quote the value"
+		return "text after | or >, whose text begins on the next line; quote the value"
 	}
 	message, _, _ = strings.Cut(message, `"`) // what follows is from the file
 	return message

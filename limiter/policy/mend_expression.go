@@ -95,7 +95,7 @@ func (p purpose) mend(text string, found []expressionError) []expressionError {
 	for _, p := range []*regexp.Regexp{dashedHeader(), unquotedHeader(), calledHeader()} {
 		if at := p.FindStringSubmatchIndex(text); at != nil {
 			return []expressionError{{1, at[0] + 1,
-				fmt.Sprintf("a header's name stands in brackets and quotes; write request.headers[%q]",
+				fmt.Sprintf("a header's name goes in brackets and quotes; write request.headers[%q]",
 					strings.ToLower(text[at[2]:at[3]]))}}
 		}
 	}
@@ -123,7 +123,7 @@ func mendToken(text, message string) string {
 		case token == "&" || token == "|":
 			return fmt.Sprintf("%s is not an operator; write %[1]s%[1]s", token)
 		case strings.HasPrefix(token, "$"):
-			return "no name begins with $; an attribute is written as it is, and an environment variable as ${NAME}"
+			return "a name cannot begin with $; write an attribute without it, and an environment variable as ${NAME}"
 		case strings.HasPrefix(token, `"`), strings.HasPrefix(token, "'"):
 			return "a string is not closed; add its quote, or quote the whole expression if the string has \" #\" in it, " +
 				"which begins a comment"
@@ -194,7 +194,7 @@ func (p purpose) mendMessage(text string, e expressionError) string {
 		case operator == "?_:":
 			return fmt.Sprintf("?: does not take %s; want a boolean before ?, and two results of one type", operands)
 		case strings.HasPrefix(operands, "(") && regexp.MustCompile(`^[^a-z]+$`).MatchString(operator):
-			message := fmt.Sprintf("%s does not take %s; both sides must have one type", operator, operands)
+			message := fmt.Sprintf("%s does not take %s; both sides must have the same type", operator, operands)
 			if scalars().MatchString(operands) {
 				message += ": write int(...) or string(...) around one"
 			}

@@ -11,15 +11,15 @@ func TestMendsOfExpressions(t *testing.T) {
 		},
 		{
 			"limits:\n  - name: a\n    rate: 10/m\n    key: request.headers.x-api-key\n",
-			`4:10: limits[0].key: a header's name stands in brackets and quotes; write request.headers["x-api-key"]`,
+			`4:10: limits[0].key: a header's name goes in brackets and quotes; write request.headers["x-api-key"]`,
 		},
 		{
 			"limits:\n  - name: a\n    rate: 10/m\n    key: request.headers[x-api-key]\n",
-			`4:10: limits[0].key: a header's name stands in brackets and quotes; write request.headers["x-api-key"]`,
+			`4:10: limits[0].key: a header's name goes in brackets and quotes; write request.headers["x-api-key"]`,
 		},
 		{
 			"limits:\n  - name: a\n    rate: 10/m\n    key: request.headers(\"x-api-key\")\n",
-			`4:10: limits[0].key: a header's name stands in brackets and quotes; write request.headers["x-api-key"]`,
+			`4:10: limits[0].key: a header's name goes in brackets and quotes; write request.headers["x-api-key"]`,
 		},
 		{
 			"limits:\n  - name: a\n    rate: 10/m\n    key: headers[\"x-api-key\"]\n",
@@ -87,7 +87,7 @@ func TestMendsOfExpressions(t *testing.T) {
 		},
 		{
 			"limits:\n  - name: a\n    rate: 10/m\n    key: $request.method\n",
-			`4:10: limits[0].key: no name begins with $; an attribute is written as it is, and an environment variable as ${NAME}`,
+			`4:10: limits[0].key: a name cannot begin with $; write an attribute without it, and an environment variable as ${NAME}`,
 		},
 		{
 			"limits:\n  - name: a\n    rate: 10/m\n    when: request.headers[\"x\"]\n",
@@ -99,7 +99,7 @@ func TestMendsOfExpressions(t *testing.T) {
 		},
 		{
 			"limits:\n  - name: a\n    rate: 10/m\n    when: request.size > \"100\"\n",
-			`4:24: limits[0].when: > does not take (int, string); both sides must have one type: write int(...) or string(...) around one`,
+			`4:24: limits[0].when: > does not take (int, string); both sides must have the same type: write int(...) or string(...) around one`,
 		},
 		{
 			"limits:\n  - name: a\n    rate: 10/m\n    key: request.path.toLowerCase()\n",

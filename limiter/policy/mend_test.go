@@ -44,11 +44,11 @@ func TestMends(t *testing.T) {
 		// YAML
 		{
 			"limits: [{name: a, rate: 1/s, key: request.headers[\"x-api-key\"]}]\n",
-			`1:51: within { } and [ ] an expression with [ ] needs quotes; write 'request.headers["x-api-key"]'`,
+			`1:51: inside { } or [ ], an expression with brackets needs quotes; write 'request.headers["x-api-key"]'`,
 		},
 		{
 			"limits:\n  - name: a\n    rate: 10/m\n    key: [request.headers[\"x-api-key\"], request.method]\n",
-			`4:26: within { } and [ ] an expression with [ ] needs quotes; write 'request.headers["x-api-key"]'`,
+			`4:26: inside { } or [ ], an expression with brackets needs quotes; write 'request.headers["x-api-key"]'`,
 		},
 		{
 			"limits:\n  - name: a\n    rate: 10/m\n    cost: request.method == \"POST\" ? 5 : 1\n",
@@ -56,11 +56,11 @@ func TestMends(t *testing.T) {
 		},
 		{
 			"limits:\n  - name: a\n    rate: 10/m\n    when: \"a\" in request.headers\n",
-			`4:15: what follows the closing " is not part of the value; quote the expression: when: '"a" in request.headers'`,
+			`4:15: the value ends at its closing ", but more text follows; quote the expression: when: '"a" in request.headers'`,
 		},
 		{
 			"limits:\n  - name: a\n    rate: 10/m\n    when: 'request.path == 'a''\n",
-			`4:29: what follows the closing ' is not part of the value; quote the expression; within '...' a ' is written ''`,
+			`4:29: the value ends at its closing ', but more text follows; quote the expression, and write each ' inside it as ''`,
 		},
 		{
 			"limits:\n  - name: a\n    rate: 10/m\n    when: [\"GET\"].exists(m, m == request.method)\n",
@@ -88,7 +88,7 @@ func TestMends(t *testing.T) {
 		},
 		{
 			"store: {redis: {url: ${REDIS_URL}}}\n",
-			`1:23: within { } and [ ] a variable needs quotes; write "${REDIS_URL}"`,
+			`1:23: inside { } or [ ], a variable needs quotes; write "${REDIS_URL}"`,
 		},
 		{
 			"store:\n  redis:\n    url: {{ .Values.redis }}\n",
@@ -96,7 +96,7 @@ func TestMends(t *testing.T) {
 		},
 		{
 			"limits:\n\t- name: a\n",
-			`2:1: a tab; YAML is indented with spaces`,
+			`2:1: a tab; indent with spaces`,
 		},
 		{
 			"limits:\n  - name: a\n   rate: 10/m\n",
@@ -109,7 +109,7 @@ func TestMends(t *testing.T) {
 		{
 			"limits:\n- name: a\nrate: 10/m\n",
 			"2:3: limits[0].rate: missing; a limit needs a name, and a rate, a quota or a plan\n" +
-				"3:1: rate: unknown field; it belongs to a limit; indent it as the limit's name is",
+				"3:1: rate: unknown field; it belongs to a limit; indent it like the limit's name",
 		},
 		{
 			"limits:\n  - name:a\n    rate: 10/m\n",
@@ -133,7 +133,7 @@ func TestMends(t *testing.T) {
 		},
 		{
 			"limits:\n  - name:\u00a0a\n    rate: 1/s\n",
-			`2:5: a no-break space, which YAML does not take for a space; type it anew`,
+			`2:5: a no-break space, which YAML does not accept; replace it by a space`,
 		},
 		{
 			"limits:\n  - name: a\n    rate: 10/m\n---\nlimits:\n  - name: a\n    rate: 10/m\n",
@@ -145,7 +145,7 @@ func TestMends(t *testing.T) {
 		},
 		{
 			"apiVersion: v1\nkind: ConfigMap\nmetadata: {name: x}\ndata:\n  sluice.yaml: |\n    limits: []\n",
-			`1:1: this is a Kubernetes manifest; want the text that it has under data, sluice.yaml`,
+			`1:1: this is a Kubernetes manifest; use the text under its data: sluice.yaml instead`,
 		},
 		// rates
 		{
@@ -312,11 +312,11 @@ func TestMends(t *testing.T) {
 		},
 		{
 			"store: {redis: {url: \"redis://h\", timeout: 2min}}\n",
-			`1:44: store.redis.timeout: invalid duration "2min"; want one from 1ms to 1m, such as 100ms, 1.5s or 2m`,
+			`1:44: store.redis.timeout: invalid duration "2min"; want one from 1ms to 1m, written like 100ms, 1.5s or 2m`,
 		},
 		{
 			"grace: 1d\n",
-			`1:8: grace: invalid duration "1d"; want one from 0s to 1h, such as 100ms, 1.5s or 2m`,
+			`1:8: grace: invalid duration "1d"; want one from 0s to 1h, written like 100ms, 1.5s or 2m`,
 		},
 		{
 			"local_share: 10%\n",

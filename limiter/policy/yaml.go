@@ -363,7 +363,7 @@ func (r *reader) duration(n node, into *time.Duration, from, to time.Duration) {
 	d, err := time.ParseDuration(s)
 	if err != nil || d < from || d > to {
 		a := &advice{what: fmt.Sprintf("invalid duration %q", s),
-			want: fmt.Sprintf("want one from %s to %s, such as 100ms, 1.5s or 2m", DurationText(from), DurationText(to))}
+			want: fmt.Sprintf("want one from %s to %s, written like 100ms, 1.5s or 2m", DurationText(from), DurationText(to))}
 		if err != nil {
 			a.mend = mendDuration(s, from, to)
 		}
