@@ -98,7 +98,7 @@ func (r *Redis) Diagnose(ctx context.Context, prefix string, callerTimeout time.
 		if r.timeout+deadlineMargin > callerTimeout {
 			say("timeouts", Warn,
 				"keep store.redis.timeout below the timeout of Envoy's ext_authz filter; "+
-					"otherwise Envoy decides about failures, and not on_failure",
+					"otherwise Envoy decides about failures instead of on_failure",
 				"the store's timeout of %v is not below Envoy's %v", r.timeout, callerTimeout)
 		} else {
 			say("timeouts", OK, "", "the store's timeout of %v is below Envoy's %v", r.timeout, callerTimeout)
@@ -298,7 +298,7 @@ func (r *Redis) checkServer(ctx context.Context, say sayFinding, unknown func(na
 		settings[name] = values[name]
 	}
 	if policy := settings["maxmemory-policy"]; settings["maxmemory"] != "0" && policy != "noeviction" {
-		say("eviction", Warn, "maxmemory-policy noeviction: an evicted bucket is full again",
+		say("eviction", Warn, "set maxmemory-policy noeviction; an evicted bucket is full again",
 			"maxmemory-policy is %s, with maxmemory %s", policy, settings["maxmemory"])
 	} else {
 		say("eviction", OK, "", "no key is evicted")
@@ -307,11 +307,11 @@ func (r *Redis) checkServer(ctx context.Context, say sayFinding, unknown func(na
 	case settings["appendonly"] == "yes":
 		say("persistence", OK, "", "appendonly, appendfsync %s", settings["appendfsync"])
 	case settings["save"] != "":
-		say("persistence", Warn, "appendonly yes, appendfsync everysec: a restart then loses at most two seconds",
+		say("persistence", Warn, "set appendonly yes and appendfsync everysec; a restart then loses at most two seconds",
 			"snapshots only (save %s): a restart grants again what was taken since the last one", settings["save"])
 	default:
-		say("persistence", Warn, "appendonly yes, appendfsync everysec: otherwise a restart grants one burst of each bucket",
-			"none")
+		say("persistence", Warn, "set appendonly yes and appendfsync everysec",
+			"none: after a restart of Redis every bucket is full")
 	}
 	if r.cluster != nil {
 		return // each of its nodes has its own
@@ -329,7 +329,7 @@ func (r *Redis) checkServer(ctx context.Context, say sayFinding, unknown func(na
 		say("replication", OK, "", "no replicas")
 	case settings["min-replicas-to-write"] == "0":
 		say("replication", Warn,
-			"min-replicas-to-write 1: otherwise an old master keeps granting beside the new one after a failover",
+			"set min-replicas-to-write 1, or an old master keeps granting beside the new one after a failover",
 			"%d replicas, and min-replicas-to-write 0", replicas)
 	default:
 		say("replication", OK, "", "%d replicas, min-replicas-to-write %s", replicas, settings["min-replicas-to-write"])

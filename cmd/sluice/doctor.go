@@ -165,8 +165,8 @@ func longLeases(limits []policy.Described) (warnings []diagnosed) {
 	for _, l := range limits {
 		if lease := l.Limit.Lease; lease > l.FillTime/2 {
 			warnings = append(warnings, diagnosed{"lease", limiter.Warn,
-				fmt.Sprintf("%s: a lease of %v is long for a burst that the rate brings in %v: "+
-					"what some sidecars hold, others lack", l.Limit.Name, lease, l.FillTime),
+				fmt.Sprintf("%s: a lease of %v is long for a burst that refills in %v: "+
+					"tokens that one sidecar holds are missing at the others", l.Limit.Name, lease, l.FillTime),
 				fmt.Sprintf("set lease to %v at most, or raise burst", l.FillTime/2)})
 		}
 	}

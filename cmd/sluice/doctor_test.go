@@ -52,8 +52,8 @@ func TestDoctor(t *testing.T) {
 		},
 		{"careless", config(careless.URL(), ""), "", 0, []string{
 			"warn  eviction      maxmemory-policy is allkeys-lru, with maxmemory 104857600\n                    → " +
-				"maxmemory-policy noeviction",
-			"warn  persistence   none\n",
+				"set maxmemory-policy noeviction",
+			"warn  persistence   none: after a restart of Redis every bucket is full\n",
 		}},
 		{
 			"a master without a safeguard", config("redis://127.0.0.1:"+port, ""), "", 0,
@@ -190,8 +190,9 @@ limits:
   - {name: free, rate: unlimited}
   - {name: long, rate: 1000/s, burst: 1000, lease: 501ms}
 `))
-	const want = "warn  lease         long: a lease of 501ms is long for a burst that the rate brings in 1s: " +
-		"what some sidecars hold, others lack\n                    → set lease to 500ms at most, or raise burst\n"
+	const want = "warn  lease         long: a lease of 501ms is long for a burst that refills in 1s: " +
+		"tokens that one sidecar holds are missing at the others\n" +
+		"                    → set lease to 500ms at most, or raise burst\n"
 	if strings.Count(stdout, "  lease  ") != 1 || !strings.Contains(stdout, want) {
 		t.Errorf("%s\nwant\n%s", stdout, want)
 	}

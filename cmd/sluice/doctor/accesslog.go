@@ -35,7 +35,7 @@ func (x *examination) checkAccessLog() {
 		x.checkLog(a, log, headers, trailers)
 		x.checkLogFilter(a, entry.at("filter"))
 	}
-	x.ok("access log", "Envoy tells sluice the end of requests that hold tokens")
+	x.ok("access log", "Envoy tells sluice when requests that hold tokens end")
 }
 
 // checkLog looks at the log that reports to sluice.
@@ -44,7 +44,7 @@ func (x *examination) checkLog(a *ask, log node, headers, trailers []string) {
 	cluster := common.at("grpc_service", "envoy_grpc", "cluster_name").text()
 	if cluster != a.cluster && a.plane == byHand {
 		x.say(a.chain, "access log", limiter.Warn, "envoy_grpc: { cluster_name: "+printable(a.cluster)+" }",
-			"it goes to cluster %s, and checks go to %s: only the sluice that was asked can settle without key_secret",
+			"it goes to cluster %s, but checks go to %s: without key_secret only the sluice that was asked can settle",
 			printable(cluster), printable(a.cluster))
 	}
 	if v := common.at("transport_api_version"); v.text() != "V3" && v.number(0) != 2 {
@@ -82,7 +82,7 @@ const endsFilter = "filter: { metadata_filter: { matcher: { filter: envoy.filter
 func (x *examination) checkLogFilter(a *ask, filter node) {
 	all := func() {
 		x.say(a.chain, "access log", limiter.Warn, endsFilter,
-			"it reports every request, and not only those that hold tokens: work for Envoy and sluice without use")
+			"it reports every request instead of only those that hold tokens: needless work for Envoy and sluice")
 	}
 	m := filter.at("metadata_filter")
 	switch {
@@ -94,8 +94,8 @@ func (x *examination) checkLogFilter(a *ask, filter node) {
 		if matcher.at("filter").text() != extAuthzName || len(path) != 1 || path[0].at("key").text() != "settle" ||
 			!matcher.at("value", "present_match").isTrue() || matcher.at("invert").isTrue() {
 			x.say(a.chain, "access log", limiter.Fail, endsFilter,
-				"its metadata_filter does not ask for envoy.filters.http.ext_authz: settle: requests that hold tokens are "+
-					"not reported")
+				"its metadata_filter does not match the metadata settle of envoy.filters.http.ext_authz: requests that "+
+					"hold tokens are not reported")
 		} else if !m.at("match_if_key_not_found").isFalse() {
 			all()
 		}

@@ -159,7 +159,7 @@ func (x *examination) retriesText() string {
 	cluster, _ := x.envoy.cluster(a.cluster)
 	own := a.filter().config.at("grpc_service", "retry_policy")
 	if firstOf(own, protocolOptions(cluster).at("retry_policy")).exists() {
-		return "checks are retried that sluice has not executed"
+		return "only checks that sluice has not executed are retried"
 	}
 	return "no check is retried, as far as is known"
 }
@@ -191,7 +191,7 @@ func (x *examination) checkRetries() {
 		safe := mendTriggers.of(a.plane)
 		if unsafe != nil {
 			x.say(a.chain, "retries", limiter.Warn, safe,
-				"retry_on has %s, by which checks that sluice has executed are sent again, and charged twice",
+				"retry_on has %s: checks that sluice has already executed are sent again, and charged twice",
 				strings.Join(unsafe, ", "))
 		}
 		if retries.at("retry_on").text() == "" {
@@ -203,7 +203,7 @@ func (x *examination) checkRetries() {
 			if most <= x.storeTimeout() {
 				x.say(a.chain, "retries", limiter.Warn, mendMaxInterval.of(a.plane),
 					"the retry_policy of grpc_service has a max_interval of %v, which is also the timeout of each "+
-						"try, and not above store.redis.timeout", most)
+						"try, and has to be above store.redis.timeout", most)
 			}
 		}
 		if !isKnown {

@@ -76,11 +76,11 @@ func (x *examination) checkCounters() {
 	case asked == 0 && t.routed > 0:
 		x.say(nil, "checks", limiter.Fail,
 			"look at the findings on the filter and the routes; `disabled` and filter_enabled keep sluice from being asked",
-			"%s to an upstream %s, and sluice was asked about none",
+			"%s to an upstream %s, but sluice was asked about none",
 			plural(t.routed, "request went", "requests went"), since)
 	case asked == 0 && t.requests > 0:
 		x.say(nil, "checks", limiter.Warn, "ask for a path that has a route",
-			"sluice was asked about none of %s %s: none had a route", plural(t.requests, "request", "requests"), since)
+			"sluice was asked about none of %s %s, as none had a route", plural(t.requests, "request", "requests"), since)
 	case asked == 0:
 		x.say(nil, "checks", limiter.Warn, "send a request through Envoy, and run this again",
 			"sluice was never asked: Envoy has had no request %s", since)

@@ -177,7 +177,7 @@ func (x *examination) findAsks() bool {
 	case len(x.asks) > 0:
 	case found:
 		x.say(nil, "filter", limiter.Fail, "replace http_service by grpc_service: { envoy_grpc: { cluster_name: sluice } }",
-			"ext_authz asks by HTTP, and sluice is asked by gRPC")
+			"ext_authz asks by HTTP, but sluice answers gRPC only")
 	case len(x.chains) == 0 && x.envoy.isPart:
 		x.say(nil, "filter", limiter.Warn, "ask the running Envoy: --envoy-admin http://127.0.0.1:9901",
 			"the listeners are not in this file: Envoy gets them from a control plane")
@@ -240,7 +240,7 @@ func (x *examination) checkFilter(a *ask) {
 		if n := v.at("numerator").number(0); n < of {
 			x.say(a.chain, "filter", limiter.Warn,
 				"remove filter_enabled; for a first roll-out use mode: shadow in sluice's config",
-				"filter_enabled lets sluice be asked about %g %% of the requests; the others are not limited", 100*n/of)
+				"filter_enabled has Envoy ask sluice about %g %% of the requests; the others are not limited", 100*n/of)
 		}
 	}
 	// Istio selects by its CUSTOM policies in this way.
@@ -250,7 +250,7 @@ func (x *examination) checkFilter(a *ask) {
 	}
 	if f.config.at("grpc_service", "google_grpc").exists() {
 		x.say(a.chain, "filter", limiter.Warn, "grpc_service: { envoy_grpc: { cluster_name: sluice } }",
-			"google_grpc asks by a client of its own, which has none of the cluster's retries and limits")
+			"google_grpc uses a client of its own, without the cluster's retries and limits")
 	}
 }
 

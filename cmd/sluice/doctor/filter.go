@@ -31,10 +31,10 @@ func (x *examination) checkFailures() {
 		case a.plane == contour: // it has no field
 		case !status.exists():
 			x.say(a.chain, "failures", limiter.Warn, mendStatus.of(a.plane),
-				"while sluice does not answer, clients read 403, as if the request were forbidden")
+				"while sluice does not answer, clients get 403, as if the request were forbidden")
 		case isClientError(status):
 			x.say(a.chain, "failures", limiter.Warn, mendStatus.of(a.plane),
-				"while sluice does not answer, status_on_error blames the client")
+				"while sluice does not answer, clients get an error that blames them, by status_on_error")
 		}
 	}
 	x.ok("failures", "%s", failuresOf(x.asks[0]))
@@ -67,7 +67,7 @@ func (x *examination) checkBody() {
 	for _, a := range x.asks {
 		if a.filter().config.at("with_request_body").exists() {
 			x.say(a.chain, "body", limiter.Warn, mendBody.of(a.plane),
-				"with_request_body has Envoy wait for bodies and send them; sluice reads none, and decides nothing above 16 MiB")
+				"with_request_body makes Envoy wait for bodies and send them: sluice reads none, and a check above 16 MiB fails")
 		}
 	}
 	x.ok("body", "bodies are not sent")
@@ -89,7 +89,7 @@ func (x *examination) checkOptions() {
 				effect string
 			}{
 				{"encode_raw_headers", !config.at("encode_raw_headers").isTrue(), "true",
-					"Envoy joins the lines of a header that is sent twice: each second value that a client invents is a new bucket"},
+					"Envoy joins the values of a repeated header, so each second value that a client makes up is a new bucket"},
 				{"validate_mutations", !config.at("validate_mutations").isTrue(), "true",
 					"Envoy does not refuse a header that would split a message"},
 				{"charge_cluster_response_stats", !config.at("charge_cluster_response_stats").isFalse(), "false",
@@ -111,7 +111,7 @@ func (x *examination) checkOptions() {
 		for _, name := range x.needs.Headers {
 			if anyMatches(config.at("disallowed_headers", "patterns").list(), name) {
 				x.say(a.chain, "options", limiter.Fail, "remove "+name+" from disallowed_headers",
-					"disallowed_headers keeps back %s, which sluice's config reads: it is always absent", name)
+					"disallowed_headers withholds %s, which sluice's config reads: it is always absent", name)
 			}
 		}
 		if config.at("enable_dynamic_metadata_ingestion").isFalse() {
@@ -195,13 +195,13 @@ func (x *examination) checkRemoval() {
 		}
 		if ofClients != nil {
 			x.say(a.chain, "headers", limiter.Warn, mendClientHeaders.of(a.plane),
-				"what clients send as %s reaches the upstream", strings.Join(ofClients, ", "))
+				"the upstream gets %s as clients send them", strings.Join(ofClients, ", "))
 		}
 		// The upstream's own are in the way only of those that sluice sends.
 		if ofUpstreams != nil && (x.config == nil || x.config.Headers.XRateLimit || x.config.Headers.RateLimit) &&
 			a.plane != envoyGateway { // of which only a route of the app's can remove them
 			x.say(a.chain, "headers", limiter.Warn, mendUpstreamHeaders.of(a.plane),
-				"what the upstream sends as %s reaches clients", strings.Join(ofUpstreams, ", "))
+				"clients get %s as the upstream sends them", strings.Join(ofUpstreams, ", "))
 		}
 		for i, f := range a.filters {
 			if f.kind != mutationType {
@@ -211,7 +211,7 @@ func (x *examination) checkRemoval() {
 				return removes(f.config.at("mutations", "response_mutations"), name)
 			}) {
 				x.say(a.chain, "headers", limiter.Fail, "remove them in the router's upstream_http_filters instead",
-					"%s removes limit headers from responses before ext_authz, and so sluice's own", printable(f.name))
+					"%s stands before ext_authz and removes sluice's own limit headers from responses", printable(f.name))
 			}
 			if i > a.at && removes(f.config.at("mutations", "request_mutations"), shadow) {
 				x.say(a.chain, "headers", limiter.Warn, "move "+printable(f.name)+" before ext_authz",
@@ -321,7 +321,7 @@ func (x *examination) checkIdentity() {
 		}
 		x.checkClaimHeaders(a)
 	}
-	x.ok("identity", "no principal, address or claim that the config reads is up to the client")
+	x.ok("identity", "clients cannot choose the principals, addresses and claims that the config reads")
 }
 
 // claimHeaders returns the headers that a jwt_authn filter makes of claims and
