@@ -294,6 +294,7 @@ func TestPageSixtyLimits(t *testing.T) {
 	s.holds("#top-title", "tenant-00047") // it stays chosen
 	s.settle()
 	s.looks("sixty")
+	s.holds("#top-title", "tenant-") // again, after a phone closed it
 	s.set("#filter", "TEAM-3", "input")
 	rows(9)
 	s.holds("#limits-note", "9 found")
@@ -408,4 +409,62 @@ limits:
 	}
 	s.holds("#form-note", "without its headers")
 	s.looks("held")
+}
+
+// TestPageQuota checks that the page shows quotas that are partly used, settled and
+// used up, and when they begin again.
+func TestPageQuota(t *testing.T) {
+	starts, _ := aYear()
+	p := startSluice(t, "--redis", redistest.Start(t).URL(), "--config", file(t, "sluice.yaml", `
+limits:
+  - name: tokens
+    match: {paths: [/chat]}
+    key: request.headers["x-team"]
+    readable: true
+    quota: 100/year
+    starts: `+starts+`
+    cost: 40
+    settle: int(response.headers["x-tokens"])
+    settle_within: 1h
+  - {name: orders, match: {paths: [/orders]}, key: client.ip, rate: 10/s, quota: 5/year, starts: `+starts+`}
+`))
+	conn := dial(t, p.grpc)
+	ask := func(path, team string) *authv3.CheckResponse {
+		t.Helper()
+		r, err := authv3.NewAuthorizationClient(conn).Check(t.Context(), checkRequest(
+			"203.0.113.1", "GET", path, map[string]string{"x-team": team}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r
+	}
+	for team, used := range map[string]string{"atlas": "25", "borealis": "55"} {
+		end := endWith(ask("/chat", team).GetDynamicMetadata().GetFields()["settle"].GetStringValue())
+		end.Response = &logdatav3.HTTPResponseProperties{ResponseHeaders: map[string]string{"x-tokens": used}}
+		if err := openLog(t, conn, "sluice").Send(logOf(end)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s := showPage(t, p)
+	s.holds("#limits-rows", "tokens")
+	s.click(`[data-limit="tokens"]`)
+	s.holds("#top", "100/year")
+	s.holds("#top", "15 returned, 15 surcharged, 0 forgiven, 0 ends missing")
+	ask("/chat", "borealis") // is under way: 5 are left
+	for range 7 {
+		ask("/chat", "borealis")
+		ask("/orders", "")
+	}
+	s.holds("#limits-rows", "5/year")
+	s.holds("#denials-rows", "cost 40, remaining 5, held 40")
+	s.holds("#denials-rows", "cost 1, remaining 0\nretry in 1")
+	s.matches("#denials-rows", `retry in 1\d\d days`)
+	s.holds("#denials-rows", "borealis")
+	s.click(`#denials-rows tr:has(td.limit b) [data-denial]`)
+	s.holds("#answer", "The denied request now: limited")
+	s.holds("#answer", "limited by orders/quota")
+	s.holds("#answer .verdicts li", "orders/quota") // the first
+	s.matches("#answer", `retry in 1\d\d days`)
+	s.settle()
+	s.looks("quota")
 }

@@ -221,6 +221,17 @@ func TestPage(t *testing.T) {
 	holds("#denials-rows", "<script>window.hacked=1</script>.example/odd/<img src=x onerror=")
 	holds("#denials-rows", "retry in")
 
+	// A denial is found by its key or its client.
+	for _, what := range []string{"203.0.113.12", "=12.203.0.113.12"} {
+		b.set("#denials-filter", what, "input")
+		b.await(`(() => { const rows = [...document.querySelectorAll("#denials-rows tr")];
+			return rows.length > 0 && rows.every((r) => r.innerText.includes("203.0.113.12")); })()`)
+	}
+	b.set("#denials-filter", "nobody", "input")
+	holds("#denials", "has this. Earlier ones are in the logs.")
+	b.set("#denials-filter", "", "input")
+	b.await(`document.querySelectorAll("#denials-rows tr").length > 1`)
+
 	// A click explains a denied request.
 	row := `#denials-rows tr:has(b) [data-denial]`
 	b.click(row)
@@ -320,6 +331,7 @@ func (b *browser) looks(name string) {
 			filter((e) => e.scrollWidth > e.clientWidth + 1).map((e) => e.innerText).join("; ")`); cut != "" {
 			b.t.Errorf("%s: at %d pixels this is wider than its place: %v", name, look.width, cut)
 		}
+		b.eval(`scrollTo({top: 0, behavior: "instant"})`) // the header is at the top of a picture
 		b.shot(name + "-" + look.name)
 	}
 }

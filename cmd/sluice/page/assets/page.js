@@ -41,7 +41,8 @@ let cursor = null; // an index of seconds; null is the newest
 // niceTop returns the top of a scale that has room for n.
 function niceTop(n) {
   const unit = 10 ** Math.floor(Math.log10(Math.max(n, 1)));
-  return [1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10].find((m) => m * unit >= n) * unit;
+  const isRound = (m) => Number.isInteger(m) || unit >= 100; // so is its half, which the scale shows
+  return [1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10].find((m) => m * unit >= n && isRound(m)) * unit;
 }
 
 // drawTraffic draws the large chart with its scale and legend.
@@ -173,7 +174,7 @@ function alarmsOf(s, now) {
         "bad",
         "Redis is not usable yet.",
         ` ${s.store.address} is asked until it answers. `,
-        make("code", {}, "sluice doctor --config FILE"),
+        make("code", { class: "unbroken" }, "sluice doctor --config FILE"),
         " says more.",
         s.store.error ? make("pre", {}, s.store.error) : "",
       ),
@@ -188,9 +189,11 @@ function alarmsOf(s, now) {
           ? [
               " Since ",
               instant(outage.since),
-              ` (${period(outage.seconds)}) on_failure decides. ${meanwhile(outage.checks)}`,
+              ` (${period(outage.seconds)}) on_failure decides. ${meanwhile(outage.checks)} `,
             ]
-          : [" Until it does, on_failure decides."]),
+          : [" Until it does, on_failure decides. "]),
+        make("code", { class: "unbroken" }, "sluice doctor --config FILE"),
+        " says why.",
       ),
     );
   } else if (outage && now - new Date(outage.until) < 15 * 60e3) {
@@ -224,7 +227,7 @@ function alarmsOf(s, now) {
         "info",
         "Shadow mode: no limit of the config denies.",
         " What they would deny is counted, logged and shown here. ",
-        make("code", {}, "mode: enforce"),
+        make("code", { class: "unbroken" }, "mode: enforce"),
         " ends it.",
       ),
     );
@@ -240,7 +243,7 @@ function alarmsOf(s, now) {
         " prints, or its cluster leads elsewhere than to ",
         make("code", {}, s.grpc),
         ". ",
-        make("code", {}, "sluice doctor --envoy-admin URL"),
+        make("code", { class: "unbroken" }, "sluice doctor --envoy-admin URL"),
         " says which.",
       ),
     );
@@ -255,6 +258,15 @@ const hasErrors = (s, now) =>
   s.store.errors_last_minute > 0 &&
   s.ready &&
   !(s.store.outage && (!s.store.outage.until || now - new Date(s.store.outage.until) < 60e3));
+
+// showLatency shows the quantiles of durations, or that there were none.
+function showLatency(id, q, none) {
+  const isNone = q.p50 === null;
+  setText($(id + "-p50"), duration(q.p50));
+  setText($(id + "-p99"), duration(q.p99));
+  setText($(id + "-of"), isNone ? none : "median, last minute");
+  $(id + "-tail").hidden = isNone;
+}
 
 const wasNeverAsked = (s) => Object.values(s.checks).every((n) => n === 0);
 
@@ -304,6 +316,7 @@ function showStatus(s) {
       : "–",
   );
   $("now-refused").className = "second" + (refused > 0 ? " bad" : "");
+  setText($("limited-of"), all > 0 ? "of checks, last 10 s" : "no checks in the last 10\u00a0s");
   setText(
     $("now-refused"),
     refused > 0
@@ -312,15 +325,15 @@ function showStatus(s) {
         ? "shadow mode denies none"
         : "none refused",
   );
-  for (const [id, q] of [
-    ["now", s.check_seconds],
-    ["store", s.store.seconds],
-  ]) {
-    setText($(id + "-p50"), duration(q.p50));
-    setText($(id + "-p99"), duration(q.p99));
-  }
   const inRedis = s.store.kind === "redis";
-  setText($("store-title"), inRedis ? "Redis latency" : "Store latency");
+  showLatency("now", s.check_seconds, "no checks in the last minute");
+  showLatency("store", s.store.seconds, "no calls in the last minute");
+  setText($("store-title"), inRedis ? "Redis latency" : "Buckets");
+  $("store-alone").hidden = inRedis;
+  if (!inRedis) {
+    setText($("store-p50"), total(s.store.entries));
+    setText($("store-of"), "in this process");
+  }
   update($("alarms"), alarmsOf(s, now));
 
   const decided = Object.entries(s.checks).filter(([, n]) => n > 0);
@@ -444,7 +457,7 @@ function spark(rates, denied) {
     "aria-hidden": "true",
   });
   svg.append(shape("line", { class: "grid", x1: 0, x2: sparkLength - 1, y1: 100, y2: 100 }));
-  if (rates.length < 2) return svg;
+  if (rates.length < 2 || rates.every((r) => r.allowed + r.limited === 0)) return svg;
   const top = Math.max(0.001, ...rates.map((r) => r.allowed + r.limited)) * 1.1;
   const x = (i) => sparkLength - rates.length + i;
   const point = (v, i) => `${x(i)} ${(100 - (100 * v) / top).toFixed(1)}`;
@@ -498,12 +511,9 @@ function limitRow(l, now, isPlain) {
   if (isShadow) tags.push(" ", make("span", { class: "tag shadow" }, "shadow"));
   if (l.from === "route") tags.push(" ", make("span", { class: "tag" }, "from a route"));
   if (l.group) tags.push(" ", make("span", { class: "tag" }, "group " + l.group));
-  const about = [
-    l.key.length ? "by " + l.key.join(" · ") : l.from === "config" ? "one bucket for all" : "",
-    l.overrides ? count(l.overrides, "override", "overrides") : "",
-  ]
-    .filter(Boolean)
-    .join(", ");
+  const key = l.key.length ? "by " + l.key.join(" · ") : l.from === "config" ? "one bucket for all" : "";
+  const overrides = l.overrides ? count(l.overrides, "override", "overrides") : "";
+  const comma = key && overrides ? ", " : "";
   const isChosen = l.name === chosen;
   return make(
     "tr",
@@ -522,12 +532,18 @@ function limitRow(l, now, isPlain) {
         l.name,
       ),
       ...tags,
-      make("small", { class: "mono about", title: about }, about),
+      make(
+        "small",
+        { class: "mono about", title: key + comma + overrides },
+        key + comma,
+        make("span", { class: "unbroken" }, overrides),
+      ),
     ),
     make(
       "td",
       { class: "rate" },
       l.rate || l.quota || "–",
+      l.quota ? make("small", {}, "quota") : "",
       l.burst ? make("small", {}, "burst " + whole.format(l.burst)) : "",
       l.lease ? make("small", {}, "lease " + l.lease) : "",
       l.settle ? make("small", {}, "settles") : "",
@@ -553,8 +569,8 @@ function limitRow(l, now, isPlain) {
 }
 
 // showLimits shows GET /api/limits, and beside the limits or below the chosen
-// one what its keys do.
-function showLimits({ total: all, sort, limits }, top) {
+// one what its keys do. isWithoutRedis says that on_failure decides meanwhile.
+function showLimits({ total: all, sort, limits }, top, isWithoutRedis) {
   const now = performance.now();
   const areShadow = limits.length > 0 && limits.every((l) => l.mode === "shadow");
   const isPlain = areShadow || limits.every((l) => l.mode !== "shadow");
@@ -576,13 +592,15 @@ function showLimits({ total: all, sort, limits }, top) {
   $("sort").value = sort;
   setText(
     $("limits-note"),
-    all > limits.length
-      ? `${total(limits.length)} of ${total(all)}` + (order === null ? ", those that denied most" : "")
-      : $("filter").value
-        ? `${total(all)} found`
-        : all > 10
-          ? total(all)
-          : "",
+    isWithoutRedis
+      ? "on_failure decides until Redis answers"
+      : all > limits.length
+        ? `${total(limits.length)} of ${total(all)}` + (order === null ? ", those that denied most" : "")
+        : $("filter").value
+          ? `${total(all)} found`
+          : all > 10
+            ? total(all)
+            : "",
   );
   const isMore = all > limits.length && limits.length < mostLimits;
   $("limits-more").hidden = !isMore;
@@ -628,12 +646,12 @@ function keyOf(parts, key) {
     return make("span", { class: "key" }, make("span", {}, key === "" ? "–" : key === "-" ? "all" : key));
   return make(
     "span",
-    { class: "key" },
+    { class: "key", title: key }, // as logs have it
     ...parts.map((p) =>
       make(
         "span",
-        { class: p.kind, title: p.kind === "hash" ? p.text : undefined },
-        p.kind === "hash" ? p.text.slice(0, 10) + "…" : p.text || "empty",
+        { class: p.kind },
+        p.kind === "hash" ? p.text.slice(0, 10) + "…" : p.text || (p.kind === "absent" ? "" : "empty"),
       ),
     ),
   );
@@ -645,6 +663,7 @@ function detailOf(l, top) {
   const facts = [
     ["Rate", l.rate ? l.rate + (l.burst ? `, burst ${whole.format(l.burst)}` : "") : ""],
     ["Quota", l.quota ?? ""],
+    ["Key", l.key.length ? make("code", {}, l.key.join(" · ")) : l.from === "config" ? "one bucket for all" : ""],
     ["Mode", isShadow ? "shadow, denies nobody" : ""],
     [
       "Lease",
@@ -740,8 +759,14 @@ function showDenials(all, now) {
   denials = all;
   const shadows = all.filter((d) => d.shadow).length;
   $("denials-kind").hidden = shadows === 0 || shadows === all.length;
+  setText($("denials-title"), shadows > 0 && shadows === all.length ? "Latest would-be denials" : "Latest denials");
   const kind = $("denials-kind").hidden ? "" : $("denials-kind").value;
-  const found = all.filter((d) => kind === "" || d.shadow === (kind === "shadow"));
+  const text = $("denials-filter").value.trim().toLowerCase();
+  const found = all.filter(
+    (d) =>
+      (kind === "" || d.shadow === (kind === "shadow")) &&
+      [d.limit, d.key, d.client, d.source, d.host, d.path, d.request_id].some((t) => t.toLowerCase().includes(text)),
+  );
   // No row moves from under a pointer, or from the focus.
   const isHeld = $("denials-rows").matches(":hover, :focus-within");
   if (isHeld) {
@@ -803,9 +828,17 @@ function showDenials(all, now) {
       );
     }),
   );
+  $("denials-filter").hidden = all.length === 0;
   $("denials-empty").hidden = found.length > 0;
+  setText(
+    $("denials-empty"),
+    all.length > 0
+      ? `None of the ${total(all.length)} groups of denials here has this. Earlier ones are in the logs.`
+      : "No denials since this sidecar started.",
+  );
 }
 $("denials-kind").addEventListener("change", () => poll());
+$("denials-filter").addEventListener("input", () => poll());
 $("denials-rows").addEventListener("click", (e) => {
   const id = e.target.closest("[data-denial]")?.dataset.denial;
   if (id === undefined) return;
@@ -848,10 +881,12 @@ function showExplanation(e, denial) {
     { allowed: "good", unmatched: "good", exempt: "good", limited: "warn", failed_open: "warn", failed_local: "warn" }[
       e.decision
     ] ?? "bad";
+  const isOut = (l) => l.retry_after !== null || (l.remaining !== null && l.cost > l.remaining);
+  const deniers = e.decision === "limited" ? e.limits.filter((l) => l.applies && l.mode !== "shadow" && isOut(l)) : [];
   const limits = e.limits
-    .toSorted((a, b) => b.applies - a.applies)
+    .toSorted((a, b) => deniers.includes(b) - deniers.includes(a) || b.applies - a.applies)
     .map((l) => {
-      const out = l.retry_after !== null || (l.remaining !== null && l.cost > l.remaining);
+      const out = isOut(l);
       const remaining = l.remaining === null ? "unknown" : whole.format(l.remaining);
       const item = make(
         "li",
@@ -888,17 +923,24 @@ function showExplanation(e, denial) {
             l.applies && l.plan !== null ? "plan " + l.plan : "",
             l.settle !== null ? "settle " + l.settle : "",
             l.lease !== null ? "lease " + l.lease : "",
-            l.retry_after !== null ? `retry in ${l.retry_after} s` : "",
+            l.retry_after !== null ? `retry in ${period(l.retry_after)}` : "",
           ]
             .filter(Boolean)
             .join("; "),
         ),
       );
-      if (l.key !== null) item.append(make("small", { class: "mono" }, "key " + l.key));
+      if (l.key !== null)
+        item.append(make("small", { class: "mono" }, "key " + l.key, l.key === "-" ? " (one bucket for all)" : ""));
       return item;
     });
   $("answer").replaceChildren(
-    make("h3", { class: tone }, denial ? "The denied request now: " : "", make("b", {}, e.decision.replace("_", " "))),
+    make(
+      "h3",
+      { class: tone },
+      denial ? "The denied request now: " : "",
+      make("b", {}, e.decision.replace("_", " ")),
+      deniers.length ? " by " + deniers.map((l) => l.name).join(", ") : "",
+    ),
     make("p", { class: "note" }, [`client ${e.client || "unknown"}`, e.note].filter(Boolean).join("; ")),
     limits.length ? make("ul", { class: "verdicts" }, ...limits) : make("p", { class: "empty" }, "No limits."),
   );
@@ -920,7 +962,8 @@ async function poll() {
       fetchJSON("denials"),
     ]);
     if (mine !== round) return; // a newer round has begun
-    if (chosen === null || (chosen !== "" && !limits.limits.some((l) => l.name === chosen)))
+    const isKnown = limits.limits.some((l) => l.name === chosen);
+    if (!isKnown && (chosen !== "" || !narrow.matches)) // beside a wide list one is always chosen
       chosen = narrow.matches ? "" : (limits.limits[0]?.name ?? null);
     const top = chosen ? await fetchJSON("top?limit=" + encodeURIComponent(chosen)) : null;
     if (mine !== round) return;
@@ -932,7 +975,7 @@ async function poll() {
     seconds = past;
     drawTraffic();
     showStatus(status);
-    showLimits(limits, top);
+    showLimits(limits, top, status.store.breaker_open > 0);
     showDenials(latest, new Date(status.now));
   } catch (e) {
     if (mine !== round) return;
