@@ -28,10 +28,10 @@ type site struct {
 
 // startSite starts sluice, a real Envoy and a real Redis, has tenants exceed
 // limits, and writes the logs. The tenant acme asks four times, and tenant-0 and so
-// on thrice. Each has an API key, of which a limit denies the second request.
-func startSite(t *testing.T) *site {
+// on, of which there are so many, thrice. Each has an API key, of which a limit
+// denies the second request.
+func startSite(t *testing.T, tenants int) *site {
 	t.Helper()
-	const tenants = 45 // so that all denied keys are in the list of denials
 	dir := t.TempDir()
 	redis := redistest.Start(t)
 	config := filepath.Join(dir, "sluice.yaml")
@@ -119,7 +119,7 @@ func (s *site) run(t *testing.T, commands string) string {
 // TestRunbookWalk runs the commands of the runbook's walk-through on a site with
 // many limited keys, and checks that they print what it shows.
 func TestRunbookWalk(t *testing.T) {
-	s := startSite(t)
+	s := startSite(t, 150) // 300 limited keys
 	varying := regexp.MustCompile(`\d{4}-\d\d-\d\dT[0-9:.]+Z|[0-9a-f]{8}-[0-9a-f-]{27}|` +
 		`[0-9a-f]{8}-…|\b\d+(\.\d+)?(ms|us| s)\b|"retry_after":[0-9.]+|` +
 		`(192\.0\.2\.7|127\.0\.0\.1)|(shop\.example\.com|127\.0\.0\.1(:\d+)?)`)
@@ -151,7 +151,7 @@ func TestRunbookWalk(t *testing.T) {
 // TestOneSearchFindsAKey checks that one text finds a key, and no other, in Envoy's
 // access log, in sluice's, on the page, and in what explain and bucket print.
 func TestOneSearchFindsAKey(t *testing.T) {
-	s := startSite(t)
+	s := startSite(t, 45) // so that all denied keys are in the list of denials
 	config := filepath.Join(s.dir, "sluice.yaml")
 	for _, tt := range []struct {
 		limit, header, path string
