@@ -304,20 +304,25 @@ func parseJSONNode(d *json.Decoder) (*yaml.Node, error) {
 		}
 		return node, nil
 	case string:
-		if isSimple(token) {
-			return &yaml.Node{Kind: yaml.ScalarNode, Tag: "!!str", Value: token}, nil
-		}
-		var node yaml.Node
-		err := node.Encode(token)       // quotes what YAML 1.1 or 1.2 would not read as a string
-		if node.ShortTag() != "!!str" { // except <<, the merge key
-			node.Tag, node.Style = "!!str", yaml.DoubleQuotedStyle
-		}
-		return &node, err
+		return stringNode(token)
 	case bool:
 		return &yaml.Node{Kind: yaml.ScalarNode, Value: strconv.FormatBool(token)}, nil
 	default:
 		return &yaml.Node{Kind: yaml.ScalarNode, Value: "null"}, nil
 	}
+}
+
+// stringNode returns a node whose value is a string.
+func stringNode(s string) (*yaml.Node, error) {
+	if isSimple(s) {
+		return &yaml.Node{Kind: yaml.ScalarNode, Tag: "!!str", Value: s}, nil
+	}
+	var node yaml.Node
+	err := node.Encode(s)           // quotes what YAML 1.1 or 1.2 would not read as a string
+	if node.ShortTag() != "!!str" { // except <<, the merge key
+		node.Tag, node.Style = "!!str", yaml.DoubleQuotedStyle
+	}
+	return &node, err
 }
 
 // isSimple reports whether a string needs no other style than that which the

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"reflect"
 	"slices"
 
@@ -53,6 +54,31 @@ func mergeNode(node *yaml.Node, old, changed any) error {
 
 // newNode returns a node whose value is v.
 func newNode(v any) (*yaml.Node, error) {
+	switch v := v.(type) {
+	case string:
+		return stringNode(v)
+	case []any:
+		node := &yaml.Node{Kind: yaml.SequenceNode, Tag: "!!seq"}
+		for _, element := range v {
+			n, err := newNode(element)
+			if err != nil {
+				return nil, err
+			}
+			node.Content = append(node.Content, n)
+		}
+		return node, nil
+	case object:
+		node := &yaml.Node{Kind: yaml.MappingNode, Tag: "!!map"}
+		for _, name := range slices.Sorted(maps.Keys(v)) {
+			key, errKey := stringNode(name)
+			value, errValue := newNode(v[name])
+			if err := errors.Join(errKey, errValue); err != nil {
+				return nil, err
+			}
+			node.Content = append(node.Content, key, value)
+		}
+		return node, nil
+	}
 	text, err := json.Marshal(v) // yaml.v3 would encode a json.Number as a string
 	if err != nil {
 		return nil, err

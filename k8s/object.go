@@ -3,6 +3,7 @@ package k8s
 import (
 	"encoding/json"
 	"maps"
+	"reflect"
 	"slices"
 )
 
@@ -78,6 +79,9 @@ func withField(o object, name string, value any) object {
 // equalJSON reports whether two values have the same JSON encoding. Numbers of
 // different Go types are equal if they are written alike.
 func equalJSON(a, b any) bool {
+	if reflect.DeepEqual(a, b) {
+		return true
+	}
 	x, errX := json.Marshal(a)
 	y, errY := json.Marshal(b)
 	return errX == nil && errY == nil && string(x) == string(y)
