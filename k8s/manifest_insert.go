@@ -50,14 +50,13 @@ func insertYAML(node *yaml.Node, text []byte, firstLine int, old, changed any, c
 		at := 0
 		for ; len(edits) > 0 && edits[0].line == i; edits = edits[1:] {
 			e := edits[0]
-			if i == len(p.lines) {
-				if !bytes.HasSuffix(out.Bytes(), []byte("\n")) {
-					out.WriteString(p.newline)
-				}
-			} else if e.start < at || e.end > len(p.lines[i]) {
-				return nil, false
-			} else {
+			switch {
+			case i < len(p.lines) && e.start >= at && e.end <= len(p.lines[i]):
 				out.Write(p.lines[i][at:e.start])
+			case i < len(p.lines):
+				return nil, false
+			case !bytes.HasSuffix(out.Bytes(), []byte("\n")):
+				out.WriteString(p.newline)
 			}
 			out.Write(e.text)
 			at = e.end
@@ -116,7 +115,7 @@ func (p *insertion) mergeMapping(node *yaml.Node, old, changed object, end int) 
 			stop = node.Content[i+2].Line - p.firstLine
 		}
 		if len(value.Content) == 0 && !flow {
-			if !p.fill(key, value, v, stop) {
+			if !p.fill(key, value, v) {
 				return false
 			}
 		} else if !p.merge(value, old[key.Value], v, stop) {
@@ -142,7 +141,7 @@ func (p *insertion) mergeMapping(node *yaml.Node, old, changed object, end int) 
 }
 
 // fill gives a key of a block mapping whose value is empty another value.
-func (p *insertion) fill(key, value *yaml.Node, v any, end int) bool {
+func (p *insertion) fill(key, value *yaml.Node, v any) bool {
 	at, ok := p.lineOf(key)
 	added, err := newNode(v)
 	if !ok || err != nil || value.Anchor != "" || len(added.Content) == 0 {
