@@ -247,8 +247,11 @@ func TestCompressed(t *testing.T) {
 	for err == nil {
 		_, err = r.Next()
 	}
-	if errors.Is(err, io.EOF) {
-		t.Error("the end of a file that was cut is no error")
+	if !errors.Is(err, errCut) {
+		t.Errorf("a log that was cut ends with %v", err)
+	}
+	if _, err := Open("-", bytes.NewReader(gz.Bytes()[:20]), Options{}); !errors.Is(err, errCut) {
+		t.Errorf("a log that was cut before the end of its first line: %v", err)
 	}
 }
 

@@ -25,15 +25,31 @@ func decompress(r io.Reader) (io.Reader, error) {
 		if err != nil {
 			return nil, fmt.Errorf("damaged gzip: %w", err)
 		}
-		return z, nil
+		return whole{z}, nil
 	case bytes.Equal(magic, []byte{0x28, 0xb5, 0x2f, 0xfd}):
 		z, err := zstd.NewReader(b, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true))
 		if err != nil {
 			return nil, fmt.Errorf("damaged zstd: %w", err)
 		}
-		return z.IOReadCloser(), nil
+		return whole{z.IOReadCloser()}, nil
 	}
 	return b, nil
+}
+
+// errCut reports a compressed log that ends before its end, such as one that is
+// still being written.
+var errCut = errors.New("the compressed data ends too early")
+
+// whole reads compressed data, and returns errCut where io.ErrUnexpectedEOF would
+// be taken for that of io.ReadFull.
+type whole struct{ io.ReadCloser }
+
+func (w whole) Read(b []byte) (int, error) {
+	n, err := w.ReadCloser.Read(b)
+	if errors.Is(err, io.ErrUnexpectedEOF) {
+		err = errCut
+	}
+	return n, err //nolint:wrapcheck // a reader's errors are the reader's below it
 }
 
 // tail is how much of the end of a file is read to find the time of its end.
@@ -164,7 +180,7 @@ func (r *Reader) Next() (Chunk, error) {
 		buf = buf[:n+m]
 		end := bytes.LastIndexByte(buf, '\n') + 1
 		switch {
-		case errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) && r.isEnd():
+		case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
 			r.err, end = io.EOF, len(buf)
 		case err != nil:
 			r.err, end = fmt.Errorf("%s: %w", r.source.Name, err), len(buf)
@@ -182,13 +198,6 @@ func (r *Reader) Next() (Chunk, error) {
 		r.line += bytes.Count(buf[:end], []byte{'\n'})
 		return c, nil
 	}
-}
-
-// isEnd reports that the end of the file has come, and not that of a compressed
-// one before its time, of which readers say io.ErrUnexpectedEOF too.
-func (r *Reader) isEnd() bool {
-	n, err := r.from.Read(make([]byte, 1))
-	return n == 0 && errors.Is(err, io.EOF)
 }
 
 // BadLine is a line that cannot be read.

@@ -108,7 +108,8 @@ func Open(name string, stdin io.Reader, o Options) (*Source, error) {
 	}
 	sample := make([]byte, sampleSize)
 	n, err := io.ReadFull(from, sample)
-	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
+	isCut := errors.Is(err, errCut) // the lines before are of use
+	if err != nil && !isCut && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
 		return nil, fmt.Errorf("%s: %w", s.Name, err)
 	}
 	sample = sample[:n]
@@ -119,6 +120,9 @@ func Open(name string, stdin io.Reader, o Options) (*Source, error) {
 		o.Wanted = func(string) bool { return true }
 	}
 	if err := s.recognise(sample, n == sampleSize, &o); err != nil {
+		if isCut {
+			err = errCut
+		}
 		return nil, fmt.Errorf("%s: %w", s.Name, err)
 	}
 	return s, nil
@@ -185,7 +189,7 @@ func unknownFormat(line string, failed error, o *Options) error {
 		return failed
 	}
 	if o.Format != "auto" && o.Format != "" {
-		return fmt.Errorf("not of the format %s; line 1 is %s; omit --format to have it recognised", o.Format, quote(line))
+		return fmt.Errorf("not of the format %s; line 1 is %s; omit --format to have it recognized", o.Format, quote(line))
 	}
 	return fmt.Errorf("unknown format; line 1 is %s; want common, combined, Envoy's, sluice's or an ALB's text, "+
 		"JSON lines, or CSV with a header row; or say which field of a line is what, from 1, as in "+
