@@ -6,7 +6,6 @@ import (
 	"html"
 	"io"
 	"math"
-	"slices"
 	"strings"
 	"time"
 )
@@ -254,7 +253,8 @@ func ratio(v, from, to float64, isLog bool) float64 {
 
 // begin draws the frame and the scales.
 func (c *curve) begin(name, xName string, yTicks []float64, tick func(float64) string) {
-	c.p.put(`<svg class="curve" viewBox="0 0 480 220" role="img" aria-label="%v">`+"\n", name)
+	c.p.put(`<svg class="curve" viewBox="0 0 480 220" preserveAspectRatio="xMinYMid" role="img" `+
+		`aria-label="%v">`+"\n", name)
 	for _, v := range yTicks {
 		y := decimal(c.y(v))
 		c.p.put(`<line class="grid" x1="52" x2="464" y1="%v" y2="%v"/>`+
@@ -339,18 +339,19 @@ func (l *LimitReport) htmlPairs(p *page) {
 	_, period, _ := strings.Cut(l.Rate, "/")
 	p.put("<div>\n<h3>Bursts that rates need</h3>\n")
 	c.begin("Burst that each rate needs", "rate, tokens each "+period, ticks(1, c.maxY), short)
-	for j, q := range slices.Backward(quantiles) { // the strictest is drawn last
+	// Where lines are the same, a looser one is seen on the stricter, which is wider.
+	for j, q := range quantiles {
 		var points strings.Builder
 		for i, pair := range l.Suggest.Pairs {
 			if b := pair.Burst[j].Burst; b != nil {
 				_, _ = fmt.Fprintf(&points, "%v,%v ", decimal(c.x(tokens[i])), decimal(c.y(float64(*b))))
 			}
 		}
-		p.put(`<polyline class="trace t%v" points="%v"/>`+"\n", j, points.String())
+		p.put(`<polyline class="trace pair t%v" points="%v"/>`+"\n", j, points.String())
 		for i, pair := range l.Suggest.Pairs {
 			if b := pair.Burst[j].Burst; b != nil {
-				p.put(`<circle class="dot t%v" r="3.5" cx="%v" cy="%v">`+
-					`<title>%v, burst %v: %v of keys limited</title></circle>`+"\n", j,
+				p.put(`<circle class="dot t%v" r="%v" cx="%v" cy="%v">`+
+					`<title>%v, burst %v: %v of keys limited</title></circle>`+"\n", j, decimal(4.5-1.25*float64(j)),
 					decimal(c.x(tokens[i])), decimal(c.y(float64(*b))), pair.Rate, number(*b), q.text)
 			}
 		}
