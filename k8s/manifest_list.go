@@ -4,8 +4,11 @@ import (
 	"bytes"
 	"reflect"
 	"regexp"
+	"runtime"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 
 	"go.yaml.in/yaml/v3"
 )
@@ -148,20 +151,42 @@ func hasAnchors(node *yaml.Node) (found bool) {
 	return found
 }
 
-// inject returns the text of the List after injection of its items. It returns
-// false if an item that changes cannot be cut out of the text by its lines.
+// inject returns the text of the List after injection of its items, as many at a
+// time as there are processors. It returns false, and m has collected nothing, if
+// an item that changes cannot be cut out of the text by its lines.
 func (l yamlList) inject(m *injector) (out []byte, ok bool, err error) {
+	type result struct {
+		injector
+		text []byte
+		ok   bool
+		err  error
+	}
+	results := make([]result, len(l.items))
+	var next atomic.Int64
+	var wg sync.WaitGroup
+	for range min(runtime.GOMAXPROCS(0), len(l.items)) {
+		wg.Go(func() {
+			for i := int(next.Add(1)) - 1; i < len(l.items); i = int(next.Add(1)) - 1 {
+				item, r := &l.items[i], &results[i]
+				r.options = m.options
+				r.text, r.ok, r.err = item.inject(l.indent, func(v any) any { return r.injectItem(v, l.kind, l.apiVersion, i) })
+				*item.node = yaml.Node{} // free its memory
+				if !r.ok || r.err != nil {
+					next.Store(int64(len(l.items))) // those before it are all under way
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if i := slices.IndexFunc(results, func(r result) bool { return !r.ok || r.err != nil }); i >= 0 {
+		return nil, results[i].ok, results[i].err
+	}
 	var b bytes.Buffer
 	b.Write(l.before)
-	for i := range l.items {
-		item := &l.items[i]
-		written, ok, err := item.inject(l.indent, func(v any) any { return m.injectItem(v, l.kind, l.apiVersion, i) })
-		if err != nil || !ok {
-			return nil, ok, err
-		}
-		*item.node = yaml.Node{} // free its memory
-		b.Write(written)
-		b.Write(item.after)
+	for i, r := range results {
+		m.skipped, m.refused = append(m.skipped, r.skipped...), append(m.refused, r.refused...)
+		b.Write(r.text)
+		b.Write(l.items[i].after)
 	}
 	return b.Bytes(), true, nil
 }

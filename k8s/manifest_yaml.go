@@ -50,11 +50,9 @@ func injectYAML(document []byte, m *injector) ([]byte, error) {
 		return document, err
 	}
 	if list, ok := splitList(node, body); ok {
-		before := *m
 		if written, ok, err := list.inject(m); ok || err != nil {
 			return slices.Concat(directives, written), err
 		}
-		*m = before
 		if node, err = parseYAML(body); err != nil { // again, as the List's nodes are gone
 			return nil, err
 		}
