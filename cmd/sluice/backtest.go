@@ -74,7 +74,7 @@ are no requests, or the run was interrupted.`,
 			"such as 24h or 7d")
 	flags.StringVar(&f.until, "until", "", "play requests before this `time`, likewise")
 	flags.StringVar(&f.maxLimited, "max-limited", "",
-		"exit with status 1 if more than this `share` of all requests would be denied, such as 0.1%")
+		"exit with status 1 if more than this `share` of all requests, evenly spread, would be denied, such as 0.1%")
 	flags.BoolVar(&f.suggest, "suggest", false, "find the least bursts and rates that limit no key, 0.1% and 1% of keys")
 	flags.StringVarP(&f.output, "output", "o", "text", "`format` of the result: text, json or html")
 	return c

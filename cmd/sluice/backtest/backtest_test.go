@@ -184,7 +184,8 @@ func TestSuggestionsHold(t *testing.T) {
   - {name: b, match: {paths: [/b]}, rate: %d/m, burst: %d}
 `, rate, burst, other, other)
 		}
-		suggest := play(t, Options{Suggest: true}, limits(fmt.Sprintf("%d/m", tokens), burst), log).Limits[0].Suggest
+		report := play(t, Options{Suggest: true}, limits(fmt.Sprintf("%d/m", tokens), burst), log).Limits[0]
+		suggest := report.Suggest
 		limited := func(rate string, burst int64) int64 {
 			r := play(t, Options{}, limits(rate, burst), log).Limits[0]
 			if r.AtOnce != nil && *r.AtOnce > 0 {
@@ -194,6 +195,10 @@ func TestSuggestionsHold(t *testing.T) {
 		}
 		own := fmt.Sprintf("%d/m", tokens)
 		least := *suggest.Burst[0].Burst
+		if last := report.needs[len(report.needs)-1]; max(1, last.Burst) != least || int64(last.Keys) != report.Keys {
+			t.Fatalf("log %d: the chart says that %d is enough for %d keys; %d is, for %d", i, last.Burst, last.Keys,
+				least, report.Keys)
+		}
 		if n := limited(own, least); n > 0 {
 			t.Fatalf("log %d: with %s and burst %d, %d requests are limited", i, own, least, n)
 		}

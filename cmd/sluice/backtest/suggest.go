@@ -147,7 +147,6 @@ func suggest(all []*suggester, l *limitState) (*Suggestions, []Need) {
 	g := all[0].grids[l]
 	bursts := make([][]int64, len(g.rates)) // by rate and quantile
 	rates := make([]int64, len(quantiles))
-	var needs []int64 // of each key at the limit's own rate
 	for i := range bursts {
 		bursts[i] = make([]int64, len(quantiles))
 	}
@@ -171,9 +170,9 @@ func suggest(all []*suggester, l *limitState) (*Suggestions, []Need) {
 		for i := range deepest {
 			raise(bursts[i], deepest[i])
 		}
-		needs = deepest[g.own] // of the last reading, which is the larger
 	}
-	if needs == nil {
+	needs := needsOf(all, l, g.own)
+	if len(needs) == 0 {
 		return nil, nil
 	}
 	out := &Suggestions{}
@@ -192,7 +191,7 @@ func suggest(all []*suggester, l *limitState) (*Suggestions, []Need) {
 		}
 		out.Pairs = append(out.Pairs, p)
 	}
-	return out, needsOf(needs)
+	return out, needs
 }
 
 // raise sets each quantile of the values, if it is larger.
@@ -221,24 +220,37 @@ type Need struct {
 	Keys  int
 }
 
-// needsOf returns how many keys need which burst, in at most 64 steps. values are
-// in descending order.
-func needsOf(values []int64) (all []Need) {
-	for i, burst := range slices.Backward(values) {
-		if n := len(all); n > 0 && all[n-1].Burst == burst {
-			all[n-1].Keys++
-			continue
-		}
-		all = append(all, Need{burst, len(values) - i})
-	}
-	for len(all) > 64 {
-		var half []Need
-		for i := range all {
-			if i%2 == 1 || i == 0 || i == len(all)-1 {
-				half = append(half, all[i])
+// needsOf returns how many keys of a limit need which burst at a rate of its grid,
+// in ascending order and at most 64 steps. Of a key's readings it takes the larger.
+func needsOf(all []*suggester, l *limitState, rate int) (needs []Need) {
+	var bursts []int64
+	for _, k := range l.keys {
+		burst, asked := int64(0), false
+		for _, s := range all {
+			if m := k.demand[s.reading]; m != nil {
+				burst, asked = max(burst, m.depths[rate].Deepest()), true
 			}
 		}
-		all = half
+		if asked {
+			bursts = append(bursts, burst)
+		}
 	}
-	return all
+	slices.Sort(bursts)
+	for i, burst := range bursts {
+		if n := len(needs); n > 0 && needs[n-1].Burst == burst {
+			needs[n-1].Keys++
+			continue
+		}
+		needs = append(needs, Need{burst, i + 1})
+	}
+	for len(needs) > 64 {
+		var half []Need
+		for i := range needs {
+			if i%2 == 1 || i == 0 || i == len(needs)-1 {
+				half = append(half, needs[i])
+			}
+		}
+		needs = half
+	}
+	return needs
 }
