@@ -228,7 +228,7 @@ func setVolumes(spec object, a annotations, tcp bool, put func(list []any, o obj
 	}
 	if len(volumes) > 0 {
 		spec["volumes"] = volumes
-	} else {
+	} else if len(listField(spec, "volumes")) > 0 { // all were sluice's
 		delete(spec, "volumes")
 	}
 }

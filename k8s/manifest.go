@@ -56,7 +56,8 @@ func podTemplatePath(kind, apiVersion string) ([]string, bool) {
 // too. It treats each pod as if its namespace were labelled, so that only the
 // pod's own label turns injection off.
 //
-// Documents that do not change are copied byte for byte. The others in YAML get
+// Documents that do not change are copied byte for byte; out may share the memory
+// of in. The others in YAML get
 // the sidecar inserted into their text. If more has to be done than to insert,
 // as when a value has to be replaced, they are encoded again, and comments, order
 // and spacing are kept where possible. Injecting the output again does not change

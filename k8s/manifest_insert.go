@@ -279,12 +279,22 @@ func (p *insertion) appendFlow(node, added *yaml.Node) bool {
 		return false
 	}
 	depth := 0
-	var quote byte
+	var quote, last byte // last is the last byte of what is no comment and no space
 	for column := byteColumn(p.lines[at], node.Column); at < len(p.lines); at, column = at+1, 0 {
 		line := p.lines[at]
 		for ; column < len(line); column++ {
-			switch c := line[column]; {
+			c := line[column]
+			if quote == 0 && c == '#' && (column == 0 || line[column-1] == ' ' || line[column-1] == '\t') {
+				break
+			}
+			before := last
+			if c > ' ' {
+				last = c
+			}
+			switch {
 			case quote == '"' && c == '\\':
+				column++
+			case quote == '\'' && bytes.HasPrefix(line[column:], []byte("''")):
 				column++
 			case quote != 0:
 				if c == quote {
@@ -300,11 +310,16 @@ func (p *insertion) appendFlow(node, added *yaml.Node) bool {
 				}
 				text, ok := encodeFlow(added)
 				start := len(bytes.TrimRight(line[:column], " \t"))
-				if start == 0 { // the bracket is on a line of its own
-					text = append(text, ' ')
-					start = column
+				separator := ", "
+				if before == ',' {
+					separator = ""
 				}
-				p.edits = append(p.edits, edit{at, start, start, append([]byte(", "), text...)})
+				if start == 0 { // the bracket is on a line of its own, and so is what is added
+					text = slices.Concat(bytes.Repeat([]byte(" "), indentOf(line)+2), []byte(separator), text, []byte(p.newline))
+				} else {
+					text = slices.Concat([]byte(cmp.Or(separator, " ")), text)
+				}
+				p.edits = append(p.edits, edit{at, start, start, text})
 				return ok
 			}
 		}

@@ -213,9 +213,11 @@ func jsonText(text []byte) string {
 	return s
 }
 
-// inject writes the List after injection of its items.
+// inject writes the List after injection of its items. If it fails, m has
+// collected nothing.
 func (l jsonList) inject(w *jsonWriter, m *injector) (changed bool, err error) {
 	keep := func(v any) any { return v }
+	own := injector{options: m.options}
 	delimiter := byte('{')
 	for _, field := range l.fields {
 		w.out.WriteByte(delimiter)
@@ -239,7 +241,7 @@ func (l jsonList) inject(w *jsonWriter, m *injector) (changed bool, err error) {
 			w.out.WriteByte(delimiter)
 			delimiter = ','
 			w.breakLine(2)
-			injected, err := w.rewrite(item, 2, func(v any) any { return m.injectItem(v, l.kind, l.apiVersion, i) })
+			injected, err := w.rewrite(item, 2, func(v any) any { return own.injectItem(v, l.kind, l.apiVersion, i) })
 			if err != nil {
 				return false, err
 			}
@@ -250,6 +252,7 @@ func (l jsonList) inject(w *jsonWriter, m *injector) (changed bool, err error) {
 	}
 	w.breakLine(0)
 	w.out.WriteByte('}')
+	m.skipped, m.refused = append(m.skipped, own.skipped...), append(m.refused, own.refused...)
 	return changed, nil
 }
 

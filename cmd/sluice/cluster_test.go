@@ -63,7 +63,7 @@ func TestStartSaysWhatIsWrongWithRedis(t *testing.T) {
 	p := startSluice(t, "--redis", careless.URL())
 	for _, want := range []string{
 		`"msg":"Redis: eviction","detail":"maxmemory-policy is allkeys-lru, with maxmemory 104857600",` +
-			`"fix":"maxmemory-policy noeviction`,
+			`"fix":"set maxmemory-policy noeviction`,
 		`"msg":"Redis: persistence"`,
 	} {
 		eventually(t, "a log line about how Redis is run", func() bool { return strings.Count(p.logged(), want) == 1 })

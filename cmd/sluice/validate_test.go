@@ -16,7 +16,7 @@ import (
 const odd = "limits: [{name: a, rate: 20/s, cost: 0}]\n"
 
 const oddWarning = ":1:38: limits[0].cost: a limit that takes no tokens never denies; give it a cost above 0, or a " +
-	"settle that charges it when its response ends\n"
+	"settle that charges each request when its response ends\n"
 
 func TestValidate(t *testing.T) {
 	good, bad := file(t, "good.yaml", perClient), file(t, "bad.yaml", "limits:\n  - name: orders\n    rate: fast\n")

@@ -65,9 +65,14 @@ func (lr *limitReader) readTier(g granted) *tier {
 	if len(lr.mistakes) > before {
 		return nil
 	}
-	if a.rate == "" && a.quota == "" && a.plan == "" { // all that is given is empty
-		lr.wrong(g.at("rate"), "%s", noValue)
-		return nil
+	for _, field := range []struct {
+		node
+		text string
+	}{{g.plan, a.plan}, {g.quota, a.quota}, {g.rate, a.rate}} {
+		if field.Node != nil && field.text == "" {
+			lr.wrong(field.node, "%s", noValue)
+			return nil
+		}
 	}
 	t, field, err := lr.tierOf(a)
 	if err != nil {

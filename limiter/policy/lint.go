@@ -301,7 +301,7 @@ func (l *linter) warnOfCost(d *draft, o *overrides) {
 	if d.cost.expression == nil {
 		if d.cost.constant == 0 && d.settle == nil && d.tier.hasBucket() {
 			l.warn(d.costAt, "a limit that takes no tokens never denies; give it a cost above 0, or a settle that "+
-				"charges it when its response ends")
+				"charges each request when its response ends")
 		}
 		return
 	}

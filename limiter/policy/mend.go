@@ -448,7 +448,7 @@ func mendSyntax(text []byte, line int, message string) string {
 	case strings.Contains(message, "end character of"):
 		return "the quote that opens here is not closed"
 	case strings.Contains(message, "header option"):
-		return "text after | or >, whose text begins on the next line; quote the value"
+		return "nothing may follow | or > on its line; quote the value, or begin it on the next line"
 	}
 	message, _, _ = strings.Cut(message, `"`) // what follows is from the file
 	return message

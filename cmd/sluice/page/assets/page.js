@@ -41,7 +41,7 @@ let cursor = null; // an index of seconds; null is the newest
 // niceTop returns the top of a scale that has room for n.
 function niceTop(n) {
   const unit = 10 ** Math.floor(Math.log10(Math.max(n, 1)));
-  const isRound = (m) => Number.isInteger(m) || unit >= 100; // so is its half, which the scale shows
+  const isRound = (m) => Number.isInteger(m) || unit >= 100; // the scale shows it, and its half, without rounding
   return [1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10].find((m) => m * unit >= n && isRound(m)) * unit;
 }
 
@@ -590,18 +590,16 @@ function showLimits({ total: all, sort, limits }, top, isWithoutRedis) {
   $("top").hidden = narrow.matches || !detail[0];
   setText($("limits-denied"), areShadow ? "Would deny" : "Denied");
   $("sort").value = sort;
-  setText(
-    $("limits-note"),
-    isWithoutRedis
-      ? "on_failure decides until Redis answers"
-      : all > limits.length
-        ? `${total(limits.length)} of ${total(all)}` + (order === null ? ", those that denied most" : "")
-        : $("filter").value
-          ? `${total(all)} found`
-          : all > 10
-            ? total(all)
-            : "",
-  );
+  const shown =
+    all > limits.length
+      ? `${total(limits.length)} of ${total(all)}` + (order === null ? ", those that denied most" : "")
+      : $("filter").value
+        ? `${total(all)} found`
+        : all > 10
+          ? total(all)
+          : "";
+  const failing = isWithoutRedis ? "on_failure decides until Redis answers" : "";
+  setText($("limits-note"), [shown, failing].filter(Boolean).join("; "));
   const isMore = all > limits.length && limits.length < mostLimits;
   $("limits-more").hidden = !isMore;
   setText($("limits-more"), `Show ${total(Math.min(firstLimits(), all - limits.length))} more`);
@@ -746,6 +744,7 @@ const decisions = {
 
 const mostDenials = 25; // that are shown
 let denials = []; // GET /api/denials
+let denialsAt = null; // when they were asked for
 
 // retryOf says when the request of a denial could pass.
 function retryOf(d, now) {
@@ -757,6 +756,7 @@ function retryOf(d, now) {
 // showDenials shows GET /api/denials.
 function showDenials(all, now) {
   denials = all;
+  denialsAt = now;
   const shadows = all.filter((d) => d.shadow).length;
   $("denials-kind").hidden = shadows === 0 || shadows === all.length;
   setText($("denials-title"), shadows > 0 && shadows === all.length ? "Latest would-be denials" : "Latest denials");
@@ -833,12 +833,15 @@ function showDenials(all, now) {
   setText(
     $("denials-empty"),
     all.length > 0
-      ? `None of the ${total(all.length)} groups of denials here has this. Earlier ones are in the logs.`
+      ? `None of the ${count(all.length, "group", "groups")} of denials here has this. Earlier ones are in the logs.`
       : "No denials since this sidecar started.",
   );
 }
-$("denials-kind").addEventListener("change", () => poll());
-$("denials-filter").addEventListener("input", () => poll());
+for (const [id, event] of [
+  ["denials-kind", "change"],
+  ["denials-filter", "input"],
+])
+  $(id).addEventListener(event, () => denialsAt && showDenials(denials, denialsAt));
 $("denials-rows").addEventListener("click", (e) => {
   const id = e.target.closest("[data-denial]")?.dataset.denial;
   if (id === undefined) return;
