@@ -293,6 +293,7 @@ func TestFailoverWithFrozenReplication(t *testing.T) {
 	w := newWitness(s.open(t, 100*time.Millisecond))
 	b := bucket(t, rate, time.Second, burst)
 	a := charge(b, "a")
+	machine := watch(t, replica.Addr, 0)
 	link.Hold()
 	var switched, old time.Time // when the replica became the master, and when the old one last ran a script
 	meanwhile(func() { redistest.Pace(200, 6*time.Second, func() { w.decide(a) }) }, func() {
@@ -324,7 +325,12 @@ func TestFailoverWithFrozenReplication(t *testing.T) {
 		t.Error("nothing was forgotten: this says little")
 	}
 	if took := w.failedUntil(switched); took > well {
-		t.Errorf("a take failed %v after the switch", took)
+		last := switched.Add(took)
+		if machine.slowFor(last.Add(-aftermath), last, 20*time.Millisecond) > 0 {
+			t.Logf("a take failed %v after the switch, when the machine was slow: this says little", took)
+		} else {
+			t.Errorf("a take failed %v after the switch", took)
+		}
 	}
 }
 
