@@ -107,8 +107,9 @@ func (r *Report) htmlTable(p *page) {
 <h2>Limits</h2>
 <div class="scroll" tabindex="0" role="region" aria-label="Limits">
 <table>
-<thead><tr><th scope="col">Limit</th><th scope="col" class="n">Rate</th><th scope="col" class="n">Burst</th>` +
-		`<th scope="col" class="n">Requests</th><th scope="col" class="n">Keys</th><th scope="col" class="n">Limited</th>`)
+<thead><tr><th scope="col">Limit</th><th scope="col" class="n wide">Rate</th>` +
+		`<th scope="col" class="n wide">Burst</th><th scope="col" class="n">Requests</th>` +
+		`<th scope="col" class="n wide">Keys</th><th scope="col" class="n">Limited</th>`)
 	if r.AtOnce != nil {
 		p.put(`<th scope="col" class="n">At once</th>`)
 	}
@@ -119,6 +120,7 @@ func (r *Report) htmlTable(p *page) {
 	}
 	p.put("</tr></thead>\n<tbody>\n")
 	cell := func(text string) { p.put(`<td class="n">%v</td>`, text) }
+	wide := func(text string) { p.put(`<td class="n wide">%v</td>`, text) } // not on a phone
 	for i := range r.Limits {
 		l := &r.Limits[i]
 		p.put(`<tr><th scope="row"><a href="#limit-%v">%v</a>`, i, l.Name)
@@ -126,10 +128,10 @@ func (r *Report) htmlTable(p *page) {
 			p.put(` <span class="soft">%v</span>`, l.Mode)
 		}
 		p.put("</th>")
-		cell(l.Rate)
-		cell(number(l.Burst))
+		wide(l.Rate)
+		wide(number(l.Burst))
 		cell(number(l.Requests))
-		cell(number(l.Keys))
+		wide(number(l.Keys))
 		cell(share(l.Limited, l.Requests))
 		if r.AtOnce != nil {
 			if l.AtOnce != nil {
@@ -163,10 +165,13 @@ func (r *Report) htmlLimit(p *page, i int) {
 	}
 	p.put("</span></div>\n")
 	if l.Requests > 0 {
-		p.put(`<div class="head"><h3>Requests over time</h3>`)
-		legend(p, "limited")
-		p.put("</div>\n")
-		r.htmlBars(p, &l.timeline, "Requests over time of the limit "+l.Name)
+		// The only limit may have the chart that is above already.
+		if len(r.Limits) > 1 || l.Requests != r.Requests || l.Limited != r.Limited {
+			p.put(`<div class="head"><h3>Requests over time</h3>`)
+			legend(p, "limited")
+			p.put("</div>\n")
+			r.htmlBars(p, &l.timeline, "Requests over time of the limit "+l.Name)
+		}
 		if l.Peak != nil {
 			p.put(`<p class="soft">Most at %v UTC: %v of %v within %v.</p>`+"\n", clock(l.Peak.From), number(l.Peak.Limited),
 				plural(l.Peak.Requests, "request"), length(time.Duration(l.Peak.Seconds*float64(time.Second))))
@@ -338,7 +343,7 @@ func (l *LimitReport) htmlPairs(p *page) {
 	}
 	_, period, _ := strings.Cut(l.Rate, "/")
 	p.put("<div>\n<h3>Bursts that rates need</h3>\n")
-	c.begin("Burst that each rate needs", "rate, tokens each "+period, ticks(1, c.maxY), short)
+	c.begin("Burst that each rate needs", "rate, tokens/"+period, ticks(1, c.maxY), short)
 	// Where lines are the same, a looser one is seen on the stricter, which is wider.
 	for j, q := range quantiles {
 		var points strings.Builder
@@ -420,7 +425,7 @@ func (r *Report) htmlKeys(p *page, title string, keys []Key) {
 		p.put(`<th scope="col" class="n">At once</th>`)
 	}
 	if hasTime {
-		p.put(`<th scope="col">From the first that was limited</th>`)
+		p.put(`<th scope="col" class="wide">Requests over time, from the first that was limited</th>`)
 	}
 	p.put("</tr></thead>\n<tbody>\n")
 	for i := range keys {
@@ -431,7 +436,7 @@ func (r *Report) htmlKeys(p *page, title string, keys []Key) {
 			p.put(`<td class="n">%v</td>`, share(*k.AtOnce, k.Requests))
 		}
 		if hasTime {
-			p.put(`<td class="spark">`)
+			p.put(`<td class="spark wide">`)
 			r.htmlSpark(p, k.timeline)
 			p.put("</td>")
 		}
