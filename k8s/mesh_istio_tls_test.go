@@ -118,6 +118,7 @@ func TestMeshIstioEdgeTLS(t *testing.T) {
 					defer apply(t, row.objects, row.ca, row.signer, row.account)()
 					limiter := mesh.run(t)
 					istio.startProxy(t, mesh.c, e.pod)
+					awaitFilter(t)
 					await(t, "a refusal by TLS", func() bool {
 						a := e.ask(t, http.MethodGet, "/probe")
 						if a.status == http.StatusOK {
@@ -131,6 +132,7 @@ func TestMeshIstioEdgeTLS(t *testing.T) {
 			waits := func(t *testing.T, pod istioPodOf) {
 				mesh.run(t)
 				istio.startProxy(t, mesh.c, pod)
+				awaitFilter(t)
 				await(t, "a refusal without a key", func() bool {
 					a := e.ask(t, http.MethodGet, "/probe")
 					if a.status == http.StatusOK {
@@ -162,6 +164,7 @@ func TestMeshIstioEdgeTLS(t *testing.T) {
 					defer apply(t, mesh.printed(t, e.kind), servers, clients, named)()
 					mesh.run(t)
 					istio.startProxy(t, mesh.c, e.pod)
+					awaitFilter(t)
 					e.fewLimited(t)
 					took(t)
 					isWell(t, mesh.sluice, mesh.config, istioAdmin, "identity")
@@ -174,14 +177,30 @@ func TestMeshIstioEdgeTLS(t *testing.T) {
 // warming returns the secrets that an Istio proxy waits for.
 func warming(t *testing.T) string {
 	t.Helper()
-	response, err := http.Get("http://127.0.0.1:15000/config_dump?resource=dynamic_warming_secrets")
+	text, err := configDump("dynamic_warming_secrets")
 	if err != nil {
 		t.Fatal(err)
+	}
+	return text
+}
+
+// awaitFilter waits until an Istio proxy asks sluice. Istiod first sends it what it
+// knew before the objects that were applied a moment ago.
+func awaitFilter(t *testing.T) {
+	t.Helper()
+	await(t, "a listener with sluice's filter", func() bool {
+		text, err := configDump("dynamic_listeners")
+		return err == nil && strings.Contains(text, "http.ext_authz.v3.ExtAuthz") && !strings.Contains(text, `"warming_state"`)
+	})
+}
+
+// configDump returns a part of an Istio proxy's configuration.
+func configDump(resource string) (string, error) {
+	response, err := http.Get(istioAdmin + "/config_dump?resource=" + resource)
+	if err != nil {
+		return "", err
 	}
 	defer func() { _ = response.Body.Close() }()
 	text, err := io.ReadAll(response.Body)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(text)
+	return string(text), err
 }
