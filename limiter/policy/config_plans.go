@@ -117,6 +117,9 @@ func (lr *limitReader) unknownPlan(name string) error {
 // is.
 func (lr *limitReader) readPlanned(g granted) string {
 	name, ok := lr.text(g.plan)
+	if ok && name == "" {
+		lr.wrong(g.plan, "%s", noValue)
+	}
 	for _, other := range []node{g.rate, g.burst, g.quota} {
 		if ok && other.Node != nil {
 			lr.wrong(other, "the plan gives the rate, the burst and the quota; remove this, or the plan")

@@ -65,15 +65,6 @@ func (lr *limitReader) readTier(g granted) *tier {
 	if len(lr.mistakes) > before {
 		return nil
 	}
-	for _, field := range []struct {
-		node
-		text string
-	}{{g.plan, a.plan}, {g.quota, a.quota}, {g.rate, a.rate}} {
-		if field.Node != nil && field.text == "" {
-			lr.wrong(field.node, "%s", noValue)
-			return nil
-		}
-	}
 	t, field, err := lr.tierOf(a)
 	if err != nil {
 		lr.wrongError(g.at(field), err)
@@ -82,13 +73,17 @@ func (lr *limitReader) readTier(g granted) *tier {
 	return t
 }
 
-// readText reads a text, or a number, that is wanted as in want.
+// readText reads a text, or a number, that is wanted as in want. It returns "" after
+// a mistake, such as a variable that is empty.
 func (lr *limitReader) readText(n node, want string) string {
 	if kind := describe(n.Node); kind != "a string" && kind != "a number" {
 		lr.wrong(n, "must be %s, not %s", want, kind)
 		return ""
 	}
-	text, _ := lr.scalar(n)
+	text, ok := lr.scalar(n)
+	if ok && text == "" {
+		lr.wrong(n, "%s", noValue)
+	}
 	return text
 }
 

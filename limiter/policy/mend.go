@@ -103,7 +103,7 @@ var misplaced = map[string]map[string]string{
 	},
 }
 
-var indexes = regexp.MustCompile(`\[\d+\]`)
+var indexes = whenUsed(`\[\d+\]`)
 
 // unknownField says what to write instead of an unknown field of the field in,
 // whose fields have these names.
@@ -111,7 +111,7 @@ func unknownField(in, name string, fields []string) string {
 	if in == "" && !slices.Contains(fields, "limits") {
 		in = "limits[]" // of a route
 	}
-	if mend := misplaced[indexes.ReplaceAllString(in, "[]")][name]; mend != "" {
+	if mend := misplaced[indexes().ReplaceAllString(in, "[]")][name]; mend != "" {
 		return "unknown field; " + mend
 	}
 	if near := nearest(name, fields); near != "" {
@@ -250,6 +250,36 @@ func mendRate(s string) string {
 	case "none", "never", "nothing", "deny", "denied", "block", "blocked", "no", "0":
 		return "write none"
 	}
+	if m := writtenRate().FindStringSubmatch(s); m != nil && m[3] == "" {
+		unit := strings.ToLower(m[4])
+		tokens, ok := tokensOf(m)
+		if known := rateUnits[unit]; ok && (known == "30d" || known == "365d") && tokens.IsInt() && tokens.Num().IsInt64() {
+			return fmt.Sprintf("write quota: %s/%s", tokens.Num(), quotaUnits[unit])
+		}
+	}
+	return mendTokensPerPeriod(s)
+}
+
+// tokensOf returns the tokens of a match of writtenRate.
+func tokensOf(m []string) (*big.Rat, bool) {
+	tokens, ok := new(big.Rat).SetString(strings.NewReplacer(",", "", "_", "").Replace(m[1]))
+	if !ok {
+		return nil, false
+	}
+	switch zeros := strings.ToLower(m[2]); {
+	case zeros == "k":
+		tokens.Mul(tokens, big.NewRat(1000, 1))
+	case zeros != "":
+		for range zeros[1] - '0' {
+			tokens.Mul(tokens, big.NewRat(10, 1))
+		}
+	}
+	return tokens, true
+}
+
+// mendTokensPerPeriod is mendRate where only tokens/period is of use.
+func mendTokensPerPeriod(s string) string {
+	s = strings.TrimSpace(s)
 	if n, err := strconv.ParseInt(s, 10, 64); err == nil && n > 0 {
 		return fmt.Sprintf("a rate needs a period; write %d/s or %[1]d/m", n)
 	}
@@ -264,25 +294,14 @@ func mendRate(s string) string {
 	if m == nil {
 		return ""
 	}
-	tokens, ok := new(big.Rat).SetString(strings.NewReplacer(",", "", "_", "").Replace(m[1]))
+	tokens, ok := tokensOf(m)
 	if !ok {
 		return ""
-	}
-	switch zeros := strings.ToLower(m[2]); {
-	case zeros == "k":
-		tokens.Mul(tokens, big.NewRat(1000, 1))
-	case zeros != "":
-		for range zeros[1] - '0' {
-			tokens.Mul(tokens, big.NewRat(10, 1))
-		}
 	}
 	unit, note := strings.ToLower(m[4]), ""
 	if known := rateUnits[unit]; known != "" {
 		switch known {
 		case "30d", "365d":
-			if m[3] == "" && tokens.IsInt() && tokens.Num().IsInt64() {
-				return fmt.Sprintf("write quota: %s/%s", tokens.Num(), quotaUnits[unit])
-			}
 			note = "a rate's longest unit is d, as months and years differ in length; "
 		case "7d":
 			note = "a rate's longest unit is d; "

@@ -174,14 +174,18 @@ func (lr *limitReader) readMaxRate(d *draft) {
 		return
 	}
 	before := len(lr.mistakes)
-	text := lr.readText(d.maxRate, "tokens/period such as 10000/m")
+	const want = "tokens/period such as 10000/m"
+	text := lr.readText(d.maxRate, want)
 	if len(lr.mistakes) > before {
 		return
 	}
 	tokens, period, err := parseRate(text)
 	switch {
+	case errors.As(err, new(*advice)): // which may be none, unlimited or a quota
+		lr.wrongError(d.maxRate, &advice{fmt.Sprintf("invalid rate %q", text), mendTokensPerPeriod(text), "want " + want})
+		return
 	case err != nil:
-		lr.wrongError(d.maxRate, ofMaxRate(err))
+		lr.wrongError(d.maxRate, err)
 		return
 	case period == 0:
 		lr.wrong(d.maxRate, "must be a rate with a period such as 10000/m, not %s", text)
@@ -205,22 +209,6 @@ func (lr *limitReader) readMaxRate(d *draft) {
 	if d.granted.burst.Node != nil || p != nil && p.grants.burst != "" {
 		d.rateFrom.burst = d.tier.bucket.Burst()
 	}
-}
-
-// ofMaxRate returns an error of parseRate with what to write as max_rate: it is neither
-// none nor unlimited, and no quota.
-func ofMaxRate(err error) error {
-	a, ok := errors.AsType[*advice](err)
-	if !ok {
-		return err
-	}
-	b := &advice{what: a.what, mend: a.mend, want: "want tokens/period such as 10000/m"}
-	for _, other := range []string{noneRate, unlimitedRate, "quota"} {
-		if strings.Contains(a.mend, other) {
-			b.mend = ""
-		}
-	}
-	return b
 }
 
 // clientFilters are filters of Envoy whose metadata is what a client has sent, in
