@@ -56,12 +56,11 @@ func podTemplatePath(kind, apiVersion string) ([]string, bool) {
 // too. It treats each pod as if its namespace were labelled, so that only the
 // pod's own label turns injection off.
 //
-// Documents that do not change are copied byte for byte; out may share the memory
-// of in. The others in YAML get
+// Documents that do not change are copied byte for byte. The others in YAML get
 // the sidecar inserted into their text. If more has to be done than to insert,
 // as when a value has to be replaced, they are encoded again, and comments, order
 // and spacing are kept where possible. Injecting the output again does not change
-// it.
+// it. out may share the memory of in.
 //
 // skipped names each object that can have no sidecar, and says why: those of a
 // kind that is not known, too, if their pods have a label or an annotation of
@@ -75,7 +74,7 @@ func Manifest(in []byte, o Options) (out []byte, skipped []string, err error) {
 	if objects, ok := splitJSON(in); ok {
 		documents, injectDocument = objects, injectJSON
 	}
-	var b bytes.Buffer
+	parts := make([][]byte, 0, len(documents))
 	for i, text := range documents {
 		out, err := injectDocument(text, &m)
 		if errors.As(err, new(unreadableError)) && !bytes.Contains(text, []byte(namePrefix)) {
@@ -85,15 +84,15 @@ func Manifest(in []byte, o Options) (out []byte, skipped []string, err error) {
 		if err != nil {
 			return nil, m.skipped, fmt.Errorf("document %d: %w", i+1, err)
 		}
-		if len(documents) == 1 && len(m.refused) == 0 {
-			return out, m.skipped, nil
-		}
-		b.Write(out)
+		parts = append(parts, out)
 	}
 	if len(m.refused) > 0 {
 		return nil, m.skipped, errors.Join(m.refused...)
 	}
-	return b.Bytes(), m.skipped, nil
+	if len(parts) == 1 { // a large List is not copied once more
+		return parts[0], m.skipped, nil
+	}
+	return slices.Concat(parts...), m.skipped, nil
 }
 
 // injector injects with these options, and collects what happens to the objects

@@ -274,17 +274,43 @@ func (p *insertion) insertBlock(at, indent int, added *yaml.Node) bool {
 // appendFlow inserts added at the end of a mapping or sequence in flow style that
 // is not empty.
 func (p *insertion) appendFlow(node, added *yaml.Node) bool {
-	at, ok := p.lineOf(node)
-	if !ok {
+	at, column, hasComma, ok := p.closingBracket(node)
+	text, encoded := encodeFlow(added)
+	if !ok || !encoded {
 		return false
+	}
+	line := p.lines[at]
+	start := len(bytes.TrimRight(line[:column], " \t"))
+	separator := ", "
+	if hasComma {
+		separator = " "
+	}
+	if start == 0 { // the bracket is on a line of its own, and so is what is added
+		indent := bytes.Repeat([]byte(" "), indentOf(line)+2)
+		text = slices.Concat(indent, bytes.TrimLeft([]byte(separator), " "), text, []byte(p.newline))
+	} else {
+		text = slices.Concat([]byte(separator), text)
+	}
+	p.edits = append(p.edits, edit{at, start, start, text})
+	return true
+}
+
+// closingBracket returns where the bracket stands that closes a mapping or sequence
+// in flow style, and whether a comma is before it. It returns false if it finds
+// none.
+func (p *insertion) closingBracket(node *yaml.Node) (at, column int, hasComma, ok bool) {
+	at, ok = p.lineOf(node)
+	if !ok {
+		return 0, 0, false, false
 	}
 	depth := 0
 	var quote, last byte // last is the last byte of what is no comment and no space
-	for column := byteColumn(p.lines[at], node.Column); at < len(p.lines); at, column = at+1, 0 {
+	for column = byteColumn(p.lines[at], node.Column); at < len(p.lines); at, column = at+1, 0 {
 		line := p.lines[at]
 		for ; column < len(line); column++ {
 			c := line[column]
-			if quote == 0 && c == '#' && (column == 0 || line[column-1] == ' ' || line[column-1] == '\t') {
+			isSpaced := column == 0 || line[column-1] == ' ' || line[column-1] == '\t'
+			if quote == 0 && c == '#' && isSpaced {
 				break
 			}
 			before := last
@@ -300,31 +326,18 @@ func (p *insertion) appendFlow(node, added *yaml.Node) bool {
 				if c == quote {
 					quote = 0
 				}
-			case (c == '"' || c == '\'') && column > 0 && bytes.IndexByte([]byte(" \t,[{:"), line[column-1]) >= 0:
+			case (c == '"' || c == '\'') && (isSpaced || bytes.IndexByte([]byte(",[{:"), line[column-1]) >= 0):
 				quote = c
 			case c == '{' || c == '[':
 				depth++
 			case c == '}' || c == ']':
-				if depth--; depth > 0 {
-					continue
+				if depth--; depth == 0 {
+					return at, column, before == ',', true
 				}
-				text, ok := encodeFlow(added)
-				start := len(bytes.TrimRight(line[:column], " \t"))
-				separator := ", "
-				if before == ',' {
-					separator = ""
-				}
-				if start == 0 { // the bracket is on a line of its own, and so is what is added
-					text = slices.Concat(bytes.Repeat([]byte(" "), indentOf(line)+2), []byte(separator), text, []byte(p.newline))
-				} else {
-					text = slices.Concat([]byte(cmp.Or(separator, " ")), text)
-				}
-				p.edits = append(p.edits, edit{at, start, start, text})
-				return ok
 			}
 		}
 	}
-	return false
+	return 0, 0, false, false
 }
 
 // encodeFlow returns the text of a mapping or sequence in flow style, without

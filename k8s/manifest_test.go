@@ -222,8 +222,8 @@ func TestManifestAdds(t *testing.T) {
 			"    volumeMounts: []\n",
 		"flow style over lines": around + "  containers: [\n    {name: envoy,  args: [\"]\"]}\n  ]\n" +
 			"  volumes: [{\n    name: a\n  }]\n",
-		"commas at ends, and comments": around + "  containers: [\n    {name: app}, # ]\n    {name: envoy,  args: ['it''s ]',],},\n" +
-			"  ]\n  volumes: [\n    {name: a}, # its own\n  ]\n",
+		"commas at ends, and comments": around + "  containers: [\n    {name: app}, # ]\n" +
+			"    {name: envoy,  args: ['it''s ]',],},\n  ]\n  volumes: [\n    {name: a}, # its own\n  ]\n",
 	} {
 		for _, in := range []string{in, strings.ReplaceAll(in, "\n", "\r\n"),
 			"kind: List\nitems:\n- " + strings.ReplaceAll(strings.TrimPrefix(strings.TrimPrefix(in, "---\n"), "#a\n"),

@@ -190,7 +190,8 @@ func awaitFilter(t *testing.T) {
 	t.Helper()
 	await(t, "a listener with sluice's filter", func() bool {
 		text, err := configDump("dynamic_listeners")
-		return err == nil && strings.Contains(text, "http.ext_authz.v3.ExtAuthz") && !strings.Contains(text, `"warming_state"`)
+		return err == nil && strings.Contains(text, "http.ext_authz.v3.ExtAuthz") &&
+			!strings.Contains(text, `"warming_state"`)
 	})
 }
 

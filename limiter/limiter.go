@@ -480,7 +480,7 @@ const (
 	KindOOM        ErrorKind = "oom"        // Redis is out of memory
 	KindLoading    ErrorKind = "loading"    // Redis is still reading its data
 	KindScript     ErrorKind = "script"     // the script failed, or was refused
-	KindState      ErrorKind = "state"      // the stored state is invalid or newer, or no guess of a quota was right
+	KindState      ErrorKind = "state"      // the stored state is invalid or newer, or a quota's window keeps changing
 	KindOverload   ErrorKind = "overload"   // too many takes are waiting
 	KindOther      ErrorKind = "other"
 )

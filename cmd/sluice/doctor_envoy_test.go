@@ -359,7 +359,7 @@ func TestDoctorNamesEachMistake(t *testing.T) {
 			"lets every request pass", "failure_mode_allow: false"},
 		"no status": {"", cut(" +status_on_error.*\n"), limiter.Warn, "failures", "clients get 403", "code: ServiceUnavailable"},
 		"a client's status": {"", swap("code: ServiceUnavailable", "code: TooManyRequests"), limiter.Warn, "failures",
-			"clients get an error that blames them", "code: ServiceUnavailable"},
+			"status_on_error gives clients a 4xx", "code: ServiceUnavailable"},
 		"bodies": {"", swap(rawHeaders, rawHeaders+"              with_request_body: { max_request_bytes: 8192 }\n"), limiter.Warn, "body",
 			"sluice reads none", "remove with_request_body"},
 		"joined headers": {"", cut(" +encode_raw_headers.*\n"), limiter.Warn, "options", "encode_raw_headers is not true",

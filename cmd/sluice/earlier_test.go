@@ -15,7 +15,8 @@ var earlier = flag.String("earlier", "", "a sluice `program` of an earlier commi
 // BenchmarkEarlier prints what a check costs the processor, sluice and Redis
 // together, over what it costs with the program of an earlier commit:
 //
-//	CGO_ENABLED=0 go build -trimpath -tags grpcnotrace -ldflags '-s -w -X main.version=devel' -o /tmp/earlier ./cmd/sluice
+//	CGO_ENABLED=0 go build -trimpath -tags grpcnotrace -ldflags '-s -w -X main.version=devel' \
+//		-o /tmp/earlier ./cmd/sluice
 //	go test ./cmd/sluice -run '^$' -bench Earlier -benchtime 1x -earlier /tmp/earlier -timeout 30m
 //
 // A busy machine is some percent slower for seconds at a time. So each ratio is

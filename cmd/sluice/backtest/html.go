@@ -119,8 +119,9 @@ func (r *Report) htmlTable(p *page) {
 			`<th scope="col" class="n">No longer</th>`)
 	}
 	p.put("</tr></thead>\n<tbody>\n")
-	cell := func(text string) { p.put(`<td class="n">%v</td>`, text) }
-	wide := func(text string) { p.put(`<td class="n wide">%v</td>`, text) } // not on a phone
+	td := func(class, text string) { p.put(`<td class="%v">%v</td>`, class, text) }
+	cell := func(text string) { td("n", text) }
+	wide := func(text string) { td("n wide", text) } // not on a phone
 	for i := range r.Limits {
 		l := &r.Limits[i]
 		p.put(`<tr><th scope="row"><a href="#limit-%v">%v</a>`, i, l.Name)

@@ -34,7 +34,7 @@ func (x *examination) checkFailures() {
 				"while sluice does not answer, clients get 403, as if the request were forbidden")
 		case isClientError(status):
 			x.say(a.chain, "failures", limiter.Warn, mendStatus.of(a.plane),
-				"while sluice does not answer, clients get an error that blames them, by status_on_error")
+				"while sluice does not answer, status_on_error gives clients a 4xx, as if the request were wrong")
 		}
 	}
 	x.ok("failures", "%s", failuresOf(x.asks[0]))
