@@ -3,7 +3,6 @@ package limiter
 import (
 	"context"
 	"fmt"
-	"maps"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -254,116 +253,8 @@ func TestQuotas(t *testing.T) {
 	}
 }
 
-// Three sidecars whose clocks are up to 90 seconds off take from one quota, as fast
-// as they can, over many ends of windows: each window grants exactly its tokens, and
-// no take fails.
-func TestQuotaIsExact(t *testing.T) {
-	server := redistest.Start(t)
-	const tokens, hourLasts = 150, 250 * time.Millisecond
-	scale := int64(time.Hour / hourLasts)
-	began := time.Now().UnixMicro()
-	clock := fmt.Sprintf("local t = redis.call('TIME') return take(%d + (t[1] * 1000000 + t[2] - %d) * %d)",
-		int64(begin), began, scale)
-	a := charge(quota(t, tokens, calendar(t, Hour, "Asia/Kolkata", "")), "a")
-	b := charge(quota(t, MaxTokens, calendar(t, Hour, "", "")), "b")
-	var mu sync.Mutex
-	granted := map[int64]int64{} // by the window's start
-	var wg sync.WaitGroup
-	stop := time.Now().Add(redistest.Scaled[time.Duration](8, 40) * hourLasts)
-	for sidecar, off := range []time.Duration{-90 * time.Second, 0, 90 * time.Second} {
-		r := newTestRedis(t, server, clock)
-		r.wall = func() int64 { return begin + (time.Now().UnixMicro()-began)*scale + off.Microseconds() }
-		for caller := range 22 {
-			wg.Go(func() {
-				for i := 0; time.Now().Before(stop); i++ {
-					charges := []Charge{a, b}[:1+(i+caller+sidecar)%2]
-					verdicts := make([]Verdict, len(charges))
-					r.Take(t.Context(), charges, verdicts)
-					for _, v := range verdicts {
-						if v.Err != nil || !v.Known() {
-							t.Errorf("%+v", v)
-							return
-						}
-					}
-					if verdicts[0].Allowed {
-						mu.Lock()
-						granted[a.Bucket.Calendar().window(verdicts[0].at).start]++
-						mu.Unlock()
-					}
-				}
-			})
-		}
-	}
-	wg.Wait()
-	first, last := slices.Min(slices.Collect(maps.Keys(granted))), slices.Max(slices.Collect(maps.Keys(granted)))
-	for start, n := range granted {
-		if n > tokens || n < tokens && start != first && start != last {
-			t.Errorf("the window from %d granted %d, want %d", start, n, tokens)
-		}
-	}
-	if len(granted) < 5 {
-		t.Errorf("only %d windows: this says little", len(granted))
-	}
-	t.Logf("%d windows of %d tokens", len(granted), tokens)
-}
-
-// A sidecar whose clock is wrong learns from Redis's answers what the time is there: it
-// asks twice when it first asks, and when Redis's clock has stepped, and else once.
-func TestWrongWindowIsAskedAgainOnce(t *testing.T) {
-	server := redistest.Start(t)
-	a := charge(quota(t, 100, calendar(t, Hour, "", "")), "a")
-	for off, start := range map[time.Duration]string{
-		-90 * time.Second: "2026-02-10T12:00:30Z", 90 * time.Second: "2026-02-10T14:59:30Z",
-	} {
-		clock := &testClock{t: t, client: server.Client()}
-		r, stepped := newTestRedis(t, server, keyClock), time.Duration(0)
-		r.wall = func() int64 { return clock.now() + (off - stepped).Microseconds() }
-		k, before := taker{t, r}, 0
-		take := func(want int, when string) {
-			t.Helper()
-			if v := k.take(a)[0]; !v.Allowed {
-				t.Errorf("%v off, %s: %+v", off, when, v)
-			}
-			if n := calls(t, r) - before; n != want {
-				t.Errorf("%v off, %s: %d calls, want %d", off, when, n, want)
-			}
-			before = calls(t, r)
-		}
-		clock.setTo(start)
-		take(2, "at first")
-		take(1, "then")
-		clock.advance(time.Hour)
-		take(1, "an hour later")
-		stepped = time.Hour
-		clock.advance(stepped)
-		take(2, "after a step")
-		take(1, "after that")
-	}
-}
-
-// A take whose guesses are all wrong fails, and takes nothing.
-func TestNoGuessIsRight(t *testing.T) {
-	server := redistest.Start(t)
-	const leaps = "return take(1700000000000000 + redis.call('INCR', 'calls') * 7200000000)\n" // two hours a call
-	r := newTestRedis(t, server, leaps)
-	a, b := charge(quota(t, 100, calendar(t, Hour, "", "")), "a"), charge(bucket(t, 1, day, 5), "b")
-	verdicts := make([]Verdict, 2)
-	r.Take(t.Context(), []Charge{a, b}, verdicts)
-	for _, v := range verdicts {
-		if KindOf(v.Err) != KindState || v.Allowed {
-			t.Errorf("%+v", v)
-		}
-	}
-	if n := calls(t, r); n != maxGuesses {
-		t.Errorf("%d calls, want %d", n, maxGuesses)
-	}
-	if n := server.Client().Exists(t.Context(), a.Key, b.Key).Val(); n != 0 {
-		t.Errorf("%d buckets were written", n)
-	}
-}
-
-// A take that finds no right guess leaves all as it was, and who looks sees what a
-// take would.
+// A read-only store says of a quota what a take would, also where the stored state is
+// absent, invalid or newer.
 func TestReadOnlyQuota(t *testing.T) {
 	server := redistest.Start(t)
 	client, ctx := server.Client(), t.Context()
