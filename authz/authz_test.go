@@ -162,7 +162,8 @@ body {"title":"Rate Limiter Unavailable","status":503,"detail":"The rate limiter
 
 // failedClosed is what spell writes of the metadata of a check that no store
 // answered.
-const failedClosed = `metadata cost=null decision="failed_closed" key=null limit=null remaining=null shadow=[] source="none"
+const failedClosed = `metadata cost=null decision="failed_closed" ` +
+	`key=null limit=null remaining=null shadow=[] source="none"
 `
 
 // exceeded returns what spell writes of the body of a denial.

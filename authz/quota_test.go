@@ -48,7 +48,8 @@ client ratelimit-policy: "api";q=10;w=600, "api/quota";q=2;w=2505600
 client ratelimit: "api";r=9;t=2, "api/quota";r=0;t=2
 client retry-after: 2
 ` + exceeded("api/quota", 2) +
-				`metadata cost=1 decision="limited" key="=11.203.0.113.7" limit="api/quota" remaining=0 retry_after=2 shadow=[] source="memory"
+				`metadata cost=1 decision="limited" key="=11.203.0.113.7" limit="api/quota" remaining=0 retry_after=2 ` +
+				`shadow=[] source="memory"
 `},
 			{"2000-03-01T00:00:00Z", `status 0
 allow

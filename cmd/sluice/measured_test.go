@@ -213,7 +213,8 @@ func draw(b *testing.B, path string, servers []*measured) {
 	var svg strings.Builder
 	fmt.Fprintf(
 		&svg,
-		`<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" width="%d" height="%d" font-family="sans-serif" font-size="12">
+		`<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" width="%d" height="%d" `+
+			`font-family="sans-serif" font-size="12">
 <rect width="100%%" height="100%%" fill="#fff"/>
 <text x="10" y="20" font-weight="bold">Processor time of one check, in µs, by 64 callers</text>
 `,

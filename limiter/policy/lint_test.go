@@ -106,7 +106,8 @@ func TestLint(t *testing.T) {
 		},
 		"a key that differs for each request": {
 			{"limits: [{name: a, rate: 1/s, key: request.id}]",
-				"1:36: limits[0].key: request.id differs for each request, so each gets a full bucket of its own and the limit never denies; write what " +
+				"1:36: limits[0].key: request.id differs for each request, so each gets a full bucket of its own and the " +
+					"limit never denies; write what " +
 					"identifies the client, such as client.network"},
 			{"limits: [{name: a, rate: 1/s, key: 'request.headers[\"traceparent\"]'}]", `limits[0].key: request.headers["traceparent"] differs`},
 			{"limits: [{name: a, rate: 1/s, key: [client.ip, source.port]}]", "1:48: limits[0].key[1]: source.port differs for each connection"},
