@@ -3,9 +3,10 @@ package authz
 import (
 	"fmt"
 	"runtime"
-	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/sluiceproxy/sluice/limiter"
 )
@@ -95,17 +96,17 @@ func TestManyLimitsReload(t *testing.T) {
 }
 
 // threadTime is the processor time that do takes in its own thread, whatever
-// else the machine does.
+// else the machine does. getrusage(2) would tell it in steps of a timer tick,
+// which is longer than a short do.
 func threadTime(do func()) time.Duration {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	used := func() time.Duration {
-		const thread = 1 // RUSAGE_THREAD of getrusage(2)
-		var u syscall.Rusage
-		if err := syscall.Getrusage(thread, &u); err != nil {
+		var t unix.Timespec
+		if err := unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &t); err != nil {
 			panic(err)
 		}
-		return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+		return time.Duration(t.Nano())
 	}
 	before := used()
 	do()
