@@ -279,10 +279,12 @@ func TestQuotaIsExact(t *testing.T) {
 // asks twice when it first asks, and when Redis's clock has stepped, and else once.
 func TestWrongWindowIsAskedAgainOnce(t *testing.T) {
 	server := redistest.Start(t)
-	a := charge(quota(t, 100, calendar(t, Hour, "", "")), "a")
 	for off, start := range map[time.Duration]string{
 		-90 * time.Second: "2026-02-10T12:00:30Z", 90 * time.Second: "2026-02-10T14:59:30Z",
 	} {
+		// Each has a bucket of its own: one that was last taken from in a later window
+		// keeps that window, of which an answer's time tells nothing.
+		a := charge(quota(t, 100, calendar(t, Hour, "", "")), off.String())
 		clock := &testClock{t: t, client: server.Client()}
 		r, stepped := newTestRedis(t, server, keyClock), time.Duration(0)
 		r.wall = func() int64 { return clock.now() + (off - stepped).Microseconds() }
