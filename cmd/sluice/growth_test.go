@@ -39,11 +39,11 @@ func BenchmarkGrowth(b *testing.B) {
 		for range rounds {
 			before := make([]time.Duration, len(sidecars))
 			for i, o := range sidecars {
-				before[i] = cpu(b, o.process.cmd.Process.Pid)
+				before[i] = redistest.ProcessTime(b, o.process.cmd.Process.Pid)
 			}
 			s.round(b, store, 64, each, true)
 			for i, o := range sidecars {
-				s.cpu += cpu(b, o.process.cmd.Process.Pid) - before[i]
+				s.cpu += redistest.ProcessTime(b, o.process.cmd.Process.Pid) - before[i]
 			}
 		}
 		fmt.Printf("%-28s %10.1f %10.1f %10.0f\n", what, s.server(), s.ofRedis(), s.throughput())

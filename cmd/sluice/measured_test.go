@@ -74,22 +74,17 @@ func (m *measured) reset() {
 func (m *measured) round(b *testing.B, store *redistest.Server, callers, each int, counts bool) {
 	b.Helper()
 	before := *m
-	cpuBefore, redisBefore, scriptsBefore, began := cpu(
-		b,
-		m.process.cmd.Process.Pid,
-	), store.CPU(), evalshas(
-		b,
-		store,
-	), time.Now()
+	pid, scripts := m.process.cmd.Process.Pid, evalshas(b, store)
+	redis, cpu, began := store.CPU(), redistest.ProcessTime(b, pid), time.Now()
 	m.load(b, callers, each)
 	if !counts {
 		m.granted, m.latencies = before.granted, before.latencies
 		return
 	}
 	m.took += time.Since(began)
-	m.cpu += cpu(b, m.process.cmd.Process.Pid) - cpuBefore
-	m.redis += store.CPU() - redisBefore
-	m.scripts += evalshas(b, store) - scriptsBefore
+	m.cpu += redistest.ProcessTime(b, pid) - cpu
+	m.redis += store.CPU() - redis
+	m.scripts += evalshas(b, store) - scripts
 	m.checks += each
 }
 
@@ -152,25 +147,6 @@ func (m *measured) print(base *measured) {
 		m.quantile(.99).Microseconds(),
 		m.quantile(.999).Microseconds(),
 	)
-}
-
-// cpu returns the CPU time that a process has used, in steps of 10 ms.
-func cpu(b *testing.B, pid int) time.Duration {
-	b.Helper()
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		b.Fatal(err)
-	}
-	fields := strings.Fields(string(stat)[strings.LastIndex(string(stat), ")")+2:])
-	var ticks int
-	for _, f := range fields[11:13] { // utime and stime, as proc(5) counts from 14
-		n, err := strconv.Atoi(f)
-		if err != nil {
-			b.Fatal(err)
-		}
-		ticks += n
-	}
-	return time.Duration(ticks) * 10 * time.Millisecond
 }
 
 func evalshas(b *testing.B, s *redistest.Server) int {

@@ -68,7 +68,8 @@ func BenchmarkSettle(b *testing.B) {
 	for b.Loop() {
 		for round := range rounds + 1 {
 			for i, w := range ways {
-				sluice, redis, proxy := cpu(b, w.s.p.cmd.Process.Pid), store.CPU(), cpu(b, w.pid)
+				pid := w.s.p.cmd.Process.Pid
+				sluice, redis, proxy := redistest.ProcessTime(b, pid), store.CPU(), redistest.ProcessTime(b, w.pid)
 				load(w, each)
 				if i == 1 { // every request is settled, and all that it did not use is back
 					eventually(b, "all settlements", func() bool {
@@ -76,9 +77,9 @@ func BenchmarkSettle(b *testing.B) {
 					})
 				}
 				if round > 0 {
-					w.sluice = append(w.sluice, perRequest(cpu(b, w.s.p.cmd.Process.Pid)-sluice))
+					w.sluice = append(w.sluice, perRequest(redistest.ProcessTime(b, pid)-sluice))
 					w.redis = append(w.redis, perRequest(store.CPU()-redis))
-					w.envoy = append(w.envoy, perRequest(cpu(b, w.pid)-proxy))
+					w.envoy = append(w.envoy, perRequest(redistest.ProcessTime(b, w.pid)-proxy))
 				}
 			}
 		}

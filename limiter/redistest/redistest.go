@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"github.com/redis/go-redis/v9"
+	"golang.org/x/sys/unix"
 )
 
 // startWithin bounds how long a server may take to start or to end.
@@ -173,21 +174,24 @@ func (s *Server) signal(sig syscall.Signal) {
 	}
 }
 
-// CPU returns how much processor time the server has used so far, in user and
-// system mode.
+// CPU returns how much processor time the server has used since it was started
+// last. It must be running.
 func (s *Server) CPU() time.Duration {
 	s.t.Helper()
-	info := s.Info("cpu")
-	return seconds(s.t, info["used_cpu_user"]) + seconds(s.t, info["used_cpu_sys"])
+	return ProcessTime(s.t, s.cmd.Process.Pid)
 }
 
-func seconds(t testing.TB, text string) time.Duration {
+// ProcessTime returns how much processor time all threads of a process have
+// used so far, to the nanosecond. getrusage(2), Redis's INFO and /proc/PID/stat
+// tell it in steps of a timer tick.
+func ProcessTime(t testing.TB, pid int) time.Duration {
 	t.Helper()
-	d, err := time.ParseDuration(text + "s")
-	if err != nil {
-		t.Fatal(err)
+	const perProcess = 2 // CPUCLOCK_SCHED: the clock's number is made as clock_getcpuclockid(3) does
+	var used unix.Timespec
+	if err := unix.ClockGettime(int32(^pid)<<3|perProcess, &used); err != nil {
+		t.Fatalf("the processor time of process %d: %v", pid, err)
 	}
-	return d
+	return time.Duration(used.Nano())
 }
 
 // Info returns the fields of a section of INFO.
