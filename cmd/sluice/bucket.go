@@ -158,14 +158,14 @@ func (p *program) bucket(ctx context.Context, a *bucketFlags, reset bool) error 
 		return p.printJSON(s)
 	}
 	if s.Quota != nil {
-		_, err = fmt.Fprintf(p.stdout, "%s {%s}: %d of %d tokens%s, quota %s, all back in %d s, at %s\n",
-			s.Limit, s.Key, s.Tokens, s.Burst, heldAndOwed(s.Held, s.Owed), *s.Quota, s.Reset, *s.WindowEnds)
+		_, err = fmt.Fprintf(p.stdout, "%s {%s}: %d of %d tokens%s, quota %s, all back in %s, at %s\n",
+			s.Limit, s.Key, s.Tokens, s.Burst, heldAndOwed(s.Held, s.Owed), *s.Quota, wait(s.Reset), *s.WindowEnds)
 		return err
 	}
 	full := "full"
 	switch {
 	case s.Reset > 0:
-		full = fmt.Sprintf("full in %d s", s.Reset)
+		full = "full in " + wait(s.Reset)
 	case !s.Exists && !existed:
 		full = "full: the bucket does not exist, because it was not used or has refilled"
 	}

@@ -29,7 +29,7 @@ func TestBucket(t *testing.T) {
 	if got := check(t, conn, request); got != "ok" {
 		t.Fatal(got)
 	}
-	ask("orders {"+key+"}: 2 of 7 tokens, refilled at 60/d, full in 7200 s\n", get...)
+	ask("orders {"+key+"}: 2 of 7 tokens, refilled at 60/d, full in 2h\n", get...)
 	ask(`{
   "limit": "orders",
   "key": "`+key+`",
@@ -48,7 +48,7 @@ func TestBucket(t *testing.T) {
 		t.Error(got)
 	}
 	shown := []string{"--config", config, "--limit", "orders", "--key-hash", key}
-	ask("orders {"+key+"}: 2 of 7 tokens, refilled at 60/d, full in 7200 s\n", append([]string{"get"}, shown...)...)
+	ask("orders {"+key+"}: 2 of 7 tokens, refilled at 60/d, full in 2h\n", append([]string{"get"}, shown...)...)
 	ask("orders {"+key+"}: 7 of 7 tokens, refilled at 60/d, full\n", reset...)
 	ask("orders {"+key+"}: 7 of 7 tokens, refilled at 60/d, "+none, append([]string{"reset"}, shown...)...)
 	ask(`{

@@ -3,9 +3,9 @@ package main
 import (
 	"context"
 	"fmt"
-
 	"os"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -223,7 +223,7 @@ func deniedBy(e *authz.Explanation) string {
 		switch {
 		case !l.Applies || l.Mode == "shadow" || l.Cost == nil:
 		case l.RetryAfter != nil:
-			by = append(by, fmt.Sprintf("%s for %d s", l.Name, *l.RetryAfter))
+			by = append(by, l.Name+" for "+wait(*l.RetryAfter))
 		case l.Never:
 			by = append(by, l.Name+" forever")
 		}
@@ -233,6 +233,9 @@ func deniedBy(e *authz.Explanation) string {
 	}
 	return " by " + strings.Join(by, ", ")
 }
+
+// wait returns a number of seconds for people.
+func wait(seconds int64) string { return policy.RoughDuration(time.Duration(seconds) * time.Second) }
 
 // orUnknown returns s, or "unknown" if it is empty.
 func orUnknown(s string) string {

@@ -24,19 +24,37 @@ func aYear() (starts string, ends time.Time) {
 	return ends.AddDate(-1, 0, 0).Format(time.DateOnly), ends
 }
 
-// inSeconds matches how many seconds something lasts.
-var inSeconds = regexp.MustCompile(`(for|in|"reset":|"retry_after":) (\d+)( s|,)`)
+// inSeconds matches how many seconds something lasts, and inDays how many days and
+// hours.
+var (
+	inSeconds = regexp.MustCompile(`("reset":|"retry_after":) (\d+)`)
+	inDays    = regexp.MustCompile(`(for|in) (\d+)d(?: (\d+)h)?`)
+)
 
-// untilEnd replaces the seconds until an instant by N. It changes no others.
+// untilEnd replaces the time until an instant by N. It changes no others.
 func untilEnd(text string, ends time.Time) string {
-	return inSeconds.ReplaceAllStringFunc(text, func(s string) string {
-		m := inSeconds.FindStringSubmatch(s)
-		n, err := strconv.Atoi(m[2])
-		if late := time.Until(ends) - time.Duration(n)*time.Second; err != nil || late.Abs() > within {
-			return s
-		}
-		return m[1] + " N" + m[3]
-	})
+	for _, form := range []struct {
+		written *regexp.Regexp
+		units   []time.Duration
+		rounded time.Duration // to this
+	}{
+		{inSeconds, []time.Duration{time.Second}, time.Second},
+		{inDays, []time.Duration{24 * time.Hour, time.Hour}, time.Hour},
+	} {
+		text = form.written.ReplaceAllStringFunc(text, func(s string) string {
+			m := form.written.FindStringSubmatch(s)
+			lasts := time.Duration(0)
+			for i, unit := range form.units {
+				n, _ := strconv.Atoi(m[2+i]) // an absent one is 0
+				lasts += time.Duration(n) * unit
+			}
+			if (time.Until(ends) - lasts).Abs() > form.rounded/2+within {
+				return s
+			}
+			return m[1] + " N"
+		})
+	}
+	return text
 }
 
 // TestQuotaCommands checks what explain and bucket say of a quota in Redis, and that
@@ -91,7 +109,7 @@ client 203.0.113.7, domain default
 	}
 	const get, reset = "bucket get --limit api/quota --key k", "bucket reset --limit api/quota --key k"
 	line := func(tokens int) string {
-		return fmt.Sprintf("api/quota {%s}: %d of 5 tokens, quota 5/year, all back in N s, at %s\n", key, tokens,
+		return fmt.Sprintf("api/quota {%s}: %d of 5 tokens, quota 5/year, all back in N, at %s\n", key, tokens,
 			ends.Format(time.RFC3339))
 	}
 	ask(0, explained(7, 5, "allowed"), explain)
@@ -102,7 +120,7 @@ client 203.0.113.7, domain default
 			t.Fatal(got)
 		}
 	}
-	ask(1, explained(3, 1, "limited by api/quota for N s"), explain)
+	ask(1, explained(3, 1, "limited by api/quota for N"), explain)
 	ask(0, line(1), get)
 	ask(0, line(1), "bucket get --limit api/quota --key-hash "+key)
 	ask(0, state(true, 1), get+" -o json")

@@ -121,7 +121,7 @@ func (s *site) run(t *testing.T, commands string) string {
 func TestRunbookWalk(t *testing.T) {
 	s := startSite(t, 150) // 300 limited keys
 	varying := regexp.MustCompile(`\d{4}-\d\d-\d\dT[0-9:.]+Z|[0-9a-f]{8}-[0-9a-f-]{27}|` +
-		`[0-9a-f]{8}-…|\b\d+(\.\d+)?(ms|us| s)\b|"retry_after":[0-9.]+|` +
+		`[0-9a-f]{8}-…|\b\d+(\.\d+)?(ms|us)\b|full in \d+[dhms]( \d+[hms])?|"retry_after":[0-9.]+|` +
 		`(192\.0\.2\.7|127\.0\.0\.1)|(shop\.example\.com|127\.0\.0\.1(:\d+)?)`)
 	plain := func(text string) string {
 		return regexp.MustCompile(`_:\d+`).ReplaceAllString(varying.ReplaceAllString(text, "_"), "_")

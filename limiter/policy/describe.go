@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"fmt"
 	"strconv"
 	"strings"
 	"time"
@@ -102,6 +103,30 @@ func DurationText(d time.Duration) string {
 		s = strings.TrimSuffix(s, "0m")
 	}
 	return s
+}
+
+// RoughDuration returns a duration for people, in its two largest units: 21d,
+// 3h 20m, 45s. Below a minute it is exact to the millisecond.
+func RoughDuration(d time.Duration) string {
+	const day = 24 * time.Hour
+	var units [2]time.Duration
+	var names [2]string
+	switch { // by the larger unit after rounding to the smaller one
+	case d >= day-time.Minute/2:
+		units, names = [2]time.Duration{day, time.Hour}, [2]string{"d", "h"}
+	case d >= time.Hour-time.Second/2:
+		units, names = [2]time.Duration{time.Hour, time.Minute}, [2]string{"h", "m"}
+	case d >= time.Minute-time.Millisecond/2:
+		units, names = [2]time.Duration{time.Minute, time.Second}, [2]string{"m", "s"}
+	default:
+		return d.Round(time.Millisecond).String()
+	}
+	d = d.Round(units[1])
+	text := fmt.Sprintf("%d%s", d/units[0], names[0])
+	if rest := d % units[0] / units[1]; rest > 0 {
+		text += fmt.Sprintf(" %d%s", rest, names[1])
+	}
+	return text
 }
 
 // KeyPartKind says what the text of a part is.

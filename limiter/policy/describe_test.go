@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"time"
 )
 
 func TestDescribe(t *testing.T) {
@@ -22,6 +23,34 @@ limits:
 	if g, want := strings.Join(got,
 		"\n"), "a 10/s 20 [\"client.ip\" \"request.headers[\\\"k\\\"]\"] g 1\nb unlimited 0 []  0"; g != want {
 		t.Errorf("%s\nwant %s", g, want)
+	}
+}
+
+// TestRoughDuration checks that a duration is written in its two largest units,
+// rounded to the smaller one.
+func TestRoughDuration(t *testing.T) {
+	const day = 24 * time.Hour
+	for d, want := range map[time.Duration]string{
+		0:                                  "0s",
+		1200 * time.Microsecond:            "1ms",
+		1500 * time.Millisecond:            "1.5s",
+		45 * time.Second:                   "45s",
+		time.Minute - 1:                    "1m",
+		90 * time.Second:                   "1m 30s",
+		time.Hour - 1:                      "1h",
+		time.Hour:                          "1h",
+		200*time.Minute + 29*time.Second:   "3h 20m",
+		day - time.Minute:                  "23h 59m",
+		day - time.Second:                  "1d",
+		day + 29*time.Minute:               "1d",
+		21*day - 30*time.Minute:            "21d",
+		21 * day:                           "21d",
+		21*day + 5*time.Hour + time.Minute: "21d 5h",
+		36525 * day:                        "36525d",
+	} {
+		if got := RoughDuration(d); got != want {
+			t.Errorf("%v: %s, want %s", d, got, want)
+		}
 	}
 }
 

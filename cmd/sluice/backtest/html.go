@@ -8,6 +8,8 @@ import (
 	"math"
 	"strings"
 	"time"
+
+	"github.com/sluiceproxy/sluice/limiter/policy"
 )
 
 //go:embed assets/report.css
@@ -50,7 +52,7 @@ func (r *Report) HTML(w io.Writer) error {
 		r.htmlRemarks(p)
 	} else {
 		p.put(`<p class="soft">%v to %v UTC, over %v</p>`+"\n</header>\n<main>\n",
-			clock(*r.From), clock(*r.To), length(r.span))
+			clock(*r.From), clock(*r.To), policy.RoughDuration(r.span))
 		r.htmlTotals(p)
 		r.htmlTable(p)
 		for i := range r.Limits {
@@ -175,7 +177,7 @@ func (r *Report) htmlLimit(p *page, i int) {
 		}
 		if l.Peak != nil {
 			p.put(`<p class="soft">Most at %v UTC: %v of %v within %v.</p>`+"\n", clock(l.Peak.From), number(l.Peak.Limited),
-				plural(l.Peak.Requests, "request"), length(time.Duration(l.Peak.Seconds*float64(time.Second))))
+				plural(l.Peak.Requests, "request"), policy.RoughDuration(time.Duration(l.Peak.Seconds*float64(time.Second))))
 		}
 	}
 	if l.Suggest != nil {
@@ -219,7 +221,7 @@ func (r *Report) htmlBars(p *page, t *timeline, name string) {
 			clock(rfc3339(t.start+int64(i)*t.width)), plural(s.requests, "request"), number(s.limited))
 	}
 	p.put("</svg>\n"+`<div class="axis"><span>%v</span><span>highest: %v in %v</span><span>%v</span></div>`+"\n",
-		clock(rfc3339(t.start)), plural(most, "request"), length(time.Duration(t.width)*time.Microsecond),
+		clock(rfc3339(t.start)), plural(most, "request"), policy.RoughDuration(time.Duration(t.width)*time.Microsecond),
 		clock(rfc3339(t.start+int64(n)*t.width)))
 }
 

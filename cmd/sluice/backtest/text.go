@@ -7,6 +7,8 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
+
+	"github.com/sluiceproxy/sluice/limiter/policy"
 )
 
 // Text writes the report for a person.
@@ -19,7 +21,7 @@ func (r *Report) Text(w io.Writer) error {
 		fmt.Fprintf(&b, "no requests in %s\n", plural(r.Lines, "line"))
 	} else {
 		fmt.Fprintf(&b, "%s from %s to %s UTC, over %s\n", plural(r.Requests, "request"), clock(*r.From), clock(*r.To),
-			length(r.span))
+			policy.RoughDuration(r.span))
 		fmt.Fprintf(&b, "limited: %s\n", r.reading(&r.Totals))
 		if r.Before != nil {
 			fmt.Fprintf(&b, "before:  %s\n", r.reading(r.Before))
@@ -126,7 +128,7 @@ func (r *Report) limit(b *strings.Builder, l *LimitReport) {
 	if p := l.Peak; p != nil {
 		fmt.Fprintf(b, "  limited over time  %s\n", sparkline(&l.timeline))
 		fmt.Fprintf(b, "  most at %s UTC: %s of %s within %s\n", clock(p.From), number(p.Limited),
-			plural(p.Requests, "request"), length(time.Duration(p.Seconds*float64(time.Second))))
+			plural(p.Requests, "request"), policy.RoughDuration(time.Duration(p.Seconds*float64(time.Second))))
 	}
 	r.keyTable(b, "worst keys", l.Worst)
 	r.keyTable(b, "newly limited", l.Newly)
@@ -226,20 +228,6 @@ func clock(rfc string) string {
 		return rfc
 	}
 	return t.Format("2006-01-02 15:04:05.999")
-}
-
-// length returns a duration in its two largest units.
-func length(d time.Duration) string {
-	const day = 24 * time.Hour
-	switch {
-	case d >= day:
-		return fmt.Sprintf("%dd %dh", d/day, d%day/time.Hour)
-	case d >= time.Hour:
-		return fmt.Sprintf("%dh %dm", d/time.Hour, d%time.Hour/time.Minute)
-	case d >= time.Minute:
-		return fmt.Sprintf("%dm %ds", d/time.Minute, d%time.Minute/time.Second)
-	}
-	return d.Round(time.Millisecond).String()
 }
 
 // number returns n with commas between thousands.

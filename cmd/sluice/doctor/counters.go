@@ -4,9 +4,9 @@ import (
 	"cmp"
 	"fmt"
 	"strings"
-	"time"
 
 	"github.com/sluiceproxy/sluice/limiter"
+	"github.com/sluiceproxy/sluice/limiter/policy"
 )
 
 // count returns a counter or gauge; 0 if Envoy does not have it.
@@ -66,7 +66,7 @@ func (x *examination) checkCounters() {
 	}
 	since := "since Envoy started"
 	if x.envoy.uptime > 0 {
-		since += fmt.Sprintf(" %v ago", x.envoy.uptime.Round(time.Second))
+		since += fmt.Sprintf(" %s ago", policy.RoughDuration(x.envoy.uptime))
 	}
 	t, isKept := x.tally()
 	switch asked := t.ok + t.denied + t.failed; {

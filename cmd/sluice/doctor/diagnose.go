@@ -125,7 +125,8 @@ func (x *examination) checkEnvoy() {
 	case len(v) > 1 && v[0] == "1" && atoi(v[1]) < oldestEnvoy:
 		x.say(nil, "envoy", limiter.Warn, "run Envoy 1.36 or newer", "version %s, with which sluice is not tested", e.version)
 	default:
-		x.say(nil, "envoy", limiter.OK, "", "version %s, up for %v; %s", e.version, e.uptime, size)
+		x.say(nil, "envoy", limiter.OK, "", "version %s, up for %s; %s", e.version,
+			policy.RoughDuration(e.uptime), size)
 	}
 	for _, why := range e.refused {
 		x.say(nil, "envoy", limiter.Fail, "mend that resource; until then Envoy keeps what it had before",
