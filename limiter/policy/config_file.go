@@ -139,7 +139,7 @@ type configReader struct {
 	config *Config
 
 	redis        bool
-	redisInvalid bool // its url or addresses are wrong, which is reported
+	redisInvalid bool // a field that others need has a mistake, which is reported
 	redisAt      node // its url, or redisNode
 	redisNode    node
 	timeoutAt    node
@@ -205,7 +205,7 @@ func (cr *configReader) readFile(root node) {
 		}
 	}
 	var limits node // which are read after the plans
-	cr.mapping(root, map[string]func(node){
+	if !cr.mapping(root, map[string]func(node){
 		"domain": cr.checked(&cr.domain, checkDomain),
 		"listen": func(n node) {
 			cr.mapping(n, map[string]func(node){
@@ -242,7 +242,9 @@ func (cr *configReader) readFile(root node) {
 		"exempt": cr.readExempt,
 		"plans":  cr.readPlans,
 		"limits": func(n node) { limits = n },
-	})
+	}) {
+		cr.incomplete = true
+	}
 	if limits.Node != nil {
 		cr.readLimits(limits)
 	}
@@ -292,8 +294,8 @@ func (cr *configReader) readExempt(n node) {
 	}
 	cr.each(n, func(n node) {
 		m, before := &match{}, len(cr.mistakes)
-		isMapping := cr.mapping(n, map[string]func(node){"match": func(n node) { cr.readMatch(n, m) }})
-		if len(cr.mistakes) > before || !isMapping {
+		cr.mapping(n, map[string]func(node){"match": func(n node) { cr.readMatch(n, m) }})
+		if len(cr.mistakes) > before {
 			return
 		}
 		if m.matchesAll() {
@@ -322,6 +324,7 @@ func (cr *configReader) checkList(n node, of string, limit int) bool {
 func (cr *configReader) readLocalShare(n node) {
 	s, ok := cr.scalar(n)
 	if !ok {
+		cr.incomplete = true
 		return
 	}
 	v, err := strconv.ParseFloat(s, 64)
@@ -332,6 +335,7 @@ func (cr *configReader) readLocalShare(n node) {
 			mend = fmt.Sprintf("; write %v for %v %%", percent/100, percent)
 		}
 		cr.wrong(n, "must be a number from 0.000001 to 1, not %s%s", displayText(n, s), mend)
+		cr.incomplete = true
 		return
 	}
 	cr.localShare = v
@@ -360,7 +364,7 @@ func (cr *configReader) readHeaders(n node) {
 func (cr *configReader) readClientIP(n node) {
 	c := &cr.config.client
 	var ways []string
-	ok := cr.mapping(n, map[string]func(node){
+	complete := cr.mapping(n, map[string]func(node){
 		"xff_from_right": func(n node) {
 			ways = append(ways, n.field)
 			v := int64(1)
@@ -390,7 +394,7 @@ func (cr *configReader) readClientIP(n node) {
 			})
 		},
 	})
-	if ok && len(ways) != 1 {
+	if complete && len(ways) != 1 {
 		cr.wrong(n, "want exactly one of xff_from_right and header")
 	}
 }
@@ -459,7 +463,7 @@ func (cr *configReader) compile() *Config {
 			"without from, a client that connects to sluice or its Envoy directly can write an exempt address into "+
 				"the header; set from to the networks of your proxies")
 	}
-	if cr.onFailure == "local" && cr.localShare == 0 {
+	if cr.onFailure == "local" && cr.localShare == 0 && !cr.incomplete {
 		cr.wrong(cr.onFailureAt, noShare)
 	}
 	c.byName = make(map[string]int)

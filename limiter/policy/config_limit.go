@@ -31,10 +31,13 @@ type limitReader struct {
 	// Defaults for limits that do not set these.
 	domain, keyPrefix, mode, onFailure string
 	localShare                         float64 // 0: not given
-	expressions                        map[expressionID]*expression
-	tiers                              map[allowance]*tier
-	plans                              map[string]*plan // by name
-	warnings                           Mistakes
+	// incomplete reports that a field of the file has a mistake by which it, such as
+	// plans or local_share, may only seem to be missing.
+	incomplete  bool
+	expressions map[expressionID]*expression
+	tiers       map[allowance]*tier
+	plans       map[string]*plan // by name
+	warnings    Mistakes
 }
 
 // expressionID identifies an expression: equal ones are compiled once.
@@ -148,13 +151,12 @@ func (lr *limitReader) readLimit(n node, d *draft) bool {
 		fields["lease"] = func(n node) { d.leaseAt = n; lr.duration(n, &d.lease, limiter.MinLease, limiter.MaxLease) }
 		fields["overrides_file"] = func(n node) { lr.each(n, func(n node) { d.files = append(d.files, n) }) }
 	}
-	if !lr.mapping(n, fields) {
-		return false
-	}
+	lr.mapping(n, fields)
 	clean := len(lr.mistakes) == bad // after another mistake, a field may only seem to be missing
 	if clean && d.name == "" {
 		lr.wrong(node{n.Node, join(n.field, "name")}, "missing; a limit needs a name, and a rate, a quota or a plan")
 	}
+	d.granted.incomplete = !clean
 	switch {
 	case d.granted.isGiven():
 		if d.tier = lr.readTier(d.granted); d.tier != nil {
@@ -166,10 +168,10 @@ func (lr *limitReader) readLimit(n node, d *draft) bool {
 	case clean:
 		lr.wrong(node{n.Node, join(n.field, "rate")}, "missing; a limit needs a name, and a rate, a quota or a plan")
 	}
-	lr.readMaxRate(d)
+	lr.readMaxRate(d, clean)
 	if t := d.tier; t != nil && t.unlimited && d.absent == absentDeny {
 		lr.wrong(d.granted.rate, "absent: deny needs a bucket, but the rate is unlimited; give a rate that is never reached")
-	} else if t != nil && t.hasBucket() && d.cost.expression == nil && d.cost.constant > t.holds() {
+	} else if t != nil && t.hasBucket() && clean && d.cost.expression == nil && d.cost.constant > t.holds() {
 		lr.wrong(d.costAt, "%d exceeds the %s of %d, so every request would be denied", d.cost.constant, t.holder(),
 			t.holds())
 	}
@@ -181,7 +183,7 @@ func (lr *limitReader) readLimit(n node, d *draft) bool {
 		}
 		lr.wrong(d.settleAt, "settle needs a bucket, but the rate is %s; %s", d.tier.rate, mend)
 	}
-	if d.settle == nil && d.withinAt.Node != nil {
+	if d.settle == nil && d.withinAt.Node != nil && clean {
 		lr.wrong(d.withinAt, "has no effect without settle")
 	}
 	if d.leaseAt.Node != nil {
@@ -390,7 +392,7 @@ const noShare = "local requires local_share: this sidecar's fraction of each lim
 // returns nil after a mistake.
 func (lr *limitReader) rule(d *draft) *rule {
 	before := len(lr.mistakes)
-	if d.onFailure == "local" && lr.localShare == 0 {
+	if d.onFailure == "local" && lr.localShare == 0 && !lr.incomplete {
 		lr.wrong(d.onFailureAt, noShare)
 	}
 	o := lr.readOverrides(d)

@@ -103,7 +103,7 @@ func (cr *configReader) readListenTLS(n node) {
 	}
 	var caAt node
 	before := len(cr.mistakes)
-	ok := cr.mapping(n, map[string]func(node){
+	cr.mapping(n, map[string]func(node){
 		"cert_file":      file(0),
 		"key_file":       file(1),
 		"client_ca_file": func(n node) { caAt = n; file(2)(n) },
@@ -114,7 +114,7 @@ func (cr *configReader) readListenTLS(n node) {
 			})
 		},
 	})
-	if !ok || len(cr.mistakes) > before {
+	if len(cr.mistakes) > before {
 		return
 	}
 	switch {

@@ -158,7 +158,7 @@ func (lr *limitReader) readInline(d *draft, o *overrides) {
 		var key node
 		granted := granted{zone: d.granted.zone, inherited: d.granted.starts}
 		before := len(lr.mistakes)
-		isMapping := lr.mapping(n, map[string]func(node){
+		complete := lr.mapping(n, map[string]func(node){
 			"key":    func(n node) { key = n },
 			"rate":   func(n node) { granted.rate = n },
 			"burst":  func(n node) { granted.burst = n },
@@ -167,26 +167,25 @@ func (lr *limitReader) readInline(d *draft, o *overrides) {
 			"starts": func(n node) { lr.readStarts(n, &granted) },
 			"mode":   func(n node) { lr.oneOf(n, &granted.mode, modes...) },
 		})
-		if !isMapping {
-			return
-		}
 		switch {
-		case key.Node == nil:
+		case key.Node == nil && complete:
 			lr.wrong(n, "missing key; an override needs one, and a rate, a quota or a plan")
 			return
-		case !granted.isGiven():
+		case !granted.isGiven() && complete:
 			lr.wrong(n, "missing rate, quota or plan; an override needs one")
 			return
+		case key.Node == nil || !granted.isGiven():
+			return
 		}
+		granted.incomplete = !complete
 		var parts []string
-		good := len(lr.mistakes) == before
 		lr.each(key, func(n node) {
-			s, ok := lr.readPart(n)
-			good = good && ok
+			s, _ := lr.readPart(n)
 			parts = append(parts, s)
 		})
+		good := len(lr.mistakes) == before
 		tier := lr.readTier(granted)
-		if tier != nil && tier.quotaText == "" && granted.startsAt.Node != nil {
+		if good && tier != nil && tier.quotaText == "" && granted.startsAt.Node != nil {
 			lr.wrongError(granted.startsAt, errNoQuota)
 			return
 		}

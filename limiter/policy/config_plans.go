@@ -26,6 +26,7 @@ func (cr *configReader) readPlans(n node) {
 	switch {
 	case !ok:
 		cr.wrong(n, "must be a mapping of plans such as {gold: {rate: 600/m, burst: 1000}}, not %s", describe(n.Node))
+		cr.incomplete = true
 		return
 	case len(values) > maxPlans:
 		cr.wrong(n, "%d plans; the maximum is %d", len(values), maxPlans)
@@ -49,13 +50,13 @@ func (cr *configReader) readPlan(name string, n node) {
 		cr.wrong(n, "%v", err)
 	}
 	var g granted
-	isMapping := cr.mapping(n, map[string]func(node){
+	cr.mapping(n, map[string]func(node){
 		"rate":  func(n node) { g.rate = n },
 		"burst": func(n node) { g.burst = n },
 		"quota": func(n node) { g.quota = n },
 	})
 	switch {
-	case !isMapping || len(cr.mistakes) > before:
+	case len(cr.mistakes) > before:
 	case !g.isGiven():
 		cr.wrong(n, "missing rate or quota; a plan needs one of them, or both")
 	default:
@@ -77,6 +78,9 @@ func (lr *limitReader) plannedTier(a allowance) (t *tier, field string, err erro
 		return nil, "plan", fmt.Errorf("plan %s gives the rate, the burst and the quota; remove these, or the plan", a.plan)
 	}
 	p := lr.plans[a.plan]
+	if p == nil && lr.incomplete {
+		return &tier{rate: unlimitedRate, unlimited: true}, "", nil
+	}
 	if p == nil {
 		return nil, "plan", lr.unknownPlan(a.plan)
 	}

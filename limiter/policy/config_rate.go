@@ -19,6 +19,9 @@ type granted struct {
 	// zone is the limit's time zone, and inherited its starts.
 	zone, inherited string
 	mode            string // as allowance has it
+	// incomplete reports that a field beside these has a mistake, by which the rate
+	// may only seem to be missing.
+	incomplete bool
 }
 
 // isGiven reports whether there is a rate, a quota or a plan.
@@ -40,6 +43,9 @@ func (g *granted) at(field string) node {
 // readTier reads what is granted, which is something. It returns nil after a
 // mistake.
 func (lr *limitReader) readTier(g granted) *tier {
+	if g.incomplete && g.rate.Node == nil {
+		g.burst = node{} // which needs a rate
+	}
 	before := len(lr.mistakes)
 	a := allowance{mode: g.mode, zone: g.zone, starts: g.inherited, startsInherited: true}
 	if g.startsAt.Node != nil {

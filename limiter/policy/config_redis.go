@@ -37,13 +37,18 @@ func (cr *configReader) readRedis(n node) {
 			var s string
 			cr.oneOf(n, &s, string(limiter.Single), string(limiter.Cluster), string(limiter.Sentinel))
 			cr.store.Mode = limiter.RedisMode(s)
+			cr.redisInvalid = cr.redisInvalid || s == ""
 		},
 		"addresses": func(n node) {
 			before := len(cr.mistakes)
 			readStrings(&cr.reader, n, &cr.store.Addresses, func(s string) (string, error) { return s, checkHostPort(s) })
 			cr.redisInvalid = cr.redisInvalid || len(cr.mistakes) > before
 		},
-		"master": func(n node) { cr.store.Master, _ = cr.text(n) },
+		"master": func(n node) {
+			var ok bool
+			cr.store.Master, ok = cr.text(n)
+			cr.redisInvalid = cr.redisInvalid || !ok
+		},
 		"sentinel": func(n node) {
 			s := &limiter.SentinelOptions{}
 			cr.mapping(n, cr.accessFields(&s.Username, &s.Password, &cr.config.sentinelPasswordFile, &s.TLS))
@@ -55,7 +60,10 @@ func (cr *configReader) readRedis(n node) {
 			cr.duration(n, &cr.store.Timeout, time.Millisecond, time.Minute)
 		},
 	})
-	cr.redis = cr.mapping(n, fields)
+	cr.redis = true
+	if !cr.mapping(n, fields) {
+		cr.redisInvalid = true
+	}
 }
 
 // accessFields returns readers of username, password, password_file and tls.
@@ -97,12 +105,15 @@ func (cr *configReader) readTLS(n node) *limiter.TLS {
 			}
 		}
 	}
-	cr.mapping(n, map[string]func(node){
+	complete := cr.mapping(n, map[string]func(node){
 		"ca_file":     file(&c.CAFile),
 		"cert_file":   file(&c.CertFile),
 		"key_file":    file(&c.KeyFile),
 		"server_name": func(n node) { c.ServerName, _ = cr.text(n) },
 	})
+	if !complete { // one of a pair may only seem to be missing
+		c.CertFile, c.KeyFile = "", ""
+	}
 	return c
 }
 

@@ -120,37 +120,44 @@ func (r *reader) document(text []byte) *node {
 }
 
 // mapping reads a mapping, each field by its function. It records a mistake for
-// a value that is not a mapping, for an unknown field and for a duplicate one.
-// It reports whether n is a mapping.
-func (r *reader) mapping(n node, fields map[string]func(node)) bool {
+// a value that is not a mapping, for an unknown field, a duplicate one, and one
+// without a value. It reports whether there was no such mistake. Otherwise a field
+// may only seem to be missing, because it is misspelled or has no value.
+func (r *reader) mapping(n node, fields map[string]func(node)) (complete bool) {
 	values, ok := entries(n.Node)
 	if !ok {
 		r.wrong(n, "must be a mapping, not %s; its fields are %s", describe(n.Node), fieldNames(fields))
 		return false
 	}
+	complete = true
 	seen := make(map[string]bool)
 	for _, v := range values {
 		key, ok := v.Key.(*ast.StringNode)
 		if !ok {
 			r.at(v.Key.GetToken(), n.field, "a field name must be a string, not %s; want one of %s", describe(v.Key),
 				fieldNames(fields))
+			complete = false
 			continue
 		}
 		value := node{v.Value, join(n.field, key.Value)}
 		read, known := fields[key.Value]
 		switch {
 		case !known:
+			complete = false
 			r.at(key.GetToken(), value.field, "%s", unknownField(n.field, key.Value, slices.Sorted(maps.Keys(fields))))
 		case seen[key.Value]:
+			complete = false
 			r.at(key.GetToken(), value.field, "duplicate field; remove one")
 		default:
 			seen[key.Value] = true
 			if r.checkValue(value) {
 				read(value)
+			} else {
+				complete = false
 			}
 		}
 	}
-	return true
+	return complete
 }
 
 func join(field, name string) string {
