@@ -92,11 +92,11 @@ func TestOneMessageForOneMistake(t *testing.T) {
 		first, _ := read()
 		for i := range first {
 			isField := first[i].rename != nil
-			values := map[string]any{"is null": nil, "is empty": ""}
-			if isField { // an item without a value reads on to the next line
-				values["has no value"] = nothing
+			without := any(nothing)
+			if !isField {
+				without = nil // as null: without a value an item is what is on the next line
 			}
-			for what, value := range values {
+			for what, value := range map[string]any{"has no value": without, "is empty": ""} {
 				all, root := read()
 				all[i].set(value)
 				check(what, all[i].field, root, what == "is empty")

@@ -151,7 +151,7 @@ func compile(text string, p purpose) (*expression, []expressionError) {
 		return nil, p.mend(text, found)
 	}
 	native := checked.NativeRep()
-	if found := append(checkHeaderNames(native), checkLookups(native)...); found != nil {
+	if found := append(checkNames(native), checkLookups(native)...); found != nil {
 		return nil, found
 	}
 	headers, trailers, found := responseFields(native)
@@ -213,22 +213,68 @@ func planOptions(asks map[int64]bool, instructions *int) []cel.ProgramOption {
 	}
 }
 
-// textMaps are the attributes that are maps by names in lower case.
+// textMaps are the attributes that are maps by names of headers.
 var textMaps = []string{"request.headers", "response.headers", "response.trailers"}
 
-// checkHeaderNames reports header names that are not in lower case: no request
-// has such a header, because Envoy lowers their names.
-func checkHeaderNames(tree *ast.AST) (found []expressionError) {
+// checkNames reports constant names of headers, parameters and cookies that no
+// request has.
+func checkNames(tree *ast.AST) (found []expressionError) {
+	checks := map[string]func(string) error{requestParams: checkParamName, requestCookies: checkCookieName}
+	for _, of := range textMaps {
+		checks[of] = checkHeaderName
+	}
 	ast.PreOrderVisit(tree.Expr(), ast.NewExprVisitor(func(e ast.Expr) {
-		for _, of := range textMaps {
-			if name, ok := nameIn(tree, e, of); ok && name != strings.ToLower(name) {
+		for of, check := range checks { // an expression has a name in at most one of them
+			name, ok := nameIn(tree, e, of)
+			if !ok {
+				continue
+			}
+			if err := check(name); err != nil {
 				at := tree.SourceInfo().GetStartLocation(e.ID())
-				found = append(found, expressionError{at.Line(), at.Column() + 1,
-					fmt.Sprintf("the header %q is not in lower case; write %q", name, strings.ToLower(name))})
+				found = append(found, expressionError{at.Line(), at.Column() + 1, err.Error()})
 			}
 		}
 	}))
 	return found
+}
+
+// checkHeaderName returns an error for a name that no header has, such as one that
+// is not in lower case: Envoy lowers their names. The name of a pseudo-header, such
+// as :authority, begins with a colon.
+func checkHeaderName(name string) error {
+	lower := strings.ToLower(name)
+	switch meant := strings.Trim(lower, ": \t"); {
+	case headerPattern.MatchString(strings.TrimPrefix(lower, ":")) && name == lower:
+		return nil
+	case headerPattern.MatchString(strings.TrimPrefix(lower, ":")):
+		return fmt.Errorf("the header %q is not in lower case; write %q", name, lower)
+	case headerPattern.MatchString(meant):
+		return fmt.Errorf("no header has the name %q; write %q", name, meant)
+	}
+	return fmt.Errorf(`no header has the name %q; want letters, digits and -, as in "x-api-key"`, name)
+}
+
+// checkParamName returns an error for a name that no parameter of a query has.
+func checkParamName(name string) error {
+	if name == "" {
+		return errors.New(`no parameter has the name ""; want a name such as "id"`)
+	}
+	return nil
+}
+
+// checkCookieName returns an error for a name that no cookie has.
+func checkCookieName(name string) error {
+	meant := name
+	if end := strings.IndexAny(name, "=;"); end >= 0 {
+		meant = name[:end]
+	}
+	switch meant = strings.Trim(meant, " \t"); {
+	case meant == "":
+		return fmt.Errorf(`no cookie has the name %q; want a name such as "session"`, name)
+	case meant != name:
+		return fmt.Errorf("no cookie has the name %q; write %q", name, meant)
+	}
+	return nil
 }
 
 // responseFields returns the names of the headers and trailers of the response
