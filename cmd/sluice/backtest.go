@@ -27,10 +27,6 @@ type backtestFlags struct {
 	suggest                                                   bool
 }
 
-// maxSkipped is the largest part of the lines that may be unreadable, as one in
-// so many.
-const maxSkipped = 100
-
 func (p *program) backtestCommand() *cobra.Command {
 	var f backtestFlags
 	c := &cobra.Command{
@@ -87,7 +83,7 @@ func (p *program) backtest(ctx context.Context, f *backtestFlags, logs []string)
 	if !slices.Contains(accesslog.Formats, f.format) {
 		return usageError{fmt.Errorf("--format %q: must be one of %s", f.format, strings.Join(accesslog.Formats, ", "))}
 	}
-	most, err := parseShare(f.maxLimited)
+	maxLimited, err := parseShare(f.maxLimited)
 	if err != nil {
 		return usageError{fmt.Errorf("--max-limited %q: %w", f.maxLimited, err)}
 	}
@@ -105,7 +101,10 @@ func (p *program) backtest(ctx context.Context, f *backtestFlags, logs []string)
 	if f.config == "" {
 		return usageError{errors.New("missing --config: name the file with the limits")}
 	}
-	o := backtest.Options{Suggest: f.suggest || f.output == "html", Progress: &backtest.Progress{}}
+	o := backtest.Options{
+		ConfigFile: f.config, AgainstFile: f.against, Suggest: f.suggest || f.output == "html", MaxLimited: maxLimited,
+		Progress: &backtest.Progress{},
+	}
 	if o.Config, err = p.load(f.config, p.settings(nil)...); err != nil {
 		return err
 	}
@@ -124,12 +123,18 @@ func (p *program) backtest(ctx context.Context, f *backtestFlags, logs []string)
 		return err
 	}
 	finished := p.showProgress(&o)
-	report, failed := backtest.Run(ctx, o)
+	report, _ := backtest.Run(ctx, o) // its error is among the reasons of the verdict
 	finished()
 	if err := p.printBacktest(report, f); err != nil {
 		return err
 	}
-	return p.judge(report, failed, most, f)
+	for _, why := range report.Verdict.Reasons {
+		_, _ = fmt.Fprintf(p.stderr, "sluice: %s\n", why)
+	}
+	if !report.Verdict.Passed {
+		return errNo
+	}
+	return nil
 }
 
 // openLogs opens the logs. One that is empty is only a warning, if there are
@@ -209,17 +214,17 @@ func parseBack(text string) (time.Duration, error) {
 	return d, err //nolint:wrapcheck // the caller words it
 }
 
-// parseShare parses a percentage. It returns a part of 1, or -1 for no text.
-func parseShare(text string) (float64, error) {
+// parseShare parses a percentage, or returns nil for no text.
+func parseShare(text string) (*float64, error) {
 	if text == "" {
-		return -1, nil
+		return nil, nil
 	}
 	number, isPercent := strings.CutSuffix(text, "%")
 	n, err := strconv.ParseFloat(strings.TrimSpace(number), 64)
 	if err != nil || !(n >= 0 && n <= 100) || !isPercent && n != 0 {
-		return 0, errors.New("must be a percentage from 0% to 100%, such as 0.1%")
+		return nil, errors.New("must be a percentage from 0% to 100%, such as 0.1%")
 	}
-	return n / 100, nil
+	return &n, nil
 }
 
 func (p *program) printBacktest(r *backtest.Report, f *backtestFlags) error {
@@ -231,43 +236,6 @@ func (p *program) printBacktest(r *backtest.Report, f *backtestFlags) error {
 	default:
 		return r.Text(p.stdout) //nolint:wrapcheck // an error of stdout
 	}
-}
-
-// judge returns the error that the result is: errNo after it has said why.
-func (p *program) judge(r *backtest.Report, failed error, most float64, f *backtestFlags) error {
-	var why []string
-	if r.Interrupted {
-		why = append(why, fmt.Sprintf("interrupted after %d lines", r.Lines))
-	}
-	if failed != nil {
-		why = append(why, strings.Split(failed.Error(), "\n")...)
-	}
-	if r.Skipped*maxSkipped > r.Lines {
-		text := fmt.Sprintf("%d of %d lines cannot be read, more than 1%%", r.Skipped, r.Lines)
-		if len(r.Unreadable) > 0 {
-			u := r.Unreadable[0]
-			text += fmt.Sprintf("; the first is %s:%d, %s: %s", u.Log, u.Line, u.Reason, u.Text)
-		}
-		why = append(why, text)
-	}
-	if r.Requests == 0 && !r.Interrupted && failed == nil {
-		text := "no requests in the logs"
-		if r.Outside > 0 {
-			text = fmt.Sprintf("all %d requests are outside of --since and --until", r.Outside)
-		}
-		why = append(why, text)
-	}
-	if most >= 0 && float64(r.Limited) > most*float64(r.Requests) {
-		why = append(why, fmt.Sprintf("%d of %d requests would be denied, %.4g%%; --max-limited is %s", r.Limited, r.Requests,
-			100*float64(r.Limited)/float64(r.Requests), f.maxLimited))
-	}
-	for _, text := range why {
-		_, _ = fmt.Fprintf(p.stderr, "sluice: %s\n", text)
-	}
-	if len(why) > 0 {
-		return errNo
-	}
-	return nil
 }
 
 // showProgress shows on a terminal how far a run is, until finished is called.

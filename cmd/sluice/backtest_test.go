@@ -43,7 +43,10 @@ func TestBacktestStatus(t *testing.T) {
 		want   string // in stdout or stderr
 	}{
 		{good, 0, "6 requests from 2026-03-01 10:00:00 to 2026-03-01 10:00:09 UTC, over 9s\nlimited: 2 (33%) if each"},
-		{"--max-limited 34% " + good, 0, ""},
+		{"--max-limited 34% " + good, 0, "passed:  2 of 6 requests would be denied, 33.33%; --max-limited is 34%\n"},
+		{"--max-limited 0 -o json " + good, 1, `"max_limited": "0%",`},
+		{"--max-limited 0 -o html " + good, 1, "<strong>Failed</strong> 2 of 6 requests would be denied"},
+		{good, 0, "config:  " + cfg + "\nlogs:    " + good + "\n"},
 		{"--max-limited 10% " + good, 1, "sluice: 2 of 6 requests would be denied, 33.33%; --max-limited is 10%\n"},
 		{"--max-limited 10 " + good, 2, "must be a percentage from 0% to 100%, such as 0.1%"},
 		{"--since 5s " + good, 0, "1 request from"},

@@ -23,11 +23,16 @@ type Options struct {
 	Config  *policy.Config
 	Against *policy.Config // the config to compare with; nil: none
 	Logs    []*accesslog.Source
+	// ConfigFile and AgainstFile are the names of the configs' files, for the report.
+	ConfigFile, AgainstFile string
 	// Since and Until bound the requests that are played, in microseconds since
 	// 1970; 0 is no bound. Until is exclusive.
 	Since, Until int64
 	// Suggest also finds the least bursts and rates.
 	Suggest bool
+	// MaxLimited is the percentage of all requests, evenly spread, of which no more
+	// may be denied; nil: any may.
+	MaxLimited *float64
 	// Progress is told how far Run is. nil tells nobody.
 	Progress *Progress
 }
@@ -89,7 +94,9 @@ func Run(ctx context.Context, o Options) (*Report, error) {
 	r.flush()
 	r.send()
 	stop()
-	return r.report(ctx.Err() != nil), err
+	out := r.report(ctx.Err() != nil)
+	out.Verdict = r.judge(out, err)
+	return out, err
 }
 
 // The percentages of the garbage collector while there are at most fewKeys keys and

@@ -3,10 +3,12 @@ package backtest
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -334,6 +336,128 @@ func TestJSON(t *testing.T) {
 	}
 	if path("lines") != 4.0 || path("skipped") != 1.0 {
 		t.Errorf("%v lines, %v skipped", path("lines"), path("skipped"))
+	}
+}
+
+// TestVerdict checks that text, page and JSON say what was played, and whether it
+// passed: without a gate, at it, above it, and where something else is wrong. The
+// names of files are escaped.
+func TestVerdict(t *testing.T) {
+	percentage := func(p float64) *float64 { return &p }
+	// A burst of 1 allows 1 of 4 at once.
+	const text = "limits: [{name: a, key: client.ip, rate: 1/d}]"
+	good := strings.Repeat(at(0, "192.0.2.1", "/a"), 4)
+	const three = "3 of 4 requests would be denied, 75%; --max-limited is "
+	const unreadable = "1 of 5 lines cannot be read, more than 1%; the first is "
+	for _, tt := range []struct {
+		most    *float64
+		log     string
+		passed  bool
+		want    string   // in text after a label; empty: nothing
+		reasons []string // how they begin
+	}{
+		{nil, good, true, "", nil},
+		{percentage(75), good, true, "passed:  " + three + "75%\n", nil},
+		{percentage(74.9), good, false, "failed:  " + three + "74.9%\n", []string{three + "74.9%"}},
+		{percentage(0), good, false, "failed:  " + three + "0%\n", []string{three + "0%"}},
+		{nil, good + "junk\n", false, "failed:  " + unreadable, []string{unreadable}},
+		{percentage(100), good + "junk\n", false, "failed:  " + unreadable, []string{unreadable}},
+		{percentage(10), good + "junk\n", false, "failed:  " + three + "10%\n", []string{unreadable, three + "10%"}},
+	} {
+		r := play(t, Options{MaxLimited: tt.most, ConfigFile: "a<b>\x1b.yaml", AgainstFile: "old&.yaml"}, text, tt.log)
+		var plain, page strings.Builder
+		encoded, err := json.Marshal(r)
+		if err := errors.Join(err, r.Text(&plain), r.HTML(&page)); err != nil {
+			t.Fatal(err)
+		}
+		var got struct {
+			Verdict struct {
+				Passed     bool
+				MaxLimited string `json:"max_limited"`
+				Reasons    []string
+			}
+			Config, Against string
+			Logs            []string
+		}
+		if err := json.Unmarshal(encoded, &got); err != nil {
+			t.Fatal(err)
+		}
+		v := got.Verdict
+		if v.Passed != tt.passed || len(v.Reasons) != len(tt.reasons) || v.Reasons == nil ||
+			(v.MaxLimited == "") != (tt.most == nil) {
+			t.Errorf("%+v, want %+v", v, tt)
+		}
+		for i, want := range tt.reasons[:min(len(tt.reasons), len(v.Reasons))] {
+			if !strings.HasPrefix(v.Reasons[i], want) {
+				t.Errorf("%q, want %q", v.Reasons[i], want)
+			}
+		}
+		if got.Config != "a<b>\x1b.yaml" || got.Against != "old&.yaml" || len(got.Logs) != 1 {
+			t.Errorf("%+v", got)
+		}
+		if !strings.Contains(plain.String(), tt.want) || tt.want == "" &&
+			regexp.MustCompile("(?m)^(passed|failed): ").MatchString(plain.String()) {
+			t.Errorf("%q is not in\n%s", tt.want, plain.String())
+		}
+		if names := "config:  \"a<b>\\x1b.yaml\", compared with old&.yaml\nlogs:    " + got.Logs[0] + "\n"; !strings.HasPrefix(
+			plain.String(), names) {
+			t.Errorf("%q is not first in\n%s", names, plain.String())
+		}
+		for _, want := range []string{
+			"<title>sluice backtest of a&lt;b&gt;\x1b.yaml</title>", "Compared with old&amp;.yaml. Logs: " + got.Logs[0],
+		} {
+			if !strings.Contains(page.String(), want) {
+				t.Errorf("%q is not in the page", want)
+			}
+		}
+		label := map[bool]string{true: "Passed", false: "Failed"}[tt.passed]
+		if want := `<strong>` + label + `</strong> `; tt.want != "" && !strings.Contains(page.String(), want) ||
+			tt.want == "" && strings.Contains(page.String(), "<strong>") {
+			t.Errorf("%+v: the page has not %s", tt, want)
+		}
+	}
+}
+
+// TestSuggestionTables checks that the page has the suggestions of the text: each
+// column under its name, and the rates in ascending order.
+func TestSuggestionTables(t *testing.T) {
+	r := play(t, Options{Suggest: true}, "limits: [{name: a, key: client.ip, rate: 4/m, burst: 2}]",
+		strings.Repeat(at(0, "192.0.2.1", "/a"), 9))
+	var page strings.Builder
+	if err := r.HTML(&page); err != nil {
+		t.Fatal(err)
+	}
+	cells := func(row string) (all []string) {
+		for _, m := range regexp.MustCompile(`<t[hd][^>]*>(.*?)</t[hd]>`).FindAllStringSubmatch(row, -1) {
+			all = append(all, regexp.MustCompile(`<[^>]*>`).ReplaceAllString(m[1], ""))
+		}
+		return all
+	}
+	var got []string
+	for _, row := range strings.Split(page.String(), "<tr>") {
+		got = append(got, strings.Join(cells(row), " | "))
+	}
+	s := r.Limits[0].Suggest
+	want := []string{
+		"To limit | Burst with rate 4/m | Rate with burst 2",
+		fmt.Sprintf("no key | %d | none is enough", *s.Burst[0].Burst),
+		"Rate | no key limited | 0.1% of keys | 1% of keys",
+	}
+	for i, rate := range []string{"1/m", "2/m", "4/m now", "8/m", "16/m", "32/m"} {
+		row := rate
+		for _, b := range s.Pairs[i].Burst {
+			row += fmt.Sprintf(" | %d", *b.Burst)
+		}
+		want = append(want, row)
+	}
+	at := 0
+	for _, row := range got {
+		if at < len(want) && row == want[at] {
+			at++
+		}
+	}
+	if at < len(want) {
+		t.Errorf("no row %q, in this order, in\n%s", want[at], strings.Join(got, "\n"))
 	}
 }
 

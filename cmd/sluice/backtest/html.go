@@ -39,20 +39,22 @@ func (r *Report) HTML(w io.Writer) error {
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <link rel="icon" href="data:,">
-<title>sluice backtest</title>
+<title>sluice backtest of %v</title>
 <style>
-`)
+`, r.Config)
 	p.WriteString(css)
-	p.put("</style>\n</head>\n<body>\n<header>\n<h1>sluice backtest</h1>\n")
+	p.put("</style>\n</head>\n<body>\n<header>\n<h1>sluice backtest of %v</h1>\n", r.Config)
 	if r.Interrupted {
 		p.put(`<p class="bad">Interrupted: this is what was found so far.</p>` + "\n")
 	}
 	if r.From == nil {
-		p.put("<p>No requests in %v.</p>\n</header>\n<main>\n", plural(r.Lines, "line"))
+		p.put("<p>No requests in %v.</p>\n", plural(r.Lines, "line"))
+		r.htmlHead(p)
 		r.htmlRemarks(p)
 	} else {
-		p.put(`<p class="soft">%v to %v UTC, over %v</p>`+"\n</header>\n<main>\n",
-			clock(*r.From), clock(*r.To), policy.RoughDuration(r.span))
+		p.put(`<p class="soft">%v to %v UTC, over %v</p>`+"\n", clock(*r.From), clock(*r.To),
+			policy.RoughDuration(r.span))
+		r.htmlHead(p)
 		r.htmlTotals(p)
 		r.htmlTable(p)
 		for i := range r.Limits {
@@ -63,6 +65,23 @@ func (r *Report) HTML(w io.Writer) error {
 	p.put("</main>\n</body>\n</html>\n")
 	_, err := io.WriteString(w, p.String())
 	return err //nolint:wrapcheck // as of fmt.Fprint
+}
+
+// htmlHead ends the header: what was played through what, and the verdict.
+func (r *Report) htmlHead(p *page) {
+	p.put(`<p class="soft">`)
+	if r.Against != "" {
+		p.put("Compared with %v. ", r.Against)
+	}
+	p.put("Logs: %v</p>\n", r.logs())
+	v := &r.Verdict
+	for _, why := range v.Reasons {
+		p.put(`<p class="verdict failed"><strong>Failed</strong> %v</p>`+"\n", why)
+	}
+	if v.Passed && v.share != "" {
+		p.put(`<p class="verdict passed"><strong>Passed</strong> %v</p>`+"\n", v.share)
+	}
+	p.put("</header>\n<main>\n")
 }
 
 func (r *Report) htmlTotals(p *page) {
@@ -127,12 +146,12 @@ func (r *Report) htmlTable(p *page) {
 	for i := range r.Limits {
 		l := &r.Limits[i]
 		p.put(`<tr><th scope="row"><a href="#limit-%v">%v</a>`, i, l.Name)
-		if l.Mode != "enforce" {
-			p.put(` <span class="soft">%v</span>`, l.Mode)
+		if note := l.note(); note != "" {
+			p.put(` <span class="soft">%v</span>`, note)
 		}
 		p.put("</th>")
-		wide(l.Rate)
-		wide(number(l.Burst))
+		wide(l.rates())
+		wide(l.size())
 		cell(number(l.Requests))
 		wide(number(l.Keys))
 		cell(share(l.Limited, l.Requests))
@@ -161,10 +180,9 @@ func (r *Report) htmlTable(p *page) {
 func (r *Report) htmlLimit(p *page, i int) {
 	l := &r.Limits[i]
 	p.put(`<section class="card" id="limit-%v">`+"\n"+
-		`<div class="head"><h2>%v</h2><span class="soft">rate %v, burst %v`, i, l.Name,
-		l.Rate, number(l.Burst))
-	if l.Mode != "enforce" {
-		p.put(", mode %v", l.Mode)
+		`<div class="head"><h2>%v</h2><span class="soft">rate %v, burst %v`, i, l.Name, l.rates(), l.size())
+	if note := l.note(); note != "" {
+		p.put(", %v", note)
 	}
 	p.put("</span></div>\n")
 	if l.Requests > 0 {
@@ -270,7 +288,11 @@ func (c *curve) begin(name, xName string, yTicks []float64, tick func(float64) s
 			y, y, y, tick(v))
 	}
 	for _, v := range ticks(c.minX, c.maxX) {
-		c.p.put(`<text x="%v" y="202" text-anchor="middle">%v</text>`+"\n", decimal(c.x(v)), short(v))
+		x, anchor := c.x(v), "middle"
+		if v == c.maxX { // which has no room on its right
+			x, anchor = curveWidth-2, "end"
+		}
+		c.p.put(`<text x="%v" y="202" text-anchor="%v">%v</text>`+"\n", decimal(x), anchor, short(v))
 	}
 	c.p.put(`<text x="258" y="217" text-anchor="middle">%v</text>`+"\n", xName)
 }
@@ -372,17 +394,22 @@ func (l *LimitReport) htmlPairs(p *page) {
 		`<li class="t2">1%% of keys</li><li class="th">the limit now</li></ul>` + "\n</div>\n")
 }
 
+// htmlSuggestions writes what would limit nobody, or only a few keys, as the text
+// does: for the limit's own numbers, and the bursts that rates need.
 func (l *LimitReport) htmlSuggestions(p *page) {
-	p.put("<h3>Suggestions</h3>\n" + `<div class="scroll" tabindex="0" role="region" aria-label="Suggestions">` +
-		"\n<table>\n<thead><tr><th scope=\"col\">To limit</th>")
-	p.put(`<th scope="col" class="n">Burst at %v</th><th scope="col" class="n">Rate with burst %v</th>`,
-		l.Rate, number(l.Burst))
-	for _, pair := range l.Suggest.Pairs {
-		if pair.Rate != l.Rate {
-			p.put(`<th scope="col" class="n">Burst at %v</th>`, pair.Rate)
+	begin := func(title string, columns ...string) {
+		p.put("<div>\n<h3>%v</h3>\n"+`<div class="scroll" tabindex="0" role="region" aria-label="%v">`+
+			"\n<table>\n<thead><tr>", title, title)
+		for i, name := range columns {
+			class := "n"
+			if i == 0 {
+				class = ""
+			}
+			p.put(`<th scope="col" class="%v">%v</th>`, class, name)
 		}
+		p.put("</tr></thead>\n<tbody>\n")
 	}
-	p.put("</tr></thead>\n<tbody>\n")
+	const end = "</tbody>\n</table>\n</div>\n</div>\n"
 	burst := func(b *int64) {
 		if b == nil {
 			p.put(`<td class="n">none is enough</td>`)
@@ -390,26 +417,39 @@ func (l *LimitReport) htmlSuggestions(p *page) {
 		}
 		p.put(`<td class="n">%v</td>`, number(*b))
 	}
+	p.put(`<div class="columns">` + "\n")
+	begin("Suggestions", "To limit", "Burst with rate "+l.Rate, "Rate with burst "+number(l.Burst))
 	for i, s := range l.Suggest.Burst {
-		who := "no key"
-		if i > 0 {
-			who = s.Limited + " of keys"
-		}
-		p.put(`<tr><th scope="row">%v</th>`, who)
+		p.put(`<tr><th scope="row">%v</th>`, whoIsLimited(s.Limited))
 		burst(s.Burst)
 		rate := "none is enough"
 		if text := l.Suggest.Rate[i].Rate; text != nil {
 			rate = *text
 		}
-		p.put(`<td class="n">%v</td>`, rate)
-		for _, pair := range l.Suggest.Pairs {
-			if pair.Rate != l.Rate {
-				burst(pair.Burst[i].Burst)
-			}
+		p.put(`<td class="n">%v</td></tr>`+"\n", rate)
+	}
+	p.put(end)
+	begin("Bursts that rates need", "Rate", "no key limited", "0.1% of keys", "1% of keys") // by quantiles
+	for _, pair := range l.Suggest.Pairs {
+		p.put(`<tr><th scope="row">%v`, pair.Rate)
+		if pair.Rate == l.Rate {
+			p.put(` <span class="soft">now</span>`)
+		}
+		p.put("</th>")
+		for _, s := range pair.Burst {
+			burst(s.Burst)
 		}
 		p.put("</tr>\n")
 	}
-	p.put("</tbody>\n</table>\n</div>\n")
+	p.put(end + "</div>\n")
+}
+
+// whoIsLimited returns a quantile in words.
+func whoIsLimited(quantile string) string {
+	if quantile == quantiles[0].text {
+		return "no key"
+	}
+	return quantile + " of keys"
 }
 
 // htmlKeys writes a table of keys, each with its own time.
@@ -514,7 +554,7 @@ func (r *Report) htmlRemarks(p *page) {
 	if r.Skipped > 0 {
 		p.put(`<h3>%v of %v could not be read</h3>`+"\n"+`<pre tabindex="0">`, number(r.Skipped), plural(r.Lines, "line"))
 		for _, u := range r.Unreadable {
-			p.put("%v:%v: %v: %v\n", u.Log, u.Line, u.Reason, u.Text)
+			p.put("%v\n", &u)
 		}
 		p.put("</pre>\n")
 	}

@@ -2,6 +2,7 @@ package backtest
 
 import (
 	"cmp"
+	"fmt"
 	"slices"
 	"strings"
 	"time"
@@ -13,13 +14,17 @@ import (
 // Report is the result of Run. Its JSON is what `sluice backtest -o json`
 // prints.
 type Report struct {
-	Lines     int64   `json:"lines"`      // of the logs, without empty ones
-	Skipped   int64   `json:"skipped"`    // lines that cannot be read
-	NoRequest int64   `json:"no_request"` // lines on which the client sent no request
-	Outside   int64   `json:"outside"`    // requests before since or from until on
-	Late      int64   `json:"late"`       // requests too far out of order, played later than their time
-	From      *string `json:"from"`       // of the first request, RFC 3339; null without requests
-	To        *string `json:"to"`
+	Verdict   Verdict  `json:"verdict"`
+	Config    string   `json:"config"`            // name of its file
+	Against   string   `json:"against,omitempty"` // of the config that it is compared with
+	Logs      []string `json:"logs"`              // names of the files, or stdin
+	Lines     int64    `json:"lines"`             // of the logs, without empty ones
+	Skipped   int64    `json:"skipped"`           // lines that cannot be read
+	NoRequest int64    `json:"no_request"`        // lines on which the client sent no request
+	Outside   int64    `json:"outside"`           // requests before since or from until on
+	Late      int64    `json:"late"`              // requests too far out of order, played later than their time
+	From      *string  `json:"from"`              // of the first request, RFC 3339; null without requests
+	To        *string  `json:"to"`
 	Totals
 	Exempt    int64 `json:"exempt"`
 	Unmatched int64 `json:"unmatched"`
@@ -60,6 +65,10 @@ type Unreadable struct {
 	Reason string `json:"reason"`
 }
 
+func (u *Unreadable) String() string {
+	return fmt.Sprintf("%s:%d, %s: %s", printable(u.Log), u.Line, u.Reason, u.Text)
+}
+
 // LimitReport is the result of one limit.
 type LimitReport struct {
 	Name string `json:"name"`
@@ -81,7 +90,7 @@ type LimitReport struct {
 // counts its own verdict even where another one denies.
 type LimitResult struct {
 	Totals
-	Mode  string `json:"mode"` // enforce or shadow
+	Mode  string `json:"mode"` // enforce or shadow; none if the limit is removed
 	Rate  string `json:"rate"`
 	Burst int64  `json:"burst"`
 	// MaxRate is the most that requests may bring; empty if the limit has no
@@ -94,6 +103,39 @@ type LimitResult struct {
 	Suggest     *Suggestions `json:"suggest,omitempty"`
 
 	timeline timeline
+}
+
+// removed is the mode of a limit that only the config has that is compared with.
+const removed = "none"
+
+// note returns what a reader should know of a limit beside its name, or "".
+func (l *LimitResult) note() string {
+	switch l.Mode {
+	case "enforce":
+		return ""
+	case removed:
+		return "removed"
+	}
+	return l.Mode
+}
+
+// rates returns the rate, or the quota, and the largest that requests may bring.
+func (l *LimitResult) rates() string {
+	switch {
+	case l.Mode == removed:
+		return "-"
+	case l.MaxRate != "":
+		return l.Rate + " or rate_from to " + l.MaxRate
+	}
+	return l.Rate
+}
+
+// size returns the burst.
+func (l *LimitResult) size() string {
+	if l.Burst == 0 {
+		return "-"
+	}
+	return number(l.Burst)
 }
 
 // Key is one key of a limit, as logs show it.
@@ -148,7 +190,10 @@ func (r *run) report(interrupted bool) *Report {
 	out := &Report{
 		Lines: r.counts.Lines, Skipped: r.counts.Skipped, NoRequest: r.counts.NoRequest, Outside: r.outside, Late: r.late,
 		Interrupted: interrupted, Notes: r.notes(), Limits: []LimitReport{}, grain: r.grain,
-		span: time.Duration(r.to-r.from) * time.Microsecond,
+		span: time.Duration(r.to-r.from) * time.Microsecond, Config: r.ConfigFile, Against: r.AgainstFile, Logs: []string{},
+	}
+	for _, l := range r.Logs {
+		out.Logs = append(out.Logs, l.Name)
 	}
 	for _, b := range r.counts.Bad {
 		out.Unreadable = append(out.Unreadable, Unreadable{b.Source, b.Line, b.Text, b.Reason})
@@ -275,7 +320,7 @@ func (r *run) compare(out *Report) {
 			continue
 		}
 		gone := LimitReport{Name: s.limit.Name, Before: new(r.result(old, s))}
-		gone.Mode, gone.Rate, gone.Worst = "none", "none", []Key{}
+		gone.Mode, gone.Rate, gone.Worst = removed, "none", []Key{}
 		r.compareKeys(&gone, &limitState{}, s)
 		out.Limits = append(out.Limits, gone)
 	}

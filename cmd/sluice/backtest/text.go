@@ -7,6 +7,7 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
+	"unicode/utf8"
 
 	"github.com/sluiceproxy/sluice/limiter/policy"
 )
@@ -17,8 +18,14 @@ func (r *Report) Text(w io.Writer) error {
 	if r.Interrupted {
 		b.WriteString("Interrupted: this is what was found so far.\n\n")
 	}
+	against := ""
+	if r.Against != "" {
+		against = ", compared with " + printable(r.Against)
+	}
+	fmt.Fprintf(&b, "config:  %s%s\nlogs:    %s\n", printable(r.Config), against, r.logs())
 	if r.From == nil {
 		fmt.Fprintf(&b, "no requests in %s\n", plural(r.Lines, "line"))
+		r.verdict(&b)
 	} else {
 		fmt.Fprintf(&b, "%s from %s to %s UTC, over %s\n", plural(r.Requests, "request"), clock(*r.From), clock(*r.To),
 			policy.RoughDuration(r.span))
@@ -26,6 +33,7 @@ func (r *Report) Text(w io.Writer) error {
 		if r.Before != nil {
 			fmt.Fprintf(&b, "before:  %s\n", r.reading(r.Before))
 		}
+		r.verdict(&b)
 		for _, count := range []struct {
 			n    int64
 			what string
@@ -46,6 +54,38 @@ func (r *Report) Text(w io.Writer) error {
 	r.remarks(&b)
 	_, err := io.WriteString(w, b.String())
 	return err //nolint:wrapcheck // as of fmt.Fprint
+}
+
+// logs names the logs, of many the first ones.
+func (r *Report) logs() string {
+	const most = 5
+	var names []string
+	for _, name := range r.Logs[:min(most, len(r.Logs))] {
+		names = append(names, printable(name))
+	}
+	s := strings.Join(names, ", ")
+	if n := len(r.Logs) - most; n > 0 {
+		s += fmt.Sprintf(" and %d more", n)
+	}
+	return s
+}
+
+// printable returns the name of a file as a terminal may show it.
+func printable(name string) string {
+	if strings.ContainsFunc(name, func(c rune) bool { return !strconv.IsPrint(c) }) || !utf8.ValidString(name) {
+		return strconv.Quote(name)
+	}
+	return name
+}
+
+// verdict writes whether the run passed, if that was asked for, or why not.
+func (r *Report) verdict(b *strings.Builder) {
+	for _, why := range r.Verdict.Reasons {
+		fmt.Fprintf(b, "failed:  %s\n", why)
+	}
+	if r.Verdict.Passed && r.Verdict.share != "" {
+		fmt.Fprintf(b, "passed:  %s\n", r.Verdict.share)
+	}
 }
 
 // reading describes how many requests are limited.
@@ -86,18 +126,10 @@ func (r *Report) table(b *strings.Builder) {
 	for i := range r.Limits {
 		l := &r.Limits[i]
 		name := l.Name
-		if l.Mode == "shadow" {
-			name += " (shadow)"
+		if note := l.note(); note != "" {
+			name += " (" + note + ")"
 		}
-		burst := "-"
-		if l.Burst > 0 {
-			burst = number(l.Burst)
-		}
-		rate := l.Rate
-		if l.MaxRate != "" {
-			rate += " or rate_from to " + l.MaxRate
-		}
-		line := fmt.Sprintf("%s\t%s\t%s\t%s\t%s\t%s\t", name, rate, burst, number(l.Requests), number(l.Keys),
+		line := fmt.Sprintf("%s\t%s\t%s\t%s\t%s\t%s\t", name, l.rates(), l.size(), number(l.Requests), number(l.Keys),
 			share(l.Limited, l.Requests))
 		if r.grain > time.Microsecond {
 			atOnce := "-"
@@ -164,10 +196,6 @@ func (r *Report) keyTable(b *strings.Builder, title string, keys []Key) {
 func (l *LimitReport) suggestions(b *strings.Builder) {
 	b.WriteString("  to limit\n")
 	for i, s := range l.Suggest.Burst {
-		who := "no key"
-		if s.Limited != "0%" {
-			who = s.Limited + " of keys"
-		}
 		burst, rate := "no burst is enough", "no rate is enough"
 		if s.Burst != nil {
 			burst = "burst: " + strconv.FormatInt(*s.Burst, 10)
@@ -175,9 +203,10 @@ func (l *LimitReport) suggestions(b *strings.Builder) {
 		if text := l.Suggest.Rate[i].Rate; text != nil {
 			rate = "rate: " + *text
 		}
-		fmt.Fprintf(b, "    %-13s %s with rate %s, or %s with burst %d\n", who, burst, l.Rate, rate, l.Burst)
+		fmt.Fprintf(b, "    %-13s %s with rate %s, or %s with burst %d\n", whoIsLimited(s.Limited), burst, l.Rate, rate,
+			l.Burst)
 	}
-	b.WriteString("  bursts that other rates need\n")
+	b.WriteString("  bursts that rates need\n")
 	t := tabwriter.NewWriter(b, 0, 0, 2, ' ', tabwriter.AlignRight)
 	_, _ = fmt.Fprint(t, "    RATE\t")
 	for _, q := range quantiles {
@@ -212,7 +241,7 @@ func (r *Report) remarks(b *strings.Builder) {
 	if r.Skipped > 0 {
 		fmt.Fprintf(b, "%s of %s could not be read:\n", number(r.Skipped), plural(r.Lines, "line"))
 		for _, u := range r.Unreadable {
-			fmt.Fprintf(b, "  %s:%d: %s: %s\n", u.Log, u.Line, u.Reason, u.Text)
+			fmt.Fprintf(b, "  %v\n", &u)
 		}
 	}
 	for _, n := range r.Notes {
