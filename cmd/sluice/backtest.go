@@ -40,9 +40,9 @@ Cloudflare, Caddy and others), and CSV with a header row. --field says which fie
 request: a member of a JSON object, in which dots descend, a column, a field NAME=value of a line, or the number of a
 field.
 
-All requests are played in the order of their times, with the arithmetic that serves, in this process: nothing is taken
-from any bucket. The unit of a log's times hides bursts, so each unit's requests are played twice: those of each key
-evenly spread over it, and all at once.
+All requests are decided in the order of their times as sluice would have decided them then, in this process: nothing is
+taken from any bucket in Redis. A log whose times are in whole seconds does not show the bursts within one. So the
+requests of each second are played twice: those of each key evenly spread over it, and all at once.
 
 Exit status 1: more than --max-limited of the requests would be denied, more than 1% of the lines cannot be read, there
 are no requests, or the run was interrupted.`,
@@ -63,7 +63,7 @@ are no requests, or the run was interrupted.`,
 	flags.StringVar(&f.against, "against", "", "`file` with the limits before, to show what changes")
 	flags.StringVar(&f.format, "format", "auto", "`format` of the logs: "+strings.Join(accesslog.Formats, ", "))
 	flags.StringArrayVar(&f.fields, "field", nil,
-		"a field of the log and what it is, `ATTRIBUTE=NAME`, such as "+
+		"the attribute that a field of the log is, `ATTRIBUTE=NAME`, such as "+
 			"'request.headers[\"x-api-key\"]=api_key'; may be repeated")
 	flags.StringVar(&f.since, "since", "",
 		"play requests from this `time` on: RFC 3339, or a duration back from the logs' end, "+
@@ -99,7 +99,7 @@ func (p *program) backtest(ctx context.Context, f *backtestFlags, logs []string)
 		f.config, _ = p.getenv("SLUICE_CONFIG")
 	}
 	if f.config == "" {
-		return usageError{errors.New("missing --config: name the file with the limits")}
+		return usageError{errNoConfig}
 	}
 	o := backtest.Options{
 		ConfigFile: f.config, AgainstFile: f.against, Suggest: f.suggest || f.output == "html", MaxLimited: maxLimited,
@@ -221,8 +221,12 @@ func parseShare(text string) (*float64, error) {
 	}
 	number, isPercent := strings.CutSuffix(text, "%")
 	n, err := strconv.ParseFloat(strings.TrimSpace(number), 64)
-	if err != nil || !(n >= 0 && n <= 100) || !isPercent && n != 0 {
-		return nil, errors.New("must be a percentage from 0% to 100%, such as 0.1%")
+	if isShare := err == nil && n >= 0 && n <= 100; !isShare || !isPercent && n != 0 {
+		mend := ""
+		if isShare {
+			mend = "; write " + text + "%"
+		}
+		return nil, errors.New("must be a percentage from 0% to 100%, such as 0.1%" + mend)
 	}
 	return &n, nil
 }

@@ -48,7 +48,8 @@ func TestBacktestStatus(t *testing.T) {
 		{"--max-limited 0 -o html " + good, 1, "<strong>Failed</strong> 2 of 6 requests would be denied"},
 		{good, 0, "config:  " + cfg + "\nlogs:    " + good + "\n"},
 		{"--max-limited 10% " + good, 1, "sluice: 2 of 6 requests would be denied, 33.33%; --max-limited is 10%\n"},
-		{"--max-limited 10 " + good, 2, "must be a percentage from 0% to 100%, such as 0.1%"},
+		{"--max-limited 10 " + good, 2, "must be a percentage from 0% to 100%, such as 0.1%; write 10%\n"},
+		{"--max-limited 101% " + good, 2, "must be a percentage from 0% to 100%, such as 0.1%\n"},
 		{"--since 5s " + good, 0, "1 request from"},
 		{"--until 5s " + good, 0, "5 requests from"},
 		{"--since 2026-03-01T11:00:05+01:00 " + good, 0, "1 request from"},
@@ -78,7 +79,7 @@ func TestBacktestStatus(t *testing.T) {
 			t.Errorf("%s: status %d\n%s%s\nwant status %d and %q", test.args, status, stdout, stderr, test.status, test.want)
 		}
 	}
-	if status, _, stderr := sluice(t, nil, "backtest", good); status != 2 || !strings.Contains(stderr, "missing --config") {
+	if status, _, stderr := sluice(t, nil, "backtest", good); status != 2 || !strings.Contains(stderr, "--config: missing; want the file") {
 		t.Errorf("without a config: status %d, %s", status, stderr)
 	}
 	if status, _, _ := sluice(t, []string{"SLUICE_CONFIG=" + cfg}, "backtest", good); status != 0 {

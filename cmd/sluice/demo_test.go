@@ -279,7 +279,8 @@ func TestEnvoyCommand(t *testing.T) {
 		t.Errorf("1.36 gets the same file as %s: %d", envoy.Version, status)
 	}
 	if status, _, stderr := sluice(t, nil, "envoy", "plane"); status != 2 ||
-		!strings.HasPrefix(stderr, `sluice: invalid argument "plane" for "sluice envoy"`) {
+		!strings.HasPrefix(stderr, `sluice: unknown configuration "plane"; want one of envoy-gateway, istio, istio-gateway, `+
+			"istio-waypoint, plain\n") {
 		t.Errorf("%d %s", status, stderr)
 	}
 }

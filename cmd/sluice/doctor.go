@@ -50,7 +50,7 @@ Exit status 1: a check failed. Warnings do not change it.`,
 		Example: `  sluice doctor --config sluice.yaml
   sluice doctor --config sluice.yaml --envoy-admin http://127.0.0.1:9901
   curl -s http://127.0.0.1:9901/config_dump >dump.json && sluice doctor --config sluice.yaml --envoy-config dump.json`,
-		Args: noFiles,
+		Args: noArguments,
 		RunE: func(c *cobra.Command, _ []string) error {
 			asJSON, err := isJSON(output)
 			if err != nil {
@@ -70,7 +70,7 @@ Exit status 1: a check failed. Warnings do not change it.`,
 	}
 	c.Flags().StringVar(&config, "config", "", "`file` with the store (default $SLUICE_CONFIG)")
 	c.Flags().DurationVar(&envoyTimeout, "envoy-timeout", defaultEnvoyTimeout,
-		"timeout of Envoy's ext_authz filter, a `duration`; not needed with the flags below")
+		"`duration` that Envoy's ext_authz filter waits for sluice; read from Envoy with --envoy-admin or --envoy-config")
 	c.Flags().StringVar(&of.admin, "envoy-admin", "", "`URL` of Envoy's admin interface")
 	c.Flags().StringVar(&of.file, "envoy-config", "", "`file` with Envoy's config, or - for stdin")
 	outputFlag(c, &output)

@@ -53,12 +53,17 @@ func (p *program) envoyCommand() *cobra.Command {
 
 plain           a complete Envoy bootstrap, with a listener on port 8080 and an upstream on 127.0.0.1:8081 (default).
                 Run it with: envoy -c <(sluice envoy plain)
-istio           for pods in an Istio mesh. Apply it with: sluice envoy istio | kubectl apply -f -
-istio-gateway   for an Istio ingress gateway, with sluice as a Deployment. Apply it with kubectl, too.
-istio-waypoint  for a waypoint of Istio's ambient mode, likewise
-envoy-gateway   for a Gateway of Envoy Gateway, likewise`,
+istio           for pods in an Istio mesh, with sluice as their sidecar
+istio-gateway   for an Istio ingress gateway, with sluice as a Deployment
+istio-waypoint  for a waypoint of Istio's ambient mode, with sluice as a Deployment
+envoy-gateway   for a Gateway of Envoy Gateway, with sluice as a Deployment
+
+All but plain are Kubernetes objects. Apply them with, for example: sluice envoy istio | kubectl apply -f -
+
+With --config the configuration fits a config of sluice: where it listens, with which TLS, and what its limits read of
+other filters and of responses.`,
 		ValidArgs: slices.Sorted(maps.Keys(chains)),
-		Args:      cobra.MatchAll(cobra.MaximumNArgs(1), cobra.OnlyValidArgs),
+		Args:      oneChain,
 		RunE: func(_ *cobra.Command, args []string) error {
 			kind := append(args, "plain")[0]
 			release, err := envoy.ParseRelease(version)
@@ -96,10 +101,23 @@ envoy-gateway   for a Gateway of Envoy Gateway, likewise`,
 		},
 	}
 	c.Flags().StringVar(&config, "config", "",
-		"sluice's config `file`, for its listen.grpc and the names of its limits")
+		"sluice's config `file`, which the configuration then fits")
 	c.Flags().StringVar(&version, "envoy-version", envoy.Version,
 		"version of the Envoy that reads the configuration, `MAJOR.MINOR`, 1.36 or newer")
 	return c
+}
+
+// oneChain is the Args of envoy.
+func oneChain(c *cobra.Command, args []string) error {
+	switch {
+	case len(args) == 0 || len(args) == 1 && chains[args[0]] != nil:
+		return nil
+	case isConfig(args[len(args)-1]):
+		return fmt.Errorf("unexpected argument %q; write --config %s", args[len(args)-1], args[len(args)-1])
+	case len(args) > 1:
+		return fmt.Errorf("unexpected argument %q; want one configuration", args[1])
+	}
+	return fmt.Errorf("unknown configuration %q; want one of %s", args[0], strings.Join(c.ValidArgs, ", "))
 }
 
 // settleOf returns what Envoy has to report of the ends of requests; nil if no

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"os"
@@ -29,12 +30,12 @@ func (p *program) explainCommand() *cobra.Command {
 		Short: "Show which limits apply to a request and what the decision would be",
 		Long: `Show which limits apply to a request and what the decision would be.
 
-For each limit explain prints why it applies or not, the key of the bucket, the cost, and the remaining tokens. It takes
-no tokens.
+For each limit explain prints why it applies or not, the key of its bucket, the cost, and the tokens that the request
+would leave in it. It takes no tokens.
 
 The environment variables of run (SLUICE_REDIS, SLUICE_DOMAIN, ...) have their effect here, too. Exit status 1: the
 request would be denied or refused.`,
-		Args: noFiles,
+		Args: noArguments,
 		RunE: func(c *cobra.Command, _ []string) error {
 			asJSON, err := isJSON(output)
 			if err != nil {
@@ -159,12 +160,20 @@ func (p *program) printExplanation(e authz.Explanation, r *policy.Request) error
 	if len(e.Limits) == 0 {
 		b.WriteString("  no limits\n")
 	}
-	fmt.Fprintf(&b, "\n%s%s\n", e.Decision, deniedBy(&e))
+	fmt.Fprintf(&b, "\n%s%s\n", e.Decision, cmp.Or(deniedBy(&e), meanings[e.Outcome]))
 	if e.Note != "" {
 		fmt.Fprintf(&b, "(%s)\n", e.Note)
 	}
 	_, err := p.stdout.Write([]byte(b.String()))
 	return err
+}
+
+// meanings say of decisions what their names do not.
+var meanings = map[limiter.Outcome]string{
+	limiter.Unmatched:    ": no limit applies, so the request passes",
+	limiter.FailedOpen:   ": Redis does not answer, and on_failure lets the request pass",
+	limiter.FailedClosed: ": Redis does not answer, and on_failure refuses the request",
+	limiter.Delegated:    ": Redis does not answer, and on_failure leaves the request to Envoy's failure_mode_allow",
 }
 
 // amount describes the cost and the bucket of a limit that applies.

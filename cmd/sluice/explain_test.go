@@ -114,7 +114,8 @@ allowed
 
 	redis.Kill()
 	status, stdout, stderr = sluice(t, nil, order...)
-	if status != 1 || !strings.Contains(stdout, "failed_closed") ||
+	if status != 1 || !strings.HasSuffix(stdout,
+		"\nfailed_closed: Redis does not answer, and on_failure refuses the request\n") ||
 		!strings.Contains(stdout, "its bucket is unknown: store: connection") {
 		t.Errorf("%d %s\n%s", status, stderr, stdout)
 	}
@@ -151,6 +152,7 @@ func TestExplainWithoutRedis(t *testing.T) {
 		{"--source ::1", 0, "key =5.::/64\n"},
 		{"--host a.example.com:80 --path //x?y", 0, "GET a.example.com:80//x?y\n"},
 		{"--path /\x1b[31m", 0, "GET /\\x1b[31m\n"},
+		{"--context sluice.limits=orders", 0, "\nunmatched: no limit applies, so the request passes\n"},
 		{"--context sluice.limits=orders", 0, "no       per-client  the route's sluice.limits does not name it"},
 		{"--context sluice.limit.big={rate: 5/s, cost: 'request.method.size() * 2'}", 1, "\nlimited by big forever\n"},
 		{
@@ -232,7 +234,7 @@ func TestExplainErrors(t *testing.T) {
 		},
 		{
 			[]string{"--config", config, "extra"}, 2,
-			"sluice: unknown command \"extra\" for \"sluice explain\"\nSee 'sluice explain --help'.\n",
+			"sluice: unexpected argument \"extra\"; sluice explain takes only flags\nSee 'sluice explain --help'.\n",
 		},
 		{[]string{"--config", "none.yaml"}, 1, "none.yaml: no such file or directory\n"},
 		{

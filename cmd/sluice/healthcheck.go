@@ -25,7 +25,7 @@ func (p *program) healthcheckCommand() *cobra.Command {
 
 If the config has listen.tls, set --tls-cert and --tls-key to its cert_file and key_file. The probe presents this
 certificate, which the server always accepts, and expects the same certificate from the server.`,
-		Args: cobra.NoArgs,
+		Args: noArguments,
 		RunE: func(c *cobra.Command, _ []string) error {
 			if addr == "" {
 				addr = defaultGRPC

@@ -40,7 +40,7 @@ func (s *sidecarFlags) options() (k8s.Options, error) {
 		return o, usageError{fmt.Errorf("--image %w", err)}
 	}
 	if err := k8s.CheckUser(s.user); err != nil {
-		return o, usageError{fmt.Errorf("--run-as-user: %w", err)}
+		return o, usageError{fmt.Errorf("--run-as-user %w", err)}
 	}
 	if s.resources != "" {
 		var err error
@@ -62,7 +62,7 @@ func (p *program) injectCommand() *cobra.Command {
 
 The manifest is YAML with any number of documents, or JSON, and may contain Lists. A pod that cannot have a sidecar is
 printed unchanged, with a warning; if its label asks for a sidecar, that is an error.`,
-		Args: cobra.NoArgs,
+		Args: noArguments,
 		RunE: func(c *cobra.Command, _ []string) error {
 			options, err := sidecar.options()
 			if err != nil {
@@ -72,7 +72,7 @@ printed unchanged, with a warning; if its label asks for a sidecar, that is an e
 			if file != "" && file != "-" {
 				f, err := os.Open(file)
 				if err != nil {
-					return err
+					return trimSyscall(err)
 				}
 				defer func() { _ = f.Close() }()
 				in = f

@@ -295,7 +295,7 @@ func TestStartErrors(t *testing.T) {
 		{"run", "SLUICE_GRACE=soon", 1, `SLUICE_GRACE: grace: .*`},
 		{"run", "SLUICE_LOG_LEVEL=loud", 1, `SLUICE_LOG_LEVEL: log_level: .*`},
 		{"run --redis http://:hunter2@h", "", 2, `--redis: store\.redis\.url: .*`},
-		{"run now", "", 2, `sluice: unknown command "now" for "sluice run"\nSee 'sluice run --help'\.`},
+		{"run now", "", 2, `sluice: unexpected argument "now"; sluice run takes only flags\nSee 'sluice run --help'\.`},
 		{"run --colour red", "", 2, `sluice: unknown flag: --colour\nSee 'sluice run --help'\.`},
 		{"walk", "", 2, `(?s)sluice: unknown command "walk" for "sluice".*See 'sluice --help'\.`},
 		{"", "", 2, `sluice: missing command\nSee 'sluice --help'\.`},

@@ -82,6 +82,10 @@ denied, a failed check); 2 wrong usage.`,
 		p.versionCommand(),
 	)
 
+	for _, c := range root.Commands() {
+		c.Flags().VisitAll(shortenDefault)
+	}
+
 	command, err := root.ExecuteContextC(ctx)
 	var usage usageError
 	switch {

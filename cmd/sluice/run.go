@@ -44,7 +44,7 @@ Envoy's routes and the buckets are in this process.
 
 The config's files are reloaded when they change, and on SIGHUP. A config with an error is rejected as a whole, and the
 previous one stays in force. A change of listen or store needs a restart.`,
-		Args: noFiles,
+		Args: noArguments,
 		RunE: func(c *cobra.Command, _ []string) error {
 			ctx, stop := untilSignal(c.Context())
 			defer stop()

@@ -15,7 +15,7 @@ func (p *program) schemaCommand() *cobra.Command {
 With the YAML language server, save it as sluice.schema.json and make this the config's first line:
 
   # yaml-language-server: $schema=sluice.schema.json`,
-		Args: cobra.NoArgs,
+		Args: noArguments,
 		RunE: func(*cobra.Command, []string) error {
 			_, err := p.stdout.Write(policy.Schema)
 			return err

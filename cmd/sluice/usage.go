@@ -7,8 +7,12 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"github.com/sluiceproxy/sluice/limiter/policy"
 )
 
 // otherCommands are commands that other programs have, with those to run.
@@ -35,13 +39,22 @@ func unknownCommand(root *cobra.Command, args []string) error {
 	return errors.New(message)
 }
 
-// noFiles is the Args of commands that read a config from --config, and have no
-// arguments.
-func noFiles(c *cobra.Command, args []string) error {
-	if len(args) > 0 && isConfig(args[0]) {
-		return fmt.Errorf("unexpected argument %q; write --config %s", args[0], args[0])
+// noArguments is the Args of commands that have flags only.
+func noArguments(c *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
 	}
-	return cobra.NoArgs(c, args)
+	has := func(flag string) bool { return c.Flags().Lookup(flag) != nil }
+	mend := c.CommandPath() + " takes only flags"
+	switch {
+	case has("config") && isConfig(args[0]):
+		mend = "write --config " + args[0]
+	case has("file"):
+		mend = "write --file " + args[0]
+	case has("absent") && c.Flags().Changed("absent"):
+		mend = "write --absent=" + args[0]
+	}
+	return fmt.Errorf("unexpected argument %q; %s", args[0], mend)
 }
 
 // isConfig reports whether an argument is probably a config file's name.
@@ -65,6 +78,13 @@ var (
 	shortFlag   = regexp.MustCompile(`^unknown shorthand flag: '(.)' in `)
 	longFlag    = regexp.MustCompile(`^unknown flag: --([a-z-]+)`)
 )
+
+// shortenDefault has the help of a flag say 1m and not 1m0s.
+func shortenDefault(f *pflag.Flag) {
+	if d, err := time.ParseDuration(f.DefValue); err == nil && f.Value.Type() == "duration" {
+		f.DefValue = policy.DurationText(d)
+	}
+}
 
 // flagError says what to write instead of a flag that is wrong.
 func flagError(c *cobra.Command, err error) error {
@@ -91,6 +111,9 @@ func flagError(c *cobra.Command, err error) error {
 	return err
 }
 
+// errNoConfig is the error of a command that needs a config.
+var errNoConfig = errors.New("--config: missing; want the file with the limits, or set SLUICE_CONFIG")
+
 // configOrVariable returns the value of --config, or the variable that stands for
 // it. Without either it returns a usageError, unless a setting of the
 // environment says what a file would.
@@ -99,7 +122,7 @@ func (p *program) configOrVariable(config string) (string, error) {
 		config, _ = p.getenv("SLUICE_CONFIG")
 	}
 	if config == "" && len(p.settings(nil)) == 0 {
-		return "", usageError{errors.New("--config: missing; want the file with the limits, or set SLUICE_CONFIG")}
+		return "", usageError{errNoConfig}
 	}
 	return config, nil
 }

@@ -43,7 +43,7 @@ warning. Warnings do not change the exit status unless --strict makes errors of 
 	}
 	c.Flags().BoolVar(&v.strict, "strict", false, "treat warnings as errors")
 	c.Flags().DurationVar(&v.envoyTimeout, "envoy-timeout", defaultEnvoyTimeout,
-		"timeout of Envoy's ext_authz filter, a `duration`")
+		"`duration` that Envoy's ext_authz filter waits for sluice, for a warning about store.redis.timeout")
 	outputFlag(c, &output)
 	return c
 }

@@ -41,7 +41,7 @@ func (p *program) webhookCommand() *cobra.Command {
 
 It issues its own certificates from a CA in a Secret, and maintains the caBundle of its configuration. With --cert-dir
 it uses tls.crt and tls.key from a directory instead, such as cert-manager's, and makes no requests to the cluster.`,
-		Args: cobra.NoArgs,
+		Args: noArguments,
 		RunE: func(c *cobra.Command, _ []string) error {
 			ctx, stop := untilSignal(c.Context())
 			defer stop()

@@ -186,8 +186,15 @@ func (c *Config) keyOf(r *rule, name BucketName) (key, shown []byte, t *tier, er
 		parts = make([]string, len(r.key))
 	}
 	switch {
+	case len(r.key) == 0 && len(parts) > 0:
+		return nil, nil, nil, fmt.Errorf("limit %s has no key, but a single bucket; omit --key", r.limit.Name)
 	case len(parts) != len(r.key):
-		return nil, nil, nil, fmt.Errorf("want %d key parts for limit %s, not %d", len(r.key), r.limit.Name, len(parts))
+		var names []string
+		for _, e := range r.key {
+			names = append(names, e.text)
+		}
+		return nil, nil, nil, fmt.Errorf("want %d key parts for limit %s, not %d; write --key once for each of %s",
+			len(r.key), r.limit.Name, len(parts), strings.Join(names, ", "))
 	case len(r.key) == 0 && name.Absent:
 		return nil, nil, nil, fmt.Errorf("limit %s has no key, so none can be absent", r.limit.Name)
 	case len(r.key) == 0:
@@ -242,7 +249,7 @@ func (r *rule) standIn(client string) (string, error) {
 		return "", nil
 	case !address.IsValid():
 		return "", fmt.Errorf("limit %s has absent: client, so requests without a key have one bucket for each "+
-			"client network; give the client's address", r.limit.Name)
+			"client network; write --absent=ADDRESS with the client's address", r.limit.Name)
 	}
 	return network(address), nil
 }

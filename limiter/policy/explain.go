@@ -156,6 +156,10 @@ func (c *Config) reason(s *subject, r *rule, f finding) string {
 	if f.whenAbsent {
 		reason += "; when is absent, so it applies"
 	}
+	denied := "the request is denied"
+	if r.limitOf(f.tier).Shadow {
+		denied = "the request would be denied"
+	}
 	switch f.kind {
 	case foundOverridden:
 		reason += "; its rate is from " + r.overrides.position(f.keyDigest)
@@ -164,7 +168,7 @@ func (c *Config) reason(s *subject, r *rule, f finding) string {
 			map[absence]string{
 				absentClient: "the client's network is used instead",
 				absentShare:  "all such requests share a bucket",
-				absentDeny:   "the request is denied",
+				absentDeny:   denied,
 			}[r.absent]
 	default: // nothing to add
 	}
@@ -178,7 +182,7 @@ func (c *Config) reason(s *subject, r *rule, f finding) string {
 		reason += "; its rate is from rate_from"
 	}
 	if f.tier.none {
-		reason += "; the rate is none, so the request is denied"
+		reason += "; the rate is none, so " + denied
 	}
 	return reason
 }

@@ -146,3 +146,24 @@ func TestColumns(t *testing.T) {
 		}
 	}
 }
+
+// TestShadowReasons checks that no reason says that a limit in shadow mode denies.
+func TestShadowReasons(t *testing.T) {
+	c := parse(t, `limits:
+  - {name: a, mode: shadow, rate: none}
+  - {name: b, mode: shadow, rate: 1/s, key: request.headers.k, absent: deny}
+  - {name: c, rate: 1/s, key: request.method, overrides: [{key: GET, rate: none, mode: shadow}]}
+`)
+	var got []string
+	for _, l := range c.Explain(request(t, "GET h/")).Limits {
+		got = append(got, l.Limit.Name+": "+l.Reason)
+	}
+	want := []string{
+		"a: it applies to every request; the rate is none, so the request would be denied",
+		"b: it applies to every request; its key part request.headers.k is absent: the request would be denied",
+		"c: it applies to every request; its rate is from overrides[0]; the rate is none, so the request would be denied",
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("got\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
+	}
+}

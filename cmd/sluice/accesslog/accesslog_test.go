@@ -200,7 +200,7 @@ func TestFieldErrors(t *testing.T) {
 		"client.ip=1":      "it is derived",
 		"request.pat=1":    "want an attribute",
 		"source.address=0": "the first field is number 1",
-		`a["b]=x`:          "want a name",
+		`a["b]=x`:          "want an attribute",
 	} {
 		if _, err := ParseField(text); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v, want %s", text, err, want)

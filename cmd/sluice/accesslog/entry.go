@@ -171,7 +171,7 @@ func (e *Entry) setMetadata(path []string, value string) {
 
 // splitAttribute splits a.b["c"].d into a, b, c and d.
 func splitAttribute(s string) (path []string, err error) {
-	wrong := fmt.Errorf(`want a name such as request.path or request.headers["x-api-key"]`)
+	wrong := fmt.Errorf(`want an attribute such as request.path or request.headers["x-api-key"]`)
 	for rest := s; rest != ""; {
 		if rest[0] == '[' {
 			end := strings.IndexByte(rest, ']')
