@@ -56,11 +56,12 @@ func podTemplatePath(kind, apiVersion string) ([]string, bool) {
 // too. It treats each pod as if its namespace were labelled, so that only the
 // pod's own label turns injection off.
 //
-// Documents that do not change are copied byte for byte. The others in YAML get
-// the sidecar inserted into their text. If more has to be done than to insert,
-// as when a value has to be replaced, they are encoded again, and comments, order
-// and spacing are kept where possible. Injecting the output again does not change
-// it. out may share the memory of in.
+// Documents that do not change are copied byte for byte. The others get the
+// sidecar inserted into their text, in the layout of the place. If more has to be
+// done than to insert, as when a value has to be replaced, a document or the item
+// of a List is encoded again, and its order, in YAML also comments and spacing,
+// are kept where possible. Injecting the output again does not change it. out may
+// share the memory of in.
 //
 // skipped names each object that can have no sidecar, and says why: those of a
 // kind that is not known, too, if their pods have a label or an annotation of

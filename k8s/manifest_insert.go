@@ -10,15 +10,20 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// insertion collects what is inserted into the text of a YAML document, so that
-// all else in it stays byte for byte.
+// insertion collects what is inserted into the text of a document in YAML or
+// JSON, so that all else in it stays byte for byte.
 type insertion struct {
 	lines [][]byte
 	// firstLine is the number that nodes give the first of lines.
 	firstLine int
-	compact   bool // as for writeYAML
 	newline   string
-	edits     []edit
+	compact   bool // as for writeYAML
+	// unit is what a level is indented by where neighbours do not show it.
+	unit string
+	// writeMember writes a field of a mapping in flow style, or an element of a
+	// sequence if key is nil.
+	writeMember func(out *bytes.Buffer, key, value *yaml.Node, l flowLayout) error
+	edits       []edit
 }
 
 // edit replaces the bytes from start to end, both counted from the start of a
@@ -28,23 +33,44 @@ type edit struct {
 	text             []byte
 }
 
-// insertYAML returns text, a part of a document in which node stands, with what
-// changed has in addition to old, which is the value of node. firstLine is the
-// number of the first line of text in the document. It returns false if more is
-// to be done than to insert, or if it does not know where. The caller has to
-// check that the result has the value changed.
-func insertYAML(node *yaml.Node, text []byte, firstLine int, old, changed any, compact bool) ([]byte, bool) {
-	p := insertion{lines: splitLines(text), firstLine: firstLine, compact: compact, newline: "\n"}
+// newInsertion returns an insertion into text, a part of a document. firstLine is
+// the number of the first line of text in the document.
+func newInsertion(text []byte, firstLine int) *insertion {
+	p := &insertion{lines: splitLines(text), firstLine: firstLine, newline: "\n", unit: "  "}
 	if bytes.Contains(text, []byte("\r\n")) {
 		p.newline = "\r\n"
 	}
+	return p
+}
+
+// insertYAML returns text, a part of a document in which node stands, with what
+// changed has in addition to old, which is the value of node. It returns false as
+// insertion.insert does.
+func insertYAML(node *yaml.Node, text []byte, firstLine int, old, changed any, compact bool) ([]byte, bool) {
+	p := newInsertion(text, firstLine)
+	p.compact, p.writeMember = compact, writeYAMLMember
+	return p.insert(node, old, changed)
+}
+
+// insert returns the text with what changed has in addition to old, which is the
+// value of node. It returns false if more is to be done than to insert, or if it
+// does not know where. The caller has to check that the result has the value
+// changed.
+func (p *insertion) insert(node *yaml.Node, old, changed any) ([]byte, bool) {
 	if !p.merge(node, old, changed, len(p.lines)) {
 		return nil, false
 	}
 	slices.SortStableFunc(p.edits, func(a, b edit) int {
 		return cmp.Or(cmp.Compare(a.line, b.line), cmp.Compare(a.start, b.start))
 	})
-	var out bytes.Buffer
+	size := 0
+	for _, line := range p.lines {
+		size += len(line)
+	}
+	for _, e := range p.edits {
+		size += len(e.text)
+	}
+	out := bytes.NewBuffer(make([]byte, 0, size+len(p.newline)))
 	edits := p.edits
 	for i := 0; i <= len(p.lines); i++ {
 		at := 0
@@ -114,8 +140,8 @@ func (p *insertion) mergeMapping(node *yaml.Node, old, changed object, end int) 
 		if i+2 < len(node.Content) && !flow {
 			stop = node.Content[i+2].Line - p.firstLine
 		}
-		if len(value.Content) == 0 && !flow {
-			if !p.fill(key, value, v) {
+		if len(value.Content) == 0 {
+			if !p.fill(node, key, value, v) {
 				return false
 			}
 		} else if !p.merge(value, old[key.Value], v, stop) {
@@ -140,23 +166,27 @@ func (p *insertion) mergeMapping(node *yaml.Node, old, changed object, end int) 
 	return p.appendBlock(node, added, end)
 }
 
-// fill gives a key of a block mapping whose value is empty another value.
-func (p *insertion) fill(key, value *yaml.Node, v any) bool {
-	at, ok := p.lineOf(key)
+// fill gives a key of a mapping whose value is empty another value.
+func (p *insertion) fill(mapping, key, value *yaml.Node, v any) bool {
 	added, err := newNode(v)
-	if !ok || err != nil || value.Anchor != "" || len(added.Content) == 0 {
+	if err != nil || value.Anchor != "" || len(added.Content) == 0 {
 		return false
 	}
-	line := p.lines[at]
-	switch {
-	case value.Kind == yaml.ScalarNode && value.Value == "" && value.ShortTag() == "!!null":
-	case value.Style&yaml.FlowStyle != 0 && value.Line == key.Line:
-		start := byteColumn(line, value.Column)
-		if start+2 > len(line) || !slices.Contains([]string{"{}", "[]"}, string(line[start:start+2])) {
+	if mapping.Style&yaml.FlowStyle != 0 {
+		return p.fillFlow(mapping, key, value, added)
+	}
+	at, ok := p.lineOf(key)
+	if !ok {
+		return false
+	}
+	if value.Kind != yaml.ScalarNode || value.Value != "" {
+		start, end, ok := p.findEmpty(value)
+		if !ok || start.line != at || end.line != at {
 			return false
 		}
-		p.edits = append(p.edits, edit{at, len(bytes.TrimRight(line[:start], " ")), start + 2, nil})
-	default:
+		column := len(bytes.TrimRight(p.lines[at][:start.column], " "))
+		p.edits = append(p.edits, edit{at, column, end.column, nil})
+	} else if value.ShortTag() != "!!null" {
 		return false
 	}
 	indent := key.Column - 1
@@ -164,6 +194,26 @@ func (p *insertion) fill(key, value *yaml.Node, v any) bool {
 		indent += 2
 	}
 	return p.insertBlock(at+1, indent, added)
+}
+
+// findEmpty returns where the text of an empty mapping or sequence or of null
+// begins and ends, or false if a node is none of these or has no text.
+func (p *insertion) findEmpty(node *yaml.Node) (start, end position, ok bool) {
+	switch {
+	case node.Kind == yaml.MappingNode || node.Kind == yaml.SequenceNode:
+		f, ok := p.findFlow(node)
+		f.close.column++
+		return f.open, f.close, ok && len(node.Content) == 0
+	case node.Kind == yaml.ScalarNode && node.ShortTag() == "!!null" && node.Value != "":
+		if start.line, ok = p.lineOf(node); !ok {
+			return start, end, false
+		}
+		line := p.lines[start.line]
+		start.column = byteColumn(line, node.Column)
+		end = position{start.line, start.column + len(node.Value)}
+		return start, end, bytes.HasPrefix(line[start.column:], []byte(node.Value))
+	}
+	return start, end, false
 }
 
 // mergeSequence is merge for a sequence that is not empty.
@@ -215,19 +265,19 @@ func (p *insertion) insertBefore(node *yaml.Node, i int, elements []*yaml.Node) 
 	}
 	added := &yaml.Node{Kind: yaml.SequenceNode, Content: elements}
 	if node.Style&yaml.FlowStyle != 0 {
-		text, ok := encodeFlow(added)
-		start := byteColumn(p.lines[at], node.Content[i].Column)
-		p.edits = append(p.edits, edit{at, start, start, append(text, ", "...)})
-		return ok
+		return p.insertBeforeFlow(node, node.Content[i], added)
 	}
 	indent := node.Column - 1
-	if !isDash(p.lines[at], indent) {
-		return false
-	}
-	for at > 0 && isComment(p.lines[at-1]) && indentOf(p.lines[at-1]) == indent {
+	return isDash(p.lines[at], indent) && p.insertBlock(p.aboveComments(at), indent, added)
+}
+
+// aboveComments returns the line of the first of the comments directly above a
+// line that are indented as it is, or at if there is none.
+func (p *insertion) aboveComments(at int) int {
+	for indent := indentOf(p.lines[at]); at > 0 && isComment(p.lines[at-1]) && indentOf(p.lines[at-1]) == indent; {
 		at--
 	}
-	return p.insertBlock(at, indent, added)
+	return at
 }
 
 // appendBlock inserts added at the end of a block mapping or sequence, whose text
@@ -269,87 +319,6 @@ func (p *insertion) insertBlock(at, indent int, added *yaml.Node) bool {
 	text = bytes.ReplaceAll(indentLines(text, indent), []byte("\n"), []byte(p.newline))
 	p.edits = append(p.edits, edit{line: at, text: text})
 	return err == nil
-}
-
-// appendFlow inserts added at the end of a mapping or sequence in flow style that
-// is not empty.
-func (p *insertion) appendFlow(node, added *yaml.Node) bool {
-	at, column, hasComma, ok := p.closingBracket(node)
-	text, encoded := encodeFlow(added)
-	if !ok || !encoded {
-		return false
-	}
-	line := p.lines[at]
-	start := len(bytes.TrimRight(line[:column], " \t"))
-	separator := ", "
-	if hasComma {
-		separator = " "
-	}
-	if start == 0 { // the bracket is on a line of its own, and so is what is added
-		indent := bytes.Repeat([]byte(" "), indentOf(line)+2)
-		text = slices.Concat(indent, bytes.TrimLeft([]byte(separator), " "), text, []byte(p.newline))
-	} else {
-		text = slices.Concat([]byte(separator), text)
-	}
-	p.edits = append(p.edits, edit{at, start, start, text})
-	return true
-}
-
-// closingBracket returns where the bracket stands that closes a mapping or sequence
-// in flow style, and whether a comma is before it. It returns false if it finds
-// none.
-func (p *insertion) closingBracket(node *yaml.Node) (at, column int, hasComma, ok bool) {
-	at, ok = p.lineOf(node)
-	if !ok {
-		return 0, 0, false, false
-	}
-	depth := 0
-	var quote, last byte // last is the last byte of what is no comment and no space
-	for column = byteColumn(p.lines[at], node.Column); at < len(p.lines); at, column = at+1, 0 {
-		line := p.lines[at]
-		for ; column < len(line); column++ {
-			c := line[column]
-			isSpaced := column == 0 || line[column-1] == ' ' || line[column-1] == '\t'
-			if quote == 0 && c == '#' && isSpaced {
-				break
-			}
-			before := last
-			if c > ' ' {
-				last = c
-			}
-			switch {
-			case quote == '"' && c == '\\':
-				column++
-			case quote == '\'' && bytes.HasPrefix(line[column:], []byte("''")):
-				column++
-			case quote != 0:
-				if c == quote {
-					quote = 0
-				}
-			case (c == '"' || c == '\'') && (isSpaced || bytes.IndexByte([]byte(",[{:"), line[column-1]) >= 0):
-				quote = c
-			case c == '{' || c == '[':
-				depth++
-			case c == '}' || c == ']':
-				if depth--; depth == 0 {
-					return at, column, before == ',', true
-				}
-			}
-		}
-	}
-	return 0, 0, false, false
-}
-
-// encodeFlow returns the text of a mapping or sequence in flow style, without
-// its brackets.
-func encodeFlow(node *yaml.Node) ([]byte, bool) {
-	node.Style |= yaml.FlowStyle
-	text, err := encodeYAML(node, true)
-	text = bytes.TrimSpace(text)
-	if err != nil || len(text) < 2 || bytes.IndexByte(text, '\n') >= 0 {
-		return nil, false
-	}
-	return text[1 : len(text)-1], true
 }
 
 // byteColumn returns the index of a column, which counts characters from 1.

@@ -7,10 +7,10 @@ import (
 	"fmt"
 	"io"
 	"reflect"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
+	"unicode/utf8"
 
 	"go.yaml.in/yaml/v3"
 )
@@ -59,150 +59,129 @@ func (b *firstByte) UnmarshalJSON(text []byte) error {
 
 // injectJSON returns a JSON object, with the white space around it, after
 // injection.
-func injectJSON(text []byte, m *injector) ([]byte, error) {
+func injectJSON(text []byte, m *injector) (written []byte, err error) {
 	body := bytes.TrimSpace(bytes.TrimPrefix(text, byteOrderMark))
 	before, after, _ := bytes.Cut(text, body)
-	var w jsonWriter
-	w.out.Write(before)
-	if m := indentPattern.FindSubmatch(body); m != nil {
-		w.indent = string(m[1])
-	}
-	var changed bool
-	var err error
-	if list, ok := parseJSONList(body); ok {
-		changed, err = list.inject(&w, m)
+	if l, ok := splitJSONList(body); ok {
+		written, _, err = l.inject(m)
 	} else {
-		changed, err = w.rewrite(body, 0, m.inject)
+		written, err = rewriteJSON(body, m.inject)
 	}
 	if err != nil {
 		return nil, err
 	}
-	if !changed {
-		return text, nil
-	}
-	written := w.out.Bytes()
-	if bytes.Contains(body, []byte("\r\n")) {
-		written = slices.Concat(before, bytes.ReplaceAll(written[len(before):], []byte("\n"), []byte("\r\n")))
-	}
-	return append(written, after...), nil
+	return slices.Concat(before, written, after), nil
 }
 
-// jsonWriter writes JSON.
-type jsonWriter struct {
-	out, compact bytes.Buffer
-	// indent is what each level is indented by. If it is empty, there is no white
-	// space.
-	indent string
-}
-
-// breakLine begins a line at this level, if there are lines.
-func (w *jsonWriter) breakLine(level int) {
-	if w.indent != "" {
-		w.out.WriteString("\n" + strings.Repeat(w.indent, level))
-	}
-}
-
-// write writes a node at this level.
-func (w *jsonWriter) write(node *yaml.Node, level int) error {
-	w.compact.Reset()
-	if err := writeJSONNode(&w.compact, node); err != nil {
-		return err
-	}
-	if w.indent == "" {
-		w.out.Write(w.compact.Bytes())
-		return nil
-	}
-	return json.Indent(&w.out, w.compact.Bytes(), strings.Repeat(w.indent, level), w.indent)
-}
-
-// rewrite writes a JSON value at this level after inject, which returns the
-// decoded value with the sidecar, or its argument if nothing changes.
-func (w *jsonWriter) rewrite(text []byte, level int, inject func(any) any) (changed bool, err error) {
+// rewriteJSON returns a JSON value after inject, which returns the decoded value
+// with the sidecar, or its argument if nothing changes. Then rewriteJSON returns
+// text itself.
+func rewriteJSON(text []byte, inject func(any) any) ([]byte, error) {
 	node, err := parseJSON(text)
 	if err != nil {
-		return false, unreadableError{err}
+		return nil, unreadableError{err}
 	}
 	old, err := decodeJSON(text)
 	if err != nil {
-		return false, unreadableError{err}
+		return nil, unreadableError{err}
 	}
-	injected := inject(old)
-	if reflect.DeepEqual(old, injected) {
-		return false, w.write(node, level)
+	changed := inject(old)
+	if reflect.DeepEqual(old, changed) {
+		return text, nil
 	}
-	if err := mergeNode(node, old, injected); err != nil {
-		return false, err
+	p := newInsertion(text, 1)
+	p.writeMember = writeJSONMember
+	l := p.rootLayout(node)
+	p.unit = l.unit
+	written, ok := p.insert(node, old, changed)
+	if ok && isJSON(written, changed) {
+		return written, nil
 	}
-	if err := w.write(node, level); err != nil {
-		return false, err
+	if err := mergeNode(node, old, changed); err != nil {
+		return nil, err
 	}
-	if got, err := decodeJSON(w.compact.Bytes()); err != nil || !equalJSON(got, injected) {
-		return false, errors.New("the sidecar cannot be added without changing other content; simplify the JSON")
+	var b bytes.Buffer
+	if err := writeJSON(&b, node, l); err != nil {
+		return nil, err
 	}
-	return true, nil
+	if !isJSON(b.Bytes(), changed) {
+		return nil, errors.New("the sidecar cannot be added without changing other content; simplify the JSON")
+	}
+	return b.Bytes(), nil
 }
 
-// jsonList is a List in JSON. Each item is injected by itself, so that a List of
-// thousands takes little memory besides its text.
-type jsonList struct {
-	kind, apiVersion string // as those of yamlList
-	fields           []jsonField
+// isJSON reports whether the value of JSON text is want.
+func isJSON(text []byte, want any) bool {
+	got, err := decodeJSON(text)
+	return err == nil && equalJSON(got, want)
 }
 
-// jsonField is a field of a jsonList and the text of its value, or of each
-// element if the field is items.
-type jsonField struct {
-	name   string
-	values [][]byte
-}
-
-// parseJSONList returns false if a JSON object is not a List, has no items or has
-// a field twice.
-func parseJSONList(text []byte) (jsonList, bool) {
-	var l jsonList
-	var isList, hasItems bool
+// splitJSONList cuts a List in JSON around its items. It returns false if an
+// object is not a List, has no items or has a field twice.
+func splitJSONList(text []byte) (manifestList, bool) {
+	var l manifestList
 	d := json.NewDecoder(bytes.NewReader(text))
 	var raw json.RawMessage // shares its memory
-	value := func() []byte {
+	value := func() (start, end int) {
 		if err := d.Decode(&raw); err != nil {
-			return nil
+			return 0, 0
 		}
-		end := int(d.InputOffset())
-		return text[end-len(raw) : end]
+		end = int(d.InputOffset())
+		return end - len(raw), end
 	}
 	if brace, err := d.Token(); err != nil || brace != json.Delim('{') {
 		return l, false
 	}
+	isList := false
+	at := 0 // the end of the item before
+	var names []string
 	for d.More() {
 		token, err := d.Token()
 		name, ok := token.(string)
-		if err != nil || !ok || slices.ContainsFunc(l.fields, func(f jsonField) bool { return f.name == name }) {
+		if err != nil || !ok || slices.Contains(names, name) {
 			return l, false
 		}
-		field := jsonField{name: name}
-		if name == "items" {
-			if bracket, err := d.Token(); err != nil || bracket != json.Delim('[') {
+		names = append(names, name)
+		if name != "items" {
+			start, end := value()
+			field := text[start:end]
+			if _, err := parseJSON(field); err != nil {
 				return l, false
 			}
-			for d.More() {
-				field.values = append(field.values, value())
+			switch name {
+			case "kind":
+				l.kind, isList = strings.CutSuffix(jsonText(field), "List")
+			case "apiVersion":
+				l.apiVersion = jsonText(field)
 			}
-			if _, err := d.Token(); err != nil {
-				return l, false
-			}
-			hasItems = len(field.values) > 0
-		} else {
-			field.values = [][]byte{value()}
+			continue
 		}
-		l.fields = append(l.fields, field)
-		switch name {
-		case "kind":
-			l.kind, isList = strings.CutSuffix(jsonText(field.values[0]), "List")
-		case "apiVersion":
-			l.apiVersion = jsonText(field.values[0])
+		if bracket, err := d.Token(); err != nil || bracket != json.Delim('[') {
+			return l, false
+		}
+		for d.More() {
+			start, end := value()
+			if n := len(l.items); n > 0 {
+				l.items[n-1].after = text[at:start]
+			} else {
+				l.before = text[:start]
+			}
+			item := text[start:end]
+			l.items = append(l.items, listItem{rewrite: func(inject func(any) any) ([]byte, bool, error) {
+				written, err := rewriteJSON(item, inject)
+				return written, true, err
+			}})
+			at = end
+		}
+		if _, err := d.Token(); err != nil {
+			return l, false
 		}
 	}
-	return l, isList && hasItems
+	if !isList || len(l.items) == 0 {
+		return l, false
+	}
+	l.items[len(l.items)-1].after = text[at:]
+	return l, true
 }
 
 // jsonText returns the value of a JSON string, or an empty string for another
@@ -211,49 +190,6 @@ func jsonText(text []byte) string {
 	v, _ := decodeJSON(text)
 	s, _ := v.(string)
 	return s
-}
-
-// inject writes the List after injection of its items. If it fails, m has
-// collected nothing.
-func (l jsonList) inject(w *jsonWriter, m *injector) (changed bool, err error) {
-	keep := func(v any) any { return v }
-	own := injector{options: m.options}
-	delimiter := byte('{')
-	for _, field := range l.fields {
-		w.out.WriteByte(delimiter)
-		delimiter = ','
-		w.breakLine(1)
-		if err := w.write(&yaml.Node{Kind: yaml.ScalarNode, Tag: "!!str", Value: field.name}, 1); err != nil {
-			return false, err
-		}
-		w.out.WriteByte(':')
-		if w.indent != "" {
-			w.out.WriteByte(' ')
-		}
-		if field.name != "items" {
-			if _, err := w.rewrite(field.values[0], 1, keep); err != nil {
-				return false, err
-			}
-			continue
-		}
-		delimiter := byte('[')
-		for i, item := range field.values {
-			w.out.WriteByte(delimiter)
-			delimiter = ','
-			w.breakLine(2)
-			injected, err := w.rewrite(item, 2, func(v any) any { return own.injectItem(v, l.kind, l.apiVersion, i) })
-			if err != nil {
-				return false, err
-			}
-			changed = changed || injected
-		}
-		w.breakLine(1)
-		w.out.WriteByte(']')
-	}
-	w.breakLine(0)
-	w.out.WriteByte('}')
-	m.skipped, m.refused = append(m.skipped, own.skipped...), append(m.refused, own.refused...)
-	return changed, nil
 }
 
 // decodeJSON decodes JSON and keeps numbers as they are written.
@@ -265,28 +201,38 @@ func decodeJSON(text []byte) (any, error) {
 	return v, err
 }
 
-// parseJSON parses JSON into a YAML node, which keeps the order of fields.
+// parseJSON parses JSON into a YAML node in flow style, which keeps the order of
+// fields and has the lines and columns.
 func parseJSON(text []byte) (*yaml.Node, error) {
-	d := json.NewDecoder(bytes.NewReader(text))
-	d.UseNumber()
-	return parseJSONNode(d)
+	p := jsonParser{d: json.NewDecoder(bytes.NewReader(text)), text: text, line: 1, column: 1}
+	p.d.UseNumber()
+	return p.parse()
 }
 
-// parseJSONNode parses the next value of d.
-func parseJSONNode(d *json.Decoder) (*yaml.Node, error) {
-	token, err := d.Token()
+// jsonParser parses JSON text with d. line and column are those of at, which is
+// the end of the token before.
+type jsonParser struct {
+	d                *json.Decoder
+	text             []byte
+	at, line, column int
+}
+
+// parse parses the next value.
+func (p *jsonParser) parse() (*yaml.Node, error) {
+	token, line, column, err := p.next()
 	if err != nil {
 		return nil, err
 	}
+	node := &yaml.Node{Kind: yaml.ScalarNode}
 	switch token := token.(type) {
 	case json.Delim:
-		node := &yaml.Node{Kind: yaml.SequenceNode, Tag: "!!seq"}
+		node.Kind, node.Tag, node.Style = yaml.SequenceNode, "!!seq", yaml.FlowStyle
 		if token == '{' {
 			node.Kind, node.Tag = yaml.MappingNode, "!!map"
 		}
 		fields := map[string]bool{}
-		for d.More() { // in an object the decoder and YAML have keys and values by turns
-			element, err := parseJSONNode(d)
+		for p.d.More() { // in an object the decoder and YAML have keys and values by turns
+			element, err := p.parse()
 			if err != nil {
 				return nil, err
 			}
@@ -298,21 +244,43 @@ func parseJSONNode(d *json.Decoder) (*yaml.Node, error) {
 			}
 			node.Content = append(node.Content, element)
 		}
-		_, err := d.Token() // the closing delimiter
-		return node, err
+		_, _, _, err = p.next() // the closing delimiter
 	case json.Number:
-		node := &yaml.Node{Kind: yaml.ScalarNode, Value: token.String()}
+		node.Value = token.String()
 		if node.ShortTag() == "!!str" { // yaml.v3 takes a number that is too large for a string
 			node.Tag = "!!float"
 		}
-		return node, nil
 	case string:
-		return stringNode(token)
+		node, err = stringNode(token)
 	case bool:
-		return &yaml.Node{Kind: yaml.ScalarNode, Value: strconv.FormatBool(token)}, nil
+		node.Value = strconv.FormatBool(token)
 	default:
-		return &yaml.Node{Kind: yaml.ScalarNode, Value: "null"}, nil
+		node.Value = "null"
 	}
+	if err != nil {
+		return nil, err
+	}
+	node.Line, node.Column = line, column
+	return node, nil
+}
+
+// next returns the next token and where it begins.
+func (p *jsonParser) next() (token json.Token, line, column int, err error) {
+	if token, err = p.d.Token(); err != nil {
+		return nil, 0, 0, err
+	}
+	for bytes.IndexByte([]byte(" \t\r\n,:"), p.text[p.at]) >= 0 {
+		p.column++
+		if p.text[p.at] == '\n' {
+			p.line, p.column = p.line+1, 1
+		}
+		p.at++
+	}
+	line, column = p.line, p.column
+	end := int(p.d.InputOffset())
+	p.column += utf8.RuneCount(p.text[p.at:end])
+	p.at = end
+	return token, line, column, nil
 }
 
 // stringNode returns a node whose value is a string.
@@ -343,14 +311,10 @@ func isSimple(s string) bool {
 	return 'A' <= s[0] && s[0] <= 'Z' || 'a' <= s[0] && s[0] <= 'z' || s[0] == '/' || s[0] == '$'
 }
 
-// indentPattern matches the start of an object whose fields are on lines of
-// their own, and captures the indentation.
-var indentPattern = regexp.MustCompile(`^\s*\{\r?\n([ \t]+)`)
-
-// writeJSONNode appends the JSON encoding of a node, which must consist of what
-// JSON has, without white space.
-func writeJSONNode(b *bytes.Buffer, node *yaml.Node) error {
-	delimiters, separators := "[]", ",,"
+// writeJSON appends the JSON encoding of a node, which must consist of what JSON
+// has.
+func writeJSON(b *bytes.Buffer, node *yaml.Node, l flowLayout) error {
+	delimiters, step := "[]", 1
 	switch {
 	case node.Kind == yaml.ScalarNode && node.ShortTag() != "!!str":
 		b.WriteString(node.Value)
@@ -362,17 +326,39 @@ func writeJSONNode(b *bytes.Buffer, node *yaml.Node) error {
 		b.Truncate(b.Len() - 1) // the newline that Encode adds
 		return err
 	case node.Kind == yaml.MappingNode:
-		delimiters, separators = "{}", ",:"
+		delimiters, step = "{}", 2
 	}
+	inner := l
+	inner.indent += l.unit
 	b.WriteByte(delimiters[0])
-	for i, element := range node.Content {
+	for i := 0; i < len(node.Content); i += step {
 		if i > 0 {
-			b.WriteByte(separators[i%2])
+			b.WriteString(inner.separator())
+		} else if l.newline != "" {
+			b.WriteString(l.newline + inner.indent)
 		}
-		if err := writeJSONNode(b, element); err != nil {
+		var key *yaml.Node
+		if step == 2 {
+			key = node.Content[i]
+		}
+		if err := writeJSONMember(b, key, node.Content[i+step-1], inner); err != nil {
 			return err
 		}
 	}
+	if l.newline != "" && len(node.Content) > 0 {
+		b.WriteString(l.newline + l.indent)
+	}
 	b.WriteByte(delimiters[1])
 	return nil
+}
+
+// writeJSONMember writes a member in JSON.
+func writeJSONMember(b *bytes.Buffer, key, value *yaml.Node, l flowLayout) error {
+	if key != nil {
+		if err := writeJSON(b, key, l); err != nil {
+			return err
+		}
+		b.WriteString(l.colon)
+	}
+	return writeJSON(b, value, l)
 }

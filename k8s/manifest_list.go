@@ -13,25 +13,69 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// yamlList is the text of a List in YAML, cut around its items. Each is injected
-// by itself, so that a List of thousands takes time and memory in proportion.
-type yamlList struct {
+// manifestList is the text of a List, cut around its items. Each is injected by
+// itself, so that a List of thousands takes time and memory in proportion.
+type manifestList struct {
 	// kind is the List's without the suffix List, and apiVersion the List's: the
 	// items of a DeploymentList, for example, need not have their own.
 	kind, apiVersion string
-	indent           int // of the items' dashes, in spaces
 	before           []byte
-	items            []yamlItem
+	items            []listItem
 }
 
-// yamlItem is an item of a yamlList.
-type yamlItem struct {
-	line int    // of the dash in the document, from 0
-	text []byte // from the dash on
-	// after has the blank lines, comments and other fields of the List that
-	// follow the item.
+// listItem is an item of a manifestList.
+type listItem struct {
+	// rewrite returns the item's text after inject, which returns its decoded value
+	// with the sidecar, or its argument if nothing changes. It returns false if an
+	// item that changes cannot be cut out of the text.
+	rewrite func(inject func(any) any) (written []byte, ok bool, err error)
+	// after is the text up to the next item, or to the end.
 	after []byte
-	node  *yaml.Node // in the document
+}
+
+// inject returns the text of the List after injection of its items, as many at a
+// time as there are processors. It returns false if an item that changes cannot be
+// cut out of the text. Then, and if there is an error, m has collected nothing.
+func (l manifestList) inject(m *injector) (out []byte, ok bool, err error) {
+	type result struct {
+		injector
+		text []byte
+		ok   bool
+		err  error
+	}
+	results := make([]result, len(l.items))
+	var next atomic.Int64
+	var wg sync.WaitGroup
+	for range min(runtime.GOMAXPROCS(0), len(l.items)) {
+		wg.Go(func() {
+			for i := int(next.Add(1)) - 1; i < len(l.items); i = int(next.Add(1)) - 1 {
+				r := &results[i]
+				r.options = m.options
+				r.text, r.ok, r.err = l.items[i].rewrite(func(v any) any { return r.injectItem(v, l.kind, l.apiVersion, i) })
+				if !r.ok || r.err != nil {
+					next.Store(int64(len(l.items))) // those before it are all under way
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if i := slices.IndexFunc(results, func(r result) bool { return !r.ok || r.err != nil }); i >= 0 {
+		return nil, results[i].ok, results[i].err
+	}
+	parts := [][]byte{l.before}
+	for i, r := range results {
+		m.skipped, m.refused = append(m.skipped, r.skipped...), append(m.refused, r.refused...)
+		parts = append(parts, r.text, l.items[i].after)
+	}
+	return slices.Concat(parts...), true, nil
+}
+
+// yamlItem is an item of a List in YAML.
+type yamlItem struct {
+	indent int        // of its dash, in spaces
+	line   int        // of its dash in the document, from 0
+	text   []byte     // from the dash on
+	node   *yaml.Node // in the document
 }
 
 // keptNewlines matches the header of a block scalar to which the blank lines
@@ -42,24 +86,22 @@ var keptNewlines = regexp.MustCompile(`[|>][0-9]?\+`)
 // \r\n.
 var otherBreaks = regexp.MustCompile("\r[^\n]|\r$|\u0085|\u2028|\u2029")
 
-// splitList cuts the text of a document, whose root is node, around its items.
+// splitYAMLList cuts the text of a document, whose root is node, around its items.
 // It returns false if the document is not a List, or has to be injected as a
 // whole: if it has anchors or flow style, for example.
-func splitList(node *yaml.Node, body []byte) (yamlList, bool) {
-	var l yamlList
+func splitYAMLList(node *yaml.Node, body []byte) (manifestList, bool) {
+	var l manifestList
 	root := node.Content[0]
 	if root.Kind != yaml.MappingNode || root.Style&yaml.FlowStyle != 0 || keptNewlines.Match(body) ||
 		otherBreaks.Match(body) {
 		return l, false
 	}
-	var items *yaml.Node
-	lines := splitLines(body)
-	end := len(lines) // of the items
+	var items, next *yaml.Node // next is the key after the items
 	isList := false
 	for i := 0; i+1 < len(root.Content); i += 2 {
 		key, value := root.Content[i], root.Content[i+1]
-		if items != nil {
-			end = min(end, key.Line-1)
+		if items != nil && next == nil {
+			next = key
 		}
 		switch key.Value {
 		case "kind":
@@ -74,7 +116,16 @@ func splitList(node *yaml.Node, body []byte) (yamlList, bool) {
 		len(items.Content) == 0 || hasAnchors(node) {
 		return l, false
 	}
-	l.indent = items.Column - 1
+	lines := splitLines(body)
+	offsets := make([]int, 1, len(lines)+1)
+	for i, line := range lines {
+		offsets = append(offsets, offsets[i]+len(line))
+	}
+	end := len(lines) // of the items
+	if next != nil {
+		end = min(end, next.Line-1)
+	}
+	indent := items.Column - 1
 	at := -1
 	for i, n := range items.Content {
 		start := n.Line - 1
@@ -82,29 +133,31 @@ func splitList(node *yaml.Node, body []byte) (yamlList, bool) {
 		if i+1 < len(items.Content) {
 			stop = items.Content[i+1].Line - 1
 		}
-		if start <= at || start >= stop || stop > len(lines) || !isDash(lines[start], l.indent) {
+		if start <= at || start >= stop || stop > len(lines) || !isDash(lines[start], indent) {
 			return l, false
 		}
 		at = start
 		last := stop
-		for last > start+1 && separates(lines[last-1], l.indent) {
+		for last > start+1 && separates(lines[last-1], indent) {
 			last--
 		}
-		l.items = append(l.items, yamlItem{
-			line: start, text: bytes.Join(lines[start:last], nil), after: bytes.Join(lines[last:stop], nil), node: n,
-		})
+		if i == 0 {
+			l.before = body[:offsets[start]]
+		}
+		if i+1 == len(items.Content) {
+			stop = len(lines)
+		}
+		item := yamlItem{indent: indent, line: start, text: body[offsets[start]:offsets[last]], node: n}
+		l.items = append(l.items, listItem{rewrite: item.rewrite, after: body[offsets[last]:offsets[stop]]})
 	}
-	l.before = bytes.Join(lines[:l.items[0].line], nil)
-	rest := bytes.Join(lines[end:], nil)
-	l.items[len(l.items)-1].after = append(l.items[len(l.items)-1].after, rest...)
 	return l, true
 }
 
 // parse parses the item by itself. It returns false if the result differs from
 // the item's node in the document: then the cut has taken a part of the item for
 // a comment, for example.
-func (item *yamlItem) parse(indent int) (list *yaml.Node, unindented []byte, ok bool) {
-	text, ok := unindent(item.text, indent)
+func (item *yamlItem) parse() (list *yaml.Node, unindented []byte, ok bool) {
+	text, ok := unindent(item.text, item.indent)
 	if !ok {
 		return nil, nil, false
 	}
@@ -151,49 +204,10 @@ func hasAnchors(node *yaml.Node) (found bool) {
 	return found
 }
 
-// inject returns the text of the List after injection of its items, as many at a
-// time as there are processors. It returns false if an item that changes cannot be
-// cut out of the text by its lines. Then, and if there is an error, m has
-// collected nothing.
-func (l yamlList) inject(m *injector) (out []byte, ok bool, err error) {
-	type result struct {
-		injector
-		text []byte
-		ok   bool
-		err  error
-	}
-	results := make([]result, len(l.items))
-	var next atomic.Int64
-	var wg sync.WaitGroup
-	for range min(runtime.GOMAXPROCS(0), len(l.items)) {
-		wg.Go(func() {
-			for i := int(next.Add(1)) - 1; i < len(l.items); i = int(next.Add(1)) - 1 {
-				item, r := &l.items[i], &results[i]
-				r.options = m.options
-				r.text, r.ok, r.err = item.inject(l.indent, func(v any) any { return r.injectItem(v, l.kind, l.apiVersion, i) })
-				*item.node = yaml.Node{} // free its memory
-				if !r.ok || r.err != nil {
-					next.Store(int64(len(l.items))) // those before it are all under way
-				}
-			}
-		})
-	}
-	wg.Wait()
-	if i := slices.IndexFunc(results, func(r result) bool { return !r.ok || r.err != nil }); i >= 0 {
-		return nil, results[i].ok, results[i].err
-	}
-	var b bytes.Buffer
-	b.Write(l.before)
-	for i, r := range results {
-		m.skipped, m.refused = append(m.skipped, r.skipped...), append(m.refused, r.refused...)
-		b.Write(r.text)
-		b.Write(l.items[i].after)
-	}
-	return b.Bytes(), true, nil
-}
-
-// inject is yamlList.inject for an item whose dash has this indentation.
-func (item *yamlItem) inject(indent int, inject func(any) any) (written []byte, ok bool, err error) {
+// rewrite is listItem.rewrite for an item of a List in YAML. It frees the memory
+// of its node.
+func (item *yamlItem) rewrite(inject func(any) any) (written []byte, ok bool, err error) {
+	defer func() { *item.node = yaml.Node{} }()
 	var old any
 	if err := item.node.Decode(&old); err != nil {
 		return nil, true, unreadableError{err}
@@ -203,18 +217,19 @@ func (item *yamlItem) inject(indent int, inject func(any) any) (written []byte, 
 	if reflect.DeepEqual(old, changed) {
 		return item.text, true, nil
 	}
-	list := &yaml.Node{Kind: yaml.SequenceNode, Content: []*yaml.Node{item.node}, Line: item.line + 1, Column: indent + 1}
-	written, inserted := insertYAML(list, item.text, item.line+1, []any{old}, []any{changed}, !indentsSequences(item.node))
+	line, column := item.line+1, item.indent+1
+	list := &yaml.Node{Kind: yaml.SequenceNode, Content: []*yaml.Node{item.node}, Line: line, Column: column}
+	written, inserted := insertYAML(list, item.text, line, []any{old}, []any{changed}, !indentsSequences(item.node))
 	if inserted && decodesTo(written, []any{changed}) {
 		return written, true, nil
 	}
-	list, unindented, ok := item.parse(indent)
+	list, unindented, ok := item.parse()
 	if !ok {
 		return nil, false, nil
 	}
 	walkNodes(list, func(n *yaml.Node) { n.Line += item.line }) // for errors
 	written, err = replaceYAML(list, unindented, []any{old}, []any{changed})
-	return indentLines(written, indent), true, err
+	return indentLines(written, item.indent), true, err
 }
 
 // unindent removes indent spaces from the start of each line. It returns false

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
-	"regexp"
 	"strings"
 	"testing"
 
@@ -133,14 +132,14 @@ func TestManifestRefused(t *testing.T) {
 	}
 }
 
-// JSON keeps its order and spelling.
+// JSON is kept byte for byte, and what is added has the layout of its place.
 func TestManifestJSON(t *testing.T) {
 	const pod = `{
-   "kind": "Pod",
+   "kind" : "Pod",
    "apiVersion": "v1",
-   "metadata": {"name": "x", "annotations": {"z": "<a & b>\u0007\ud83d\ude00", "sluice.dev/in-process": "true"}},
+   "metadata": {"name": "x", "annotations": {"z": "<a & b>\u0007\ud83d\ude00\/", "sluice.dev/in-process": "true"}},
    "spec": {
-      "priority": 12345678901234567890, "x": [1.50, 1e3, null, true, {}, []],
+      "priority": 12345678901234567890,   "x": [1.50, 1e3, null, true, {}, []],
       "containers": [{"name": "envoy", "ports": [{"protocol": "TCP", "containerPort": 8080}]}]
    }
 }
@@ -149,19 +148,44 @@ func TestManifestJSON(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var order []string
-	for _, m := range regexp.MustCompile(`(?m)^ {3}(?: {3})?"(\w+)":`).FindAllStringSubmatch(string(out), -1) {
-		order = append(order, m[1])
-	}
-	const want = "kind apiVersion metadata name annotations spec priority x containers initContainers volumes"
-	if strings.Join(order, " ") != want {
-		t.Errorf("%s, want %s", order, want)
-	}
-	for _, want := range []string{"12345678901234567890", "1.50", "1e3", "null", `"<a & b>\u0007😀"`,
-		`"name": "sluice"`, `"containerPort": 9003`, "\n}\n"} {
-		if !strings.Contains(string(out), want) {
-			t.Errorf("no %s in\n%s", want, out)
+	rest := string(out)
+	for _, want := range []string{
+		`{
+   "kind" : "Pod",
+   "apiVersion": "v1",
+   "metadata": {"name": "x", "annotations": {"z": "<a & b>\u0007\ud83d\ude00\/", "sluice.dev/in-process": "true"`,
+		`, "sluice.dev/injected": "`, `", "sluice.dev/injected-container": "`, `"}},
+   "spec": {
+      "priority": 12345678901234567890,   "x": [1.50, 1e3, null, true, {}, []],
+      "containers": [{"name": "envoy", "ports": [{"protocol": "TCP", "containerPort": 8080}], "volumeMounts": ` +
+			`[{"mountPath": "/run/sluice", "name": "sluice-socket", "readOnly": true}]}],
+      "initContainers": [
+         {
+            "args": [
+               "run"
+            ],
+`, `
+         }
+      ],
+      "volumes": [
+         {
+            "emptyDir": {
+               "medium": "Memory"
+            },
+            "name": "sluice-socket"
+         }
+      ]
+   }
+}
+`} {
+		_, after, found := strings.Cut(rest, want)
+		if !found {
+			t.Fatalf("no %s in\n%s", want, rest)
 		}
+		rest = after
+	}
+	if rest != "" {
+		t.Errorf("after the end: %s", rest)
 	}
 	if again, _, err := Manifest(out, options); err != nil || string(again) != string(out) {
 		t.Errorf("%v: the second time it changed:\n%s", err, again)
@@ -169,8 +193,10 @@ func TestManifestJSON(t *testing.T) {
 	// The same pod in YAML has the same result.
 	var fromJSON, fromYAML any
 	// YAML has no such escape.
-	flow, _, err := Manifest([]byte("---\n"+strings.Replace(pod, `\ud83d\ude00`, "😀", 1)), options)
-	if err := errors.Join(err, yaml.Unmarshal(out, &fromJSON), yaml.Unmarshal(flow, &fromYAML)); err != nil {
+	unescape := strings.NewReplacer(`\ud83d\ude00`, "😀", `\/`, "/")
+	flow, _, err := Manifest([]byte("---\n"+unescape.Replace(pod)), options)
+	if err := errors.Join(err, yaml.Unmarshal([]byte(unescape.Replace(string(out))), &fromJSON),
+		yaml.Unmarshal(flow, &fromYAML)); err != nil {
 		t.Fatal(err)
 	}
 	if diff := cmp.Diff(fromYAML, fromJSON); diff != "" {
@@ -332,13 +358,51 @@ func TestManifestKeeps(t *testing.T) {
 	}
 }
 
+// What is inserted into JSON has the layout of its place, and all else stays byte
+// for byte.
+func TestInsertJSON(t *testing.T) {
+	for name, c := range map[string]struct{ in, want string }{
+		"on one line": {`{"a":[{"b":1}],"c":{"d":""}}`, `{"a":[{"b":1},{"b":2}],"c":{"d":"","e":[3]},"f":{"g":4}}`},
+		"on one line with spaces": {`{ "a": [ {"b": 1} ],  "c": {"d": "x,:]}"} }`,
+			`{ "a": [ {"b": 1}, {"b": 2} ],  "c": {"d": "x,:]}", "e": [3]},  "f": {"g": 4} }`},
+		"over lines": {"{\n\t\"a\" : [\n\t\t{\n\t\t\t\"b\" : 1\n\t\t}\n\t]\n}",
+			"{\n\t\"a\" : [\n\t\t{\n\t\t\t\"b\" : 1\n\t\t},\n\t\t{\n\t\t\t\"b\" : 2\n\t\t}\n\t],\n" +
+				"\t\"c\" : [\n\t\t{}\n\t]\n}"},
+		"one line in several": {"{\n    \"a\": {\"b\":1},\n    \"c\": {\"name\": \"ü\\\\\\\"\"}\n}\n",
+			"{\n    \"a\": {\"b\":1,\"d\":2},\n    \"c\": {\"name\": \"ü\\\\\\\"\", \"d\": 2},\n" +
+				"    \"d\": {\n        \"e\": 3\n    }\n}\n"},
+		"brackets on one line":     {"{\"a\": [{\n  \"b\": 1\n}]}", "{\"a\": [{\n  \"b\": 1\n}, {\n  \"b\": 2\n}]}"},
+		"the end on the last line": {"{\"a\": 1,\n \"b\": 2}", "{\"a\": 1,\n \"b\": 2,\n \"c\": [\n   3\n ]}"},
+		"before an element": {"{\n  \"a\": [\n    {\"name\": \"y\"}\n  ],\n  \"b\": [{\"name\": \"y\"}]\n}",
+			"{\n  \"a\": [\n    {\n      \"name\": \"x\"\n    },\n    {\"name\": \"y\"}\n  ],\n" +
+				"  \"b\": [{\"name\": \"x\"}, {\"name\": \"y\"}]\n}"},
+		"empty values": {"{\n  \"a\": [],\n  \"b\": { },\n  \"c\": null,\n  \"d\": {\"e\": [], \"f\": null}\n}",
+			"{\n  \"a\": [\n    1\n  ],\n  \"b\": {\n    \"g\": 2\n   },\n  \"c\": [\n    3\n  ],\n" +
+				"  \"d\": {\"e\": [4], \"f\": {\"g\": 5}}\n}"},
+		// A value that is not empty is replaced: all is written again.
+		"replaced": {"{\n  \"a\": 1, \"b\": 2\n}", "{\n  \"a\": 1,\n  \"b\": 3\n}"},
+	} {
+		for _, newline := range []string{"\n", "\r\n"} {
+			in, want := strings.ReplaceAll(c.in, "\n", newline), strings.ReplaceAll(c.want, "\n", newline)
+			changed, err := decodeJSON([]byte(want))
+			if err != nil {
+				t.Fatalf("%s: %v", name, err)
+			}
+			got, err := rewriteJSON([]byte(in), func(any) any { return changed })
+			if diff := cmp.Diff(want, string(got)); err != nil || diff != "" {
+				t.Errorf("%s: %v: -want +got:\n%s", name, err, diff)
+			}
+		}
+	}
+}
+
 // Numbers in the output of kubectl stay numbers.
 func TestManifestJSONList(t *testing.T) {
 	const item = `{"kind":"Deployment","metadata":{"name":"x"},"spec":{"replicas":3,` +
 		`"template":{"metadata":{"annotations":{"sluice.dev/in-process":"true"}},` +
 		`"spec":{"containers":[{"name":"envoy","ports":[{"containerPort":8080}]}]}}}}`
 	for _, in := range []string{
-		`{"kind":"List","items":[` + item + `,` + item + `]}`,
+		`{"kind":"List", "x":{}, "items": [ ` + item + `,` + item + ` ]}`,
 		// Strings with a meaning in YAML.
 		strings.ReplaceAll(item, `"envoy"`, `"envoy","args":["<<"],"env":[{"name":"<<","value":"="}]`) + item,
 		"\ufeff" + item + "\n" + item + "\n", // after a byte order mark, on several lines
@@ -348,6 +412,9 @@ func TestManifestJSONList(t *testing.T) {
 		if err != nil || strings.Count(text, `"replicas":3`) != 2 ||
 			strings.Count(text, `"containerPort":8080`) != 2 || strings.Count(text, `"name":"sluice"`) != 2 {
 			t.Errorf("%v %s", err, out)
+		}
+		if !isSubsequence(in, text) {
+			t.Errorf("more than additions: %s", out)
 		}
 		for d := json.NewDecoder(bytes.NewReader(bytes.TrimPrefix(out, byteOrderMark))); ; {
 			if err := d.Decode(new(any)); errors.Is(err, io.EOF) {
@@ -364,6 +431,16 @@ func TestManifestJSONList(t *testing.T) {
 			t.Errorf("%q", out)
 		}
 	}
+}
+
+// isSubsequence reports whether all bytes of a are in b in the same order.
+func isSubsequence(a, b string) bool {
+	for i := 0; i < len(b) && a != ""; i++ {
+		if a[0] == b[i] {
+			a = a[1:]
+		}
+	}
+	return a == ""
 }
 
 // The items of an indented List are written as those of a List on one line, with

@@ -49,7 +49,7 @@ func injectYAML(document []byte, m *injector) ([]byte, error) {
 	if err != nil || node == nil {
 		return document, err
 	}
-	if list, ok := splitList(node, body); ok {
+	if list, ok := splitYAMLList(node, body); ok {
 		if written, ok, err := list.inject(m); ok || err != nil {
 			return slices.Concat(directives, written), err
 		}
