@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"cmp"
 	"reflect"
+	"regexp"
 	"slices"
+	"strings"
 	"unicode/utf8"
 
 	"go.yaml.in/yaml/v3"
@@ -60,6 +62,7 @@ func (p *insertion) insert(node *yaml.Node, old, changed any) ([]byte, bool) {
 	if !p.merge(node, old, changed, len(p.lines)) {
 		return nil, false
 	}
+	p.stripLastScalar(node)
 	slices.SortStableFunc(p.edits, func(a, b edit) int {
 		return cmp.Or(cmp.Compare(a.line, b.line), cmp.Compare(a.start, b.start))
 	})
@@ -93,6 +96,30 @@ func (p *insertion) insert(node *yaml.Node, old, changed any) ([]byte, bool) {
 	}
 	return out.Bytes(), true
 }
+
+// stripLastScalar marks a block scalar at the end of the text, if lines follow it
+// now: it has no newline at its end so far, and would get one.
+func (p *insertion) stripLastScalar(node *yaml.Node) {
+	for len(node.Content) > 0 {
+		node = node.Content[len(node.Content)-1]
+	}
+	at, ok := p.lineOf(node)
+	isLast := func(e edit) bool { return e.line == len(p.lines) }
+	if !ok || node.Style&(yaml.LiteralStyle|yaml.FoldedStyle) == 0 || strings.HasSuffix(node.Value, "\n") ||
+		bytes.HasSuffix(p.lines[len(p.lines)-1], []byte("\n")) || !slices.ContainsFunc(p.edits, isLast) {
+		return
+	}
+	line := p.lines[at]
+	column := byteColumn(line, node.Column)
+	if header := blockHeader.Find(line[column:]); len(header) > 0 && !bytes.HasPrefix(line[column+len(header):], []byte("-")) {
+		column += len(header)
+		p.edits = append(p.edits, edit{at, column, column, []byte("-")})
+	}
+}
+
+// blockHeader matches the header of a block scalar up to where it may say which
+// newlines are kept.
+var blockHeader = regexp.MustCompile(`^[|>][1-9]?`)
 
 // lineOf returns the index in p.lines of the line where a node begins, or false
 // if it is not there.

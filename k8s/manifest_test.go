@@ -238,10 +238,11 @@ func TestManifestAdds(t *testing.T) {
 			"      d\n      e\n    - \"f\n      g\"\n",
 		"comments": "#a\n" + around + "  containers:\n\n  # the proxy\n  - name: envoy\n    # tty: true\n" +
 			"  # hostPID: true\n#b\n\n# c\nstatus: {}\n#d\n",
-		"a text like a comment": around + "  containers:\n  - name: envoy\n    args:\n    - |\n      a\n      # b\n#c\n",
-		"no newline":            around + "  containers:\n  - name: envoy",
-		"an end":                "---\n" + around + "  containers:\n  - name: envoy\n...\n",
-		"other init containers": around + "  initContainers:\n  # first\n  - name: a\n  containers:\n  - name: envoy\n",
+		"a text like a comment":    around + "  containers:\n  - name: envoy\n    args:\n    - |\n      a\n      # b\n#c\n",
+		"no newline":               around + "  containers:\n  - name: envoy",
+		"a text without a newline": around + "  containers:\n  - name: envoy\n    args:\n    - >2\n        a\n      b",
+		"an end":                   "---\n" + around + "  containers:\n  - name: envoy\n...\n",
+		"other init containers":    around + "  initContainers:\n  # first\n  - name: a\n  containers:\n  - name: envoy\n",
 		"istio-proxy": around + "  initContainers:\n  - {name: istio-proxy, restartPolicy: Always}\n  # then\n" +
 			"  - name: a\n  containers:\n  - name: app\n",
 		"empty values": around + "  volumes: [] # none\n  initContainers:\n  containers:\n  - name: envoy\n" +
