@@ -154,6 +154,9 @@ func Inject(pod map[string]any, o Options) (injected map[string]any, skipped str
 	if err := a.checkRequired(o); err != nil {
 		return nil, "", err
 	}
+	if err := checkLists(spec, envoy); err != nil {
+		return nil, "", err
+	}
 
 	tcp := envoy == istioProxy
 	out, metadata, spec := maps.Clone(pod), maps.Clone(metadata), maps.Clone(spec)
@@ -187,6 +190,33 @@ func Inject(pod map[string]any, o Options) (injected map[string]any, skipped str
 		return pod, "", nil
 	}
 	return out, "", nil
+}
+
+// checkLists returns an error for the first field that Inject adds to and that is
+// not a list.
+func checkLists(spec object, envoy string) error {
+	check := func(o object, field, path string) error {
+		v := o[field]
+		if _, ok := v.([]any); v == nil || ok {
+			return nil
+		}
+		return fmt.Errorf("%s.%s: %s: must be a list", path, field, quote(v))
+	}
+	for _, field := range []string{"initContainers", "containers", "volumes"} {
+		if err := check(spec, field, "spec"); err != nil {
+			return err
+		}
+		for i, c := range listField(spec, field) {
+			c, _ := c.(object)
+			if c["name"] != envoy {
+				continue
+			}
+			if err := check(c, "volumeMounts", fmt.Sprintf("spec.%s[%d]", field, i)); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // setContainer puts sluice's container directly after a native istio-proxy,

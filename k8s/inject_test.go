@@ -189,6 +189,14 @@ func TestInjectSkipsAndRefuses(t *testing.T) {
 			envoy, "", "must be at most limits.cpu",
 		},
 		{"no spec", "", redis, "{}", "", "missing spec"},
+		{
+			"volumes that are no list", "", redis, "{volumes: {a: {}}, containers: [{name: envoy}]}",
+			"", "spec.volumes: an object: must be a list",
+		},
+		{
+			"mounts that are no list", "", redis, "{containers: [{name: app}, {name: envoy, volumeMounts: x}]}",
+			"", `spec.containers[1].volumeMounts: "x": must be a list`,
+		},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			p := pod(t, fmt.Sprintf("{metadata: {labels: {%s}, annotations: {%s}}, spec: %s}", c.labels, c.annotations,
