@@ -111,8 +111,8 @@ func (p *insertion) stripLastScalar(node *yaml.Node) {
 	}
 	line := p.lines[at]
 	column := byteColumn(line, node.Column)
-	if header := blockHeader.Find(line[column:]); len(header) > 0 && !bytes.HasPrefix(line[column+len(header):], []byte("-")) {
-		column += len(header)
+	header := blockHeader.Find(line[column:])
+	if column += len(header); len(header) > 0 && !bytes.HasPrefix(line[column:], []byte("-")) {
 		p.edits = append(p.edits, edit{at, column, column, []byte("-")})
 	}
 }
@@ -263,7 +263,7 @@ func (p *insertion) mergeSequence(node *yaml.Node, old, changed []any, end int) 
 		next++
 		stop := end
 		if next < len(node.Content) && !flow {
-			stop = node.Content[next].Line - p.firstLine
+			stop, _ = p.dashOf(node, next)
 		}
 		if len(before) > 0 && !p.insertBefore(node, i, before) || !p.merge(node.Content[i], old[i], changed[at], stop) {
 			return false
@@ -286,16 +286,31 @@ func (p *insertion) mergeSequence(node *yaml.Node, old, changed []any, end int) 
 // insertBefore inserts elements before the i-th of a sequence and the comment on
 // it.
 func (p *insertion) insertBefore(node *yaml.Node, i int, elements []*yaml.Node) bool {
-	at, ok := p.lineOf(node.Content[i])
-	if !ok {
-		return false
-	}
 	added := &yaml.Node{Kind: yaml.SequenceNode, Content: elements}
 	if node.Style&yaml.FlowStyle != 0 {
 		return p.insertBeforeFlow(node, node.Content[i], added)
 	}
+	at, ok := p.dashOf(node, i)
+	return ok && p.insertBlock(p.aboveComments(at), node.Column-1, added)
+}
+
+// dashOf returns the line of the dash of the i-th element of a block sequence. It
+// may be above the element, with nothing but comments in between. If it is not
+// there, dashOf returns 0, before which nothing ends, and false.
+func (p *insertion) dashOf(node *yaml.Node, i int) (at int, ok bool) {
+	at, ok = p.lineOf(node.Content[i])
 	indent := node.Column - 1
-	return isDash(p.lines[at], indent) && p.insertBlock(p.aboveComments(at), indent, added)
+	for ok && !isDash(p.lines[at], indent) {
+		if at--; at < 0 {
+			return 0, false
+		}
+		line := p.lines[at]
+		ok = isDash(line, indent) || isComment(line) || len(bytes.TrimSpace(line)) == 0
+	}
+	if !ok {
+		return 0, false
+	}
+	return at, true
 }
 
 // aboveComments returns the line of the first of the comments directly above a

@@ -238,11 +238,14 @@ func TestManifestAdds(t *testing.T) {
 			"      d\n      e\n    - \"f\n      g\"\n",
 		"comments": "#a\n" + around + "  containers:\n\n  # the proxy\n  - name: envoy\n    # tty: true\n" +
 			"  # hostPID: true\n#b\n\n# c\nstatus: {}\n#d\n",
-		"a text like a comment":    around + "  containers:\n  - name: envoy\n    args:\n    - |\n      a\n      # b\n#c\n",
-		"no newline":               around + "  containers:\n  - name: envoy",
-		"a text without a newline": around + "  containers:\n  - name: envoy\n    args:\n    - >2\n        a\n      b",
-		"an end":                   "---\n" + around + "  containers:\n  - name: envoy\n...\n",
-		"other init containers":    around + "  initContainers:\n  # first\n  - name: a\n  containers:\n  - name: envoy\n",
+		"a text like a comment": around + "  containers:\n  - name: envoy\n    args:\n    - |\n      a\n      # b\n#c\n",
+		"no newline":            around + "  containers:\n  - name: envoy",
+		"a text without a newline": around + "    containers:\n      - name: envoy\n        args:\n        - >2\n" +
+			"            a\n          b",
+		"dashes of their own lines": around + "  initContainers:\n  # first\n  -\n    # a\n    name: a\n  -\n" +
+			"    name: b\n  containers:\n    -\n\n      name: envoy\n    -\n      name: app\n",
+		"an end":                "---\n" + around + "  containers:\n  - name: envoy\n...\n",
+		"other init containers": around + "  initContainers:\n  # first\n  - name: a\n  containers:\n  - name: envoy\n",
 		"istio-proxy": around + "  initContainers:\n  - {name: istio-proxy, restartPolicy: Always}\n  # then\n" +
 			"  - name: a\n  containers:\n  - name: app\n",
 		"empty values": around + "  volumes: [] # none\n  initContainers:\n  containers:\n  - name: envoy\n" +
@@ -380,8 +383,11 @@ func TestInsertJSON(t *testing.T) {
 		"empty values": {"{\n  \"a\": [],\n  \"b\": { },\n  \"c\": null,\n  \"d\": {\"e\": [], \"f\": null}\n}",
 			"{\n  \"a\": [\n    1\n  ],\n  \"b\": {\n    \"g\": 2\n   },\n  \"c\": [\n    3\n  ],\n" +
 				"  \"d\": {\"e\": [4], \"f\": {\"g\": 5}}\n}"},
-		// A value that is not empty is replaced: all is written again.
-		"replaced": {"{\n  \"a\": 1, \"b\": 2\n}", "{\n  \"a\": 1,\n  \"b\": 3\n}"},
+		// A value that is not empty is replaced: all is written again. This is an
+		// item of a List, without the indentation of its first line.
+		"replaced": {"{\n      \"a\": 1, \"b\": {}, \"c\": 2\n    }",
+			"{\n      \"a\": 1,\n      \"b\": {},\n      \"c\": 3\n    }"},
+		"replaced on one line": {`{ "a": 1, "b": [2] }`, `{"a": 1, "b": [3]}`},
 	} {
 		for _, newline := range []string{"\n", "\r\n"} {
 			in, want := strings.ReplaceAll(c.in, "\n", newline), strings.ReplaceAll(c.want, "\n", newline)
