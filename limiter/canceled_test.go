@@ -24,13 +24,12 @@ func TestCallerHangsUp(t *testing.T) {
 	} {
 		b := bucket(t, 1, day, 10)
 		for _, mode := range []FailureMode{Allow, Local, Delegate, Deny} {
-			limit := &Limit{Domain: "test", Name: fmt.Sprint("on-failure-", mode), OnFailure: mode}
+			limit := &Limit{Domain: "test", Name: fmt.Sprint("on-failure-", mode), OnFailure: mode, LocalShare: .5}
 			mine := Charge{
 				Limit:  limit,
 				Bucket: b,
 				Key:    fmt.Sprintf("sluice:test:a:{%s-%v}", name, mode),
 				Cost:   1,
-				Local:  b.Share(.5),
 			}
 			other := Charge{
 				Limit:  &Limit{Domain: "test", Name: "other", OnFailure: Deny},

@@ -13,7 +13,7 @@ import (
 // Fallback is a Store over a Redis. While Redis does not answer, it decides in
 // this process about the charges whose limit has the failure mode Local. Each key
 // has a bucket here, of this sidecar's share of the limit's rate and burst
-// (Charge.Local).
+// (Limit.LocalShare).
 //
 // These buckets outlive outages, so that a Redis that comes and goes does not
 // grant a burst each time. While Redis answers they are held to what it says is
@@ -138,12 +138,18 @@ func anyLocal(charges []Charge) bool {
 
 func isLocal(c *Charge) bool { return c.Limit.OnFailure == Local && !c.Limit.Shadow }
 
+// local returns the shape of the bucket that this process keeps for the charge.
+func (c *Charge) local() Bucket { return c.Bucket.Share(c.Limit.LocalShare) }
+
 // learn holds the buckets here to what Redis says is left.
 func (f *Fallback) learn(charges []Charge, verdicts []Verdict) {
 	for i := range charges {
 		c, v := &charges[i], &verdicts[i]
-		if isLocal(c) && v.Source == RedisSource && v.Remaining < c.Local.burst {
-			f.memory.lower(c.Key, c.Local, v.Remaining)
+		if !isLocal(c) || v.Source != RedisSource {
+			continue
+		}
+		if b := c.local(); v.Remaining < b.burst {
+			f.memory.lower(c.Key, b, v.Remaining)
 		}
 	}
 }
@@ -155,7 +161,7 @@ func (f *Fallback) decide(failed []int, charges []Charge, verdicts []Verdict) {
 	local := make([]Charge, len(failed))
 	for i, at := range failed {
 		local[i] = charges[at]
-		local[i].Bucket = charges[at].Local
+		local[i].Bucket = charges[at].local()
 		if !passes { // report what the buckets hold
 			local[i].Cost, local[i].Refused, local[i].HoldFor = 0, false, 0
 		}

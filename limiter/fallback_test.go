@@ -16,7 +16,8 @@ import (
 func (c Charge) under(part float64) Charge {
 	l := *c.Limit
 	l.OnFailure = Local
-	c.Limit, c.Local = &l, c.Bucket.Share(part)
+	l.LocalShare = part
+	c.Limit = &l
 	return c
 }
 

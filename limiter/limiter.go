@@ -37,6 +37,9 @@ type Limit struct {
 	Name      string      // unique in a config
 	Shadow    bool        // decide and count, but never deny
 	OnFailure FailureMode // ignored if Shadow
+	// LocalShare is the part of a bucket, above 0 and at most 1, by which this
+	// process limits while the store fails. It is used only if OnFailure is Local.
+	LocalShare float64
 	// Lease is for how long a Leases may hold tokens of a busy key ahead: MinLease
 	// to MaxLease, to which other values are cut; 0 if it may not. Charges with
 	// HoldFor are never granted from a lease.
@@ -68,9 +71,6 @@ type Charge struct {
 	// nothing, but holds if it has HoldFor; a charge above the burst is always
 	// denied.
 	Cost int64
-	// Local is the shape of the bucket that this process keeps for the key while
-	// the store fails. It is used only if the limit's OnFailure is Local.
-	Local Bucket
 	// Refused denies the charge for ever, whatever the bucket holds.
 	Refused bool
 	// HoldFor is for how long the cost is held, if it is taken: until then a

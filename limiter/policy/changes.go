@@ -74,7 +74,7 @@ func (c *Config) password() string {
 // same reports whether two limits of the same name decide alike.
 func (r *rule) same(old *rule) bool {
 	return *r.limit == *old.limit && equal(r.twin, old.twin) && equal(r.quota, old.quota) && *r.tier == *old.tier &&
-		r.within == old.within && r.group == old.group && r.share == old.share && r.readable == old.readable &&
+		r.within == old.within && r.group == old.group && r.readable == old.readable &&
 		r.absent == old.absent && r.prefix == old.prefix && r.cost.text() == old.cost.text() &&
 		sameRateFrom(r.rateFrom, old.rateFrom) &&
 		sameSettle(r.settle, old.settle) && sameText(r.when, old.when) && slices.EqualFunc(r.key, old.key, sameText) &&

@@ -413,6 +413,9 @@ func (lr *limitReader) rule(d *draft) *rule {
 		OnFailure: failureModes[cmp.Or(d.onFailure, lr.onFailure)],
 		Lease:     d.lease,
 	}
+	if l.OnFailure == limiter.Local {
+		l.LocalShare = lr.localShare
+	}
 	if e := d.cost.expression; e != nil && e.uncheckedSize {
 		lr.warn(d.costAt,
 			`request.size is absent if a body has no content-length, as with chunked encoding, and the cost is then 1; `+
@@ -430,19 +433,14 @@ func (lr *limitReader) rule(d *draft) *rule {
 		twin = &other
 	}
 	prefix := lr.keyPrefix + ":" + l.Domain + ":" + l.Name + ":{"
-	share := 0.0
-	if l.OnFailure == limiter.Local {
-		share = lr.localShare
-		if !l.Shadow || twin != nil {
-			lr.warnOfShare(d, o)
-		}
+	if l.OnFailure == limiter.Local && (!l.Shadow || twin != nil) {
+		lr.warnOfShare(d, o)
 	}
 	var quota, quotaTwin *limiter.Limit
 	if d.hasBoth {
 		quota, quotaTwin = withSuffix(l), withSuffix(twin)
 	}
 	return &rule{
-		share:     share,
 		limit:     l,
 		twin:      twin,
 		quota:     quota,

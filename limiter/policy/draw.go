@@ -153,14 +153,10 @@ func (d *drawing) consider(r *rule) finding {
 
 // charge records the charge of one bucket of a limit that applies.
 func (d *drawing) charge(r *rule, f *finding, l *limiter.Limit, b limiter.Bucket) {
-	c := limiter.Charge{
+	d.Charges = append(d.Charges, limiter.Charge{
 		Limit: l, Bucket: b, Key: r.keyOf(b, f.key), Shown: f.shown, Cost: f.cost, Refused: f.refused,
 		HoldFor: r.within,
-	}
-	if r.share > 0 && c.HasBucket() {
-		c.Local = c.Bucket.Share(r.share)
-	}
-	d.Charges = append(d.Charges, c)
+	})
 }
 
 // judge decides whether a limit whose match holds applies, and what it costs.

@@ -81,7 +81,7 @@ local_share: 0.5
 			}
 			got = append(got, fmt.Sprint(l.Limit.Name, " ", l.Rate, " ", l.Burst))
 			if charge := x.Draw.Charges[i]; charge.HasBucket() == (l.Rate == noneRate) || charge.Bucket.Burst() != l.Burst ||
-				l.Limit.Name == "c" && charge.HasBucket() && charge.Local.Burst() != max(1, l.Burst/2) {
+				l.Limit.Name == "c" && charge.Limit.LocalShare != .5 {
 				t.Errorf("%s: %+v", tt.claims, charge)
 			}
 		}

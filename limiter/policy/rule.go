@@ -32,8 +32,6 @@ type rule struct {
 	within    time.Duration // by when it must have ended, if settle is not nil
 	group     string        // empty: in no group
 	overrides *overrides
-	// share is local_share if the limit's failure mode is local, else 0.
-	share     float64
 	prefix    string // of its Redis keys: everything before the key's parts
 	singleKey string // the complete Redis key if the limit has no key
 }
