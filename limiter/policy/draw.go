@@ -85,10 +85,11 @@ func (d *drawing) addMistakes(mistakes ...*RuleError) {
 type finding struct {
 	applies    bool
 	kind       findingKind
+	whenAbsent bool   // the limit applies although its when is absent
+	refused    bool   // absent: deny, and a part of the key is absent
 	field      string // of the match that does not hold
 	other      *rule  // the limit of the group that applies
 	part       int    // index of the key's first absent part
-	whenAbsent bool   // the limit applies although its when is absent
 	err        *RuleError
 	tier       *tier
 	brought    broughtRate // by rate_from
@@ -96,7 +97,6 @@ type finding struct {
 	key        string      // complete Redis key; empty if unlimited
 	shown      string      // the key as people see it, if the limit is readable
 	cost       int64
-	refused    bool // absent: deny, and a part of the key is absent
 }
 
 // findingKind is the reason of a finding.
@@ -119,7 +119,7 @@ const (
 )
 
 // consider decides about a limit whose match holds, and records its charge.
-func (d *drawing) consider(r *rule) finding {
+func (d *drawing) consider(r *rule) (f finding) {
 	if r.group != "" {
 		for _, first := range d.groups {
 			if first.group == r.group {
@@ -127,7 +127,7 @@ func (d *drawing) consider(r *rule) finding {
 			}
 		}
 	}
-	f := d.judge(r)
+	d.judge(r, &f)
 	switch {
 	case f.err != nil:
 		d.addMistakes(f.err)
@@ -159,32 +159,37 @@ func (d *drawing) charge(r *rule, f *finding, l *limiter.Limit, b limiter.Bucket
 	})
 }
 
-// judge decides whether a limit whose match holds applies, and what it costs.
-func (d *drawing) judge(r *rule) finding {
-	f := finding{applies: true, tier: r.tier, cost: r.cost.constant}
-	mistake := func(field string, err error) finding {
-		return finding{kind: foundMistake,
+// judge sets f, which must be zero, to whether a limit whose match holds applies,
+// and what it costs.
+func (d *drawing) judge(r *rule, f *finding) {
+	f.applies, f.tier, f.cost = true, r.tier, r.cost.constant
+	mistake := func(field string, err error) {
+		*f = finding{kind: foundMistake,
 			err: &RuleError{Limit: r.limit.Name, Field: field, Err: err, Shadow: r.limitOf(f.tier).Shadow}}
 	}
 	if r.when != nil {
 		holds, known, err := r.when.condition(d.subject)
 		switch {
 		case err != nil:
-			return mistake("when", err)
+			mistake("when", err)
+			return
 		case known && !holds:
-			return finding{kind: foundWhenFalse}
+			*f = finding{kind: foundWhenFalse}
+			return
 		case !known && !r.appliesIfAbsent():
-			return finding{kind: foundWhenAbsent}
+			*f = finding{kind: foundWhenAbsent}
+			return
 		}
 		f.whenAbsent = !known
 	}
 	if len(r.key) == 0 {
 		f.key = r.singleKey
-	} else if err := d.makeKey(r, &f); err != nil {
-		return mistake("key", err)
+	} else if err := d.makeKey(r, f); err != nil {
+		mistake("key", err)
+		return
 	}
 	if !f.applies {
-		return f
+		return
 	}
 	if r.rateFrom != nil && f.kind != foundOverridden {
 		var err error
@@ -195,7 +200,8 @@ func (d *drawing) judge(r *rule) finding {
 			}
 		}
 		if err != nil {
-			return mistake("rate_from", err)
+			mistake("rate_from", err)
+			return
 		}
 	}
 	if f.tier.unlimited {
@@ -204,11 +210,11 @@ func (d *drawing) judge(r *rule) finding {
 	if r.cost.expression != nil {
 		var err error
 		if f.cost, err = r.cost.expression.tokens(d.subject, 1, maxCost); err != nil {
-			return mistake("cost", err)
+			mistake("cost", err)
+			return
 		}
 	}
 	f.refused = f.kind == foundPartAbsent && r.absent == absentDeny
-	return f
 }
 
 // makeKey sets f's bucket key for a limit that has a key, and the tier of the

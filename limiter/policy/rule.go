@@ -100,6 +100,10 @@ func (r *rule) keyOf(b limiter.Bucket, key string) string {
 	if !b.IsQuota() {
 		return key
 	}
+	return r.quotaKey(key)
+}
+
+func (r *rule) quotaKey(key string) string {
 	return strings.TrimSuffix(r.prefix, ":{") + quotaSuffix + ":{" + key[len(r.prefix):]
 }
 
