@@ -95,7 +95,7 @@ func (c *Charge) ShownKey() string {
 
 // HasBucket reports whether the charge has a bucket. One that has none is denied
 // for ever; only Decide and Replay accept it, and no Store is asked about it.
-func (c *Charge) HasBucket() bool { return c.Bucket != Bucket{} }
+func (c *Charge) HasBucket() bool { return c.Bucket.burst > 0 }
 
 // life returns for how long the cost is held; 0 if the charge holds nothing.
 func (c *Charge) life() time.Duration {
@@ -150,6 +150,9 @@ type Verdict struct {
 	Source  Source
 	// taken says that the store took the cost.
 	taken bool
+	// wrongWindow says that a quota's window was guessed wrong, so that there is no
+	// verdict: at is an instant in the right one. No Store returns it.
+	wrongWindow bool
 	// Remaining is how many whole tokens can be taken after the decision, at least
 	// 0.
 	Remaining int64
@@ -184,9 +187,6 @@ type Verdict struct {
 	left level // what can be taken after the decision
 	at   int64 // the time of the decision in microseconds, by the clock of the Source
 	held int64 // what is held after the decision, whether or not the charge holds
-	// wrongWindow says that a quota's window was guessed wrong, so that there is no
-	// verdict: at is an instant in the right one. No Store returns it.
-	wrongWindow bool
 }
 
 // Known reports whether there is a verdict. There is none if the store failed

@@ -370,9 +370,9 @@ type slot struct {
 	index    int
 	key      string
 	next     state // what follows
-	moved    bool  // the state has to be stored even if nothing is taken
 	expired  int   // holds
 	size     int64 // of the holds that are stored
+	moved    bool  // the state has to be stored even if nothing is taken
 	reserved bool  // the key is new, and counted in entries already
 }
 

@@ -111,6 +111,10 @@ func (s *state) levelFor(b Bucket) level {
 	if s.quota == nil {
 		return s.level
 	}
+	return s.quotaLevelFor(b)
+}
+
+func (s *state) quotaLevelFor(b Bucket) level {
 	const most = 1<<48 - 1 // after a step of the clock back
 	return level{
 		// An N that was lowered below what is used is no debt.
