@@ -137,10 +137,13 @@ func newEntries(table prometheus.Labels, entries *atomic.Int64) prometheus.Gauge
 // Take is Store's. It waits only for locks, and ignores the deadline of ctx.
 func (m *Memory) Take(_ context.Context, charges []Charge, verdicts []Verdict) {
 	var few [8]slot
-	slots := few[:0]
+	slots := few[:min(len(charges), len(few))]
+	if len(charges) > len(few) {
+		slots = make([]slot, len(charges))
+	}
 	for i := range charges {
-		h := m.shardOf(charges[i].Key)
-		slots = append(slots, slot{shard: &m.shards[h], index: h, key: charges[i].Key})
+		h, s := m.shardOf(charges[i].Key), &slots[i]
+		s.shard, s.index, s.key = &m.shards[h], h, charges[i].Key
 	}
 	unlock := m.lock(slots)
 	clocks := m.read()
@@ -194,7 +197,7 @@ func (m *Memory) Take(_ context.Context, charges []Charge, verdicts []Verdict) {
 			m.release(1, entrySize(s.key)) // nothing was taken from the full bucket: it stays absent
 		}
 		verdicts[i] = c.verdict(before, s.next.held(), taken, MemorySource)
-		verdicts[i].at, verdicts[i].taken, verdicts[i].Hold = clocks.of(c.Bucket), isTaken, held
+		verdicts[i].at, verdicts[i].taken, verdicts[i].Hold = s.next.at, isTaken, held
 		if c.HoldFor > 0 {
 			verdicts[i].Expired = s.expired
 		}
@@ -315,6 +318,10 @@ func (c *clocks) of(b Bucket) int64 {
 	if !b.IsQuota() {
 		return c.now
 	}
+	return c.ofQuotas()
+}
+
+func (c *clocks) ofQuotas() int64 {
 	if c.wall == 0 {
 		c.wall = c.memory.wall()
 	}
