@@ -3,15 +3,11 @@ package authz
 import (
 	"errors"
 	"io"
-	"maps"
 	"runtime"
-	"slices"
-	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
 
-	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	logdatav3 "github.com/envoyproxy/go-control-plane/envoy/data/accesslog/v3"
 	logv3 "github.com/envoyproxy/go-control-plane/envoy/service/accesslog/v3"
 	"go.opentelemetry.io/otel/trace"
@@ -19,10 +15,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/proto"
 
 	"github.com/sluiceproxy/sluice/limiter"
-	"github.com/sluiceproxy/sluice/limiter/policy"
 )
 
 const (
@@ -179,21 +173,23 @@ func (s *Server) readEntry(wire string) {
 			s.report.notSettled()
 		}
 	}()
-	var entry logdatav3.HTTPAccessLogEntry
-	if len(wire) > maxLogEntry || proto.Unmarshal([]byte(wire), &entry) != nil {
+	if len(wire) > maxLogEntry {
 		s.report.notSettled()
 		return
 	}
-	s.ended(&entry)
+	if entry, ok := parseEntry(wire); ok {
+		s.ended(&entry)
+	} else {
+		s.report.notSettled()
+	}
 }
 
 // ended settles a request by its entry in the access log.
-func (s *Server) ended(entry *logdatav3.HTTPAccessLogEntry) {
-	common := entry.GetCommonProperties()
-	if t := common.GetAccessLogType(); t != logdatav3.AccessLogType_DownstreamEnd && t != logdatav3.AccessLogType_NotSet {
+func (s *Server) ended(entry *entry) {
+	if t := entry.kind; t != logdatav3.AccessLogType_DownstreamEnd && t != logdatav3.AccessLogType_NotSet {
 		return
 	}
-	texts := sealedTexts(common.GetMetadata())
+	texts := entry.sealedTexts()
 	if len(texts) == 0 {
 		return
 	}
@@ -210,7 +206,7 @@ func (s *Server) ended(entry *logdatav3.HTTPAccessLogEntry) {
 		s.report.forged()
 		return
 	}
-	now, end := time.Now(), endOf(entry)
+	now, end := time.Now(), entry.ended()
 	for _, h := range all {
 		cost, err := config.Settle(h.domain, h.limit, end, h.hold.Tokens)
 		if err != nil {
@@ -224,134 +220,4 @@ func (s *Server) ended(entry *logdatav3.HTTPAccessLogEntry) {
 			isMistake: err != nil, check: check, began: now,
 		})
 	}
-}
-
-// maxTexts is how many texts of an entry are tried at most.
-const maxTexts = 4
-
-// sealedTexts returns the texts in the metadata that may be sealed, first that of
-// the filter with ext_authz's usual name. In meshes the filter has other names,
-// and another filter may put something into metadata under the same key.
-func sealedTexts(metadata *corev3.Metadata) (texts []string) {
-	const usual = "envoy.filters.http.ext_authz"
-	all := metadata.GetFilterMetadata()
-	names := slices.Sorted(maps.Keys(all))
-	if i := slices.Index(names, usual); i > 0 {
-		names = slices.Insert(slices.Delete(names, i, i+1), 0, usual)
-	}
-	for _, name := range names {
-		if text := all[name].GetFields()[settleField].GetStringValue(); text != "" && len(texts) < maxTexts {
-			texts = append(texts, text)
-		}
-	}
-	return texts
-}
-
-// endOf returns what an entry says of the end of a request.
-func endOf(entry *logdatav3.HTTPAccessLogEntry) *policy.End {
-	common, request, response := entry.GetCommonProperties(), entry.GetRequest(), entry.GetResponse()
-	end := &policy.End{
-		Method:           methodOf(request.GetRequestMethod()),
-		Scheme:           request.GetScheme(),
-		Host:             request.GetAuthority(),
-		Path:             request.GetPath(),
-		Protocol:         protocols[entry.GetProtocolVersion()],
-		ID:               request.GetRequestId(),
-		Time:             common.GetStartTime().AsTime(),
-		RequestSize:      int64(request.GetRequestBodyBytes()),
-		RequestTotalSize: int64(request.GetRequestBodyBytes() + request.GetRequestHeadersBytes()),
-		Code:             int64(response.GetResponseCode().GetValue()),
-		CodeDetails:      response.GetResponseCodeDetails(),
-		Flags:            flagsOf(common.GetResponseFlags()),
-		Headers:          response.GetResponseHeaders(),
-		Trailers:         response.GetResponseTrailers(),
-		Size:             int64(response.GetResponseBodyBytes()),
-		TotalSize:        int64(response.GetResponseBodyBytes() + response.GetResponseHeadersBytes()),
-		Metadata:         common.GetMetadata().GetFilterMetadata(),
-	}
-	if original := request.GetOriginalPath(); original != "" {
-		end.Path = original
-	}
-	if d := common.GetDuration(); d != nil {
-		end.Duration = new(d.AsDuration())
-	}
-	end.GRPCStatus = grpcStatusOf(end)
-	return end
-}
-
-// methodOf returns a method's name. Envoy's log has no names of methods that HTTP
-// itself does not define, such as PROPFIND.
-func methodOf(m corev3.RequestMethod) string {
-	if m == corev3.RequestMethod_METHOD_UNSPECIFIED {
-		return ""
-	}
-	return m.String()
-}
-
-// protocols has the names of HTTP versions, as in checks.
-var protocols = map[logdatav3.HTTPAccessLogEntry_HTTPVersion]string{
-	logdatav3.HTTPAccessLogEntry_HTTP10: "HTTP/1.0",
-	logdatav3.HTTPAccessLogEntry_HTTP11: "HTTP/1.1",
-	logdatav3.HTTPAccessLogEntry_HTTP2:  "HTTP/2",
-	logdatav3.HTTPAccessLogEntry_HTTP3:  "HTTP/3",
-}
-
-// grpcStatusOf returns the grpc-status of a response: a trailer, or a header if
-// the response has trailers only. It is nil if there is none.
-func grpcStatusOf(end *policy.End) *int64 {
-	text, ok := end.Trailers["grpc-status"]
-	if !ok {
-		text = end.Headers["grpc-status"]
-	}
-	n, err := strconv.ParseInt(text, 10, 32)
-	if err != nil || n < 0 {
-		return nil
-	}
-	return &n
-}
-
-// flagsOf returns the short names of response flags, in the order of Envoy's
-// documentation of %RESPONSE_FLAGS%.
-func flagsOf(f *logdatav3.ResponseFlags) (names []string) {
-	if f == nil {
-		return nil
-	}
-	for _, flag := range []struct {
-		isSet bool
-		name  string
-	}{
-		{f.FailedLocalHealthcheck, "LH"},
-		{f.NoHealthyUpstream, "UH"},
-		{f.UpstreamRequestTimeout, "UT"},
-		{f.LocalReset, "LR"},
-		{f.UpstreamRemoteReset, "UR"},
-		{f.UpstreamConnectionFailure, "UF"},
-		{f.UpstreamConnectionTermination, "UC"},
-		{f.UpstreamOverflow, "UO"},
-		{f.NoRouteFound, "NR"},
-		{f.DelayInjected, "DI"},
-		{f.FaultInjected, "FI"},
-		{f.RateLimited, "RL"},
-		{f.UnauthorizedDetails != nil, "UAEX"},
-		{f.RateLimitServiceError, "RLSE"},
-		{f.DownstreamConnectionTermination, "DC"},
-		{f.UpstreamRetryLimitExceeded, "URX"},
-		{f.StreamIdleTimeout, "SI"},
-		{f.InvalidEnvoyRequestHeaders, "IH"},
-		{f.DownstreamProtocolError, "DPE"},
-		{f.UpstreamMaxStreamDurationReached, "UMSDR"},
-		{f.ResponseFromCacheFilter, "RFCF"},
-		{f.NoFilterConfigFound, "NFCF"},
-		{f.DurationTimeout, "DT"},
-		{f.UpstreamProtocolError, "UPE"},
-		{f.NoClusterFound, "NC"},
-		{f.OverloadManager, "OM"},
-		{f.DnsResolutionFailure, "DF"},
-		{f.DownstreamRemoteReset, "DR"},
-	} {
-		if flag.isSet {
-			names = append(names, flag.name)
-		}
-	}
-	return names
 }

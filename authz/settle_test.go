@@ -13,7 +13,6 @@ import (
 	logdatav3 "github.com/envoyproxy/go-control-plane/envoy/data/accesslog/v3"
 	logv3 "github.com/envoyproxy/go-control-plane/envoy/service/accesslog/v3"
 	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
-	"github.com/google/go-cmp/cmp"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	sdktrace "go.opentelemetry.io/otel/sdk/trace"
@@ -24,9 +23,7 @@ import (
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
-	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/structpb"
-	"google.golang.org/protobuf/types/known/timestamppb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/sluiceproxy/sluice/limiter"
@@ -349,40 +346,6 @@ func TestSettlementPanics(t *testing.T) {
 	s.sealer = sealer
 	s.counts("sluice_settlements_total", " failed", 1)
 	s.counts("sluice_panics_total", "", 2)
-}
-
-func TestEndOf(t *testing.T) {
-	end := endOf(&logdatav3.HTTPAccessLogEntry{
-		ProtocolVersion: logdatav3.HTTPAccessLogEntry_HTTP2,
-		CommonProperties: &logdatav3.AccessLogCommon{
-			StartTime: timestamppb.New(time.Unix(5, 0)), Duration: durationpb.New(time.Second),
-			ResponseFlags: &logdatav3.ResponseFlags{NoHealthyUpstream: true, DownstreamConnectionTermination: true},
-		},
-		Request: &logdatav3.HTTPRequestProperties{
-			RequestMethod: corev3.RequestMethod_POST, Scheme: "https", Authority: "h",
-			Path: "/rewritten", OriginalPath: "/sent?q",
-			RequestId: "id", RequestHeadersBytes: 30, RequestBodyBytes: 4,
-		},
-		Response: &logdatav3.HTTPResponseProperties{
-			ResponseCode: wrapperspb.UInt32(200), ResponseCodeDetails: "via_upstream", ResponseHeadersBytes: 20,
-			ResponseBodyBytes: 7, ResponseHeaders: map[string]string{"grpc-status": "3"},
-		},
-	})
-	want := &policy.End{
-		Method: "POST", Scheme: "https", Host: "h", Path: "/sent?q", Protocol: "HTTP/2", ID: "id",
-		Time: time.Unix(5, 0).UTC(), Duration: new(time.Second), RequestSize: 4, RequestTotalSize: 34,
-		Code: 200, CodeDetails: "via_upstream", Flags: []string{"UH", "DC"}, GRPCStatus: new(int64(3)),
-		Headers: map[string]string{"grpc-status": "3"}, Size: 7, TotalSize: 27,
-	}
-	if diff := cmp.Diff(want, end); diff != "" {
-		t.Errorf("-want +got:\n%s", diff)
-	}
-	end = endOf(&logdatav3.HTTPAccessLogEntry{Response: &logdatav3.HTTPResponseProperties{
-		ResponseHeaders: map[string]string{"grpc-status": "3"}, ResponseTrailers: map[string]string{"grpc-status": "5"},
-	}})
-	if end.Method != "" || end.Duration != nil || *end.GRPCStatus != 5 {
-		t.Errorf("%q, %v, %d", end.Method, end.Duration, *end.GRPCStatus)
-	}
 }
 
 // endEntry is an entry of a type with a sealed text.

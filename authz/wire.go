@@ -212,6 +212,22 @@ func (m *message) pair() (key, value string) {
 	return key, value
 }
 
+// named returns the key and the value of the current field, an entry of a map of
+// messages.
+func (m *message) named() (key string, value message) {
+	pair := m.inner()
+	for pair.next() {
+		switch pair.number {
+		case entryKey:
+			key = pair.text()
+		case entryValue:
+			value = pair.inner()
+		}
+	}
+	m.join(pair)
+	return key, value
+}
+
 // join makes m bad if inner, a message within it, is bad.
 func (m *message) join(inner message) { m.bad = m.bad || inner.bad }
 

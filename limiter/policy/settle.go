@@ -51,9 +51,9 @@ type End struct {
 	// its headers, too.
 	Size, TotalSize int64
 
-	// Metadata is Envoy's dynamic metadata at the end, by the filter's name. It
-	// may be nil.
-	Metadata map[string]*structpb.Struct
+	// Metadata returns Envoy's dynamic metadata at the end, by the filter's name. It
+	// is called only for expressions that read it, and may be nil.
+	Metadata func() map[string]*structpb.Struct
 }
 
 // endSubject resolves attributes for the expressions about an end.
@@ -93,7 +93,7 @@ var endAttributes = map[string]endAttribute{
 	"response.size":         {cel.IntType, func(s *endSubject) any { return s.Size }},
 	"response.total_size":   {cel.IntType, func(s *endSubject) any { return s.TotalSize }},
 	filterMetadata: {cel.MapType(cel.StringType, cel.DynType),
-		func(s *endSubject) any { return present(s.Metadata) }},
+		func(s *endSubject) any { return present(s.metadata()) }},
 }
 
 // The attributes for which Envoy must be told what to send: the maps of the
@@ -134,6 +134,13 @@ func (s *endSubject) grpcStatus() any {
 		return absent
 	}
 	return types.Int(*s.GRPCStatus)
+}
+
+func (s *endSubject) metadata() map[string]*structpb.Struct {
+	if s.Metadata == nil {
+		return nil
+	}
+	return s.Metadata()
 }
 
 // ResolveName implements cel.Activation.

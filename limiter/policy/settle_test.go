@@ -22,7 +22,7 @@ func TestSettle(t *testing.T) {
 		Code: 200, CodeDetails: "via_upstream", Flags: []string{"UH", "DC"}, GRPCStatus: status(8),
 		Headers: map[string]string{"x-usage": "17", "x-empty": ""}, Trailers: map[string]string{"x-late": "3"},
 		Size: 1000, TotalSize: 1200,
-		Metadata: map[string]*structpb.Struct{"filter": metadata},
+		Metadata: func() map[string]*structpb.Struct { return map[string]*structpb.Struct{"filter": metadata} },
 	}
 	for _, tt := range []struct {
 		settle string

@@ -151,7 +151,8 @@ func (e *Entry) setMetadata(path []string, value string) {
 		of = &structpb.Struct{}
 		e.Request.Metadata[path[0]] = of
 	}
-	e.End.Metadata = e.Request.Metadata
+	all := e.Request.Metadata // e is reset before the end is read
+	e.End.Metadata = func() map[string]*structpb.Struct { return all }
 	for _, name := range path[1 : len(path)-1] {
 		if of.Fields == nil {
 			of.Fields = make(map[string]*structpb.Value)
