@@ -11,7 +11,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
 	"github.com/redis/go-redis/v9"
 
 	"github.com/sluiceproxy/sluice/limiter/redistest"
@@ -132,7 +131,8 @@ func TestExcess(t *testing.T) {
 }
 
 // Four sidecars take from the same buckets under random faults in which Redis
-// loses no data. In no window is more granted than burst + rate·t.
+// loses no data and sidecars are killed and restarted, with holds and leases out. In
+// no window is more granted than burst + rate·t.
 func TestChaosBound(t *testing.T) {
 	t.Parallel()
 	lasts := redistest.Scaled(5*time.Second, 5*time.Minute)
@@ -199,17 +199,15 @@ func TestChaosBound(t *testing.T) {
 			granted, outcomes, settled, leased := record{}, map[Outcome]int{}, map[string]int{}, 0
 			stop := make(chan struct{})
 			var wg sync.WaitGroup
-			var stores []*Redis
-			for range 4 {
-				stores = append(stores, s.open(t, 50*time.Millisecond))
+			sidecars := make([]*sidecar, 4)
+			for i := range sidecars {
+				sidecars[i] = &sidecar{s: s}
+				sidecars[i].start(t)
 			}
-			for sidecar := range uint64(4) {
-				// A lease's grants are recorded by the clock that Redis has, too.
-				store := newLeases(NewCeiling(stores[sidecar], prometheus.NewRegistry()), stores[sidecar],
-					func() int64 { return time.Now().UnixMicro() }, prometheus.NewRegistry())
+			for i, c := range sidecars {
 				wg.Go(func() {
 					mine, ofLeases := record{}, 0
-					random := rand.New(rand.NewPCG(seed, 100+sidecar))
+					random := rand.New(rand.NewPCG(seed, 100+uint64(i)))
 					tick := time.NewTicker(2 * time.Millisecond)
 					defer tick.Stop()
 					for {
@@ -224,8 +222,10 @@ func TestChaosBound(t *testing.T) {
 							return
 						case <-tick.C:
 						}
-						c := keyed(limits["leased"], "leased", "-").costs(1 + random.Int64N(3)).leased(lease)
-						d := Decide(context.Background(), store, []Charge{c})
+						d, ok := c.decide(keyed(limits["leased"], "leased", "-").costs(1 + random.Int64N(3)).leased(lease))
+						if !ok {
+							continue
+						}
 						if mine.add(&d); d.Verdicts[0].Source == LeaseSource {
 							ofLeases++
 						}
@@ -233,7 +233,7 @@ func TestChaosBound(t *testing.T) {
 				})
 				for caller := range uint64(4) {
 					wg.Go(func() {
-						random := rand.New(rand.NewPCG(seed, 4*sidecar+caller))
+						random := rand.New(rand.NewPCG(seed, 4*uint64(i)+caller))
 						mine, saw := record{}, map[Outcome]int{}
 						var open []underWay
 						ended := map[string]int{}
@@ -243,12 +243,13 @@ func TestChaosBound(t *testing.T) {
 								return
 							}
 							// Ends may reach another sidecar, and come twice.
-							to := stores[random.IntN(len(stores))]
-							result := make([]Settled, 1)
+							to := sidecars[random.IntN(len(sidecars))]
 							for range 1 + random.IntN(2) {
-								to.Settle(context.Background(),
-									[]Settlement{{Limit: u.charge.Limit, Key: u.charge.Key, Hold: u.hold, Cost: u.cost}}, result)
-								ended[kindOfEnd(&result[0])]++
+								if r, ok := to.settle(
+									Settlement{Limit: u.charge.Limit, Key: u.charge.Key, Hold: u.hold, Cost: u.cost},
+								); ok {
+									ended[kindOfEnd(&r)]++
+								}
 							}
 						}
 						tick := time.NewTicker(4 * time.Millisecond)
@@ -283,7 +284,10 @@ func TestChaosBound(t *testing.T) {
 								own = own.costs(1 + random.Int64N(10)).holding(500 * time.Millisecond)
 							}
 							charges := []Charge{own, keyed(limits["all"], "all", "-").costs(1 + random.Int64N(2))}
-							d := Decide(context.Background(), store, charges[:1+random.IntN(2)])
+							d, ok := c.decide(charges[:1+random.IntN(2)]...)
+							if !ok {
+								continue
+							}
 							mine.add(&d)
 							saw[d.Outcome]++
 							if hold := d.Verdicts[0].Hold; !hold.IsZero() {
@@ -300,9 +304,18 @@ func TestChaosBound(t *testing.T) {
 				}
 			}
 			random := rand.New(rand.NewPCG(seed, 99))
+			restart := func(name string, end func(*sidecar)) fault {
+				var c *sidecar
+				return fault{name, func(*testing.T, *shaky, int) {
+					c = sidecars[random.IntN(len(sidecars))]
+					end(c)
+				}, func(t *testing.T, _ *shaky, _ int) { c.start(t) }}
+			}
+			faults := append(slices.Clone(tt.faults), restart("sidecar killed", (*sidecar).kill),
+				restart("sidecar terminated", (*sidecar).terminate))
 			happened := map[string]int{}
 			for until := time.Now().Add(lasts); time.Now().Before(until); {
-				f, i := tt.faults[random.IntN(len(tt.faults))], random.IntN(len(s.servers))
+				f, i := faults[random.IntN(len(faults))], random.IntN(len(s.servers))
 				f.begin(t, s, i)
 				rest(random.IntN(200))
 				f.end(t, s, i)
@@ -311,6 +324,9 @@ func TestChaosBound(t *testing.T) {
 			}
 			close(stop)
 			wg.Wait()
+			for _, c := range sidecars {
+				c.kill()
+			}
 			keys := 0
 			for key, grants := range granted {
 				b := limits[strings.Split(key, ":")[2]]

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"slices"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -45,8 +46,16 @@ func (s *shaky) scripts(t testing.TB) (executed int) {
 	return executed
 }
 
-// open returns a store that runs, as in a sidecar.
+// open returns a store that runs, as in a sidecar, until the test ends.
 func (s *shaky) open(t testing.TB, timeout time.Duration) *Redis {
+	t.Helper()
+	r, stop := s.run(t, timeout)
+	t.Cleanup(stop)
+	return r
+}
+
+// run returns a store that runs until stop is called.
+func (s *shaky) run(t testing.TB, timeout time.Duration) (r *Redis, stop func()) {
 	t.Helper()
 	o := s.options
 	o.Timeout, o.Addresses = timeout, slices.Clone(o.Addresses)
@@ -57,12 +66,74 @@ func (s *shaky) open(t testing.TB, timeout time.Duration) *Redis {
 	ctx, cancel := context.WithCancel(context.Background())
 	stopped := make(chan struct{})
 	go func() { defer close(stopped); r.Run(ctx) }()
-	t.Cleanup(func() {
+	return r, func() {
 		cancel()
 		<-stopped
 		_ = r.Close()
-	})
-	return r
+	}
+}
+
+// sidecar is a sidecar that can be killed, stopped and started again.
+type sidecar struct {
+	s       *shaky
+	running atomic.Pointer[process] // nil while none runs
+}
+
+// process is what a sidecar loses when it ends: its connections, what it leases,
+// and the answers of the takes that are under way.
+type process struct {
+	redis   *Redis
+	store   *Leases
+	stop    func()
+	isEnded atomic.Bool
+}
+
+func (c *sidecar) start(t testing.TB) {
+	t.Helper()
+	p := &process{}
+	p.redis, p.stop = c.s.run(t, 50*time.Millisecond)
+	// A lease's grants are recorded by the clock that Redis has, too.
+	p.store = newLeases(NewCeiling(p.redis, prometheus.NewRegistry()), p.redis,
+		func() int64 { return time.Now().UnixMicro() }, prometheus.NewRegistry())
+	c.running.Store(p)
+}
+
+// kill ends the process as kill -9 does: whatever it leases and holds stays out.
+func (c *sidecar) kill() {
+	p := c.running.Swap(nil)
+	p.isEnded.Store(true)
+	p.stop()
+}
+
+// terminate ends the process as SIGTERM does: it gives back what it leases, if
+// Redis answers, while checks still come.
+func (c *sidecar) terminate() {
+	ctx, cancel := context.WithTimeout(context.Background(), 200*time.Millisecond)
+	defer cancel()
+	c.running.Load().store.Close(ctx)
+	c.kill()
+}
+
+// decide decides as the sidecar's process does. It reports not ok if none runs, or
+// if it ended before its answer.
+func (c *sidecar) decide(charges ...Charge) (d Decision, ok bool) {
+	p := c.running.Load()
+	if p == nil {
+		return d, false
+	}
+	d = Decide(context.Background(), p.store, charges)
+	return d, !p.isEnded.Load()
+}
+
+// settle settles one hold, if a process runs.
+func (c *sidecar) settle(settlement Settlement) (r Settled, ok bool) {
+	p := c.running.Load()
+	if p == nil {
+		return r, false
+	}
+	result := make([]Settled, 1)
+	p.redis.Settle(context.Background(), []Settlement{settlement}, result)
+	return result[0], true
 }
 
 func startShakySingle(t testing.TB, args ...string) *shaky {
