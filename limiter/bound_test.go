@@ -192,7 +192,7 @@ func TestChaosBound(t *testing.T) {
 				"slow":   bucket(t, 7, time.Second, 20),
 				"all":    bucket(t, 500, time.Second, 300),
 				"held":   bucket(t, 100, time.Second, 40),
-				"leased": bucket(t, 4000, time.Second, 2000),
+				"leased": bucket(t, 400, time.Second, 200),
 			}
 			const lease = 200 * time.Millisecond
 			var mu sync.Mutex
