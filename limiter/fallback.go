@@ -105,8 +105,9 @@ func (f *Fallback) takeRest(ctx context.Context, deadline time.Time, charges []C
 	}
 }
 
-// Settle settles holds, in Redis or in this process, as where they were taken.
-// See Redis.Settle.
+// Settle settles the holds of requests that have ended, in Redis or in this
+// process, as where they were taken. See Redis.Settle. In Redis they wait up to
+// endLinger for a take to go with.
 func (f *Fallback) Settle(ctx context.Context, settlements []Settlement, results []Settled) {
 	var indexes []int
 	var shared []Settlement
@@ -121,7 +122,7 @@ func (f *Fallback) Settle(ctx context.Context, settlements []Settlement, results
 		return
 	}
 	settled := make([]Settled, len(shared))
-	f.redis.Settle(ctx, shared, settled)
+	f.redis.settleEnds(ctx, shared, settled)
 	for i, at := range indexes {
 		results[at] = settled[i]
 	}

@@ -27,6 +27,9 @@ const (
 	// call is under way: an answer that is about to come starts the next batch
 	// sooner.
 	minLinger = time.Millisecond
+	// endLinger is how long the settlement of a request that has ended waits for a
+	// take to go with: a call costs Redis several times as much as what it carries.
+	endLinger = 5 * time.Millisecond
 	// latencyWeight: in the moving average of the latency, the newest call
 	// counts 1/latencyWeight.
 	latencyWeight = 8
@@ -42,6 +45,9 @@ type pending struct {
 	// replySize is how long the reply is, in bytes.
 	replySize int
 	deadline  time.Time
+	// linger is how long it waits for a call to go with, if none is under way. It is
+	// 0 once it has. For takes it always is.
+	linger time.Duration
 	// wake receives, once, a batch that the caller is to execute, which
 	// includes this take; or an empty one when the take has been answered.
 	wake  chan batch
@@ -71,7 +77,7 @@ func newBlank() *pending {
 // pendingFor returns a blank for so many charges or settlements.
 func pendingFor(n int, deadline time.Time) *pending {
 	t := pendingPool.Get().(*pending)
-	t.deadline, t.replySize = deadline, verdictSize*n
+	t.deadline, t.linger, t.replySize = deadline, 0, verdictSize*n
 	return t
 }
 
@@ -96,9 +102,11 @@ func newPending(charges []Charge, deadline time.Time, guesses []int64) *pending 
 	return t
 }
 
-// newSettling packs settlements. The caller recycles it as newPending's.
-func newSettling(settlements []Settlement, deadline time.Time) *pending {
+// newSettling packs settlements that linger so long. The caller recycles it as
+// newPending's.
+func newSettling(settlements []Settlement, deadline time.Time, linger time.Duration) *pending {
 	t := pendingFor(len(settlements), deadline)
+	t.linger = linger
 	for i := range settlements {
 		t.keys = append(t.keys, settlements[i].Key)
 		t.packed = appendSettlement(t.packed, &settlements[i])
@@ -150,6 +158,9 @@ func (n *node) do(ctx context.Context, t *pending) (abandoned bool, err error) {
 	if err := n.admit(); err != nil {
 		return false, err
 	}
+	if t.deadline.Sub(now) < 2*t.linger {
+		t.linger = 0
+	}
 	n.mu.Lock()
 	if err := n.hopelessLocked(now, t); err != nil {
 		n.mu.Unlock()
@@ -158,10 +169,10 @@ func (n *node) do(ctx context.Context, t *pending) (abandoned bool, err error) {
 	n.waiting = append(n.waiting, t)
 	n.charges += len(t.keys)
 	// Behind an open breaker the calls under way may never end.
-	if n.inFlight == 0 || n.charges >= maxBatch || n.isOpen() {
+	if n.inFlight == 0 && t.linger == 0 || n.charges >= maxBatch || n.isOpen() {
 		n.startBatchLocked()
 	}
-	linger := n.lingerLocked()
+	linger := max(n.lingerLocked(), t.linger)
 	n.mu.Unlock()
 	return n.wait(ctx, t, linger)
 }
@@ -266,6 +277,7 @@ func (n *node) wait(ctx context.Context, t *pending, linger time.Duration) (aban
 			t.timer.Reset(time.Until(t.deadline))
 			n.mu.Lock()
 			if slices.Contains(n.waiting, t) {
+				t.linger = 0
 				n.startBatchLocked()
 			}
 			n.mu.Unlock()
@@ -354,7 +366,9 @@ func (n *node) execute(b batch, leader *pending) {
 			n.measureLocked(took)
 		}
 		n.releaseLocked(b.on, err)
-		n.startBatchLocked()
+		if slices.ContainsFunc(n.waiting, func(t *pending) bool { return t.linger == 0 }) {
+			n.startBatchLocked()
+		}
 	}()
 	// Not under the leader's own context: its caller may hang up, and others
 	// are on the way with it.

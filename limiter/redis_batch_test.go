@@ -42,6 +42,58 @@ func TestTakesGather(t *testing.T) {
 	})
 }
 
+// The settlements of requests that have ended go with the next take. None starts
+// a call before endLinger is over, and none waits longer.
+func TestSettlementsGoWithTakes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, ctx := newFakeNode(), t.Context()
+		end := func(life time.Duration) *caller {
+			p := newBlank()
+			p.keys, p.linger = make([]string, 3), endLinger
+			return f.start(ctx, life, p)
+		}
+		all := []*caller{end(time.Second), end(time.Second)}
+		f.wantBatches(t)
+		time.Sleep(endLinger - 1)
+		all = append(all, f.ask(ctx, time.Second))
+		f.wantBatches(t, 3)
+		all = append(all, end(time.Second))
+		f.ended <- nil
+		f.wantBatches(t) // the end of a call does not start it
+		time.Sleep(endLinger - 1)
+		f.wantBatches(t)
+		time.Sleep(1)
+		f.wantBatches(t, 1)
+		all = append(all, end(time.Second), f.ask(ctx, time.Second))
+		f.ended <- nil
+		f.wantBatches(t, 2)
+		f.ended <- nil
+		all = append(all, end(endLinger)) // there is no time to wait
+		f.wantBatches(t, 1)
+		f.ended <- nil
+		// While the most calls are under way, it leaves when one has ended.
+		f = newFakeNode()
+		for range minConnections {
+			all = append(all, f.ask(ctx, time.Second))
+			time.Sleep(2 * minLinger)
+			f.wantBatches(t, 1)
+		}
+		all = append(all, end(time.Second))
+		time.Sleep(2 * endLinger)
+		f.wantBatches(t)
+		f.ended <- nil
+		f.wantBatches(t, 1)
+		for range minConnections {
+			f.ended <- nil
+		}
+		for i, p := range all {
+			if <-p.done; p.err != nil || p.reply != "answered" {
+				t.Errorf("%d: %+v", i, p)
+			}
+		}
+	})
+}
+
 // While calls are slow, a take waits no longer than the linger for a place in a
 // batch. At most as many calls are in flight as the latency calls for; takes
 // beyond them leave with the next batch.

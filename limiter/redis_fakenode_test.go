@@ -60,9 +60,15 @@ func (f fakeNode) ask(ctx context.Context, life time.Duration) *caller {
 
 // askFor is ask for a take of several charges.
 func (f fakeNode) askFor(ctx context.Context, life time.Duration, charges int) *caller {
+	p := newBlank()
+	p.keys = make([]string, charges)
+	return f.start(ctx, life, p)
+}
+
+// start sends p with a deadline, and waits until it is queued.
+func (f fakeNode) start(ctx context.Context, life time.Duration, p *pending) *caller {
 	began := time.Now()
-	c := &caller{pending: newBlank(), done: make(chan struct{})}
-	c.keys = make([]string, charges)
+	c := &caller{pending: p, done: make(chan struct{})}
 	c.deadline = began.Add(life)
 	go func() {
 		c.abandoned, c.err = f.do(ctx, c.pending)

@@ -18,6 +18,16 @@ const maxSettlements = maxBatch / 4
 // settlement fails (Settled.Err) it must not be tried again: it may have been
 // executed.
 func (r *Redis) Settle(ctx context.Context, settlements []Settlement, results []Settled) {
+	r.settle(ctx, settlements, results, 0)
+}
+
+// settleEnds is Settle for requests that have ended, for which nobody waits: they
+// go with a take that comes within endLinger, or else by themselves.
+func (r *Redis) settleEnds(ctx context.Context, settlements []Settlement, results []Settled) {
+	r.settle(ctx, settlements, results, endLinger)
+}
+
+func (r *Redis) settle(ctx context.Context, settlements []Settlement, results []Settled, linger time.Duration) {
 	deadline := r.deadline(ctx)
 	ctx, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
@@ -29,7 +39,7 @@ func (r *Redis) Settle(ctx context.Context, settlements []Settlement, results []
 				for i, at := range indexes {
 					part[i] = settlements[at]
 				}
-				r.settleSlot(ctx, deadline, part, settled)
+				r.settleSlot(ctx, deadline, part, settled, linger)
 				for i, at := range indexes {
 					results[at] = settled[i]
 				}
@@ -41,7 +51,9 @@ func (r *Redis) Settle(ctx context.Context, settlements []Settlement, results []
 
 // settleSlot settles holds of buckets that are all in one hash slot. It does not
 // panic, as it has a goroutine of its own.
-func (r *Redis) settleSlot(ctx context.Context, deadline time.Time, settlements []Settlement, results []Settled) {
+func (r *Redis) settleSlot(
+	ctx context.Context, deadline time.Time, settlements []Settlement, results []Settled, linger time.Duration,
+) {
 	fail := func(err *StoreError) {
 		for i := range results {
 			results[i] = Settled{Err: err}
@@ -54,7 +66,7 @@ func (r *Redis) settleSlot(ctx context.Context, deadline time.Time, settlements 
 	}()
 	n, err := r.nodeOf(ctx, settlements[0].Key)
 	if err == nil {
-		t := newSettling(settlements, deadline)
+		t := newSettling(settlements, deadline, linger)
 		var abandoned bool
 		if abandoned, err = n.do(ctx, t); err == nil {
 			err = r.readSettled(t.reply, settlements, results)
