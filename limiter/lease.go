@@ -31,7 +31,7 @@ const (
 	leaseWorkers = 16
 	leaseShards  = 64
 	// leaseOverhead is about how many bytes a lease takes besides its key.
-	leaseOverhead = 640
+	leaseOverhead = 270
 )
 
 // Lender is a store that holds what it takes for a charge with HoldFor, and
@@ -71,6 +71,8 @@ type Leases struct {
 	// never changed.
 	limits atomic.Pointer[map[string]*leaseMetrics]
 
+	wakes wakes
+
 	mu      sync.Mutex
 	queue   []*lease // to be renewed or ended, each once
 	workers int
@@ -81,12 +83,11 @@ type Leases struct {
 
 var _ Store = (*Leases)(nil)
 
-// lease is the tokens that are held for a key.
+// lease is the tokens that are held for a key. TestLeaseSize bounds its size.
 type lease struct {
 	key     string
 	shape   Bucket
 	limit   *Limit
-	lasts   time.Duration
 	metrics *leaseMetrics // nil if the config in force has no such limit
 
 	mu sync.Mutex
@@ -101,19 +102,23 @@ type lease struct {
 	// checks is how many checks there have been since the instant since, and
 	// asked what they cost, whoever granted them.
 	checks, asked, since int64
-	low                  int64 // the lease is renewed when left falls to this
-	renewAt              int64 // or at this instant
-	isQueued             bool  // a worker has the lease, or will
-	timer                *time.Timer
+	isQueued             bool // a worker has the lease, or will
+	// isSpare says that the last attempt to renew the term failed, so that it is
+	// used up, and renewed at wakeAt.
+	isSpare bool
+	place   int32 // in the wakes, which guard it
+	// wakeAt is when the lease is renewed, if there are tokens left until then. It is
+	// set by the wakes with mu held.
+	wakeAt int64
 }
 
 // term is one hold of a lease. The zero term holds nothing.
 type term struct {
 	hold Hold
-	// left is how many of its tokens can be granted until the instant end, and
-	// granted how many have been.
-	left, granted, end int64
-	took               int64 // how long the call took, in microseconds
+	// left is how many of its tokens can be granted until the instant end. The
+	// others have been granted.
+	left, end int64
+	took      int64 // how long the call took, in microseconds
 	// lasts is the time from the sending of the call to the end, in microseconds.
 	lasts int64
 	// windowEnd is when the window of a quota ends, by the store's clock; 0 for all
@@ -130,6 +135,7 @@ func NewLeases(store Store, lender Lender, metrics prometheus.Registerer) *Lease
 func newLeases(store Store, lender Lender, now func() int64, metrics prometheus.Registerer) *Leases {
 	l := &Leases{store: store, lender: lender, now: now, seed: maphash.MakeSeed(), budget: leaseBudget()}
 	l.idle = sync.NewCond(&l.mu)
+	l.wakes = wakes{now: func() int64 { return l.now() }, wake: l.wake}
 	for i := range l.shards {
 		l.shards[i].leases = make(map[string]*lease)
 	}
@@ -187,8 +193,11 @@ func (c *Charge) lease() time.Duration {
 	if c.Limit.Lease <= 0 || c.Cost <= 0 || c.Cost > c.Bucket.burst || c.Refused || c.HoldFor > 0 {
 		return 0
 	}
-	return min(max(c.Limit.Lease, MinLease), MaxLease)
+	return c.Limit.lease()
 }
+
+// lease returns for how long tokens of a limit with a Lease are leased.
+func (l *Limit) lease() time.Duration { return min(max(l.Lease, MinLease), MaxLease) }
 
 // takeRest takes the charges that no lease has granted. If the request does not
 // spend what it took, it puts the tokens back into the leases.
@@ -233,7 +242,7 @@ func (l *Leases) grant(now int64, c *Charge, v *Verdict) source {
 	if e == nil {
 		return source{}
 	}
-	if e.shape != c.Bucket || e.lasts != c.lease() {
+	if e.shape != c.Bucket || e.limit.lease() != c.lease() {
 		return source{} // the config has changed: the lease ends, as its checks are no longer counted
 	}
 	e.mu.Lock()
@@ -250,10 +259,9 @@ func (l *Leases) grant(now int64, c *Charge, v *Verdict) source {
 		*v = c.verdict(before, 0, c.Cost, LeaseSource)
 		v.at, v.taken = now, true
 		e.left -= c.Cost
-		e.granted += c.Cost
 		s = source{e, e.hold}
 	}
-	if e.left <= e.low && now < e.end && !e.isQueued {
+	if e.left <= e.hold.Tokens/8 && !e.isSpare && now < e.end && !e.isQueued {
 		l.enqueueLocked(e)
 	}
 	return s
@@ -269,7 +277,6 @@ func (s source) putBack(c *Charge, v *Verdict) {
 	defer s.lease.mu.Unlock()
 	if s.lease.hold == s.hold {
 		s.lease.left += c.Cost
-		s.lease.granted -= c.Cost
 	}
 }
 
@@ -291,7 +298,7 @@ func (l *Leases) learn(now int64, c *Charge, v *Verdict) {
 		return
 	}
 	e := &lease{
-		key: c.Key, shape: c.Bucket, limit: c.Limit, lasts: lasts, metrics: (*l.limits.Load())[c.Limit.Name],
+		key: c.Key, shape: c.Bucket, limit: c.Limit, metrics: (*l.limits.Load())[c.Limit.Name],
 		rest: v.left, restAt: v.at, restSeen: now,
 		// Nobody knows the pace yet: twice as many checks as there were must do.
 		checks: hotChecks, asked: hotChecks * c.Cost, since: now - lasts.Microseconds()/2,
@@ -340,7 +347,7 @@ func (l *Leases) remove(e *lease) {
 // checks use within a lease at their pace since the last term began, at most a
 // part of what the bucket has left. It returns 0 if that is not worth a call.
 func (e *lease) sizeLocked(now int64) int64 {
-	elapsed, lasts := max(1, now-e.since), e.lasts.Microseconds()
+	elapsed, lasts := max(1, now-e.since), e.limit.lease().Microseconds()
 	if e.checks*lasts < busyChecks*elapsed {
 		return 0
 	}
@@ -408,31 +415,30 @@ func (l *Leases) renew(e *lease) {
 	now := l.now()
 	e.mu.Lock()
 	e.learnLocked(now, &answer)
-	old, lasts := e.term, e.lasts.Microseconds()
+	old, lasts := e.term, e.limit.lease().Microseconds()
 	// How long before its end a term is closed, so that what is left arrives in
 	// time.
 	margin := max(lasts/16, 2*old.took)
 	e.isQueued = false
 	if size > 0 && next.hold.IsZero() && now < old.end-margin {
-		e.low = -1
-		l.wakeLocked(e, now, old.end-margin)
+		e.isSpare = true
+		l.wakes.set(e, now, old.end-margin)
 		e.mu.Unlock()
 		return
 	}
-	e.term = next
+	e.term, e.isSpare = next, false
 	isOver := next.hold.IsZero()
 	if !isOver {
 		if next.windowEnd == old.windowEnd {
 			e.rest.tokens = min(e.rest.tokens+old.left, e.shape.burst-e.left) // which is about to come back
 		}
-		e.low = size / 8
 		e.since, e.checks, e.asked = sent, e.checks-checks, e.asked-asked
-		l.wakeLocked(e, now, next.end-max(next.lasts/4, 4*next.took))
+		l.wakes.set(e, now, next.end-max(next.lasts/4, 4*next.took))
 		if l.isClosed.Load() {
 			l.enqueueLocked(e)
 		}
-	} else if e.timer != nil {
-		e.timer.Stop()
+	} else {
+		l.wakes.drop(e)
 	}
 	e.mu.Unlock()
 
@@ -445,41 +451,32 @@ func (l *Leases) renew(e *lease) {
 	e.metrics.count(!isOver, !old.hold.IsZero())
 }
 
-// wakeLocked gives a lease to a worker at an instant, if nobody has until then.
-func (l *Leases) wakeLocked(e *lease, now, at int64) {
-	e.renewAt = at
-	wait := time.Duration(max(0, at-now)) * time.Microsecond
-	if e.timer != nil {
-		e.timer.Reset(wait)
-		return
-	}
-	e.timer = time.AfterFunc(wait, func() {
-		now := l.now()
+// wake gives leases to workers that were to be woken by the instant now.
+func (l *Leases) wake(now int64, due []*lease) {
+	for _, e := range due {
 		e.mu.Lock()
-		defer e.mu.Unlock()
-		switch {
-		case e.isQueued || e.hold.IsZero():
-		case now < e.renewAt: // the timer was set anew while this waited, or runs fast
-			l.wakeLocked(e, now, e.renewAt)
-		default:
+		// One that was renewed in this moment waits for another instant.
+		if !e.isQueued && !e.hold.IsZero() && e.wakeAt <= now {
 			l.enqueueLocked(e)
 		}
-	})
+		e.mu.Unlock()
+	}
 }
 
 // take takes a term of so many tokens. It returns a zero term if the bucket has
 // fewer, or if the store fails.
 func (l *Leases) take(e *lease, sent, size int64) (t term, answer Verdict) {
-	ctx, cancel := context.WithTimeout(context.Background(), e.lasts)
+	lasts := e.limit.lease()
+	ctx, cancel := context.WithTimeout(context.Background(), lasts)
 	defer cancel()
-	charges := []Charge{{Limit: e.limit, Bucket: e.shape, Key: e.key, Cost: size, HoldFor: e.lasts}}
+	charges := []Charge{{Limit: e.limit, Bucket: e.shape, Key: e.key, Cost: size, HoldFor: lasts}}
 	verdicts := make([]Verdict, 1)
 	l.lender.Take(ctx, charges, verdicts)
 	answer = verdicts[0]
 	if answer.Hold.IsZero() { // without a hold, tokens that were taken count as spent already
 		return term{}, answer
 	}
-	t = term{hold: answer.Hold, left: size, took: l.now() - sent, lasts: e.lasts.Microseconds()}
+	t = term{hold: answer.Hold, left: size, took: l.now() - sent, lasts: lasts.Microseconds()}
 	if e.shape.IsQuota() {
 		t.lasts, t.windowEnd = min(t.lasts, answer.left.frac), answer.at+answer.left.frac
 	}
@@ -490,10 +487,10 @@ func (l *Leases) take(e *lease, sent, size int64) (t term, answer Verdict) {
 
 // giveBack settles a closed term.
 func (l *Leases) giveBack(e *lease, t term) {
-	ctx, cancel := context.WithTimeout(context.Background(), e.lasts)
+	ctx, cancel := context.WithTimeout(context.Background(), e.limit.lease())
 	defer cancel()
 	// If it fails, what the term holds counts as spent once the hold ends.
-	l.lender.Settle(ctx, []Settlement{{Limit: e.limit, Key: e.key, Hold: t.hold, Cost: t.granted}}, make([]Settled, 1))
+	l.lender.Settle(ctx, []Settlement{{Limit: e.limit, Key: e.key, Hold: t.hold, Cost: t.hold.Tokens - t.left}}, make([]Settled, 1))
 }
 
 // Close gives back what is leased, and returns when that is done or ctx ends. All
