@@ -23,7 +23,7 @@ const (
 	// leasePart: a lease takes at most 1/leasePart of what the bucket has left.
 	leasePart = 4
 	// hotChecks is how many checks of a key within the length of a lease make the
-	// key busy: a lease is then taken. A lease is renewed while its key gets at
+	// key busy, if none of them is denied: a lease is then taken. A lease is renewed while its key gets at
 	// least busyChecks within its length. A lease costs two calls, so that one
 	// with fewer checks than that spares the store nothing.
 	hotChecks, busyChecks = 16, 8
@@ -106,6 +106,8 @@ type lease struct {
 	// isSpare says that the last attempt to renew the term failed, so that it is
 	// used up, and renewed at wakeAt.
 	isSpare bool
+	// isShort says that a check was denied since the last term was taken.
+	isShort bool
 	place   int32 // in the wakes, which guard it
 	// wakeAt is when the lease is renewed, if there are tokens left until then. It is
 	// set by the wakes with mu held.
@@ -284,17 +286,19 @@ func (s source) putBack(c *Charge, v *Verdict) {
 // is busy.
 func (l *Leases) learn(now int64, c *Charge, v *Verdict) {
 	isAnswer := v.Source == RedisSource || v.Source == MemorySource
+	isDenied := v.Known() && !v.Allowed
 	if e := l.find(c.Key); e != nil {
 		if isAnswer && e.shape == c.Bucket {
 			e.mu.Lock()
 			e.learnLocked(now, v)
+			e.isShort = e.isShort || isDenied
 			e.mu.Unlock()
 		}
 		return
 	}
 	lasts := c.lease()
-	isBusy := l.busy.count(maphash.String(l.seed, c.Key), now/lasts.Microseconds()) == hotChecks
-	if !isBusy || !isAnswer || !v.Allowed || l.isClosed.Load() {
+	isBusy := l.busy.count(maphash.String(l.seed, c.Key), now/lasts.Microseconds(), isDenied) == hotChecks
+	if !isBusy || !isAnswer || l.isClosed.Load() {
 		return
 	}
 	e := &lease{
@@ -348,7 +352,7 @@ func (l *Leases) remove(e *lease) {
 // part of what the bucket has left. It returns 0 if that is not worth a call.
 func (e *lease) sizeLocked(now int64) int64 {
 	elapsed, lasts := max(1, now-e.since), e.limit.lease().Microseconds()
-	if e.checks*lasts < busyChecks*elapsed {
+	if e.isShort || e.checks*lasts < busyChecks*elapsed {
 		return 0
 	}
 	asked := min(e.asked, math.MaxInt64/lasts)
@@ -426,7 +430,7 @@ func (l *Leases) renew(e *lease) {
 		e.mu.Unlock()
 		return
 	}
-	e.term, e.isSpare = next, false
+	e.term, e.isSpare, e.isShort = next, false, false
 	isOver := next.hold.IsZero()
 	if !isOver {
 		if next.windowEnd == old.windowEnd {

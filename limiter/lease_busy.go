@@ -11,8 +11,8 @@ type busyKeys [1024][8]atomic.Uint64
 
 // count counts a use of the key with a hash, and returns how many there have been
 // in the period; 0 if it is not counted. A key that has reached hotChecks may be
-// forgotten.
-func (b *busyKeys) count(hash uint64, period int64) int {
+// forgotten. A use that was denied ends the count.
+func (b *busyKeys) count(hash uint64, period int64, isDenied bool) int {
 	// A slot is 32 bits of the hash, 16 of the period, and how many uses there
 	// were.
 	slots := &b[hash%uint64(len(b))]
@@ -24,7 +24,9 @@ func (b *busyKeys) count(hash uint64, period int64) int {
 		known := slots[i].Load()
 		n := known & uses
 		if known&^uses == owner {
-			n = min(n+1, uses)
+			if n = min(n+1, uses); isDenied {
+				n = 0
+			}
 			slots[i].Store(owner | n)
 			return int(n)
 		}
@@ -35,7 +37,10 @@ func (b *busyKeys) count(hash uint64, period int64) int {
 			least, fewest = &slots[i], n
 		}
 	}
-	if fewest > 1 {
+	switch {
+	case isDenied:
+		return 0
+	case fewest > 1:
 		least.Add(^uint64(0))
 		return 0
 	}

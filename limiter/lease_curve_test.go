@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -20,6 +21,7 @@ type leaseLoad struct {
 	lease    time.Duration
 	burst    time.Duration // of the rate
 	lasts    time.Duration
+	gather   time.Duration // checks come together at each multiple of it; 0: by themselves
 }
 
 // leaseCost is what came of a leaseLoad.
@@ -36,84 +38,159 @@ func (c leaseCost) String() string {
 		c.checks, c.granted, 100*float64(c.wrong)/float64(c.checks), float64(c.calls)/float64(c.checks))
 }
 
-// far is a lender that is half a millisecond away. It calls denied when it denies
-// a check.
-type far struct {
-	*lender
-
-	denied func()
+// want checks that leases cost those who wait nothing below the rate, and little
+// above it, beside the same checks without leases.
+func (c leaseCost) want(t *testing.T, without leaseCost, sidecars int, demand float64) {
+	t.Helper()
+	most := .005
+	if sidecars > 4 {
+		most = .01
+	}
+	switch wrong := float64(c.wrong) / float64(c.checks); {
+	case demand < 1 && (c.granted < c.checks || c.calls*4 > without.calls):
+		t.Error("below the rate none is denied, and most checks ask nobody")
+	case wrong > most || float64(c.granted) < .98*float64(without.granted):
+		t.Errorf("%.4f denied wrongly, want %.3f at most; %.4f of the grants", wrong, most,
+			float64(c.granted)/float64(without.granted))
+	}
 }
 
-func (f far) Take(ctx context.Context, charges []Charge, verdicts []Verdict) {
-	time.Sleep(250 * time.Microsecond)
-	f.lender.Take(ctx, charges, verdicts)
-	if !verdicts[0].Allowed && charges[0].HoldFor == 0 {
+// fleet is sidecars with leases on one bucket, and what came of their checks.
+type fleet struct {
+	sidecars []*Leases
+	charge   Charge
+
+	mu   sync.Mutex
+	cost leaseCost
+}
+
+// add adds a sidecar whose calls take so long, half of it each way.
+func (f *fleet) add(from Lender, takes time.Duration) {
+	store := &far{from, takes / 2, f}
+	f.sidecars = append(f.sidecars, newLeases(NewCeiling(store, prometheus.NewRegistry()), store, bootClock(), prometheus.NewRegistry()))
+}
+
+// check has a sidecar decide a check.
+func (f *fleet) check(sidecar int) {
+	d := Decide(context.Background(), f.sidecars[sidecar], []Charge{f.charge})
+	if d.Verdicts[0].Source == CeilingSource {
 		f.denied()
 	}
-	time.Sleep(250 * time.Microsecond)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.cost.checks++; d.Outcome == Allowed {
+		f.cost.granted++
+	}
 }
 
-func (f far) Settle(ctx context.Context, settlements []Settlement, results []Settled) {
-	time.Sleep(250 * time.Microsecond)
-	f.lender.Settle(ctx, settlements, results)
-	time.Sleep(250 * time.Microsecond)
+// denied judges a denial of this moment.
+func (f *fleet) denied() {
+	left := int64(0)
+	for _, s := range f.sidecars {
+		if e := s.find(f.charge.Key); e != nil {
+			e.mu.Lock()
+			if s.now() < e.end {
+				left += e.left
+			}
+			e.mu.Unlock()
+		}
+	}
+	if left >= f.charge.Cost {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		f.cost.wrong++
+	}
+}
+
+// close returns what came of the checks, and ends the leases.
+func (f *fleet) close() leaseCost {
+	f.mu.Lock()
+	cost := f.cost
+	f.mu.Unlock()
+	for _, s := range f.sidecars {
+		s.Close(context.Background())
+	}
+	return cost
+}
+
+// far is a lender that may be far away, and counts the calls of a fleet. It has
+// the fleet judge denials in the moment in which they are decided.
+type far struct {
+	Lender
+
+	away  time.Duration
+	fleet *fleet
+}
+
+func (f *far) Take(ctx context.Context, charges []Charge, verdicts []Verdict) {
+	f.called()
+	f.Lender.Take(ctx, charges, verdicts)
+	if !verdicts[0].Allowed && charges[0].HoldFor == 0 {
+		f.fleet.denied()
+	}
+	time.Sleep(f.away)
+}
+
+func (f *far) Settle(ctx context.Context, settlements []Settlement, results []Settled) {
+	f.called()
+	f.Lender.Settle(ctx, settlements, results)
+	time.Sleep(f.away)
+}
+
+func (f *far) called() {
+	f.fleet.mu.Lock()
+	f.fleet.cost.calls++
+	f.fleet.mu.Unlock()
+	time.Sleep(f.away)
+}
+
+// arrivals calls check for as long as lasts says, with the number of a sidecar, each
+// time in a goroutine of its own: at random, as a Poisson process, rate times a
+// second. They gather for as long as gather says. It returns how many of these ended
+// long after they should have begun, as the machine was slow.
+func arrivals(lasts, gather time.Duration, rate float64, sidecars int, check func(sidecar int)) (late int) {
+	const long = 20 * time.Millisecond
+	random := rand.New(rand.NewPCG(1, 2))
+	var under sync.WaitGroup
+	var slow atomic.Int64
+	defer func() {
+		under.Wait()
+		late = int(slow.Load())
+	}()
+	began, next := time.Now(), time.Duration(0)
+	for {
+		if next += time.Duration(random.ExpFloat64() / rate * float64(time.Second)); next > lasts {
+			return 0
+		}
+		at := next
+		if gather > 0 {
+			at = at.Truncate(gather) + gather
+		}
+		due, sidecar := began.Add(at), random.IntN(sidecars)
+		time.Sleep(time.Until(due))
+		under.Go(func() {
+			if check(sidecar); time.Since(due) > long {
+				slow.Add(1)
+			}
+		})
+	}
 }
 
 // play plays the load on sidecars as they are wired, with a lender in this process
-// and a clock that does not wait. Its checks come as a Poisson process.
+// that is half a millisecond away, and a clock that does not wait.
 func (l leaseLoad) play(t *testing.T) (cost leaseCost) {
 	const rate = 2000
 	synctest.Test(t, func(t *testing.T) {
-		random := rand.New(rand.NewPCG(1, 2))
-		from := &lender{Memory: newMemory("buckets", 1<<20, wallClock, nil, prometheus.NewRegistry())}
-		c := charge(bucket(t, rate, time.Second, int64(rate*l.burst.Seconds())), "tenant").leased(l.lease)
-		var mu sync.Mutex // guards cost
-		var all []*Leases
-		denied := func() {
-			left := int64(0)
-			for _, s := range all {
-				if e := s.find(c.Key); e != nil {
-					e.mu.Lock()
-					left += e.left
-					e.mu.Unlock()
-				}
-			}
-			if left >= c.Cost {
-				mu.Lock()
-				cost.wrong++
-				mu.Unlock()
-			}
-		}
+		f := &fleet{charge: charge(bucket(t, rate, time.Second, int64(rate*l.burst.Seconds())), "tenant").leased(l.lease)}
+		from := newMemory("buckets", 1<<20, wallClock, nil, prometheus.NewRegistry())
 		for range l.sidecars {
-			store := far{from, denied}
-			all = append(all, newLeases(NewCeiling(store, prometheus.NewRegistry()), store, wallClock, prometheus.NewRegistry()))
+			f.add(from, 500*time.Microsecond)
 		}
-		var under sync.WaitGroup
-		began, next := time.Now(), time.Duration(0)
-		for {
-			next += time.Duration(random.ExpFloat64() / (rate * l.demand) * float64(time.Second))
-			if next > l.lasts {
-				break
-			}
-			time.Sleep(time.Until(began.Add(next)))
-			sidecar := all[random.IntN(len(all))]
-			under.Go(func() {
-				d := Decide(context.Background(), sidecar, []Charge{c})
-				if d.Verdicts[0].Source == CeilingSource {
-					denied()
-				}
-				mu.Lock()
-				defer mu.Unlock()
-				if cost.checks++; d.Outcome == Allowed {
-					cost.granted++
-				}
-			})
+		for _, s := range f.sidecars {
+			s.now = wallClock
 		}
-		under.Wait()
-		cost.calls = int(from.calls.Load())
-		for _, s := range all {
-			s.Close(context.Background())
-		}
+		arrivals(l.lasts, l.gather, rate*l.demand, l.sidecars, f.check)
+		cost = f.close()
 		time.Sleep(time.Second) // the timers have fired
 	})
 	return cost
@@ -127,26 +204,21 @@ func TestLeaseCosts(t *testing.T) {
 	if *curves {
 		logCurves(t)
 	}
-	lasts := 10 * time.Second
-	for _, sidecars := range []int{1, 4, 16} {
-		for _, demand := range []float64{.8, 2} {
-			l := leaseLoad{sidecars: sidecars, demand: demand, lease: 200 * time.Millisecond, burst: time.Second, lasts: lasts}
-			with := l.play(t)
-			l.lease = 0
-			without := l.play(t)
-			t.Logf("%d sidecars at %.1f of the rate: %v; without leases %v", sidecars, demand, with, without)
-			most := .005
-			if sidecars > 4 {
-				most = .01
-			}
-			switch wrong := float64(with.wrong) / float64(with.checks); {
-			case demand < 1 && (with.granted < with.checks || with.calls*4 > without.calls):
-				t.Error("below the rate none is denied, and most checks ask nobody")
-			case wrong > most || float64(with.granted) < .98*float64(without.granted):
-				t.Errorf("%.4f denied wrongly, want %.3f at most; %.4f of the grants", wrong, most,
-					float64(with.granted)/float64(without.granted))
-			}
-		}
+	for _, l := range []leaseLoad{
+		{sidecars: 1, demand: .8},
+		{sidecars: 1, demand: 2},
+		{sidecars: 4, demand: .8},
+		{sidecars: 4, demand: 2},
+		{sidecars: 16, demand: .8},
+		{sidecars: 16, demand: 2},
+		{sidecars: 16, demand: 2, gather: 150 * time.Millisecond},
+	} {
+		l.lease, l.burst, l.lasts = 200*time.Millisecond, time.Second, 10*time.Second
+		with := l.play(t)
+		l.lease = 0
+		without := l.play(t)
+		t.Logf("%d sidecars at %.1f of the rate, gathered for %v: %v; without leases %v", l.sidecars, l.demand, l.gather, with, without)
+		with.want(t, without, l.sidecars, l.demand)
 	}
 }
 
