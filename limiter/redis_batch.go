@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -14,9 +15,9 @@ import (
 
 // Takes travel in batches. While a node works on one call, the takes that
 // arrive gather, and the next call carries them all. A take for an idle node
-// leaves at once, in its caller's own goroutine. Under load all takes of a
-// batch share the costs of a call: a round trip, the start of the script, and
-// Redis's clock.
+// leaves at once, in its caller's own goroutine, with those of the callers that
+// can run at the moment. Under load all takes of a batch share the costs of a
+// call: a round trip, the start of the script, and Redis's clock.
 
 const (
 	// maxBatch is how many charges a call carries, unless one take alone has
@@ -168,6 +169,11 @@ func (n *node) do(ctx context.Context, t *pending) (abandoned bool, err error) {
 	}
 	n.waiting = append(n.waiting, t)
 	n.charges += len(t.keys)
+	if n.inFlight == 0 && t.linger == 0 {
+		n.mu.Unlock()
+		runtime.Gosched() // whoever can run now brings its take
+		n.mu.Lock()
+	}
 	// Behind an open breaker the calls under way may never end.
 	if n.inFlight == 0 && t.linger == 0 || n.charges >= maxBatch || n.isOpen() {
 		n.startBatchLocked()

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -92,6 +93,41 @@ func TestSettlementsGoWithTakes(t *testing.T) {
 			}
 		}
 	})
+}
+
+// A take for an idle node leaves with those of the callers that can run then.
+func TestRunnableCallersGoAlong(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
+	const callers = 8
+	most := 0
+	for range 10 { // once in a while the scheduler goes on with the first caller
+		synctest.Test(t, func(t *testing.T) {
+			f := newFakeNode()
+			first := f.ask(t.Context(), time.Second) // opens the connections
+			f.ended <- nil
+			<-first.done
+			<-f.began
+			var all sync.WaitGroup
+			for range callers {
+				all.Go(func() {
+					take := newBlank()
+					take.keys, take.deadline = make([]string, 1), time.Now().Add(time.Second)
+					_, _ = f.do(t.Context(), take)
+				})
+			}
+			synctest.Wait()
+			batch := len(<-f.began)
+			most = max(most, batch)
+			f.ended <- nil
+			if batch < callers {
+				f.ended <- nil
+			}
+			all.Wait()
+		})
+	}
+	if most < callers {
+		t.Errorf("at most %d of %d takes left together", most, callers)
+	}
 }
 
 // While calls are slow, a take waits no longer than the linger for a place in a
