@@ -21,7 +21,6 @@ type leaseLoad struct {
 	lease    time.Duration
 	burst    time.Duration // of the rate
 	lasts    time.Duration
-	gather   time.Duration // checks come together at each multiple of it; 0: by themselves
 }
 
 // leaseCost is what came of a leaseLoad.
@@ -146,9 +145,9 @@ func (f *far) called() {
 
 // arrivals calls check for as long as lasts says, with the number of a sidecar, each
 // time in a goroutine of its own: at random, as a Poisson process, rate times a
-// second. They gather for as long as gather says. It returns how many of these ended
-// long after they should have begun, as the machine was slow.
-func arrivals(lasts, gather time.Duration, rate float64, sidecars int, check func(sidecar int)) (late int) {
+// second. It returns how many of these ended long after they should have begun, as
+// the machine was slow.
+func arrivals(lasts time.Duration, rate float64, sidecars int, check func(sidecar int)) (late int) {
 	const long = 20 * time.Millisecond
 	random := rand.New(rand.NewPCG(1, 2))
 	var under sync.WaitGroup
@@ -162,11 +161,7 @@ func arrivals(lasts, gather time.Duration, rate float64, sidecars int, check fun
 		if next += time.Duration(random.ExpFloat64() / rate * float64(time.Second)); next > lasts {
 			return 0
 		}
-		at := next
-		if gather > 0 {
-			at = at.Truncate(gather) + gather
-		}
-		due, sidecar := began.Add(at), random.IntN(sidecars)
+		due, sidecar := began.Add(next), random.IntN(sidecars)
 		time.Sleep(time.Until(due))
 		under.Go(func() {
 			if check(sidecar); time.Since(due) > long {
@@ -189,7 +184,7 @@ func (l leaseLoad) play(t *testing.T) (cost leaseCost) {
 		for _, s := range f.sidecars {
 			s.now = wallClock
 		}
-		arrivals(l.lasts, l.gather, rate*l.demand, l.sidecars, f.check)
+		arrivals(l.lasts, rate*l.demand, l.sidecars, f.check)
 		cost = f.close()
 		time.Sleep(time.Second) // the timers have fired
 	})
@@ -211,13 +206,12 @@ func TestLeaseCosts(t *testing.T) {
 		{sidecars: 4, demand: 2},
 		{sidecars: 16, demand: .8},
 		{sidecars: 16, demand: 2},
-		{sidecars: 16, demand: 2, gather: 150 * time.Millisecond},
 	} {
 		l.lease, l.burst, l.lasts = 200*time.Millisecond, time.Second, 10*time.Second
 		with := l.play(t)
 		l.lease = 0
 		without := l.play(t)
-		t.Logf("%d sidecars at %.1f of the rate, gathered for %v: %v; without leases %v", l.sidecars, l.demand, l.gather, with, without)
+		t.Logf("%d sidecars at %.1f of the rate: %v; without leases %v", l.sidecars, l.demand, with, without)
 		with.want(t, without, l.sidecars, l.demand)
 	}
 }

@@ -51,7 +51,7 @@ func saturate(t *testing.T, sidecars int, demand float64) (with, without leaseCo
 			f.sidecars[0].store.Take(t.Context(), []Charge{f.charge.costs(rate)}, make([]Verdict, 1))
 		}
 	}
-	late = arrivals(lasts, 0, float64(rate)*demand, sidecars, func(sidecar int) {
+	late = arrivals(lasts, float64(rate)*demand, sidecars, func(sidecar int) {
 		other.check(sidecar)
 		leased.check(sidecar)
 	})
