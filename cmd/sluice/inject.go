@@ -70,8 +70,8 @@ printed unchanged, with a warning; if its label asks for a sidecar, that is an e
 				return err
 			}
 			// Most of what a large List allocates stays in use until its end, so that
-			// the default would nearly double the memory.
-			debug.SetGCPercent(30)
+			// the default would take half as much memory again.
+			debug.SetGCPercent(35)
 			in := c.InOrStdin()
 			if file != "" && file != "-" {
 				f, err := os.Open(file)
