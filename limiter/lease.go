@@ -23,9 +23,9 @@ const (
 	// leasePart: a lease takes at most 1/leasePart of what the bucket has left.
 	leasePart = 4
 	// hotChecks is how many checks of a key within the length of a lease make the
-	// key busy, if none of them is denied: a lease is then taken. A lease is renewed while its key gets at
-	// least busyChecks within its length. A lease costs two calls, so that one
-	// with fewer checks than that spares the store nothing.
+	// key busy, if none of them is denied: a lease is then taken. It is renewed
+	// while its key gets at least busyChecks within its length. A lease costs two
+	// calls, so that one with fewer checks than that spares the store nothing.
 	hotChecks, busyChecks = 16, 8
 	// leaseWorkers is how many calls about leases are under way at most.
 	leaseWorkers = 16
