@@ -18,13 +18,13 @@ func TestLeaseSaturation(t *testing.T) {
 			t.Run(fmt.Sprintf("%d sidecars at %.1f of the rate", sidecars, demand), func(t *testing.T) {
 				for range redistest.Scaled(5, 2) {
 					with, without, late := saturate(t, sidecars, demand)
-					t.Logf("%v; without leases %v", with, without)
+					t.Logf("%v; without leases %v; the machine was slow for %d", with, without, late)
 					if late*100 < with.checks {
 						with.want(t, without, sidecars, demand)
 						return
 					}
-					t.Logf("the machine was slow for %d of them: this says little", late)
 				}
+				t.Skip("the machine was slow for too many checks, whose denials say nothing of leases")
 			})
 		}
 	}
@@ -35,7 +35,7 @@ func TestLeaseSaturation(t *testing.T) {
 func saturate(t *testing.T, sidecars int, demand float64) (with, without leaseCost, late int) {
 	t.Helper()
 	const lease = 200 * time.Millisecond
-	lasts := redistest.Scaled(3*time.Second, time.Minute)
+	lasts := redistest.Scaled[time.Duration](3, 20) * time.Second
 	// At least 20 checks of a sidecar come within a lease, so that it takes one.
 	rate := redistest.Scaled(int64(1600/demand), 2000)
 	server := redistest.Start(t)
@@ -45,9 +45,9 @@ func saturate(t *testing.T, sidecars int, demand float64) (with, without leaseCo
 		for range sidecars {
 			f.add(newTestRedis(t, server, serverClock), 0)
 		}
-		if demand > 1 && lasts < time.Minute {
-			// What sidecars have leased when a bucket becomes empty weighs more than in a
-			// minute, so this one is empty from the beginning.
+		if demand > 1 {
+			// What sidecars have leased when a bucket becomes empty weighs more the shorter
+			// this lasts, so that this one is empty from the beginning.
 			f.sidecars[0].store.Take(t.Context(), []Charge{f.charge.costs(rate)}, make([]Verdict, 1))
 		}
 	}
