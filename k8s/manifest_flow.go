@@ -249,12 +249,13 @@ func (p *insertion) fillFlow(mapping, key, value, added *yaml.Node) bool {
 	if !ok {
 		return false
 	}
-	if value.Kind != yaml.ScalarNode {
+	switch {
+	case value.Kind != yaml.ScalarNode:
 		from.column++ // the opening bracket
 		to = from
-	} else if added.Kind == yaml.MappingNode {
+	case added.Kind == yaml.MappingNode:
 		text = slices.Concat([]byte("{"), text, []byte("}"))
-	} else {
+	default:
 		text = slices.Concat([]byte("["), text, []byte("]"))
 	}
 	p.edits = append(p.edits, edit{from.line, from.column, to.column, text})

@@ -494,7 +494,8 @@ func (l *Leases) giveBack(e *lease, t term) {
 	ctx, cancel := context.WithTimeout(context.Background(), e.limit.lease())
 	defer cancel()
 	// If it fails, what the term holds counts as spent once the hold ends.
-	l.lender.Settle(ctx, []Settlement{{Limit: e.limit, Key: e.key, Hold: t.hold, Cost: t.hold.Tokens - t.left}}, make([]Settled, 1))
+	s := Settlement{Limit: e.limit, Key: e.key, Hold: t.hold, Cost: t.hold.Tokens - t.left}
+	l.lender.Settle(ctx, []Settlement{s}, make([]Settled, 1))
 }
 
 // Close gives back what is leased, and returns when that is done or ctx ends. All

@@ -63,7 +63,7 @@ func TestSettlementsGoWithTakes(t *testing.T) {
 		f.wantBatches(t) // the end of a call does not start it
 		time.Sleep(endLinger - 1)
 		f.wantBatches(t)
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		f.wantBatches(t, 1)
 		all = append(all, end(time.Second), f.ask(ctx, time.Second))
 		f.ended <- nil

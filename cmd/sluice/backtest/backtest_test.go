@@ -434,7 +434,7 @@ func TestSuggestionTables(t *testing.T) {
 		return all
 	}
 	var got []string
-	for _, row := range strings.Split(page.String(), "<tr>") {
+	for row := range strings.SplitSeq(page.String(), "<tr>") {
 		got = append(got, strings.Join(cells(row), " | "))
 	}
 	s := r.Limits[0].Suggest
