@@ -189,7 +189,11 @@ func (s *Server) ended(entry *entry) {
 	if t := entry.kind; t != logdatav3.AccessLogType_DownstreamEnd && t != logdatav3.AccessLogType_NotSet {
 		return
 	}
-	texts := entry.sealedTexts()
+	texts, ok := entry.sealedTexts()
+	if !ok {
+		s.report.notSettled()
+		return
+	}
 	if len(texts) == 0 {
 		return
 	}
@@ -209,6 +213,10 @@ func (s *Server) ended(entry *entry) {
 	now, end := time.Now(), entry.ended()
 	for _, h := range all {
 		cost, err := config.Settle(h.domain, h.limit, end, h.hold.Tokens)
+		if entry.isBroken { // what it read
+			s.report.notSettled()
+			return
+		}
 		if err != nil {
 			s.report.mistaken(err)
 		}

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"slices"
 	"strconv"
+	"sync"
 	"time"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
@@ -52,6 +53,8 @@ const (
 	filterMetadata = 1 // of envoy.config.core.v3.Metadata
 
 	wrappedValue = 1 // of google.protobuf.UInt32Value
+
+	flagDetails = 13 // of ResponseFlags: unauthorized_details
 )
 
 // entry is what is read of an HTTPAccessLogEntry. Its strings are parts of the
@@ -59,12 +62,16 @@ const (
 type entry struct {
 	kind     logdatav3.AccessLogType
 	metadata string // an encoded envoy.config.core.v3.Metadata
+	// isBroken says that metadata could not be decoded.
+	isBroken bool
 	end      policy.End
 
 	method                      corev3.RequestMethod
 	protocol                    logdatav3.HTTPAccessLogEntry_HTTPVersion
 	originalPath                string
 	flags                       uint64 // bit i is the field with the number i of ResponseFlags
+	seconds                     int64  // of the duration
+	nanos                       int32  // besides
 	requestHeaders, requestBody uint64 // bytes
 	headers, body               uint64 // bytes of the response
 }
@@ -97,31 +104,46 @@ func (e *entry) common(common message) message {
 		case commonFlags:
 			flags := common.inner()
 			for flags.next() {
-				if flags.number < len(flagNames) && (flags.kind == protowire.BytesType || flags.value != 0) {
-					e.flags |= 1 << flags.number
-				}
+				e.flag(&flags)
 			}
 			common.join(flags)
 		case commonMetadata:
-			e.metadata = common.data()
+			e.metadata += common.data() // the parts of a message are one message
 		case commonDuration:
-			var d durationpb.Duration
 			duration := common.inner()
 			for duration.next() {
 				switch duration.number {
 				case timestampSeconds: // a Duration has the same fields
-					d.Seconds = int64(duration.integer())
+					e.seconds = int64(duration.integer())
 				case timestampNanos:
-					d.Nanos = int32(duration.integer())
+					e.nanos = int32(duration.integer())
 				}
 			}
 			common.join(duration)
+			d := durationpb.Duration{Seconds: e.seconds, Nanos: e.nanos}
 			e.end.Duration = new(d.AsDuration())
 		case commonKind:
 			e.kind = logdatav3.AccessLogType(common.integer())
 		}
 	}
 	return common
+}
+
+// flag reads the current field of a ResponseFlags.
+func (e *entry) flag(flags *message) {
+	bit := uint64(1) << flags.number // 0 beyond 63
+	switch {
+	case flags.number >= len(flagNames):
+	case flags.number == flagDetails:
+		if flags.kind == protowire.BytesType { // a message, which is empty mostly
+			e.flags |= bit
+		}
+	case flags.kind != protowire.VarintType: // unknown, as to the generated code
+	case flags.value != 0:
+		e.flags |= bit
+	default:
+		e.flags &^= bit
+	}
 }
 
 func (e *entry) request(request message) message {
@@ -179,8 +201,9 @@ const maxTexts = 4
 
 // sealedTexts returns the texts in the metadata that may be sealed, first that of
 // the filter with ext_authz's usual name. In meshes the filter has other names,
-// and another filter may put something into metadata under the same key.
-func (e *entry) sealedTexts() (texts []string) {
+// and another filter may put something into metadata under the same key. It
+// reports not ok if the metadata are malformed.
+func (e *entry) sealedTexts() (texts []string, ok bool) {
 	const usual = "envoy.filters.http.ext_authz"
 	type found struct{ filter, text string }
 	var all []found
@@ -190,7 +213,8 @@ func (e *entry) sealedTexts() (texts []string) {
 			continue
 		}
 		filter, fields := metadata.named()
-		if text := settleIn(fields); text != "" {
+		text := settleIn(&fields)
+		if metadata.join(fields); text != "" {
 			all = append(all, found{filter, text})
 		}
 	}
@@ -206,12 +230,12 @@ func (e *entry) sealedTexts() (texts []string) {
 	for _, f := range all[:min(len(all), maxTexts)] {
 		texts = append(texts, f.text)
 	}
-	return texts
+	return texts, !metadata.bad
 }
 
 // settleIn returns the string of settleField in an encoded Struct; empty if it has
 // none.
-func settleIn(fields message) (text string) {
+func settleIn(fields *message) (text string) {
 	for fields.next() {
 		if fields.number != structFields {
 			continue
@@ -222,6 +246,7 @@ func settleIn(fields message) (text string) {
 				text = value.data()
 			}
 		}
+		fields.join(value)
 	}
 	return text
 }
@@ -246,13 +271,14 @@ func (e *entry) ended() *policy.End {
 		}
 	}
 	end.GRPCStatus = grpcStatusOf(end)
-	end.Metadata = func() map[string]*structpb.Struct {
+	end.Metadata = sync.OnceValue(func() map[string]*structpb.Struct {
 		var metadata corev3.Metadata
 		if unmarshal(e.metadata, &metadata) != nil {
+			e.isBroken = true
 			return nil
 		}
 		return metadata.GetFilterMetadata()
-	}
+	})
 	return end
 }
 
@@ -280,6 +306,7 @@ func grpcStatusOf(end *policy.End) *int64 {
 
 // flagNames has the short names of response flags, as in Envoy's documentation of
 // %RESPONSE_FLAGS%, by the numbers of the fields of ResponseFlags.
+// The one at flagDetails is a message.
 var flagNames = [...]string{
 	1: "LH", 2: "UH", 3: "UT", 4: "LR", 5: "UR", 6: "UF", 7: "UC", 8: "UO", 9: "NR", 10: "DI", 11: "FI", 12: "RL",
 	13: "UAEX", 14: "RLSE", 15: "DC", 16: "URX", 17: "SI", 18: "IH", 19: "DPE", 20: "UMSDR", 21: "RFCF", 22: "NFCF",

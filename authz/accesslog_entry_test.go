@@ -75,8 +75,8 @@ func TestParseEntry(t *testing.T) {
 	if !ok {
 		t.Fatal("it cannot be read")
 	}
-	if got, want := entry.sealedTexts(), []string{"usual", "first by name"}; !slices.Equal(got, want) {
-		t.Errorf("texts %q, want %q", got, want)
+	if got, ok := entry.sealedTexts(); !ok || !slices.Equal(got, []string{"usual", "first by name"}) {
+		t.Errorf("texts %q, %v", got, ok)
 	}
 	end := entry.ended()
 	want := &policy.End{
@@ -89,14 +89,72 @@ func TestParseEntry(t *testing.T) {
 	if diff := cmp.Diff(want, end, cmpopts.IgnoreFields(policy.End{}, "Metadata")); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)
 	}
-	if n := end.Metadata()["usage"].GetFields()["total"].GetNumberValue(); n != 7 {
-		t.Errorf("metadata %v", end.Metadata())
+	metadata := end.Metadata()
+	if n := metadata["usage"].GetFields()["total"].GetNumberValue(); n != 7 {
+		t.Errorf("metadata %v", metadata)
+	}
+	if end.Metadata()["usage"] != metadata["usage"] {
+		t.Error("the metadata are decoded for each expression")
 	}
 	entry, ok = parseEntry(encoded(t, &logdatav3.HTTPAccessLogEntry{Response: &logdatav3.HTTPResponseProperties{
 		ResponseHeaders: map[string]string{"grpc-status": "3"}, ResponseTrailers: map[string]string{"grpc-status": "5"},
 	}}))
 	if end := entry.ended(); !ok || end.Method != "" || end.Duration != nil || *end.GRPCStatus != 5 {
 		t.Errorf("%v, %q, %v, %d", ok, end.Method, end.Duration, *end.GRPCStatus)
+	}
+}
+
+// An entry may come in parts, each of which adds to those before it.
+func TestParseEntryInParts(t *testing.T) {
+	part := func(common *logdatav3.AccessLogCommon) string {
+		return encoded(t, &logdatav3.HTTPAccessLogEntry{CommonProperties: common})
+	}
+	metadata := func(filter, text string) *corev3.Metadata {
+		fields, err := structpb.NewStruct(map[string]any{"settle": text})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return &corev3.Metadata{FilterMetadata: map[string]*structpb.Struct{filter: fields}}
+	}
+	wire := part(&logdatav3.AccessLogCommon{Metadata: metadata("a", "x"), Duration: &durationpb.Duration{Seconds: 1},
+		ResponseFlags: &logdatav3.ResponseFlags{NoRouteFound: true}}) +
+		part(&logdatav3.AccessLogCommon{Metadata: metadata("b", "y"), Duration: &durationpb.Duration{Nanos: 2}})
+	var log logdatav3.HTTPAccessLogEntry
+	if err := proto.Unmarshal([]byte(wire), &log); err != nil {
+		t.Fatal(err)
+	}
+	entry, ok := parseEntry(wire)
+	if got, texts := entry.sealedTexts(); !ok || !texts || !slices.Equal(got, generatedTexts(&log)) {
+		t.Errorf("texts %q, want %q", got, generatedTexts(&log))
+	}
+	if diff := cmp.Diff(generatedEnd(&log), entry.ended(), cmpopts.IgnoreFields(policy.End{}, "Metadata"),
+		cmpopts.EquateEmpty()); diff != "" {
+		t.Errorf("-generated +read:\n%s", diff)
+	}
+	// A flag that a later part takes back, and one that is no varint.
+	for _, flags := range []string{"\x48\x01\x48\x00", "\x4d\x01\x00\x00\x00", "\x4a\x00", "\x68\x01"} {
+		common := "\x82\x01" + string(rune(len(flags))) + flags
+		entry, ok := parseEntry("\x0a" + string(rune(len(common))) + common)
+		if end := entry.ended(); !ok || len(end.Flags) != 0 {
+			t.Errorf("%q: %v, %v", flags, ok, end.Flags)
+		}
+	}
+}
+
+// Metadata that are malformed are reported, not taken as absent.
+func TestBrokenMetadata(t *testing.T) {
+	for metadata, broken := range map[string]string{
+		"\x0a\x07\x0a\x01a\x12\x05\x0a\x00": "text", // cut off
+		"\x0a\x03\x0a\x01\xff":              "read", // no UTF-8, in a key that no text is below
+	} {
+		e := entry{metadata: metadata}
+		_, ok := e.sealedTexts()
+		if broken == "text" && ok {
+			t.Errorf("%q: the texts are taken as read", metadata)
+		}
+		if e.ended().Metadata(); !e.isBroken {
+			t.Errorf("%q: decoded", metadata)
+		}
 	}
 }
 
@@ -134,8 +192,8 @@ func FuzzParseEntry(f *testing.F) {
 		if entry.kind != log.GetCommonProperties().GetAccessLogType() {
 			t.Errorf("type %v", entry.kind)
 		}
-		if got, want := entry.sealedTexts(), generatedTexts(&log); !slices.Equal(got, want) {
-			t.Errorf("texts %q, want %q", got, want)
+		if got, ok := entry.sealedTexts(); !ok || !slices.Equal(got, generatedTexts(&log)) {
+			t.Errorf("texts %q, %v, want %q", got, ok, generatedTexts(&log))
 		}
 		got, want := entry.ended(), generatedEnd(&log)
 		if diff := cmp.Diff(want, got, cmpopts.IgnoreFields(policy.End{}, "Metadata"), cmpopts.EquateEmpty()); diff != "" {

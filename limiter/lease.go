@@ -104,9 +104,9 @@ type lease struct {
 	checks, asked, since int64
 	isQueued             bool // a worker has the lease, or will
 	// isSpare says that the last attempt to renew the term failed, so that it is
-	// used up, and renewed at wakeAt.
+	// granted from to its end, and renewed at wakeAt.
 	isSpare bool
-	// isShort says that a check was denied since the last term was taken.
+	// isShort says that a check was denied, so that there is no new term.
 	isShort bool
 	place   int32 // in the wakes, which guard it
 	// wakeAt is when the lease is renewed, if there are tokens left until then. It is
@@ -297,7 +297,7 @@ func (l *Leases) learn(now int64, c *Charge, v *Verdict) {
 		return
 	}
 	lasts := c.lease()
-	isBusy := l.busy.count(maphash.String(l.seed, c.Key), now/lasts.Microseconds(), isDenied) == hotChecks
+	isBusy := l.busy.count(maphash.String(l.seed, c.Key), now, lasts, isDenied) == hotChecks
 	if !isBusy || !isAnswer || l.isClosed.Load() {
 		return
 	}
@@ -424,13 +424,13 @@ func (l *Leases) renew(e *lease) {
 	// time.
 	margin := max(lasts/16, 2*old.took)
 	e.isQueued = false
-	if size > 0 && next.hold.IsZero() && now < old.end-margin {
+	if size > 0 && next.hold.IsZero() && now < old.end-margin && !l.isClosed.Load() {
 		e.isSpare = true
 		l.wakes.set(e, now, old.end-margin)
 		e.mu.Unlock()
 		return
 	}
-	e.term, e.isSpare, e.isShort = next, false, false
+	e.term, e.isSpare = next, false
 	isOver := next.hold.IsZero()
 	if !isOver {
 		if next.windowEnd == old.windowEnd {
@@ -455,7 +455,7 @@ func (l *Leases) renew(e *lease) {
 	e.metrics.count(!isOver, !old.hold.IsZero())
 }
 
-// wake gives leases to workers that were to be woken by the instant now.
+// wake gives the leases that were to be woken by the instant now to workers.
 func (l *Leases) wake(now int64, due []*lease) {
 	for _, e := range due {
 		e.mu.Lock()

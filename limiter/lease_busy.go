@@ -1,40 +1,48 @@
 package limiter
 
-import "sync/atomic"
+import (
+	"sync/atomic"
+	"time"
+)
 
-// busyKeys tells which keys are used often. It counts the uses of a key within a
-// period in a table of 64 kB, in one of the eight slots that a hash may have: with
-// one slot, keys that are used equally often would push each other out. If all
-// eight belong to keys that are used more often, a key is not counted. The zero
-// value is ready, and safe for concurrent use; a use may then be missed.
+// busyKeys tells which keys are used often. It counts the uses of a key within the
+// length of its lease in a table of 64 kB, in one of the eight slots that a hash
+// may have: with one slot, keys that are used equally often would push each other
+// out. If all eight belong to keys that are used more often, a key is not counted.
+// The zero value is ready, and safe for concurrent use; a use may then be missed.
 type busyKeys [1024][8]atomic.Uint64
 
-// count counts a use of the key with a hash, and returns how many there have been
-// in the period; 0 if it is not counted. A key that has reached hotChecks may be
+// count counts a use of the key with a hash at an instant in microseconds, and
+// returns how many there have been since the first of them, which is less than
+// lasts ago; 0 if it is not counted. A key that has reached hotChecks may be
 // forgotten. A use that was denied ends the count.
-func (b *busyKeys) count(hash uint64, period int64, isDenied bool) int {
-	// A slot is 32 bits of the hash, 16 of the period, and how many uses there
-	// were.
+func (b *busyKeys) count(hash uint64, now int64, lasts time.Duration, isDenied bool) int {
+	// A slot is 32 bits of the hash, 16 of the millisecond of the first use, and how
+	// many uses there were.
 	slots := &b[hash%uint64(len(b))]
-	const periods, uses = 0xffff << 16, 1<<16 - 1
-	owner := hash&^(periods|uses) | uint64(period)<<16&periods
+	const starts, uses = 0xffff, 1<<16 - 1
+	owner, at, period := hash&^(1<<32-1), uint64(now/1000)&starts, uint64(lasts.Milliseconds())
 	var least *atomic.Uint64
+	var oldest uint64
 	fewest := uint64(uses)
 	for i := range slots {
 		known := slots[i].Load()
-		n := known & uses
-		if known&^uses == owner {
+		n, age := known&uses, (at-known>>16)&starts
+		if known&^(1<<32-1) == owner {
+			if age >= period {
+				n, known = 0, owner|at<<16
+			}
 			if n = min(n+1, uses); isDenied {
 				n = 0
 			}
-			slots[i].Store(owner | n)
+			slots[i].Store(known&^uses | n)
 			return int(n)
 		}
-		if (known^owner)&periods != 0 || n >= hotChecks {
+		if age >= period || n >= hotChecks {
 			n = 0
 		}
-		if n < fewest {
-			least, fewest = &slots[i], n
+		if n < fewest || n == fewest && age > oldest {
+			least, fewest, oldest = &slots[i], n, age
 		}
 	}
 	switch {
@@ -44,6 +52,6 @@ func (b *busyKeys) count(hash uint64, period int64, isDenied bool) int {
 		least.Add(^uint64(0))
 		return 0
 	}
-	least.Store(owner | 1)
+	least.Store(owner | at<<16 | 1)
 	return 1
 }

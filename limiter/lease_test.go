@@ -615,3 +615,25 @@ func (generous) Take(_ context.Context, charges []Charge, verdicts []Verdict) {
 }
 
 func (generous) Settle(context.Context, []Settlement, []Settled) {}
+
+// Keys whose leases have other lengths are counted beside each other.
+func TestBusyKeysOfOtherLengths(t *testing.T) {
+	var b busyKeys
+	const began, tick = 12_000_000, 10_000 // µs
+	got := [2]int{}
+	for i := range int64(hotChecks) {
+		got[0] = b.count(1<<40, began+i*tick, 200*time.Millisecond, false)
+		got[1] = b.count(2<<40, began+i*tick, 5*time.Second, false)
+	}
+	if got != [2]int{hotChecks, hotChecks} {
+		t.Errorf("counted %v of %d", got, hotChecks)
+	}
+	// The first has not been used for the length of its lease, the second has.
+	const later = began + 200_000
+	if n := b.count(1<<40, later, 200*time.Millisecond, false); n != 1 {
+		t.Errorf("%d after a pause", n)
+	}
+	if n := b.count(2<<40, later, 5*time.Second, false); n != hotChecks+1 {
+		t.Errorf("%d, want one more", n)
+	}
+}

@@ -15,8 +15,8 @@ import (
 
 // Takes travel in batches. While a node works on one call, the takes that
 // arrive gather, and the next call carries them all. A take for an idle node
-// leaves at once, in its caller's own goroutine, with those of the callers that
-// can run at the moment. Under load all takes of a batch share the costs of a
+// leaves at once, in its caller's own goroutine, after it has let callers that are
+// ready to run add theirs. Under load all takes of a batch share the costs of a
 // call: a round trip, the start of the script, and Redis's clock.
 
 const (
@@ -29,7 +29,7 @@ const (
 	// sooner.
 	minLinger = time.Millisecond
 	// endLinger is how long the settlement of a request that has ended waits for a
-	// take to go with: a call costs Redis several times as much as what it carries.
+	// take to go with: a call costs Redis more than twice as much as a settlement in it.
 	endLinger = 5 * time.Millisecond
 	// latencyWeight: in the moving average of the latency, the newest call
 	// counts 1/latencyWeight.
@@ -46,8 +46,8 @@ type pending struct {
 	// replySize is how long the reply is, in bytes.
 	replySize int
 	deadline  time.Time
-	// linger is how long it waits for a call to go with, if none is under way. It is
-	// 0 once it has. For takes it always is.
+	// linger is how long it starts no call by itself, but waits for one to go with. It
+	// is 0 for takes, and once that time is over. The node's mu guards it.
 	linger time.Duration
 	// wake receives, once, a batch that the caller is to execute, which
 	// includes this take; or an empty one when the take has been answered.
@@ -159,10 +159,10 @@ func (n *node) do(ctx context.Context, t *pending) (abandoned bool, err error) {
 	if err := n.admit(); err != nil {
 		return false, err
 	}
-	if t.deadline.Sub(now) < 2*t.linger {
+	n.mu.Lock()
+	if t.deadline.Sub(now) < 2*(t.linger+n.latency) {
 		t.linger = 0
 	}
-	n.mu.Lock()
 	if err := n.hopelessLocked(now, t); err != nil {
 		n.mu.Unlock()
 		return false, err
@@ -171,12 +171,14 @@ func (n *node) do(ctx context.Context, t *pending) (abandoned bool, err error) {
 	n.charges += len(t.keys)
 	if n.inFlight == 0 && t.linger == 0 {
 		n.mu.Unlock()
-		runtime.Gosched() // whoever can run now brings its take
+		runtime.Gosched() // others that are ready to run add their takes
 		n.mu.Lock()
 	}
-	// Behind an open breaker the calls under way may never end.
-	if n.inFlight == 0 && t.linger == 0 || n.charges >= maxBatch || n.isOpen() {
+	switch {
+	case n.charges >= maxBatch || n.isOpen(): // behind an open breaker the calls under way may never end
 		n.startBatchLocked()
+	case n.inFlight == 0:
+		n.startDueLocked()
 	}
 	linger := max(n.lingerLocked(), t.linger)
 	n.mu.Unlock()
@@ -255,6 +257,23 @@ func (n *node) startBatchLocked() {
 	leader.wake <- batch{takes, n.popLocked()}
 }
 
+// startDueLocked starts a batch if one waits that does not linger.
+func (n *node) startDueLocked() {
+	if slices.ContainsFunc(n.waiting, func(t *pending) bool { return t.linger == 0 }) {
+		n.startBatchLocked()
+	}
+}
+
+// leave starts a batch if t still waits, which does not linger any more.
+func (n *node) leave(t *pending) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	t.linger = 0
+	if slices.Contains(n.waiting, t) {
+		n.startBatchLocked()
+	}
+}
+
 // wait waits for what becomes of a take. After linger it starts a batch.
 func (n *node) wait(ctx context.Context, t *pending, linger time.Duration) (abandoned bool, err error) {
 	select {
@@ -266,6 +285,8 @@ func (n *node) wait(ctx context.Context, t *pending, linger time.Duration) (aban
 	lingers := wait > linger
 	if lingers {
 		wait = linger
+	} else if t.linger > 0 {
+		n.leave(t)
 	}
 	t.timer.Reset(wait)
 	defer t.timer.Stop()
@@ -281,12 +302,7 @@ func (n *node) wait(ctx context.Context, t *pending, linger time.Duration) (aban
 			}
 			lingers = false
 			t.timer.Reset(time.Until(t.deadline))
-			n.mu.Lock()
-			if slices.Contains(n.waiting, t) {
-				t.linger = 0
-				n.startBatchLocked()
-			}
-			n.mu.Unlock()
+			n.leave(t)
 		}
 	}
 }
@@ -372,9 +388,7 @@ func (n *node) execute(b batch, leader *pending) {
 			n.measureLocked(took)
 		}
 		n.releaseLocked(b.on, err)
-		if slices.ContainsFunc(n.waiting, func(t *pending) bool { return t.linger == 0 }) {
-			n.startBatchLocked()
-		}
+		n.startDueLocked()
 	}()
 	// Not under the leader's own context: its caller may hang up, and others
 	// are on the way with it.

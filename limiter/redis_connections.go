@@ -118,6 +118,9 @@ func (n *node) release(on *connection, err error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.releaseLocked(on, err)
+	if n.inFlight == 0 { // no end of a call will start one
+		n.startDueLocked()
+	}
 }
 
 func (n *node) releaseLocked(on *connection, err error) {
