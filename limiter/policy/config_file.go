@@ -138,15 +138,17 @@ type configReader struct {
 	// and the nodes that were read.
 	config *Config
 
-	redis        bool
-	redisInvalid bool // a field that others need has a mistake, which is reported
-	redisAt      node // its url, or redisNode
-	redisNode    node
-	timeoutAt    node
-	store        limiter.RedisOptions
-	drafts       []*draft
-	exempt       []*match
-	exemptAt     []node
+	redis bool
+	// redisIncomplete reports that a field of store.redis that others need may only
+	// seem to be missing, or has a mistake, which is reported.
+	redisIncomplete bool
+	redisAt         node // its url, or redisNode
+	redisNode       node
+	timeoutAt       node
+	store           limiter.RedisOptions
+	drafts          []*draft
+	exempt          []*match
+	exemptAt        []node
 }
 
 var (
@@ -322,9 +324,9 @@ func (cr *configReader) checkList(n node, of string, limit int) bool {
 }
 
 func (cr *configReader) readLocalShare(n node) {
+	cr.localShare = 1 // until it is read, as it is not missing
 	s, ok := cr.scalar(n)
 	if !ok {
-		cr.incomplete = true
 		return
 	}
 	v, err := strconv.ParseFloat(s, 64)
@@ -335,7 +337,6 @@ func (cr *configReader) readLocalShare(n node) {
 			mend = fmt.Sprintf("; write %v for %v %%", percent/100, percent)
 		}
 		cr.wrong(n, "must be a number from 0.000001 to 1, not %s%s", displayText(n, s), mend)
-		cr.incomplete = true
 		return
 	}
 	cr.localShare = v
@@ -394,7 +395,7 @@ func (cr *configReader) readClientIP(n node) {
 			})
 		},
 	})
-	if complete && len(ways) != 1 {
+	if len(ways) > 1 || complete && len(ways) == 0 {
 		cr.wrong(n, "want exactly one of xff_from_right and header")
 	}
 }
@@ -447,9 +448,7 @@ func (cr *configReader) compile() *Config {
 	c.Domain = cr.domain
 	if cr.redis {
 		o := cr.store
-		if err := o.Validate(); err != nil && cr.redisAt.Node != nil && !cr.redisInvalid {
-			cr.wrong(cr.redisAt, "%s", cr.hideStoreVariables(err.Error()))
-		}
+		cr.checkRedis(o)
 		c.Redis = &o
 	}
 	if cr.listenTLSAt.Node != nil && strings.HasPrefix(c.Listen.GRPC, "unix://") {

@@ -151,27 +151,26 @@ func (lr *limitReader) readLimit(n node, d *draft) bool {
 		fields["lease"] = func(n node) { d.leaseAt = n; lr.duration(n, &d.lease, limiter.MinLease, limiter.MaxLease) }
 		fields["overrides_file"] = func(n node) { lr.each(n, func(n node) { d.files = append(d.files, n) }) }
 	}
-	lr.mapping(n, fields)
-	clean := len(lr.mistakes) == bad // after another mistake, a field may only seem to be missing
+	complete := lr.mapping(n, fields) // otherwise a field may only seem to be missing
+	clean := len(lr.mistakes) == bad
 	if clean && d.name == "" {
 		lr.wrong(node{n.Node, join(n.field, "name")}, "missing; a limit needs a name, and a rate, a quota or a plan")
 	}
-	d.granted.incomplete = !clean
+	d.granted.incomplete = !complete
 	switch {
 	case d.granted.isGiven():
-		if d.tier = lr.readTier(d.granted); d.tier != nil {
-			d.notes(d.tier)
-		}
+		d.tier = lr.readTier(d.granted)
+		d.notes(d.tier)
 		if d.granted.plan.Node != nil {
 			d.granted.rate = d.granted.plan // what is wrong with the rate is the plan's
 		}
 	case clean:
 		lr.wrong(node{n.Node, join(n.field, "rate")}, "missing; a limit needs a name, and a rate, a quota or a plan")
 	}
-	lr.readMaxRate(d, clean)
+	lr.readMaxRate(d, complete)
 	if t := d.tier; t != nil && t.unlimited && d.absent == absentDeny {
 		lr.wrong(d.granted.rate, "absent: deny needs a bucket, but the rate is unlimited; give a rate that is never reached")
-	} else if t != nil && t.hasBucket() && clean && d.cost.expression == nil && d.cost.constant > t.holds() {
+	} else if t != nil && t.hasBucket() && complete && d.cost.expression == nil && d.cost.constant > t.holds() {
 		lr.wrong(d.costAt, "%d exceeds the %s of %d, so every request would be denied", d.cost.constant, t.holder(),
 			t.holds())
 	}
@@ -183,7 +182,7 @@ func (lr *limitReader) readLimit(n node, d *draft) bool {
 		}
 		lr.wrong(d.settleAt, "settle needs a bucket, but the rate is %s; %s", d.tier.rate, mend)
 	}
-	if d.settle == nil && d.withinAt.Node != nil && clean {
+	if d.settle == nil && d.withinAt.Node != nil && complete {
 		lr.wrong(d.withinAt, "has no effect without settle")
 	}
 	if d.leaseAt.Node != nil {
@@ -197,8 +196,13 @@ func (lr *limitReader) readLimit(n node, d *draft) bool {
 	return len(lr.mistakes) == bad
 }
 
-// notes records what an allowance of the limit or of an override has.
+// notes records what an allowance of the limit or of an override has. One that is
+// not known, after a mistake, may have a quota.
 func (d *draft) notes(t *tier) {
+	if t == nil {
+		d.hasQuota = true
+		return
+	}
 	d.hasQuota, d.hasBoth = d.hasQuota || t.quotaText != "", d.hasBoth || t.hasBoth()
 }
 
@@ -230,12 +234,12 @@ var failureModes = map[string]limiter.FailureMode{
 }
 
 func (lr *limitReader) readMatch(n node, m *match) {
-	r, before := &lr.reader, len(lr.mistakes)
-	var ignoreCase node
-	lr.mapping(n, map[string]func(node){
+	r := &lr.reader
+	var paths, ignoreCase node
+	complete := lr.mapping(n, map[string]func(node){
 		"hosts":   func(n node) { readStrings(r, n, &m.hosts, parseHost) },
 		"methods": func(n node) { readStrings(r, n, &m.methods, parseMethod) },
-		"paths":   func(n node) { readStrings(r, n, &m.paths, parsePath) },
+		"paths":   func(n node) { paths = n; readStrings(r, n, &m.paths, parsePath) },
 		"ignore_case": func(n node) {
 			if lr.boolean(n, &m.ignoreCase); m.ignoreCase {
 				ignoreCase = n
@@ -248,7 +252,7 @@ func (lr *limitReader) readMatch(n node, m *match) {
 		for i, p := range m.paths {
 			m.paths[i] = p.folded()
 		}
-		if len(m.paths) == 0 && len(lr.mistakes) == before {
+		if paths.Node == nil && complete {
 			lr.wrong(ignoreCase, "requires paths; only they are compared with case by default")
 		}
 	}
@@ -403,7 +407,7 @@ func (lr *limitReader) rule(d *draft) *rule {
 			}
 		}
 	}
-	if len(lr.mistakes) > before {
+	if len(lr.mistakes) > before || d.tier == nil {
 		return nil
 	}
 	l := &limiter.Limit{

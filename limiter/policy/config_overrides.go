@@ -185,9 +185,12 @@ func (lr *limitReader) readInline(d *draft, o *overrides) {
 		})
 		good := len(lr.mistakes) == before
 		tier := lr.readTier(granted)
-		if good && tier != nil && tier.quotaText == "" && granted.startsAt.Node != nil {
+		if complete && tier != nil && tier.quotaText == "" && granted.startsAt.Node != nil {
 			lr.wrongError(granted.startsAt, errNoQuota)
 			return
+		}
+		if tier == nil {
+			d.notes(tier)
 		}
 		if !good || tier == nil {
 			return
@@ -363,8 +366,8 @@ type rowTiers struct {
 // maxKnownTiers bounds the memory of a file whose rows all differ.
 const maxKnownTiers = 1000
 
-// of returns the tier of a row. An error is about the cell with the index that is
-// returned.
+// of returns the tier of a row. It is nil if a mistake in its plan is reported. An
+// error is about the cell with the index that is returned.
 func (rt *rowTiers) of(row []string) (t *tier, cell int, err error) {
 	rt.cells = rt.cells[:0]
 	for _, c := range row[len(rt.d.key):] {
@@ -375,10 +378,10 @@ func (rt *rowTiers) of(row []string) (t *tier, cell int, err error) {
 	}
 	granted := rt.at.allowance(row, rt.d)
 	t, field, err := rt.lr.tierOf(granted)
-	if err == nil && t.quotaText == "" && !granted.startsInherited {
+	if err == nil && t != nil && t.quotaText == "" && !granted.startsInherited {
 		field, err = "starts", fmt.Errorf("starts %w", errNoQuota)
 	}
-	if err != nil {
+	if err != nil || t == nil {
 		return nil, rt.at.of(field), err
 	}
 	if len(rt.known) < maxKnownTiers {
@@ -457,6 +460,10 @@ func (lr *limitReader) readOverridesFile(n node, d *draft, o *overrides, name st
 		if err != nil {
 			_, column := rows.FieldPos(cell)
 			wrong(line, column, "%v", err)
+			continue
+		}
+		if tier == nil {
+			d.notes(tier)
 			continue
 		}
 		part, err := d.addOverride(o.file, row[:parts], override{tier: tier, file: number, row: int32(line)})

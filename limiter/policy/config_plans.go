@@ -14,7 +14,7 @@ const maxPlans = 10_000
 // plan is a rate, a burst and a quota with a name, which limits and overrides use.
 type plan struct {
 	// grants has no plan, no mode, and no time zone or day to start on: these are
-	// those of the limit or the override.
+	// those of the limit or the override. It is empty after a mistake in the plan.
 	grants allowance
 	at     node
 	isUsed bool
@@ -30,22 +30,22 @@ func (cr *configReader) readPlans(n node) {
 		return
 	case len(values) > maxPlans:
 		cr.wrong(n, "%d plans; the maximum is %d", len(values), maxPlans)
+		cr.incomplete = true
 		return
 	}
 	fields := make(map[string]func(node), len(values))
 	for _, v := range values {
 		name := v.Key.GetToken().Value
-		cr.plans[name] = &plan{grants: allowance{rate: unlimitedRate}, isUsed: true} // until it is read
+		cr.plans[name] = &plan{isUsed: true} // until it is read
 		fields[name] = func(n node) { cr.readPlan(name, n) }
 	}
 	cr.mapping(n, fields)
 }
 
-// readPlan reads a plan. One with a mistake has some rate, so that what uses it is
-// not a mistake, too.
+// readPlan reads a plan.
 func (cr *configReader) readPlan(name string, n node) {
 	before := len(cr.mistakes)
-	p := &plan{at: n, grants: allowance{rate: unlimitedRate}}
+	p := &plan{at: n}
 	if err := checkName(name); err != nil {
 		cr.wrong(n, "%v", err)
 	}
@@ -71,18 +71,20 @@ func (cr *configReader) readPlan(name string, n node) {
 	cr.plans[name] = p
 }
 
-// plannedTier returns the tier of the plan of an allowance. An error is about the
-// field that is returned.
+// plannedTier returns the tier of the plan of an allowance. It is nil if a mistake in
+// the plan, or in plans, is reported. An error is about the field that is returned.
 func (lr *limitReader) plannedTier(a allowance) (t *tier, field string, err error) {
 	if a.rate != "" || a.burst != "" || a.quota != "" {
 		return nil, "plan", fmt.Errorf("plan %s gives the rate, the burst and the quota; remove these, or the plan", a.plan)
 	}
 	p := lr.plans[a.plan]
-	if p == nil && lr.incomplete {
-		return &tier{rate: unlimitedRate, unlimited: true}, "", nil
-	}
-	if p == nil {
+	switch {
+	case p == nil && lr.incomplete && len(lr.plans) == 0:
+		return nil, "", nil
+	case p == nil:
 		return nil, "plan", lr.unknownPlan(a.plan)
+	case p.grants == (allowance{}):
+		return nil, "", nil
 	}
 	if lr.inputs != nil { // a route's limit may be read while others use the plans
 		p.isUsed = true

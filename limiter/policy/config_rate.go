@@ -117,8 +117,8 @@ type allowance struct {
 	startsInherited bool
 }
 
-// tierOf returns the tier of an allowance. An error is about the field of it that is
-// returned.
+// tierOf returns the tier of an allowance. It is nil if a mistake in its plan is
+// reported. An error is about the field of it that is returned.
 func (lr *limitReader) tierOf(a allowance) (t *tier, field string, err error) {
 	if t := lr.tiers[a]; t != nil {
 		return t, "", nil
@@ -128,7 +128,7 @@ func (lr *limitReader) tierOf(a allowance) (t *tier, field string, err error) {
 	} else {
 		t, field, err = newTier(a)
 	}
-	if err != nil {
+	if err != nil || t == nil {
 		return nil, field, err
 	}
 	lr.tiers[a] = t

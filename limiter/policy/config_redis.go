@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"cmp"
 	"maps"
 	"net/url"
 	"strings"
@@ -30,24 +31,26 @@ func (cr *configReader) readRedis(n node) {
 				cr.wrong(n, "an environment variable is written ${%s}", shellVariable().FindStringSubmatch(cr.store.URL)[1])
 				ok = false
 			}
-			cr.redisInvalid = cr.redisInvalid || !ok
+			if !ok {
+				cr.store.URL, cr.redisIncomplete = "", true
+			}
 			cr.hideFromHash(n, withoutUser(cr.store.URL))
 		},
 		"mode": func(n node) {
 			var s string
 			cr.oneOf(n, &s, string(limiter.Single), string(limiter.Cluster), string(limiter.Sentinel))
 			cr.store.Mode = limiter.RedisMode(s)
-			cr.redisInvalid = cr.redisInvalid || s == ""
+			cr.redisIncomplete = cr.redisIncomplete || s == ""
 		},
 		"addresses": func(n node) {
 			before := len(cr.mistakes)
 			readStrings(&cr.reader, n, &cr.store.Addresses, func(s string) (string, error) { return s, checkHostPort(s) })
-			cr.redisInvalid = cr.redisInvalid || len(cr.mistakes) > before
+			cr.redisIncomplete = cr.redisIncomplete || len(cr.mistakes) > before
 		},
 		"master": func(n node) {
 			var ok bool
 			cr.store.Master, ok = cr.text(n)
-			cr.redisInvalid = cr.redisInvalid || !ok
+			cr.redisIncomplete = cr.redisIncomplete || !ok
 		},
 		"sentinel": func(n node) {
 			s := &limiter.SentinelOptions{}
@@ -62,7 +65,25 @@ func (cr *configReader) readRedis(n node) {
 	})
 	cr.redis = true
 	if !cr.mapping(n, fields) {
-		cr.redisInvalid = true
+		cr.redisIncomplete = true
+	}
+}
+
+// checkRedis reports what is wrong with store.redis, except what may only seem to
+// be so because a field of it is misspelled, or has a mistake.
+func (cr *configReader) checkRedis(o limiter.RedisOptions) {
+	if cr.redisAt.Node == nil || cr.redisIncomplete && o.URL == "" {
+		return
+	}
+	switch {
+	case !cr.redisIncomplete:
+	case o.Mode == "":
+		o.Addresses, o.Master, o.Sentinel = nil, "", nil // which need a mode
+	case o.Mode == limiter.Sentinel:
+		o.Master = cmp.Or(o.Master, "any")
+	}
+	if err := o.Validate(); err != nil {
+		cr.wrong(cr.redisAt, "%s", cr.hideStoreVariables(err.Error()))
 	}
 }
 

@@ -146,6 +146,11 @@ func TestOneMessageForOneCell(t *testing.T) {
 			}
 		}
 	}
+	_, _, err := Load(directory(t, "sluice.yaml", "{planz: {gold: {rate: 5/s}}, limits: [{name: a, rate: 1/s, "+
+		"time_zone: UTC, key: client.ip, overrides_file: a.csv}]}", "a.csv", "ip,rate,plan\n10.0.0.1,,gold\n"), env())
+	if all, _ := err.(Mistakes); len(all) != 1 || all[0].Field != "planz" { //nolint:errorlint // as Load promises
+		t.Errorf("the plan of a cell may only seem to be missing:\n%v", err)
+	}
 	for j := range header {
 		cells := slices.Clone(header)
 		cells[j] = ""

@@ -163,9 +163,9 @@ func (r *rateFrom) tierOf(b broughtRate, own *tier) (*tier, error) {
 // readMaxRate checks the fields rate_from and max_rate of a draft, and sets what
 // the limit makes of them. The limit's own rate was read before. clean reports
 // that no field of the limit has a mistake, by which it may seem to be missing.
-func (lr *limitReader) readMaxRate(d *draft, clean bool) {
+func (lr *limitReader) readMaxRate(d *draft, complete bool) {
 	switch {
-	case (d.rateFromAt.Node == nil || d.maxRate.Node == nil) && !clean:
+	case (d.rateFromAt.Node == nil || d.maxRate.Node == nil) && !complete:
 		return
 	case d.rateFromAt.Node == nil && d.maxRate.Node != nil:
 		lr.wrong(d.maxRate, "has no effect without rate_from")
