@@ -243,27 +243,35 @@ func checkNames(tree *ast.AST) (found []expressionError) {
 // as :authority, begins with a colon.
 func checkHeaderName(name string) error {
 	lower := strings.ToLower(name)
-	switch meant := strings.Trim(lower, ": \t"); {
+	meant := strings.TrimRight(strings.TrimLeft(lower, " \t"), ": \t")
+	if !headerPattern.MatchString(strings.TrimPrefix(meant, ":")) {
+		meant = strings.TrimLeft(meant, ": \t")
+	}
+	switch {
 	case headerPattern.MatchString(strings.TrimPrefix(lower, ":")) && name == lower:
 		return nil
 	case headerPattern.MatchString(strings.TrimPrefix(lower, ":")):
 		return fmt.Errorf("the header %q is not in lower case; write %q", name, lower)
-	case headerPattern.MatchString(meant):
+	case headerPattern.MatchString(strings.TrimPrefix(meant, ":")):
 		return fmt.Errorf("no header has the name %q; write %q", name, meant)
 	}
 	return fmt.Errorf(`no header has the name %q; want letters, digits and -, as in "x-api-key"`, name)
 }
 
-// checkParamName returns an error for a name that no parameter of a query has.
+// checkParamName returns an error for an empty name, by which no parameter of a
+// query is read.
 func checkParamName(name string) error {
 	if name == "" {
-		return errors.New(`no parameter has the name ""; want a name such as "id"`)
+		return errors.New(`the name of a parameter is empty; want a name such as "id"`)
 	}
 	return nil
 }
 
 // checkCookieName returns an error for a name that no cookie has.
 func checkCookieName(name string) error {
+	if name == "" {
+		return errors.New(`the name of a cookie is empty; want a name such as "session"`)
+	}
 	meant := name
 	if end := strings.IndexAny(name, "=;"); end >= 0 {
 		meant = name[:end]
