@@ -243,8 +243,8 @@ func deniedBy(e *authz.Explanation) string {
 	return " by " + strings.Join(by, ", ")
 }
 
-// wait returns a number of seconds for people.
-func wait(seconds int64) string { return policy.RoughDuration(time.Duration(seconds) * time.Second) }
+// wait returns a number of seconds to wait for people.
+func wait(seconds int64) string { return policy.RoughWait(time.Duration(seconds) * time.Second) }
 
 // orUnknown returns s, or "unknown" if it is empty.
 func orUnknown(s string) string {

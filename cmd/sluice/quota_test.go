@@ -36,7 +36,7 @@ func untilEnd(text string, ends time.Time) string {
 	for _, form := range []struct {
 		written *regexp.Regexp
 		units   []time.Duration
-		rounded time.Duration // to this
+		rounded time.Duration // up to this
 	}{
 		{inSeconds, []time.Duration{time.Second}, time.Second},
 		{inDays, []time.Duration{24 * time.Hour, time.Hour}, time.Hour},
@@ -48,7 +48,7 @@ func untilEnd(text string, ends time.Time) string {
 				n, _ := strconv.Atoi(m[2+i]) // an absent one is 0
 				lasts += time.Duration(n) * unit
 			}
-			if (time.Until(ends) - lasts).Abs() > form.rounded/2+within {
+			if over := lasts - time.Until(ends); over < -within || over > form.rounded+within {
 				return s
 			}
 			return m[1] + " N"

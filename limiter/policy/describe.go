@@ -107,24 +107,36 @@ func DurationText(d time.Duration) string {
 
 // RoughDuration returns a duration for people, in its two largest units: 21d,
 // 3h 20m, 45s. Below a minute it is exact to the millisecond.
-func RoughDuration(d time.Duration) string {
-	const day = 24 * time.Hour
-	var units [2]time.Duration
-	var names [2]string
-	switch { // by the larger unit after rounding to the smaller one
-	case d >= day-time.Minute/2:
-		units, names = [2]time.Duration{day, time.Hour}, [2]string{"d", "h"}
-	case d >= time.Hour-time.Second/2:
-		units, names = [2]time.Duration{time.Hour, time.Minute}, [2]string{"h", "m"}
-	case d >= time.Minute-time.Millisecond/2:
-		units, names = [2]time.Duration{time.Minute, time.Second}, [2]string{"m", "s"}
-	default:
-		return d.Round(time.Millisecond).String()
+func RoughDuration(d time.Duration) string { return rough(d, time.Duration.Round) }
+
+// RoughWait is RoughDuration for a time to wait, which it rounds up: less would
+// be too short.
+func RoughWait(d time.Duration) string {
+	return rough(d, func(d, unit time.Duration) time.Duration {
+		if down := d.Truncate(unit); down < d {
+			return down + unit
+		}
+		return d
+	})
+}
+
+// rough returns a duration in its two largest units, rounded to the smaller one.
+func rough(d time.Duration, round func(d, unit time.Duration) time.Duration) string {
+	if exact := round(d, time.Millisecond); exact < time.Minute {
+		return exact.String()
 	}
-	d = d.Round(units[1])
-	text := fmt.Sprintf("%d%s", d/units[0], names[0])
-	if rest := d % units[0] / units[1]; rest > 0 {
-		text += fmt.Sprintf(" %d%s", rest, names[1])
+	const day = 24 * time.Hour
+	large, small, names := day, time.Hour, "dh"
+	switch { // by the larger unit after rounding to the smaller one
+	case round(d, time.Second) < time.Hour:
+		large, small, names = time.Minute, time.Second, "ms"
+	case round(d, time.Minute) < day:
+		large, small, names = time.Hour, time.Minute, "hm"
+	}
+	d = round(d, small)
+	text := fmt.Sprintf("%d%c", d/large, names[0])
+	if rest := d % large / small; rest > 0 {
+		text += fmt.Sprintf(" %d%c", rest, names[1])
 	}
 	return text
 }

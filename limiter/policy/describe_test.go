@@ -54,6 +54,31 @@ func TestRoughDuration(t *testing.T) {
 	}
 }
 
+// TestRoughWait checks that a wait is never written shorter than it is.
+func TestRoughWait(t *testing.T) {
+	const day = 24 * time.Hour
+	for d, want := range map[time.Duration]string{
+		0:                               "0s",
+		1200 * time.Microsecond:         "2ms",
+		45 * time.Second:                "45s",
+		time.Minute - 1:                 "1m",
+		90 * time.Second:                "1m 30s",
+		time.Hour - 1:                   "1h",
+		time.Hour + 1:                   "1h 1m",
+		200*time.Minute + 1*time.Second: "3h 21m",
+		day - time.Minute:               "23h 59m",
+		day - 59*time.Second:            "1d",
+		day:                             "1d",
+		day + 29*time.Minute:            "1d 1h",
+		21*day - 59*time.Minute:         "21d",
+		36525 * day:                     "36525d",
+	} {
+		if got := RoughWait(d); got != want {
+			t.Errorf("%v: %s, want %s", d, got, want)
+		}
+	}
+}
+
 // TestKeyParts checks that KeyParts returns the parts of a key, whatever their
 // values, and none for other texts.
 func TestKeyParts(t *testing.T) {
