@@ -171,9 +171,10 @@ func (p *program) printExplanation(e authz.Explanation, r *policy.Request) error
 // meanings say of decisions what their names do not.
 var meanings = map[limiter.Outcome]string{
 	limiter.Unmatched:    ": no limit applies, so the request passes",
-	limiter.FailedOpen:   ": Redis does not answer, and on_failure lets the request pass",
-	limiter.FailedClosed: ": Redis does not answer, and on_failure refuses the request",
-	limiter.Delegated:    ": Redis does not answer, and on_failure leaves the request to Envoy's failure_mode_allow",
+	limiter.FailedOpen:   ": a bucket cannot be read from Redis, and on_failure lets the request pass",
+	limiter.FailedClosed: ": a bucket cannot be read from Redis, and on_failure refuses the request",
+	limiter.Delegated: ": a bucket cannot be read from Redis, and on_failure leaves the request to Envoy's " +
+		"failure_mode_allow",
 }
 
 // amount describes the cost and the bucket of a limit that applies.

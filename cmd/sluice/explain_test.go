@@ -115,7 +115,7 @@ allowed
 	redis.Kill()
 	status, stdout, stderr = sluice(t, nil, order...)
 	if status != 1 || !strings.HasSuffix(stdout,
-		"\nfailed_closed: Redis does not answer, and on_failure refuses the request\n") ||
+		"\nfailed_closed: a bucket cannot be read from Redis, and on_failure refuses the request\n") ||
 		!strings.Contains(stdout, "its bucket is unknown: store: connection") {
 		t.Errorf("%d %s\n%s", status, stderr, stdout)
 	}
