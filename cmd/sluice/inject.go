@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"runtime/debug"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -71,7 +70,7 @@ printed unchanged, with a warning; if its label asks for a sidecar, that is an e
 			}
 			// Most of what a large List allocates stays in use until its end, so that
 			// the default would take half as much memory again.
-			debug.SetGCPercent(35)
+			setGC(p.getenv, 35)
 			in := c.InOrStdin()
 			if file != "" && file != "-" {
 				f, err := os.Open(file)

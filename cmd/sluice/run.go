@@ -158,11 +158,14 @@ var serviceVariable = regexp.MustCompile(
 // tuneGC lets the heap grow to three times its live size before it is collected.
 // A sidecar's live heap is a few megabytes; with Go's default of twice that, it
 // would be collected hundreds of times a second under load, which takes a fifth
-// of the process' CPU time. GOGC takes precedence. Near GOMEMLIMIT the collector
-// still runs as often as it has to.
-func tuneGC(getenv func(string) (string, bool)) {
+// of the process' CPU time. Near GOMEMLIMIT the collector still runs as often as
+// it has to.
+func tuneGC(getenv func(string) (string, bool)) { setGC(getenv, 200) }
+
+// setGC sets the garbage collector's target percentage. GOGC takes precedence.
+func setGC(getenv func(string) (string, bool), percent int) {
 	if _, ok := getenv("GOGC"); !ok {
-		debug.SetGCPercent(200)
+		debug.SetGCPercent(percent)
 	}
 }
 
