@@ -41,8 +41,8 @@ request: a member of a JSON object, in which dots descend, a column, a field NAM
 field.
 
 All requests are decided in the order of their times as sluice would have decided them then, in this process: nothing is
-taken from any bucket in Redis. A log whose times are in whole seconds does not show the bursts within one. So the
-requests of each second are played twice: those of each key evenly spread over it, and all at once.
+taken from any bucket in Redis. A log whose times are in seconds or milliseconds does not show the bursts within one. So
+the requests of each are played twice: those of each key evenly spread over it, and all at once.
 
 Exit status 1: more than --max-limited of the requests would be denied, more than 1% of the lines cannot be read, there
 are no requests, or the run was interrupted.`,

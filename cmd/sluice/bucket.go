@@ -70,7 +70,7 @@ with the key as logs, metadata and sluice explain show it; or --absent for reque
 		f.StringVar(&a.name.Key, "key-hash", "", "the whole `key`, as logs and metadata show it")
 		f.Var((*absentValue)(&a.absent), "absent",
 			"the bucket of requests without a key, or without the parts whose --key is empty; "+
-				"`[=ADDRESS]` is the client's, if the limit has absent: client")
+				"write --absent=ADDRESS where the limit has absent: client")
 		f.Lookup("absent").NoOptDefVal = "true"
 		outputFlag(sub, &a.output)
 		c.AddCommand(sub)

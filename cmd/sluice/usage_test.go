@@ -51,7 +51,7 @@ func TestUsageMends(t *testing.T) {
 // left out, or a duration with units that are zero.
 func TestHelpShowsNoStandIns(t *testing.T) {
 	for args, want := range map[string]string{
-		"bucket get": "--absent [=ADDRESS] ", "webhook": "(default 1m)", "doctor": "(default 200ms)", "validate": "(default 200ms)",
+		"bucket get": "--absent=ADDRESS ", "webhook": "(default 1m)", "doctor": "(default 200ms)", "validate": "(default 200ms)",
 	} {
 		_, stdout, _ := sluice(t, nil, append(strings.Fields(args), "--help")...)
 		if !strings.Contains(stdout, want) || strings.Contains(stdout, `="-"`) || strings.Contains(stdout, "m0s") {
