@@ -124,6 +124,12 @@ export function period(seconds) {
   return Math.floor(s / 86400) + " days" + (s % 86400 >= 3600 ? " " + Math.floor((s % 86400) / 3600) + " h" : "");
 }
 
+// wait is period for a time to wait, which it rounds up: less would be too short.
+export function wait(seconds) {
+  const unit = seconds < 3600 ? 1 : seconds < 172800 ? 60 : 3600;
+  return period(Math.ceil(seconds / unit) * unit);
+}
+
 // clock formats an instant as a time of day.
 export const clock = (at) => new Date(at).toLocaleTimeString([], { hour12: false });
 

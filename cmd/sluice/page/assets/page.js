@@ -16,6 +16,7 @@ import {
   shape,
   total,
   update,
+  wait,
   whole,
 } from "./elements.js";
 
@@ -750,7 +751,7 @@ let denialsAt = null; // when they were asked for
 function retryOf(d, now) {
   if (d.retry_after === null) return "";
   const left = Math.ceil(d.retry_after - (now - new Date(d.last)) / 1000);
-  return left > 0 ? `retry in ${period(left)}` : "may pass by now";
+  return left > 0 ? `retry in ${wait(left)}` : "may pass by now";
 }
 
 // showDenials shows GET /api/denials.
@@ -926,7 +927,7 @@ function showExplanation(e, denial) {
             l.applies && l.plan !== null ? "plan " + l.plan : "",
             l.settle !== null ? "settle " + l.settle : "",
             l.lease !== null ? "lease " + l.lease : "",
-            l.retry_after !== null ? `retry in ${period(l.retry_after)}` : "",
+            l.retry_after !== null ? `retry in ${wait(l.retry_after)}` : "",
           ]
             .filter(Boolean)
             .join("; "),
