@@ -210,7 +210,7 @@ func (s *Server) ended(entry *entry) {
 		s.report.forged()
 		return
 	}
-	now, end := time.Now(), entry.ended()
+	now, end := time.Now(), entry.finish()
 	for _, h := range all {
 		cost, err := config.Settle(h.domain, h.limit, end, h.hold.Tokens)
 		if entry.isBroken { // what it read

@@ -78,7 +78,7 @@ func TestParseEntry(t *testing.T) {
 	if got, ok := entry.sealedTexts(); !ok || !slices.Equal(got, []string{"usual", "first by name"}) {
 		t.Errorf("texts %q, %v", got, ok)
 	}
-	end := entry.ended()
+	end := entry.finish()
 	want := &policy.End{
 		Method: "POST", Scheme: "https", Host: "h", Path: "/sent?q", Protocol: "HTTP/2", ID: "id",
 		Time: time.Unix(5, 6).UTC(), Duration: new(1001 * time.Millisecond), RequestSize: 4, RequestTotalSize: 34,
@@ -99,7 +99,7 @@ func TestParseEntry(t *testing.T) {
 	entry, ok = parseEntry(encoded(t, &logdatav3.HTTPAccessLogEntry{Response: &logdatav3.HTTPResponseProperties{
 		ResponseHeaders: map[string]string{"grpc-status": "3"}, ResponseTrailers: map[string]string{"grpc-status": "5"},
 	}}))
-	if end := entry.ended(); !ok || end.Method != "" || end.Duration != nil || *end.GRPCStatus != 5 {
+	if end := entry.finish(); !ok || end.Method != "" || end.Duration != nil || *end.GRPCStatus != 5 {
 		t.Errorf("%v, %q, %v, %d", ok, end.Method, end.Duration, *end.GRPCStatus)
 	}
 }
@@ -127,7 +127,7 @@ func TestParseEntryInParts(t *testing.T) {
 	if got, texts := entry.sealedTexts(); !ok || !texts || !slices.Equal(got, generatedTexts(&log)) {
 		t.Errorf("texts %q, want %q", got, generatedTexts(&log))
 	}
-	if diff := cmp.Diff(generatedEnd(&log), entry.ended(), cmpopts.IgnoreFields(policy.End{}, "Metadata"),
+	if diff := cmp.Diff(generatedEnd(&log), entry.finish(), cmpopts.IgnoreFields(policy.End{}, "Metadata"),
 		cmpopts.EquateEmpty()); diff != "" {
 		t.Errorf("-generated +read:\n%s", diff)
 	}
@@ -135,7 +135,7 @@ func TestParseEntryInParts(t *testing.T) {
 	for _, flags := range []string{"\x48\x01\x48\x00", "\x4d\x01\x00\x00\x00", "\x4a\x00", "\x68\x01"} {
 		common := "\x82\x01" + string(rune(len(flags))) + flags
 		entry, ok := parseEntry("\x0a" + string(rune(len(common))) + common)
-		if end := entry.ended(); !ok || len(end.Flags) != 0 {
+		if end := entry.finish(); !ok || len(end.Flags) != 0 {
 			t.Errorf("%q: %v, %v", flags, ok, end.Flags)
 		}
 	}
@@ -152,7 +152,7 @@ func TestBrokenMetadata(t *testing.T) {
 		if broken == "text" && ok {
 			t.Errorf("%q: the texts are taken as read", metadata)
 		}
-		if e.ended().Metadata(); !e.isBroken {
+		if e.finish().Metadata(); !e.isBroken {
 			t.Errorf("%q: decoded", metadata)
 		}
 	}
@@ -195,7 +195,7 @@ func FuzzParseEntry(f *testing.F) {
 		if got, ok := entry.sealedTexts(); !ok || !slices.Equal(got, generatedTexts(&log)) {
 			t.Errorf("texts %q, %v, want %q", got, ok, generatedTexts(&log))
 		}
-		got, want := entry.ended(), generatedEnd(&log)
+		got, want := entry.finish(), generatedEnd(&log)
 		if diff := cmp.Diff(want, got, cmpopts.IgnoreFields(policy.End{}, "Metadata"), cmpopts.EquateEmpty()); diff != "" {
 			t.Errorf("-generated +read:\n%s", diff)
 		}

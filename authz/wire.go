@@ -199,21 +199,13 @@ func (m *message) entry(to *map[string]string) {
 
 // pair returns the key and the value of the current field, an entry of a map.
 func (m *message) pair() (key, value string) {
-	pair := m.inner()
-	for pair.next() {
-		switch pair.number {
-		case entryKey:
-			key = pair.text()
-		case entryValue:
-			value = pair.text()
-		}
-	}
-	m.join(pair)
-	return key, value
+	key, inner := m.named()
+	m.bad = m.bad || !utf8.ValidString(inner.rest)
+	return key, inner.rest
 }
 
-// named returns the key and the value of the current field, an entry of a map of
-// messages.
+// named returns the key and the value of the current field, an entry of a map
+// whose values are messages, or strings, which are the rest of value then.
 func (m *message) named() (key string, value message) {
 	pair := m.inner()
 	for pair.next() {

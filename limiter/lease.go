@@ -106,9 +106,9 @@ type lease struct {
 	// isSpare says that the last attempt to renew the term failed, so that it is
 	// granted from to its end, and renewed at wakeAt.
 	isSpare bool
-	// isShort says that a check was denied, so that there is no new term.
-	isShort bool
-	place   int32 // in the wakes, which guard it
+	// wasDenied says that a check was denied, so that there is no new term.
+	wasDenied bool
+	place     int32 // in the wakes, which guard it
 	// wakeAt is when the lease is renewed, if there are tokens left until then. It is
 	// set by the wakes with mu held.
 	wakeAt int64
@@ -291,7 +291,7 @@ func (l *Leases) learn(now int64, c *Charge, v *Verdict) {
 		if isAnswer && e.shape == c.Bucket {
 			e.mu.Lock()
 			e.learnLocked(now, v)
-			e.isShort = e.isShort || isDenied
+			e.wasDenied = e.wasDenied || isDenied
 			e.mu.Unlock()
 		}
 		return
@@ -352,7 +352,7 @@ func (l *Leases) remove(e *lease) {
 // part of what the bucket has left. It returns 0 if that is not worth a call.
 func (e *lease) sizeLocked(now int64) int64 {
 	elapsed, lasts := max(1, now-e.since), e.limit.lease().Microseconds()
-	if e.isShort || e.checks*lasts < busyChecks*elapsed {
+	if e.wasDenied || e.checks*lasts < busyChecks*elapsed {
 		return 0
 	}
 	asked := min(e.asked, math.MaxInt64/lasts)

@@ -16,15 +16,17 @@ func TestLeaseSaturation(t *testing.T) {
 	for _, sidecars := range redistest.Scaled([]int{16}, []int{1, 4, 16}) {
 		for _, demand := range []float64{.8, 2} {
 			t.Run(fmt.Sprintf("%d sidecars at %.1f of the rate", sidecars, demand), func(t *testing.T) {
-				for range redistest.Scaled(5, 2) {
+				for left := redistest.Scaled(5, 2); ; left-- {
 					with, without, late := saturate(t, sidecars, demand)
 					t.Logf("%v; without leases %v; the machine was slow for %d", with, without, late)
 					if late*100 < with.checks {
-						with.want(t, without, sidecars, demand)
+						with.want(t, without, sidecars, demand, 0)
+						return
+					} else if left == 1 {
+						with.want(t, without, sidecars, demand, late)
 						return
 					}
 				}
-				t.Skip("the machine was slow for too many checks, whose denials say nothing of leases")
 			})
 		}
 	}

@@ -79,7 +79,8 @@ func TestBacktestStatus(t *testing.T) {
 			t.Errorf("%s: status %d\n%s%s\nwant status %d and %q", test.args, status, stdout, stderr, test.status, test.want)
 		}
 	}
-	if status, _, stderr := sluice(t, nil, "backtest", good); status != 2 || !strings.Contains(stderr, "--config: missing; want the file") {
+	status, _, stderr := sluice(t, nil, "backtest", good)
+	if status != 2 || !strings.Contains(stderr, "--config: missing; want the file") {
 		t.Errorf("without a config: status %d, %s", status, stderr)
 	}
 	if status, _, _ := sluice(t, []string{"SLUICE_CONFIG=" + cfg}, "backtest", good); status != 0 {

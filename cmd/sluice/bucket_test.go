@@ -109,7 +109,8 @@ func TestBucket(t *testing.T) {
 		},
 		{"get --config CONFIG --limit orders --key k", 1, "sluice: want 2 key parts for limit orders, not 1; write --key " +
 			"once for each of request.headers[\"x-api-key\"], request.method\n"},
-		{"get --config CONFIG --limit fallback --key k", 1, "sluice: limit fallback has no key, but a single bucket; omit --key\n"},
+		{"get --config CONFIG --limit fallback --key k", 1, "sluice: limit fallback has no key, but a single bucket; " +
+			"omit --key\n"},
 		{"get --config CONFIG --limit orders --absent 10.0.0.1", 2, "sluice: unexpected argument \"10.0.0.1\"; write " +
 			"--absent=10.0.0.1\nSee 'sluice bucket get --help'.\n"},
 		{

@@ -31,13 +31,14 @@ func TestUsageMends(t *testing.T) {
 		"schema x":                          `unexpected argument "x"; sluice schema takes only flags`,
 		"inject pod.yaml":                   `unexpected argument "pod.yaml"; write --file pod.yaml`,
 		"inject --run-as-user root":         `--run-as-user "root": must be a user ID from 1 to 2147483647, or platform`,
-		"envoy plane":                       `unknown configuration "plane"; want one of envoy-gateway, istio, istio-gateway, istio-waypoint, plain`,
-		"envoy plain istio":                 `unexpected argument "istio"; want one configuration`,
-		"envoy istio sluice.yaml":           `unexpected argument "sluice.yaml"; write --config sluice.yaml`,
-		"backtest a.log":                    "--config: missing; want the file with the limits, or set SLUICE_CONFIG",
-		"serve":                             `unknown command "serve" for "sluice"; did you mean run?`,
-		"get a":                             `unknown command "get" for "sluice"; did you mean bucket get?`,
-		"frobnicate":                        `unknown command "frobnicate" for "sluice"`,
+		"envoy plane": `unknown configuration "plane"; want one of envoy-gateway, istio, istio-gateway, ` +
+			`istio-waypoint, plain`,
+		"envoy plain istio":       `unexpected argument "istio"; want one configuration`,
+		"envoy istio sluice.yaml": `unexpected argument "sluice.yaml"; write --config sluice.yaml`,
+		"backtest a.log":          "--config: missing; want the file with the limits, or set SLUICE_CONFIG",
+		"serve":                   `unknown command "serve" for "sluice"; did you mean run?`,
+		"get a":                   `unknown command "get" for "sluice"; did you mean bucket get?`,
+		"frobnicate":              `unknown command "frobnicate" for "sluice"`,
 	} {
 		status, stdout, stderr := sluice(t, nil, strings.Fields(args)...)
 		line, rest, _ := strings.Cut(stderr, "\n")
@@ -51,7 +52,8 @@ func TestUsageMends(t *testing.T) {
 // left out, or a duration with units that are zero.
 func TestHelpShowsNoStandIns(t *testing.T) {
 	for args, want := range map[string]string{
-		"bucket get": "--absent=ADDRESS ", "webhook": "(default 1m)", "doctor": "(default 200ms)", "validate": "(default 200ms)",
+		"bucket get": "--absent=ADDRESS ", "webhook": "(default 1m)", "doctor": "(default 200ms)",
+		"validate": "(default 200ms)",
 	} {
 		_, stdout, _ := sluice(t, nil, append(strings.Fields(args), "--help")...)
 		if !strings.Contains(stdout, want) || strings.Contains(stdout, `="-"`) || strings.Contains(stdout, "m0s") {

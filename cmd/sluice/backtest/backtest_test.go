@@ -399,8 +399,8 @@ func TestVerdict(t *testing.T) {
 			regexp.MustCompile("(?m)^(passed|failed): ").MatchString(plain.String()) {
 			t.Errorf("%q is not in\n%s", tt.want, plain.String())
 		}
-		if names := "config:  \"a<b>\\x1b.yaml\", compared with old&.yaml\nlogs:    " + got.Logs[0] + "\n"; !strings.HasPrefix(
-			plain.String(), names) {
+		names := "config:  \"a<b>\\x1b.yaml\", compared with old&.yaml\nlogs:    " + got.Logs[0] + "\n"
+		if !strings.HasPrefix(plain.String(), names) {
 			t.Errorf("%q is not first in\n%s", names, plain.String())
 		}
 		for _, want := range []string{
@@ -441,7 +441,7 @@ func TestSuggestionTables(t *testing.T) {
 	want := []string{
 		"To limit | Burst with rate 4/m | Rate with burst 2",
 		fmt.Sprintf("no key | %d | none is enough", *s.Burst[0].Burst),
-		"Rate | no key limited | 0.1% of keys | 1% of keys",
+		"Rate | no key limited | 0.1% of keys limited | 1% of keys limited",
 	}
 	for i, rate := range []string{"1/m", "2/m", "4/m now", "8/m", "16/m", "32/m"} {
 		row := rate

@@ -429,7 +429,11 @@ func (l *LimitReport) htmlSuggestions(p *page) {
 		p.put(`<td class="n">%v</td></tr>`+"\n", rate)
 	}
 	p.put(end)
-	begin("Bursts that rates need", "Rate", "no key limited", "0.1% of keys", "1% of keys") // by quantiles
+	columns := []string{"Rate"}
+	for _, q := range quantiles {
+		columns = append(columns, whoIsLimited(q.text)+" limited")
+	}
+	begin("Bursts that rates need", columns...)
 	for _, pair := range l.Suggest.Pairs {
 		p.put(`<tr><th scope="row">%v`, pair.Rate)
 		if pair.Rate == l.Rate {
