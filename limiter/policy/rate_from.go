@@ -161,8 +161,8 @@ func (r *rateFrom) tierOf(b broughtRate, own *tier) (*tier, error) {
 }
 
 // readMaxRate checks the fields rate_from and max_rate of a draft, and sets what
-// the limit makes of them. The limit's own rate was read before. clean reports
-// that no field of the limit has a mistake, by which it may seem to be missing.
+// the limit makes of them. The limit's own rate was read before. Unless complete is
+// set, a field may only seem to be missing.
 func (lr *limitReader) readMaxRate(d *draft, complete bool) {
 	switch {
 	case (d.rateFromAt.Node == nil || d.maxRate.Node == nil) && !complete:
