@@ -178,17 +178,15 @@ local function holding()
       if pos + SLICE_SIZE > #raw + 1 then
         return nil
       end
-      local e = {}
-      e.number, e.ends, e.life, e.left, e.count, e.open, e.expired, pos = struct.unpack(SLICE, raw, pos)
-      local size = math.ceil(e.count / 8)
-      e.settled = string.sub(raw, pos, pos + size - 1)
-      pos = pos + size
-      e.expired = e.expired == 1
-      if #e.settled < size or e.number >= next or e.ends >= MAX_TIME or e.life > MAX_LIFE + MAX_LIFE / SLICE_PARTS or
-          e.count > MAX_SLICE_HOLDS or e.open > e.count or e.expired and e.open > 0 or e.open == 0 and e.left > 0 then
+      local number, ends, life, left, count, open, expired, after = struct.unpack(SLICE, raw, pos)
+      pos = after + math.ceil(count / 8)
+      if pos > #raw + 1 or number >= next or ends >= MAX_TIME or life > MAX_LIFE + MAX_LIFE / SLICE_PARTS or
+          count > MAX_SLICE_HOLDS or open > count or expired == 1 and open > 0 or open == 0 and left > 0 then
         return nil
       end
-      h[i], h.total = e, h.total + e.left
+      h[i] = { number = number, ends = ends, life = life, left = left, count = count, open = open,
+        expired = expired == 1, settled = string.sub(raw, after, pos - 1) } -- made at once, as a table grows slowly
+      h.total = h.total + left
     end
     return pos == #raw + 1 and h or nil
   end
@@ -208,10 +206,15 @@ local function holding()
     return ended, settleable
   end
 
-  -- keep drops the slices for which a function is false, and returns how many.
+  -- is_over reports whether a slice has ended, and nothing of it can be settled.
+  local function is_over(e, now)
+    return e.open == 0 and e.ends <= now and not (e.expired and e.ends + e.life > now)
+  end
+
+  -- keep drops the slices for which a function is false.
   local function keep(h, wanted)
-    local kept, count = 0, #h
-    for i = 1, count do
+    local kept = 0
+    for i = 1, #h do
       local e = h[i]
       h[i] = nil
       if wanted(e) then
@@ -219,7 +222,6 @@ local function holding()
         h[kept] = e
       end
     end
-    return count - kept
   end
 
   local function by_end(a, b)
@@ -235,7 +237,7 @@ local function holding()
       end
       table.sort(h, by_end)
     end
-    local expired, changed = 0, false
+    local expired, changed, over = 0, false, false
     for i = 1, #h do
       local e = h[i]
       if e.open > 0 and e.ends <= now then
@@ -246,11 +248,12 @@ local function holding()
         expired, h.total, changed = expired + e.open, h.total - e.left, true
         e.open, e.left, e.expired = 0, 0, true
       end
+      over = over or is_over(e, now)
     end
-    local dropped = keep(h, function(e)
-      return e.open > 0 or e.ends > now or e.expired and e.ends + e.life > now
-    end)
-    return tokens, frac, at, expired, changed or dropped > 0
+    if over then
+      keep(h, function(e) return not is_over(e, now) end)
+    end
+    return tokens, frac, at, expired, changed or over
   end
 
   -- end_all ends all holds, and returns how many were open.
@@ -629,13 +632,19 @@ local function store(key, tokens, frac, now, burst, n, p, obst, on, op, h)
   return set(key, value, full)
 end
 
+-- list returns an empty table with room for the entries of four charges or buckets:
+-- one without is allocated anew for its first entry, its second and its third.
+local function list()
+  return { nil, nil, nil, nil }
+end
+
 local function take(now)
   -- Check every argument before anything is read.
   local count, packed, birth = #KEYS, ARGV[1], ARGV[2]
   if count < 1 or #ARGV < 1 or #ARGV > 2 or birth and (#birth ~= 8 or birth == NO_BIRTH) then
     return redis.error_reply('SLUICE at least one key, the packed charges, and 8 random bytes')
   end
-  local options, ns, ps, bursts, costs = {}, {}, {}, {}, {}
+  local options, ns, ps, bursts, costs = list(), list(), list(), list(), list()
   local lives, settlements -- tables, if any charge holds, and if there are any settlements
   local windows -- a table, if there are any quotas: when the guessed window of each ends
   local pos, size, last = 1, #packed, true
@@ -648,7 +657,7 @@ local function take(now)
       if not last or pos + SETTLEMENT_SIZE > size + 1 then
         return redis.error_reply('SLUICE a settlement amid a request, or cut off')
       end
-      settlements = settlements or {}
+      settlements = settlements or list()
       settlements[i], next = pos, pos + SETTLEMENT_SIZE
     elseif option < 32 and not shape_ok(burst, n, p) or option % 4 > 2 or option % 32 > 14 or option > 46 then
       return redis.error_reply('SLUICE an argument is out of range')
@@ -665,7 +674,7 @@ local function take(now)
         if not birth or next + 5 > size + 1 then
           return redis.error_reply('SLUICE a hold without a life, or without random bytes')
         end
-        lives = lives or {}
+        lives = lives or list()
         lives[i], next = struct.unpack('>I5', packed, next)
         if lives[i] < MIN_LIFE or lives[i] > MAX_LIFE then
           return redis.error_reply('SLUICE an argument is out of range')
@@ -680,9 +689,9 @@ local function take(now)
   end
 
   -- Read all buckets before anything is written: of[i] is charge i's.
-  local of, seen = {}, {}
-  local names, tokens, fracs, was_burst, was_n, was_p = {}, {}, {}, {}, {}, {}
-  local absent, changed, failed, invalid = {}, {}, {}, {}
+  local of, seen = list(), {}
+  local names, tokens, fracs, was_burst, was_n, was_p = list(), list(), list(), list(), list(), list()
+  local absent, changed, failed, invalid = list(), list(), {}, {}
   local obst, on, op = {}, {}, {} -- the other shapes
   local holds, expired -- tables, if any bucket has holds
   local quota -- a table, if any bucket is a quota
@@ -729,11 +738,12 @@ local function take(now)
   -- found, or the rounding would add up, unless the clock went back, the shape
   -- changed or holds ended: the bucket would then stand still, or refill at its
   -- old rate.
-  local flags, level, parts = {}, {}, {}
+  local flags, level, parts = list(), list(), list()
   local names_of, held_after, returned, surcharged -- tables, if any bucket has holds
   if lives or settlements or holds then
-    lib, lives, settlements, holds, expired = lib or holding(), lives or {}, settlements or {}, holds or {}, expired or {}
-    names_of, held_after, returned, surcharged = {}, {}, {}, {}
+    lib, lives, settlements = lib or holding(), lives or {}, settlements or {}
+    holds, expired = holds or list(), expired or list()
+    names_of, held_after, returned, surcharged = list(), list(), list(), list()
   end
   if windows or quota then
     Q, windows, quota = Q or quotas(), windows or {}, quota or {}
@@ -864,7 +874,7 @@ local function take(now)
     end
   end
 
-  local reply = {}
+  local reply = list()
   for i = 1, count do
     local b = of[i]
     local why = failed[b]
