@@ -135,7 +135,7 @@ func TestExcess(t *testing.T) {
 // no window is more granted than burst + rate·t.
 func TestChaosBound(t *testing.T) {
 	t.Parallel()
-	lasts := redistest.Scaled(5*time.Second, 5*time.Minute)
+	lasts := redistest.Lasts(5*time.Second, time.Minute)
 	type action = func(t *testing.T, s *shaky, i int) // i is a server's
 	type fault struct {
 		name       string

@@ -137,7 +137,7 @@ func TestChaosDistance(t *testing.T) {
 func testDistance(t *testing.T, away time.Duration, perSecond int) {
 	const timeout, late, disturbed = 100 * time.Millisecond, 25 * time.Millisecond, 10 * time.Millisecond
 	left := timeout - away - 15*time.Millisecond // what the machine may use up: a take lingers for up to 13 ms
-	lasts, rounds := redistest.Scaled(time.Second, 20*time.Second), redistest.Scaled(5, 2)
+	lasts, rounds := redistest.Lasts(time.Second, 5*time.Second), redistest.Scaled(5, 2)
 	node := redistest.StartNode(t)
 	proxy, beside := redistest.StartProxy(t, node.Addr), redistest.StartProxy(t, node.Addr)
 	proxy.Delay(away)
@@ -224,7 +224,7 @@ func takesBy(
 func TestChaosBurstOfKeys(t *testing.T) {
 	const burst, perSecond = 1100, 20
 	const timeout, away, disturbed = 300 * time.Millisecond, 100 * time.Millisecond, 50 * time.Millisecond
-	lasts := redistest.Scaled(2*time.Second, 20*time.Second)
+	lasts := redistest.Lasts(2*time.Second, 8*time.Second)
 	node := redistest.StartNode(t)
 	proxy, beside := redistest.StartProxy(t, node.Addr), redistest.StartProxy(t, node.Addr)
 	proxy.Delay(away)

@@ -82,7 +82,7 @@ func meanwhile(load, beside func()) {
 // remembers what it granted; without one it grants one burst more.
 func TestChaosKilledRedis(t *testing.T) {
 	const budget, recovers = 100 * time.Millisecond, 1500 * time.Millisecond
-	perSecond, lasts := 1000, redistest.Scaled(2*time.Second, 20*time.Second)
+	perSecond, lasts := 1000, redistest.Lasts(2*time.Second, 8*time.Second)
 	for _, tt := range []struct {
 		name string
 		args []string
@@ -360,7 +360,7 @@ func TestChaosSlotMoves(t *testing.T) {
 	for i := range int64(clients) {
 		waitForAnswer(t, r, client(i).costs(0))
 	}
-	lasts, moves := redistest.Scaled(6*time.Second, time.Minute), 0
+	lasts, moves := redistest.Lasts(6*time.Second, 20*time.Second), 0
 	meanwhile(func() {
 		redistest.Pace(perSecond, lasts, func() {
 			i := next.Add(1) % clients

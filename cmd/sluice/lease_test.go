@@ -174,7 +174,7 @@ func TestChaosLeases(t *testing.T) {
 		})
 	}
 	rest := func(d time.Duration) { <-time.After(d) }
-	for until := time.Now().Add(redistest.Scaled(10*time.Second, time.Minute)); time.Now().Before(until); {
+	for until := time.Now().Add(redistest.Lasts(10*time.Second, 30*time.Second)); time.Now().Before(until); {
 		// At half the rate, so that there are leases; then a full bucket, which all drain at once.
 		pause.Store(int64(60 * time.Millisecond))
 		rest(time.Second)

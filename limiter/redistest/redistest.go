@@ -5,6 +5,7 @@ package redistest
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"fmt"
 	"net"
@@ -33,6 +34,17 @@ func Scaled[T any](quick, long T) T {
 		return long
 	}
 	return quick
+}
+
+// Lasts returns for how long a test makes load or faults: quick, or long times the
+// value of SLUICE_LONG if the environment has it. The stages of .ci/test run with
+// SLUICE_LONG=1; SLUICE_LONG=5 runs a test five times as long.
+func Lasts(quick, long time.Duration) time.Duration {
+	times, err := strconv.Atoi(cmp.Or(os.Getenv("SLUICE_LONG"), "1"))
+	if err != nil || times < 1 {
+		panic(fmt.Sprintf("SLUICE_LONG is %q; set it to 1, or to how many times as long tests shall run", os.Getenv("SLUICE_LONG")))
+	}
+	return Scaled(quick, time.Duration(times)*long)
 }
 
 // Server is a redis-server on a unix socket, without persistence unless its
