@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"net"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -53,15 +54,25 @@ certificate, which the server always accepts, and expects the same certificate f
 }
 
 func healthcheck(ctx context.Context, addr string, secure credentials.TransportCredentials) error {
-	target := addr
-	if _, _, err := splitAddress(addr); err != nil {
+	network, address, err := splitAddress(addr)
+	if err != nil {
 		return usageError{err}
-	} else if addr[0] != 'u' {
+	}
+	target := addr
+	if network != "unix" {
 		target = "passthrough:///" + addr
 	}
 	ctx, cancel := context.WithTimeout(ctx, healthTimeout)
 	defer cancel()
-	conn, err := grpc.NewClient(target, grpc.WithTransportCredentials(secure))
+	// Dialed here, as gRPC wraps the error of its own dialing in three others.
+	var dialer net.Dialer
+	dialed, err := dialer.DialContext(ctx, network, address)
+	if err != nil {
+		return fmt.Errorf("%s does not answer: %w", addr, err)
+	}
+	defer func() { _ = dialed.Close() }()
+	conn, err := grpc.NewClient(target, grpc.WithTransportCredentials(secure),
+		grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) { return dialed, nil }))
 	if err != nil {
 		return fmt.Errorf("%s: %w", addr, err)
 	}

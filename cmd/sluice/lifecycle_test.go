@@ -302,6 +302,8 @@ func TestStartErrors(t *testing.T) {
 		{"validate", "", 2, `sluice: missing file; want the config files to validate, such as sluice\.yaml, or - for stdin\n.*`},
 		{"validate -o xml f", "", 2, `sluice: -o "xml": must be text or json\n.*`},
 		{"healthcheck --grpc " + addr, "", 1, `sluice: ` + addr + ` does not answer: .*`},
+		{"healthcheck --grpc 127.0.0.1:1", "", 1,
+			`sluice: 127\.0\.0\.1:1 does not answer: dial tcp 127\.0\.0\.1:1: connect: connection refused`},
 		{"healthcheck --grpc nowhere", "", 2, `sluice: "nowhere": must be .*\n.*`},
 	} {
 		var env []string
