@@ -23,13 +23,19 @@ import (
 
 const certManager = "github.com/cert-manager/cert-manager@v1.21.2"
 
+// certManagerBinary returns the path of cert-manager's controllers.
+func certManagerBinary(t *testing.T) string {
+	t.Helper()
+	return testenv.LocalProgram(t, filepath.Join("testdata", "certmanager"))
+}
+
 // TestClusterCertManager runs cert-manager's controllers on the objects that
 // the chart renders for them: they issue the webhook's certificate and set its
 // caBundle, and pods are injected, also while the certificate is renewed.
 func TestClusterCertManager(t *testing.T) {
 	var controllers, definitions string
 	if os.Getenv("SLUICE_LONG") != "" {
-		controllers = testenv.LocalProgram(t, filepath.Join("testdata", "certmanager"))
+		controllers = certManagerBinary(t)
 		definitions = filepath.Join(module(t, certManager), "deploy", "crds")
 	}
 	if !long(t) {

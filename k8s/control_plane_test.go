@@ -25,6 +25,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/sluiceproxy/sluice/k8s/testenv"
 )
 
 // kubernetes are the programs of Kubernetes that the tests run, of version
@@ -42,17 +44,7 @@ func kubernetesBinaries(t *testing.T) string {
 		t.Fatal(err)
 	}
 	home := filepath.Join(cache, "sluice", "kubernetes-"+kubeVersion)
-	if err := os.MkdirAll(filepath.Dir(home), 0o755); err != nil {
-		t.Fatal(err)
-	}
-	lock, err := os.Create(home + ".lock")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = lock.Close() }()
-	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil { // another process may be building them
-		t.Fatal(err)
-	}
+	defer testenv.Lock(t, home)()
 	missing := func(name string) bool {
 		_, err := os.Stat(filepath.Join(home, name))
 		return err != nil

@@ -34,6 +34,12 @@ spec:
   routes: [{services: [{name: web, port: 80}]}]
 `
 
+// contourBinary returns the path of Contour.
+func contourBinary(t *testing.T) string {
+	t.Helper()
+	return testenv.Program(t, "github.com/projectcontour/contour/cmd/contour", contourVersion)
+}
+
 // TestMeshContour runs a real Contour on a real API server, which configures a
 // real Envoy in front of an app from envoy/contour.yaml.
 func TestMeshContour(t *testing.T) {
@@ -42,7 +48,7 @@ func TestMeshContour(t *testing.T) {
 	}
 	kubernetesBinaries(t)
 	helmBinary(t)
-	contour := testenv.Program(t, "github.com/projectcontour/contour/cmd/contour", contourVersion)
+	contour := contourBinary(t)
 	definitions := filepath.Join(module(t, "github.com/projectcontour/contour@"+contourVersion),
 		"examples", "contour", "01-crds.yaml")
 	proxy, err := envoy.Binary(t.Context(), func(said string) { t.Log(said) })

@@ -169,6 +169,12 @@ const istioRedirect = `table ip istio {
 // and an Envoy.
 type istioParts struct{ pilot, charts, proxy string }
 
+// istiodBinary returns the path of istiod.
+func istiodBinary(t *testing.T) string {
+	t.Helper()
+	return testenv.Program(t, "istio.io/istio/pilot/cmd/pilot-discovery", istioVersion)
+}
+
 func prepareIstio(t *testing.T) istioParts {
 	t.Helper()
 	if os.Getenv("SLUICE_LONG") == "" {
@@ -181,7 +187,7 @@ func prepareIstio(t *testing.T) istioParts {
 		t.Fatal(err)
 	}
 	return istioParts{
-		pilot:  testenv.Program(t, "istio.io/istio/pilot/cmd/pilot-discovery", istioVersion),
+		pilot:  istiodBinary(t),
 		charts: filepath.Join(module(t, "istio.io/istio@"+istioVersion), "manifests", "charts"),
 		proxy:  proxy,
 	}

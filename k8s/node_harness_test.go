@@ -120,17 +120,17 @@ func (dir images) prepare(t *testing.T) {
 		platform := "--platform=linux/" + arch
 		// The base images of the Dockerfile, under the same names. They are
 		// built only for this platform, which buildah requires whatever FROM
-		// says. Go and its modules are mounted.
+		// says. Go, its modules and its builds are mounted.
 		dir.make(t, "docker.io/library/golang:1.26",
 			"RUN [\"/bin/busybox\", \"ln\", \"-s\", \"/bin/busybox\", \"/bin/sh\"]\nENV PATH=/usr/local/go/bin:/bin "+
-				"HOME=/root GOTOOLCHAIN=local GOPROXY=file:///modules,"+goSays(t, "GOPROXY")+"\n",
+				"HOME=/root GOTOOLCHAIN=local GOMODCACHE=/modules GOCACHE=/builds GOPROXY="+goSays(t, "GOPROXY")+"\n",
 			map[string]string{"/bin/busybox": busybox,
 				"/etc/ssl/certs/ca-certificates.crt": "/etc/ssl/certs/ca-certificates.crt"}, platform)
 		dir.make(t, "gcr.io/distroless/static:nonroot", "USER 65532\n", nil, platform)
 		dir.buildah(t, "bud", "--pull-never", "--isolation", "chroot", "--network", "host", "--layers=false", platform,
 			"--build-arg", "VERSION=v0.1.0",
-			"--volume", goSays(t, "GOROOT")+":/usr/local/go:ro", "--volume",
-			filepath.Join(goSays(t, "GOMODCACHE"), "cache", "download")+":/modules:ro",
+			"--volume", goSays(t, "GOROOT")+":/usr/local/go:ro",
+			"--volume", goSays(t, "GOMODCACHE")+":/modules", "--volume", goSays(t, "GOCACHE")+":/builds",
 			"--file", filepath.Join(source, "Dockerfile"), "--tag", name, source)
 		dir.buildah(t, "push", name, "oci:"+dir.path(arch))
 	}
@@ -384,6 +384,12 @@ func (n *node) readme(t *testing.T, section string) string {
 	return string(out)
 }
 
+// corednsBinary returns the path of CoreDNS.
+func corednsBinary(t *testing.T) string {
+	t.Helper()
+	return testenv.Program(t, "github.com/coredns/coredns", "v1.13.1")
+}
+
 // machine returns the node of a test. It runs the test in a testenv.Machine,
 // and returns false in the parent process.
 func machine(t *testing.T) (*node, bool) {
@@ -393,7 +399,7 @@ func machine(t *testing.T) (*node, bool) {
 	}
 	kubernetesBinaries(t)
 	helmBinary(t)
-	coredns := testenv.Program(t, "github.com/coredns/coredns", "v1.13.1")
+	coredns := corednsBinary(t)
 	dir, inside := testenv.Machine(t, func(dir string) { images(dir).prepare(t) }, home, dns)
 	if !inside {
 		return nil, false

@@ -213,7 +213,7 @@ func eachShaky(t *testing.T, test func(t *testing.T, s *shaky)) {
 func TestChaosLostAnswers(t *testing.T) {
 	t.Parallel()
 	const budget = 50 * time.Millisecond
-	lost := redistest.Scaled(50, 1000)
+	lost := redistest.Scaled(50, 300)
 	eachShaky(t, func(t *testing.T, s *shaky) {
 		r := s.open(t, budget)
 		slow := bucket(t, 1, 366*day, 10)

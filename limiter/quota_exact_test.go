@@ -53,7 +53,7 @@ var windowEnds = []struct {
 // over it, and back: each window grants exactly its tokens, none are granted in the
 // wrong one, no take fails, and none takes longer than at other times.
 func TestQuotaIsExactByRedisClock(t *testing.T) {
-	s := &switching{server: startStepped(t), around: redistest.Scaled(50*time.Millisecond, time.Second)}
+	s := &switching{server: startStepped(t), around: redistest.Lasts(50*time.Millisecond, 500*time.Millisecond)}
 	for _, off := range []time.Duration{-90 * time.Second, 0, 90 * time.Second} {
 		r := newTestRedis(t, s.server.Server, serverClock)
 		r.wall = func() int64 { return time.Now().UnixMicro() + s.ahead.Load() + off.Microseconds() }
@@ -237,7 +237,7 @@ func TestQuotaIsExact(t *testing.T) {
 	var mu sync.Mutex
 	granted := map[int64]int64{} // by the window's start
 	var wg sync.WaitGroup
-	stop := time.Now().Add(redistest.Scaled[time.Duration](8, 40) * hourLasts)
+	stop := time.Now().Add(redistest.Lasts(8*hourLasts, 40*hourLasts))
 	for sidecar, off := range []time.Duration{-90 * time.Second, 0, 90 * time.Second} {
 		r := newTestRedis(t, server, clock)
 		r.wall = func() int64 { return begin + (time.Now().UnixMicro()-began)*scale + off.Microseconds() }

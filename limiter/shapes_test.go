@@ -178,12 +178,12 @@ func TestBoundAcrossShapes(t *testing.T) {
 		}
 	}
 	t.Run("memory", func(t *testing.T) {
-		none(t, 2000, func() shapesStore { return shapesMemory(nil) })
+		none(t, redistest.Scaled(500, 2000), func() shapesStore { return shapesMemory(nil) })
 	})
 	t.Run("redis", func(t *testing.T) {
 		server := redistest.Start(t)
 		s := shapesRedis(t, RedisOptions{URL: server.URL()})
-		none(t, redistest.Scaled(200, 1000), func() shapesStore { return s })
+		none(t, redistest.Scaled(60, 500), func() shapesStore { return s })
 	})
 	t.Run("cluster", func(t *testing.T) {
 		nodes := redistest.StartCluster(t, 3)
@@ -192,7 +192,7 @@ func TestBoundAcrossShapes(t *testing.T) {
 			o.Addresses = append(o.Addresses, node.Addr)
 		}
 		s := shapesRedis(t, o)
-		none(t, redistest.Scaled(100, 500), func() shapesStore { return s })
+		none(t, redistest.Scaled(30, 250), func() shapesStore { return s })
 	})
 	// The checker sees what goes wrong when a bucket ends once it is full in the
 	// last shape only, and when the end of an earlier shape is kept but not moved

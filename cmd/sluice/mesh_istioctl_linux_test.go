@@ -16,6 +16,12 @@ const everyFilter = "\t* EnvoyFilter//sluice: EnvoyFilter exposes internal imple
 	"at any time. " +
 	"Prefer other APIs if possible, and exercise extreme caution, especially around upgrades.\n"
 
+// istioctlBinary returns the path of istioctl.
+func istioctlBinary(t *testing.T) string {
+	t.Helper()
+	return testenv.Program(t, "istio.io/istio/istioctl/cmd/istioctl", istioctl)
+}
+
 // TestMeshIstioctl checks that istioctl, which reads typed_config, reports
 // nothing about the printed files, with their comments as they are and
 // uncommented.
@@ -23,7 +29,7 @@ func TestMeshIstioctl(t *testing.T) {
 	if os.Getenv("SLUICE_LONG") == "" {
 		t.Skip("builds istioctl, which takes minutes: SLUICE_LONG=1")
 	}
-	binary := testenv.Program(t, "istio.io/istio/istioctl/cmd/istioctl", istioctl)
+	binary := istioctlBinary(t)
 	validate := func(text string) string {
 		t.Helper()
 		out, err := exec.CommandContext(t.Context(), binary, "validate", "-f", file(t, "istio.yaml", text)).CombinedOutput()

@@ -174,6 +174,18 @@ func startGateway(t *testing.T, program, proxy, printed string, upstream *httpte
 	return admin
 }
 
+// envoyGatewayBinary returns the path of Envoy Gateway.
+func envoyGatewayBinary(t *testing.T) string {
+	t.Helper()
+	return testenv.Program(t, "github.com/envoyproxy/gateway/cmd/envoy-gateway", envoyGateway)
+}
+
+// egctlBinary returns the path of Envoy Gateway's command-line tool.
+func egctlBinary(t *testing.T) string {
+	t.Helper()
+	return testenv.Program(t, "github.com/envoyproxy/gateway/cmd/egctl", envoyGateway)
+}
+
 // gatewayPrograms returns Envoy Gateway, which it builds if necessary, and the
 // Envoy that it runs.
 func gatewayPrograms(t *testing.T) (gateway, proxy string) {
@@ -181,7 +193,7 @@ func gatewayPrograms(t *testing.T) (gateway, proxy string) {
 	if os.Getenv("SLUICE_LONG") == "" {
 		t.Skip("builds Envoy Gateway, which takes minutes: SLUICE_LONG=1")
 	}
-	gateway = testenv.Program(t, "github.com/envoyproxy/gateway/cmd/envoy-gateway", envoyGateway)
+	gateway = envoyGatewayBinary(t)
 	proxy, err := envoy.Binary(t.Context(), func(s string) { t.Log(s) })
 	if err != nil {
 		t.Fatal(err)
@@ -333,11 +345,10 @@ spec: {clusterIP: 192.0.2.9, ports: [{name: grpc, port: 9001, protocol: TCP, app
 // printed, for the gateway above. app is the appProtocol of sluice's Service.
 func translated(t *testing.T, printed, app, to string) string {
 	t.Helper()
-	egctl := testenv.Program(t, "github.com/envoyproxy/gateway/cmd/egctl", envoyGateway)
 	// kubectl's own namespace is that of what names none.
 	printed = strings.ReplaceAll(printed, "\n  name: sluice\nspec:", "\n  name: sluice\n  namespace: shop\nspec:")
 	in := file(t, "resources.yaml", strings.Replace(gatewayInShop, "APP", app, 1)+printed)
-	out, err := exec.CommandContext(t.Context(), egctl, "x", "translate", "--from", "gateway-api", "--to", to, "--output",
+	out, err := exec.CommandContext(t.Context(), egctlBinary(t), "x", "translate", "--from", "gateway-api", "--to", to, "--output",
 		"yaml", "--file", in).CombinedOutput()
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)

@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path"
 	"path/filepath"
+	"syscall"
 	"testing"
 )
 
@@ -67,6 +68,7 @@ func build(t *testing.T, name, version string, command func(dir string) *exec.Cm
 	}
 	home := filepath.Join(cache, "sluice", name+"-"+version)
 	program := filepath.Join(home, name)
+	defer Lock(t, home)()
 	if info, err := os.Stat(program); err == nil && info.Mode().IsRegular() {
 		return program
 	}
@@ -89,6 +91,23 @@ func build(t *testing.T, name, version string, command func(dir string) *exec.Cm
 		t.Fatal(err)
 	}
 	return program
+}
+
+// Lock waits until no other process builds what is kept at a path of the cache,
+// and keeps others waiting until release is called.
+func Lock(t *testing.T, path string) (release func()) {
+	t.Helper()
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	lock, err := os.Create(path + ".lock")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	return func() { _ = lock.Close() }
 }
 
 // Packages runs an installer such as npm or pip, and returns the directory of

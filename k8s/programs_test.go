@@ -1,0 +1,23 @@
+//go:build linux
+
+package k8s
+
+import (
+	"os"
+	"testing"
+)
+
+// TestPrograms builds the programs that TestCluster…, TestNode… and TestMesh… run,
+// which otherwise build what they lack. .ci/test has it run in the background of
+// tests that leave the processors idle.
+func TestPrograms(t *testing.T) {
+	if os.Getenv("SLUICE_LONG") == "" {
+		t.Skip("takes some ten minutes: SLUICE_LONG=1")
+	}
+	kubernetesBinaries(t)
+	for _, build := range []func(*testing.T) string{
+		helmBinary, certManagerBinary, corednsBinary, contourBinary, istiodBinary,
+	} {
+		build(t)
+	}
+}
