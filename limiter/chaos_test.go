@@ -21,7 +21,7 @@ import (
 // failed over, and slots that move; clock_test.go steps of the clock. Tests
 // that need a whole sidecar are in cmd/sluice. Tests that are worth a longer
 // run are called TestChaos…, and .ci/test runs them for longer
-// (redistest.Scaled).
+// (redistest.Scaled, redistest.Lasts).
 
 // shaky is a Redis of some mode with a proxy before each server that takes go
 // to.

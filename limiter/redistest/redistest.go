@@ -40,9 +40,10 @@ func Scaled[T any](quick, long T) T {
 // value of SLUICE_LONG if the environment has it. The stages of .ci/test run with
 // SLUICE_LONG=1; SLUICE_LONG=5 runs a test five times as long.
 func Lasts(quick, long time.Duration) time.Duration {
-	times, err := strconv.Atoi(cmp.Or(os.Getenv("SLUICE_LONG"), "1"))
+	said := cmp.Or(os.Getenv("SLUICE_LONG"), "1")
+	times, err := strconv.Atoi(said)
 	if err != nil || times < 1 {
-		panic(fmt.Sprintf("SLUICE_LONG is %q; set it to 1, or to how many times as long tests shall run", os.Getenv("SLUICE_LONG")))
+		panic(fmt.Sprintf("SLUICE_LONG=%q: set it to 1, or to how many times as long the tests shall run", said))
 	}
 	return Scaled(quick, time.Duration(times)*long)
 }
