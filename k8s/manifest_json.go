@@ -246,16 +246,13 @@ func (p *jsonParser) parse() (*yaml.Node, error) {
 		}
 		_, _, _, err = p.next() // the closing delimiter
 	case json.Number:
-		node.Value = token.String()
-		if node.ShortTag() == "!!str" { // yaml.v3 takes a number that is too large for a string
-			node.Tag = "!!float"
-		}
+		node = literalNode(token.String())
 	case string:
 		node, err = stringNode(token)
 	case bool:
-		node.Value = strconv.FormatBool(token)
+		node = literalNode(strconv.FormatBool(token))
 	default:
-		node.Value = "null"
+		node = literalNode("null")
 	}
 	if err != nil {
 		return nil, err
@@ -283,6 +280,16 @@ func (p *jsonParser) next() (token json.Token, line, column int, err error) {
 	return token, line, column, nil
 }
 
+// literalNode returns a node whose value is a number, a boolean or null, which text
+// is in JSON.
+func literalNode(text string) *yaml.Node {
+	node := &yaml.Node{Kind: yaml.ScalarNode, Value: text}
+	if node.ShortTag() == "!!str" { // yaml.v3 takes a number that is too large for a string
+		node.Tag = "!!float"
+	}
+	return node
+}
+
 // stringNode returns a node whose value is a string.
 func stringNode(s string) (*yaml.Node, error) {
 	if isSimple(s) {
@@ -297,10 +304,15 @@ func stringNode(s string) (*yaml.Node, error) {
 }
 
 // isSimple reports whether a string needs no other style than that which the
-// encoder gives a node of type !!str: a line of ASCII that begins with a letter, / or
-// $, and is none of YAML 1.1's names of booleans, such as on.
+// encoder gives a node of type !!str: a line of ASCII that may be none of YAML 1.1's
+// names of booleans, such as on, none of its numbers of base 60, such as 1:30, and
+// neither << nor =.
 func isSimple(s string) bool {
-	if s == "" || len(s) <= len("off") && strings.ContainsRune("yYnNoO", rune(s[0])) {
+	if s == "" {
+		return false
+	}
+	begins := func(with string) bool { return strings.IndexByte(with, s[0]) >= 0 }
+	if begins("yYnNoO") && len(s) <= len("off") || begins("+-0123456789") && strings.Contains(s, ":") || begins("<= ") {
 		return false
 	}
 	for i := range len(s) {
@@ -308,7 +320,7 @@ func isSimple(s string) bool {
 			return false
 		}
 	}
-	return 'A' <= s[0] && s[0] <= 'Z' || 'a' <= s[0] && s[0] <= 'z' || s[0] == '/' || s[0] == '$'
+	return true
 }
 
 // writeJSON appends the JSON encoding of a node, which must consist of what JSON

@@ -1,6 +1,7 @@
 package k8s
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -82,6 +83,9 @@ func newNode(v any) (*yaml.Node, error) {
 	text, err := json.Marshal(v) // yaml.v3 would encode a json.Number as a string
 	if err != nil {
 		return nil, err
+	}
+	if bytes.IndexByte([]byte(`"[{`), text[0]) < 0 {
+		return literalNode(string(text)), nil
 	}
 	return parseJSON(text)
 }
