@@ -19,7 +19,7 @@ import (
 // BenchmarkSettle prints what a limit that settles costs the processors of sluice,
 // Redis and Envoy, beside the same limit without settle: by 16 clients through a
 // real Envoy, in five rounds by turns. Then it prints how long after the last
-// byte of a response its tokens are back, at 500 requests a second.
+// byte of a response its tokens are back, at 500 and 2,000 requests a second.
 //
 //	go test ./cmd/sluice -run '^$' -bench Settle -benchtime 1x
 func BenchmarkSettle(b *testing.B) {
@@ -92,15 +92,19 @@ func BenchmarkSettle(b *testing.B) {
 		off, on := ways[0], ways[1]
 		fmt.Printf("with over without: sluice and Redis %.2f, Envoy %.2f\n",
 			(median(on.sluice)+median(on.redis))/(median(off.sluice)+median(off.redis)), median(on.envoy)/median(off.envoy))
-		fmt.Printf("tokens are back after: %s\n", settleTimes(b, on.s, fmt.Sprintf(limits, ", settle: 4"), store))
+		for _, perSecond := range []int{500, 2000} {
+			fmt.Printf("at %d requests a second tokens are back after: %s\n", perSecond,
+				settleTimes(b, on.s, fmt.Sprintf(limits, ", settle: 4"), store, perSecond))
+		}
 	}
 }
 
 // settleTimes returns how long after the last byte of a response Redis has what
-// it did not use, at 500 requests a second, of a sample.
-func settleTimes(b *testing.B, s *settling, config string, store *redistest.Server) string {
+// it did not use, of a sample of 50 a second.
+func settleTimes(b *testing.B, s *settling, config string, store *redistest.Server, perSecond int) string {
 	b.Helper()
-	const perSecond, lasts, sample = 500, 5 * time.Second, 10
+	const lasts, samples = 5 * time.Second, 50
+	sample := int64(perSecond / samples)
 	cfg, err := policy.Parse("sluice.yaml", []byte("domain: d1\n"+config), noVariables)
 	if err != nil {
 		b.Fatal(err)
@@ -111,7 +115,7 @@ func settleTimes(b *testing.B, s *settling, config string, store *redistest.Serv
 	var n atomic.Int64
 	redistest.Pace(perSecond, lasts, func() {
 		i := n.Add(1)
-		path := fmt.Sprint("/timed/", i)
+		path := fmt.Sprint("/timed/", perSecond, "/", i)
 		answer, err := s.c.Get("http://" + s.addr + path)
 		if err != nil {
 			b.Error(err)
@@ -138,7 +142,7 @@ func settleTimes(b *testing.B, s *settling, config string, store *redistest.Serv
 		took = append(took, time.Since(ended))
 		mu.Unlock()
 	})
-	if len(took) < perSecond*int(lasts.Seconds())/sample*9/10 {
+	if len(took) < samples*int(lasts.Seconds())*9/10 {
 		b.Fatalf("only %d of the sample", len(took))
 	}
 	slices.Sort(took)
