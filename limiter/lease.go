@@ -313,9 +313,11 @@ func (l *Leases) learn(now int64, c *Charge, v *Verdict) {
 	}
 }
 
-// learnLocked notes what the bucket had left after an answer of the store.
+// learnLocked notes what the bucket had left after an answer of the store. Of the
+// answers of one instant, which are of one call, the last one has the fewest tokens:
+// nothing is refilled within it, and it settles before it takes.
 func (e *lease) learnLocked(now int64, v *Verdict) {
-	if v.Known() && v.at >= e.restAt {
+	if v.Known() && (v.at > e.restAt || v.at == e.restAt && v.left.tokens < e.rest.tokens) {
 		e.rest, e.restAt, e.restSeen = v.left, v.at, now
 	}
 }

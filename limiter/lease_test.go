@@ -555,3 +555,21 @@ func TestLeaseBound(t *testing.T) {
 		}
 	}
 }
+
+// What is left is what the last of all answers says, in whatever order they are
+// noted: of one instant that with the fewest tokens.
+func TestLeaseLearnsWhatIsLeft(t *testing.T) {
+	answers := []Verdict{
+		{Source: RedisSource, at: 5, left: level{tokens: 80}}, {Source: RedisSource, at: 7, left: level{tokens: 91}},
+		{Source: RedisSource, at: 7, left: level{tokens: 90}}, {Source: NoSource, at: 9, left: level{tokens: 1}},
+	}
+	for _, order := range [][]int{{0, 1, 2, 3}, {0, 2, 1, 3}, {1, 0, 2, 3}, {2, 1, 0, 3}, {3, 2, 0, 1}} {
+		e := &lease{rest: level{tokens: 100}, restAt: 1}
+		for _, i := range order {
+			e.learnLocked(1, &answers[i])
+		}
+		if e.rest.tokens != 90 || e.restAt != 7 {
+			t.Errorf("in the order %v: %d tokens at %d; want 90 at 7", order, e.rest.tokens, e.restAt)
+		}
+	}
+}
