@@ -44,16 +44,21 @@ func kubernetesBinaries(t *testing.T) string {
 		t.Fatal(err)
 	}
 	home := filepath.Join(cache, "sluice", "kubernetes-"+kubeVersion)
-	defer testenv.Lock(t, home)()
-	missing := func(name string) bool {
-		_, err := os.Stat(filepath.Join(home, name))
-		return err != nil
+	isBuilt := func() bool {
+		return !slices.ContainsFunc(kubernetes, func(name string) bool {
+			_, err := os.Stat(filepath.Join(home, name))
+			return err != nil
+		})
 	}
-	if !slices.ContainsFunc(kubernetes, missing) {
+	if isBuilt() {
 		return home
 	}
-	part, err := os.MkdirTemp(filepath.Dir(home), "building-")
-	if err != nil {
+	defer testenv.Lock(t, home)()
+	if isBuilt() {
+		return home
+	}
+	part := home + ".building"
+	if err := errors.Join(os.RemoveAll(part), os.Mkdir(part, 0o755)); err != nil { // a build may have been killed
 		t.Fatal(err)
 	}
 	defer func() { _ = os.RemoveAll(part) }()
@@ -69,9 +74,6 @@ func kubernetesBinaries(t *testing.T) string {
 	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=", "GOWORK=off")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("Kubernetes %s: %v\n%s", kubeVersion, err, out)
-	}
-	if err := os.Chmod(part, 0o755); err != nil {
-		t.Fatal(err)
 	}
 	if err := errors.Join(os.RemoveAll(home), os.Rename(part, home)); err != nil {
 		t.Fatal(err)

@@ -14,10 +14,17 @@ func TestPrograms(t *testing.T) {
 	if os.Getenv("SLUICE_LONG") == "" {
 		t.Skip("takes some ten minutes: SLUICE_LONG=1")
 	}
-	kubernetesBinaries(t)
-	for _, build := range []func(*testing.T) string{
-		helmBinary, certManagerBinary, corednsBinary, contourBinary, istiodBinary,
+	for _, program := range []struct {
+		name  string
+		build func(*testing.T) string
+	}{
+		{"Kubernetes", kubernetesBinaries},
+		{"helm", helmBinary},
+		{"cert-manager", certManagerBinary},
+		{"CoreDNS", corednsBinary},
+		{"Contour", contourBinary},
+		{"istiod", istiodBinary},
 	} {
-		build(t)
+		t.Run(program.name, func(t *testing.T) { program.build(t) })
 	}
 }

@@ -7,6 +7,7 @@ package testenv
 import (
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -68,16 +69,21 @@ func build(t *testing.T, name, version string, command func(dir string) *exec.Cm
 	}
 	home := filepath.Join(cache, "sluice", name+"-"+version)
 	program := filepath.Join(home, name)
-	defer Lock(t, home)()
-	if info, err := os.Stat(program); err == nil && info.Mode().IsRegular() {
+	isBuilt := func() bool {
+		info, err := os.Stat(program)
+		return err == nil && info.Mode().IsRegular()
+	}
+	if isBuilt() {
 		return program
 	}
-	if err := os.MkdirAll(home, 0o755); err != nil {
-		t.Fatal(err)
+	defer Lock(t, home)()
+	if isBuilt() {
+		return program
 	}
-	// The final name appears only once the program is complete.
-	temporary, err := os.MkdirTemp(home, "building-")
-	if err != nil {
+	// The final name appears only once the program is complete. A build may have
+	// been killed.
+	temporary := filepath.Join(home, "building")
+	if err := errors.Join(os.RemoveAll(temporary), os.MkdirAll(temporary, 0o755)); err != nil {
 		t.Fatal(err)
 	}
 	defer func() { _ = os.RemoveAll(temporary) }()
