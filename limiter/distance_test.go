@@ -224,7 +224,7 @@ func takesBy(
 func TestChaosBurstOfKeys(t *testing.T) {
 	const burst, perSecond = 1100, 20
 	const timeout, away, disturbed = 300 * time.Millisecond, 100 * time.Millisecond, 50 * time.Millisecond
-	lasts := redistest.Lasts(2*time.Second, 8*time.Second)
+	lasts := redistest.Lasts(2*time.Second, 20*time.Second)
 	node := redistest.StartNode(t)
 	proxy, beside := redistest.StartProxy(t, node.Addr), redistest.StartProxy(t, node.Addr)
 	proxy.Delay(away)

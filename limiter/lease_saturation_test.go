@@ -37,7 +37,7 @@ func TestLeaseSaturation(t *testing.T) {
 func saturate(t *testing.T, sidecars int, demand float64) (with, without leaseCost, late int) {
 	t.Helper()
 	const lease = 200 * time.Millisecond
-	lasts := redistest.Lasts(3*time.Second, 8*time.Second)
+	lasts := redistest.Lasts(3*time.Second, 12*time.Second)
 	// At least 20 checks of a sidecar come within a lease, so that it takes one.
 	rate := redistest.Scaled(int64(1600/demand), 2000)
 	server := redistest.Start(t)

@@ -56,11 +56,11 @@ func (l *lossyLog) StreamAccessLogs(from logv3.AccessLogService_StreamAccessLogs
 	}
 }
 
-// TestLostEnds loses a tenth of all ends between Envoy and sluice. What the
+// TestChaosLostEnds loses a tenth of all ends between Envoy and sluice. What the
 // requests took is spent, nothing is held longer than settle_within and a tenth
 // of it, and the metrics say how many they were.
-func TestLostEnds(t *testing.T) {
-	perSecond, lasts := redistest.Scaled(200, 500), redistest.Lasts(3*time.Second, time.Minute)
+func TestChaosLostEnds(t *testing.T) {
+	perSecond, lasts := redistest.Scaled(200, 500), redistest.Lasts(3*time.Second, 12*time.Second)
 	const within = 2 * time.Second
 	config := fmt.Sprintf(
 		"limits: [{name: lossy, rate: 1000/d, burst: 1000000, cost: 10, settle: 4, settle_within: %v}]", within)

@@ -5,7 +5,6 @@ package redistest
 
 import (
 	"bufio"
-	"cmp"
 	"context"
 	"fmt"
 	"net"
@@ -27,25 +26,38 @@ import (
 // startWithin bounds how long a server may take to start or to end.
 const startWithin = 20 * time.Second
 
+// maxTimes is the largest value of SLUICE_LONG: in longer runs some tests would use
+// up what their buckets have.
+const maxTimes = 5
+
+// times returns the value of SLUICE_LONG, or 0 if the environment does not have it.
+func times() int {
+	said := os.Getenv("SLUICE_LONG")
+	if said == "" {
+		return 0
+	}
+	n, err := strconv.Atoi(said)
+	if err != nil || n < 1 || n > maxTimes {
+		panic(fmt.Sprintf("SLUICE_LONG=%q: set it to 1, or up to %d to run tests with faults that many times as long",
+			said, maxTimes))
+	}
+	return n
+}
+
 // Scaled returns quick, or long if the environment has SLUICE_LONG. Tests that
 // use it must match the -run pattern of a long stage in .ci/test.
 func Scaled[T any](quick, long T) T {
-	if os.Getenv("SLUICE_LONG") != "" {
+	if times() > 0 {
 		return long
 	}
 	return quick
 }
 
 // Lasts returns for how long a test makes load or faults: quick, or long times the
-// value of SLUICE_LONG if the environment has it. The stages of .ci/test run with
-// SLUICE_LONG=1; SLUICE_LONG=5 runs a test five times as long.
+// value of SLUICE_LONG if the environment has it, which is 1 in the stages of
+// .ci/test.
 func Lasts(quick, long time.Duration) time.Duration {
-	said := cmp.Or(os.Getenv("SLUICE_LONG"), "1")
-	times, err := strconv.Atoi(said)
-	if err != nil || times < 1 {
-		panic(fmt.Sprintf("SLUICE_LONG=%q: set it to 1, or to how many times as long the tests shall run", said))
-	}
-	return Scaled(quick, time.Duration(times)*long)
+	return Scaled(quick, time.Duration(times())*long)
 }
 
 // Server is a redis-server on a unix socket, without persistence unless its
