@@ -62,7 +62,8 @@ func TestBacktestAgrees(t *testing.T) {
 		}
 		all.Wait()
 	}
-	// The limits are for as many requests a second as this machine manages.
+	// The limits are for as many requests a second as this machine manages. A machine
+	// that others slow down to a third meanwhile still limits enough to tell.
 	const warmUp = 1000
 	began := time.Now()
 	ask(warmUp)
@@ -71,7 +72,7 @@ func TestBacktestAgrees(t *testing.T) {
   - {name: per-key, key: 'request.headers["x-api-key"]', rate: %d/m, burst: %d}
   - {name: per-path, mode: shadow, key: request.url_path, rate: %d/m, burst: %d}
   - {name: all, mode: shadow, rate: %d/m, burst: %d}
-`, rate*60/100, max(1, rate/70), rate*60/10, max(1, rate/50), rate*60/2, max(1, rate/20))
+`, rate*60/100, max(1, rate/70), rate*60/20, max(1, rate/50), rate*60/4, max(1, rate/20))
 	if err := os.WriteFile(config, []byte(redis+limits), 0o600); err != nil {
 		t.Fatal(err)
 	}
