@@ -17,17 +17,9 @@ import (
 	"sync"
 	"testing"
 	"time"
-
-	"github.com/sluiceproxy/sluice/k8s/testenv"
 )
 
 const certManager = "github.com/cert-manager/cert-manager@v1.21.2"
-
-// certManagerBinary returns the path of cert-manager's controllers.
-func certManagerBinary(t *testing.T) string {
-	t.Helper()
-	return testenv.LocalProgram(t, filepath.Join("testdata", "certmanager"))
-}
 
 // TestClusterCertManager runs cert-manager's controllers on the objects that
 // the chart renders for them: they issue the webhook's certificate and set its

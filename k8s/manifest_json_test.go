@@ -10,10 +10,13 @@ import (
 // A string is written as yaml.v3 writes a string, whether or not isSimple takes it
 // for one that need not be encoded to know its style.
 func TestStringNode(t *testing.T) {
-	texts := []string{"", "y", "No", "oN", "off", "true", "null", "~", "<<", "=", "1:30", "-1:30", "+1:30.5", "1:75", "10m", "32Mi",
-		"9001", "0777", "0o17", "0x1F", "1_000", "1e3", ".5", ".inf", "2026-01-01", "--config=/x", "- a", "-", "? a", "?", ": a", "a: b",
-		"a #b", "#b", "*a", "&a", "!a", "%a", "@a", "`a", "|", ">", "'", `"`, "[a", "{a", ",", "---", "...", "--- a", " a", "a ", "é", "\t",
-		"a\nb", "127.0.0.1:9001", "unix:///run/sluice.sock", "$(POD_NAME)", `\`, "a\\b"}
+	texts := []string{
+		"", "y", "No", "oN", "off", "true", "null", "~", "<<", "=", "1:30", "-1:30", "+1:30.5", "1:75", "10m",
+		"32Mi", "9001", "0777", "0o17", "0x1F", "1_000", "1e3", ".5", ".inf", "2026-01-01", "--config=/x", "- a",
+		"-", "? a", "?", ": a", "a: b", "a #b", "#b", "*a", "&a", "!a", "%a", "@a", "`a", "|", ">", "'", `"`, "[a",
+		"{a", ",", "---", "...", "--- a", " a", "a ", "é", "\t", "a\nb", "127.0.0.1:9001",
+		"unix:///run/sluice.sock", "$(POD_NAME)", `\`, "a\\b",
+	}
 	const letters = "yYnNoOfFsSeE019:.,-+_=<>#&*!|%@`'\"[]{}?~ /\\\té"
 	random := rand.New(rand.NewPCG(1, 2))
 	for range 20_000 {

@@ -34,12 +34,6 @@ spec:
   routes: [{services: [{name: web, port: 80}]}]
 `
 
-// contourBinary returns the path of Contour.
-func contourBinary(t *testing.T) string {
-	t.Helper()
-	return testenv.Program(t, "github.com/projectcontour/contour/cmd/contour", contourVersion)
-}
-
 // TestMeshContour runs a real Contour on a real API server, which configures a
 // real Envoy in front of an app from envoy/contour.yaml.
 func TestMeshContour(t *testing.T) {

@@ -169,12 +169,6 @@ const istioRedirect = `table ip istio {
 // and an Envoy.
 type istioParts struct{ pilot, charts, proxy string }
 
-// istiodBinary returns the path of istiod.
-func istiodBinary(t *testing.T) string {
-	t.Helper()
-	return testenv.Program(t, "istio.io/istio/pilot/cmd/pilot-discovery", istioVersion)
-}
-
 func prepareIstio(t *testing.T) istioParts {
 	t.Helper()
 	if os.Getenv("SLUICE_LONG") == "" {

@@ -384,12 +384,6 @@ func (n *node) readme(t *testing.T, section string) string {
 	return string(out)
 }
 
-// corednsBinary returns the path of CoreDNS.
-func corednsBinary(t *testing.T) string {
-	t.Helper()
-	return testenv.Program(t, "github.com/coredns/coredns", "v1.13.1")
-}
-
 // machine returns the node of a test. It runs the test in a testenv.Machine,
 // and returns false in the parent process.
 func machine(t *testing.T) (*node, bool) {

@@ -62,8 +62,8 @@ func TestBacktestAgrees(t *testing.T) {
 		}
 		all.Wait()
 	}
-	// The limits are for as many requests a second as this machine manages. A machine
-	// that others slow down to a third meanwhile still limits enough to tell.
+	// The limits are for as many requests a second as this machine manages now. If it
+	// manages only a third of that later, enough requests are still limited to tell.
 	const warmUp = 1000
 	began := time.Now()
 	ask(warmUp)

@@ -55,12 +55,6 @@ type composeService struct {
 // image returns the name of the service's image without its tag.
 func (s composeService) image() string { return s.Image[:strings.LastIndex(s.Image, ":")] }
 
-// composeReader returns the path of a program that reads compose files.
-func composeReader(t *testing.T) string {
-	t.Helper()
-	return testenv.LocalProgram(t, filepath.Join("testdata", "compose"))
-}
-
 // loadCompose reads a compose file as Docker Compose does.
 func loadCompose(t *testing.T, path string) (composeProject, error) {
 	t.Helper()

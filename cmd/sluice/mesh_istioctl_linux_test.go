@@ -5,8 +5,6 @@ import (
 	"os/exec"
 	"strings"
 	"testing"
-
-	"github.com/sluiceproxy/sluice/k8s/testenv"
 )
 
 const istioctl = "v0.0.0-20260827124520-eed52ebb66ad" // the tags are not available
@@ -15,12 +13,6 @@ const istioctl = "v0.0.0-20260827124520-eed52ebb66ad" // the tags are not availa
 const everyFilter = "\t* EnvoyFilter//sluice: EnvoyFilter exposes internal implementation details that may change " +
 	"at any time. " +
 	"Prefer other APIs if possible, and exercise extreme caution, especially around upgrades.\n"
-
-// istioctlBinary returns the path of istioctl.
-func istioctlBinary(t *testing.T) string {
-	t.Helper()
-	return testenv.Program(t, "istio.io/istio/istioctl/cmd/istioctl", istioctl)
-}
 
 // TestMeshIstioctl checks that istioctl, which reads typed_config, reports
 // nothing about the printed files, with their comments as they are and

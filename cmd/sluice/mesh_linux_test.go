@@ -174,18 +174,6 @@ func startGateway(t *testing.T, program, proxy, printed string, upstream *httpte
 	return admin
 }
 
-// envoyGatewayBinary returns the path of Envoy Gateway.
-func envoyGatewayBinary(t *testing.T) string {
-	t.Helper()
-	return testenv.Program(t, "github.com/envoyproxy/gateway/cmd/envoy-gateway", envoyGateway)
-}
-
-// egctlBinary returns the path of Envoy Gateway's command-line tool.
-func egctlBinary(t *testing.T) string {
-	t.Helper()
-	return testenv.Program(t, "github.com/envoyproxy/gateway/cmd/egctl", envoyGateway)
-}
-
 // gatewayPrograms returns Envoy Gateway, which it builds if necessary, and the
 // Envoy that it runs.
 func gatewayPrograms(t *testing.T) (gateway, proxy string) {
@@ -348,8 +336,8 @@ func translated(t *testing.T, printed, app, to string) string {
 	// kubectl's own namespace is that of what names none.
 	printed = strings.ReplaceAll(printed, "\n  name: sluice\nspec:", "\n  name: sluice\n  namespace: shop\nspec:")
 	in := file(t, "resources.yaml", strings.Replace(gatewayInShop, "APP", app, 1)+printed)
-	out, err := exec.CommandContext(t.Context(), egctlBinary(t), "x", "translate", "--from", "gateway-api", "--to", to, "--output",
-		"yaml", "--file", in).CombinedOutput()
+	out, err := exec.CommandContext(t.Context(), egctlBinary(t), "x", "translate", "--from", "gateway-api",
+		"--to", to, "--output", "yaml", "--file", in).CombinedOutput()
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}

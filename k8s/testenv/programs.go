@@ -99,6 +99,26 @@ func build(t *testing.T, name, version string, command func(dir string) *exec.Cm
 	return program
 }
 
+// Build is a function that builds a program if the cache does not have it.
+type Build struct {
+	Name string
+	Run  func(*testing.T) string
+}
+
+// BuildAhead builds programs, each in a subtest of its own, so that one that fails
+// keeps no other from being built. The tests that run them would build what they
+// lack; .ci/test has it done in the background of tests that leave the processors
+// idle. Without SLUICE_LONG it skips the test.
+func BuildAhead(t *testing.T, programs []Build) {
+	t.Helper()
+	if os.Getenv("SLUICE_LONG") == "" {
+		t.Skip("takes some ten minutes: SLUICE_LONG=1")
+	}
+	for _, program := range programs {
+		t.Run(program.Name, func(t *testing.T) { program.Run(t) })
+	}
+}
+
 // Lock waits until no other process builds what is kept at a path of the cache,
 // and keeps others waiting until release is called.
 func Lock(t *testing.T, path string) (release func()) {

@@ -44,8 +44,8 @@ func times() int {
 	return n
 }
 
-// Scaled returns quick, or long if the environment has SLUICE_LONG. Tests that
-// use it must match the -run pattern of a long stage in .ci/test.
+// Scaled returns quick, or long if the environment has SLUICE_LONG. .ci/test runs at
+// length those tests that match the -run pattern of one of its long stages.
 func Scaled[T any](quick, long T) T {
 	if times() > 0 {
 		return long
