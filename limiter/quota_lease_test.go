@@ -3,7 +3,6 @@ package limiter
 import (
 	"context"
 	"fmt"
-	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -34,7 +33,7 @@ func TestQuotaIsExactWithLeases(t *testing.T) {
 		{"forwards and back", []time.Duration{-10 * time.Second, 10 * time.Second, -10 * time.Second, 20 * time.Second}},
 		{"an hour forwards and back", []time.Duration{-10 * time.Second, time.Hour - 10*time.Second, -10 * time.Second}},
 		{"an hour back and forwards", []time.Duration{10 * time.Second, 10*time.Second - time.Hour, 10 * time.Second}},
-		{"half an hour forwards, twice", []time.Duration{-10 * time.Second, 30 * time.Minute, time.Hour - time.Second}},
+		{"half an hour forwards, twice", []time.Duration{-10 * time.Second, 30 * time.Minute, time.Hour - time.Minute}},
 	}
 	var leased, lost, over int64
 	step := redistest.Scaled(13, 7) // all of them take minutes
@@ -83,11 +82,12 @@ type stepping struct {
 // microseconds, from an instant between before and after on, by the machine's clock.
 type clockStep struct{ ahead, before, after int64 }
 
-// grantedFrom is a token that was granted at an instant: of Redis's clock and in the
-// window with an end, or, from a lease, of the machine's clock.
+// grantedFrom is a token that was granted in the window with an end, or from a
+// lease between two instants of the machine's clock: a call reads the clock
+// first, and may then wait for the lease.
 type grantedFrom struct {
-	at, windowEnd int64
-	lease         bool
+	windowEnd, from, until int64
+	lease                  bool
 }
 
 // leasing is the lender of one sidecar's Leases, with a list of all that was leased.
@@ -215,13 +215,14 @@ func (s *stepping) call(l *leasing) {
 
 // note notes what became of a take.
 func (s *stepping) note(v *Verdict) {
+	until := wallClock()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
 	case !v.Known() && s.failure == "":
 		s.failure = fmt.Sprintf("%+v", *v)
 	case v.Allowed:
-		s.grants = append(s.grants, grantedFrom{v.at, windowEnd(v), v.Source == LeaseSource})
+		s.grants = append(s.grants, grantedFrom{windowEnd(v), v.at, until, v.Source == LeaseSource})
 	}
 }
 
@@ -265,16 +266,26 @@ func (s *stepping) check() (leased, lost, over int64) {
 			most[next], reached = steppingTokens, next
 		}
 	}
-	granted := map[int64]int64{}
+	granted, all := map[int64]int64{}, int64(0)
 	for _, g := range s.grants {
 		end := g.windowEnd
 		if g.lease {
-			end = s.reachedAt(c, g.at)
-			if slices.ContainsFunc(s.steps, func(step clockStep) bool { return step.before <= g.at && g.at <= step.after }) {
-				lost++ // to the window before
+			first, _ := s.reachedAt(c, g.from)
+			_, last := s.reachedAt(c, g.until)
+			if end = last; first != last { // of which of them nobody knows
+				if last == reached {
+					lost++
+				}
+				continue
 			}
 		}
 		granted[end]++
+	}
+	for _, n := range most {
+		all += n
+	}
+	if n := int64(len(s.grants)); n > all {
+		s.t.Errorf("all windows granted %d, want at most %d", n, all)
 	}
 	for end, n := range granted {
 		if n > most[end] {
@@ -304,18 +315,20 @@ func (s *stepping) leasedAt(step clockStep) (tokens int64) {
 	return tokens
 }
 
-// reachedAt returns when the latest window ends that Redis's clock has shown until an
-// instant of the machine's clock.
-func (s *stepping) reachedAt(c Calendar, at int64) (end int64) {
+// reachedAt returns when the latest windows end that Redis's clock has surely, and
+// has at most, shown until an instant of the machine's clock.
+func (s *stepping) reachedAt(c Calendar, at int64) (surely, atMost int64) {
 	for i, step := range s.steps {
-		if i > 0 && step.after > at {
-			break
-		}
-		until := at
+		next := clockStep{before: at, after: at}
 		if i+1 < len(s.steps) {
-			until = min(until, s.steps[i+1].before)
+			next = s.steps[i+1]
 		}
-		end = max(end, c.window(until+step.ahead).end)
+		if i == 0 || step.after <= at {
+			surely = max(surely, c.window(min(at, next.before)+step.ahead).end)
+		}
+		if i == 0 || step.before <= at {
+			atMost = max(atMost, c.window(min(at, next.after)+step.ahead).end)
+		}
 	}
-	return end
+	return surely, atMost
 }
