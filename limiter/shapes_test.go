@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"strings"
 	"testing"
 	"time"
 
@@ -104,53 +105,45 @@ func shapesMemory(ends func(state, int64) bool) (s shapesStore) {
 	}
 }
 
-// shapesRedis is one of two stores on servers. The script's instant is in its
-// text; a key's end is taken from Redis when the key is written, and comes by
-// the test's clock.
+// shapesRedis is one of two stores on servers. The script's clock is a key beside
+// the bucket's; a bucket's end is taken from Redis when the bucket is written, and
+// comes by that clock.
 func shapesRedis(t *testing.T, o RedisOptions) (s shapesStore) {
 	t.Helper()
 	ctx := context.Background()
-	var stores []*Redis
+	const clock = "return take(tonumber(redis.call('GET', 'clock:' .. KEYS[1]:match('{.*}'))))\n"
+	var client redis.UniversalClient
 	now, ends := int64(0), int64(0)
 	var last, written string // the key that was used last, and what was stored under it
 	for range 2 {
 		o.Timeout = time.Minute
-		r, err := newRedis(o, serverClock, nil, prometheus.NewRegistry())
+		r, err := newRedis(o, clock, nil, prometheus.NewRegistry())
 		if err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { _ = r.Close() })
-		stores = append(stores, r)
+		client = r.client
 		s.take = append(s.take, func(c Charge) Verdict {
+			_, run, _ := strings.Cut(c.Key, "{")
+			if err := client.Set(ctx, "clock:{"+run, now, 0).Err(); err != nil {
+				t.Fatal(err)
+			}
 			v := make([]Verdict, 1)
 			r.Take(ctx, []Charge{c}, v)
-			if value := r.client.Get(ctx, c.Key).Val(); value != written {
-				written, ends = value, now+r.client.PTTL(ctx, c.Key).Val().Microseconds()
+			if value := client.Get(ctx, c.Key).Val(); value != written {
+				written, ends = value, now+client.PTTL(ctx, c.Key).Val().Microseconds()
 			}
 			return v[0]
 		})
 	}
-	s.clock = func(at int64) {
-		now = at
-		for _, r := range stores {
-			r.script = newScript(fmt.Sprintf("return take(%d)", at))
-		}
-	}
-	runs := 0
+	s.clock = func(at int64) { now = at }
 	s.expire = func(key string) {
-		if runs++; runs%500 == 0 { // each instant is a script
-			if err := stores[0].eachMaster(ctx, func(ctx context.Context, node *redis.Client) error {
-				return node.ScriptFlush(ctx).Err()
-			}); err != nil {
-				t.Fatal(err)
-			}
-		}
 		if key != last {
 			last, written = key, ""
 		}
 		if written != "" && now >= ends {
 			written = ""
-			if err := stores[0].client.Del(ctx, key).Err(); err != nil {
+			if err := client.Del(ctx, key).Err(); err != nil {
 				t.Fatal(err)
 			}
 		}
