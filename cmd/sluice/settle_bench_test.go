@@ -18,8 +18,9 @@ import (
 
 // BenchmarkSettle prints what a limit that settles costs the processors of sluice,
 // Redis and Envoy, beside the same limit without settle: by 16 clients through a
-// real Envoy, in five rounds by turns. Then it prints how long after the last
-// byte of a response its tokens are back, at 500 and 2,000 requests a second.
+// real Envoy, in five rounds by turns. Envoy tells each end at once, or collects
+// ends for 10 ms. Then it prints how long after the last byte of a response its
+// tokens are back, at 500 and 2,000 requests a second.
 //
 //	go test ./cmd/sluice -run '^$' -bench Settle -benchtime 1x
 func BenchmarkSettle(b *testing.B) {
@@ -37,9 +38,17 @@ func BenchmarkSettle(b *testing.B) {
 		pid                  int       // of Envoy
 		sluice, redis, envoy []float64 // µs of CPU a request, by round
 	}
-	ways := []*way{{name: "without settle"}, {name: "with settle"}}
-	for i, settle := range []string{"", ", settle: 4"} {
-		ways[i].s = startSettling(b, patient+fmt.Sprintf(limits, settle), up, []string{"--domain", fmt.Sprint("d", i)})
+	const settle = ", settle: 4"
+	collect := replaced(b, "buffer_size_bytes: 0", "buffer_flush_interval: 0.010s")
+	ways := []*way{{name: "without settle"}, {name: "with settle"}, {name: "collected 10 ms"}}
+	for i, start := range []func(args []string) *settling{
+		func(args []string) *settling { return startSettling(b, patient+fmt.Sprintf(limits, ""), up, args) },
+		func(args []string) *settling { return startSettling(b, patient+fmt.Sprintf(limits, settle), up, args) },
+		func(args []string) *settling {
+			return startSettling(b, patient+fmt.Sprintf(limits, settle), up, args, collect)
+		},
+	} {
+		ways[i].s = start([]string{"--domain", fmt.Sprint("d", i)})
 		pids := children(b, "envoy")
 		ways[i].pid = pids[len(pids)-1]
 	}
@@ -67,12 +76,14 @@ func BenchmarkSettle(b *testing.B) {
 	}
 	perRequest := func(d time.Duration) float64 { return float64(d.Microseconds()) / each }
 	for b.Loop() {
+		turns := slices.Clone(ways)
 		for round := range rounds + 1 {
-			for i, w := range ways {
+			slices.Reverse(turns)
+			for _, w := range turns {
 				pid := w.s.p.cmd.Process.Pid
 				sluice, redis, proxy := redistest.ProcessTime(b, pid), store.CPU(), redistest.ProcessTime(b, w.pid)
 				load(w, each)
-				if i == 1 { // every request is settled, and all that it did not use is back
+				if w != ways[0] { // every request is settled, and all that it did not use is back
 					eventually(b, "all settlements", func() bool {
 						return w.s.p.counted(`sluice_tokens_returned_total\{limit="per-client"\}`) == 6*each*(round+1)
 					})
@@ -89,12 +100,14 @@ func BenchmarkSettle(b *testing.B) {
 		for _, w := range ways {
 			fmt.Printf("%-16s %10.1f %10.1f %10.1f\n", w.name, median(w.sluice), median(w.redis), median(w.envoy))
 		}
-		off, on := ways[0], ways[1]
-		fmt.Printf("with over without: sluice and Redis %.2f, Envoy %.2f\n",
-			(median(on.sluice)+median(on.redis))/(median(off.sluice)+median(off.redis)), median(on.envoy)/median(off.envoy))
-		for _, perSecond := range []int{500, 2000} {
-			fmt.Printf("at %d requests a second tokens are back after: %s\n", perSecond,
-				settleTimes(b, on.s, fmt.Sprintf(limits, ", settle: 4"), store, perSecond))
+		off := ways[0]
+		for i, on := range ways[1:] {
+			fmt.Printf("%s over without: sluice and Redis %.2f, Envoy %.2f\n", on.name,
+				(median(on.sluice)+median(on.redis))/(median(off.sluice)+median(off.redis)), median(on.envoy)/median(off.envoy))
+			for _, perSecond := range []int{500, 2000} {
+				fmt.Printf("at %d requests a second tokens are back after: %s\n", perSecond,
+					settleTimes(b, on.s, fmt.Sprintf("domain: d%d\n"+limits, i+1, settle), store, perSecond))
+			}
 		}
 	}
 }
@@ -105,7 +118,7 @@ func settleTimes(b *testing.B, s *settling, config string, store *redistest.Serv
 	b.Helper()
 	const lasts, samples = 5 * time.Second, 50
 	sample := int64(perSecond / samples)
-	cfg, err := policy.Parse("sluice.yaml", []byte("domain: d1\n"+config), noVariables)
+	cfg, err := policy.Parse("sluice.yaml", []byte(config), noVariables)
 	if err != nil {
 		b.Fatal(err)
 	}

@@ -5,9 +5,14 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/sluiceproxy/sluice/limiter"
 )
+
+// maxCollect is how long Envoy may collect ends before it reports them: tokens
+// that return after a longer time are missed by the client's next requests.
+const maxCollect = 10 * time.Millisecond
 
 // checkAccessLog looks whether Envoy tells sluice how requests have ended, if
 // the config settles.
@@ -51,9 +56,17 @@ func (x *examination) checkLog(a *ask, log node, headers, trailers []string) {
 		x.say(a.chain, "access log", limiter.Fail, "transport_api_version: V3",
 			"transport_api_version is not V3: Envoy refuses the config, or reports by an API that sluice does not have")
 	}
-	if common.at("buffer_size_bytes").number(-1) != 0 && a.plane != envoyGateway { // which has no field for it
-		x.say(a.chain, "access log", limiter.Warn, "buffer_size_bytes: 0",
-			"Envoy collects ends before it reports them: tokens return late, and what is collected is lost if Envoy is killed")
+	interval := common.at("buffer_flush_interval")
+	if interval.exists() && interval.duration(0) <= 0 {
+		x.say(a.chain, "access log", limiter.Fail, "buffer_flush_interval: 0.010s",
+			"buffer_flush_interval is no time above 0: Envoy refuses the config")
+	}
+	collects := interval.duration(time.Second)
+	if common.at("buffer_size_bytes").number(-1) != 0 && collects > maxCollect &&
+		a.plane != envoyGateway { // which has no field for either
+		x.say(a.chain, "access log", limiter.Warn, "buffer_size_bytes: 0, or buffer_flush_interval: 0.010s",
+			"Envoy collects ends for %v before it reports them: tokens return that late, and what is collected is lost "+
+				"when Envoy ends", collects)
 	}
 	for _, fields := range []struct {
 		field, gateway string
