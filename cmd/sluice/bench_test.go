@@ -247,12 +247,13 @@ func startBaseline(b testing.TB, mode string, env []string, args ...string) *pro
 
 // BenchmarkThroughEnvoy prints how long one caller waits for an answer through
 // a real Envoy: without a filter, with one that asks a constant answer, and
-// with sluice.
+// with sluice in process, on Redis, and with a lease. Each round goes through
+// them in the reverse order of the one before.
 //
 //	go test ./cmd/sluice -run '^$' -bench ThroughEnvoy -benchtime 1x
 func BenchmarkThroughEnvoy(b *testing.B) {
-	const each, rounds = 2000, 5
-	const config = "limits: [{name: per-client, key: client.ip, rate: 1000000000/s}]"
+	const each, rounds = 2000, 5 // odd, so that the rows are printed in their order
+	const config = "limits: [{name: per-client, key: client.ip, rate: 1000000000/s%s}]"
 	store, up := redistest.Start(b), startUpstream(b)
 	upstream := up.Listener.Addr().String()
 	constant := startBaseline(b, "constant", nil)
@@ -266,31 +267,31 @@ func BenchmarkThroughEnvoy(b *testing.B) {
 		)
 		return bootstrap[:from] + bootstrap[to:]
 	}
-	ways := []struct {
+	executable = build(b)
+	b.Cleanup(func() { executable = os.Args[0] })
+	var p *process // the last one that was started
+	sluice := func(name, lease string, args ...string) string {
+		p = startSluice(b, append(args, "--config", file(b, name, fmt.Sprintf(config, lease)), "--domain", name)...)
+		return startEnvoy(b, p.grpc, upstream)
+	}
+	type way struct {
 		name, url string
 		filtered  bool
 		took      []time.Duration
-	}{
+	}
+	constantAnswer := &way{name: "constant answer", url: startEnvoy(b, constant.grpc, upstream), filtered: true}
+	ways := []*way{
 		{name: "no filter", url: startEnvoy(b, constant.grpc, upstream, noFilter)},
-		{name: "constant answer", url: startEnvoy(b, constant.grpc, upstream), filtered: true},
-		{
-			name:     "sluice, in process",
-			url:      startEnvoy(b, startSluice(b, "--config", file(b, "a.yaml", config)).grpc, upstream),
-			filtered: true,
-		},
-		{
-			name: "sluice, on Redis",
-			url: startEnvoy(
-				b, startSluice(b, "--config", file(b, "b.yaml", config), "--redis", store.URL()).grpc, upstream,
-			),
-			filtered: true,
-		},
+		constantAnswer,
+		{name: "sluice, in process", url: sluice("in-process", ""), filtered: true},
+		{name: "sluice, on Redis", url: sluice("on-redis", "", "--redis", store.URL()), filtered: true},
+		{name: "sluice, leased", url: sluice("leased", ", lease: 200ms", "--redis", store.URL()), filtered: true},
 	}
 	c := client(b)
 	for b.Loop() {
 		for round := range rounds + 1 {
-			for i := range ways {
-				w := &ways[i]
+			slices.Reverse(ways)
+			for _, w := range ways {
 				for range each {
 					began := time.Now()
 					response, err := c.Get("http://" + w.url + "/")
@@ -310,14 +311,17 @@ func BenchmarkThroughEnvoy(b *testing.B) {
 				}
 			}
 		}
-		for i := range ways {
-			slices.Sort(ways[i].took)
+		if n := p.counted(`sluice_lease_takes_total\{limit="per-client"\}`); n == 0 {
+			b.Fatal("nothing was leased")
+		}
+		for _, w := range ways {
+			slices.Sort(w.took)
 		}
 		fmt.Printf("\n%-20s %8s %8s %8s\n", "through Envoy", "p50 µs", "p99 µs", "p50 over constant's")
 		for _, w := range ways {
 			p50 := w.took[len(w.took)/2]
 			fmt.Printf("%-20s %8d %8d %8.2f\n", w.name, p50.Microseconds(), w.took[len(w.took)*99/100].Microseconds(),
-				float64(p50)/float64(ways[1].took[len(ways[1].took)/2]))
+				float64(p50)/float64(constantAnswer.took[len(constantAnswer.took)/2]))
 		}
 	}
 }

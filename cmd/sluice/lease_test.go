@@ -24,11 +24,17 @@ type leasing struct {
 	client authv3.AuthorizationClient
 }
 
+// startLeasing starts a sluice with a limit by tenant.
 func startLeasing(t testing.TB, limit, url string) leasing {
 	t.Helper()
-	config := file(t, "sluice.yaml", fmt.Sprintf(
+	return startLeasingBy(t, fmt.Sprintf(
 		"limits: [{name: tenant, key: 'request.headers[\"x-tenant\"]', %s}]\nstore: {redis: {url: %q, timeout: 1s}}\n", limit, url))
-	p := startSluice(t, "--config", config)
+}
+
+// startLeasingBy starts a sluice with a config.
+func startLeasingBy(t testing.TB, config string) leasing {
+	t.Helper()
+	p := startSluice(t, "--config", file(t, "sluice.yaml", config))
 	return leasing{p, authv3.NewAuthorizationClient(dial(t, p.grpc))}
 }
 
