@@ -20,8 +20,9 @@ type outages struct {
 	// checks returns the number of checks so far, by outcome.
 	checks func() map[limiter.Outcome]uint64
 
-	last   atomic.Pointer[page.Outage] // as it was at the last look; nil: there was none
-	before map[limiter.Outcome]uint64  // the checks at the last look before it
+	last atomic.Pointer[page.Outage] // as it was at the last look; nil: there was none
+	// The checks at the last look without an outage, and at the one before that.
+	recent, before map[limiter.Outcome]uint64
 }
 
 // looksEvery is how often outages looks whether Redis answers.
@@ -49,7 +50,10 @@ func (o *outages) look(now time.Time) {
 	nodes, last, checks := o.unreachable(), o.last.Load(), o.checks()
 	lasts := last != nil && last.Until.IsZero()
 	if nodes == 0 && !lasts {
-		o.before = checks // the checks that opened the breaker are part of the outage
+		if o.recent == nil {
+			o.recent = checks
+		}
+		o.before, o.recent = o.recent, checks
 		return
 	}
 	next := page.Outage{Since: now, Checks: make(map[limiter.Outcome]uint64)}
@@ -58,6 +62,8 @@ func (o *outages) look(now time.Time) {
 	} else {
 		o.log.Warn("circuit breaker open, Redis does not answer", zap.Int("nodes", nodes))
 	}
+	// The checks that opened the breaker are part of the outage. Some of them may be
+	// older than the last look before it.
 	for _, outcome := range failures {
 		if n := checks[outcome] - o.before[outcome]; n > 0 {
 			next.Checks[outcome] = n
@@ -72,7 +78,7 @@ func (o *outages) look(now time.Time) {
 			}
 		}
 		o.log.Info("Redis answers again", fields...)
-		o.before = checks
+		o.before, o.recent = checks, checks
 	}
 	o.last.Store(&next)
 }

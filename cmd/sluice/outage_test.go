@@ -51,6 +51,14 @@ func TestOutages(t *testing.T) {
 	look(93*time.Second, "warn circuit breaker open, Redis does not answer map[nodes:1]")
 	nodes = 0
 	look(94*time.Second, "info Redis answers again map[after:1s]")
+	look(95 * time.Second)
+	checks[limiter.FailedClosed] += 2 // the first of those that open the breaker
+	look(96 * time.Second)
+	checks[limiter.FailedClosed] += 3
+	nodes = 1
+	look(97*time.Second, "warn circuit breaker open, Redis does not answer map[nodes:1]")
+	nodes = 0
+	look(98*time.Second, "info Redis answers again map[after:1s failed_closed:5]")
 }
 
 // TestLogTellsOfAnOutage checks that a sidecar logs that its Redis went away and
