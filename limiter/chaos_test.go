@@ -221,10 +221,10 @@ func TestChaosLostAnswers(t *testing.T) {
 		for _, fault := range []struct {
 			name  string
 			spoil func(*redistest.Proxy)
-			kind  ErrorKind
+			kinds []ErrorKind
 		}{
-			{"late", func(p *redistest.Proxy) { p.Delay(time.Minute) }, KindTimeout},
-			{"cut", (*redistest.Proxy).Cut, KindConnection},
+			{"late", func(p *redistest.Proxy) { p.Delay(time.Minute) }, []ErrorKind{KindTimeout}},
+			{"cut", (*redistest.Proxy).Cut, []ErrorKind{KindConnection, KindTimeout}}, // on a slow machine the budget ends first
 		} {
 			clients := make([]Charge, lost)
 			for i := range clients {
@@ -234,7 +234,7 @@ func TestChaosLostAnswers(t *testing.T) {
 				s.each(fault.spoil)
 				d := Decide(t.Context(), r, clients[i:i+1])
 				s.each((*redistest.Proxy).Mend)
-				if d.Outcome != FailedClosed || KindOf(d.Verdicts[0].Err) != fault.kind {
+				if d.Outcome != FailedClosed || !slices.Contains(fault.kinds, KindOf(d.Verdicts[0].Err)) {
 					t.Fatalf("%s: %v %+v", fault.name, d.Outcome, d.Verdicts[0])
 				}
 			}

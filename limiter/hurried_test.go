@@ -102,7 +102,7 @@ func TestConnectionsAreRenewed(t *testing.T) {
 	settled := func() bool {
 		n.mu.Lock()
 		defer n.mu.Unlock()
-		return n.opening == 0 && len(n.idle) == minConnections
+		return n.opening == 0 && len(n.idle) == n.limitLocked()
 	}
 	eventually(t, "there are connections", settled)
 	old := age(func(on *connection) { on.opened = on.opened.Add(-maxLifetime - time.Second) })

@@ -232,7 +232,7 @@ func TestModesAreChecked(t *testing.T) {
 // The first takes of a process also end in time on a cluster most of whose
 // nodes do not answer, as a user without the COMMAND command.
 func TestColdClusterKeepsTime(t *testing.T) {
-	const timeout, slack = 200 * time.Millisecond, 150 * time.Millisecond
+	const timeout = 200 * time.Millisecond
 	nodes := redistest.StartCluster(t, 3)
 	if err := nodes[0].Client().Do(context.Background(), "ACL", "SETUSER", "default", "-command").Err(); err != nil {
 		t.Fatal(err)
@@ -255,7 +255,7 @@ func TestColdClusterKeepsTime(t *testing.T) {
 			verdicts := make([]Verdict, 1)
 			began := time.Now()
 			r.Take(context.Background(), []Charge{c}, verdicts)
-			if took := time.Since(began); took > timeout+slack {
+			if took := time.Since(began); took > timeout+2*slack {
 				t.Errorf("a take took %v of %v: %v", took, timeout, verdicts[0].Err)
 			}
 		})

@@ -222,7 +222,11 @@ func TestServerTimes(t *testing.T) {
 			return len(l.conns) == 0
 		}
 		if name == "unread" {
-			<-answering
+			select {
+			case <-answering:
+			case <-time.After(within):
+				t.Fatal("nothing is answered")
+			}
 			eventually(t, "removal from the listener", isRemoved)
 			if n, err := io.Copy(io.Discard, bufio.NewReader(c)); err == nil && n >= 64<<20 {
 				t.Error("all of an answer that nobody read was kept")

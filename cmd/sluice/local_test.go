@@ -16,6 +16,7 @@ func TestLocalSidecar(t *testing.T) {
 	p := startSluice(t, "--redis", redis.URL(), "--config", file(t, "sluice.yaml", `
 on_failure: local
 local_share: 0.5
+store: {redis: {timeout: 10s}}
 limits: [{name: a, rate: 1/d, burst: 6, key: client.ip}]
 `))
 	conn := dial(t, p.grpc)

@@ -157,6 +157,7 @@ func TestReloadedQuota(t *testing.T) {
 	starts, _ := aYear()
 	byConfig := func(plan string, free, gold int) map[string]string {
 		return map[string]string{"sluice.yaml": fmt.Sprintf(`
+store: {redis: {timeout: 10s}}
 plans:
   free: {rate: 1000000/s, quota: %d/year}
   gold: {rate: 1000000/s, quota: %d/year}

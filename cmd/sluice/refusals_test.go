@@ -165,9 +165,8 @@ limits: [{name: all, rate: 1000000/s}]
 func TestRefusedClientsSpread(t *testing.T) {
 	const clients, longest = 1000, 10
 	redis := redistest.Start(t)
-	p := startSluice(
-		t, "--redis", redis.URL(), "--config", file(t, "sluice.yaml", "limits: [{name: all, rate: 1000000/s}]\n"),
-	)
+	p := startSluice(t, "--redis", redis.URL(), "--config", file(t, "sluice.yaml",
+		"store: {redis: {timeout: 10s}}\nlimits: [{name: all, rate: 1000000/s}]\n"))
 	conn := dial(t, p.grpc)
 	if got := check(t, conn, from("203.0.113.1", "/")); got != "ok" {
 		t.Fatal(got)

@@ -283,7 +283,7 @@ func TestReloadUnderLoad(t *testing.T) {
 	path := file(t, "sluice.yaml", texts[0])
 	p := startSluice(t, "--config", path)
 	up := startUpstream(t)
-	addr := startEnvoy(t, p.grpc, up.Listener.Addr().String())
+	addr := startEnvoy(t, p.grpc, up.Listener.Addr().String(), patiently(t))
 
 	var answered atomic.Int64
 	var versions [2]atomic.Int64

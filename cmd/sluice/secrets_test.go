@@ -203,7 +203,7 @@ func TestSidecarSaysNoSecret(t *testing.T) {
 	config := file(t, "sluice.yaml", "")
 	const limits = "key_secret: c4n4ry-of-more-than-16-bytes\nlog_level: debug\n" +
 		"limits: [{name: a, rate: 1/d, key: request.headers.k, on_failure: deny}]\n"
-	good := freePorts + "store: {redis: {url: '${SECRET}'}}\n" + limits
+	good := freePorts + "store: {redis: {url: '${SECRET}', timeout: 10s}}\n" + limits
 	write(t, config, []byte(good))
 	p := start(t, "sluice", []string{
 		"SECRET=" + url, "SLUICE_SECERT=" + canary, "OTEL_EXPORTER_OTLP_ENDPOINT=http://user:" + canary + "@127.0.0.1:1",

@@ -62,8 +62,9 @@ func (l *lossyLog) StreamAccessLogs(from logv3.AccessLogService_StreamAccessLogs
 func TestChaosLostEnds(t *testing.T) {
 	perSecond, lasts := redistest.Scaled(200, 500), redistest.Lasts(3*time.Second, 12*time.Second)
 	const within = 2 * time.Second
-	config := fmt.Sprintf(
-		"limits: [{name: lossy, rate: 1000/d, burst: 1000000, cost: 10, settle: 4, settle_within: %v}]", within)
+	config := fmt.Sprintf("store: {redis: {url: 'redis://%s', timeout: 20s}}\n"+
+		"limits: [{name: lossy, rate: 1000/d, burst: 1000000, cost: 10, settle: 4, settle_within: %v}]",
+		redistest.StartNode(t).Addr, within)
 	lossy := &lossyLog{}
 	server := grpc.NewServer()
 	logv3.RegisterAccessLogServiceServer(server, lossy)
@@ -75,10 +76,9 @@ func TestChaosLostEnds(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	redis := "redis://" + redistest.StartNode(t).Addr
 	const cluster, before = "envoy_grpc: { cluster_name: sluice }", "\n                # Tell each end"
 	up := http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})
-	s := startSettling(t, config, up, []string{"--redis", redis},
+	s := startSettling(t, config, up, nil,
 		replaced(t, cluster+before, strings.Replace(cluster, "sluice", "ends", 1)+before),
 		func(bootstrap string) string {
 			return bootstrap + `
@@ -117,8 +117,8 @@ func TestChaosLostEnds(t *testing.T) {
 	held := func() int64 {
 		began := time.Now()
 		defer func() { asking = time.Since(began) }()
-		status, stdout, stderr := sluice(t, []string{"SLUICE_REDIS=" + redis}, "bucket", "get", "--config",
-			file(t, "sluice.yaml", config), "--limit", "lossy", "-o", "json")
+		status, stdout, stderr := sluice(t, nil, "bucket", "get", "--config", file(t, "sluice.yaml", config),
+			"--limit", "lossy", "-o", "json")
 		var b bucketState
 		if err := json.Unmarshal([]byte(stdout), &b); status != 0 || err != nil {
 			t.Fatal(stdout, stderr, err)
