@@ -129,7 +129,8 @@ on_failure: %s
 store: {redis: {url: %q, timeout: %v}}
 limits: [{name: all, rate: 1000000/s}]
 `, mode, redis.URL(), budget)))
-		addr := startEnvoy(t, p.grpc, up.Listener.Addr().String())
+		// Envoy's own timeout would be the budget and 100 ms.
+		addr := startEnvoy(t, p.grpc, up.Listener.Addr().String(), replaced(t, "timeout: 0.2s", "timeout: 0.5s"))
 		w := &watched{name: mode, answers: make(map[string]int)}
 		all = append(all, w)
 		for range 4 {
