@@ -129,7 +129,7 @@ on_failure: %s
 store: {redis: {url: %q, timeout: %v}}
 limits: [{name: all, rate: 1000000/s}]
 `, mode, redis.URL(), budget)))
-		// Envoy's own timeout would be the budget and 100 ms.
+		// By its own 0.2 s Envoy would give up what a busy machine answers 100 ms late.
 		addr := startEnvoy(t, p.grpc, up.Listener.Addr().String(), replaced(t, "timeout: 0.2s", "timeout: 0.5s"))
 		w := &watched{name: mode, answers: make(map[string]int)}
 		all = append(all, w)

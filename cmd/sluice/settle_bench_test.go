@@ -33,24 +33,25 @@ func BenchmarkSettle(b *testing.B) {
 	executable = build(b)
 	b.Cleanup(func() { executable = os.Args[0] })
 	type way struct {
-		name                 string
+		name, settle         string
+		change               []func(string) string // of what is printed for Envoy
+		config               string
 		s                    *settling
 		pid                  int       // of Envoy
 		sluice, redis, envoy []float64 // µs of CPU a request, by round
 	}
 	const settle = ", settle: 4"
 	collect := replaced(b, "buffer_size_bytes: 0", "buffer_flush_interval: 0.010s")
-	ways := []*way{{name: "without settle"}, {name: "with settle"}, {name: "collected 10 ms"}}
-	for i, start := range []func(args []string) *settling{
-		func(args []string) *settling { return startSettling(b, patient+fmt.Sprintf(limits, ""), up, args) },
-		func(args []string) *settling { return startSettling(b, patient+fmt.Sprintf(limits, settle), up, args) },
-		func(args []string) *settling {
-			return startSettling(b, patient+fmt.Sprintf(limits, settle), up, args, collect)
-		},
-	} {
-		ways[i].s = start([]string{"--domain", fmt.Sprint("d", i)})
+	ways := []*way{
+		{name: "without settle"},
+		{name: "with settle", settle: settle},
+		{name: "collected 10 ms", settle: settle, change: []func(string) string{collect}},
+	}
+	for i, w := range ways {
+		w.config = fmt.Sprintf("domain: d%d\n"+limits, i, w.settle)
+		w.s = startSettling(b, patient+w.config, up, nil, w.change...)
 		pids := children(b, "envoy")
-		ways[i].pid = pids[len(pids)-1]
+		w.pid = pids[len(pids)-1]
 	}
 	load := func(w *way, n int) {
 		var wg sync.WaitGroup
@@ -101,12 +102,12 @@ func BenchmarkSettle(b *testing.B) {
 			fmt.Printf("%-16s %10.1f %10.1f %10.1f\n", w.name, median(w.sluice), median(w.redis), median(w.envoy))
 		}
 		off := ways[0]
-		for i, on := range ways[1:] {
+		for _, on := range ways[1:] {
 			fmt.Printf("%s over without: sluice and Redis %.2f, Envoy %.2f\n", on.name,
 				(median(on.sluice)+median(on.redis))/(median(off.sluice)+median(off.redis)), median(on.envoy)/median(off.envoy))
 			for _, perSecond := range []int{500, 2000} {
 				fmt.Printf("at %d requests a second tokens are back after: %s\n", perSecond,
-					settleTimes(b, on.s, fmt.Sprintf("domain: d%d\n"+limits, i+1, settle), store, perSecond))
+					settleTimes(b, on.s, on.config, store, perSecond))
 			}
 		}
 	}
