@@ -41,6 +41,10 @@ var executable = os.Args[0]
 // within is the longest time that a test waits for anything.
 const within = 30 * time.Second
 
+// patientStore is for configs of tests whose subject is not an outage: on a busy
+// machine Redis may take longer than the default. The flag --redis has the URL.
+const patientStore = "store: {redis: {url: 'redis://flag.invalid', timeout: 10s}}\n"
+
 // eventually waits until cond returns true, and fails the test if it does not
 // within the time of within. what completes "waited for" in the message.
 func eventually(t testing.TB, what string, cond func() bool) {

@@ -94,7 +94,7 @@ func TestAlertsAndDashboard(t *testing.T) {
 // checks that each query of the dashboard returns data, and that each rule can
 // be evaluated.
 func TestPrometheus(t *testing.T) {
-	config := file(t, "sluice.yaml", `
+	config := file(t, "sluice.yaml", patientStore+`
 limits:
   - {name: per-client, key: client.ip, rate: 20/s, match: {paths: [/]}}
   - {name: shadow, mode: shadow, rate: 1/s}

@@ -362,7 +362,7 @@ func TestPageTenThousandLimits(t *testing.T) {
 // TestPageHeldAndLeased checks that the page shows what limits hold, owe, settle
 // and lease.
 func TestPageHeldAndLeased(t *testing.T) {
-	p := startSluice(t, "--redis", redistest.Start(t).URL(), "--config", file(t, "sluice.yaml", `
+	p := startSluice(t, "--redis", redistest.Start(t).URL(), "--config", file(t, "sluice.yaml", patientStore+`
 limits:
   - {name: busy, match: {paths: [/busy]}, rate: 100000/s, lease: 1s}
   - name: settled
@@ -415,7 +415,7 @@ limits:
 // used up, and when they begin again.
 func TestPageQuota(t *testing.T) {
 	starts, _ := aYear()
-	p := startSluice(t, "--redis", redistest.Start(t).URL(), "--config", file(t, "sluice.yaml", `
+	p := startSluice(t, "--redis", redistest.Start(t).URL(), "--config", file(t, "sluice.yaml", patientStore+`
 limits:
   - name: tokens
     match: {paths: [/chat]}

@@ -424,22 +424,26 @@ func TestAdminIsGuarded(t *testing.T) {
 // TestAdminJSON checks that the data of the page is available as JSON without
 // secrets, and that explain takes no tokens.
 func TestAdminJSON(t *testing.T) {
-	config := file(t, "sluice.yaml", `
+	const limits = `
 limits:
   - {name: a, match: {paths: [/a]}, rate: 1/d, burst: 2, cost: 2, key: ['request.headers["x-api-key"]', client.ip]}
   - {name: b, rate: 1/h, mode: shadow}
-`)
+`
 	redis := redistest.Start(t)
 	inRedis := strings.Replace(redis.URL(), "unix://", "unix://default:k3y-of-redis@", 1)
 	if err := redis.Client().ConfigSet(t.Context(), "requirepass", "k3y-of-redis").Err(); err != nil {
 		t.Fatal(err)
 	}
-	for name, args := range map[string][]string{
-		"in process": {"--config", config},
-		"on Redis":   {"--config", config, "--redis", inRedis},
+	for name, tt := range map[string]struct {
+		config string
+		args   []string
+	}{
+		"in process": {limits, nil},
+		"on Redis":   {patientStore + limits, []string{"--redis", inRedis}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			p := startSluice(t, args...)
+			config := file(t, "sluice.yaml", tt.config)
+			p := startSluice(t, append(tt.args, "--config", config)...)
 			ask := func(path string, into any) {
 				t.Helper()
 				status, text := get(t, "http://"+p.admin+path)

@@ -114,23 +114,23 @@ func TestConfigFromAPipe(t *testing.T) {
 			l := startLines(t, p)
 			eventually(t, "the start", func() bool { return l.count(`"serving"`) == 1 })
 			if l.count(`"domain":"piped"`) != 1 {
-				t.Errorf("the config does not count:\n%s", l.said)
+				t.Errorf("the config does not count:\n%s", l.text())
 			}
 			eventually(t, "the warning about the pipe", func() bool { return l.count("cannot be reloaded") == 1 })
 			write("key,rate,burst\ngold,5/d,\n")
 			eventually(t, "the first reload", func() bool { return l.count("config reloaded") == 1 })
 			if n := l.count(`"limits":1`); n != 2 { // that of the start, and the reloaded one
-				t.Errorf("%d configs have the limit:\n%s", n, l.said)
+				t.Errorf("%d configs have the limit:\n%s", n, l.text())
 			}
 			if err := p.cmd.Process.Signal(syscall.SIGHUP); err != nil {
 				t.Fatal(err)
 			}
 			eventually(t, "the second reload", func() bool { return l.count("config reloaded") == 2 })
 			if l.count("cannot be reloaded") != 1 {
-				t.Errorf("said more than once:\n%s", l.said)
+				t.Errorf("said more than once:\n%s", l.text())
 			}
 			if status := p.stop(); status != 0 {
-				t.Errorf("status %d\n%s", status, l.said)
+				t.Errorf("status %d\n%s", status, l.text())
 			}
 		})
 	}
@@ -175,7 +175,7 @@ func TestDemoFromAPipe(t *testing.T) {
 		}
 	}
 	if !strings.Contains(said.String(), "limits    from-a-pipe\n") {
-		t.Errorf("%s%s", said.String(), l.said)
+		t.Errorf("%s%s", said.String(), l.text())
 	}
 	p.stop()
 }
@@ -220,7 +220,7 @@ func TestPipeThatNobodyWrites(t *testing.T) {
 			return err == nil
 		})
 		if status := p.stop(); status != 0 {
-			t.Errorf("%v: status %d\n%s", args, status, l.said)
+			t.Errorf("%v: status %d\n%s", args, status, l.text())
 		}
 		_ = writer.Close()
 	}
@@ -250,7 +250,7 @@ func TestPipeThatNobodyWrites(t *testing.T) {
 	replace()
 	eventually(t, "the second rejected pipe", func() bool { return l.count("sluice.yaml: not a regular file") == 2 })
 	if status := p.stop(); status != 0 {
-		t.Errorf("status %d\n%s", status, l.said)
+		t.Errorf("status %d\n%s", status, l.text())
 	}
 }
 
@@ -302,7 +302,7 @@ func TestOneInterruptIsEnough(t *testing.T) {
 				t.Errorf("%v ended well", args)
 			}
 		case <-time.After(within):
-			t.Errorf("%v goes on\n%s", args, l.said)
+			t.Errorf("%v goes on\n%s", args, l.text())
 		}
 		_ = stdin.Close()
 	}

@@ -59,7 +59,7 @@ func TestUnknownVariables(t *testing.T) {
 	l := startLines(t, p)
 	eventually(t, "the start", func() bool { return l.count(`"serving"`) == 1 })
 	if l.count(`"variables":["SLUICE_GRCP","SLUICE_ONFAILURE"]`) != 1 {
-		t.Errorf("%s", l.said)
+		t.Errorf("%s", l.text())
 	}
 	if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)

@@ -185,7 +185,7 @@ func TestGoodLogins(t *testing.T) {
 		}
 		t.Run(fmt.Sprint(tt.atOnce), func(t *testing.T) {
 			var served atomic.Int64
-			s := startSettling(t, strings.Replace(failedLogins, "rate: 5/15m", "rate: 5/15m"+tt.burst, 1),
+			s := startSettling(t, patientStore+strings.Replace(failedLogins, "rate: 5/15m", "rate: 5/15m"+tt.burst, 1),
 				postLogin(&served, takes),
 				[]string{"--redis", "redis://" + redistest.StartNode(t).Addr})
 			var wg sync.WaitGroup
@@ -228,7 +228,7 @@ func TestEnds(t *testing.T) {
 // testEnds checks it through an Envoy whose config is changed by change. isTold
 // says that Envoy tells the ends of its requests when it ends itself.
 func testEnds(t *testing.T, isTold bool, change ...func(string) string) {
-	const config = `
+	const config = patientStore + `
 key_secret: a-secret-of-at-least-thirty-two-bytes
 limits:
   - {name: code, rate: 1000/d, burst: 1000000, cost: 1000, settle: response.code}

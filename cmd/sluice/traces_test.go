@@ -145,7 +145,7 @@ func seeTraces(t *testing.T, c *collector, protocol string) {
 	t.Setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://"+map[string]string{"grpc": c.grpc, "http/protobuf": c.http}[protocol])
 	t.Setenv("OTEL_EXPORTER_OTLP_PROTOCOL", protocol)
 	config := file(
-		t, "sluice.yaml", "limits: [{name: a, rate: 1/h, key: 'request.headers[\"x-api-key\"]'}, {name: b, rate: 100/s}]",
+		t, "sluice.yaml", patientStore+"limits: [{name: a, rate: 1/h, key: 'request.headers[\"x-api-key\"]'}, {name: b, rate: 100/s}]",
 	)
 	p := startSluice(t, "--config", config, "--redis", redistest.Start(t).URL())
 	host, port, _ := strings.Cut(c.grpc, ":")
