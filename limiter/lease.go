@@ -26,7 +26,7 @@ const (
 	// key busy, if none of them is denied: a lease is then taken. It is renewed
 	// while its key gets at least busyChecks within its length. A lease costs two
 	// calls, so that one with fewer checks than that spares the store nothing.
-	hotChecks, busyChecks = 16, 8
+	hotChecks, busyChecks = 8, 4
 	// leaseWorkers is how many calls about leases are under way at most.
 	leaseWorkers = 16
 	leaseShards  = 64
