@@ -24,8 +24,9 @@ const (
 	leasePart = 4
 	// hotChecks is how many checks of a key within the length of a lease make the
 	// key busy, if none of them is denied: a lease is then taken. It is renewed
-	// while its key gets at least busyChecks within its length. A lease costs two
-	// calls, so that one with fewer checks than that spares the store nothing.
+	// while its key gets at least busyChecks within its length. A term costs a call
+	// that takes it, and a settlement that goes with a later one: with fewer checks
+	// than that it would spare the store little.
 	hotChecks, busyChecks = 8, 4
 	// leaseWorkers is how many calls about leases are under way at most.
 	leaseWorkers = 16

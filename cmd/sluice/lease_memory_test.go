@@ -55,7 +55,8 @@ func TestLeaseMemory(t *testing.T) {
 	}
 	resident -= rss(t, without.cmd.Process.Pid)
 	heap -= without.heap()
-	t.Logf("%d leased keys after %d rounds: %d kB more heap, %d kB more resident memory", leased, rounds, heap>>10, resident>>10)
+	t.Logf("%d leased keys after %d rounds: %d kB more heap, %d kB more resident memory",
+		leased, rounds, heap>>10, resident>>10)
 	if heap > leased*most/10_000 && !isRace {
 		t.Errorf("%d bytes more heap", heap)
 	}

@@ -137,11 +137,7 @@ func TestLeaseEnds(t *testing.T) {
 // granted, and a frozen sidecar grants nothing from a lease that has ended.
 func TestChaosLeases(t *testing.T) {
 	t.Parallel()
-	const rate, burst = 400, 400
-	slow := 20 * time.Millisecond
-	if isRace {
-		slow = 60 * time.Millisecond
-	}
+	const rate, burst, slow = 400, 400, 20 * time.Millisecond
 	redis := redistest.Start(t)
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("the seed is %d", seed)

@@ -144,9 +144,8 @@ func seeTraces(t *testing.T, c *collector, protocol string) {
 	t.Setenv("OTEL_BSP_SCHEDULE_DELAY", "50") // milliseconds
 	t.Setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://"+map[string]string{"grpc": c.grpc, "http/protobuf": c.http}[protocol])
 	t.Setenv("OTEL_EXPORTER_OTLP_PROTOCOL", protocol)
-	config := file(
-		t, "sluice.yaml", patientStore+"limits: [{name: a, rate: 1/h, key: 'request.headers[\"x-api-key\"]'}, {name: b, rate: 100/s}]",
-	)
+	config := file(t, "sluice.yaml", patientStore+
+		"limits: [{name: a, rate: 1/h, key: 'request.headers[\"x-api-key\"]'}, {name: b, rate: 100/s}]")
 	p := startSluice(t, "--config", config, "--redis", redistest.Start(t).URL())
 	host, port, _ := strings.Cut(c.grpc, ":")
 	envoy := startEnvoy(t, p.grpc, startUpstream(t).Listener.Addr().String(), func(s string) string {
