@@ -59,11 +59,18 @@ func fromRight(list string, n int) string {
 	return strings.TrimSpace(list[strings.LastIndexByte(list, ',')+1:])
 }
 
+// longestAddr is more than an IPv6 address with an embedded IPv4 address, an
+// interface's name as its zone, brackets and a port can have: 69 bytes on Linux.
+const longestAddr = 128
+
 // parseAddr parses an address as proxies write it: bare, in brackets, or with a
 // port. The result has no zone, and an IPv4-mapped address is IPv4. It is
 // invalid if s is not an address.
 func parseAddr(s string) netip.Addr {
 	s = strings.TrimSpace(s)
+	if len(s) > longestAddr {
+		return netip.Addr{} // netip would quote all of it in an error, twice
+	}
 	a, err := netip.ParseAddr(strings.TrimSuffix(strings.TrimPrefix(s, "["), "]"))
 	if err != nil {
 		ap, err := netip.ParseAddrPort(s)
