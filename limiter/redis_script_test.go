@@ -115,8 +115,8 @@ func anyQuotaOf(t *testing.T) *rapid.Generator[Bucket] {
 // The script agrees with state.next, hold and settle, for buckets with rates and
 // for quotas.
 func TestScriptAgreesWithGo(t *testing.T) {
-	t.Run("rates", func(t *testing.T) { scriptAgrees(t, anyBucket(), 10_000) })
-	t.Run("quotas", func(t *testing.T) { scriptAgrees(t, anyQuotaOf(t), 5000) })
+	t.Run("rates", func(t *testing.T) { scriptAgrees(t, anyBucket(), redistest.Scaled(2000, 10_000)) })
+	t.Run("quotas", func(t *testing.T) { scriptAgrees(t, anyQuotaOf(t), redistest.Scaled(2000, 5000)) })
 	t.Run("both", func(t *testing.T) { scriptAgrees(t, rapid.OneOf(anyBucket(), anyQuotaOf(t)), 1000) })
 }
 
