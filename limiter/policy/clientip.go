@@ -59,8 +59,9 @@ func fromRight(list string, n int) string {
 	return strings.TrimSpace(list[strings.LastIndexByte(list, ',')+1:])
 }
 
-// longestAddr is more than an IPv6 address with an embedded IPv4 address, an
-// interface's name as its zone, brackets and a port can have: 69 bytes on Linux.
+// longestAddr bounds the text of an address, in bytes. The longest on Linux has
+// 69: IPv6 with an embedded IPv4 address, an interface's name as its zone,
+// brackets and a port.
 const longestAddr = 128
 
 // parseAddr parses an address as proxies write it: bare, in brackets, or with a

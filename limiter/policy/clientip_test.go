@@ -25,6 +25,8 @@ func TestClientIP(t *testing.T) {
 			{"GET h/ from 10.0.0.1 with x-forwarded-for=[2001:db8::1]", "2001:db8::1"},
 			{"GET h/ from 10.0.0.1 with x-forwarded-for=::ffff:2.2.2.2", "2.2.2.2"},
 			{"GET h/ from 10.0.0.1 with x-forwarded-for=2001:db8:0:0:0:0:0:1", "2001:db8::1"},
+			{"GET h/ from 10.0.0.1 with x-forwarded-for=[2001:0db8:1111:1111:1111:1111:255.255.255.255%25fifteen.letters]:65535",
+				"2001:db8:1111:1111:1111:1111:ffff:ffff"},
 		}},
 		{"client_ip: {xff_from_right: 2}", [][2]string{
 			{"GET h/ from 10.0.0.1 with x-forwarded-for=1.1.1.1,2.2.2.2,3.3.3.3", "2.2.2.2"},
@@ -54,8 +56,7 @@ func TestClientIP(t *testing.T) {
 
 func FuzzParseAddr(f *testing.F) {
 	for _, seed := range []string{"10.0.0.1", "[::1]:80", "::ffff:1.2.3.4", "fe80::1%eth0", "[::1", "1.2.3.4:x",
-		" 1.2.3.4 ", "64:ff9b::1.2.3.4", "64:ff9b:1::1.2.3.4", "[ffff:ffff:ffff:ffff:ffff:ffff:255.255.255.255%" +
-			strings.Repeat("z", 15) + "]:65535", "1:" + strings.Repeat("\xf4", 60<<10)} {
+		" 1.2.3.4 ", "64:ff9b::1.2.3.4", "64:ff9b:1::1.2.3.4", "1:" + strings.Repeat("\xf4", 60<<10)} {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
