@@ -117,7 +117,7 @@ func anyQuotaOf(t *testing.T) *rapid.Generator[Bucket] {
 func TestScriptAgreesWithGo(t *testing.T) {
 	t.Run("rates", func(t *testing.T) { scriptAgrees(t, anyBucket(), redistest.Scaled(2000, 10_000)) })
 	t.Run("quotas", func(t *testing.T) { scriptAgrees(t, anyQuotaOf(t), redistest.Scaled(2000, 5000)) })
-	t.Run("both", func(t *testing.T) { scriptAgrees(t, rapid.OneOf(anyBucket(), anyQuotaOf(t)), 1000) })
+	t.Run("both", func(t *testing.T) { scriptAgrees(t, rapid.OneOf(anyBucket(), anyQuotaOf(t)), 2000) })
 }
 
 // scriptAgrees compares a Redis and a Memory on shapes that it draws. On random sequences of
